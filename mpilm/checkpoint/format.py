@@ -1,0 +1,165 @@
+"""Names, digests and the layout of files on disk; nothing here knows of ranks.
+
+A checkpoint is a folder step-NNNNNNNN whose manifest.json, written last, holds the size and the digest of every other
+file. It is written under a temporary name and renamed when complete: a folder with the final name and a manifest is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpilm.errors import DataError, FileError
+
+BLOCK_BYTES = 16 << 20  # files are hashed in fixed blocks, so that several ranks can hash parts of one file
+MANIFEST = "manifest.json"
+TEMPORARY = ".writing-"
+NAME = re.compile(r"step-(\d{8,})")
+DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}  # as safetensors calls them
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for any other folder."""
+    match = NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else None
+
+
+def checkpoints(parent: Path) -> list[Path]:
+    """The complete checkpoints in `parent`, oldest first, found by looking and not by a file that says so."""
+    if not parent.is_dir():
+        return []
+    found = [(step, f) for f in parent.iterdir() if (step := step_of(f)) is not None and (f / MANIFEST).is_file()]
+    return [folder for _, folder in sorted(found)]
+
+
+class Digest:
+    """sha256 over the sha256 of each block of BLOCK_BYTES."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._blocks = hashlib.sha256()
+        self._block, self._room = hashlib.sha256(), BLOCK_BYTES
+
+    def update(self, data: memoryview | bytes) -> None:
+        view = memoryview(data)
+        self.bytes += len(view)
+        while len(view):
+            part, view = view[: self._room], view[self._room :]
+            self._block.update(part)
+            self._room -= len(part)
+            if not self._room:
+                self._close_block()
+
+    def _close_block(self) -> None:
+        self._blocks.update(self._block.digest())
+        self._block, self._room = hashlib.sha256(), BLOCK_BYTES
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of the file."""
+        if self._room < BLOCK_BYTES:
+            self._close_block()
+        return {"bytes": self.bytes, "sha256_of_blocks": self._blocks.hexdigest()}
+
+
+class Writer:
+    """Writes the files of one folder, hashing on the way, each synced to disk when it is closed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def chunks(self, name: str, chunks: Any) -> None:
+        """A file made of an iterable of bytes."""
+        digest = Digest()
+        with open(self.folder / name, "xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries[name] = digest.entry()
+
+    def json(self, name: str, value: Any) -> None:
+        self.text(name, json.dumps(value, indent=2) + "\n")
+
+    def text(self, name: str, text: str) -> None:
+        self.chunks(name, [text.encode()])
+
+    def tensors(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """A safetensors file (header length, JSON header, data); arrays are written as they lie, without a copy."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for key, array in arrays.items():
+            header[key] = {"dtype": DTYPES[str(array.dtype)], "shape": array.shape, "data_offsets": [at, at + array.nbytes]}
+            at += array.nbytes
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)
+        parts = (memoryview(np.ascontiguousarray(array)).cast("B") for array in arrays.values())
+        self.chunks(name, _chain(len(head).to_bytes(8, "little") + head, parts))
+
+    def manifest(self) -> None:
+        """The last file: after it the folder is complete."""
+        self.json(MANIFEST, {"format": 1, "files": self.entries})
+
+
+def _chain(first: bytes, rest: Any) -> Any:
+    yield first
+    yield from rest
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def verify(folder: Path) -> None:
+    """Read every byte of a checkpoint; raises FileError or DataError naming the file that is missing, cut or altered."""
+    for name, entry in read_manifest(folder).items():
+        path = folder / name
+        digest = Digest()
+        try:
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise FileError(f"checkpoint file {path} cannot be read: {error.strerror}") from None
+        if digest.bytes != entry["bytes"]:
+            raise DataError(f"checkpoint file {path} has {digest.bytes} bytes, the manifest says {entry['bytes']}")
+        if digest.entry() != entry:
+            raise DataError(f"checkpoint file {path} has been altered: its digest is not the manifest's")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The entries of a checkpoint's manifest by file name; raises FileError or DataError."""
+    files = read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict) or any(Path(name).name != name or not isinstance(e, dict) for name, e in files.items()):
+        raise DataError(f"{folder / MANIFEST} is not a manifest of files in its own folder")
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises FileError or DataError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not a JSON object")
+    return value

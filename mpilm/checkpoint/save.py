@@ -1,0 +1,109 @@
+"""Write a checkpoint: under a temporary name, hashed, synced, renamed; then remove those no longer wanted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mpilm.checkpoint.format import TEMPORARY, Writer, checkpoints, folder_name, read_json, sync_folder
+from mpilm.comm.base import Comm
+from mpilm.config import Model
+from mpilm.data.tokenizer import Tokenizer
+from mpilm.errors import FileError, UserError
+from mpilm.guard.launch import together
+from mpilm.model.huggingface import published_config, published_name
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds: parameters and moments at global shape by name, and the words about them."""
+
+    model: Model
+    tokenizer: Tokenizer
+    parameters: Mapping[str, Tensor]
+    moments: Mapping[str, Mapping[str, Tensor]]
+    trainer: Mapping[str, Any]  # trainer.json: step, tokens, data, versions, ...
+
+
+def save(parent: Path, step: int, state: State, comm: Comm) -> Path:
+    """Write the checkpoint of `step` below `parent`; returns its folder. Collective; raises on all ranks alike.
+
+    An existing one of the same step is left alone: the same step of the same run has the same content.
+    """
+    final = parent / folder_name(step)
+    together(comm, lambda: _write(final, state) if comm.rank == 0 else None)
+    return final
+
+
+def _write(final: Path, state: State) -> None:
+    if final in checkpoints(final.parent):
+        return
+    temporary = final.parent / f"{TEMPORARY}{final.name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write_files(Writer(temporary), state)
+        sync_folder(temporary)
+        os.rename(temporary, final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise FileError(f"checkpoint {final} could not be written: {error.strerror}; the older ones are as they were") from None
+
+
+def _write_files(writer: Writer, state: State) -> None:
+    tokenizer = state.tokenizer
+    end = tokenizer.decode([tokenizer.eos])
+    writer.json("config.json", published_config(state.model, tokenizer.vocab_size, tokenizer.eos))
+    writer.json("generation_config.json", {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos})
+    writer.text("tokenizer.json", tokenizer.json)
+    writer.json(
+        "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": end,
+            "eos_token": end,
+            "model_max_length": state.model.context_length,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    writer.tensors("model.safetensors", {published_name(k): v.cpu().numpy() for k, v in state.parameters.items()})
+    moments = {f"{name}.{kind}": v.cpu().numpy() for kind, of in state.moments.items() for name, v in of.items()}
+    writer.tensors("optimizer.safetensors", moments)
+    writer.json("trainer.json", dict(state.trainer))
+    writer.manifest()
+
+
+def prune(parent: Path, keep: int, keep_best: bool) -> None:
+    """Remove all but the `keep` newest checkpoints and, with `keep_best`, the one with the lowest evaluation loss."""
+    found = checkpoints(parent)
+    if not keep:
+        return
+    wanted = set(found[-keep:])
+    if keep_best:
+        losses = [(loss, folder) for folder in found if (loss := evaluation_loss(folder)) is not None]
+        wanted |= {min(losses)[1]} if losses else set()
+    for folder in found:
+        if folder not in wanted:
+            remove(folder)
+
+
+def evaluation_loss(folder: Path) -> float | None:
+    """The evaluation loss noted in a checkpoint."""
+    try:
+        return read_json(folder / "trainer.json").get("eval_loss")
+    except UserError:
+        return None
+
+
+def remove(folder: Path) -> None:
+    """Take a checkpoint away: renamed first, so that a half-removed one does not look whole."""
+    doomed = folder.parent / f"{TEMPORARY}removing-{folder.name}"
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

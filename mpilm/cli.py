@@ -1,0 +1,79 @@
+"""From the words of a command line to a config: preset, then TOML file, then flags; later wins."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, TypeVar
+
+from mpilm.config import merge, read_toml, validate
+from mpilm.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def parse(
+    argv: Sequence[str], default: T, prog: str, description: str, presets: Mapping[str, Callable[[], T]] | None = None
+) -> T:
+    """The validated config that `argv` asks for, of the type of `default`. No communication.
+
+    Raises ConfigError for what cannot work, and SystemExit(text, code) for --help and for flags that cannot be read, so
+    that the caller prints the text once and not once a rank.
+    """
+    words, files = _take(list(argv), "--config")
+    words, names = _take(words, "--preset") if presets else (words, [])
+    config = default
+    for name in names:
+        if presets is None or name not in presets:
+            raise ConfigError(f"--preset {name}: there is none of that name; there are {', '.join(presets or ())}")
+        config = presets[name]()
+    for path in files:
+        config = merge(config, read_toml(path), f"--config {path}")
+    config = _flags(words, config, f"python -m mpilm.{prog}", description + _shared_options(presets))
+    validate(config)
+    return config
+
+
+def _take(words: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """The words without `flag` and its values, and the values."""
+    rest: list[str] = []
+    values: list[str] = []
+    queue = iter(words)
+    for word in queue:
+        if word == flag:
+            value = next(queue, None)
+            if value is None:
+                raise ConfigError(f"{flag} needs a value")
+            values.append(value)
+        elif word.startswith(flag + "="):
+            values.append(word.removeprefix(flag + "="))
+        else:
+            rest.append(word)
+    return rest, values
+
+
+def _shared_options(presets: Mapping[str, Any] | None) -> str:
+    text = "\n\nAlso: --config FILE.toml (settings from a file)"
+    if presets:
+        text += f", --preset {{{','.join(presets)}}} (a named set of settings to start from)"
+    return text + ". Order: preset, file, flags; later wins."
+
+
+def _booleans(words: list[str]) -> list[str]:
+    """true and false as TOML spells them, as Python does."""
+    after_flag = [False] + [word.startswith("--") for word in words]
+    return [word.capitalize() if flag and word in ("true", "false") else word for word, flag in zip(words, after_flag)]
+
+
+def _flags(words: list[str], default: T, prog: str, description: str) -> T:
+    import tyro
+
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            kind = tyro.conf.FlagConversionOff[type(default)]  # every setting is `--section.key value`, booleans too
+            return tyro.cli(kind, args=_booleans(words), default=default, prog=prog, description=description)  # type: ignore
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+        raise SystemExit(printed.getvalue(), ConfigError.code if code else 0) from None

@@ -1,0 +1,1 @@
+"""The wire: one small interface, three implementations (self, threads, mpi), one recorder."""

@@ -1,0 +1,174 @@
+"""Ranks as MPI processes. The only file that imports mpi4py; nothing of mpi4py leaves it.
+
+What MPI would do silently and wrong is kept from it here: bf16 travels as 16-bit words and is never reduced, GPU memory
+goes through pinned memory unless the user says that the site's MPI takes it, and the world is duplicated so that no
+message can meet one of another library.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpilm.comm.base import Comm, Counts, Request
+
+MOVE = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T}  # by item size
+REDUCE = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T}
+OP = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
+LARGEST_COUNT = 2**31 - 1  # Open MPI 5 has no calls with larger ones
+YIELDS_BEFORE_SLEEP = 200
+LONGEST_SLEEP_S = 0.0005
+
+
+class MpiComm(Comm):
+    """One rank of an MPI communicator.
+
+    `gpu_aware`: hand device pointers to MPI. `patient`: give the core away while waiting, for more ranks than cores
+    (MPI itself spins, and would take the cores from the ranks that still work).
+    """
+
+    def __init__(self, comm: MPI.Comm, name: str, gpu_aware: bool = False, patient: bool = False):
+        self._comm, self.name = comm, name
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.gpu_aware, self.patient = gpu_aware, patient
+        self.library = library()
+
+    def with_options(self, gpu_aware: bool, patient: bool) -> MpiComm:
+        """The same communicator with other ways of moving and waiting."""
+        return type(self)(self._comm, self.name, gpu_aware, patient)
+
+    def barrier(self) -> None:
+        self._wait(self._comm.Ibarrier())
+
+    def split(self, color: int, key: int, name: str) -> Comm:
+        return type(self)(self._comm.Split(color, key), name, self.gpu_aware, self.patient)
+
+    def split_node(self, name: str = "node") -> Comm:
+        return type(self)(self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank), name, self.gpu_aware, self.patient)
+
+    def abort(self, code: int) -> None:
+        self._comm.Abort(code)
+
+    def _iall_reduce(self, x: Tensor, op: str) -> Request:
+        host, finish = self._stage(x, x)
+        request = self._comm.Iallreduce(MPI.IN_PLACE, _reducible(host), op=OP[op])
+        return Request(partial(self._complete, request, finish, host))
+
+    def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
+        host_x, _ = self._stage(x, None)
+        host_out, finish = self._stage(None, out)
+        request = self._comm.Iallgatherv(_movable(host_x), _movable(host_out, counts))
+        return Request(partial(self._complete, request, finish, host_x, host_out))
+
+    def _iall_to_all(self, x: Tensor, out: Tensor, send_counts: Counts, receive_counts: Counts) -> Request:
+        host_x, _ = self._stage(x, None)
+        host_out, finish = self._stage(None, out)
+        request = self._comm.Ialltoallv(_movable(host_x, send_counts), _movable(host_out, receive_counts))
+        return Request(partial(self._complete, request, finish, host_x, host_out))
+
+    def _isend(self, x: Tensor, to: int, tag: int) -> Request:
+        host, _ = self._stage(x, None)
+        request = self._comm.Isend(_movable(host), to, tag)
+        return Request(partial(self._complete, request, _nothing, host))
+
+    def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
+        host, finish = self._stage(None, out)
+        request = self._comm.Irecv(_movable(host), source, tag)
+
+        def complete() -> None:
+            came = self._wait(request).Get_count(MOVE[host.element_size()])
+            if came != host.numel():  # MPI itself takes a shorter message without a word
+                raise RuntimeError(f"{self}: received {came} elements from rank {source} into a buffer of {host.numel()}")
+            finish()
+
+        return Request(complete)
+
+    def _broadcast(self, x: Tensor, root: int) -> None:
+        host, finish = self._stage(x, x)
+        flat = host.view(-1)
+        for part in flat.split(LARGEST_COUNT) if flat.numel() else (flat,):
+            self._wait(self._comm.Ibcast(_movable(part), root))
+        finish()
+
+    def _complete(self, request: MPI.Request, finish: Callable[[], object], *buffers: Tensor) -> None:
+        """Wait, then bring the result home; `buffers` are named here to live until then."""
+        self._wait(request)
+        finish()
+
+    def _wait(self, request: MPI.Request) -> MPI.Status:
+        status = MPI.Status()
+        if not self.patient:
+            request.Wait(status)
+            return status
+        tries = 0
+        while not request.Test(status):
+            tries += 1
+            if tries < YIELDS_BEFORE_SLEEP:
+                os.sched_yield()
+            else:
+                time.sleep(min(LONGEST_SLEEP_S, 1e-6 * tries))
+        return status
+
+    def _reads(self, tensor: Tensor) -> bool:
+        """Whether MPI can read and write this memory itself."""
+        return not tensor.is_cuda or self.gpu_aware
+
+    def _stage(self, source: Tensor | None, out: Tensor | None) -> tuple[Tensor, Callable[[], object]]:
+        """The memory that MPI is given for `source` or `out`, and what brings the result from there into `out`."""
+        tensor = source if source is not None else out
+        assert tensor is not None
+        if self._reads(tensor):
+            if tensor.is_cuda:
+                torch.cuda.current_stream(tensor.device).synchronize()  # MPI reads at once, not in stream order
+            return tensor, _nothing
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        if source is not None:
+            host.copy_(source)
+        return host, (lambda: out.copy_(host)) if out is not None else _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
+def _memory(x: Tensor) -> MPI.buffer:
+    return MPI.buffer.fromaddress(x.data_ptr(), x.numel() * x.element_size())
+
+
+def _reducible(x: Tensor) -> list[object]:
+    _countable(x)
+    return [_memory(x), x.numel(), REDUCE[x.dtype]]
+
+
+def _movable(x: Tensor, counts: Counts | None = None) -> list[object]:
+    """The buffer as words of its item size: any dtype may be moved, bf16 and bool included."""
+    _countable(x)
+    return [_memory(x), x.numel() if counts is None else list(counts), MOVE[x.element_size()]]
+
+
+def _countable(x: Tensor) -> None:
+    if x.numel() > LARGEST_COUNT:
+        raise ValueError(f"one message of {x.numel()} elements; MPI libraries take {LARGEST_COUNT} at most: cut it into buckets")
+
+
+def mpi_world() -> MpiComm:
+    """A duplicate of MPI's world."""
+    return MpiComm(MPI.COMM_WORLD.Dup(), "world")
+
+
+def library() -> str:
+    """The MPI library in use, in a few words."""
+    name, version = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, version))}"
+
+
+def finalize() -> None:
+    """Leave MPI in good order; after this no communicator may be used."""
+    if not MPI.Is_finalized():
+        MPI.Finalize()

@@ -1,0 +1,365 @@
+"""The settings of a run: frozen dataclasses, read from presets, TOML files and flags, validated before anything starts.
+
+No setting depends on the number of ranks. Zero or "auto" stands for "work it out"; `resolve` writes the outcome down,
+so that the config.toml of a run folder holds what was really used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mpilm.errors import ConfigError, FileError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shape of the network."""
+
+    arch: Literal["llama"] = "llama"
+    """Architecture: a decoder with RMSNorm, rotary positions, SwiGLU and grouped-query attention."""
+    n_layers: int = 4
+    """Number of blocks."""
+    n_heads: int = 4
+    """Attention heads a block; divides d-model."""
+    n_kv_heads: int = 0
+    """Key and value heads, shared by groups of query heads; 0: as many as n-heads."""
+    d_model: int = 192
+    """Width of the residual stream."""
+    d_ff: int = 0
+    """Width of the feed-forward layer; 0: 8/3 of d-model, rounded up to a multiple of 32."""
+    context_length: int = 256
+    """Tokens in one sequence."""
+    dropout: float = 0.0
+    """Probability with which embeddings, attention weights and residual branches are dropped."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as the output matrix too."""
+    rope_theta: float = 10000.0
+    """Base wavelength of the rotary positions."""
+    norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read."""
+
+    path: str = ""
+    """A text file, a folder, a .jsonl(.gz/.zst), a .parquet, or a prepared token file; empty: the embedded corpus, the source text of Python's standard library."""
+    tokenizer: str = "auto"
+    """bytes, bpe:SIZE (trained on the corpus) or the path of a tokenizer.json; auto: the one the tokens were prepared with, else bpe:2048."""
+    eval_fraction: float = 0.05
+    """Part of the corpus, at its end, that is held out for evaluation."""
+    encoding_errors: Literal["stop", "replace"] = "stop"
+    """Text that is not UTF-8: stop and say where, or put U+FFFD in its place."""
+    text_key: str = "text"
+    """The field of a .jsonl object or the column of a .parquet file that holds the text."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """The work, and how it is computed."""
+
+    steps: int = 240
+    """Optimizer steps in all."""
+    global_batch: int = 32
+    """Sequences a step, over all ranks."""
+    micro_batch: int = 4
+    """Sequences a rank computes at once; divides global-batch."""
+    seed: int = 0
+    """Decides initial weights, data order and dropout."""
+    lr: float = 3e-3
+    """Highest learning rate."""
+    min_lr: float = 3e-4
+    """Learning rate at the end of the schedule."""
+    warmup_steps: int = 20
+    """Steps over which the learning rate rises from zero."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What forward and backward compute in; weights, sums and the optimizer stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: a GPU when torch sees one."""
+    gpu_aware_mpi: bool = False
+    """Hand GPU memory to MPI as it is. Only where the site's MPI was built for it; otherwise data goes through pinned memory."""
+    threads: int = 0
+    """CPU threads a rank; 0: the cores the rank really has, shared among the ranks of its node."""
+    reproducible: bool = True
+    """Sum gradients in a fixed order, so that every number of ranks gives the same bits; off: the MPI library's own Allreduce."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saving and coming back."""
+
+    every: int = 100
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints to keep; 0: all."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest evaluation loss as well."""
+    resume: str = "auto"
+    """auto: go on from the newest valid checkpoint of run.dir; never: start anew in a new folder; or the folder of one checkpoint."""
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from the checkpoint's although the mathematics depends on them, for example train.lr."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run folder and what is written to it."""
+
+    dir: str = "auto"
+    """The run folder; auto: runs/NAME-KEY, where KEY stands for the settings that decide the result."""
+    log_every: int = 10
+    """Steps between logged rows; 0: none."""
+    eval_every: int = 60
+    """Steps between evaluations; 0: none."""
+    eval_batches: int = 8
+    """Global batches of held-out text an evaluation reads; 0: all of it."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Sampling text from a model."""
+
+    prompt: str = ""
+    """What the text begins with; empty: the beginning of a document."""
+    max_tokens: int = 160
+    """Tokens to write; 0: no sample."""
+    temperature: float = 0.8
+    """Below 1 makes likely tokens likelier; 0: always the likeliest."""
+    top_k: int = 0
+    """Choose among the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Decides the choice."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a training run."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    run: Run = field(default_factory=Run)
+    generate: Generate = field(default_factory=Generate)
+
+
+# What the result of a run does not depend on. All else is compared when a run is resumed.
+FREE_TO_CHANGE = frozenset(
+    {"train.steps", "train.threads", "train.device", "train.gpu_aware_mpi", "data.path", "data.tokenizer", "data.text_key"}
+)  # the corpus and the tokenizer are compared by content, not by where they lie
+FREE_SECTIONS = frozenset({"checkpoint", "run", "generate"})
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting as "section.key" -> value."""
+    flat: dict[str, Any] = {}
+    for item in fields(config):
+        value, name = getattr(config, item.name), prefix + item.name
+        flat.update(flatten(value, name + ".") if is_dataclass(value) else {name: value})
+    return flat
+
+
+def mathematics(config: Config) -> dict[str, Any]:
+    """The settings that the numbers of a run depend on."""
+    flat = flatten(config)
+    return {k: v for k, v in flat.items() if k.split(".")[0] not in FREE_SECTIONS and k not in FREE_TO_CHANGE}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, as TOML and JSON hold them."""
+    return {key: list(v) if isinstance(v, tuple) else to_dict(v) if is_dataclass(v) else v for key, v in _items(config)}
+
+
+def _items(config: Any) -> list[tuple[str, Any]]:
+    return [(item.name, getattr(config, item.name)) for item in fields(config)]
+
+
+def merge(base: T, values: dict[str, Any], source: str, prefix: str = "") -> T:
+    """`base` with the nested `values` of `source` put in its place.
+
+    Raises ConfigError naming the source and the key when a key is unknown or a value has the wrong type.
+    """
+    known = {item.name: getattr(base, item.name) for item in fields(base)}  # type: ignore[arg-type]
+    changes: dict[str, Any] = {}
+    for raw, value in values.items():
+        key = raw.replace("-", "_")
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {prefix}{raw}{_nearest(key, known, prefix)}")
+        if is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {prefix}{raw} is a section; write [{prefix}{raw}] and its keys below it")
+            changes[key] = merge(known[key], value, source, f"{prefix}{raw}.")
+        else:
+            changes[key] = _typed(value, known[key], f"{source}: {prefix}{raw}")
+    return replace(base, **changes)  # type: ignore[type-var]
+
+
+def _nearest(key: str, known: dict[str, Any], prefix: str) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    return f"; known here are {', '.join(sorted(known))}"
+
+
+def _typed(value: Any, like: Any, where: str) -> Any:
+    if isinstance(like, tuple) and isinstance(value, list):
+        return tuple(value)
+    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(like):
+        raise ConfigError(f"{where} must be a {type(like).__name__}, not {value!r}")
+    return value
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """The values of a TOML file; raises FileError or ConfigError with the file named."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: is not TOML: {error}") from None
+
+
+def resolve(config: Config) -> Config:
+    """The config with the shape it leaves open worked out."""
+    model = config.model
+    n_kv_heads = model.n_kv_heads or model.n_heads
+    d_ff = model.d_ff or -(-(8 * model.d_model // 3) // 32) * 32
+    return replace(config, model=replace(model, n_kv_heads=n_kv_heads, d_ff=d_ff))
+
+
+def microbatches(config: Config) -> int:
+    """Microbatches of one step, over all ranks."""
+    return config.train.global_batch // config.train.micro_batch
+
+
+POSITIVE = (
+    "model.n_layers", "model.n_heads", "model.d_model", "model.context_length", "model.rope_theta", "model.norm_eps",
+    "train.steps", "train.global_batch", "train.micro_batch",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "model.n_kv_heads", "model.d_ff", "train.seed", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay",
+    "train.clip_norm", "train.threads", "checkpoint.every", "checkpoint.keep", "run.log_every", "run.eval_every",
+    "run.eval_batches", "generate.max_tokens", "generate.temperature", "generate.top_k", "generate.seed",
+)  # fmt: skip
+BELOW_ONE = ("model.dropout", "data.eval_fraction", "train.beta1", "train.beta2")
+
+
+def validate(config: Any) -> None:
+    """Refuse what cannot work, before anything is started; raises ConfigError naming the setting and a value that would do."""
+    flat = flatten(config)
+    for name, value in flat.items():
+        if isinstance(value, float) and not abs(value) < float("inf"):
+            raise ConfigError(f"{_flag(name)} must be a finite number, not {value}")
+        if name in POSITIVE and not value > 0:
+            raise ConfigError(f"{_flag(name)} must be above zero, not {value}")
+        if name in NOT_NEGATIVE and value < 0:
+            raise ConfigError(f"{_flag(name)} must not be negative, but is {value}")
+        if name in BELOW_ONE and not 0 <= value < 1:
+            raise ConfigError(f"{_flag(name)} must be at least 0 and below 1, not {value}")
+        _validate_choice(config, name, value)
+    if isinstance(config, Config):
+        _validate_model(resolve(config).model)
+        _validate_train(config)
+    if "generate.top_p" in flat and not 0 < flat["generate.top_p"] <= 1:
+        raise ConfigError(f"--generate.top-p must be above 0 and at most 1, not {flat['generate.top_p']}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _validate_choice(config: Any, name: str, value: Any) -> None:
+    """TOML values do not pass through tyro, so the choices are checked here."""
+    choices = CHOICES.get(name)
+    if choices and value not in choices:
+        raise ConfigError(f"{_flag(name)} must be one of {', '.join(choices)}, not {value!r}")
+
+
+CHOICES = {
+    "model.arch": ("llama",),
+    "data.encoding_errors": ("stop", "replace"),
+    "train.lr_schedule": ("cosine", "linear", "constant"),
+    "train.dtype": ("float32", "bfloat16"),
+    "train.device": ("auto", "cpu", "cuda"),
+}
+
+
+def _validate_model(model: Model) -> None:
+    if model.d_model % model.n_heads:
+        near = _nearest_multiple(model.d_model, model.n_heads)
+        raise ConfigError(
+            f"--model.d-model {model.d_model} is not divisible by --model.n-heads {model.n_heads}; the nearest that is: {near}"
+        )
+    if (model.d_model // model.n_heads) % 2:
+        raise ConfigError(
+            f"--model.d-model {model.d_model} over --model.n-heads {model.n_heads} gives heads of odd width, "
+            "and rotary positions turn pairs; make it even"
+        )
+    if model.n_heads % model.n_kv_heads:
+        raise ConfigError(f"--model.n-heads {model.n_heads} is not divisible by --model.n-kv-heads {model.n_kv_heads}")
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(of, round(value / of) * of)
+
+
+def _validate_train(config: Config) -> None:
+    train = config.train
+    if train.global_batch % train.micro_batch:
+        near = _nearest_multiple(train.global_batch, train.micro_batch)
+        raise ConfigError(
+            f"--train.global-batch {train.global_batch} is not divisible by --train.micro-batch {train.micro_batch}; "
+            f"the nearest that is: {near}"
+        )
+    if train.min_lr > train.lr and train.lr_schedule != "constant":
+        raise ConfigError(f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}")
+    known = mathematics(config)
+    for name in config.checkpoint.allow_change:
+        if name.replace("-", "_") not in known | {"data.path": 0, "data.tokenizer": 0}:
+            raise ConfigError(f"--checkpoint.allow-change {name}: no such setting, or one that may always change")
+
+
+def validate_ranks(config: Config, ranks: int) -> None:
+    """Refuse more data ranks than there are microbatches to share out."""
+    if ranks > microbatches(config):
+        train = config.train
+        raise ConfigError(
+            f"{ranks} ranks, but a step has only {microbatches(config)} microbatches (--train.global-batch {train.global_batch} "
+            f"over --train.micro-batch {train.micro_batch}); start {microbatches(config)} ranks or fewer, "
+            f"or make the batch {ranks * train.micro_batch}"
+        )
+
+
+def replaced(config: T, **changes: Any) -> T:
+    """dataclasses.replace for a nested key written section__key."""
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        part = replace(getattr(config, section), **{key: value})
+        config = dataclasses.replace(config, **{section: part})  # type: ignore[type-var]
+    return config

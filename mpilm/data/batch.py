@@ -1,0 +1,95 @@
+"""Microbatches by step and number alone: any rank can make any of them, and all ranks would make the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpilm.data.corpus import Corpus
+from mpilm.data.order import key_of, permute, sample_at
+from mpilm.errors import ConfigError, DataError
+
+HELD_OUT_KEY = key_of(0x6576616C)  # the same for every seed: runs with different seeds are compared on the same text
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model reads, and what it is to predict."""
+
+    tokens: Tensor
+    """(B, T) int64."""
+    targets: Tensor
+    """(B, T) int64, each the token after the one at its place."""
+    positions: Tensor
+    """(T,) int64."""
+    samples: Tensor
+    """(B,) int64, a number for each sequence that no other of the run has; what dropout is keyed by."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on that device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("tokens", "targets", "positions", "samples")})
+
+
+class Batches:
+    """The corpus cut into samples of T + 1 tokens that overlap by one: sample i covers tokens [i T, i T + T + 1).
+
+    The last `eval_fraction` of the tokens is held out; no training sample reaches into it. Raises ConfigError naming
+    --model.context-length when a sample does not fit.
+    """
+
+    def __init__(
+        self, corpus: Corpus, context_length: int, eval_fraction: float, seed: int, global_batch: int, micro_batch: int
+    ):
+        self.corpus, self.context_length, self.seed = corpus, context_length, seed
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        total = len(corpus.tokens)
+        self.boundary = total - int(total * eval_fraction)
+        """The first held-out token."""
+        self.train_samples = max(0, self.boundary - 1) // context_length
+        self.eval_samples = max(0, total - self.boundary - 1) // context_length
+        self._refuse_too_short(eval_fraction)
+
+    def _refuse_too_short(self, eval_fraction: float) -> None:
+        train, held_out = self.boundary, len(self.corpus.tokens) - self.boundary
+        if self.train_samples and (self.eval_samples or not eval_fraction):
+            return
+        shortest = min(train, held_out) if eval_fraction else train
+        if shortest < 2:
+            raise DataError(
+                f"{self.corpus.path}: {train} tokens to train on and {held_out} held out are too few for a single sample; "
+                "give more text, or another --data.eval-fraction (0: hold out nothing)"
+            )
+        raise ConfigError(
+            f"--model.context-length {self.context_length}: {train} tokens to train on and {held_out} held out hold no whole "
+            f"sample of that length; the largest value that works is {shortest - 1}, or give more text"
+        )
+
+    def train(self, step: int, m: int) -> Batch:
+        """Microbatch m of a step."""
+        first = step * self.global_batch + m * self.micro_batch
+        numbers = np.arange(first, first + self.micro_batch, dtype=np.int64)
+        return self._batch(0, sample_at(numbers, self.seed, self.train_samples), numbers)
+
+    def target_tokens(self, step: int) -> int:
+        """Tokens that the model predicts in a step, over all ranks."""
+        return self.global_batch * self.context_length
+
+    def eval_microbatches(self, limit: int = 0) -> int:
+        """Microbatches of an evaluation over `limit` global batches; 0: over all held-out samples."""
+        rows = min(self.eval_samples, limit * self.global_batch or self.eval_samples)
+        return -(-rows // self.micro_batch)
+
+    def evaluation(self, i: int) -> Batch:
+        """Held-out microbatch i; the last may hold fewer rows. In a fixed shuffled order, so that a few speak for all."""
+        rows = np.arange(i * self.micro_batch, min((i + 1) * self.micro_batch, self.eval_samples), dtype=np.int64)
+        return self._batch(self.boundary, permute(rows, self.eval_samples, HELD_OUT_KEY), rows)
+
+    def _batch(self, origin: int, samples: NDArray[np.int64], numbers: NDArray[np.int64]) -> Batch:
+        length = self.context_length
+        starts = origin + samples * length
+        rows = torch.from_numpy(np.stack([self.corpus.read(start, start + length + 1) for start in starts.tolist()]))
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.arange(length), torch.from_numpy(numbers))

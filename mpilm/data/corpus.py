@@ -1,0 +1,149 @@
+"""The corpus a run reads: tokens mapped into memory, their tokenizer, and a fingerprint that tells corpora apart."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpilm.comm.base import Comm
+from mpilm.config import Data
+from mpilm.data.cache import cached_corpus
+from mpilm.data.encode import Progress
+from mpilm.data.files import digest_files, hex_digest
+from mpilm.data.indexed import TokenFile, check_vocabulary, open_tokens, prefix_of, with_ending
+from mpilm.data.prepare import Meta, read_meta, silent
+from mpilm.data.tokenizer import Tokenizer, bpe_size, named_tokenizer, read_sidecar
+from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.guard.launch import together
+
+SAMPLE_TOKENS = 2**16
+COUNTED_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens and what they mean. Equal on every rank."""
+
+    tokens: NDArray
+    """(tokens,) mapped into memory, of the file's own integer dtype."""
+    tokenizer: Tokenizer
+    fingerprint: str
+    """Hex digest of tokens and tokenizer; where the files lie does not matter."""
+    documents: int
+    path: Path
+    """The .bin, for messages."""
+    bytes_per_token: float
+    """Bytes of UTF-8 text a token stands for, on average."""
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens start to stop; raises DataError naming file and token when one is no id of the tokenizer."""
+        tokens = self.tokens[start:stop]
+        check_vocabulary(tokens, self.tokenizer.vocab_size, self.path, start)
+        return tokens.astype(np.int64)
+
+
+def open_corpus(data: Data, comm: Comm, eos: bool = True, progress: Progress = silent) -> Corpus:
+    """Open prepared tokens as they are; prepare raw text into the cache first, unless it is there. Collective.
+
+    `eos`: whether documents of raw text end with the tokenizer's eos. Raises ConfigError, FileError or DataError on every
+    rank, also when a rank sees other files than rank 0.
+    """
+    prefix = prefix_of(data.path) if data.path else None
+    prepared = prefix or cached_corpus(data, comm, eos, progress)
+    meta = together(comm, lambda: read_meta(prepared))
+    file = together(comm, lambda: _open(prepared, meta, verify=comm.rank == 0))
+    together(comm, lambda: _compare(file, meta, comm))
+    tokenizer = together(comm, lambda: _tokenizer(data.tokenizer if prefix else "auto", prepared, meta))
+    tokens_digest = meta.tokens_digest if meta else digest_files([file.path], [file.tokens.nbytes], comm)[0]
+    return Corpus(
+        tokens=file.tokens,
+        tokenizer=tokenizer,
+        fingerprint=hex_digest(tokens_digest, tokenizer.digest),
+        documents=file.documents,
+        path=file.path,
+        bytes_per_token=meta.source_bytes / meta.tokens if meta else together(comm, lambda: _measure(file, tokenizer)),
+    )
+
+
+def _open(prefix: Path, meta: Meta | None, verify: bool) -> TokenFile:
+    index = with_ending(prefix, ".idx")
+    if meta and not index.exists():
+        raise FileError(f"{index}: is missing on {socket.gethostname()}, although {with_ending(prefix, '.json')} is there")
+    file = open_tokens(prefix, verify)
+    if meta and (meta.tokens, meta.dtype) != (len(file.tokens), file.tokens.dtype.name):
+        raise DataError(
+            f"{file.path}: holds {len(file.tokens)} tokens of {file.tokens.dtype.name}, but the .json beside it speaks of "
+            f"{meta.tokens} of {meta.dtype}; they do not belong together"
+        )
+    return file
+
+
+def _compare(file: TokenFile, meta: Meta | None, comm: Comm) -> None:
+    """Every rank must see what rank 0 sees. Collective."""
+    theirs = comm.broadcast_json([len(file.tokens), file.tokens.dtype.name, meta.tokens_digest if meta else ""])
+    if theirs != [len(file.tokens), file.tokens.dtype.name, meta.tokens_digest if meta else ""]:
+        raise FileError(
+            f"{file.path}: is another file on {socket.gethostname()} than on rank 0; put it, or the cache (MPILM_CACHE), "
+            "in a folder that all ranks share"
+        )
+
+
+def _tokenizer(spec: str, prefix: Path, meta: Meta | None) -> Tokenizer:
+    """The one the tokens were made with; raises ConfigError when --data.tokenizer speaks of another, or nothing of any."""
+    sidecar = with_ending(prefix, ".tokenizer.json")
+    if meta is None:
+        if spec == "auto" or bpe_size(spec):
+            raise ConfigError(
+                f"--data.tokenizer {spec}: {prefix}.bin has no {prefix.name}.json of mpilm.prepare beside it; "
+                "name the tokenizer.json that these tokens were made with (or bytes)"
+            )
+        return named_tokenizer(spec)
+    tokenizer = read_sidecar(sidecar, meta.eos)
+    if tokenizer.digest != meta.tokenizer_digest:
+        raise DataError(f"{sidecar}: is not the tokenizer that the tokens beside it were made with")
+    same = (
+        spec in ("auto", meta.tokenizer)
+        if spec == "auto" or bpe_size(spec)
+        else named_tokenizer(spec).digest == tokenizer.digest
+    )
+    if not same:
+        raise ConfigError(
+            f"--data.tokenizer {spec}: {prefix}.bin was made with another one ({meta.tokenizer}); "
+            "leave the setting out, or prepare the text again"
+        )
+    return tokenizer
+
+
+def _measure(file: TokenFile, tokenizer: Tokenizer) -> float:
+    """Bytes per token from an evenly spread sample of the tokens."""
+    pieces = 16
+    width = min(len(file.tokens), SAMPLE_TOKENS // pieces)
+    starts = [(len(file.tokens) - width) * i // (pieces - 1) for i in range(pieces)]
+    for start in starts:
+        check_vocabulary(file.tokens[start : start + width], tokenizer.vocab_size, file.path, start)
+    text = [tokenizer.decode(file.tokens[start : start + width]) for start in starts]
+    return sum(len(part.encode()) for part in text) / (pieces * width)
+
+
+def unigram_loss(corpus: Corpus, boundary: int) -> float:
+    """Cross-entropy, in nats a token, of predicting tokens from `boundary` on by how often each occurs before it.
+
+    What a model that has learnt frequencies and nothing else would reach; add-one smoothed, so that it is finite.
+    """
+    if not 0 < boundary < len(corpus.tokens):
+        raise ValueError(f"boundary {boundary} of {len(corpus.tokens)} tokens")
+    train = _frequencies(corpus, 0, boundary) + 1
+    held_out = _frequencies(corpus, boundary, len(corpus.tokens))
+    return float(-(held_out * np.log(train / train.sum())).sum() / held_out.sum())
+
+
+def _frequencies(corpus: Corpus, start: int, stop: int) -> NDArray[np.float64]:
+    """How often each id of the vocabulary occurs, (vocab_size,)."""
+    counts = np.zeros(corpus.tokenizer.vocab_size)
+    for first in range(start, stop, COUNTED_AT_ONCE):
+        counts += np.bincount(corpus.read(first, min(stop, first + COUNTED_AT_ONCE)), minlength=len(counts))
+    return counts

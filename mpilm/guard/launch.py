@@ -1,0 +1,150 @@
+"""Start and end of every command: find the world, run, and make sure that all ranks end together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+from mpilm.comm.base import Comm, SelfComm
+from mpilm.config import flatten
+from mpilm.errors import ConfigError, UserError, from_code
+
+R = TypeVar("R")
+Body = Callable[[Comm], None]
+SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE", "PMIX_SIZE")
+
+
+class Agreed(Exception):
+    """A user's error that every rank knows of: rank 0 prints it, and all leave with its code."""
+
+    def __init__(self, error: UserError):
+        super().__init__(str(error))
+        self.error = error
+
+
+def together(comm: Comm, action: Callable[[], R]) -> R:
+    """Do `action` on every rank; if it raises a UserError on any, raise that error on all. Collective.
+
+    For steps that fail on one rank alone, such as opening a file, after which the others would wait for ever.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except UserError as error:
+        failure = [error.code, str(error)]
+    failures = comm.all_gather_json(failure)
+    failed = [rank for rank, theirs in enumerate(failures) if theirs]
+    if failed:
+        code, message = failures[failed[0]]
+        where = "" if len(failed) == comm.size else f" (on rank{'s' * (len(failed) > 1)} {', '.join(map(str, failed))})"
+        raise Agreed(from_code(code, message + where))
+    return result  # type: ignore[return-value]
+
+
+def same_everywhere(comm: Comm, what: str, config: Any) -> None:
+    """Raise on all ranks when a setting differs between them, naming each with its values. Collective."""
+    everyone = comm.all_gather_json(flatten(config))
+    differing = [key for key in everyone[0] if any(theirs.get(key) != everyone[0][key] for theirs in everyone)]
+    if differing:
+        rows = "".join(f"\n  {key}: " + ", ".join(f"{t.get(key)!r} on rank {r}" for r, t in enumerate(everyone)) for key in differing)
+        raise Agreed(ConfigError(f"the ranks were started with different {what}:{rows}"))
+
+
+def run(prepare: Callable[[], Body]) -> NoReturn:
+    """Run a command on every rank and exit.
+
+    `prepare` parses and validates without any communication and returns what is to be done with the world.
+    """
+    body: Body | None = None
+    failure: BaseException | None = None
+    try:
+        body = prepare()
+    except (UserError, SystemExit) as error:
+        failure = error
+    comm = world()
+    try:
+        code = _main(comm, body, failure)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
+        _end_all(comm, error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _leave(code)
+
+
+def _main(comm: Comm, body: Body | None, failure: BaseException | None) -> int:
+    """The exit code of a command that ends in good order on every rank."""
+    try:
+        if isinstance(failure, SystemExit):  # --help, or flags that cannot be read: the text is the exception's argument
+            text, code = failure.args if len(failure.args) == 2 else ("", failure.code or 0)
+            if isinstance(code, str):  # SystemExit("text"), as Python itself reads it
+                text, code = code + "\n", 1
+            if comm.rank == 0:
+                print(text, end="", file=sys.stderr if code else sys.stdout)
+            return int(code)
+        together(comm, lambda: _raise(failure))
+        assert body is not None
+        body(comm)
+        return 0
+    except Agreed as agreed:
+        if comm.rank == 0:
+            print(f"mpilm: error: {agreed.error}", file=sys.stderr, flush=True)
+        comm.barrier()  # nobody leaves before the message is out: a launcher kills the rest when the first one has gone
+        return agreed.error.code
+
+
+def _raise(failure: BaseException | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _end_all(comm: Comm, error: BaseException) -> NoReturn:
+    """An error that the other ranks know nothing of: print it and end the job, or they would wait for ever."""
+    code = error.code if isinstance(error, UserError) else 1
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        code = 130
+    where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
+    if isinstance(error, UserError):
+        text = f"mpilm: error on {where}: {error}\n"
+    else:
+        text = f"mpilm: {where} failed:\n" + "".join(traceback.format_exception(error))
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    if comm.size > 1:
+        comm.abort(code or 1)
+    os._exit(code or 1)
+
+
+def _leave(code: int) -> NoReturn:
+    if "mpilm.comm.mpi" in sys.modules:
+        sys.modules["mpilm.comm.mpi"].finalize()
+    sys.exit(code)
+
+
+def world() -> Comm:
+    """The ranks of this job: MPI's world, or one rank where no MPI is installed and no launcher was used.
+
+    Raises ConfigError when the launcher belongs to another MPI than the library: each rank would train by itself.
+    """
+    announced = next((int(os.environ[v]) for v in SIZE_VARIABLES if os.environ.get(v, "").isdigit()), 1)
+    try:
+        from mpilm.comm.mpi import library, mpi_world
+    except (ImportError, RuntimeError) as error:
+        if announced > 1:
+            raise SystemExit(f"mpilm: error: started as {announced} ranks, but no MPI library can be loaded: {error}") from None
+        return SelfComm("world")
+    comm = mpi_world()
+    if announced != comm.size and comm.size == 1:
+        mismatch = ConfigError(
+            f"the launcher started {announced} ranks, but {library()} sees a world of 1: mpirun belongs to another MPI than "
+            "the library that Python loads; use the mpirun that came with it (in a virtual environment: its bin/mpirun)"
+        )
+        print(f"mpilm: error: {mismatch}", file=sys.stderr, flush=True)
+        raise SystemExit(mismatch.code)
+    return comm

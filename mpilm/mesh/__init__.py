@@ -1,0 +1,1 @@
+"""Who am I: coordinates as pure arithmetic, and one communicator for each set of axes."""

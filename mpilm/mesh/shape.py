@@ -1,0 +1,68 @@
+"""Where each rank stands: pure arithmetic on four axes, for any number of ranks, with nothing started."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+AXES = ("pipeline", "data", "context", "tensor")  # tensor varies fastest: its ranks talk most and lie closest together
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """The number of ranks along each axis."""
+
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis, size in zip(AXES, self.sizes):
+            if size < 1:
+                raise ValueError(f"the {axis} axis has {size} ranks; the smallest is 1")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return math.prod(self.sizes)
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """The index of a rank along each axis."""
+        if not 0 <= rank < self.size:
+            raise ValueError(f"rank {rank} is not in a mesh of {self.size} ranks")
+        indices = []
+        for size in reversed(self.sizes):
+            rank, index = divmod(rank, size)
+            indices.append(index)
+        return dict(zip(AXES, reversed(indices)))
+
+    def rank(self, coordinate: Mapping[str, int]) -> int:
+        """The rank that stands at a coordinate."""
+        rank = 0
+        for axis, size in zip(AXES, self.sizes):
+            if not 0 <= coordinate[axis] < size:
+                raise ValueError(f"index {coordinate[axis]} is not on the {axis} axis of {size} ranks")
+            rank = rank * size + coordinate[axis]
+        return rank
+
+    def color(self, rank: int, axes: Collection[str]) -> int:
+        """A number that is equal for ranks that differ along `axes` only: the first rank of the group."""
+        return self.rank({axis: 0 if axis in axes else index for axis, index in self.coordinate(rank).items()})
+
+    def next(self, rank: int, axis: str) -> int:
+        """The neighbour one further along `axis`; the last one's is the first."""
+        return self._shifted(rank, axis, +1)
+
+    def previous(self, rank: int, axis: str) -> int:
+        """The neighbour one back along `axis`; the first one's is the last."""
+        return self._shifted(rank, axis, -1)
+
+    def _shifted(self, rank: int, axis: str, by: int) -> int:
+        here = self.coordinate(rank)
+        return self.rank({**here, axis: (here[axis] + by) % getattr(self, axis)})

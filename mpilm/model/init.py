@@ -1,0 +1,27 @@
+"""Initial values: a function of (seed, name, shape) alone, so that any part of a model can be made anywhere.
+
+numpy's Philox and its table-driven normal distribution give the same numbers on every processor; torch's own
+generators differ between vector widths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def key_of(*parts: object) -> int:
+    """A 64-bit key that differs whenever a part differs, the same in every process (Python's hash() is not)."""
+    text = "\0".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def initial_value(seed: int, name: str, shape: tuple[int, ...], std: float | None) -> Tensor:
+    """float32 values of the parameter `name`: normal with deviation `std`, or ones where std is None."""
+    if std is None:
+        return torch.ones(shape)
+    generator = np.random.Generator(np.random.Philox(key=key_of("init", seed, name)))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(std)

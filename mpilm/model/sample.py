@@ -1,0 +1,37 @@
+"""Sampling text from a model, a token at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpilm.config import Generate
+
+
+@torch.no_grad()
+def sample(model: nn.Module, prompt: list[int], settings: Generate, context_length: int, stop: int) -> list[int]:
+    """The tokens that follow `prompt`: at most max-tokens, the last `context_length` tokens being looked at; ends before `stop`."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(settings.seed)
+    tokens = list(prompt)
+    for _ in range(settings.max_tokens):
+        window = torch.tensor([tokens[-context_length:]], device=device)
+        logits = model(window, torch.arange(window.shape[1], device=device))[0, -1]  # (V,)
+        chosen = choose(logits.float().cpu(), settings, generator)
+        if chosen == stop:
+            break
+        tokens.append(chosen)
+    return tokens[len(prompt) :]
+
+
+def choose(logits: Tensor, settings: Generate, generator: torch.Generator) -> int:  # (V,)
+    """One token drawn from the logits after temperature, top-k and top-p (Holtzman et al., arXiv 1904.09751)."""
+    if settings.temperature == 0.0:
+        return int(logits.argmax())
+    ordered, ids = (logits / settings.temperature).sort(descending=True, stable=True)
+    probabilities = ordered.softmax(dim=0)
+    if settings.top_k:
+        probabilities[settings.top_k :] = 0.0
+    before = probabilities.cumsum(dim=0) - probabilities
+    probabilities[before >= settings.top_p] = 0.0
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,0 +1,1 @@
+"""Sum gradients where the layout says; norm, clip, step."""

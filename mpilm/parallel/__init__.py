@@ -1,0 +1,1 @@
+"""From a plain model to one that is shared out: layouts of parameters, schedules of actions."""

@@ -1,0 +1,29 @@
+"""Memory of a rank: what is predicted, and what the process really uses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def _kibibytes(file: str, key: str) -> int:
+    try:
+        match = re.search(rf"^{key}:\s+(\d+) kB", Path(file).read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return int(match.group(1)) if match else 0
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, pages shared with other ranks counted whole."""
+    return _kibibytes("/proc/self/status", "VmRSS") * 1024
+
+
+def peak_resident_bytes() -> int:
+    """The largest `resident_bytes` so far."""
+    return _kibibytes("/proc/self/status", "VmHWM") * 1024
+
+
+def proportional_bytes() -> int:
+    """Memory of this process in RAM, each shared page divided among those who share it (PSS)."""
+    return _kibibytes("/proc/self/smaps_rollup", "Pss") * 1024 or resident_bytes()

@@ -1,0 +1,32 @@
+"""Train a language model.
+
+    python -m mpilm.train                               one rank
+    mpirun -n 8 python -m mpilm.train                   eight
+    mpirun -n 8 python -m mpilm.train --data.path my_text/ --model.n-layers 8 --train.steps 2000
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mpilm.cli import parse
+from mpilm.config import Config, resolve
+from mpilm.guard.launch import Body, run
+from mpilm.presets import PRESETS
+
+DESCRIPTION = "Train a language model, on as many ranks as mpirun starts. With no settings: a small one, on the embedded corpus."
+
+
+def prepare() -> Body:
+    config = resolve(parse(sys.argv[1:], Config(), "train", DESCRIPTION, PRESETS))
+
+    def body(comm) -> None:  # type: ignore[no-untyped-def]
+        from mpilm.trainer.loop import train  # torch is imported only once the settings are known to be right
+
+        train(config, comm)
+
+    return body
+
+
+if __name__ == "__main__":
+    run(prepare)

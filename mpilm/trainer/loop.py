@@ -1,0 +1,57 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpilm.checkpoint.save import State, prune, save
+from mpilm.comm.base import Comm
+from mpilm.config import Config, to_dict
+from mpilm.trainer.build import Training, build
+from mpilm.trainer.evaluate import evaluate
+from mpilm.trainer.log import RunLog, versions
+from mpilm.trainer.step import train_step
+
+
+def train(config: Config, world: Comm) -> None:
+    """Train, evaluate, save and show, to the last step. Collective."""
+    run = build(config, world)
+    log = RunLog(run)
+    settings, steps = config.run, config.train.steps
+    for step in range(run.folder.step, steps):
+        result = train_step(run, step)
+        run.mesh.world.check = run.mesh.comm("data").check = False  # the first step has shown that all make the same calls
+        done = step + 1
+        log.step(done, result)
+        saving = due(done, config.checkpoint.every) or done == steps
+        loss = None
+        if run.batches.eval_samples and (due(done, settings.eval_every) or (settings.eval_every and saving)):
+            loss = evaluate(run)
+            log.evaluation(done, loss)
+        if saving:
+            log.saved(save_checkpoint(run, done, loss))
+    log.finish()
+
+
+def due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def save_checkpoint(run: Training, done: int, eval_loss: float | None) -> Path:
+    """Save the state after `done` steps and remove checkpoints no longer wanted. Collective."""
+    corpus, config = run.corpus, run.config
+    trainer = {
+        "step": done,
+        "tokens": sum(run.batches.target_tokens(step) for step in range(done)),
+        "seed": config.train.seed,
+        "eval_loss": eval_loss,
+        "content": {"data.path": corpus.fingerprint, "data.tokenizer": corpus.tokenizer.digest},
+        "layout": {**dict(zip(("pipeline", "data", "context", "tensor"), run.mesh.shape.sizes)), "threads": run.machine.threads},
+        "versions": versions(run.mesh.world),
+        "config": to_dict(config),
+    }
+    state = State(config.model, corpus.tokenizer, run.flat.by_name, run.optimizer.moments, trainer)
+    folder = save(run.folder.checkpoints, done, state, run.mesh.world)
+    if run.mesh.rank == 0:
+        prune(run.folder.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best)
+    return folder

@@ -1,0 +1,64 @@
+"""What this rank has to compute with: device, threads, and whether ranks must share cores."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from mpilm.comm.base import Comm
+from mpilm.config import Train
+from mpilm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`crowded`: the node has more ranks than cores, so that a rank that waits must not spin."""
+
+    device: torch.device
+    threads: int
+    crowded: bool
+
+
+def look(train: Train, world: Comm) -> Machine:
+    """What this rank may use, and torch told so. Collective."""
+    node = world.split_node()
+    affinities = node.all_gather_json(sorted(os.sched_getaffinity(0)))
+    share = core_share(affinities, node.rank, _cgroup_cores(Path("/sys/fs/cgroup/cpu.max")))
+    asked = train.threads or int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0] or 0)
+    threads = asked or max(1, int(share))
+    torch.set_num_threads(threads)
+    return Machine(choose_device(train.device, node), threads, crowded=share < 1)
+
+
+def core_share(affinities: list[list[int]], rank: int, limit: float) -> Fraction:
+    """The cores a rank has for itself when each core is shared equally by the ranks of the node that may use it.
+
+    `limit`: cores that the whole node's ranks may use together (a cgroup's quota).
+    """
+    users = {core: sum(core in theirs for theirs in affinities) for core in affinities[rank]}
+    share = sum((Fraction(1, n) for n in users.values()), Fraction(0))
+    return min(share, Fraction(limit).limit_denominator(1000) / len(affinities)) if limit < 1e6 else share
+
+
+def _cgroup_cores(file: Path) -> float:
+    """Cores a container's quota allows; infinitely many where there is none."""
+    try:
+        quota, period = file.read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return float("inf")
+
+
+def choose_device(setting: str, node: Comm) -> torch.device:
+    """The GPU of this rank, dealt in turn to the ranks of a node, or the CPU. Raises ConfigError when there is no GPU."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--train.device cuda: torch sees no GPU here; write cpu, or install a CUDA build of torch")
+    if setting == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", node.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)  # before MPI touches a GPU: some libraries fail on any other than the first
+    return device

@@ -1,0 +1,146 @@
+"""The run folder: found or made, compared with what is asked for now, and never written over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpilm.checkpoint.format import checkpoints, read_json, step_of, verify
+from mpilm.checkpoint.load import newest_valid
+from mpilm.comm.base import Comm
+from mpilm.config import Config, flatten, mathematics, merge, read_toml, to_dict
+from mpilm.errors import ConfigError, FileError
+from mpilm.guard.launch import together
+from mpilm.model.init import key_of
+
+DATA_KEYS = ("data.path", "data.tokenizer")  # compared by content
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`checkpoint`: the verified one to go on from, None for a fresh start; `notes`: what the user should know of it."""
+
+    path: Path
+    checkpoint: Path | None
+    step: int
+    notes: tuple[str, ...]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+
+def open_run_folder(config: Config, content: Mapping[str, str], comm: Comm) -> RunFolder:
+    """Find what to go on from, refuse what does not fit, and write config.toml. Collective; rank 0 looks and writes.
+
+    `content`: digests of the corpus and the tokenizer by DATA_KEYS.
+    """
+    found = together(comm, lambda: _open(config, content) if comm.rank == 0 else None)
+    values = [str(found.path), str(found.checkpoint or ""), found.step, found.notes] if found else None
+    path, checkpoint, step, notes = comm.broadcast_json(values)
+    return RunFolder(Path(path), Path(checkpoint) if checkpoint else None, step, tuple(notes))
+
+
+def _open(config: Config, content: Mapping[str, str]) -> RunFolder:
+    path = _choose_path(config)
+    _refuse_foreign(path, config)
+    checkpoint, notes = _choose_checkpoint(path, config, content)
+    step = step_of(checkpoint) if checkpoint else 0
+    assert step is not None
+    if step > config.train.steps:
+        raise ConfigError(f"{checkpoint} is at step {step}, past --train.steps {config.train.steps}; ask for more steps")
+    try:
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_config(path / "config.toml", config)
+    except OSError as error:
+        raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None
+    return RunFolder(path, checkpoint, step, tuple(notes))
+
+
+def _choose_path(config: Config) -> Path:
+    if config.run.dir != "auto":
+        return Path(config.run.dir)
+    decides = mathematics(config) | {key: flatten(config)[key] for key in DATA_KEYS}
+    path = Path("runs") / f"{config.model.arch}-{key_of(sorted(decides.items())) & 0xFFFFFF:06x}"
+    if config.checkpoint.resume != "never":
+        return path
+    copies = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
+    return path if not path.exists() else next(copy for copy in copies if not copy.exists())
+
+
+def _refuse_foreign(path: Path, config: Config) -> None:
+    """A folder that holds something else, or a run that is not to be resumed, is left alone."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / "config.toml").is_file():
+        raise ConfigError(f"--run.dir {path} exists and is not a run folder; choose another")
+    if config.checkpoint.resume == "never":
+        raise ConfigError(f"--run.dir {path} holds a run, and --checkpoint.resume is never; choose another folder")
+    if config.checkpoint.resume == "auto" and not checkpoints(path / "checkpoints"):
+        old = merge(Config(), read_toml(str(path / "config.toml")), str(path / "config.toml"))
+        _refuse_changes(mathematics(old), config, f"the run in {path}")
+
+
+def _choose_checkpoint(path: Path, config: Config, content: Mapping[str, str]) -> tuple[Path | None, list[str]]:
+    asked = config.checkpoint.resume
+    if asked == "never":
+        return None, []
+    if asked == "auto":
+        checkpoint, notes = newest_valid(path / "checkpoints")
+    else:
+        checkpoint, notes = Path(asked), []
+        _refuse_branch(checkpoint, path)
+        verify(checkpoint)
+    if checkpoint is not None:
+        notes += _compare(checkpoint, config, content)
+    elif notes:
+        raise ConfigError(f"no checkpoint in {path} is whole:\n  " + "\n  ".join(notes))
+    return checkpoint, notes
+
+
+def _refuse_branch(checkpoint: Path, path: Path) -> None:
+    if step_of(checkpoint) is None or not checkpoint.is_dir():
+        raise FileError(f"--checkpoint.resume {checkpoint} is not a checkpoint folder (.../checkpoints/step-NNNNNNNN)")
+    newest = checkpoints(path / "checkpoints")[-1:]
+    if newest and newest[0].resolve() != checkpoint.resolve():
+        raise ConfigError(
+            f"--run.dir {path} already holds {newest[0].name}; to go on from {checkpoint} choose another --run.dir, "
+            "to go on from the newest write --checkpoint.resume auto"
+        )
+
+
+def _compare(checkpoint: Path, config: Config, content: Mapping[str, str]) -> list[str]:
+    trainer = read_json(checkpoint / "trainer.json")
+    source = str(checkpoint / "trainer.json")
+    _refuse_changes(mathematics(merge(Config(), trainer["config"], source)) | trainer["content"], config, str(checkpoint), content)
+    versions = trainer["versions"]
+    return [f"resumed from {checkpoint}, written by {', '.join(f'{k} {v}' for k, v in versions.items())}"]
+
+
+def _refuse_changes(old: Mapping[str, Any], config: Config, what: str, content: Mapping[str, str] | None = None) -> None:
+    """Raise ConfigError naming each setting on which the numbers depend and that differs from the old run's."""
+    new = mathematics(config) | dict(content or {})
+    allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change}
+    changed = [k for k in new if k in old and old[k] != new[k] and k not in allowed]
+    if changed:
+        rows = "".join(f"\n  {key}: was {_shown(key, old[key])}, now {_shown(key, new[key])}" for key in changed)
+        raise ConfigError(
+            f"{what} was made with other settings, and the result depends on them:{rows}\n"
+            "Choose another --run.dir for another run, or allow the change: --checkpoint.allow-change " + " ".join(changed)
+        )
+
+
+def _shown(key: str, value: Any) -> str:
+    return f"content {str(value)[:12]}" if key in DATA_KEYS else repr(value)
+
+
+def write_config(path: Path, config: Config) -> None:
+    """The resolved config as TOML, replaced whole or not at all."""
+    import tomli_w
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,43 @@
+"""Text from a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mpilm.checkpoint.format import MANIFEST, read_json, verify
+from mpilm.checkpoint.load import read_tensors
+from mpilm.comm.base import Comm
+from mpilm.config import Generate, Model
+from mpilm.data.tokenizer import Tokenizer, load_tokenizer
+from mpilm.errors import FileError
+from mpilm.guard.launch import together
+from mpilm.model.huggingface import published_name, read_config
+from mpilm.model.sample import sample
+from mpilm.trainer.build import build_model
+
+
+def write(folder: str, settings: Generate, comm: Comm) -> None:
+    """Print the prompt and what follows it. Collective; rank 0 works."""
+    together(comm, lambda: _write(Path(folder), settings) if comm.rank == 0 else None)
+
+
+def _write(folder: Path, settings: Generate) -> None:
+    model, shape, tokenizer = read_model(folder)
+    start = tokenizer.encode(settings.prompt).tolist() if settings.prompt else [tokenizer.eos]
+    print(settings.prompt + tokenizer.decode(sample(model, start, settings, shape.context_length, tokenizer.eos)), flush=True)
+
+
+def read_model(folder: Path) -> tuple[nn.Module, Model, Tokenizer]:
+    """The model, its shape and its tokenizer from a checkpoint or a Hugging Face folder of one safetensors file."""
+    if not folder.is_dir():
+        raise FileError(f"--model.init-from {folder} is not a folder")
+    if (folder / MANIFEST).exists():
+        verify(folder)
+    shape, vocab_size = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    tokenizer = load_tokenizer(str(folder))
+    model, flat = build_model(shape, vocab_size, torch.device("cpu"))
+    read_tensors(folder / "model.safetensors", {published_name(name): p for name, p in flat.by_name.items()})
+    return model, shape, tokenizer
