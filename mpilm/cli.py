@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, TypeVar
 
-from mpilm.config import merge, read_toml, validate
+from mpilm.config import flatten, merge, read_toml, validate
 from mpilm.errors import ConfigError
 
 T = TypeVar("T")
@@ -60,10 +60,16 @@ def _shared_options(presets: Mapping[str, Any] | None) -> str:
     return text + ". Order: preset, file, flags; later wins."
 
 
-def _booleans(words: list[str]) -> list[str]:
-    """true and false as TOML spells them, as Python does."""
-    after_flag = [False] + [word.startswith("--") for word in words]
-    return [word.capitalize() if flag and word in ("true", "false") else word for word, flag in zip(words, after_flag)]
+def _booleans(words: list[str], default: Any) -> list[str]:
+    """true and false as Python spells them; a flag alone stands for true."""
+    flags = {f"--{name.replace('_', '-')}" for name, value in flatten(default).items() if isinstance(value, bool)}
+    spelled: list[str] = []
+    for i, word in enumerate(words):
+        previous_is_flag = i > 0 and words[i - 1].replace("_", "-") in flags
+        spelled.append(word.capitalize() if previous_is_flag and word.lower() in ("true", "false") else word)
+        if word.replace("_", "-") in flags and "".join(words[i + 1 : i + 2]).lower() not in ("true", "false"):
+            spelled.append("True")
+    return spelled
 
 
 def _flags(words: list[str], default: T, prog: str, description: str) -> T:
@@ -72,8 +78,14 @@ def _flags(words: list[str], default: T, prog: str, description: str) -> T:
     printed = io.StringIO()
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
-            kind = tyro.conf.FlagConversionOff[type(default)]  # every setting is `--section.key value`, booleans too
-            return tyro.cli(kind, args=_booleans(words), default=default, prog=prog, description=description)  # type: ignore
+            return tyro.cli(
+                type(default),
+                args=_booleans(words, default),
+                default=default,
+                prog=prog,
+                description=description,
+                config=(tyro.conf.FlagConversionOff,),  # every setting is `--section.key value`, booleans too
+            )
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
         raise SystemExit(printed.getvalue(), ConfigError.code if code else 0) from None

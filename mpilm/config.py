@@ -56,9 +56,9 @@ class Data:
     """What is read."""
 
     path: str = ""
-    """A text file, a folder, a .jsonl(.gz/.zst), a .parquet, or a prepared token file; empty: the embedded corpus, the source text of Python's standard library."""
+    """A text file, a folder, a .jsonl(.gz/.zst), a .parquet or prepared tokens; empty: the embedded corpus, Python's own."""
     tokenizer: str = "auto"
-    """bytes, bpe:SIZE (trained on the corpus) or the path of a tokenizer.json; auto: the one the tokens were prepared with, else bpe:2048."""
+    """bytes, bpe:SIZE (trained on the corpus) or a tokenizer.json; auto: what the tokens were made with, else bpe:2048."""
     eval_fraction: float = 0.05
     """Part of the corpus, at its end, that is held out for evaluation."""
     encoding_errors: Literal["stop", "replace"] = "stop"
@@ -71,11 +71,11 @@ class Data:
 class Train:
     """The work, and how it is computed."""
 
-    steps: int = 240
+    steps: int = 360
     """Optimizer steps in all."""
-    global_batch: int = 32
+    global_batch: int = 16
     """Sequences a step, over all ranks."""
-    micro_batch: int = 4
+    micro_batch: int = 2
     """Sequences a rank computes at once; divides global-batch."""
     seed: int = 0
     """Decides initial weights, data order and dropout."""
@@ -100,11 +100,11 @@ class Train:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: a GPU when torch sees one."""
     gpu_aware_mpi: bool = False
-    """Hand GPU memory to MPI as it is. Only where the site's MPI was built for it; otherwise data goes through pinned memory."""
+    """Hand GPU memory to MPI as it is: only where the site's MPI was built for it. Otherwise it goes through pinned memory."""
     threads: int = 0
     """CPU threads a rank; 0: the cores the rank really has, shared among the ranks of its node."""
     reproducible: bool = True
-    """Sum gradients in a fixed order, so that every number of ranks gives the same bits; off: the MPI library's own Allreduce."""
+    """Sum gradients in one fixed order: the same bits on any number of ranks; false: the MPI library's own Allreduce."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Checkpoint:
     keep_best: bool = True
     """Keep the checkpoint with the lowest evaluation loss as well."""
     resume: str = "auto"
-    """auto: go on from the newest valid checkpoint of run.dir; never: start anew in a new folder; or the folder of one checkpoint."""
+    """auto: go on from the newest valid checkpoint of run.dir; never: start anew; or the folder of one checkpoint."""
     allow_change: tuple[str, ...] = ()
     """Settings that may differ from the checkpoint's although the mathematics depends on them, for example train.lr."""
 
@@ -185,7 +185,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def mathematics(config: Config) -> dict[str, Any]:
     """The settings that the numbers of a run depend on."""
-    flat = flatten(config)
+    flat = flatten(resolve(config))
     return {k: v for k, v in flat.items() if k.split(".")[0] not in FREE_SECTIONS and k not in FREE_TO_CHANGE}
 
 
@@ -225,13 +225,16 @@ def _nearest(key: str, known: dict[str, Any], prefix: str) -> str:
     return f"; known here are {', '.join(sorted(known))}"
 
 
+TOML_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "a list of strings"}
+
+
 def _typed(value: Any, like: Any, where: str) -> Any:
-    if isinstance(like, tuple) and isinstance(value, list):
+    if isinstance(like, tuple) and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(like):
-        raise ConfigError(f"{where} must be a {type(like).__name__}, not {value!r}")
+        raise ConfigError(f"{where} must be {TOML_NAMES[type(like)]}, not {value!r}")
     return value
 
 
@@ -312,7 +315,7 @@ CHOICES = {
 
 def _validate_model(model: Model) -> None:
     if model.d_model % model.n_heads:
-        near = _nearest_multiple(model.d_model, model.n_heads)
+        near = _nearest_multiple(model.d_model, 2 * model.n_heads)
         raise ConfigError(
             f"--model.d-model {model.d_model} is not divisible by --model.n-heads {model.n_heads}; the nearest that is: {near}"
         )
@@ -322,7 +325,10 @@ def _validate_model(model: Model) -> None:
             "and rotary positions turn pairs; make it even"
         )
     if model.n_heads % model.n_kv_heads:
-        raise ConfigError(f"--model.n-heads {model.n_heads} is not divisible by --model.n-kv-heads {model.n_kv_heads}")
+        fit = max(n for n in range(1, model.n_kv_heads + 1) if model.n_heads % n == 0) if model.n_kv_heads else 1
+        raise ConfigError(
+            f"--model.n-heads {model.n_heads} is not divisible by --model.n-kv-heads {model.n_kv_heads}; the next below: {fit}"
+        )
 
 
 def _nearest_multiple(value: int, of: int) -> int:
@@ -347,11 +353,11 @@ def _validate_train(config: Config) -> None:
 
 def validate_ranks(config: Config, ranks: int) -> None:
     """Refuse more data ranks than there are microbatches to share out."""
-    if ranks > microbatches(config):
-        train = config.train
+    train, most = config.train, microbatches(config)
+    if ranks > most:
         raise ConfigError(
-            f"{ranks} ranks, but a step has only {microbatches(config)} microbatches (--train.global-batch {train.global_batch} "
-            f"over --train.micro-batch {train.micro_batch}); start {microbatches(config)} ranks or fewer, "
+            f"{ranks} ranks, but a step has only {most} microbatches (--train.global-batch {train.global_batch} over "
+            f"--train.micro-batch {train.micro_batch}); start {most} ranks or fewer, "
             f"or make the batch {ranks * train.micro_batch}"
         )
 

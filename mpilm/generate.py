@@ -1,6 +1,6 @@
 """Write text with a trained model.
 
-    python -m mpilm.generate --model.init-from runs/NAME/checkpoints/step-00000240 --generate.prompt "def main("
+python -m mpilm.generate --model.init-from runs/NAME/checkpoints/step-00000240 --generate.prompt "def main("
 """
 
 from __future__ import annotations

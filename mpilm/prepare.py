@@ -19,8 +19,6 @@ from mpilm.data.stats import table
 from mpilm.errors import ConfigError
 from mpilm.guard.launch import Body, run
 
-SWITCHES = ("--stats", "--drop-duplicates", "--drop_duplicates")
-
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -38,22 +36,15 @@ class PrepareConfig:
 def configure(argv: Sequence[str]) -> PrepareConfig:
     """The config of a command line; raises ConfigError when it asks for nothing."""
     description = "Turn text into token files, in parallel; the bytes written do not depend on how many ranks do it."
-    config = parse(_spelled_out(argv), PrepareConfig(), "prepare", description)
+    config = parse(argv, PrepareConfig(), "prepare", description)
     if not config.output and not config.stats:
         raise ConfigError("say where to write the tokens with --output PREFIX, or ask for --stats")
     return config
 
 
-def _spelled_out(argv: Sequence[str]) -> list[str]:
-    """`--stats` stands for `--stats true`."""
-    words: list[str] = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        words += [word, "true"] if word in SWITCHES and following.lower() not in ("true", "false") else [word]
-    return words
-
-
 def command(config: PrepareConfig, comm: Comm) -> None:
     """Do what the config asks for; rank 0 prints. Collective."""
+    comm = comm.with_options(gpu_aware=False, patient=True)  # ranks wait for one that trains the tokenizer
     progress = ProgressLine() if comm.rank == 0 else silent
     if config.stats:
         statistics = survey(config.data, comm, progress)

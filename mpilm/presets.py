@@ -33,9 +33,7 @@ def llama_100m() -> Config:
 
 def llama_1b() -> Config:
     """The shape of TinyLlama: 1.1 billion parameters, 22 blocks of width 2048."""
-    shape = Model(
-        n_layers=22, n_heads=32, n_kv_heads=4, d_model=2048, d_ff=5632, context_length=2048, tie_embeddings=False
-    )
+    shape = Model(n_layers=22, n_heads=32, n_kv_heads=4, d_model=2048, d_ff=5632, context_length=2048, tie_embeddings=False)
     return _published(shape, lr=4e-4, global_batch=512, vocabulary=32000)
 
 

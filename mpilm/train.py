@@ -1,8 +1,8 @@
 """Train a language model.
 
-    python -m mpilm.train                               one rank
-    mpirun -n 8 python -m mpilm.train                   eight
-    mpirun -n 8 python -m mpilm.train --data.path my_text/ --model.n-layers 8 --train.steps 2000
+python -m mpilm.train                               one rank
+mpirun -n 8 python -m mpilm.train                   eight
+mpirun -n 8 python -m mpilm.train --data.path my_text/ --model.n-layers 8 --train.steps 2000
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from mpilm.config import Config, resolve
 from mpilm.guard.launch import Body, run
 from mpilm.presets import PRESETS
 
-DESCRIPTION = "Train a language model, on as many ranks as mpirun starts. With no settings: a small one, on the embedded corpus."
+DESCRIPTION = (
+    "Train a language model, on as many ranks as mpirun starts. With no settings: a small one, on the embedded corpus."
+)
 
 
 def prepare() -> Body:

@@ -105,7 +105,7 @@ class Writer:
             at += array.nbytes
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)
-        parts = (memoryview(np.ascontiguousarray(array)).cast("B") for array in arrays.values())
+        parts = (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays.values())
         self.chunks(name, _chain(len(head).to_bytes(8, "little") + head, parts))
 
     def manifest(self) -> None:

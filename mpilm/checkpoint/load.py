@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mpilm.checkpoint.format import checkpoints, verify
 from mpilm.comm.base import Comm
+from mpilm.comm.together import on_root
 from mpilm.errors import ConfigError, DataError, UserError
-from mpilm.guard.launch import together
 from mpilm.model.huggingface import published_name
 
 
@@ -37,7 +37,7 @@ def load(
 
     The tensors are views of `flats`, which rank 0 fills and then broadcasts: one reader, whatever the number of ranks.
     """
-    together(comm, lambda: _read(folder, parameters, moments) if comm.rank == 0 else None)
+    on_root(comm, lambda: _read(folder, parameters, moments))
     for flat in flats:
         comm.broadcast(flat)
 

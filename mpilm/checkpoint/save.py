@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mpilm.checkpoint.format import TEMPORARY, Writer, checkpoints, folder_name, read_json, sync_folder
 from mpilm.comm.base import Comm
+from mpilm.comm.together import on_root
 from mpilm.config import Model
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import FileError, UserError
-from mpilm.guard.launch import together
 from mpilm.model.huggingface import published_config, published_name
 
 
@@ -37,7 +37,7 @@ def save(parent: Path, step: int, state: State, comm: Comm) -> Path:
     An existing one of the same step is left alone: the same step of the same run has the same content.
     """
     final = parent / folder_name(step)
-    together(comm, lambda: _write(final, state) if comm.rank == 0 else None)
+    on_root(comm, lambda: _write(final, state))
     return final
 
 

@@ -40,6 +40,7 @@ class Comm(ABC):
     rank: int
     size: int
     library = "no MPI"  # what carries the messages, in a few words
+    check = False  # whether every collective first compares the ranks' calls (Traced does)
 
     # Collectives that start and are waited for later.
 
@@ -51,7 +52,10 @@ class Comm(ABC):
         return self._iall_reduce(x, op)
 
     def iall_gather(self, x: Tensor, out: Tensor, counts: Counts | None = None) -> Request:
-        """Lay every rank's x one after the other into the flat `out`; `counts[r]` elements come from rank r."""
+        """Lay every rank's x one after the other into the flat `out`; `counts[r]` elements come from rank r.
+
+        x may be this rank's own part of `out`.
+        """
         counts = self._counts("all_gather", counts, out.numel())
         self._guard("all_gather", x, out, (x.numel(), counts[self.rank]), (out.numel(), sum(counts)))
         return self._iall_gather(x, out, counts)
@@ -62,6 +66,8 @@ class Comm(ABC):
         """Send the r-th part of the flat x to rank r; part r of `out` comes from rank r."""
         sends = self._counts("all_to_all", send_counts, x.numel())
         receives = self._counts("all_to_all", receive_counts, out.numel())
+        if x.numel() and x.data_ptr() == out.data_ptr():
+            raise ValueError(f"{self}: all_to_all into the buffer that it sends from; give another one")
         self._guard("all_to_all", x, out, (x.numel(), sum(sends)), (out.numel(), sum(receives)))
         return self._iall_to_all(x, out, sends, receives)
 
@@ -83,7 +89,9 @@ class Comm(ABC):
     def all_gather(self, x: Tensor, out: Tensor, counts: Counts | None = None) -> None:
         self.iall_gather(x, out, counts).wait()
 
-    def all_to_all(self, x: Tensor, out: Tensor, send_counts: Counts | None = None, receive_counts: Counts | None = None) -> None:
+    def all_to_all(
+        self, x: Tensor, out: Tensor, send_counts: Counts | None = None, receive_counts: Counts | None = None
+    ) -> None:
         self.iall_to_all(x, out, send_counts, receive_counts).wait()
 
     def broadcast(self, x: Tensor, root: int = 0) -> None:

@@ -63,7 +63,10 @@ class MpiComm(Comm):
     def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
         host_x, _ = self._stage(x, None)
         host_out, finish = self._stage(None, out)
-        request = self._comm.Iallgatherv(_movable(host_x), _movable(host_out, counts))
+        own = host_out.data_ptr() + sum(counts[: self.rank]) * out.element_size()
+        in_place = x.numel() > 0 and host_x.data_ptr() == own  # MPI refuses buffers that overlap
+        source = MPI.IN_PLACE if in_place else _movable(host_x)
+        request = self._comm.Iallgatherv(source, _movable(host_out, counts))
         return Request(partial(self._complete, request, finish, host_x, host_out))
 
     def _iall_to_all(self, x: Tensor, out: Tensor, send_counts: Counts, receive_counts: Counts) -> Request:
@@ -154,7 +157,7 @@ def _movable(x: Tensor, counts: Counts | None = None) -> list[object]:
 
 def _countable(x: Tensor) -> None:
     if x.numel() > LARGEST_COUNT:
-        raise ValueError(f"one message of {x.numel()} elements; MPI libraries take {LARGEST_COUNT} at most: cut it into buckets")
+        raise ValueError(f"one message of {x.numel()} elements; MPI takes {LARGEST_COUNT} at most: cut it into buckets")
 
 
 def mpi_world() -> MpiComm:

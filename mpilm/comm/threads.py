@@ -127,9 +127,8 @@ class ThreadComm(Comm):
 
     def _message(self, way: str, source: int, to: int, tag: int) -> Any:
         """The key of the next message on this way; each end counts for itself, also where both ends are one rank."""
-        key = (self._path, self._group, "message", source, to, tag)
-        self._messages[(way, *key)] += 1
-        return (*key, self._messages[(way, *key)])
+        self._messages[way, source, to, tag] += 1
+        return (self._path, self._group, "message", source, to, tag, self._messages[way, source, to, tag])
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
         self._world.post(self._message("send", self.rank, to, tag), x.clone())
@@ -156,7 +155,7 @@ def run_ranks(size: int, body: Callable[[Comm], R], timeout_s: float = 60.0) -> 
     def rank_main(rank: int) -> None:
         try:
             results[rank] = body(ThreadComm(world, tuple(range(size)), rank, "world"))
-        except BaseException as error:  # noqa: BLE001 - whatever ended a rank is raised again below
+        except BaseException as error:  # whatever ended a rank is raised again below
             errors.append((rank, error))
             world.fail(f"rank {rank} raised {type(error).__name__}: {error}")
 

@@ -79,7 +79,8 @@ class Traced(Comm):
         verdicts = self.inner.all_gather_json(None if coming == expected else [coming, expected])
         for rank, verdict in enumerate(verdicts):
             if verdict is not None:
-                raise RanksDisagreeError(f"{self.name}: all_to_all brings rank {rank} {verdict[0]} elements, it expects {verdict[1]}")
+                came, wanted = verdict
+                raise RanksDisagreeError(f"{self.name}: all_to_all brings rank {rank} {came} elements, it expects {wanted}")
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
         self._record("send", x, x.numel())

@@ -10,15 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
+from mpilm.comm.together import together
 from mpilm.config import Data
 from mpilm.data.cache import cached_corpus
 from mpilm.data.encode import Progress
-from mpilm.data.files import digest_files, hex_digest
+from mpilm.data.files import hex_digest
+from mpilm.data.gather import digest_files
 from mpilm.data.indexed import TokenFile, check_vocabulary, open_tokens, prefix_of, with_ending
 from mpilm.data.prepare import Meta, read_meta, silent
 from mpilm.data.tokenizer import Tokenizer, bpe_size, named_tokenizer, read_sidecar
 from mpilm.errors import ConfigError, DataError, FileError
-from mpilm.guard.launch import together
 
 SAMPLE_TOKENS = 2**16
 COUNTED_AT_ONCE = 2**22

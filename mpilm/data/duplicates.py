@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
 from mpilm.data.encode import Share
-from mpilm.data.files import gather_rows
+from mpilm.data.gather import gather_rows
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +101,7 @@ def place_index(path: Path, layout: Layout, lengths: NDArray, ends: NDArray, seq
         _write_at(file, layout.documents_at + 8 * (document + 1), np.asarray(ends, dtype="<i8"))
 
 
-def _write_at(file, offset: int, values: NDArray) -> None:  # type: ignore[no-untyped-def]
+def _write_at(file: IO[bytes], offset: int, values: NDArray) -> None:
     file.seek(offset)
     file.write(values.tobytes())
 

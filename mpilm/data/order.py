@@ -13,7 +13,6 @@ Indices = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 ROUNDS = 8
-SMALLEST_HALF_BITS = 3  # over fewer bits a Feistel network reaches too few of the permutations
 
 
 def mix(x: Words) -> Words:
@@ -33,7 +32,7 @@ def key_of(*parts: int) -> int:
 
 def permute(index: Indices, n: int, key: int) -> Indices:
     """Where each index of [0, n) goes in the permutation of that key; int64, the shape of `index`."""
-    half_bits = max(SMALLEST_HALF_BITS, -(-(n - 1).bit_length() // 2))
+    half_bits = max(1, -(-(n - 1).bit_length() // 2))
     keys = mix(np.uint64(key % 2**64) + np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     out = _feistel(np.asarray(index).astype(np.uint64).ravel(), half_bits, keys)
     while (outside := np.flatnonzero(out >= np.uint64(n))).size:

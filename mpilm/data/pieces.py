@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 from mpilm.data.files import touching
 from mpilm.data.sources import BLOCK_BYTES, Item, Source, missing, parquet_file
@@ -74,7 +74,7 @@ def cut(window: bytes) -> int:
         if window[at + 1] not in SPACE:
             return at + 1
         at = window.find(b"\n", at + 1)
-    return first or next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0)
+    return first or next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
 
 
 def _block(item: Item, reading: Reading) -> Piece:
@@ -157,8 +157,8 @@ def _decode(data: bytes, reading: Reading, path: str, where: Callable[[int], tup
         ) from None
 
 
-def _document(text: str, reading: Reading, where: str) -> Iterator[Piece]:
-    """The pieces of a document that is in memory."""
+def _document(text: str, reading: Reading, where: object) -> Iterator[Piece]:
+    """The pieces of a document that is in memory; `where` becomes text only for a message."""
     try:
         data = text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
@@ -192,7 +192,7 @@ def _json_pieces(item: Item, reading: Reading) -> Iterator[Piece]:
         while (stop is None or offset < stop) and (line := file.readline()):
             place = _JsonLine(source.path, start, count, offset)
             if line.strip():
-                yield from _document(_text_of(line, reading, place), reading, str(place))
+                yield from _document(_text_of(line, reading, place), reading, place)
             count, offset = count + 1, offset + len(line)
 
 
@@ -225,20 +225,22 @@ def _text_of(line: bytes, reading: Reading, place: _JsonLine) -> str:
         raise DataError(f"{place}: is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{place}: is not a JSON object, but {type(value).__name__}")
-    if not isinstance(value.get(reading.text_key), str):
+    found = value.get(reading.text_key)
+    if not isinstance(found, str):
+        has = f"{type(found).__name__} and no text" if reading.text_key in value else "nothing"
         keys = ", ".join(sorted(map(str, value)))[:200]
         raise DataError(
-            f'{place}: has no text under "{reading.text_key}"; its keys are: {keys or "none"}; '
-            "name the right one with --data.text-key"
+            f'{place}: has {has} under "{reading.text_key}"; its keys are: {keys or "none"}; '
+            "name the one of the text with --data.text-key"
         )
-    return value[reading.text_key]
+    return found
 
 
 # Parquet.
 
 
 def _parquet_pieces(item: Item, reading: Reading) -> Iterator[Piece]:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
     path, key = item.source.path, reading.text_key
     file = parquet_file(path)
@@ -267,7 +269,7 @@ def open_stream(source: Source) -> IO[bytes]:
     return io.BufferedReader(_Expanded(source.path, decoders[source.codec]), READ_BYTES)
 
 
-def _zstd_decoder(path: str):  # type: ignore[no-untyped-def]
+def _zstd_decoder(path: str) -> Any:
     try:
         import zstandard
     except ImportError:
@@ -280,7 +282,7 @@ class _Expanded(io.RawIOBase):
 
     def __init__(self, path: str, new_decoder: Callable):
         self._path, self._new_decoder = path, new_decoder
-        self._file = open(path, "rb")
+        self._file = open(path, "rb")  # noqa: SIM115 - closed by `close`
         self._decoder, self._ready, self._begun = new_decoder(), b"", False
 
     def readable(self) -> bool:
@@ -290,7 +292,7 @@ class _Expanded(io.RawIOBase):
         self._file.close()
         super().close()
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+    def readinto(self, buffer: Any) -> int:
         while not self._ready and self._expand():
             pass
         count = min(len(buffer), len(self._ready))

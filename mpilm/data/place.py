@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
+from mpilm.comm.together import on_root, together
 from mpilm.data.encode import Share
 from mpilm.data.files import touching
 from mpilm.data.indexed import Layout, place_index, with_ending
 from mpilm.errors import FileError
-from mpilm.guard.launch import together
 
 COPY_BYTES = 16 * 2**20
 ENDINGS = (".tokenizer.json", ".json", ".bin", ".idx")  # in the order in which they appear: the .idx says that all is there
@@ -46,7 +46,7 @@ def temporaries(prefix: Path, comm: Comm) -> Iterator[Temporaries]:
     temporary = Temporaries(prefix, comm.broadcast_json(secrets.token_hex(4)), comm.rank)
     mine = [temporary.part, *(temporary.final(ending) for ending in ENDINGS if comm.rank == 0)]
     try:
-        together(comm, lambda: _create(temporary.final(".bin")) if comm.rank == 0 else None)
+        on_root(comm, lambda: _create(temporary.final(".bin")))
         together(comm, lambda: _see(temporary.final(".bin")))
         yield temporary
     finally:
@@ -111,7 +111,7 @@ def place(
                 os.fsync(file.fileno())
         temporary.part.unlink()
 
-    together(comm, lambda: lay_out() if comm.rank == 0 else None)
+    on_root(comm, lay_out)
     together(comm, fill)
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from mpilm.comm.base import Comm
+from mpilm.comm.together import on_root, together
 from mpilm.config import Data
 from mpilm.data.duplicates import compare_documents
 from mpilm.data.encode import Progress, Share, encode_share
-from mpilm.data.files import digest_files, hex_digest, touching, write_durably
+from mpilm.data.files import hex_digest, touching, write_durably
+from mpilm.data.gather import digest_files
 from mpilm.data.indexed import prefix_of, token_dtype, with_ending
 from mpilm.data.pieces import Reading, pieces_of
 from mpilm.data.place import Temporaries, count, give_names, place, refuse_existing, temporaries
@@ -25,7 +27,6 @@ from mpilm.data.sources import BLOCK_BYTES, Source, deal, discover, items_of, sp
 from mpilm.data.stats import Statistics, by_script, length_distribution
 from mpilm.data.tokenizer import Tokenizer, bpe_size, named_tokenizer, train_bpe
 from mpilm.errors import ConfigError, DataError
-from mpilm.guard.launch import together
 
 DEFAULT_TOKENIZER = "bpe:2048"
 TRAINING_BYTES = 16 * 2**20  # of text that a BPE is trained on; its time and memory grow with it
@@ -77,7 +78,7 @@ def prepare(
     FileError when one of the files exists, ConfigError, DataError; on every rank, and nothing is left behind.
     """
     prefix = Path(output).expanduser()
-    together(comm, lambda: refuse_existing(prefix) if comm.rank == 0 else None)
+    on_root(comm, lambda: refuse_existing(prefix))
     sources = agree_on_sources(data, comm) if sources is None else sources
     reading = reading_of(data)
     tokenizer = agree_on_tokenizer(data, sources, comm)
@@ -97,7 +98,7 @@ def prepare(
             tokens_digest=digest, tokenizer=tokenizer.name, tokenizer_digest=tokenizer.digest, eos=tokenizer.eos,
             eos_written=eos, source_bytes=total.source_bytes, dropped_duplicates=dropped,
         )  # fmt: skip
-        together(comm, lambda: _publish(temporary, meta, tokenizer) if comm.rank == 0 else None)
+        on_root(comm, lambda: _publish(temporary, meta, tokenizer))
     return meta
 
 
@@ -143,8 +144,8 @@ def agree_on_sources(data: Data, comm: Comm) -> list[Source]:
             raise ConfigError(f"--data.path {data.path}: these are prepared tokens; give the text they were made from")
         return discover(data.path)
 
-    found = together(comm, lambda: find() if comm.rank == 0 else [])
-    return [Source(*values) for values in comm.broadcast_json([astuple(source) for source in found])]
+    found = on_root(comm, find)
+    return [Source(*values) for values in comm.broadcast_json([astuple(source) for source in found or []])]
 
 
 def reading_of(data: Data) -> Reading:
@@ -161,7 +162,7 @@ def agree_on_tokenizer(data: Data, sources: Sequence[Source], comm: Comm) -> Tok
         tokenizer = named_tokenizer(spec) if size is None else train_bpe(_sample(sources, reading_of(data)), size)
         return [tokenizer.json, tokenizer.eos, spec]
 
-    return Tokenizer(*comm.broadcast_json(together(comm, lambda: make() if comm.rank == 0 else [])))
+    return Tokenizer(*comm.broadcast_json(on_root(comm, make)))
 
 
 def _sample(sources: Sequence[Source], reading: Reading) -> Iterator[str]:

@@ -31,5 +31,5 @@ class ProgressLine:
         if now - self._shown_s < self.every_s and not finished_after_showing:
             return
         self._shown_s = now
-        share, speed = 100 * done / max(1, total), done / 1e6 / (now - self._began_s)
+        share, speed = 100 * done / max(1, total), done / 1e6 / max(1e-3, now - self._began_s)
         print(f"{self.what}: {share:3.0f}% of {total / 1e6:,.0f} MB on rank 0, {speed:.1f} MB/s", file=self.out, flush=True)

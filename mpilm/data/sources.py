@@ -122,18 +122,16 @@ def _source(path: Path, kind: tuple[str, str]) -> Source:
     form, codec = kind
     with touching(path):
         size = path.stat().st_size
-    if form == "parquet":
-        parts = parquet_file(str(path)).num_row_groups
-    else:
-        parts = 1 if codec else -(-size // BLOCK_BYTES)
+    blocks = 1 if codec else -(-size // BLOCK_BYTES)
+    parts = parquet_file(str(path)).num_row_groups if form == "parquet" else blocks
     return Source(str(path), form, codec, size if parts else 0, parts)
 
 
 def parquet_file(path: str) -> Any:
     """The opened file; raises DataError when it is not Parquet or pyarrow is missing."""
     try:
-        from pyarrow import ArrowException  # type: ignore[import-untyped]
-        from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
     except ImportError:
         raise missing("pyarrow", path) from None
     try:

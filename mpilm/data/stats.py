@@ -19,7 +19,7 @@ BLOCKS = (
     (0x2070, "symbols and mathematics"), (0x2C60, "Latin extended"), (0x2C80, "other"), (0x2E80, "CJK"),
     (0x3040, "Japanese kana"), (0x3100, "CJK"), (0x3130, "Hangul"), (0x3190, "CJK"), (0xA000, "other"),
     (0xA720, "Latin extended"), (0xA800, "other"), (0xAC00, "Hangul"), (0xD7B0, "other"), (0xF900, "CJK"), (0xFB00, "other"),
-    (0xFB50, "Arabic"), (0xFE00, "other"), (0xFE30, "CJK"), (0xFE70, "Arabic"), (0xFF00, "CJK"), (0xFFF0, "U+FFFD and the like"),
+    (0xFB50, "Arabic"), (0xFE00, "other"), (0xFE30, "CJK"), (0xFE70, "Arabic"), (0xFF00, "CJK"), (0xFFF0, "U+FFFD, specials"),
     (0x10000, "other"), (0x1D400, "symbols and mathematics"), (0x1D800, "other"), (0x1F000, "emoji"), (0x1FB00, "other"),
     (0x20000, "CJK"), (0x32000, "other"),
 )  # fmt: skip

@@ -7,51 +7,15 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from mpilm.comm.base import Comm, SelfComm
-from mpilm.config import flatten
-from mpilm.errors import ConfigError, UserError, from_code
+from mpilm.comm.together import AgreedError, together
+from mpilm.errors import ConfigError, UserError
 
 R = TypeVar("R")
 Body = Callable[[Comm], None]
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE", "PMIX_SIZE")
-
-
-class Agreed(Exception):
-    """A user's error that every rank knows of: rank 0 prints it, and all leave with its code."""
-
-    def __init__(self, error: UserError):
-        super().__init__(str(error))
-        self.error = error
-
-
-def together(comm: Comm, action: Callable[[], R]) -> R:
-    """Do `action` on every rank; if it raises a UserError on any, raise that error on all. Collective.
-
-    For steps that fail on one rank alone, such as opening a file, after which the others would wait for ever.
-    """
-    result, failure = None, None
-    try:
-        result = action()
-    except UserError as error:
-        failure = [error.code, str(error)]
-    failures = comm.all_gather_json(failure)
-    failed = [rank for rank, theirs in enumerate(failures) if theirs]
-    if failed:
-        code, message = failures[failed[0]]
-        where = "" if len(failed) == comm.size else f" (on rank{'s' * (len(failed) > 1)} {', '.join(map(str, failed))})"
-        raise Agreed(from_code(code, message + where))
-    return result  # type: ignore[return-value]
-
-
-def same_everywhere(comm: Comm, what: str, config: Any) -> None:
-    """Raise on all ranks when a setting differs between them, naming each with its values. Collective."""
-    everyone = comm.all_gather_json(flatten(config))
-    differing = [key for key in everyone[0] if any(theirs.get(key) != everyone[0][key] for theirs in everyone)]
-    if differing:
-        rows = "".join(f"\n  {key}: " + ", ".join(f"{t.get(key)!r} on rank {r}" for r, t in enumerate(everyone)) for key in differing)
-        raise Agreed(ConfigError(f"the ranks were started with different {what}:{rows}"))
 
 
 def run(prepare: Callable[[], Body]) -> NoReturn:
@@ -68,7 +32,7 @@ def run(prepare: Callable[[], Body]) -> NoReturn:
     comm = world()
     try:
         code = _main(comm, body, failure)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
+    except BaseException as error:  # whatever it is, the other ranks must not wait for this one
         _end_all(comm, error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -89,7 +53,7 @@ def _main(comm: Comm, body: Body | None, failure: BaseException | None) -> int:
         assert body is not None
         body(comm)
         return 0
-    except Agreed as agreed:
+    except AgreedError as agreed:
         if comm.rank == 0:
             print(f"mpilm: error: {agreed.error}", file=sys.stderr, flush=True)
         comm.barrier()  # nobody leaves before the message is out: a launcher kills the rest when the first one has gone
@@ -103,6 +67,8 @@ def _raise(failure: BaseException | None) -> None:
 
 def _end_all(comm: Comm, error: BaseException) -> NoReturn:
     """An error that the other ranks know nothing of: print it and end the job, or they would wait for ever."""
+    if isinstance(error, BrokenPipeError) and comm.size == 1:
+        os._exit(141)  # whoever read the output has gone, as in `| head`
     code = error.code if isinstance(error, UserError) else 1
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpilm.model.layers import Dropout, rotate
+from mpilm.model.layers import Dropout, Linear, rotate
 
 Core = Callable[[Tensor, Tensor, Tensor, list[int] | None], Tensor]
 Rotation = tuple[Tensor, Tensor]
@@ -43,10 +43,10 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, core: Core):
         super().__init__()
         self.head_width = d_model // n_heads
-        self.q = nn.Linear(d_model, n_heads * self.head_width, bias=False)
-        self.k = nn.Linear(d_model, n_kv_heads * self.head_width, bias=False)
-        self.v = nn.Linear(d_model, n_kv_heads * self.head_width, bias=False)
-        self.o = nn.Linear(n_heads * self.head_width, d_model, bias=False)
+        self.q = Linear(d_model, n_heads * self.head_width)
+        self.k = Linear(d_model, n_kv_heads * self.head_width)
+        self.v = Linear(d_model, n_kv_heads * self.head_width)
+        self.o = Linear(n_heads * self.head_width, d_model)
         self.core = core
 
     def forward(self, x: Tensor, rotation: Rotation, keys: list[int] | None) -> Tensor:  # (B, T, D) -> (B, T, D)

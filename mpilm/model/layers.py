@@ -9,6 +9,23 @@ from torch import Tensor, nn
 from mpilm.model.init import key_of
 
 
+class Linear(nn.Linear):
+    """x W^T without bias; its values come from model/init.py (torch's own would be drawn for nothing)."""
+
+    def __init__(self, width_in: int, width_out: int):
+        super().__init__(width_in, width_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """A row of W for each id; its values come from model/init.py."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class RMSNorm(nn.Module):
     """Divide by the root mean square, times a learned weight (Zhang and Sennrich, arXiv 1910.07467)."""
 
@@ -26,9 +43,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.gate = nn.Linear(d_model, d_ff, bias=False)
-        self.up = nn.Linear(d_model, d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.gate = Linear(d_model, d_ff)
+        self.up = Linear(d_model, d_ff)
+        self.down = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpilm.config import Model
 from mpilm.model.attention import Attention, Core, ExplicitCore, fused_core
-from mpilm.model.layers import Dropout, RMSNorm, SwiGLU, rotation
+from mpilm.model.layers import Dropout, Embedding, Linear, RMSNorm, SwiGLU, rotation
 
 TIED = {"head.weight": "embed.weight"}  # with tie-embeddings: one matrix, two uses
 STD = 0.02
@@ -41,11 +41,11 @@ class Llama(nn.Module):
     def __init__(self, model: Model, vocab_size: int):
         super().__init__()
         self.rope = (model.d_model // model.n_heads, model.rope_theta)
-        self.embed: nn.Module | None = nn.Embedding(vocab_size, model.d_model)
+        self.embed: nn.Module | None = Embedding(vocab_size, model.d_model)
         self.dropout = Dropout(model.dropout, "embed")
         self.blocks = nn.ModuleDict({str(i): Block(model, f"blocks.{i}") for i in range(model.n_layers)})
         self.norm: nn.Module | None = RMSNorm(model.d_model, model.norm_eps)
-        self.head: nn.Module | None = nn.Linear(model.d_model, vocab_size, bias=False)
+        self.head: nn.Module | None = Linear(model.d_model, vocab_size)
 
     def forward(self, x: Tensor, positions: Tensor, keys: list[int] | None = None) -> Tensor:  # (B, T) -> (B, T, V)
         if self.embed is not None:

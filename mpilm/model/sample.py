@@ -10,7 +10,7 @@ from mpilm.config import Generate
 
 @torch.no_grad()
 def sample(model: nn.Module, prompt: list[int], settings: Generate, context_length: int, stop: int) -> list[int]:
-    """The tokens that follow `prompt`: at most max-tokens, the last `context_length` tokens being looked at; ends before `stop`."""
+    """The tokens that follow `prompt`, max-tokens at most, before `stop`; the last `context_length` tokens are looked at."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(settings.seed)
     tokens = list(prompt)

@@ -34,8 +34,9 @@ def flops_per_token(model: Model, vocab_size: int) -> int:
     return 6 * matrices + 6 * model.n_layers * model.d_model * model.context_length
 
 
-def activation_bytes(model: Model, vocab_size: int, tokens: int, dtype: str) -> int:
-    """The most a microbatch of `tokens` tokens holds at once: what is kept for backward, and the gradient of the logits."""
+def activation_bytes(model: Model, vocab_size: int, tokens: int, dtype: str) -> dict[str, int]:
+    """The most a microbatch of `tokens` tokens holds at once: what the blocks keep for backward, and the logits twice
+    (their log-softmax is kept, their gradient comes)."""
     width, kv, ff, heads = model.d_model, _kv_width(model), model.d_ff, model.n_heads
     if dtype == "bfloat16":  # halves are bf16; autocast keeps a bf16 copy of every matrix until the step is done
         block = 7.5 * width + kv + 2 * ff + heads + 2
@@ -45,5 +46,5 @@ def activation_bytes(model: Model, vocab_size: int, tokens: int, dtype: str) -> 
         copies = 0
     if model.dropout:  # attention written out: weights, mask, product; and a mask for each branch
         block += 3 * heads * model.context_length + 2 * width
-    kept = model.n_layers * block + 3 * width + vocab_size
-    return round(4 * tokens * (kept + vocab_size)) + copies
+    kept = 4 * tokens * (model.n_layers * block + 3 * width)
+    return {"activations": round(kept) + copies, "logits": 8 * tokens * vocab_size}

@@ -104,7 +104,8 @@ class GradientSum:
         self.buckets = [(at, min(at + BUCKET, numel)) for at in range(0, numel, BUCKET)] if comm.size > 1 else []
         depth = len(self.buckets) if overlap else min(IN_FLIGHT, len(self.buckets))
         self.exchanges: list[TreeExchange | LibraryExchange] = [
-            TreeExchange(comm, nodes, microbatches, flat.device) if reproducible else LibraryExchange(comm) for _ in range(depth)
+            TreeExchange(comm, nodes, microbatches, flat.device) if reproducible else LibraryExchange(comm)
+            for _ in range(depth)
         ]
         self.parameters = dict(model.named_parameters())
         self.started = len(self.buckets)

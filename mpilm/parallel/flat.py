@@ -35,7 +35,7 @@ class FlatParameters:
     """
 
     def __init__(self, layouts: Mapping[str, Layout], device: torch.device):
-        backward_order = list(reversed(layouts.values()))
+        backward_order = list(layouts.values())[::-1]
         tied = [layout for layout in backward_order if layout.tied_to is not None]
         owned = [layout for layout in backward_order if layout.tied_to is None]
         self.device = device

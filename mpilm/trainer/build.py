@@ -12,11 +12,11 @@ from torch import nn
 
 from mpilm.checkpoint.load import load
 from mpilm.comm.base import Comm
+from mpilm.comm.together import same_everywhere, together
 from mpilm.comm.trace import Traced
-from mpilm.config import Config, Model, microbatches, validate_ranks
+from mpilm.config import Config, Model, flatten, microbatches, validate_ranks
 from mpilm.data.batch import Batches
 from mpilm.data.corpus import Corpus, open_corpus
-from mpilm.guard.launch import same_everywhere, together
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.init import initial_value
@@ -59,7 +59,7 @@ class Training:
 
 def build(config: Config, world: Comm) -> Training:
     """Everything `config` asks for, with the state of the checkpoint it goes on from. Collective."""
-    same_everywhere(world, "settings", config)
+    same_everywhere(world, "settings", flatten(config))
     together(world, lambda: validate_ranks(config, world.size))
     machine = together(world, lambda: look(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
@@ -74,9 +74,7 @@ def build(config: Config, world: Comm) -> Training:
     baseline = resident_bytes(), proportional_bytes()
     model, flat = build_model(config.model, corpus.tokenizer.vocab_size, machine.device)
     data = mesh.comm("data")
-    gradients = GradientSum(
-        flat, model, data, microbatches(config), train.reproducible, overlap=machine.device.type == "cuda"
-    )
+    gradients = GradientSum(flat, model, data, microbatches(config), train.reproducible, overlap=machine.device.type == "cuda")
     optimizer = AdamW(flat, train)
     if folder.checkpoint is None:
         initialise(flat, config)

@@ -42,11 +42,14 @@ def save_checkpoint(run: Training, done: int, eval_loss: float | None) -> Path:
     corpus, config = run.corpus, run.config
     trainer = {
         "step": done,
-        "tokens": sum(run.batches.target_tokens(step) for step in range(done)),
+        "tokens": done * run.batches.target_tokens(0),
         "seed": config.train.seed,
         "eval_loss": eval_loss,
         "content": {"data.path": corpus.fingerprint, "data.tokenizer": corpus.tokenizer.digest},
-        "layout": {**dict(zip(("pipeline", "data", "context", "tensor"), run.mesh.shape.sizes)), "threads": run.machine.threads},
+        "layout": {
+            **dict(zip(("pipeline", "data", "context", "tensor"), run.mesh.shape.sizes)),
+            "threads": run.machine.threads,
+        },
         "versions": versions(run.mesh.world),
         "config": to_dict(config),
     }

@@ -31,7 +31,15 @@ def look(train: Train, world: Comm) -> Machine:
     asked = train.threads or int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0] or 0)
     threads = asked or max(1, int(share))
     torch.set_num_threads(threads)
-    return Machine(choose_device(train.device, node), threads, crowded=share < 1)
+    device = choose_device(train.device, node)
+    _load_libraries(device)
+    return Machine(device, threads, crowded=share < 1)
+
+
+def _load_libraries(device: torch.device) -> None:
+    """Make torch load its mathematics, so that what the program itself takes is known before the model is there."""
+    x = torch.ones(128, 128, device=device, requires_grad=True)
+    torch.nn.functional.scaled_dot_product_attention(x[None, None], x[None, None], (x @ x)[None, None]).sum().backward()
 
 
 def core_share(affinities: list[list[int]], rank: int, limit: float) -> Fraction:

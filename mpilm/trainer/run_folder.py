@@ -11,9 +11,9 @@ from typing import Any
 from mpilm.checkpoint.format import checkpoints, read_json, step_of, verify
 from mpilm.checkpoint.load import newest_valid
 from mpilm.comm.base import Comm
+from mpilm.comm.together import on_root
 from mpilm.config import Config, flatten, mathematics, merge, read_toml, to_dict
 from mpilm.errors import ConfigError, FileError
-from mpilm.guard.launch import together
 from mpilm.model.init import key_of
 
 DATA_KEYS = ("data.path", "data.tokenizer")  # compared by content
@@ -38,7 +38,7 @@ def open_run_folder(config: Config, content: Mapping[str, str], comm: Comm) -> R
 
     `content`: digests of the corpus and the tokenizer by DATA_KEYS.
     """
-    found = together(comm, lambda: _open(config, content) if comm.rank == 0 else None)
+    found = on_root(comm, lambda: _open(config, content))
     values = [str(found.path), str(found.checkpoint or ""), found.step, found.notes] if found else None
     path, checkpoint, step, notes = comm.broadcast_json(values)
     return RunFolder(Path(path), Path(checkpoint) if checkpoint else None, step, tuple(notes))
@@ -115,7 +115,9 @@ def _refuse_branch(checkpoint: Path, path: Path) -> None:
 def _compare(checkpoint: Path, config: Config, content: Mapping[str, str]) -> list[str]:
     trainer = read_json(checkpoint / "trainer.json")
     source = str(checkpoint / "trainer.json")
-    _refuse_changes(mathematics(merge(Config(), trainer["config"], source)) | trainer["content"], config, str(checkpoint), content)
+    _refuse_changes(
+        mathematics(merge(Config(), trainer["config"], source)) | trainer["content"], config, str(checkpoint), content
+    )
     versions = trainer["versions"]
     return [f"resumed from {checkpoint}, written by {', '.join(f'{k} {v}' for k, v in versions.items())}"]
 

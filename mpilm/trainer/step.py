@@ -9,10 +9,10 @@ from functools import partial
 import torch
 
 from mpilm.comm.base import Comm
+from mpilm.comm.together import AgreedError
 from mpilm.config import microbatches
 from mpilm.data.batch import Batch
 from mpilm.errors import NonFiniteError
-from mpilm.guard.launch import Agreed
 from mpilm.optim.norm import global_norm
 from mpilm.optim.rate import learning_rate
 from mpilm.optim.reduce import slice_counts
@@ -41,7 +41,7 @@ def train_step(run: Training, step: int) -> StepResult:
     mine = gradient.split(slice_counts(gradient.numel(), data.size))[data.rank]
     norm = global_norm([mine], gradient.numel(), data)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise Agreed(NonFiniteError(
+        raise AgreedError(NonFiniteError(
             f"step {step + 1}: loss {loss}, gradient norm {norm}; nothing was updated. The newest checkpoint in "
             f"{run.folder.checkpoints} is from before; a lower --train.lr or a longer --train.warmup-steps may help"
         ))  # fmt: skip

@@ -10,10 +10,10 @@ from torch import nn
 from mpilm.checkpoint.format import MANIFEST, read_json, verify
 from mpilm.checkpoint.load import read_tensors
 from mpilm.comm.base import Comm
+from mpilm.comm.together import on_root
 from mpilm.config import Generate, Model
 from mpilm.data.tokenizer import Tokenizer, load_tokenizer
 from mpilm.errors import FileError
-from mpilm.guard.launch import together
 from mpilm.model.huggingface import published_name, read_config
 from mpilm.model.sample import sample
 from mpilm.trainer.build import build_model
@@ -21,7 +21,7 @@ from mpilm.trainer.build import build_model
 
 def write(folder: str, settings: Generate, comm: Comm) -> None:
     """Print the prompt and what follows it. Collective; rank 0 works."""
-    together(comm, lambda: _write(Path(folder), settings) if comm.rank == 0 else None)
+    on_root(comm, lambda: _write(Path(folder), settings))
 
 
 def _write(folder: Path, settings: Generate) -> None:

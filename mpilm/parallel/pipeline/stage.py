@@ -29,7 +29,12 @@ class ModelStage:
     """
 
     def __init__(
-        self, model: nn.Module, gradients: Gradients, first: int, seed: int, autocast: Callable[[], AbstractContextManager[object]]
+        self,
+        model: nn.Module,
+        gradients: Gradients,
+        first: int,
+        seed: int,
+        autocast: Callable[[], AbstractContextManager[object]],
     ):
         self.model, self.gradients, self.first, self.seed, self.autocast = model, gradients, first, seed, autocast
 

@@ -1,0 +1,45 @@
+"""Jobs of their own, for tests of what a whole command does and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCHER = Path(sys.executable).with_name("mpirun")  # the one that came with the library in this environment
+OPEN_MPI = {  # as root, and with more ranks than cores; MPICH reads none of these
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
+
+
+def mpirun(ranks: int, *arguments: object, limit_s: float = 60.0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`mpirun -n RANKS python ARGUMENTS`, or plain python for 0 ranks. Killed, and the test failed, after `limit_s`."""
+    if ranks and not LAUNCHER.exists():
+        pytest.skip(f"there is no {LAUNCHER}")
+    command = [str(LAUNCHER), "-n", str(ranks)] if ranks else []
+    command += [sys.executable, *map(str, arguments)]
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, **OPEN_MPI, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **variables}
+    job = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        out, err = job.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        out, err = job.communicate()
+        pytest.fail(f"{' '.join(command)} did not end within {limit_s} s; it printed\n{out}\n{err}")
+    return subprocess.CompletedProcess(command, job.returncode, out, err)

@@ -1,0 +1,98 @@
+"""Coordinates as arithmetic, and a mesh of communicators over thread ranks."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpilm.comm.base import Comm, SelfComm
+from mpilm.comm.threads import run_ranks
+from mpilm.mesh.mesh import Mesh
+from mpilm.mesh.shape import AXES, MeshShape
+
+shapes = st.builds(MeshShape, *(st.integers(1, 4) for _ in AXES))
+SMALL = [MeshShape(*sizes) for sizes in itertools.product((1, 2, 3), (1, 2), (1, 2), (1, 2)) if MeshShape(*sizes).size <= 8]
+
+
+def test_tensor_varies_fastest() -> None:
+    shape = MeshShape(pipeline=2, data=3, context=1, tensor=2)
+    places = [tuple(shape.coordinate(rank).values()) for rank in range(4)]
+    assert places == [(0, 0, 0, 0), (0, 0, 0, 1), (0, 1, 0, 0), (0, 1, 0, 1)]
+    assert shape.coordinate(11) == {"pipeline": 1, "data": 2, "context": 0, "tensor": 1}
+    assert shape.size == 12
+
+
+@given(shapes)
+def test_coordinate_and_rank_are_inverse(shape: MeshShape) -> None:
+    places = [shape.coordinate(rank) for rank in range(shape.size)]
+    assert [shape.rank(place) for place in places] == list(range(shape.size))
+    assert places == [dict(zip(AXES, place)) for place in itertools.product(*map(range, shape.sizes))]
+
+
+@given(shapes, st.sets(st.sampled_from(AXES)))
+def test_color_is_equal_exactly_for_ranks_that_differ_along_the_axes_only(shape: MeshShape, axes: set[str]) -> None:
+    def rest(rank: int) -> list[int]:
+        return [index for axis, index in shape.coordinate(rank).items() if axis not in axes]
+
+    ranks = range(shape.size)
+    for a, b in itertools.islice(itertools.product(ranks, ranks), 500):
+        assert (shape.color(a, axes) == shape.color(b, axes)) == (rest(a) == rest(b))
+
+
+@given(shapes, st.sampled_from(AXES), st.data())
+def test_neighbours_form_a_ring(shape: MeshShape, axis: str, data: st.DataObject) -> None:
+    start = rank = data.draw(st.integers(0, shape.size - 1))
+    ring = []
+    for _ in range(getattr(shape, axis)):
+        ring.append(rank)
+        assert shape.previous(shape.next(rank, axis), axis) == rank
+        assert shape.color(shape.next(rank, axis), (axis,)) == shape.color(rank, (axis,))
+        rank = shape.next(rank, axis)
+    assert rank == start
+    assert len(set(ring)) == len(ring)
+
+
+def test_what_is_no_mesh_is_refused() -> None:
+    with pytest.raises(ValueError, match="the data axis has 0 ranks"):
+        MeshShape(data=0)
+    with pytest.raises(ValueError, match="rank 4 is not in a mesh of 4 ranks"):
+        MeshShape(data=4).coordinate(4)
+    with pytest.raises(ValueError, match="index 2 is not on the tensor axis of 2 ranks"):
+        MeshShape(tensor=2).rank({"pipeline": 0, "data": 0, "context": 0, "tensor": 2})
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_each_axis_has_its_communicator(shape: MeshShape) -> None:
+    def body(world: Comm) -> None:
+        mesh = Mesh.build(shape, world)
+        assert (mesh.world, mesh.rank, mesh.coordinate) == (world, world.rank, shape.coordinate(world.rank))
+        for axis in AXES:
+            comm = mesh.comm(axis)
+            assert (comm.name, comm.size, comm.rank) == (axis, getattr(shape, axis), mesh.coordinate[axis])
+            members = [r for r in range(world.size) if shape.color(r, (axis,)) == shape.color(world.rank, (axis,))]
+            assert comm.all_gather_json(world.rank) == members
+            after = shape.next(world.rank, axis)
+            assert members[(comm.rank + 1) % comm.size] == after
+        x = torch.ones(3)
+        for axis in AXES:  # the sum over all axes, one after the other, is the sum over the mesh
+            mesh.comm(axis).all_reduce(x)
+        assert x.tolist() == [shape.size] * 3
+
+    run_ranks(shape.size, body)
+
+
+def test_the_mesh_of_one_rank() -> None:
+    mesh = Mesh.build(MeshShape(), SelfComm("world"))
+    assert [mesh.comm(axis).size for axis in AXES] == [1, 1, 1, 1]
+
+
+def test_sizes_must_multiply_to_the_world() -> None:
+    with pytest.raises(ValueError, match="pipeline 2 x data 1 x context 1 x tensor 2 is 4 ranks, not 3"):
+        run_ranks(3, lambda world: Mesh.build(MeshShape(pipeline=2, tensor=2), world))
+
+
+def test_an_unknown_axis_is_refused() -> None:
+    with pytest.raises(KeyError, match="expert"):
+        Mesh.build(MeshShape(), SelfComm("world")).comm("expert")
