@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +103,7 @@ def _tokenizer(spec: str, prefix: Path, meta: Meta | None) -> Tokenizer:
                 "name the tokenizer.json that these tokens were made with (or bytes)"
             )
         return named_tokenizer(spec)
-    tokenizer = read_sidecar(sidecar, meta.eos)
+    tokenizer = replace(read_sidecar(sidecar, meta.eos), name=meta.tokenizer)
     if tokenizer.digest != meta.tokenizer_digest:
         raise DataError(f"{sidecar}: is not the tokenizer that the tokens beside it were made with")
     same = (
