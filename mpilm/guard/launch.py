@@ -93,12 +93,17 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def announced_ranks() -> int | None:
+    """How many ranks a launcher says it has started; None where there was no launcher that we know."""
+    return next((int(os.environ[v]) for v in SIZE_VARIABLES if os.environ.get(v, "").isdigit()), None)
+
+
 def world() -> Comm:
     """The ranks of this job: MPI's world, or one rank where no MPI is installed and no launcher was used.
 
     Raises ConfigError when the launcher belongs to another MPI than the library: each rank would train by itself.
     """
-    announced = next((int(os.environ[v]) for v in SIZE_VARIABLES if os.environ.get(v, "").isdigit()), 1)
+    announced = announced_ranks() or 1
     try:
         from mpilm.comm.mpi import library, mpi_world
     except (ImportError, RuntimeError) as error:

@@ -20,12 +20,16 @@ def mebibytes(count: float) -> str:
 
 
 class Display:
-    """Prints on rank 0 and keeps silent on the others."""
+    """Prints on rank 0 and keeps silent on the others.
 
-    def __init__(self, speaks: bool, first: int, steps: int):
+    `launched`: started by mpirun or srun, which carry the output away: Open MPI gives ranks a terminal of their own even
+    where it then writes to a file, so there is no telling, and lines are right everywhere.
+    """
+
+    def __init__(self, speaks: bool, first: int, steps: int, launched: bool):
         self.speaks, self.steps, self.first = speaks, steps, first
         self.started = time.monotonic()
-        self.bar = _bar(first, steps) if speaks and steps > first and sys.stdout.isatty() else None
+        self.bar = _bar(first, steps) if speaks and steps > first and sys.stdout.isatty() and not launched else None
 
     def line(self, text: str = "") -> None:
         if not self.speaks:

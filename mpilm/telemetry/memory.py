@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -19,8 +20,14 @@ def resident_bytes() -> int:
     return _kibibytes("/proc/self/status", "VmRSS") * 1024
 
 
+def forget_peak() -> None:
+    """Let `peak_resident_bytes` start anew, where the kernel allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_resident_bytes() -> int:
-    """The largest `resident_bytes` so far."""
+    """The largest `resident_bytes` since the start or since `forget_peak`."""
     return _kibibytes("/proc/self/status", "VmHWM") * 1024
 
 

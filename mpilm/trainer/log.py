@@ -13,6 +13,7 @@ import mpilm
 from mpilm.comm.base import Comm
 from mpilm.config import microbatches
 from mpilm.data.corpus import unigram_loss
+from mpilm.guard.launch import announced_ranks
 from mpilm.model.sample import sample
 from mpilm.model.size import activation_bytes
 from mpilm.parallel.layout import owned
@@ -74,7 +75,7 @@ class RunLog:
 
     def __init__(self, run: Training):
         self.run, self.speaks = run, run.mesh.rank == 0
-        self.display = Display(self.speaks, run.folder.step, run.config.train.steps)
+        self.display = Display(self.speaks, run.folder.step, run.config.train.steps, announced_ranks() is not None)
         self.predicted = sum(predicted_memory(run).values())
         self._header()
         self.sinks: list[Metrics | TensorBoard] = []

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from mpilm.comm.base import Comm
-from mpilm.config import Train
+from mpilm.config import Config, Model, Train, resolve
 from mpilm.errors import ConfigError
+from mpilm.model.llama import Llama
+from mpilm.model.loss import loss_sum
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,11 @@ def look(train: Train, world: Comm) -> Machine:
 
 def _load_libraries(device: torch.device) -> None:
     """Make torch load its mathematics, so that what the program itself takes is known before the model is there."""
-    x = torch.ones(128, 128, device=device, requires_grad=True)
-    torch.nn.functional.scaled_dot_product_attention(x[None, None], x[None, None], (x @ x)[None, None]).sum().backward()
+    model = Llama(resolve(Config(model=Model(n_layers=1, n_heads=4, d_model=128, context_length=128))).model, 128).to(device)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    tokens = torch.zeros(2, 128, dtype=torch.int64, device=device)
+    loss_sum(model(tokens, tokens[0]), tokens).backward()
 
 
 def core_share(affinities: list[list[int]], rank: int, limit: float) -> Fraction:
