@@ -76,10 +76,12 @@ def ratio_row(name: str, ratios: list[float], goal: str) -> tuple[str, ...]:
     return name, f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f} .. {max(ratios):.3f}", goal
 
 
-def report(title: str, times_s: dict[str, list[float]], ratios: dict[str, tuple[list[float], str]], void: int) -> None:
+def report(
+    title: str, times_s: dict[str, list[float]], ratios: dict[str, tuple[list[float], str]], void: int, steps: int = STEPS
+) -> None:
     rows: list[tuple[str, ...]] = [("side", "median s a step", "lowest .. highest")]
     rows += [(name, f"{statistics.median(t):.4f}", f"{min(t):.4f} .. {max(t):.4f}") for name, t in times_s.items()]
-    table(f"{title}: {len(next(iter(times_s.values())))} rounds of {STEPS} steps, {void} void", rows)
+    table(f"{title}: {len(next(iter(times_s.values())))} rounds of {steps} steps, {void} void", rows)
     table(
         "speed ratios, round by round",
         [("ratio", "median", "lowest .. highest", "goal")] + [ratio_row(n, *r) for n, r in ratios.items()],
@@ -298,7 +300,13 @@ def crowded(args: argparse.Namespace) -> None:
             continue
         for name, seconds in took.items():
             times[name].append(seconds)
-    report(f"crowded ({args.preset})", times, {"8 ranks / 2 ranks": (pairwise(times, "2 ranks", "8 ranks"), ">= 0.80")}, void)
+    report(
+        f"crowded ({args.preset})",
+        times,
+        {"8 ranks / 2 ranks": (pairwise(times, "2 ranks", "8 ranks"), ">= 0.80")},
+        void,
+        steps,
+    )
 
 
 def start(args: argparse.Namespace) -> None:
