@@ -31,7 +31,7 @@ from mpilm.parallel.pipeline.schedules import one_f_one_b
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.parallel.tree import block
 from mpilm.telemetry.memory import forget_peak, proportional_bytes, resident_bytes
-from mpilm.trainer.machine import Machine, look
+from mpilm.trainer.machine import Machine, conditions, look
 from mpilm.trainer.run_folder import RunFolder, open_run_folder
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -70,7 +70,7 @@ def build(config: Config, world: Comm) -> Training:
         corpus, config.model.context_length, config.data.eval_fraction, train.seed, train.global_batch, train.micro_batch
     ))  # fmt: skip
     content = {"data.path": corpus.fingerprint, "data.tokenizer": corpus.tokenizer.digest}
-    folder = open_run_folder(config, content, world)
+    folder = open_run_folder(config, content, conditions(machine, world), world)
     forget_peak()  # preparing text may have taken more than training will
     baseline = resident_bytes(), proportional_bytes()
     model, flat = build_model(config.model, corpus.tokenizer.vocab_size, machine.device)

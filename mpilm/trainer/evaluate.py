@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from mpilm.parallel.pipeline.stage import no_grad_loss
 from mpilm.parallel.tree import block
 from mpilm.trainer.build import Training
@@ -12,7 +14,7 @@ def evaluate(run: Training) -> float:
     """Mean loss a token, in nats, over `run.eval-batches` global batches. Collective over the data axis."""
     data = run.mesh.comm("data")
     total = run.batches.eval_microbatches(run.config.run.eval_batches)
-    losses: dict[int, float] = {}
+    losses: dict[int, Tensor] = {}
     tokens = 0
     for i in range(*block(data.rank, data.size, total)):
         batch = run.batches.evaluation(i).to(run.machine.device)

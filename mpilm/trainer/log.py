@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 
 import mpilm
-from mpilm.comm.base import Comm
 from mpilm.config import microbatches
 from mpilm.data.corpus import unigram_loss
 from mpilm.guard.launch import announced_ranks
@@ -22,29 +20,8 @@ from mpilm.telemetry.display import Display, duration, mebibytes
 from mpilm.telemetry.memory import peak_resident_bytes
 from mpilm.telemetry.metrics import Metrics, TensorBoard
 from mpilm.trainer.build import Training
+from mpilm.trainer.machine import processor, versions
 from mpilm.trainer.step import StepResult
-
-
-def versions(world: Comm) -> dict[str, str]:
-    """What the bits of a result may depend on beside the settings."""
-    return {
-        "mpilm": mpilm.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "mpi": world.library,
-        "processor": processor(),
-    }
-
-
-def processor() -> str:
-    """The processor's name and the vector instructions torch uses on it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
 
 # glibc keeps freed blocks below 32 MiB, and those of one microbatch leave holes that the next one's do not fill: measured
 # 1.3 to 1.6 times what is in use. CUDA's caching allocator rounds sizes and does better.
@@ -169,7 +146,10 @@ class RunLog:
         train, model = config.train, config.model
         say = self.display.line
         device = torch.cuda.get_device_name() if run.machine.device.type == "cuda" else processor()
-        threads = f"{run.machine.threads} thread{'s' * (run.machine.threads > 1)} each"
+        everyone = run.mesh.world.all_gather_json(run.machine.threads)
+        threads = f"{everyone[0]} thread{'s' * (everyone[0] > 1)} each"
+        if len(set(everyone)) > 1:
+            threads = f"{', '.join(map(str, everyone))} threads (unequal: the last bits depend on who computes what)"
         crowd = ", more ranks than cores" if run.machine.crowded else ""
         say(f"mpilm {mpilm.__version__}: {world.size} rank{'s' * (world.size > 1)}, {threads}{crowd}, {device}, {train.dtype}")
         say(f"  with     torch {torch.__version__}, {world.library}")

@@ -7,9 +7,11 @@ from pathlib import Path
 from mpilm.checkpoint.save import State, prune, save
 from mpilm.comm.base import Comm
 from mpilm.config import Config, to_dict
+from mpilm.mesh.shape import AXES
 from mpilm.trainer.build import Training, build
 from mpilm.trainer.evaluate import evaluate
-from mpilm.trainer.log import RunLog, versions
+from mpilm.trainer.log import RunLog
+from mpilm.trainer.machine import conditions
 from mpilm.trainer.step import train_step
 
 
@@ -46,11 +48,8 @@ def save_checkpoint(run: Training, done: int, eval_loss: float | None) -> Path:
         "seed": config.train.seed,
         "eval_loss": eval_loss,
         "content": {"data.path": corpus.fingerprint, "data.tokenizer": corpus.tokenizer.digest},
-        "layout": {
-            **dict(zip(("pipeline", "data", "context", "tensor"), run.mesh.shape.sizes)),
-            "threads": run.machine.threads,
-        },
-        "versions": versions(run.mesh.world),
+        "layout": dict(zip(AXES, run.mesh.shape.sizes)),
+        "conditions": conditions(run.machine, run.mesh.world),
         "config": to_dict(config),
     }
     state = State(config.model, corpus.tokenizer, run.flat.by_name, run.optimizer.moments, trainer)

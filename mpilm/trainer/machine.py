@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 
+import mpilm
 from mpilm.comm.base import Comm
 from mpilm.config import Config, Model, Train, resolve
 from mpilm.errors import ConfigError
@@ -75,3 +77,29 @@ def choose_device(setting: str, node: Comm) -> torch.device:
     device = torch.device("cuda", node.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)  # before MPI touches a GPU: some libraries fail on any other than the first
     return device
+
+
+def versions(world: Comm) -> dict[str, str]:
+    """The programs and the processor in use."""
+    return {
+        "mpilm": mpilm.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "mpi": world.library,
+        "processor": processor(),
+    }
+
+
+def conditions(machine: Machine, world: Comm) -> dict[str, str]:
+    """What may change the last bits of a result though no setting has changed."""
+    return {**versions(world), "threads": str(machine.threads), "device": machine.device.type}
+
+
+def processor() -> str:
+    """The processor's name and the vector instructions torch uses on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -33,21 +33,22 @@ class RunFolder:
         return self.path / "checkpoints"
 
 
-def open_run_folder(config: Config, content: Mapping[str, str], comm: Comm) -> RunFolder:
+def open_run_folder(config: Config, content: Mapping[str, str], present: Mapping[str, str], comm: Comm) -> RunFolder:
     """Find what to go on from, refuse what does not fit, and write config.toml. Collective; rank 0 looks and writes.
 
-    `content`: digests of the corpus and the tokenizer by DATA_KEYS.
+    `content`: digests of the corpus and the tokenizer by DATA_KEYS. `present`: versions, threads, device, to be compared
+    with those that the checkpoint was made with.
     """
-    found = on_root(comm, lambda: _open(config, content))
+    found = on_root(comm, lambda: _open(config, content, present))
     values = [str(found.path), str(found.checkpoint or ""), found.step, found.notes] if found else None
     path, checkpoint, step, notes = comm.broadcast_json(values)
     return RunFolder(Path(path), Path(checkpoint) if checkpoint else None, step, tuple(notes))
 
 
-def _open(config: Config, content: Mapping[str, str]) -> RunFolder:
+def _open(config: Config, content: Mapping[str, str], present: Mapping[str, str]) -> RunFolder:
     path = _choose_path(config)
     _refuse_foreign(path, config)
-    checkpoint, notes = _choose_checkpoint(path, config, content)
+    checkpoint, notes = _choose_checkpoint(path, config, content, present)
     step = step_of(checkpoint) if checkpoint else 0
     assert step is not None
     if step > config.train.steps:
@@ -84,7 +85,9 @@ def _refuse_foreign(path: Path, config: Config) -> None:
         _refuse_changes(mathematics(old), config, f"the run in {path}")
 
 
-def _choose_checkpoint(path: Path, config: Config, content: Mapping[str, str]) -> tuple[Path | None, list[str]]:
+def _choose_checkpoint(
+    path: Path, config: Config, content: Mapping[str, str], present: Mapping[str, str]
+) -> tuple[Path | None, list[str]]:
     asked = config.checkpoint.resume
     if asked == "never":
         return None, []
@@ -95,7 +98,7 @@ def _choose_checkpoint(path: Path, config: Config, content: Mapping[str, str]) -
         _refuse_branch(checkpoint, path)
         verify(checkpoint)
     if checkpoint is not None:
-        notes += _compare(checkpoint, config, content)
+        notes += _compare(checkpoint, config, content, present)
     elif notes:
         raise ConfigError(f"no checkpoint in {path} is whole:\n  " + "\n  ".join(notes))
     return checkpoint, notes
@@ -112,14 +115,16 @@ def _refuse_branch(checkpoint: Path, path: Path) -> None:
         )
 
 
-def _compare(checkpoint: Path, config: Config, content: Mapping[str, str]) -> list[str]:
+def _compare(checkpoint: Path, config: Config, content: Mapping[str, str], present: Mapping[str, str]) -> list[str]:
+    """Refuse what must not differ; returns notes on what may."""
     trainer = read_json(checkpoint / "trainer.json")
     source = str(checkpoint / "trainer.json")
     _refuse_changes(
         mathematics(merge(Config(), trainer["config"], source)) | trainer["content"], config, str(checkpoint), content
     )
-    versions = trainer["versions"]
-    return [f"resumed from {checkpoint}, written by {', '.join(f'{k} {v}' for k, v in versions.items())}"]
+    old = trainer["conditions"]
+    changed = [f"{key} was {old[key]}, is {now}" for key, now in present.items() if key in old and old[key] != now]
+    return [f"the last bits may differ from those of an uninterrupted run: {'; '.join(changed)}"] if changed else []
 
 
 def _refuse_changes(old: Mapping[str, Any], config: Config, what: str, content: Mapping[str, str] | None = None) -> None:

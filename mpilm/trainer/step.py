@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from mpilm.comm.base import Comm
 from mpilm.comm.together import AgreedError
@@ -56,10 +58,10 @@ def _batch(run: Training, step: int, microbatch: int) -> Batch:
     return run.batches.train(step, microbatch).to(run.machine.device)
 
 
-def total_loss(losses: dict[int, float], total: int, comm: Comm) -> float:
+def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm) -> float:
     """The sum of the losses of all microbatches, each known to one rank, in the order of their numbers. Collective."""
     every = torch.zeros(total, dtype=torch.float64)
     for microbatch, loss in losses.items():
-        every[microbatch] = loss
+        every[microbatch] = float(loss)
     comm.all_reduce(every)  # adds zeros: exact
     return sum(every.tolist())

@@ -42,7 +42,7 @@ class ModelStage:
         """Say what the microbatch numbers of the next actions mean; losses are divided by `target_tokens`."""
         self.step, self.batch_of, self.target_tokens = step, batch_of, target_tokens
         self.pending: dict[int, Tensor] = {}
-        self.losses: dict[int, float] = {}
+        self.losses: dict[int, Tensor] = {}
 
     def forward(self, microbatch: int) -> None:
         batch = self.batch_of(microbatch)
@@ -56,13 +56,13 @@ class ModelStage:
         self.gradients.begin(microbatch - self.first)
         (loss / self.target_tokens).backward()
         self.gradients.end(microbatch - self.first)
-        self.losses[microbatch] = loss.item()
+        self.losses[microbatch] = loss.detach()  # not .item(): a GPU would have to finish first
 
     def reduce(self) -> None:
         self.gradient = self.gradients.reduce()
 
 
-def no_grad_loss(model: nn.Module, batch: Batch, autocast: Callable[[], AbstractContextManager[object]]) -> float:
+def no_grad_loss(model: nn.Module, batch: Batch, autocast: Callable[[], AbstractContextManager[object]]) -> Tensor:
     """Sum of the token losses of a batch, without dropout."""
     with torch.no_grad(), autocast():
-        return loss_sum(model(batch.tokens, batch.positions), batch.targets).item()
+        return loss_sum(model(batch.tokens, batch.positions), batch.targets)

@@ -1,0 +1,56 @@
+"""A small corpus of the tests' own and a tiny run over it: no golden curve may depend on what a machine has installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mpilm.comm.base import SelfComm
+from mpilm.config import Checkpoint, Config, Data, Generate, Model, Run, Train, replaced, resolve
+from mpilm.data.prepare import prepare
+
+SYLLABLES = ("ba", "re", "mi", "no", "tu", "ska", "el", "or", "in", "thé", "qu", "ax")
+
+
+def text(sentences: int = 600) -> str:
+    """Sentences of invented words, drawn by a congruential generator written out here."""
+    state = 12345
+
+    def draw(below: int) -> int:
+        nonlocal state
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        return (state >> 33) % below
+
+    words = ["".join(SYLLABLES[draw(len(SYLLABLES))] for _ in range(1 + draw(3))) for _ in range(40)]
+    lines = (" ".join(words[min(draw(40), draw(40))] for _ in range(3 + draw(6))).capitalize() for _ in range(sentences))
+    return "".join(f"{line}.\n" for line in lines)
+
+
+def write_text(folder: Path) -> Path:
+    """A text file of about 20 kB."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "text.txt"
+    path.write_text(text(), encoding="utf-8")
+    return path
+
+
+def write_tokens(folder: Path) -> Path:
+    """The same as prepared tokens of single bytes; the prefix of their files."""
+    prepare(Data(path=str(write_text(folder)), tokenizer="bytes"), folder / "tokens", SelfComm())
+    return folder / "tokens"
+
+
+TINY = Config(
+    model=Model(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, context_length=16, dropout=0.1),
+    data=Data(tokenizer="bytes"),
+    train=Train(steps=6, global_batch=16, micro_batch=2, warmup_steps=2, threads=1, device="cpu"),
+    checkpoint=Checkpoint(every=0),
+    run=Run(log_every=1, eval_every=3, eval_batches=1),
+    generate=Generate(max_tokens=0),
+)
+"""8 microbatches a step, some thirty thousand parameters, dropout on."""
+
+
+def tiny(data: Path, run: Path, **changes: Any) -> Config:
+    """A run of a second over `data` in the folder `run`; changes are written section__key."""
+    return resolve(replaced(TINY, data__path=str(data), run__dir=str(run), **changes))

@@ -1,0 +1,110 @@
+"""The gradient norm: as good as float64, and the same bits however the gradient is cut."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mpilm.optim.norm as norm_module
+from mpilm.comm.base import SelfComm
+from mpilm.comm.threads import run_ranks
+from mpilm.optim.norm import global_norm
+
+
+def noise(count, seed=0, spread=3.0):
+    random = np.random.default_rng(seed)
+    return torch.from_numpy((random.standard_normal(count) * 10.0 ** random.uniform(-spread, spread, count)).astype(np.float32))
+
+
+def norm(x):
+    return global_norm([x], x.numel(), SelfComm())
+
+
+def exact(x):
+    """By float64 squares, which are exact, and Python's exact sum."""
+    return math.sqrt(math.fsum((x.double() ** 2).tolist()))
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0, 8.0])
+@pytest.mark.parametrize("count", [1, 2, 17, 1000, 200_000])
+def test_is_the_norm(count, spread):
+    x = noise(count, spread=spread)
+    assert norm(x) == pytest.approx(exact(x), rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-10, 1.0, 1e30, 3e38 / 4])
+def test_scales_from_the_smallest_to_the_largest_numbers(scale):
+    x = (torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, 5000)) * scale).float()
+    assert norm(x) == pytest.approx(exact(x), rel=1e-9)
+
+
+@pytest.mark.parametrize("outlier", [1e3, 1e10, 1e30])
+def test_one_outlier(outlier):
+    x = noise(10_000)
+    x[77] = outlier
+    assert norm(x) == pytest.approx(exact(x), rel=1e-9)
+
+
+def test_every_element_the_largest_number_does_not_overflow():
+    x = torch.full((100_000,), torch.finfo(torch.float32).max)
+    assert norm(x) == pytest.approx(exact(x), rel=1e-12)
+
+
+@pytest.mark.parametrize("numel", [10**6, 10**9, 10**11, 10**13])
+def test_the_grid_has_room_for_all_elements(numel):
+    """A piece of a gradient that is large beyond what a test can hold: the sum of `numel` such squares must fit too."""
+    x = torch.full((4096,), 1.99999)
+    assert global_norm([x], numel, SelfComm()) == pytest.approx(exact(x), rel=1e-3 if numel > 1e9 else 1e-8)
+    exponent = norm_module._grid_exponent(1.99999, numel)
+    assert numel * 4.0 / 2.0**exponent <= 2**62
+
+
+def test_zeros_and_nothing():
+    assert norm(torch.zeros(100)) == 0.0
+    assert global_norm([], 0, SelfComm()) == 0.0
+    assert global_norm([torch.empty(0), torch.tensor([3.0, 4.0])], 2, SelfComm()) == 5.0
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("at", [0, 500, 999])
+def test_what_is_not_finite_is_never_lost(bad, at):
+    x = noise(1000)
+    x[at] = bad
+    pieces = x.split([0, 500, 300, 200])
+    results = run_ranks(4, lambda comm: global_norm([pieces[comm.rank]], 1000, comm))
+    assert len({str(result) for result in results}) == 1
+    assert not math.isfinite(results[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 700), max_size=9), st.integers(1, 4), st.randoms(use_true_random=False), st.integers(0, 9))
+def test_the_bits_do_not_depend_on_cuts_ranks_or_order(cuts, ranks, random, seed):
+    x = noise(700, seed, spread=6.0)
+    edges = [0, *sorted(cuts), 700]
+    pieces = [x[a:b].clone() for a, b in zip(edges, edges[1:])]
+    random.shuffle(pieces)
+    owners = [random.randrange(ranks) for _ in pieces]
+
+    def body(comm):
+        return global_norm([piece for piece, owner in zip(pieces, owners) if owner == comm.rank], 700, comm)
+
+    assert run_ranks(ranks, body) == [norm(x)] * ranks
+
+
+def test_the_bits_do_not_depend_on_the_order_of_elements():
+    x = noise(5000, spread=6.0)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(5000))
+    assert norm(x) == norm(x[order]) == norm(x.flip(0))
+    reordered = math.sqrt(float((x[order].double() ** 2).cumsum(0)[-1]))
+    assert reordered != math.sqrt(float((x.double() ** 2).cumsum(0)[-1]))  # adding one by one can tell the orders apart
+
+
+def test_the_bits_do_not_depend_on_the_chunks(monkeypatch):
+    x = noise(5000)
+    whole = norm(x)
+    for chunk in (1, 64, 4999):
+        monkeypatch.setattr(norm_module, "CHUNK", {"cpu": chunk})
+        assert norm(x) == whole

@@ -1,0 +1,118 @@
+"""The tree of additions: the same bits however the microbatches are dealt to ranks."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpilm.parallel.tree import balance, block, buffers_of, finish, fold_block, siblings
+
+SIZES = st.integers(1, 40).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total)))
+ALL = [(ranks, total) for total in range(1, 33) for ranks in range(1, total + 1)]
+
+
+def gradients(total, seed=0):
+    """Numbers of very different size, so that another order of additions gives other bits."""
+    random = np.random.default_rng((total, seed))
+    return (random.standard_normal((total, 8)) * 10.0 ** random.integers(-4, 4, (total, 8))).astype(np.float32)
+
+
+def tree(leaves):
+    """The definition: pairs from the left, a last one without a partner as it is, and so on upward."""
+    while len(leaves) > 1:
+        pairs = [leaves[i : i + 2] for i in range(0, len(leaves), 2)]
+        leaves = [pair[0] + pair[1] if len(pair) == 2 else pair[0] for pair in pairs]
+    return leaves[0]
+
+
+def fold(leaves, start, stop, total):
+    """What a rank does, as `fold_block` says; the nodes in order with their values."""
+    folds, nodes = fold_block(start, stop, total)
+    buffers = {}
+    for leaf, step in zip(range(start, stop), folds, strict=True):
+        buffers[step.buffer] = leaves[leaf] if step.fresh else buffers[step.buffer] + leaves[leaf]
+        for into, other in step.adds:
+            buffers[into] = buffers[into] + buffers[other]
+    return [(node, buffers[buffer]) for buffer, node in nodes.items()], len(buffers)
+
+
+def shared(leaves, ranks):
+    total = len(leaves)
+    found = [pair for r in range(ranks) for pair in fold(leaves, *block(r, ranks, total), total)[0]]
+    nodes, values = [node for node, _ in found], [value for _, value in found]
+    for into, other in finish(nodes, total):
+        values[into] = values[into] + values[other]
+    return values[0]
+
+
+@given(SIZES, st.integers(0, 99))
+def test_any_number_of_ranks_gives_the_bits_of_the_tree(sizes, seed):
+    ranks, total = sizes
+    leaves = gradients(total, seed)
+    assert shared(leaves, ranks).tobytes() == tree(list(leaves)).tobytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_eight_microbatches(ranks):
+    leaves = gradients(8)
+    a, b, c, d, e, f, g, h = leaves
+    expected = ((a + b) + (c + d)) + ((e + f) + (g + h))
+    assert shared(leaves, ranks).tobytes() == expected.tobytes()
+    assert expected.tobytes() != (a + b + c + d + e + f + g + h).tobytes()  # the comparison above can tell orders apart
+
+
+def test_three_ranks_send_canonical_partial_sums():
+    nodes = [list(fold_block(*block(r, 3, 8), 8)[1].values()) for r in range(3)]
+    assert nodes == [[(0, 2), (2, 3)], [(3, 4), (4, 6)], [(6, 8)]]
+
+
+@pytest.mark.parametrize(("ranks", "total"), ALL)
+def test_blocks_are_even_contiguous_and_in_order(ranks, total):
+    blocks = [block(r, ranks, total) for r in range(ranks)]
+    lengths = [stop - start for start, stop in blocks]
+    assert [leaf for start, stop in blocks for leaf in range(start, stop)] == list(range(total))
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] - lengths[-1] <= 1
+    assert balance(ranks, total) == sum(lengths) / (ranks * lengths[0])
+
+
+@pytest.mark.parametrize(("ranks", "total"), ALL)
+def test_few_buffers_and_few_nodes(ranks, total):
+    most = 1
+    for r in range(ranks):
+        start, stop = block(r, ranks, total)
+        nodes, buffers = fold(gradients(total), start, stop, total)
+        assert len(nodes) <= max(1, 2 * math.log2(total))
+        if len(nodes) == 1:  # the block is a subtree
+            assert buffers <= 1 + math.log2(stop - start)
+        for (first, last), _ in nodes:  # each is a node of the tree: aligned, and a power of two or up to the end
+            size = 2 ** math.ceil(math.log2(last - first))
+            assert first % size == 0
+            assert last == min(first + size, total)
+        most = max(most, buffers)
+    assert buffers_of(ranks, total) == most
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "total", "expected"),
+    [
+        ((0, 1), (1, 2), 8, True),
+        ((1, 2), (2, 3), 8, False),  # adjacent, but of two parents
+        ((0, 2), (2, 4), 8, True),
+        ((0, 2), (2, 3), 8, False),  # half a sibling
+        ((0, 2), (2, 3), 3, True),  # the last one has no partner
+        ((4, 6), (6, 7), 7, True),
+        ((2, 4), (4, 6), 8, False),
+        ((0, 4), (4, 6), 6, True),
+    ],
+)
+def test_siblings(left, right, total, expected):
+    assert siblings(left, right, total) is expected
+
+
+@pytest.mark.parametrize("nodes", [[(0, 2)], [(0, 2), (3, 4)], [(0, 1), (1, 3), (3, 4)], [(0, 3), (3, 4)], []])
+def test_nodes_that_are_no_subtrees_of_the_whole_are_refused(nodes):
+    with pytest.raises(ValueError, match=r"do not cover 0\.\.4"):
+        finish(nodes, 4)
