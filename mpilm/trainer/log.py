@@ -54,6 +54,7 @@ class RunLog:
         self.run, self.speaks = run, run.mesh.rank == 0
         self.display = Display(self.speaks, run.folder.step, run.config.train.steps, announced_ranks() is not None)
         self.predicted = sum(predicted_memory(run).values())
+        self.eval_loss: float | None = None
         self._header()
         self.sinks: list[Metrics | TensorBoard] = []
         if self.speaks:
@@ -193,10 +194,9 @@ class RunLog:
             say(f"\n{done} steps in {duration(took)}; {memory}")
         else:
             say(f"this run is complete; a larger --train.steps goes on from step {run.folder.step}")
-        if run.batches.eval_samples:
+        if self.eval_loss is not None:
             unigram = unigram_loss(run.corpus, run.batches.boundary)
-            reached = f"evaluation loss {self.eval_loss:.4f}; " if hasattr(self, "eval_loss") else ""
-            say(f"{reached}a unigram model of this corpus scores {unigram:.4f}")
+            say(f"evaluation loss {self.eval_loss:.4f}; a unigram model of this corpus scores {unigram:.4f}")
         if config.generate.max_tokens:
             say(f"\nA sample (temperature {config.generate.temperature}):\n{self._sample()}\n")
         say(f"run folder   {run.folder.path}  (metrics.jsonl, config.toml, tensorboard)")

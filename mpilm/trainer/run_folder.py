@@ -136,8 +136,14 @@ def _refuse_changes(old: Mapping[str, Any], config: Config, what: str, content: 
         rows = "".join(f"\n  {key}: was {_shown(key, old[key])}, now {_shown(key, new[key])}" for key in changed)
         raise ConfigError(
             f"{what} was made with other settings, and the result depends on them:{rows}\n"
-            "Choose another --run.dir for another run, or allow the change: --checkpoint.allow-change " + " ".join(changed)
+            "Choose another --run.dir for another run" + _how_to_allow(changed)
         )
+
+
+def _how_to_allow(changed: list[str]) -> str:
+    if any(key.startswith("model.") or key == "data.tokenizer" for key in changed):
+        return "; a model of another shape cannot go on from it."
+    return ", or allow the change: --checkpoint.allow-change " + " ".join(changed)
 
 
 def _shown(key: str, value: Any) -> str:

@@ -44,8 +44,8 @@ def train_step(run: Training, step: int) -> StepResult:
     norm = global_norm([mine], gradient.numel(), data)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise AgreedError(NonFiniteError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; nothing was updated. The newest checkpoint in "
-            f"{run.folder.checkpoints} is from before; a lower --train.lr or a longer --train.warmup-steps may help"
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; nothing was updated. Checkpoints in "
+            f"{run.folder.checkpoints} are from before; a lower --train.lr or a longer --train.warmup-steps may help"
         ))  # fmt: skip
     if train.clip_norm and norm > train.clip_norm:
         gradient.mul_(train.clip_norm / norm)
