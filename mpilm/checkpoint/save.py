@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -82,15 +83,19 @@ def _write_files(writer: Writer, state: State) -> None:
 def prune(parent: Path, keep: int, keep_best: bool) -> None:
     """Remove all but the `keep` newest checkpoints and, with `keep_best`, the one with the lowest evaluation loss."""
     found = checkpoints(parent)
-    if not keep:
-        return
-    wanted = set(found[-keep:])
+    wanted = set(found[-keep:] if keep else found)
     if keep_best:
         losses = [(loss, folder) for folder in found if (loss := evaluation_loss(folder)) is not None]
         wanted |= {min(losses)[1]} if losses else set()
     for folder in found:
         if folder not in wanted:
             remove(folder)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove what a killed job has left half-written or half-removed."""
+    for folder in parent.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def evaluation_loss(folder: Path) -> float | None:
@@ -105,5 +110,6 @@ def remove(folder: Path) -> None:
     """Take a checkpoint away: renamed first, so that a half-removed one does not look whole."""
     doomed = folder.parent / f"{TEMPORARY}removing-{folder.name}"
     shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
+    with contextlib.suppress(OSError):  # one checkpoint too many is no reason to stop
+        os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

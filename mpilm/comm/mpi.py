@@ -113,7 +113,7 @@ class MpiComm(Comm):
         while not request.Test(status):
             tries += 1
             if tries < YIELDS_BEFORE_SLEEP:
-                os.sched_yield()
+                os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
             else:
                 time.sleep(min(LONGEST_SLEEP_S, 1e-6 * tries))
         return status

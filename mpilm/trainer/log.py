@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 import mpilm
+from mpilm.comm.together import on_root
 from mpilm.config import microbatches
 from mpilm.data.corpus import unigram_loss
+from mpilm.errors import FileError
 from mpilm.guard.launch import announced_ranks
 from mpilm.model.sample import sample
 from mpilm.model.size import activation_bytes
@@ -57,12 +59,18 @@ class RunLog:
         self.eval_loss: float | None = None
         self._header()
         self.sinks: list[Metrics | TensorBoard] = []
-        if self.speaks:
-            metrics = Metrics(run.folder.path / "metrics.jsonl", run.folder.step)
-            metrics.write(self._start_row())
-            self.sinks = [metrics, TensorBoard(run.folder.path / "tensorboard", run.folder.step)]
+        on_root(run.mesh.world, self._open_sinks)
         self.started = self.last = time.perf_counter()
         self.last_done = run.folder.step
+
+    def _open_sinks(self) -> None:
+        folder = self.run.folder
+        try:
+            metrics = Metrics(folder.path / "metrics.jsonl", folder.step)
+            metrics.write(self._start_row())
+            self.sinks = [metrics, TensorBoard(folder.path / "tensorboard", folder.step)]
+        except OSError as error:
+            raise FileError(f"{error.filename or folder.path} cannot be written: {error.strerror}") from None
 
     def step(self, done: int, result: StepResult) -> None:
         """One step is done; every log-every-th, the first and the last are written down."""

@@ -30,7 +30,7 @@ class Machine:
 def look(train: Train, world: Comm) -> Machine:
     """What this rank may use, and torch told so. Collective."""
     node = world.split_node()
-    affinities = node.all_gather_json(sorted(os.sched_getaffinity(0)))
+    affinities = node.all_gather_json(_cores())
     share = core_share(affinities, node.rank, _cgroup_cores(Path("/sys/fs/cgroup/cpu.max")))
     asked = train.threads or int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0] or 0)
     threads = asked or max(1, int(share))
@@ -47,6 +47,13 @@ def _load_libraries(device: torch.device) -> None:
         parameter.data.zero_()
     tokens = torch.zeros(2, 128, dtype=torch.int64, device=device)
     loss_sum(model(tokens, tokens[0]), tokens).backward()
+
+
+def _cores() -> list[int]:
+    """The numbers of the cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))  # macOS binds nothing
 
 
 def core_share(affinities: list[list[int]], rank: int, limit: float) -> Fraction:
