@@ -146,10 +146,15 @@ def verify(folder: Path) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The entries of a checkpoint's manifest by file name; raises FileError or DataError."""
-    files = read_json(folder / MANIFEST).get("files")
-    if not isinstance(files, dict) or any(Path(name).name != name or not isinstance(e, dict) for name, e in files.items()):
-        raise DataError(f"{folder / MANIFEST} is not a manifest of files in its own folder")
+    manifest = read_json(folder / MANIFEST)
+    files = manifest.get("files")
+    if manifest.get("format") != 1 or not isinstance(files, dict) or not all(map(_is_entry, files, files.values())):
+        raise DataError(f"{folder / MANIFEST} is not a manifest, of format 1, of files in its own folder")
     return files
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    return Path(name).name == name and isinstance(entry, dict) and set(entry) == {"bytes", "sha256_of_blocks"}
 
 
 def read_json(path: Path) -> dict[str, Any]:

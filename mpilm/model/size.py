@@ -44,7 +44,8 @@ def activation_bytes(model: Model, vocab_size: int, tokens: int, dtype: str) -> 
     else:
         block = 8.0 * width + 2 * kv + 4 * ff + heads + 2
         copies = 0
-    if model.dropout:  # attention written out: weights, mask, product; and a mask for each branch
-        block += 3 * heads * model.context_length + 2 * width
-    kept = 4 * tokens * (model.n_layers * block + 3 * width)
+    if model.dropout:  # attention written out: weights, mask, product, keys and values repeated; and a mask for each branch
+        half = 0.5 if dtype == "bfloat16" else 1.0
+        block += (1 + 2 * half) * heads * model.context_length + half * (2 * width + 2 * (width - kv)) - heads
+    kept = 4 * tokens * (model.n_layers * block + (4 if model.dropout else 3) * width)
     return {"activations": round(kept) + copies, "logits": 8 * tokens * vocab_size}

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from text import TINY, tiny
 from torch import nn
 
 from mpilm.model.llama import TIED, Llama
 from mpilm.parallel.flat import ALIGNMENT, FlatLayout, FlatParameters
 from mpilm.parallel.layout import Layout, owned, resolve
 from mpilm.trainer.build import build_model
-from text import TINY, tiny
 
 SHAPES = {"embed": (5, 3), "norm": (3,), "mlp": (7, 3), "head": (5, 3)}
 CPU = torch.device("cpu")

@@ -1,0 +1,160 @@
+"""What a person gets to see who made a mistake: one message that names what is wrong, and the promised exit code."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from helpers import mpirun
+from text import tiny, write_text, write_tokens
+
+from mpilm.comm.base import SelfComm
+from mpilm.trainer.loop import train
+
+CONFIG, DATA, FILE = 78, 65, 74
+SMALL = (
+    "--data.tokenizer", "bytes", "--model.n-layers", 1, "--model.d-model", 16, "--model.n-heads", 2,
+    "--model.context-length", 16, "--train.global-batch", 4, "--train.micro-batch", 2, "--train.steps", 2, "--train.threads", 1,
+    "--train.device", "cpu", "--run.eval-every", 0, "--generate.max-tokens", 0,
+)  # fmt: skip
+LIMIT_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MPILM_CACHE", str(tmp_path / "cache"))
+
+
+def refused(*flags, ranks=0, code=CONFIG, says=()):
+    """Start the command, check its end; the one message."""
+    done = mpirun(ranks, "-m", "mpilm.train", *SMALL, *flags, limit_s=LIMIT_S)
+    text = f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == code, text
+    assert done.stderr.count("mpilm: error") == 1, text
+    assert "Traceback" not in text
+    message = re.split(r"mpilm: error(?: on rank \d+ of \d+ on \S+)?: ", done.stderr)[1]
+    for part in says:
+        assert str(part) in message, text
+    return message
+
+
+# On real ranks: said once, and nobody left waiting.
+
+
+def test_more_ranks_than_microbatches(tmp_path):
+    says = ["3 ranks, but a step has only 2 microbatches", "start 2 ranks or fewer, or make the batch 6"]
+    refused("--data.path", write_text(tmp_path), "--run.dir", tmp_path / "run", ranks=3, says=says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_that_is_not_there_on_two_ranks(tmp_path):
+    missing = tmp_path / "none.txt"
+    refused("--data.path", missing, "--run.dir", tmp_path / "run", ranks=2, code=FILE, says=[missing])
+
+
+def test_a_folder_that_cannot_be_written_on_two_ranks(tmp_path):
+    (tmp_path / "file").write_text("root may write anywhere but below a file")
+    folder = tmp_path / "file" / "run"
+    refused("--data.path", write_text(tmp_path), "--run.dir", folder, ranks=2, code=FILE, says=["--run.dir", folder])
+
+
+# On one.
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    refused("--data.path", tmp_path / "empty.txt", "--run.dir", tmp_path / "run", code=DATA, says=[tmp_path / "empty.txt"])
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"x" * 1000 + b"caf\xe9 " + b"y" * 1000)
+    says = [tmp_path / "latin.txt", "1003"]
+    refused("--data.path", tmp_path / "latin.txt", "--run.dir", tmp_path / "run", code=DATA, says=says)
+
+
+def test_a_truncated_bin(tmp_path):
+    prefix = write_tokens(tmp_path)
+    file = prefix.with_suffix(".bin")
+    file.write_bytes(file.read_bytes()[:-101])
+    refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA, says=[file])
+
+
+def test_a_token_beyond_the_vocabulary(tmp_path):
+    prefix = write_tokens(tmp_path)
+    file = prefix.with_suffix(".bin")
+    tokens = np.fromfile(file, dtype=np.uint16)
+    tokens[:] = 300
+    tokens.tofile(file)
+    refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA, says=[file, "300"])
+
+
+def test_a_key_that_is_none(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("[train]\nlearning-rate = 1\n")
+    refused("--config", file, says=[f"--config {file}: unknown key train.learning-rate"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--model.d-model", 15), "--model.d-model 15 is not divisible by --model.n-heads 2"),
+        (("--train.steps", 0), "--train.steps must be above zero, not 0"),
+        (("--train.lr", -1), "--train.lr must not be negative, but is -1.0"),
+    ],
+)
+def test_settings_that_cannot_work(flags, says):
+    refused(*flags, says=[says])
+
+
+def test_a_flag_that_is_none():
+    done = mpirun(0, "-m", "mpilm.train", "--train.stepps", 3, limit_s=LIMIT_S)
+    assert done.returncode == CONFIG
+    assert "--train.stepps" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_context_longer_than_the_corpus(tmp_path):
+    says = ["--model.context-length 100000", "the largest value that works is"]
+    message = refused(
+        "--data.path", write_text(tmp_path), "--run.dir", tmp_path / "run", "--model.context-length", 100000, says=says
+    )
+    largest = int(message.partition("the largest value that works is ")[2].split(",")[0])
+    assert 100 < largest < 100000
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A run of two steps and the flags that go on with it."""
+    config = tiny(
+        write_tokens(tmp_path), tmp_path / "run", model__n_layers=1, model__d_model=16, model__n_heads=2, model__n_kv_heads=0,
+        model__dropout=0.0, train__steps=2, train__global_batch=4, train__warmup_steps=20, run__eval_every=0,
+    )  # fmt: skip
+    train(config, SelfComm())
+    return "--data.path", tmp_path / "tokens", "--run.dir", tmp_path / "run"
+
+
+def test_a_run_of_other_settings(made, tmp_path):
+    rows = [f"{tmp_path / 'run'}", "train.lr: was 0.003, now 0.01", "--checkpoint.allow-change train.lr"]
+    refused(*made, "--train.lr", 0.01, says=rows)
+
+
+def test_a_checkpoint_of_another_shape(made, tmp_path):
+    start = tmp_path / "run" / "checkpoints" / "step-00000002"
+    flags = ("--model.d-model", 32, "--checkpoint.allow-change", "model.d-model", "model.d-ff")
+    other = (*made[:3], tmp_path / "other", "--checkpoint.resume", start, *flags)
+    refused(*other, says=[start / "model.safetensors", "this model needs"])
+
+
+def test_a_damaged_checkpoint(made, tmp_path):
+    file = tmp_path / "run" / "checkpoints" / "step-00000002" / "trainer.json"
+    file.write_text(json.dumps({"step": 2}))
+    refused(*made, says=[f"no checkpoint in {tmp_path / 'run'} is whole", file])
+
+
+def test_the_same_flags_work_when_nothing_is_wrong(made):
+    """So that each refusal above is for the reason it names."""
+    done = mpirun(0, "-m", "mpilm.train", *SMALL, *made, "--train.steps", 3, limit_s=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    assert "from step 2" in done.stdout
+    assert "mpilm: error" not in done.stderr

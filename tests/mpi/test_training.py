@@ -1,0 +1,65 @@
+"""Training on real MPI: what one rank computes by itself, bit for bit, stopped on the way or not."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from text import tiny, write_tokens
+
+from mpilm.checkpoint.format import checkpoints
+from mpilm.comm.base import Comm, SelfComm
+from mpilm.telemetry.metrics import read_rows
+from mpilm.trainer.build import build
+from mpilm.trainer.evaluate import evaluate
+from mpilm.trainer.loop import train
+from mpilm.trainer.step import train_step
+
+
+@pytest.fixture
+def shared(world: Comm) -> Iterator[Path]:
+    """One folder for all ranks, with the tokens in it."""
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(world.broadcast_json(own))
+        if world.rank == 0:
+            write_tokens(folder)
+        world.barrier()
+        yield folder
+        world.barrier()  # nobody removes it while another still reads
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_ranks_compute_what_one_computes(world: Comm, shared: Path, tie: bool) -> None:
+    def outcome(comm: Comm, name: str) -> tuple[list[float], bytes]:
+        run = build(tiny(shared / "tokens", shared / name, model__tie_embeddings=tie, train__steps=4), comm)
+        results = [train_step(run, step) for step in range(4)]
+        numbers = [number for result in results for number in (result.loss, result.grad_norm)]
+        return [*numbers, evaluate(run)], run.flat.values.numpy().tobytes()
+
+    together, alone = outcome(world, "together"), outcome(SelfComm(), f"alone-{world.rank}")
+    assert together[0] == alone[0]
+    assert together[1] == alone[1]
+
+
+def test_the_librarys_sum_is_close(world: Comm, shared: Path) -> None:
+    def losses(reproducible: bool) -> list[float]:
+        folder = shared / f"run-{reproducible}"
+        run = build(tiny(shared / "tokens", folder, train__reproducible=reproducible), world)
+        return [train_step(run, step).loss for step in range(3)]
+
+    assert losses(False) == pytest.approx(losses(True), rel=1e-5)
+
+
+def test_a_run_that_is_gone_on_with(world: Comm, shared: Path) -> None:
+    def trained(name: str, *steps: int) -> tuple[list[float], bytes]:
+        folder = shared / name
+        for until in steps:
+            train(tiny(shared / "tokens", folder, train__steps=until, train__lr_schedule="constant"), world)
+        world.barrier()
+        rows = read_rows(folder / "metrics.jsonl")
+        newest = checkpoints(folder / "checkpoints")[-1]
+        return [row["loss"] for row in rows if "loss" in row], (newest / "optimizer.safetensors").read_bytes()
+
+    parts, whole = trained("parts", 2, 5), trained("whole", 5)
+    assert len(whole[0]) == 5
+    assert parts == whole

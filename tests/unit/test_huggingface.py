@@ -1,0 +1,75 @@
+"""The table of names and config.json, there and back."""
+
+import pytest
+from text import tiny
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mpilm.errors import ConfigError
+from mpilm.model.huggingface import published_config, published_name, read_config
+from mpilm.model.llama import Llama
+
+V = 53
+
+
+@pytest.mark.parametrize("layers", [1, 2, 12])
+def test_every_parameter_has_a_name_of_its_own_there(layers):
+    shape = tiny("", "", model__n_layers=layers, model__tie_embeddings=False).model
+    ours = dict(Llama(shape, V).named_parameters())
+    theirs = dict(LlamaForCausalLM(LlamaConfig(**published_config(shape, V, 0))).named_parameters())
+    names = {published_name(name): tuple(parameter.shape) for name, parameter in ours.items()}
+    assert len(names) == len(ours)
+    assert names == {name: tuple(parameter.shape) for name, parameter in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 1},
+        {"tie_embeddings": False},
+        {"rope_theta": 5e5, "norm_eps": 1e-6},
+        {"d_ff": 17, "context_length": 99},
+    ],
+)
+def test_a_config_comes_back(changes):
+    shape = tiny("", "", model__dropout=0.0, **{f"model__{key}": value for key, value in changes.items()}).model
+    published = published_config(shape, V, 7)
+    assert read_config(published, "x") == (shape, V)
+    rewritten = LlamaConfig(**published).to_dict()  # as transformers itself would save it
+    assert read_config(rewritten, "x") == (shape, V)
+    assert (rewritten["bos_token_id"], rewritten["eos_token_id"]) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling of this model is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling of this model is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling of this model is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act of this model is not supported"),
+        ({"attention_bias": True, "mlp_bias": True}, "attention_bias, mlp_bias of this model is not supported"),
+        ({"head_dim": 16}, "head_dim 16 is not hidden_size / num_attention_heads"),
+    ],
+)
+def test_what_is_not_of_our_kind_is_refused(changes, message):
+    published = published_config(tiny("", "").model, V, 0) | changes
+    with pytest.raises(ConfigError) as caught:
+        read_config(published, "some/config.json")
+    assert str(caught.value).startswith(f"some/config.json: {message}")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size"])
+def test_what_is_missing_is_named(key):
+    published = published_config(tiny("", "").model, V, 0)
+    del published[key]
+    with pytest.raises(ConfigError, match=f"lacks '{key}'"):
+        read_config(published, "config.json")
+
+
+def test_theta_is_read_where_newer_versions_keep_it():
+    published = published_config(tiny("", "").model, V, 0)
+    del published["rope_theta"]
+    published["rope_parameters"] = {"rope_type": "default", "rope_theta": 12345.0}
+    assert read_config(published, "x")[0].rope_theta == 12345.0

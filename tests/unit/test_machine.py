@@ -1,0 +1,101 @@
+"""Cores shared among the ranks of a node, and what a rank may use."""
+
+import os
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+
+import mpilm.trainer.machine as machine
+from mpilm.comm.base import SelfComm
+from mpilm.comm.threads import run_ranks
+from mpilm.config import Train
+from mpilm.errors import ConfigError
+from mpilm.trainer.machine import choose_device, conditions, core_share, look
+
+FREE = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("affinities", "rank", "limit", "share"),
+    [
+        ([[0, 1, 2, 3]], 0, FREE, 4),
+        ([[0, 1, 2, 3]] * 2, 1, FREE, 2),
+        ([[0, 1, 2, 3]] * 3, 0, FREE, Fraction(4, 3)),
+        ([[0, 1]] * 8, 5, FREE, Fraction(1, 4)),
+        ([[0, 1], [2, 3]], 0, FREE, 2),  # bound by the launcher
+        ([[0, 1], [1, 2]], 0, FREE, Fraction(3, 2)),
+        ([[0, 1, 2, 3], [3]], 1, FREE, Fraction(1, 2)),
+        ([[0, 1, 2, 3]] * 2, 0, 2.0, 1),  # a container's quota
+        ([[0, 1, 2, 3]] * 2, 0, 100.0, 2),
+        ([list(range(64))], 0, 1.5, Fraction(3, 2)),
+    ],
+)
+def test_share(affinities, rank, limit, share):
+    assert core_share(affinities, rank, limit) == share
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"), [("200000 100000\n", 2.0), ("50000 100000\n", 0.5), ("max 100000\n", FREE), ("", FREE), (None, FREE)]
+)
+def test_the_quota_of_a_container(tmp_path, content, cores):
+    file = tmp_path / "cpu.max"
+    if content is not None:
+        file.write_text(content)
+    assert machine._cgroup_cores(file) == cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads", "crowded"), [(4, 1, 4, False), (4, 2, 2, False), (4, 3, 1, False), (2, 3, 1, True)]
+)
+def test_threads_follow_the_cores(monkeypatch, cores, ranks, threads, crowded):
+    monkeypatch.setattr(machine, "_cores", lambda: list(range(cores)))
+    monkeypatch.setattr(machine, "_cgroup_cores", lambda _: FREE)
+    monkeypatch.setattr(machine, "_load_libraries", lambda _: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = run_ranks(ranks, lambda comm: look(Train(device="cpu"), comm))
+    assert [(m.threads, m.crowded) for m in found] == [(threads, crowded)] * ranks
+
+
+def test_settings_come_before_the_environment_and_that_before_the_cores(monkeypatch):
+    monkeypatch.setattr(machine, "_load_libraries", lambda _: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    train = Train(device="cpu")
+    assert look(train, SelfComm()).threads == 3
+    assert torch.get_num_threads() == 3
+    assert look(replace(train, threads=2), SelfComm()).threads == 2
+    assert torch.get_num_threads() == 2
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", SelfComm()).type == "cpu"
+    assert choose_device("cpu", SelfComm()).type == "cpu"
+    with pytest.raises(ConfigError, match=r"--train\.device cuda: torch sees no GPU here"):
+        choose_device("cuda", SelfComm())
+
+
+def test_gpus_are_dealt_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert [device.index for device in run_ranks(5, lambda comm: choose_device("auto", comm))] == [0, 1, 0, 1, 0]
+
+
+def test_conditions_name_what_may_change_the_last_bits():
+    found = conditions(machine.Machine(torch.device("cpu"), 3, False), SelfComm())
+    assert set(found) == {"mpilm", "torch", "python", "mpi", "processor", "threads", "device"}
+    assert (found["threads"], found["device"], found["torch"]) == ("3", "cpu", torch.__version__)
+    assert torch.backends.cpu.get_cpu_capability() in found["processor"]
+
+
+def test_the_cores_are_those_this_process_may_use():
+    assert machine._cores() == sorted(os.sched_getaffinity(0))

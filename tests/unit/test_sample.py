@@ -1,0 +1,76 @@
+"""Sampling: what is drawn, from what, and when it ends."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from mpilm.config import Generate
+from mpilm.model.sample import choose, sample
+
+LOGITS = torch.tensor([0.0, math.log(6), math.log(2), math.log(1)])  # 0.1, 0.6, 0.2, 0.1
+
+
+def drawn(settings, count=2000):
+    generator = torch.Generator().manual_seed(1)
+    counts = Counter(choose(LOGITS, settings, generator) for _ in range(count))
+    return {token: counts[token] / count for token in counts}
+
+
+def test_frequencies_follow_the_probabilities():
+    assert drawn(Generate(temperature=1.0)) == pytest.approx({0: 0.1, 1: 0.6, 2: 0.2, 3: 0.1}, abs=0.05)
+
+
+def test_temperature():
+    hot = drawn(Generate(temperature=2.0))
+    weights = {token: math.exp(float(LOGITS[token]) / 2) for token in range(4)}
+    assert hot == pytest.approx({token: w / sum(weights.values()) for token, w in weights.items()}, abs=0.05)
+    assert set(drawn(Generate(temperature=0.0), 10)) == {1}
+    assert set(drawn(Generate(temperature=0.05), 100)) == {1}
+
+
+@pytest.mark.parametrize(("k", "left"), [(1, {1}), (2, {1, 2}), (3, {0, 1, 2}), (0, {0, 1, 2, 3}), (99, {0, 1, 2, 3})])
+def test_top_k(k, left):
+    assert set(drawn(Generate(temperature=1.0, top_k=k))) == left
+
+
+@pytest.mark.parametrize(("p", "left"), [(0.01, {1}), (0.59, {1}), (0.7, {1, 2}), (0.85, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
+def test_top_p(p, left):
+    assert set(drawn(Generate(temperature=1.0, top_p=p))) == left
+
+
+class Counting(torch.nn.Module):
+    """Always predicts the token after the last, and notes what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.shown = []
+
+    def forward(self, x, positions):
+        self.shown.append((x[0].tolist(), positions.tolist()))
+        return torch.nn.functional.one_hot((x + 1) % 20, 20).float() * 50
+
+
+def test_goes_on_from_the_prompt_and_sees_the_last_tokens():
+    model = Counting()
+    assert sample(model, [3, 4], Generate(max_tokens=4, temperature=0.5), 3, stop=19) == [5, 6, 7, 8]
+    assert model.shown == [([3, 4], [0, 1]), ([3, 4, 5], [0, 1, 2]), ([4, 5, 6], [0, 1, 2]), ([5, 6, 7], [0, 1, 2])]
+
+
+def test_ends_before_the_stop_token():
+    assert sample(Counting(), [15], Generate(max_tokens=50, temperature=0.0), 8, stop=19) == [16, 17, 18]
+    assert sample(Counting(), [18], Generate(max_tokens=50, temperature=0.0), 8, stop=19) == []
+    assert sample(Counting(), [1], Generate(max_tokens=0), 8, stop=19) == []
+
+
+def test_the_seed_decides():
+    class Flat(Counting):
+        def forward(self, x, positions):
+            return torch.zeros(1, x.shape[1], 20)
+
+    def written(seed):
+        return sample(Flat(), [0], Generate(max_tokens=30, temperature=1.0, seed=seed), 8, stop=-1)
+
+    assert written(1) == written(1) != written(2)

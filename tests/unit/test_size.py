@@ -1,0 +1,71 @@
+"""Counts by arithmetic against what torch really holds."""
+
+import pytest
+import torch
+from text import tiny
+
+from mpilm.config import resolve
+from mpilm.model.loss import loss_sum
+from mpilm.model.size import activation_bytes, flops_per_token, parameter_count
+from mpilm.presets import PRESETS
+from mpilm.trainer.build import autocast_of, build_model
+
+V, CPU = 300, torch.device("cpu")
+
+
+def kept_bytes(model, flat, batch, length, dtype):
+    """What a forward keeps for backward: each storage once, parameters left out."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # and alive, so that no address is used twice
+        return tensor
+
+    x = torch.randint(0, V, (batch, length), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with autocast_of(dtype, CPU)():
+            logits = model(x, torch.arange(length), list(range(batch)))
+        loss = loss_sum(logits, x)
+    assert loss.requires_grad
+    kept.pop(flat.values.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize(("width", "length", "batch"), [(64, 32, 2), (128, 64, 4)])
+def test_activations_are_what_autograd_keeps(dtype, dropout, kv_heads, width, length, batch):
+    config = tiny(
+        "", "", model__d_model=width, model__n_kv_heads=kv_heads, model__dropout=dropout, model__context_length=length,
+        model__d_ff=3 * width,
+    )  # fmt: skip
+    model, flat = build_model(config.model, V, CPU)
+    predicted = activation_bytes(config.model, V, batch * length, dtype)
+    expected = predicted["activations"] + predicted["logits"] // 2  # the other half is the gradient, not there yet
+    assert kept_bytes(model, flat, batch, length, dtype) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_parameters(tie, kv_heads, layers):
+    shape = tiny("", "", model__tie_embeddings=tie, model__n_kv_heads=kv_heads, model__n_layers=layers).model
+    _, flat = build_model(shape, V, CPU)
+    assert parameter_count(shape, V) == sum(value.numel() for value in flat.by_name.values())
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocabulary", "count"), [("llama-1b", 32000, 1_100_048_384), ("llama-8b", 128256, 8_030_261_248)]
+)
+def test_published_models_have_their_published_size(preset, vocabulary, count):
+    assert parameter_count(resolve(PRESETS[preset]()).model, vocabulary) == count
+
+
+def test_operations_are_six_for_each_element_of_a_matrix_and_the_attention():
+    shape = tiny("", "", model__tie_embeddings=True).model
+    norms = (2 * shape.n_layers + 1) * shape.d_model
+    matrices = parameter_count(shape, V) - norms  # tied: the embedding is counted once, as the head
+    attention = 2 * 3 * 2 * shape.d_model * shape.context_length // 2  # q k and weights v, forward and twice back, half causal
+    assert flops_per_token(shape, V) == 6 * matrices + shape.n_layers * attention
