@@ -1,8 +1,8 @@
 """The norm of a gradient that lies in pieces on many ranks, to the same bits however it is cut.
 
 Floating-point sums depend on their order; integer sums do not. Each square, exact in float64, is rounded to a multiple of
-one power of two q that all ranks agree on, and the multiples are added as 64-bit integers. q follows from the largest
-element and the number of elements alone.
+one power of two q, about 2^-51 of the largest square, and the multiples are added as integers, in two words since 64 bits
+would be too few for billions of elements.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from mpilm.comm.base import Comm
 
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements; on a CPU the float64 copy of a chunk stays in the core's cache
 MANTISSA = 52
+ROW = 1 << 11  # this many multiples below 2^51 add up to less than 2^63
+LOW_BITS = 31  # of a row's sum, and then of the total, that make the low word
 
 
-def global_norm(pieces: Sequence[Tensor], numel: int, comm: Comm) -> float:
-    """2-norm of all pieces of all ranks of `comm`, `numel` elements in all; inf or nan if an element is. Collective."""
+def global_norm(pieces: Sequence[Tensor], comm: Comm) -> float:
+    """2-norm of all pieces of all ranks of `comm`; inf if an element is not finite. Collective."""
     largest = _largest(pieces)
     comm.all_reduce(largest, "max")
     peak = float(largest)
     if peak == 0.0 or not math.isfinite(peak):
         return peak
-    exponent = _grid_exponent(peak, numel)
-    total = torch.tensor(sum(_multiples(piece, exponent) for piece in pieces), dtype=torch.int64)
-    comm.all_reduce(total)
-    return math.sqrt(math.ldexp(int(total), exponent))
+    exponent = 2 * math.frexp(peak)[1] - (MANTISSA - 1)  # q = 2^exponent: every square is below 2^51 q
+    total = sum(_multiples(piece, exponent) for piece in pieces)
+    words = torch.tensor([total >> LOW_BITS, total % 2**LOW_BITS])
+    comm.all_reduce(words)
+    high, low = words.tolist()
+    return math.sqrt(math.ldexp((high << LOW_BITS) + low, exponent))
 
 
 def _largest(pieces: Sequence[Tensor]) -> Tensor:
@@ -39,25 +43,26 @@ def _largest(pieces: Sequence[Tensor]) -> Tensor:
     return torch.where(peak.isnan(), math.inf, peak).to("cpu", torch.float64)
 
 
-def _grid_exponent(peak: float, numel: int) -> int:
-    """The finest q = 2^exponent at which a square fits a float64 mantissa and `numel` squares fit 62 bits."""
-    square_bits = 2 * math.frexp(peak)[1]  # peak^2 < 2^square_bits
-    spare = 62 - (MANTISSA - 1) - math.ceil(math.log2(max(numel, 1)))
-    return square_bits - (MANTISSA - 1) - min(0, spare)
-
-
 def _multiples(piece: Tensor, exponent: int) -> int:
     """The sum of the squares as a number of q's.
 
     Adding C = 1.5 2^52 q to a square rounds it to a multiple of q; the integer then stands in the low bits of the sum.
     """
     shift = torch.tensor(1.5 * math.ldexp(1.0, MANTISSA + exponent), dtype=torch.float64, device=piece.device)
-    offset = int(shift.view(torch.int64))
+    row_of_shifts = _wrapped(ROW * int(shift.view(torch.int64)))
+    size = min(CHUNK[piece.device.type], piece.numel())
+    padded = torch.zeros(-(-size // ROW) * ROW, dtype=torch.float64, device=piece.device)
     total = 0
-    size = CHUNK[piece.device.type]
-    double = torch.empty(min(size, piece.numel()), dtype=torch.float64, device=piece.device)
-    for chunk in piece.split(size):
-        squares = double[: chunk.numel()].copy_(chunk)
+    for chunk in piece.split(CHUNK[piece.device.type]):
+        squares = padded[: -(-chunk.numel() // ROW) * ROW]
+        squares[: chunk.numel()].copy_(chunk)
+        squares[chunk.numel() :] = 0.0
         torch.addcmul(shift, squares, squares, out=squares)  # x^2 is exact in float64: fused or not, one rounding
-        total += int(squares.view(torch.int64).sum()) - offset * chunk.numel()
-    return total % 2**64  # the tensor's sum wraps around; the difference is right again
+        rows = squares.view(torch.int64).view(-1, ROW).sum(1) - row_of_shifts  # both wrap around; the difference is right
+        total += (int((rows >> LOW_BITS).sum()) << LOW_BITS) + int((rows % 2**LOW_BITS).sum())
+    return total
+
+
+def _wrapped(value: int) -> int:
+    """The integer as 64 bits with a sign hold it."""
+    return (value + 2**63) % 2**64 - 2**63

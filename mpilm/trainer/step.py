@@ -41,7 +41,7 @@ def train_step(run: Training, step: int) -> StepResult:
     loss = total_loss(run.stage.losses, microbatches(run.config), data) / tokens
     gradient = run.stage.gradient
     mine = gradient.split(slice_counts(gradient.numel(), data.size))[data.rank]
-    norm = global_norm([mine], gradient.numel(), data)
+    norm = global_norm([mine], data)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise AgreedError(NonFiniteError(
             f"step {step + 1}: loss {loss}, gradient norm {norm}; nothing was updated. Checkpoints in "

@@ -47,7 +47,10 @@ def test_a_config_survives_its_own_dictionary() -> None:
         ({"train": {"lr": True}}, "a.toml: train.lr must be a number, not True"),
         ({"train": {"reproducible": 1}}, "a.toml: train.reproducible must be true or false, not 1"),
         ({"data": {"path": ["a"]}}, "a.toml: data.path must be a string, not ['a']"),
-        ({"checkpoint": {"allow-change": "train.lr"}}, "a.toml: checkpoint.allow-change must be a list of strings, not 'train.lr'"),
+        (
+            {"checkpoint": {"allow-change": "train.lr"}},
+            "a.toml: checkpoint.allow-change must be a list of strings, not 'train.lr'",
+        ),
     ],
 )
 def test_what_cannot_be_merged_is_named(values: dict[str, Any], message: str) -> None:

@@ -21,7 +21,7 @@ def noise(count, seed=0, spread=3.0):
 
 
 def norm(x):
-    return global_norm([x], x.numel(), SelfComm())
+    return global_norm([x], SelfComm())
 
 
 def exact(x):
@@ -54,26 +54,23 @@ def test_every_element_the_largest_number_does_not_overflow():
     assert norm(x) == pytest.approx(exact(x), rel=1e-12)
 
 
-@pytest.mark.parametrize("numel", [10**6, 10**9, 10**11, 10**13])
-def test_the_grid_has_room_for_all_elements(numel):
-    """A piece of a gradient that is large beyond what a test can hold: the sum of `numel` such squares must fit too."""
+def test_billions_of_elements_fit():
     x = torch.full((4096,), 1.99999)
-    assert global_norm([x], numel, SelfComm()) == pytest.approx(exact(x), rel=1e-3 if numel > 1e9 else 1e-8)
-    exponent = norm_module._grid_exponent(1.99999, numel)
-    assert numel * 4.0 / 2.0**exponent <= 2**62
+    assert global_norm([x] * 2000, SelfComm()) == pytest.approx(exact(x) * math.sqrt(2000), rel=1e-12)
+    words = 2**33 * 2 ** (norm_module.MANTISSA - 1)  # the sum of 2^33 largest squares
+    assert words >> norm_module.LOW_BITS < 2**63
 
 
-@pytest.mark.xfail(strict=True, reason="one 64-bit word: the grid becomes coarse as the number of elements grows")
-def test_small_elements_count_in_a_large_gradient():
-    """8 billion elements, the largest 50,000 times the others' deviation: together the others weigh more than it."""
+def test_small_elements_count_beside_a_large_one():
+    """The largest is 50,000 times the others' deviation: as 8 billion elements they would weigh more than it."""
     x = noise(100_000, spread=0.0) / 50_000
-    assert global_norm([x, torch.ones(1)], 8 * 10**9, SelfComm()) ** 2 - 1 == pytest.approx(exact(x) ** 2, rel=1e-2)
+    assert global_norm([x, torch.ones(1)], SelfComm()) ** 2 - 1 == pytest.approx(exact(x) ** 2, rel=1e-6)
 
 
 def test_zeros_and_nothing():
     assert norm(torch.zeros(100)) == 0.0
-    assert global_norm([], 0, SelfComm()) == 0.0
-    assert global_norm([torch.empty(0), torch.tensor([3.0, 4.0])], 2, SelfComm()) == 5.0
+    assert global_norm([], SelfComm()) == 0.0
+    assert global_norm([torch.empty(0), torch.tensor([3.0, 4.0])], SelfComm()) == 5.0
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -82,7 +79,7 @@ def test_what_is_not_finite_is_never_lost(bad, at):
     x = noise(1000)
     x[at] = bad
     pieces = x.split([0, 500, 300, 200])
-    results = run_ranks(4, lambda comm: global_norm([pieces[comm.rank]], 1000, comm))
+    results = run_ranks(4, lambda comm: global_norm([pieces[comm.rank]], comm))
     assert len({str(result) for result in results}) == 1
     assert not math.isfinite(results[0])
 
@@ -97,7 +94,7 @@ def test_the_bits_do_not_depend_on_cuts_ranks_or_order(cuts, ranks, random, seed
     owners = [random.randrange(ranks) for _ in pieces]
 
     def body(comm):
-        return global_norm([piece for piece, owner in zip(pieces, owners) if owner == comm.rank], 700, comm)
+        return global_norm([piece for piece, owner in zip(pieces, owners) if owner == comm.rank], comm)
 
     assert run_ranks(ranks, body) == [norm(x)] * ranks
 
