@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mpilm.checkpoint.format import TEMPORARY, Writer, checkpoints, folder_name, read_json, sync_folder
+from mpilm.checkpoint.format import TEMPORARY, Writer, checkpoints, folder_name, read_json, step_of, sync_folder
 from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root
 from mpilm.config import Model
@@ -90,6 +90,17 @@ def prune(parent: Path, keep: int, keep_best: bool) -> None:
     for folder in found:
         if folder not in wanted:
             remove(folder)
+
+
+def set_aside_later(parent: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, which are broken or incomplete if this one is the newest valid, so that their
+    names are free when the run comes to those steps again. Returns their new names."""
+    aside: list[Path] = []
+    for folder in sorted(parent.iterdir()):
+        if (step_of(folder) or 0) > step:
+            names = (folder.with_name(f"broken-{n}-{folder.name}") for n in range(1, 10**6))
+            aside.append(folder.rename(next(name for name in names if not name.exists())))
+    return aside
 
 
 def remove_leftovers(parent: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mpilm.checkpoint.format import checkpoints, read_json, step_of, verify
 from mpilm.checkpoint.load import newest_valid
-from mpilm.checkpoint.save import remove_leftovers
+from mpilm.checkpoint.save import remove_leftovers, set_aside_later
 from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root
 from mpilm.config import Config, flatten, mathematics, merge, read_toml, to_dict
@@ -57,6 +57,7 @@ def _open(config: Config, content: Mapping[str, str], present: Mapping[str, str]
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         remove_leftovers(path / "checkpoints")
+        notes += [f"not whole, set aside as {folder}" for folder in set_aside_later(path / "checkpoints", step)]
         write_config(path / "config.toml", config)
     except OSError as error:
         raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None

@@ -197,3 +197,20 @@ def test_notes_on_what_may_change_the_last_bits(run):
     assert "torch was" in notes[0]
     assert "is 0.0" in notes[0]
     assert "threads" not in notes[0]
+
+
+@pytest.mark.parametrize("damage", ["altered weights", "no manifest"])
+def test_a_broken_checkpoint_is_set_aside_and_written_again(run, damage):
+    newest = Path(run.run.dir, "checkpoints", folder_name(4))
+    whole = (newest / "model.safetensors").read_bytes()
+    if damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        (newest / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    found = opened(run)
+    assert found.step == 2
+    aside = newest.with_name(f"broken-1-{newest.name}")
+    assert any(str(aside) in note for note in found.notes)
+    assert aside.is_dir()
+    run_ranks(2, lambda comm: train(run, comm))
+    assert (newest / "model.safetensors").read_bytes() == whole
