@@ -63,6 +63,9 @@ def _shared_options(presets: Mapping[str, Any] | None) -> str:
 def _booleans(words: list[str], default: Any) -> list[str]:
     """true and false as Python spells them; a flag alone stands for true."""
     flags = {f"--{name.replace('_', '-')}" for name, value in flatten(default).items() if isinstance(value, bool)}
+    words = [
+        part for word in words for part in (word.split("=", 1) if word.split("=")[0].replace("_", "-") in flags else [word])
+    ]
     spelled: list[str] = []
     for i, word in enumerate(words):
         previous_is_flag = i > 0 and words[i - 1].replace("_", "-") in flags

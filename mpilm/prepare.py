@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mpilm.cli import parse
 from mpilm.comm.base import Comm
@@ -37,6 +38,8 @@ def configure(argv: Sequence[str]) -> PrepareConfig:
     """The config of a command line; raises ConfigError when it asks for nothing."""
     description = "Turn text into token files, in parallel; the bytes written do not depend on how many ranks do it."
     config = parse(argv, PrepareConfig(), "prepare", description)
+    if config.output and not Path(config.output).name:
+        raise ConfigError(f"--output {config.output} is a folder; write a prefix such as {config.output}/tokens")
     if not config.output and not config.stats:
         raise ConfigError("say where to write the tokens with --output PREFIX, or ask for --stats")
     return config

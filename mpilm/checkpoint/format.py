@@ -35,6 +35,11 @@ def step_of(folder: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def incomplete(parent: Path) -> list[Path]:
+    """Folders in `parent` that are called like a checkpoint and have no manifest."""
+    return sorted(f for f in parent.iterdir() if step_of(f) is not None and not (f / MANIFEST).is_file())
+
+
 def checkpoints(parent: Path) -> list[Path]:
     """The complete checkpoints in `parent`, oldest first, found by looking and not by a file that says so."""
     if not parent.is_dir():
@@ -128,7 +133,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Read every byte of a checkpoint; raises FileError or DataError naming the file that is missing, cut or altered."""
+    """Read every byte of a checkpoint. Raises DataError naming the file that is missing, cut or altered, and FileError where
+    it cannot be read, which may pass."""
     for name, entry in read_manifest(folder).items():
         path = folder / name
         digest = Digest()
@@ -136,6 +142,8 @@ def verify(folder: Path) -> None:
             with open(path, "rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
+        except FileNotFoundError:
+            raise DataError(f"checkpoint file {path} is missing") from None
         except OSError as error:
             raise FileError(f"checkpoint file {path} cannot be read: {error.strerror}") from None
         if digest.bytes != entry["bytes"]:

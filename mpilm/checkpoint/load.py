@@ -10,19 +10,19 @@ from torch import Tensor
 from mpilm.checkpoint.format import checkpoints, verify
 from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root
-from mpilm.errors import ConfigError, DataError, UserError
+from mpilm.errors import ConfigError, DataError
 from mpilm.model.huggingface import published_name
 
 
-def newest_valid(parent: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every byte is right, and what is wrong with the newer ones."""
-    complaints: list[str] = []
+def newest_valid(parent: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose every byte is right, and what is wrong with the newer ones. Raises FileError."""
+    complaints: dict[Path, str] = {}
     for folder in reversed(checkpoints(parent)):
         try:
             verify(folder)
             return folder, complaints
-        except UserError as error:
-            complaints.append(str(error))
+        except DataError as error:
+            complaints[folder] = str(error)
     return None, complaints
 
 

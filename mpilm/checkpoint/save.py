@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mpilm.checkpoint.format import TEMPORARY, Writer, checkpoints, folder_name, read_json, step_of, sync_folder
+from mpilm.checkpoint.format import TEMPORARY, Writer, checkpoints, folder_name, read_json, sync_folder
 from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root
 from mpilm.config import Model
@@ -35,7 +35,7 @@ class State:
 def save(parent: Path, step: int, state: State, comm: Comm) -> Path:
     """Write the checkpoint of `step` below `parent`; returns its folder. Collective; raises on all ranks alike.
 
-    An existing one of the same step is left alone: the same step of the same run has the same content.
+    An existing one is never written over.
     """
     final = parent / folder_name(step)
     on_root(comm, lambda: _write(final, state))
@@ -43,8 +43,8 @@ def save(parent: Path, step: int, state: State, comm: Comm) -> Path:
 
 
 def _write(final: Path, state: State) -> None:
-    if final in checkpoints(final.parent):
-        return
+    if final.exists():
+        raise FileError(f"checkpoint {final} is there already, written by another job: two jobs work on one --run.dir")
     temporary = final.parent / f"{TEMPORARY}{final.name}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -85,21 +85,22 @@ def prune(parent: Path, keep: int, keep_best: bool) -> None:
     found = checkpoints(parent)
     wanted = set(found[-keep:] if keep else found)
     if keep_best:
-        losses = [(loss, folder) for folder in found if (loss := evaluation_loss(folder)) is not None]
+        losses = [
+            (loss, folder) for folder in found if (loss := evaluation_loss(folder)) is not None and loss == loss
+        ]  # no nan
         wanted |= {min(losses)[1]} if losses else set()
     for folder in found:
         if folder not in wanted:
             remove(folder)
 
 
-def set_aside_later(parent: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of later steps, which are broken or incomplete if this one is the newest valid, so that their
-    names are free when the run comes to those steps again. Returns their new names."""
+def set_aside(folders: Iterable[Path]) -> list[Path]:
+    """Rename checkpoints that are not whole, so that their names are free when the run comes to their steps again.
+    Returns the new names."""
     aside: list[Path] = []
-    for folder in sorted(parent.iterdir()):
-        if (step_of(folder) or 0) > step:
-            names = (folder.with_name(f"broken-{n}-{folder.name}") for n in range(1, 10**6))
-            aside.append(folder.rename(next(name for name in names if not name.exists())))
+    for folder in folders:
+        names = (folder.with_name(f"broken-{n}-{folder.name}") for n in range(1, 10**6))
+        aside.append(folder.rename(next(name for name in names if not name.exists())))
     return aside
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
-from mpilm.comm.together import together
+from mpilm.comm.together import on_root, together
 from mpilm.config import Data
 from mpilm.data.cache import cached_corpus
 from mpilm.data.encode import Progress
@@ -53,9 +53,9 @@ def open_corpus(data: Data, comm: Comm, eos: bool = True, progress: Progress = s
     `eos`: whether documents of raw text end with the tokenizer's eos. Raises ConfigError, FileError or DataError on every
     rank, also when a rank sees other files than rank 0.
     """
-    prefix = prefix_of(data.path) if data.path else None
+    prefix = _prepared_prefix(data.path, comm)
     prepared = prefix or cached_corpus(data, comm, eos, progress)
-    meta = together(comm, lambda: read_meta(prepared))
+    meta = _meta(prepared, comm)
     file = together(comm, lambda: _open(prepared, meta, verify=comm.rank == 0))
     together(comm, lambda: _compare(file, meta, comm))
     tokenizer = together(comm, lambda: _tokenizer(data.tokenizer if prefix else "auto", prepared, meta))
@@ -68,6 +68,20 @@ def open_corpus(data: Data, comm: Comm, eos: bool = True, progress: Progress = s
         path=file.path,
         bytes_per_token=meta.source_bytes / meta.tokens if meta else together(comm, lambda: _measure(file, tokenizer)),
     )
+
+
+def _prepared_prefix(path: str, comm: Comm) -> Path | None:
+    """Where prepared tokens lie, as rank 0 sees it: all ranks must go the same way. Collective."""
+    found = on_root(comm, lambda: prefix_of(path) if path else None)
+    known = comm.broadcast_json(str(found) if found else None)
+    return Path(known) if known else None
+
+
+def _meta(prefix: Path, comm: Comm) -> Meta | None:
+    """What rank 0 reads beside the tokens. Collective."""
+    found = on_root(comm, lambda: read_meta(prefix))
+    values = comm.broadcast_json(asdict(found) if found else None)
+    return Meta(**values) if values else None
 
 
 def _open(prefix: Path, meta: Meta | None, verify: bool) -> TokenFile:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +73,14 @@ def prefix_of(path: str) -> Path | None:
     given = Path(path).expanduser()
     if given.suffix in (".bin", ".idx") and not given.is_dir():
         return given.with_suffix("")
+    if not given.name:
+        return None  # ".", "/" or "..": a folder
     beside = (with_ending(given, ".bin"), with_ending(given, ".idx"))
     return given if path and not given.exists() and all(file.is_file() for file in beside) else None
 
 
 def with_ending(prefix: Path, ending: str) -> Path:
-    return prefix.with_name(prefix.name + ending)
+    return prefix.parent / (prefix.name + ending)
 
 
 def write_index(path: Path, lengths: NDArray, document_ends: NDArray, dtype: np.dtype) -> None:
@@ -95,10 +98,16 @@ def place_index(path: Path, layout: Layout, lengths: NDArray, ends: NDArray, seq
     `sequence`, `token` and `document` are the numbers of the first of each. Raises FileError.
     """
     starts = token + np.cumsum(lengths, dtype=np.int64) - lengths
-    with touching(path, "write"), open(path, "r+b") as file:
+    with touching(path, "write"), open_shared(path) as file:
         _write_at(file, HEADER.size + 4 * sequence, np.asarray(lengths, dtype="<i4"))
         _write_at(file, layout.pointers_at + 8 * sequence, (starts * layout.dtype.itemsize).astype("<i8"))
         _write_at(file, layout.documents_at + 8 * (document + 1), np.asarray(ends, dtype="<i8"))
+
+
+def open_shared(path: Path) -> IO[bytes]:
+    """An existing file that several ranks write parts of. Write-only: where a network file system may read it could write
+    back whole pages, with zeros in the place of what another node has just written."""
+    return os.fdopen(os.open(path, os.O_WRONLY), "wb")
 
 
 def _write_at(file: IO[bytes], offset: int, values: NDArray) -> None:

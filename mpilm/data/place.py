@@ -16,7 +16,7 @@ from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root, together
 from mpilm.data.encode import Share
 from mpilm.data.files import touching
-from mpilm.data.indexed import Layout, place_index, with_ending
+from mpilm.data.indexed import Layout, open_shared, place_index, with_ending
 from mpilm.errors import FileError
 
 COPY_BYTES = 16 * 2**20
@@ -107,7 +107,7 @@ def place(
         ends = before.sequences + 1 + np.flatnonzero((share.last & keep)[keep])
         place_index(index, layout, share.lengths[keep], ends, before.sequences, before.tokens, before.documents)
         for path in (data, index):
-            with touching(path, "write"), open(path, "rb+") as file:
+            with touching(path, "write"), open_shared(path) as file:
                 os.fsync(file.fileno())
         temporary.part.unlink()
 
@@ -124,7 +124,7 @@ def _runs(sizes: NDArray[np.int64], keep: NDArray[np.bool_]) -> list[tuple[int, 
 
 def _copy(source: Path, target: Path, runs: Iterable[tuple[int, int]], offset: int) -> None:
     """Copy the runs of one file, one after the other, into another from `offset` on."""
-    with touching(target, "write"), open(source, "rb") as part, open(target, "rb+") as out:
+    with touching(target, "write"), open(source, "rb") as part, open_shared(target) as out:
         out.seek(offset)
         for start, stop in runs:
             part.seek(start)

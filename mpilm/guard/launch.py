@@ -15,7 +15,8 @@ from mpilm.errors import ConfigError, UserError
 
 R = TypeVar("R")
 Body = Callable[[Comm], None]
-SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE", "PMIX_SIZE")
+SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
+RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "SLURM_PROCID")
 
 
 def run(prepare: Callable[[], Body]) -> NoReturn:
@@ -114,8 +115,10 @@ def world() -> Comm:
     if announced != comm.size and comm.size == 1:
         mismatch = ConfigError(
             f"the launcher started {announced} ranks, but {library()} sees a world of 1: mpirun belongs to another MPI than "
-            "the library that Python loads; use the mpirun that came with it (in a virtual environment: its bin/mpirun)"
+            "the library that Python loads; use the mpirun that came with it (in a virtual environment: its bin/mpirun), "
+            "or the type that srun --mpi=list names for it (pmi2 for MPICH, pmix for Open MPI)"
         )
-        print(f"mpilm: error: {mismatch}", file=sys.stderr, flush=True)
+        if next((os.environ[v] for v in RANK_VARIABLES if v in os.environ), "0") == "0":
+            print(f"mpilm: error: {mismatch}", file=sys.stderr, flush=True)
         raise SystemExit(mismatch.code)
     return comm

@@ -12,7 +12,7 @@ from mpilm.config import Generate
 def sample(model: nn.Module, prompt: list[int], settings: Generate, context_length: int, stop: int) -> list[int]:
     """The tokens that follow `prompt`, max-tokens at most, before `stop`; the last `context_length` tokens are looked at."""
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed % 2**63)
     tokens = list(prompt)
     for _ in range(settings.max_tokens):
         window = torch.tensor([tokens[-context_length:]], device=device)

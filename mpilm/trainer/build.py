@@ -17,6 +17,8 @@ from mpilm.comm.trace import Traced
 from mpilm.config import Config, Model, flatten, microbatches, validate_ranks
 from mpilm.data.batch import Batches
 from mpilm.data.corpus import Corpus, open_corpus
+from mpilm.data.prepare import silent
+from mpilm.data.progress import ProgressLine
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.init import initial_value
@@ -64,7 +66,8 @@ def build(config: Config, world: Comm) -> Training:
     machine = together(world, lambda: look(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
     mesh = Mesh.build(MeshShape(data=world.size), Traced(world, check=True))
-    corpus = open_corpus(config.data, world)
+    waiting = world.with_options(gpu_aware=False, patient=True)  # for rank 0, which may train a tokenizer on all cores
+    corpus = open_corpus(config.data, waiting, progress=ProgressLine() if world.rank == 0 else silent)
     train = config.train
     batches = together(world, lambda: Batches(
         corpus, config.model.context_length, config.data.eval_fraction, train.seed, train.global_batch, train.micro_batch

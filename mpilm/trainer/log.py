@@ -17,7 +17,7 @@ from mpilm.guard.launch import announced_ranks
 from mpilm.model.sample import sample
 from mpilm.model.size import activation_bytes
 from mpilm.parallel.layout import owned
-from mpilm.parallel.tree import balance, block
+from mpilm.parallel.tree import balance, block, buffers_of
 from mpilm.telemetry.display import Display, duration, mebibytes
 from mpilm.telemetry.memory import peak_resident_bytes
 from mpilm.telemetry.metrics import Metrics, TensorBoard
@@ -35,6 +35,8 @@ def predicted_memory(run: Training) -> dict[str, int]:
     """Bytes a rank will use, part by part."""
     config, numel = run.config, run.flat.owned.numel
     tokens, vocab_size = config.train.micro_batch * config.model.context_length, run.corpus.tokenizer.vocab_size
+    ranks = run.mesh.comm("data").size
+    buffers = buffers_of(ranks, microbatches(config)) if config.train.reproducible else 1  # of the rank that has most
     holes = HOLES[run.machine.device.type]
     activations = activation_bytes(config.model, vocab_size, tokens, config.train.dtype)
     largest = {"activations": 4 * tokens * config.model.d_ff, "logits": 4 * tokens * vocab_size}
@@ -43,7 +45,7 @@ def predicted_memory(run: Training) -> dict[str, int]:
         "program": run.baseline_bytes[1],
         "weights": 4 * numel,
         "moments": 8 * numel,
-        "gradients": sum(4 * buffer.numel() for buffer in run.gradients.buffers),
+        "gradients": 4 * run.flat.gradients.numel * buffers,
         "exchange": run.gradients.workspace_bytes,
         **held,
     }

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpilm.checkpoint.format import checkpoints, read_json, step_of, verify
+from mpilm.checkpoint.format import checkpoints, incomplete, read_json, step_of, verify
 from mpilm.checkpoint.load import newest_valid
-from mpilm.checkpoint.save import remove_leftovers, set_aside_later
+from mpilm.checkpoint.save import remove_leftovers, set_aside
 from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root
 from mpilm.config import Config, flatten, mathematics, merge, read_toml, to_dict
@@ -49,16 +49,18 @@ def open_run_folder(config: Config, content: Mapping[str, str], present: Mapping
 def _open(config: Config, content: Mapping[str, str], present: Mapping[str, str]) -> RunFolder:
     path = _choose_path(config)
     _refuse_foreign(path, config)
-    checkpoint, notes = _choose_checkpoint(path, config, content, present)
+    checkpoint, broken, notes = _choose_checkpoint(path, config, content, present)
     step = step_of(checkpoint) if checkpoint else 0
     assert step is not None
     if step > config.train.steps:
         raise ConfigError(f"{checkpoint} is at step {step}, past --train.steps {config.train.steps}; ask for more steps")
     try:
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        write_config(path / "config.toml", config)  # first: it is what makes the folder a run's
+        (path / "checkpoints").mkdir(exist_ok=True)
         remove_leftovers(path / "checkpoints")
-        notes += [f"not whole, set aside as {folder}" for folder in set_aside_later(path / "checkpoints", step)]
-        write_config(path / "config.toml", config)
+        aside = set_aside([*broken, *incomplete(path / "checkpoints")])
+        notes += [*broken.values(), *(f"set aside as {folder}" for folder in aside)]
     except OSError as error:
         raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None
     return RunFolder(path, checkpoint, step, tuple(notes))
@@ -90,21 +92,27 @@ def _refuse_foreign(path: Path, config: Config) -> None:
 
 def _choose_checkpoint(
     path: Path, config: Config, content: Mapping[str, str], present: Mapping[str, str]
-) -> tuple[Path | None, list[str]]:
+) -> tuple[Path | None, dict[Path, str], list[str]]:
+    """The verified checkpoint to go on from, the broken ones with what is wrong with them, and notes."""
     asked = config.checkpoint.resume
     if asked == "never":
-        return None, []
-    if asked == "auto":
-        checkpoint, notes = newest_valid(path / "checkpoints")
+        return None, {}, []
+    if asked == "auto" or _began_from(path, asked):
+        checkpoint, broken = newest_valid(path / "checkpoints")
     else:
-        checkpoint, notes = Path(asked), []
+        checkpoint, broken = Path(asked), {}
         _refuse_branch(checkpoint, path)
         verify(checkpoint)
-    if checkpoint is not None:
-        notes += _compare(checkpoint, config, content, present)
-    elif notes:
-        raise ConfigError(f"no checkpoint in {path} is whole:\n  " + "\n  ".join(notes))
-    return checkpoint, notes
+    if checkpoint is None and broken:
+        raise ConfigError(f"no checkpoint in {path} is whole:\n  " + "\n  ".join(broken.values()))
+    return checkpoint, broken, _compare(checkpoint, config, content, present) if checkpoint else []
+
+
+def _began_from(path: Path, asked: str) -> bool:
+    """Whether this run was started from the checkpoint asked for and has saved since: the same job submitted again."""
+    if not checkpoints(path / "checkpoints") or not (path / "config.toml").is_file():
+        return False
+    return read_toml(str(path / "config.toml")).get("checkpoint", {}).get("resume") == asked
 
 
 def _refuse_branch(checkpoint: Path, path: Path) -> None:
@@ -158,5 +166,8 @@ def write_config(path: Path, config: Config) -> None:
     import tomli_w
 
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(tomli_w.dumps(to_dict(config)))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

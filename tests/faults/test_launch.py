@@ -130,7 +130,7 @@ def test_help_and_wrong_flags_are_printed_once(tmp_path: Path, leave: str, code:
     assert "hello" not in done.stdout
 
 
-@pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_the_launcher_of_another_mpi_is_noticed(tmp_path: Path, variable: str) -> None:
     done = job(tmp_path, "pass", ranks=0, **{variable: "4"})
     assert done.returncode == 78

@@ -214,3 +214,11 @@ def test_a_broken_checkpoint_is_set_aside_and_written_again(run, damage):
     assert aside.is_dir()
     run_ranks(2, lambda comm: train(run, comm))
     assert (newest / "model.safetensors").read_bytes() == whole
+
+
+def test_the_same_job_submitted_again_goes_on(run, tmp_path):
+    """Started from a checkpoint of another run, with the same words each time."""
+    began = Path(run.run.dir, "checkpoints", folder_name(2))
+    branch = replaced(run, run__dir=str(tmp_path / "branch"), checkpoint__resume=str(began), train__steps=3)
+    run_ranks(1, lambda comm: train(branch, comm))
+    assert opened(branch).step == 3
