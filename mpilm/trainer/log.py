@@ -14,6 +14,7 @@ from mpilm.config import microbatches
 from mpilm.data.corpus import unigram_loss
 from mpilm.errors import FileError
 from mpilm.guard.launch import announced_ranks
+from mpilm.mesh.shape import AXES
 from mpilm.model.sample import sample
 from mpilm.model.size import activation_bytes
 from mpilm.parallel.layout import owned
@@ -137,7 +138,7 @@ class RunLog:
             "time": time.time(),
             "ranks": world.size,
             "layout": {
-                **dict(zip(("pipeline", "data", "context", "tensor"), run.mesh.shape.sizes)),
+                **dict(zip(AXES, run.mesh.shape.sizes)),
                 "zero": 0,
                 "schedule": "1f1b",
             },
@@ -164,6 +165,8 @@ class RunLog:
         crowd = ", more ranks than cores" if run.machine.crowded else ""
         say(f"mpilm {mpilm.__version__}: {world.size} rank{'s' * (world.size > 1)}, {threads}{crowd}, {device}, {train.dtype}")
         say(f"  with     torch {torch.__version__}, {world.library}")
+        sizes = zip(AXES, run.mesh.shape.sizes)
+        say("  layout   " + " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1 or axis == "data"))
         parameters = sum(layout.numel for layout in self._owned())
         tied = ", embeddings tied" if model.tie_embeddings else ""
         say(f"  model    {model.arch}, {model.n_layers} blocks of width {model.d_model}, {parameters:,} parameters{tied}")
