@@ -344,7 +344,9 @@ def _validate_train(config: Config) -> None:
             f"the nearest that is: {near}"
         )
     if train.min_lr > train.lr and train.lr_schedule != "constant":
-        raise ConfigError(f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}")
+        raise ConfigError(
+            f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}; set it too, for example {train.lr / 10:g}"
+        )
     known = mathematics(config)
     for name in config.checkpoint.allow_change:
         if name.replace("-", "_") not in known | {"data.path": 0, "data.tokenizer": 0}:

@@ -38,8 +38,8 @@ def configure(argv: Sequence[str]) -> PrepareConfig:
     """The config of a command line; raises ConfigError when it asks for nothing."""
     description = "Turn text into token files, in parallel; the bytes written do not depend on how many ranks do it."
     config = parse(argv, PrepareConfig(), "prepare", description)
-    if config.output and not Path(config.output).name:
-        raise ConfigError(f"--output {config.output} is a folder; write a prefix such as {config.output}/tokens")
+    if config.output and (not Path(config.output).name or config.output.endswith("/") or Path(config.output).is_dir()):
+        raise ConfigError(f"--output {config.output} is a folder; write a prefix such as {config.output.rstrip('/')}/tokens")
     if not config.output and not config.stats:
         raise ConfigError("say where to write the tokens with --output PREFIX, or ask for --stats")
     return config

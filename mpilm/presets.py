@@ -12,10 +12,10 @@ def tiny() -> Config:
     return Config()
 
 
-def _published(model: Model, lr: float, global_batch: int, vocabulary: int = 32768) -> Config:
+def _published(model: Model, lr: float, global_batch: int) -> Config:
     return Config(
         model=model,
-        data=Data(tokenizer=f"bpe:{vocabulary}", eval_fraction=0.005),
+        data=Data(eval_fraction=0.005),
         train=Train(
             steps=20000, global_batch=global_batch, micro_batch=1, lr=lr, min_lr=lr / 10, warmup_steps=1000, dtype="bfloat16"
         ),
@@ -26,24 +26,24 @@ def _published(model: Model, lr: float, global_batch: int, vocabulary: int = 327
 
 
 def llama_100m() -> Config:
-    """About 110 million parameters: 12 blocks of width 768."""
+    """12 blocks of width 768: 110 million parameters with a vocabulary of 32,768."""
     shape = Model(n_layers=12, n_heads=12, d_model=768, d_ff=2048, context_length=1024, tie_embeddings=True)
     return _published(shape, lr=6e-4, global_batch=128)
 
 
 def llama_1b() -> Config:
-    """The shape of TinyLlama: 1.1 billion parameters, 22 blocks of width 2048."""
+    """The shape of TinyLlama: 22 blocks of width 2048, 1.1 billion parameters with a vocabulary of 32,000."""
     shape = Model(n_layers=22, n_heads=32, n_kv_heads=4, d_model=2048, d_ff=5632, context_length=2048, tie_embeddings=False)
-    return _published(shape, lr=4e-4, global_batch=512, vocabulary=32000)
+    return _published(shape, lr=4e-4, global_batch=512)
 
 
 def llama_8b() -> Config:
-    """The shape of Llama 3 8B: 32 blocks of width 4096, vocabulary of 128,256."""
+    """The shape of Llama 3 8B: 32 blocks of width 4096, 8.0 billion parameters with a vocabulary of 128,256."""
     shape = Model(
         n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_ff=14336, context_length=8192, tie_embeddings=False,
         rope_theta=500000.0,
     )  # fmt: skip
-    return _published(shape, lr=3e-4, global_batch=512, vocabulary=128256)
+    return _published(shape, lr=3e-4, global_batch=512)
 
 
 PRESETS: dict[str, Callable[[], Config]] = {

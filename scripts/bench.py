@@ -333,7 +333,7 @@ def memory(args: argparse.Namespace) -> None:
         "tiny, 16 sequences at once": "--train.micro-batch 16 --train.global-batch 32",
         "26M parameters": f"{wide} --train.global-batch 4",
         "the same in bfloat16": f"{wide} --train.dtype bfloat16 --train.global-batch 8 --train.micro-batch 4",
-        "100M parameters": "--preset llama-100m --train.dtype float32 --train.global-batch 2 --data.tokenizer auto",
+        "87M parameters": "--preset llama-100m --train.dtype float32 --train.global-batch 2 --data.tokenizer auto",
     }
     rows = [("model, 2 ranks", "predicted MiB", "measured MiB", "measured / predicted (goal: 0.90 .. 1.10)")]
     for name, words in shapes.items():

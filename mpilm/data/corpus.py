@@ -128,7 +128,7 @@ def _tokenizer(spec: str, prefix: Path, meta: Meta | None) -> Tokenizer:
     if not same:
         raise ConfigError(
             f"--data.tokenizer {spec}: {prefix}.bin was made with another one ({meta.tokenizer}); "
-            "leave the setting out, or prepare the text again"
+            "write --data.tokenizer auto (a preset or a file may have set another), or prepare the text again"
         )
     return tokenizer
 

@@ -22,10 +22,10 @@ def block(rank: int, ranks: int, total: int) -> Range:
 
 
 def siblings(left: Range, right: Range, total: int) -> bool:
-    """Whether two adjacent nodes are the two children of one node."""
+    """Whether two nodes are the two children of one node."""
     size = left[1] - left[0]
     power_of_two = size & (size - 1) == 0
-    return power_of_two and left[0] % (2 * size) == 0 and right[1] == min(left[0] + 2 * size, total)
+    return left[1] == right[0] and power_of_two and left[0] % (2 * size) == 0 and right[1] == min(left[0] + 2 * size, total)
 
 
 @dataclass(frozen=True)

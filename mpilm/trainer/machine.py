@@ -32,12 +32,22 @@ def look(train: Train, world: Comm) -> Machine:
     node = world.split_node()
     affinities = node.all_gather_json(_cores())
     share = core_share(affinities, node.rank, _cgroup_cores(Path("/sys/fs/cgroup/cpu.max")))
-    asked = train.threads or int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0] or 0)
+    asked = train.threads or asked_by_environment(os.environ.get("OMP_NUM_THREADS", ""))
     threads = asked or max(1, int(share))
     torch.set_num_threads(threads)
     device = choose_device(train.device, node)
     _load_libraries(device)
     return Machine(device, threads, crowded=share < 1)
+
+
+def asked_by_environment(value: str) -> int:
+    """The threads OMP_NUM_THREADS asks for (the first of a list), 0 for none; raises ConfigError."""
+    first = value.split(",")[0].strip()
+    if first and not (first.isdigit() and int(first) > 0):
+        raise ConfigError(
+            f"OMP_NUM_THREADS={value} is not a number of threads; write for example OMP_NUM_THREADS=1 or unset it"
+        )
+    return int(first or 0)
 
 
 def _load_libraries(device: torch.device) -> None:

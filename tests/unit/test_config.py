@@ -123,7 +123,7 @@ def test_the_suggested_batch_is_valid(global_batch: int, micro_batch: int) -> No
         ({"model__dropout": 1.0}, "--model.dropout must be at least 0 and below 1, not 1.0"),
         ({"data__eval_fraction": -0.1}, "--data.eval-fraction must be at least 0 and below 1, not -0.1"),
         ({"train__dtype": "float16"}, "--train.dtype must be one of float32, bfloat16, not 'float16'"),
-        ({"train__min_lr": 1.0}, "--train.min-lr 1.0 is above --train.lr 0.003"),
+        ({"train__min_lr": 1.0}, "--train.min-lr 1.0 is above --train.lr 0.003; set it too, for example 0.0003"),
         ({"generate__top_p": 0.0}, "--generate.top-p must be above 0 and at most 1, not 0.0"),
         (
             {"checkpoint__allow_change": ("train.steps",)},

@@ -115,7 +115,7 @@ def test_siblings(left, right, total, expected):
     assert siblings(left, right, total) is expected
 
 
-@pytest.mark.parametrize("nodes", [[(0, 2)], [(0, 1), (1, 3), (3, 4)], [(0, 3), (3, 4)], []])
+@pytest.mark.parametrize("nodes", [[(0, 2)], [(0, 1), (1, 3), (3, 4)], [(0, 3), (3, 4)], [(0, 2), (3, 4)], []])
 def test_nodes_that_are_no_subtrees_of_the_whole_are_refused(nodes):
     with pytest.raises(ValueError, match=r"do not cover 0\.\.4"):
         finish(nodes, 4)
