@@ -39,7 +39,7 @@ class Comm(ABC):
     name: str
     rank: int
     size: int
-    library = "no MPI"  # what carries the messages, in a few words
+    mpi_library = "no MPI"  # what carries the messages, in a few words
     check = False  # whether every collective first compares the ranks' calls (Traced does)
 
     # Collectives that start and are waited for later.

@@ -37,7 +37,7 @@ class MpiComm(Comm):
         self._comm, self.name = comm, name
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.gpu_aware, self.patient = gpu_aware, patient
-        self.library = library()
+        self.mpi_library = library()
 
     def with_options(self, gpu_aware: bool, patient: bool) -> MpiComm:
         """The same communicator with other ways of moving and waiting."""

@@ -21,7 +21,8 @@ class Traced(Comm):
 
     def __init__(self, inner: Comm, check: bool = False):
         self.inner, self.check = inner, check
-        self.name, self.rank, self.size, self.library = inner.name, inner.rank, inner.size, inner.library
+        self.name, self.rank, self.size = inner.name, inner.rank, inner.size
+        self.mpi_library = inner.mpi_library
         self.calls: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
         self._collectives = 0

@@ -164,7 +164,7 @@ class RunLog:
             threads = f"{', '.join(map(str, everyone))} threads (unequal: the last bits depend on who computes what)"
         crowd = ", more ranks than cores" if run.machine.crowded else ""
         say(f"mpilm {mpilm.__version__}: {world.size} rank{'s' * (world.size > 1)}, {threads}{crowd}, {device}, {train.dtype}")
-        say(f"  with     torch {torch.__version__}, {world.library}")
+        say(f"  with     torch {torch.__version__}, {world.mpi_library}")
         sizes = zip(AXES, run.mesh.shape.sizes)
         say("  layout   " + " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1 or axis == "data"))
         parameters = sum(layout.numel for layout in self._owned())

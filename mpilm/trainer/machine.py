@@ -102,7 +102,7 @@ def versions(world: Comm) -> dict[str, str]:
         "mpilm": mpilm.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "mpi": world.library,
+        "mpi": world.mpi_library,
         "processor": processor(),
     }
 
