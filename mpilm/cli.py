@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from mpilm.config import flatten, merge, read_toml, validate
-from mpilm.errors import ConfigError
+from mpilm.config import flatten, merge, read_toml
+from mpilm.errors import ConfigError, UserError
+from mpilm.validation import validate
 
 T = TypeVar("T")
 
@@ -33,6 +36,25 @@ def parse(
     config = _flags(words, config, f"python -m mpilm.{prog}", description + _shared_options(presets))
     validate(config)
     return config
+
+
+def run_alone(prepare: Callable[[], Callable[[], None]]) -> NoReturn:
+    """Run a command that needs no other rank, nor MPI, and exit. `prepare` parses and returns what is to be done."""
+    code = 0
+    try:
+        prepare()()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"mpilm: error: {error}", file=sys.stderr)
+        code = error.code
+    except SystemExit as stop:
+        if len(stop.args) != 2:
+            raise
+        text, code = stop.args  # of parse
+        print(text, end="", file=sys.stderr if code else sys.stdout)
+    except BrokenPipeError:
+        os._exit(141)  # whoever read the output has gone, as in `| head`; flushing at exit would raise again
+    sys.exit(code)
 
 
 def _take(words: list[str], flag: str) -> tuple[list[str], list[str]]:
