@@ -10,19 +10,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mpilm.errors import DataError, FileError
 
-BLOCK_BYTES = 16 << 20  # files are hashed in fixed blocks, so that several ranks can hash parts of one file
+BLOCK_BYTES = 16 << 20  # files are written and hashed in fixed blocks, so that several ranks can share one file
 MANIFEST = "manifest.json"
 TEMPORARY = ".writing-"
 NAME = re.compile(r"step-(\d{8,})")
-DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}  # as safetensors calls them
 
 
 def folder_name(step: int) -> str:
@@ -53,7 +49,7 @@ class Digest:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._blocks = hashlib.sha256()
+        self._blocks = b""
         self._block, self._room = hashlib.sha256(), BLOCK_BYTES
 
     def update(self, data: memoryview | bytes) -> None:
@@ -67,60 +63,45 @@ class Digest:
                 self._close_block()
 
     def _close_block(self) -> None:
-        self._blocks.update(self._block.digest())
+        self._blocks += self._block.digest()
         self._block, self._room = hashlib.sha256(), BLOCK_BYTES
 
     def entry(self) -> dict[str, Any]:
         """What the manifest says of the file."""
         if self._room < BLOCK_BYTES:
             self._close_block()
-        return {"bytes": self.bytes, "sha256_of_blocks": self._blocks.hexdigest()}
+        return manifest_entry(self.bytes, self._blocks)
+
+
+def manifest_entry(nbytes: int, block_digests: bytes) -> dict[str, Any]:
+    """What the manifest says of a file, from the sha256 of each of its blocks, one after the other."""
+    return {"bytes": nbytes, "sha256_of_blocks": hashlib.sha256(block_digests).hexdigest()}
 
 
 class Writer:
-    """Writes the files of one folder, hashing on the way, each synced to disk when it is closed."""
+    """Writes small files of one folder, hashing on the way, each synced to disk when it is closed; `entries` is what the
+    manifest will say, and takes files that others have written too."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.entries: dict[str, dict[str, Any]] = {}
 
-    def chunks(self, name: str, chunks: Any) -> None:
-        """A file made of an iterable of bytes."""
-        digest = Digest()
-        with open(self.folder / name, "xb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        self.entries[name] = digest.entry()
-
     def json(self, name: str, value: Any) -> None:
         self.text(name, json.dumps(value, indent=2) + "\n")
 
     def text(self, name: str, text: str) -> None:
-        self.chunks(name, [text.encode()])
-
-    def tensors(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """A safetensors file (header length, JSON header, data); arrays are written as they lie, without a copy."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for key, array in arrays.items():
-            header[key] = {"dtype": DTYPES[str(array.dtype)], "shape": array.shape, "data_offsets": [at, at + array.nbytes]}
-            at += array.nbytes
-        head = json.dumps(header).encode()
-        head += b" " * (-len(head) % 8)
-        parts = (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays.values())
-        self.chunks(name, _chain(len(head).to_bytes(8, "little") + head, parts))
+        data = text.encode()
+        with open(self.folder / name, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = Digest()
+        digest.update(data)
+        self.entries[name] = digest.entry()
 
     def manifest(self) -> None:
         """The last file: after it the folder is complete."""
         self.json(MANIFEST, {"format": 1, "files": self.entries})
-
-
-def _chain(first: bytes, rest: Any) -> Any:
-    yield first
-    yield from rest
 
 
 def sync_folder(folder: Path) -> None:
@@ -161,8 +142,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return files
 
 
+def in_folder(name: Any) -> bool:
+    """Whether a name found in a file is that of a file beside it, and leads nowhere else."""
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
+
+
 def _is_entry(name: str, entry: Any) -> bool:
-    return Path(name).name == name and isinstance(entry, dict) and set(entry) == {"bytes", "sha256_of_blocks"}
+    return in_folder(name) and isinstance(entry, dict) and set(entry) == {"bytes", "sha256_of_blocks"}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Read a checkpoint back: verified on one rank, sent to the others."""
+"""Read a checkpoint back: verified on one rank, then read by every rank for itself, the bytes it needs and no others."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from mpilm.checkpoint.format import checkpoints, verify
+from mpilm.checkpoint.tensors import Shape, find, open_tensors
 from mpilm.comm.base import Comm
-from mpilm.comm.together import on_root
-from mpilm.errors import ConfigError, DataError
+from mpilm.comm.together import together
+from mpilm.errors import DataError
 from mpilm.model.huggingface import published_name
+from mpilm.parallel.shard import Piece
 
 
 def newest_valid(parent: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -28,40 +30,48 @@ def newest_valid(parent: Path) -> tuple[Path | None, dict[Path, str]]:
 
 def load(
     folder: Path,
-    parameters: Mapping[str, Tensor],
-    moments: Mapping[str, Mapping[str, Tensor]],
-    flats: list[Tensor],
+    parameters: Mapping[Piece, Tensor],
+    moments: Mapping[str, Mapping[Piece, Tensor]],
+    shapes: Mapping[str, Shape],
     comm: Comm,
 ) -> None:
-    """Fill parameters and moments from a verified checkpoint. Collective.
+    """Fill this rank's pieces, flat float32 tensors on any device, from a verified checkpoint of any layout. Collective over
+    `comm`; raises AgreedError on all ranks alike.
 
-    The tensors are views of `flats`, which rank 0 fills and then broadcasts: one reader, whatever the number of ranks.
+    `shapes`: every parameter of the whole model that has memory of its own; all of them are compared with the files on every
+    rank. `moments` is by kind, and may be empty.
     """
-    on_root(comm, lambda: _read(folder, parameters, moments))
-    for flat in flats:
-        comm.broadcast(flat)
+    together(comm, lambda: _load(folder, parameters, moments, shapes))
 
 
-def _read(folder: Path, parameters: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-    read_tensors(folder / "model.safetensors", {published_name(name): p for name, p in parameters.items()})
-    wanted = {f"{name}.{kind}": tensor for kind, of in moments.items() for name, tensor in of.items()}
-    if wanted:
-        read_tensors(folder / "optimizer.safetensors", wanted)
+def _load(
+    folder: Path,
+    parameters: Mapping[Piece, Tensor],
+    moments: Mapping[str, Mapping[Piece, Tensor]],
+    shapes: Mapping[str, Shape],
+) -> None:
+    _read_pieces(folder, "model", parameters, {name: published_name(name) for name in shapes}, shapes)
+    for kind, pieces in moments.items():
+        _read_pieces(folder, "optimizer", pieces, {name: moment_name(name, kind) for name in shapes}, shapes)
+
+
+def moment_name(name: str, kind: str) -> str:
+    """What a parameter's moment is called in the files."""
+    return f"{name}.{kind}"
+
+
+def _read_pieces(
+    folder: Path, stem: str, pieces: Mapping[Piece, Tensor], names: Mapping[str, str], shapes: Mapping[str, Shape]
+) -> None:
+    with open_tensors(folder, stem) as slots:
+        found = {name: find(slots, names[name], shape, folder, dtypes=("F32",)) for name, shape in shapes.items()}
+        for piece, tensor in pieces.items():
+            found[piece.name].read(tensor, piece.start)
 
 
 def read_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a safetensors file into those of the same names; raises DataError or ConfigError."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            there = set(file.keys())
-            for name, tensor in wanted.items():
-                if name not in there:
-                    raise ConfigError(f"{path} has no tensor {name}: it is a checkpoint of another model")
-                found = file.get_tensor(name)
-                if found.shape != tensor.shape:
-                    raise ConfigError(f"{path}: {name} has shape {tuple(found.shape)}, this model needs {tuple(tensor.shape)}")
-                tensor.copy_(found)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a readable safetensors file: {error}") from None
+    """Fill whole tensors, contiguous, by their names in a safetensors file or in a Hugging Face folder, whose model may be in
+    one file or in several with an index; F16, BF16, F32 and F64 are converted. Raises FileError, DataError or ConfigError."""
+    with open_tensors(path) as slots:
+        for name, tensor in wanted.items():
+            find(slots, name, tuple(tensor.shape), path).read(tensor)

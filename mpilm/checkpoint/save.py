@@ -1,63 +1,169 @@
-"""Write a checkpoint: under a temporary name, hashed, synced, renamed; then remove those no longer wanted."""
+"""Write a checkpoint: the ranks that hold the pieces share the writing, under a temporary name; then one rename. And remove
+checkpoints no longer wanted."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mpilm.checkpoint.format import TEMPORARY, Writer, checkpoints, folder_name, read_json, sync_folder
+from mpilm.checkpoint.assemble import Held, assemble
+from mpilm.checkpoint.blocks import BlockWriter, digest_of
+from mpilm.checkpoint.format import (
+    BLOCK_BYTES,
+    TEMPORARY,
+    Writer,
+    checkpoints,
+    folder_name,
+    manifest_entry,
+    read_json,
+    sync_folder,
+)
+from mpilm.checkpoint.load import moment_name
+from mpilm.checkpoint.plan import Holders, StoredTensor, TensorFile, index_of, plan_blocks, tensor_files
+from mpilm.checkpoint.tensors import Shape
 from mpilm.comm.base import Comm
-from mpilm.comm.together import on_root
+from mpilm.comm.together import AgreedError, on_root, together
 from mpilm.config import Model
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import FileError, UserError
 from mpilm.model.huggingface import published_config, published_name
+from mpilm.parallel.shard import Piece
+
+MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts models
+PARAMETER = "parameter"
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds: parameters and moments at global shape by name, and the words about them."""
+    """What a checkpoint holds: this rank's pieces of parameters and moments, who holds the others, and the words about them.
+
+    `shapes`: every parameter of the whole model that has memory of its own, at global shape, in model order, the same on all
+    ranks. `parameters`, and `moments` by kind, the same kinds in the same order on all ranks: flat contiguous float32 tensors
+    on any device. `holders`: pure and the same on all ranks: for a parameter, ranges of elements that cover it in order and
+    the world ranks that hold them; each of these ranks has a piece that contains the range.
+    """
 
     model: Model
     tokenizer: Tokenizer
-    parameters: Mapping[str, Tensor]
-    moments: Mapping[str, Mapping[str, Tensor]]
     trainer: Mapping[str, Any]  # trainer.json: step, tokens, data, versions, ...
+    shapes: Mapping[str, Shape]
+    parameters: Mapping[Piece, Tensor]
+    moments: Mapping[str, Mapping[Piece, Tensor]]
+    holders: Holders
 
 
 def save(parent: Path, step: int, state: State, comm: Comm) -> Path:
-    """Write the checkpoint of `step` below `parent`; returns its folder. Collective; raises on all ranks alike.
+    """Write the checkpoint of `step` below `parent`, a folder that all ranks see; returns its folder. Collective over the
+    world; raises AgreedError on all ranks alike.
 
     An existing one is never written over.
     """
     final = parent / folder_name(step)
-    on_root(comm, lambda: _write(final, state))
+    temporary = parent / f"{TEMPORARY}{final.name}"
+    on_root(comm, lambda: _prepare(final, temporary))
+    files = {"model": _model_files(state), "optimizer": _optimizer_files(state)}
+    try:
+        entries = _write_tensors(final, temporary, [file for group in files.values() for file in group], state, comm)
+        on_root(comm, lambda: _publish(final, temporary, files, entries, state))
+    except AgreedError:
+        if comm.rank == 0:  # what is half-written only takes the space that the next one needs
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
-def _write(final: Path, state: State) -> None:
+@contextlib.contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    """Turn an OSError inside into a FileError that names the checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        reason = "not all ranks see its folder" if isinstance(error, FileNotFoundError) else error.strerror
+        raise FileError(f"checkpoint {final} could not be written: {reason}; the older ones are as they were") from None
+
+
+def _prepare(final: Path, temporary: Path) -> None:
     if final.exists():
         raise FileError(f"checkpoint {final} is there already, written by another job: two jobs work on one --run.dir")
-    temporary = final.parent / f"{TEMPORARY}{final.name}"
-    try:
+    with _writing(final):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write_files(Writer(temporary), state)
+
+
+def _model_files(state: State) -> list[TensorFile]:
+    """In the reverse of the model's order, as the parameters lie in memory: neighbours here are mostly neighbours there."""
+    tensors = [StoredTensor(published_name(name), (PARAMETER, name), shape) for name, shape in _backward(state.shapes)]
+    return tensor_files("model", tensors, MAX_SHARD_BYTES)
+
+
+def _optimizer_files(state: State) -> list[TensorFile]:
+    tensors = [
+        StoredTensor(moment_name(name, kind), (kind, name), shape)
+        for kind in state.moments
+        for name, shape in _backward(state.shapes)
+    ]
+    return tensor_files("optimizer", tensors, MAX_SHARD_BYTES)
+
+
+def _backward(shapes: Mapping[str, Shape]) -> list[tuple[str, Shape]]:
+    return list(shapes.items())[::-1]
+
+
+def _write_tensors(
+    final: Path, temporary: Path, files: Sequence[TensorFile], state: State, comm: Comm
+) -> dict[str, dict[str, Any]]:
+    """Write the tensor files together; returns what the manifest says of them. Collective."""
+    held = Held({PARAMETER: state.parameters, **state.moments}, files)
+    plan = plan_blocks(files, cache(state.holders), comm.size, BLOCK_BYTES)
+    counts = [file.blocks(BLOCK_BYTES) for file in files]
+    digests = torch.zeros(sum(counts), 32, dtype=torch.uint8)  # a row a block
+    with BlockWriter(temporary) as writer:
+        for block, data in assemble(plan, held, comm):
+            writer.write(block, data)
+            digests[block.number] = digest_of(data)
+
+    def check() -> None:
+        with _writing(final):
+            writer.raise_error()
+
+    together(comm, check)
+    comm.all_reduce(digests.view(torch.int64))  # rows of others are zero, so the sum brings them together
+    return {file.name: manifest_entry(file.nbytes, rows.numpy().tobytes()) for file, rows in zip(files, digests.split(counts))}
+
+
+def _publish(
+    final: Path,
+    temporary: Path,
+    files: Mapping[str, Sequence[TensorFile]],
+    entries: Mapping[str, dict[str, Any]],
+    state: State,
+) -> None:
+    """Write what rank 0 writes alone, the manifest last, and give the folder its name."""
+    writer = Writer(temporary)
+    with _writing(final):
+        _write_words(writer, state)
+        for stem, group in files.items():
+            if len(group) > 1:
+                writer.json(f"{stem}.safetensors.index.json", index_of(group))
+        writer.entries.update(entries)
+        writer.json("trainer.json", dict(state.trainer))
+        writer.manifest()
         sync_folder(temporary)
         os.rename(temporary, final)
         sync_folder(final.parent)
-    except OSError as error:
-        raise FileError(f"checkpoint {final} could not be written: {error.strerror}; the older ones are as they were") from None
 
 
-def _write_files(writer: Writer, state: State) -> None:
+def _write_words(writer: Writer, state: State) -> None:
+    """What makes the folder one of Hugging Face's."""
     tokenizer = state.tokenizer
     end = tokenizer.decode([tokenizer.eos])
     writer.json("config.json", published_config(state.model, tokenizer.vocab_size, tokenizer.eos))
@@ -73,11 +179,6 @@ def _write_files(writer: Writer, state: State) -> None:
             "clean_up_tokenization_spaces": False,
         },
     )
-    writer.tensors("model.safetensors", {published_name(k): v.cpu().numpy() for k, v in state.parameters.items()})
-    moments = {f"{name}.{kind}": v.cpu().numpy() for kind, of in state.moments.items() for name, v in of.items()}
-    writer.tensors("optimizer.safetensors", moments)
-    writer.json("trainer.json", dict(state.trainer))
-    writer.manifest()
 
 
 def prune(parent: Path, keep: int, keep_best: bool) -> None:
