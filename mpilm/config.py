@@ -11,7 +11,7 @@ import difflib
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from mpilm.errors import ConfigError, FileError
 
@@ -105,6 +105,26 @@ class Train:
     """CPU threads a rank; 0: the cores the rank really has, shared among the ranks of its node."""
     reproducible: bool = True
     """Sum gradients in one fixed order: the same bits on any number of ranks; false: the MPI library's own Allreduce."""
+    recompute: Literal["none", "attention", "block"] = "none"
+    """Compute the attention core, or whole blocks, once more in backward instead of keeping what it needs."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the work is shared out. No number of the result depends on it."""
+
+    pipeline: int = 1
+    """Pipeline stages that the layers are partitioned over; data parallel takes what is left of the ranks."""
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zero-bubble"] = "1f1b"
+    """Order of forwards and backwards in the pipeline."""
+    chunks: int = 0
+    """Stages a rank has, spread over the layers (interleaved); 0: 2 for the interleaved schedule, else 1."""
+    cut: tuple[int, ...] = ()
+    """Layers of each stage, first to last; empty: balanced by cost."""
+    balance: Literal["cost", "measured"] = "cost"
+    """What balances the stages: the cost of layers by arithmetic, or as measured on these ranks at the start."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """Shard over the data ranks: 1 optimizer state, 2 also gradients, 3 also parameters (ZeRO)."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +181,7 @@ class Config:
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
+    parallel: Parallel = field(default_factory=Parallel)
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     run: Run = field(default_factory=Run)
@@ -169,9 +190,18 @@ class Config:
 
 # What the result of a run does not depend on. All else is compared when a run is resumed.
 FREE_TO_CHANGE = frozenset(
-    {"train.steps", "train.threads", "train.device", "train.gpu_aware_mpi", "data.path", "data.tokenizer", "data.text_key"}
+    {
+        "train.steps",
+        "train.threads",
+        "train.device",
+        "train.gpu_aware_mpi",
+        "train.recompute",
+        "data.path",
+        "data.tokenizer",
+        "data.text_key",
+    }
 )  # the corpus and the tokenizer are compared by content, not by where they lie
-FREE_SECTIONS = frozenset({"checkpoint", "run", "generate"})
+FREE_SECTIONS = frozenset({"parallel", "checkpoint", "run", "generate"})
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -214,7 +244,7 @@ def merge(base: T, values: dict[str, Any], source: str, prefix: str = "") -> T:
                 raise ConfigError(f"{source}: {prefix}{raw} is a section; write [{prefix}{raw}] and its keys below it")
             changes[key] = merge(known[key], value, source, f"{prefix}{raw}.")
         else:
-            changes[key] = _typed(value, known[key], f"{source}: {prefix}{raw}")
+            changes[key] = _typed(value, known[key], _item_type(base, key), f"{source}: {prefix}{raw}")
     return replace(base, **changes)  # type: ignore[type-var]
 
 
@@ -225,11 +255,17 @@ def _nearest(key: str, known: dict[str, Any], prefix: str) -> str:
     return f"; known here are {', '.join(sorted(known))}"
 
 
-TOML_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "a list of strings"}
+TOML_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "a list"}
 
 
-def _typed(value: Any, like: Any, where: str) -> Any:
-    if isinstance(like, tuple) and isinstance(value, list) and all(isinstance(item, str) for item in value):
+def _item_type(section: Any, key: str) -> type | None:
+    """What the items of a list setting are."""
+    arguments = get_args(get_type_hints(type(section))[key])
+    return arguments[0] if arguments and isinstance(arguments[0], type) else None
+
+
+def _typed(value: Any, like: Any, item: type | None, where: str) -> Any:
+    if isinstance(like, tuple) and isinstance(value, list) and all(type(entry) is item for entry in value):
         return tuple(value)
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -253,115 +289,15 @@ def resolve(config: Config) -> Config:
     model = config.model
     n_kv_heads = model.n_kv_heads or model.n_heads
     d_ff = model.d_ff or -(-(8 * model.d_model // 3) // 32) * 32
-    return replace(config, model=replace(model, n_kv_heads=n_kv_heads, d_ff=d_ff))
+    chunks = config.parallel.chunks or (2 if config.parallel.schedule == "interleaved" else 1)
+    return replace(
+        config, model=replace(model, n_kv_heads=n_kv_heads, d_ff=d_ff), parallel=replace(config.parallel, chunks=chunks)
+    )
 
 
 def microbatches(config: Config) -> int:
     """Microbatches of one step, over all ranks."""
     return config.train.global_batch // config.train.micro_batch
-
-
-POSITIVE = (
-    "model.n_layers", "model.n_heads", "model.d_model", "model.context_length", "model.rope_theta", "model.norm_eps",
-    "train.steps", "train.global_batch", "train.micro_batch",
-)  # fmt: skip
-NOT_NEGATIVE = (
-    "model.n_kv_heads", "model.d_ff", "train.seed", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay",
-    "train.clip_norm", "train.threads", "checkpoint.every", "checkpoint.keep", "run.log_every", "run.eval_every",
-    "run.eval_batches", "generate.max_tokens", "generate.temperature", "generate.top_k", "generate.seed",
-)  # fmt: skip
-BELOW_ONE = ("model.dropout", "data.eval_fraction", "train.beta1", "train.beta2")
-
-
-def validate(config: Any) -> None:
-    """Refuse what cannot work, before anything is started; raises ConfigError naming the setting and a value that would do."""
-    flat = flatten(config)
-    for name, value in flat.items():
-        if isinstance(value, float) and not abs(value) < float("inf"):
-            raise ConfigError(f"{_flag(name)} must be a finite number, not {value}")
-        if name in POSITIVE and not value > 0:
-            raise ConfigError(f"{_flag(name)} must be above zero, not {value}")
-        if name in NOT_NEGATIVE and value < 0:
-            raise ConfigError(f"{_flag(name)} must not be negative, but is {value}")
-        if name in BELOW_ONE and not 0 <= value < 1:
-            raise ConfigError(f"{_flag(name)} must be at least 0 and below 1, not {value}")
-        _validate_choice(config, name, value)
-    if isinstance(config, Config):
-        _validate_model(resolve(config).model)
-        _validate_train(config)
-    if "generate.top_p" in flat and not 0 < flat["generate.top_p"] <= 1:
-        raise ConfigError(f"--generate.top-p must be above 0 and at most 1, not {flat['generate.top_p']}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _validate_choice(config: Any, name: str, value: Any) -> None:
-    """TOML values do not pass through tyro, so the choices are checked here."""
-    choices = CHOICES.get(name)
-    if choices and value not in choices:
-        raise ConfigError(f"{_flag(name)} must be one of {', '.join(choices)}, not {value!r}")
-
-
-CHOICES = {
-    "model.arch": ("llama",),
-    "data.encoding_errors": ("stop", "replace"),
-    "train.lr_schedule": ("cosine", "linear", "constant"),
-    "train.dtype": ("float32", "bfloat16"),
-    "train.device": ("auto", "cpu", "cuda"),
-}
-
-
-def _validate_model(model: Model) -> None:
-    if model.d_model % model.n_heads:
-        near = _nearest_multiple(model.d_model, 2 * model.n_heads)
-        raise ConfigError(
-            f"--model.d-model {model.d_model} is not divisible by --model.n-heads {model.n_heads}; the nearest that is: {near}"
-        )
-    if (model.d_model // model.n_heads) % 2:
-        raise ConfigError(
-            f"--model.d-model {model.d_model} over --model.n-heads {model.n_heads} gives heads of odd width, "
-            "and rotary positions turn pairs; make it even"
-        )
-    if model.n_heads % model.n_kv_heads:
-        fit = max(n for n in range(1, model.n_kv_heads + 1) if model.n_heads % n == 0) if model.n_kv_heads else 1
-        raise ConfigError(
-            f"--model.n-heads {model.n_heads} is not divisible by --model.n-kv-heads {model.n_kv_heads}; the next below: {fit}"
-        )
-
-
-def _nearest_multiple(value: int, of: int) -> int:
-    return max(of, round(value / of) * of)
-
-
-def _validate_train(config: Config) -> None:
-    train = config.train
-    if train.global_batch % train.micro_batch:
-        near = _nearest_multiple(train.global_batch, train.micro_batch)
-        raise ConfigError(
-            f"--train.global-batch {train.global_batch} is not divisible by --train.micro-batch {train.micro_batch}; "
-            f"the nearest that is: {near}"
-        )
-    if train.min_lr > train.lr and train.lr_schedule != "constant":
-        raise ConfigError(
-            f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}; set it too, for example {train.lr / 10:g}"
-        )
-    known = mathematics(config)
-    for name in config.checkpoint.allow_change:
-        if name.replace("-", "_") not in known | {"data.path": 0, "data.tokenizer": 0}:
-            raise ConfigError(f"--checkpoint.allow-change {name}: no such setting, or one that may always change")
-
-
-def validate_ranks(config: Config, ranks: int) -> None:
-    """Refuse more data ranks than there are microbatches to share out."""
-    train, most = config.train, microbatches(config)
-    if ranks > most:
-        raise ConfigError(
-            f"{ranks} ranks, but a step has only {most} microbatches (--train.global-batch {train.global_batch} over "
-            f"--train.micro-batch {train.micro_batch}); start {most} ranks or fewer, "
-            f"or make the batch {ranks * train.micro_batch}"
-        )
 
 
 def replaced(config: T, **changes: Any) -> T:

@@ -1,0 +1,120 @@
+"""What settings cannot work, alone or together: refused before anything is started, with what to write instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpilm.config import Config, Model, flatten, mathematics, resolve
+from mpilm.errors import ConfigError
+
+POSITIVE = (
+    "model.n_layers", "model.n_heads", "model.d_model", "model.context_length", "model.rope_theta", "model.norm_eps",
+    "train.steps", "train.global_batch", "train.micro_batch", "parallel.pipeline",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "model.n_kv_heads", "model.d_ff", "parallel.chunks", "train.seed", "train.lr", "train.min_lr", "train.warmup_steps",
+    "train.weight_decay", "train.clip_norm", "train.threads", "checkpoint.every", "checkpoint.keep", "run.log_every",
+    "run.eval_every", "run.eval_batches", "generate.max_tokens", "generate.temperature", "generate.top_k", "generate.seed",
+)  # fmt: skip
+BELOW_ONE = ("model.dropout", "data.eval_fraction", "train.beta1", "train.beta2")
+
+
+def validate(config: Any) -> None:
+    """Refuse what cannot work, before anything is started; raises ConfigError naming the setting and a value that would do."""
+    flat = flatten(config)
+    for name, value in flat.items():
+        if isinstance(value, float) and not abs(value) < float("inf"):
+            raise ConfigError(f"{_flag(name)} must be a finite number, not {value}")
+        if name in POSITIVE and not value > 0:
+            raise ConfigError(f"{_flag(name)} must be above zero, not {value}")
+        if name in NOT_NEGATIVE and value < 0:
+            raise ConfigError(f"{_flag(name)} must not be negative, but is {value}")
+        if name in BELOW_ONE and not 0 <= value < 1:
+            raise ConfigError(f"{_flag(name)} must be at least 0 and below 1, not {value}")
+        _validate_choice(config, name, value)
+    if isinstance(config, Config):
+        _validate_model(resolve(config).model)
+        _validate_train(config)
+        _validate_parallel(resolve(config))
+    if "generate.top_p" in flat and not 0 < flat["generate.top_p"] <= 1:
+        raise ConfigError(f"--generate.top-p must be above 0 and at most 1, not {flat['generate.top_p']}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _validate_choice(config: Any, name: str, value: Any) -> None:
+    """TOML values do not pass through tyro, so the choices are checked here."""
+    choices = CHOICES.get(name)
+    if choices and value not in choices:
+        raise ConfigError(f"{_flag(name)} must be one of {', '.join(map(str, choices))}, not {value!r}")
+
+
+CHOICES = {
+    "model.arch": ("llama",),
+    "data.encoding_errors": ("stop", "replace"),
+    "train.lr_schedule": ("cosine", "linear", "constant"),
+    "train.dtype": ("float32", "bfloat16"),
+    "train.device": ("auto", "cpu", "cuda"),
+    "train.recompute": ("none", "attention", "block"),
+    "parallel.schedule": ("1f1b", "gpipe", "interleaved", "zero-bubble"),
+    "parallel.balance": ("cost", "measured"),
+    "parallel.zero": (0, 1, 2, 3),
+}
+
+
+def _validate_model(model: Model) -> None:
+    if model.d_model % model.n_heads:
+        near = _nearest_multiple(model.d_model, 2 * model.n_heads)
+        raise ConfigError(
+            f"--model.d-model {model.d_model} is not divisible by --model.n-heads {model.n_heads}; the nearest that is: {near}"
+        )
+    if (model.d_model // model.n_heads) % 2:
+        raise ConfigError(
+            f"--model.d-model {model.d_model} over --model.n-heads {model.n_heads} gives heads of odd width, "
+            "and rotary positions turn pairs; make it even"
+        )
+    if model.n_heads % model.n_kv_heads:
+        fit = max(n for n in range(1, model.n_kv_heads + 1) if model.n_heads % n == 0) if model.n_kv_heads else 1
+        raise ConfigError(
+            f"--model.n-heads {model.n_heads} is not divisible by --model.n-kv-heads {model.n_kv_heads}; the next below: {fit}"
+        )
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(of, round(value / of) * of)
+
+
+def _validate_train(config: Config) -> None:
+    train = config.train
+    if train.global_batch % train.micro_batch:
+        near = _nearest_multiple(train.global_batch, train.micro_batch)
+        raise ConfigError(
+            f"--train.global-batch {train.global_batch} is not divisible by --train.micro-batch {train.micro_batch}; "
+            f"the nearest that is: {near}"
+        )
+    if train.min_lr > train.lr and train.lr_schedule != "constant":
+        raise ConfigError(
+            f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}; set it too, for example {train.lr / 10:g}"
+        )
+    known = mathematics(config)
+    for name in config.checkpoint.allow_change:
+        if name.replace("-", "_") not in known | {"data.path": 0, "data.tokenizer": 0}:
+            raise ConfigError(f"--checkpoint.allow-change {name}: no such setting, or one that may always change")
+
+
+def _validate_parallel(config: Config) -> None:
+    parallel = config.parallel
+    stages, layers = parallel.pipeline * parallel.chunks, config.model.n_layers
+    if stages > layers:
+        most = max(1, layers // parallel.chunks)
+        raise ConfigError(
+            f"--parallel.pipeline {parallel.pipeline} with {parallel.chunks} stage{'s' * (parallel.chunks > 1)} a rank makes "
+            f"{stages} stages, and --model.n-layers is {layers}: each stage needs a layer; {most} is the largest that fits"
+        )
+    if parallel.zero and not config.train.reproducible:
+        raise ConfigError(
+            f"--parallel.zero {parallel.zero} sums slices in the fixed order, which costs nothing; "
+            "--train.reproducible false goes with --parallel.zero 0 only"
+        )
