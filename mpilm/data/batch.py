@@ -78,10 +78,14 @@ class Batches:
         """Tokens that the model predicts in a step, over all ranks."""
         return self.global_batch * self.context_length
 
-    def eval_microbatches(self, limit: int = 0) -> int:
-        """Microbatches of an evaluation over `limit` global batches; 0: over all held-out samples."""
+    def eval_rows(self, limit: int = 0) -> int:
+        """Held-out samples that an evaluation over `limit` global batches reads, in whole microbatches; 0: all there are."""
         rows = min(self.eval_samples, limit * self.global_batch or self.eval_samples)
-        return -(-rows // self.micro_batch)
+        return min(self.eval_samples, -(-rows // self.micro_batch) * self.micro_batch)
+
+    def eval_microbatches(self, limit: int = 0) -> int:
+        """Microbatches of such an evaluation."""
+        return -(-self.eval_rows(limit) // self.micro_batch)
 
     def evaluation(self, i: int) -> Batch:
         """Held-out microbatch i; the last may hold fewer rows. In a fixed shuffled order, so that a few speak for all."""

@@ -28,6 +28,11 @@ class Mesh:
         """The ranks that differ from this one along `axis` only, in the order of their index on it."""
         return self._comms[axis]
 
+    def trust(self) -> None:
+        """Stop comparing the ranks' calls (see Traced)."""
+        for comm in (self.world, *self._comms.values()):
+            comm.check = False
+
 
 def _along(axis: str, shape: MeshShape, world: Comm) -> Comm:
     if getattr(shape, axis) == 1:  # on every rank alike: nobody waits in a split that others leave out

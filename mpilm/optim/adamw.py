@@ -1,7 +1,8 @@
 """AdamW over the flat parameters, by torch's fused kernel.
 
 The kernel is called directly: constructing torch.optim.AdamW imports the compiler, which costs each rank a second at the
-start and 70 MiB (measured with torch 2.13).
+start and 70 MiB (measured with torch 2.13). It is called on whole runs of the flat vector, padding included: its last bits
+depend on where a run begins and ends, and runs end at multiples of the layout's alignment however the vector is sharded.
 """
 
 from __future__ import annotations
@@ -12,50 +13,77 @@ import torch
 from torch import Tensor
 
 from mpilm.config import Train
-from mpilm.parallel.flat import FlatParameters
+from mpilm.parallel.flat import FlatParameters, FlatVector
+from mpilm.parallel.shard import Interval, Piece, intersect
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EPS = 1e-8
 
 
 class AdamW:
-    """Decoupled weight decay on matrices only (Loshchilov and Hutter, arXiv 1711.05101); updates `flat` in place.
+    """Decoupled weight decay on matrices only (Loshchilov and Hutter, arXiv 1711.05101).
 
-    `flat_moments` holds each moment as one long vector laid out like the parameters, `moments` the same by name.
+    Updates what `flats`, the stages of this rank by number, say that this rank updates; `moments` holds its moments by kind
+    and stage.
     """
 
-    def __init__(self, flat: FlatParameters, train: Train):
-        self.values, self.train = flat.by_name, train
-        self.flat_moments = {kind: torch.zeros_like(flat.values) for kind in MOMENTS}
-        self.moments = {kind: flat.owned.views(moment) for kind, moment in self.flat_moments.items()}
-        layouts = {name: layout for name, (_, layout) in flat.owned.slots.items()}
-        self.groups = {
-            train.weight_decay: [name for name in layouts if layouts[name].decays],
-            0.0: [name for name in layouts if not layouts[name].decays or not train.weight_decay],
+    def __init__(self, flats: Mapping[int, FlatParameters], train: Train):
+        self.flats, self.train = flats, train
+        device = next(iter(flats.values())).device
+        self.moments = {
+            kind: {stage: FlatVector.zeros(flat.updated, device) for stage, flat in flats.items()} for kind in MOMENTS
         }
-        self.steps = {name: torch.zeros((), device=flat.device) for name in layouts}
+        self.runs = {
+            decays: [(stage, run) for stage, flat in flats.items() for run in _runs(flat, decays)] for decays in (True, False)
+        }
+        self.count = torch.zeros((), device=device)
 
     def set_step(self, step: int) -> None:
         """Say how many steps the moments have seen."""
-        for count in self.steps.values():
-            count.fill_(step)
+        self.count.fill_(step)
 
-    def step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """One update of every parameter; gradients are by name."""
-        for decay, names in self.groups.items():
-            torch._foreach_add_([self.steps[name] for name in names], 1)
+    def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
+        """One update of what this rank updates; gradients are by stage."""
+        self.count += 1
+        values = {stage: flat.values for stage, flat in self.flats.items()}
+        for decays, runs in self.runs.items():
+            if not runs:
+                continue  # a small model on many ranks: some have nothing to update
             torch._fused_adamw_(
-                [self.values[name] for name in names],
-                [gradients[name] for name in names],
-                [self.moments["exp_avg"][name] for name in names],
-                [self.moments["exp_avg_sq"][name] for name in names],
+                _views(values, runs),
+                _views(gradients, runs),
+                _views(self.moments["exp_avg"], runs),
+                _views(self.moments["exp_avg_sq"], runs),
                 [],
-                [self.steps[name] for name in names],
+                [self.count] * len(runs),
                 lr=lr,
                 beta1=self.train.beta1,
                 beta2=self.train.beta2,
-                weight_decay=decay,
+                weight_decay=self.train.weight_decay if decays else 0.0,
                 eps=EPS,
                 amsgrad=False,
                 maximize=False,
             )
+
+    def pieces(self) -> dict[str, dict[Piece, Tensor]]:
+        """The moments of what this rank updates, by kind, as parts of parameters."""
+        return {
+            kind: {piece: x for stage, flat in self.flats.items() for piece, x in flat.pieces(of[stage]).items()}
+            for kind, of in self.moments.items()
+        }
+
+
+def _views(vectors: Mapping[int, FlatVector], runs: list[tuple[int, Interval]]) -> list[Tensor]:
+    return [vectors[stage].view(*run) for stage, run in runs]
+
+
+def _runs(flat: FlatParameters, decays: bool) -> list[Interval]:
+    """The intervals that this rank updates and in which weight decay applies, or does not."""
+    joined: list[Interval] = []
+    for name, (_, layout) in flat.layout.slots.items():
+        start, stop = flat.layout.slot(name)
+        if layout.decays == decays:
+            if joined and joined[-1][1] == start:
+                start = joined.pop()[0]
+            joined.append((start, stop))
+    return intersect(joined, flat.updated)

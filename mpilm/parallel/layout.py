@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -11,8 +11,9 @@ from math import prod
 class Layout:
     """What there is to know of one parameter.
 
-    `sum_over`: mesh axes over which its gradient is partial. `tied_to`: the parameter whose memory this one uses; each
-    of the two has a gradient of its own. `decays`: whether weight decay applies.
+    `sum_over`: mesh axes over which its gradient is partial. `tied_to`: the parameter whose value this one always has; each
+    of the two has a gradient of its own; `uses`: those tied to this one. `decays`: whether weight decay applies. `stage`: the
+    part of the pipeline that has it.
     """
 
     name: str
@@ -20,26 +21,37 @@ class Layout:
     sum_over: tuple[str, ...]
     decays: bool
     tied_to: str | None = None
+    stage: int = 0
+    uses: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
 
 
-def resolve(shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> dict[str, Layout]:
-    """The layout of each named parameter of a model; `tied` maps a parameter to the one whose memory it uses.
+def resolve(
+    shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str], stage_of: Callable[[str], int] = lambda name: 0
+) -> dict[str, Layout]:
+    """The layout of each named parameter of a model, in the order in which forward uses them.
 
-    Raises ValueError for a tie between parameters that do not exist or differ in shape.
+    `tied` maps a parameter to the one whose value it has. Raises ValueError for a tie between parameters that do not exist or
+    differ in shape.
     """
     for name, owner in tied.items():
         if shapes.get(name) is None or shapes.get(name) != shapes.get(owner):
             raise ValueError(f"{name} {shapes.get(name)} cannot be tied to {owner} {shapes.get(owner)}")
+    uses = {owner: tuple(name for name in tied if tied[name] == owner) for owner in tied.values()}
     return {
-        name: Layout(name, tuple(shape), ("data",), decays=len(shape) >= 2, tied_to=tied.get(name))
+        name: Layout(name, tuple(shape), ("data",), len(shape) >= 2, tied.get(name), stage_of(name), uses.get(name, ()))
         for name, shape in shapes.items()
     }
 
 
 def owned(layouts: Mapping[str, Layout]) -> list[Layout]:
-    """The parameters that have memory of their own: what is optimized, saved and counted."""
+    """The parameters that are optimized, saved and counted: those whose value is their own."""
     return [layout for layout in layouts.values() if layout.tied_to is None]
+
+
+def of_stage(layouts: Mapping[str, Layout], stage: int) -> dict[str, Layout]:
+    """The parameters of one pipeline stage."""
+    return {name: layout for name, layout in layouts.items() if layout.stage == stage}

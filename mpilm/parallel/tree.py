@@ -21,6 +21,11 @@ def block(rank: int, ranks: int, total: int) -> Range:
     return start, start + each + (rank < more)
 
 
+def dealt(rank: int, ranks: int, total: int) -> range:
+    """The microbatches of one rank where they are dealt like cards: each round of them is summed at once."""
+    return range(rank, total, ranks)
+
+
 def siblings(left: Range, right: Range, total: int) -> bool:
     """Whether two nodes are the two children of one node."""
     size = left[1] - left[0]
@@ -37,25 +42,24 @@ class Fold:
     adds: tuple[tuple[int, int], ...]
 
 
-def fold_block(start: int, stop: int, total: int) -> tuple[list[Fold], dict[int, Range]]:
-    """How a rank folds its block as its microbatches come, and which node each buffer holds in the end.
+def fold(nodes: Sequence[Range], total: int) -> tuple[list[Fold], dict[int, Range]]:
+    """How adjacent nodes are folded as they come, and which node each buffer holds in the end.
 
-    A right leaf is added straight into its sibling's buffer. Buffers are numbered from 0 and used again once free:
-    1 + log2(stop - start) at most where the block is a subtree.
+    A right node is added straight into its sibling's buffer. Buffers are numbered from 0 and used again once free:
+    1 + log2(len(nodes)) at most where the nodes are of one size and together a subtree.
     """
     stack: list[tuple[Range, int]] = []
     folds: list[Fold] = []
-    for leaf in range(start, stop):
-        here = (leaf, leaf + 1)
-        into_sibling = bool(stack) and stack[-1][0] == (leaf - 1, leaf) and siblings(stack[-1][0], here, total)
+    for node in nodes:
+        here = node
+        into_sibling = bool(stack) and siblings(stack[-1][0], here, total)
         if into_sibling:
-            (first, _), buffer = stack.pop()
-            here = (first, leaf + 1)
+            (first, _), own = stack.pop()
+            here = (first, here[1])
         else:
-            used = {b for _, b in stack}
-            buffer = next(b for b in range(len(stack) + 1) if b not in used)
-        adds: list[tuple[int, int]] = []
-        own = buffer
+            used = {buffer for _, buffer in stack}
+            own = next(b for b in range(len(stack) + 1) if b not in used)
+        buffer, adds = own, []
         while stack and siblings(stack[-1][0], here, total):
             (first, _), into = stack.pop()
             adds.append((into, own))
@@ -65,11 +69,14 @@ def fold_block(start: int, stop: int, total: int) -> tuple[list[Fold], dict[int,
     return folds, {buffer: node for node, buffer in stack}
 
 
-def finish(nodes: Sequence[Range], total: int) -> list[tuple[int, int]]:
-    """The additions (to, from), as positions in `nodes`, that leave the root of the tree at position 0.
+def fold_block(start: int, stop: int, total: int) -> tuple[list[Fold], dict[int, Range]]:
+    """How a rank folds its block of microbatches as they come."""
+    return fold([(leaf, leaf + 1) for leaf in range(start, stop)], total)
 
-    `nodes` are adjacent nodes in order that cover [0, total).
-    """
+
+def combine(nodes: Sequence[Range], total: int) -> tuple[list[tuple[int, int]], list[tuple[Range, int]]]:
+    """The additions (to, from), as positions in `nodes`, that can be made among adjacent nodes, and what then remains:
+    each node with its position."""
     stack: list[tuple[Range, int]] = []
     adds: list[tuple[int, int]] = []
     for position, node in enumerate(nodes):
@@ -79,7 +86,16 @@ def finish(nodes: Sequence[Range], total: int) -> list[tuple[int, int]]:
             adds.append((into, own))
             here, own = (first, here[1]), into
         stack.append((here, own))
-    if [node for node, _ in stack] != [(0, total)]:
+    return adds, stack
+
+
+def finish(nodes: Sequence[Range], total: int) -> list[tuple[int, int]]:
+    """The additions (to, from), as positions in `nodes`, that leave the root of the tree at position 0.
+
+    `nodes` are adjacent nodes in order that cover [0, total).
+    """
+    adds, remaining = combine(nodes, total)
+    if [node for node, _ in remaining] != [(0, total)]:
         raise ValueError(f"nodes {list(nodes)} do not cover 0..{total} as subtrees")
     return adds
 

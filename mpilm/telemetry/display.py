@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -17,6 +19,17 @@ def duration(seconds: float) -> str:
 
 def mebibytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
+
+
+SLOW = 1.2  # times the median
+
+
+def slowest(rank_busy_s: Sequence[float]) -> str:
+    """The rank that computes longest, where it is clearly slower than most."""
+    middle, most = statistics.median_low(rank_busy_s), max(rank_busy_s)
+    if len(rank_busy_s) < 2 or most <= SLOW * middle:
+        return ""
+    return f"  (rank {rank_busy_s.index(most)} computes {most / middle:.1f} times as long as most)"
 
 
 class Display:
@@ -48,7 +61,8 @@ class Display:
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=done, text=text)
         elif logged:
-            self.line(f"step {done:>{len(str(self.steps))}}/{self.steps}  {text}  {duration(left)} left")
+            slow = slowest(row["rank_busy_s"])
+            self.line(f"step {done:>{len(str(self.steps))}}/{self.steps}  {text}  {duration(left)} left{slow}")
 
     def close(self) -> None:
         if self.bar is not None:

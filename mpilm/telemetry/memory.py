@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 from pathlib import Path
 
@@ -18,6 +19,12 @@ def _kibibytes(file: str, key: str) -> int:
 def resident_bytes() -> int:
     """Memory of this process that is in RAM, pages shared with other ranks counted whole."""
     return _kibibytes("/proc/self/status", "VmRSS") * 1024
+
+
+def trim() -> None:
+    """Hand back to the kernel what has been freed, where the C library can: glibc keeps most of it otherwise."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_peak() -> None:

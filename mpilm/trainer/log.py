@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +17,19 @@ from mpilm.errors import FileError
 from mpilm.guard.launch import announced_ranks
 from mpilm.mesh.shape import AXES
 from mpilm.model.sample import sample
-from mpilm.model.size import activation_bytes
-from mpilm.parallel.layout import owned
-from mpilm.parallel.tree import balance, block, buffers_of
+from mpilm.model.size import parameter_count
+from mpilm.parallel.feasible import replica_microbatches
+from mpilm.parallel.pipeline.actions import COMPUTE
+from mpilm.parallel.pipeline.execute import Timed
+from mpilm.parallel.pipeline.schedules import even_bubble
+from mpilm.parallel.tree import balance
 from mpilm.telemetry.display import Display, duration, mebibytes
 from mpilm.telemetry.memory import peak_resident_bytes
 from mpilm.telemetry.metrics import Metrics, TensorBoard
 from mpilm.trainer.build import Training
 from mpilm.trainer.machine import processor, versions
+from mpilm.trainer.memory import predicted_memory
 from mpilm.trainer.step import StepResult
-
-# glibc keeps freed blocks below 32 MiB, and those of one microbatch leave holes that the next one's do not fill: measured
-# 1.3 to 1.6 times what is in use. CUDA's caching allocator rounds sizes and does better.
-HOLES = {"cpu": 1.5, "cuda": 1.1}
-RETURNED_BYTES = 32 << 20
-
-
-def predicted_memory(run: Training) -> dict[str, int]:
-    """Bytes a rank will use, part by part."""
-    config, numel = run.config, run.flat.owned.numel
-    tokens, vocab_size = config.train.micro_batch * config.model.context_length, run.corpus.tokenizer.vocab_size
-    ranks = run.mesh.comm("data").size
-    buffers = buffers_of(ranks, microbatches(config)) if config.train.reproducible else 1  # of the rank that has most
-    holes = HOLES[run.machine.device.type]
-    activations = activation_bytes(config.model, vocab_size, tokens, config.train.dtype)
-    largest = {"activations": 4 * tokens * config.model.d_ff, "logits": 4 * tokens * vocab_size}
-    held = {name: round(count * (holes if largest[name] < RETURNED_BYTES else 1)) for name, count in activations.items()}
-    return {
-        "program": run.baseline_bytes[1],
-        "weights": 4 * numel,
-        "moments": 8 * numel,
-        "gradients": 4 * run.flat.gradients.numel * buffers,
-        "exchange": run.gradients.workspace_bytes,
-        **held,
-    }
 
 
 class RunLog:
@@ -58,13 +38,15 @@ class RunLog:
     def __init__(self, run: Training):
         self.run, self.speaks = run, run.mesh.rank == 0
         self.display = Display(self.speaks, run.folder.step, run.config.train.steps, announced_ranks() is not None)
-        self.predicted = sum(predicted_memory(run).values())
+        everyone = run.mesh.world.all_gather_json(predicted_memory(run))
+        self.predicted = max(everyone, key=lambda parts: sum(parts.values()))
+        self.on_rank = run.mesh.world.all_gather_json(run.model.held_numel)
         self.eval_loss: float | None = None
         self._header()
         self.sinks: list[Metrics | TensorBoard] = []
         on_root(run.mesh.world, self._open_sinks)
         self.started = self.last = time.perf_counter()
-        self.last_done = run.folder.step
+        self.last_done, self.busy_s = run.folder.step, 0.0
 
     def _open_sinks(self) -> None:
         folder = self.run.folder
@@ -81,8 +63,9 @@ class RunLog:
         every = config.run.log_every
         logged = every > 0 and (done % every == 0 or done in (self.run.folder.step + 1, config.train.steps))
         now = time.perf_counter()
+        self.busy_s += busy_s(result.times)
         step_s = (now - self.last) / (done - self.last_done)
-        row = {
+        row: dict[str, Any] = {
             "step": done,
             "time": time.time(),
             "tokens": done * result.tokens,
@@ -92,10 +75,12 @@ class RunLog:
             "step_s": step_s,
             "tokens_per_s": result.tokens / step_s,
         }
+        if logged:
+            row["rank_busy_s"] = self._busy_of_ranks(done - self.last_done)
         self.display.step(done, row, logged)
         if logged:
             self._write(row)
-            self.last, self.last_done = time.perf_counter(), done
+            self._skip_time(done)
 
     def evaluation(self, done: int, loss: float) -> None:
         self.display.line(f"step {done}: evaluation loss {loss:.4f}")
@@ -111,11 +96,12 @@ class RunLog:
         """The summary: time, memory, losses, a sample, and where everything lies. Collective."""
         took = time.perf_counter() - self.started
         peaks = self.run.mesh.world.all_gather_json(self._peak_bytes())
+        text = self._sample() if self.run.config.generate.max_tokens else ""
         self.display.close()
         for sink in self.sinks:
             sink.close()
         if self.speaks:
-            self._summary(took, max(peaks))
+            self._summary(took, max(peaks), text)
 
     def _write(self, row: dict[str, Any]) -> None:
         for sink in self.sinks:
@@ -123,7 +109,13 @@ class RunLog:
 
     def _skip_time(self, done: int) -> None:
         """Evaluations and checkpoints are not part of a step's time."""
-        self.last, self.last_done = time.perf_counter(), done
+        self.last, self.last_done, self.busy_s = time.perf_counter(), done, 0.0
+
+    def _busy_of_ranks(self, steps: int) -> list[float]:
+        """Seconds a step that each rank computed since the last row: who is slow, whatever the others wait for. Collective."""
+        everyone = torch.empty(self.run.mesh.world.size, dtype=torch.float64)
+        self.run.mesh.world.all_gather(torch.tensor([self.busy_s / steps], dtype=torch.float64), everyone)
+        return everyone.tolist()
 
     def _peak_bytes(self) -> int:
         """This rank's highest use so far, the program's shared pages divided as they were at the start."""
@@ -137,21 +129,14 @@ class RunLog:
             "step": run.folder.step,
             "time": time.time(),
             "ranks": world.size,
-            "layout": {
-                **dict(zip(AXES, run.mesh.shape.sizes)),
-                "zero": 0,
-                "schedule": "1f1b",
-            },
-            "parameters": sum(layout.numel for layout in self._owned()),
-            "parameters_on_rank": [sum(layout.numel for layout in self._owned())] * world.size,
-            "predicted_memory_bytes": self.predicted,
+            "layout": layout_row(run),
+            "parameters": parameter_count(run.config.model, run.corpus.tokenizer.vocab_size),
+            "parameters_on_rank": self.on_rank,
+            "predicted_memory_bytes": sum(self.predicted.values()),
             "threads": run.machine.threads,
             "device": str(run.machine.device.type),
             "versions": versions(world),
         }
-
-    def _owned(self) -> list[Any]:
-        return owned({name: layout for name, (_, layout) in self.run.flat.gradients.slots.items()})
 
     def _header(self) -> None:
         run, config, world = self.run, self.run.config, self.run.mesh.world
@@ -165,9 +150,8 @@ class RunLog:
         crowd = ", more ranks than cores" if run.machine.crowded else ""
         say(f"mpilm {mpilm.__version__}: {world.size} rank{'s' * (world.size > 1)}, {threads}{crowd}, {device}, {train.dtype}")
         say(f"  with     torch {torch.__version__}, {world.mpi_library}")
-        sizes = zip(AXES, run.mesh.shape.sizes)
-        say("  layout   " + " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1 or axis == "data"))
-        parameters = sum(layout.numel for layout in self._owned())
+        self._say_layout()
+        parameters = parameter_count(model, run.corpus.tokenizer.vocab_size)
         tied = ", embeddings tied" if model.tie_embeddings else ""
         say(f"  model    {model.arch}, {model.n_layers} blocks of width {model.d_model}, {parameters:,} parameters{tied}")
         corpus, batches = run.corpus, run.batches
@@ -178,48 +162,74 @@ class RunLog:
         tokens = train.global_batch * model.context_length
         say(f"  a step   {train.global_batch} sequences of {model.context_length} = {tokens:,} tokens, in {m} microbatches")
         self._warn_uneven(m)
-        parts = predicted_memory(run)
-        listed = ", ".join(f"{name} {mebibytes(b)}" for name, b in parts.items() if b)
-        say(f"  memory   {mebibytes(sum(parts.values()))} predicted a rank: {listed}")
+        listed = ", ".join(f"{name} {mebibytes(b)}" for name, b in self.predicted.items() if b)
+        most = "a rank" if world.size == 1 else "on the rank that needs most"
+        say(f"  memory   {mebibytes(sum(self.predicted.values()))} predicted {most}: {listed}")
         say(f"  run      {run.folder.path}" + (f", from step {run.folder.step}" if run.folder.step else ""))
         for note in run.folder.notes:
             say(f"  note     {note}")
         say()
 
+    def _say_layout(self) -> None:
+        run, say = self.run, self.display.line
+        sizes = zip(AXES, run.mesh.shape.sizes)
+        parallel = run.config.parallel
+        zero = f", ZeRO-{parallel.zero}" if parallel.zero else ""
+        say("  layout   " + " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1 or axis == "data") + zero)
+        if len(run.model.cut) > 1:
+            count = replica_microbatches(run.config, run.mesh.shape)
+            idle = even_bubble(parallel.schedule, parallel.pipeline, parallel.chunks, count)
+            waiting = f"; {idle:.0%} of a step idle if they are even" if idle is not None else ""
+            say(f"           schedule {parallel.schedule}, layers of each stage {','.join(map(str, run.model.cut))}{waiting}")
+
     def _warn_uneven(self, total: int) -> None:
-        ranks = self.run.mesh.comm("data").size
+        ranks = self.run.mesh.shape.data
         if total % ranks == 0:
             return
-        sizes = [stop - start for start, stop in (block(r, ranks, total) for r in range(ranks))]
+        sizes = [total // ranks + (rank < total % ranks) for rank in range(ranks)]
         lost = 1 - balance(ranks, total)
         near = max(1, round(total / ranks)) * ranks * self.run.config.train.micro_batch
+        who = "replicas" if self.run.mesh.shape.pipeline > 1 else "ranks"
         self.display.line(
-            f"           uneven: ranks have {', '.join(map(str, sizes))} of them and {lost:.0%} of their time is lost; "
-            f"--train.global-batch {near} would divide"
+            f"           uneven: {who} have {', '.join(map(str, sizes))} of them and "
+            f"{lost:.0%} of their time is lost; --train.global-batch {near} would divide"
         )
 
-    def _summary(self, took: float, peak: int) -> None:
+    def _summary(self, took: float, peak: int, text: str) -> None:
         run, config = self.run, self.run.config
         say = self.display.line
         done = config.train.steps - run.folder.step
         if done:
-            memory = f"memory {mebibytes(peak)} a rank at most, {mebibytes(self.predicted)} predicted"
+            memory = f"memory {mebibytes(peak)} a rank at most, {mebibytes(sum(self.predicted.values()))} predicted"
             say(f"\n{done} steps in {duration(took)}; {memory}")
         else:
             say(f"this run is complete; a larger --train.steps goes on from step {run.folder.step}")
         if self.eval_loss is not None:
             unigram = unigram_loss(run.corpus, run.batches.boundary)
             say(f"evaluation loss {self.eval_loss:.4f}; a unigram model of this corpus scores {unigram:.4f}")
-        if config.generate.max_tokens:
-            say(f"\nA sample (temperature {config.generate.temperature}):\n{self._sample()}\n")
+        if text:
+            say(f"\nA sample (temperature {config.generate.temperature}):\n{text}\n")
         say(f"run folder   {run.folder.path}  (metrics.jsonl, config.toml, tensorboard)")
         last = run.folder.checkpoints / f"step-{config.train.steps:08d}"
         say(f"checkpoint   {last}  (a Hugging Face folder)")
         say(f"write more   python -m mpilm.generate --model.init-from {last}")
 
     def _sample(self) -> str:
+        """What the model writes. Collective: it may lie on many ranks."""
         run, tokenizer = self.run, self.run.corpus.tokenizer
         prompt = self.run.config.generate.prompt
         start = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eos]
-        written = sample(run.model, start, run.config.generate, run.config.model.context_length, tokenizer.eos)
+        written = sample(run.model.next_logits, start, run.config.generate, run.config.model.context_length, tokenizer.eos)
         return prompt + tokenizer.decode(written)
+
+
+def busy_s(times: Sequence[Timed]) -> float:
+    """Seconds of forward and backward."""
+    return sum(end_s - start_s for action, start_s, end_s in times if action.kind in COMPUTE)
+
+
+def layout_row(run: Training) -> dict[str, Any]:
+    """The layout, for metrics.jsonl."""
+    parallel = run.config.parallel
+    sizes = dict(zip(AXES, run.mesh.shape.sizes))
+    return {**sizes, "zero": parallel.zero, "schedule": parallel.schedule, "cut": list(run.model.cut)}

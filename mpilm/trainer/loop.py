@@ -21,8 +21,8 @@ def train(config: Config, world: Comm) -> None:
     log = RunLog(run)
     settings, steps = config.run, config.train.steps
     for step in range(run.folder.step, steps):
-        result = train_step(run, step)
-        run.mesh.world.check = run.mesh.comm("data").check = False  # the first step has shown that all make the same calls
+        result = train_step(run.model, run.batches, step)
+        run.mesh.trust()  # the first step has shown that all make the same calls
         done = step + 1
         log.step(done, result)
         saving = due(done, config.checkpoint.every) or done == steps
@@ -52,7 +52,10 @@ def save_checkpoint(run: Training, done: int, eval_loss: float | None) -> Path:
         "conditions": conditions(run.machine, run.mesh.world),
         "config": to_dict(config),
     }
-    state = State(config.model, corpus.tokenizer, run.flat.by_name, run.optimizer.moments, trainer)
+    model = run.model
+    state = State(
+        config.model, corpus.tokenizer, trainer, model.shapes, model.pieces(), model.optimizer.pieces(), model.holders
+    )
     folder = save(run.folder.checkpoints, done, state, run.mesh.world)
     if run.mesh.rank == 0:
         prune(run.folder.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpilm.checkpoint.format import MANIFEST, read_json, verify
 from mpilm.checkpoint.load import read_tensors
@@ -16,7 +16,7 @@ from mpilm.data.tokenizer import Tokenizer, load_tokenizer
 from mpilm.errors import FileError
 from mpilm.model.huggingface import published_name, read_config
 from mpilm.model.sample import sample
-from mpilm.trainer.build import build_model
+from mpilm.trainer.sharded import whole_model
 
 
 def write(folder: str, settings: Generate, comm: Comm) -> None:
@@ -27,17 +27,23 @@ def write(folder: str, settings: Generate, comm: Comm) -> None:
 def _write(folder: Path, settings: Generate) -> None:
     model, shape, tokenizer = read_model(folder)
     start = tokenizer.encode(settings.prompt).tolist() if settings.prompt else [tokenizer.eos]
-    print(settings.prompt + tokenizer.decode(sample(model, start, settings, shape.context_length, tokenizer.eos)), flush=True)
+
+    def next_logits(tokens: Tensor) -> Tensor:
+        return model(tokens[None], torch.arange(len(tokens)))[0, -1]
+
+    written = sample(next_logits, start, settings, shape.context_length, tokenizer.eos)
+    print(settings.prompt + tokenizer.decode(written), flush=True)
 
 
 def read_model(folder: Path) -> tuple[nn.Module, Model, Tokenizer]:
-    """The model, its shape and its tokenizer from a checkpoint or a Hugging Face folder of one safetensors file."""
+    """The model, its shape and its tokenizer from a checkpoint or a Hugging Face folder of safetensors files."""
     if not folder.is_dir():
         raise FileError(f"--model.init-from {folder} is not a folder")
     if (folder / MANIFEST).exists():
         verify(folder)
     shape, vocab_size = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     tokenizer = load_tokenizer(str(folder))
-    model, flat = build_model(shape, vocab_size, torch.device("cpu"))
-    read_tensors(folder / "model.safetensors", {published_name(name): p for name, p in flat.by_name.items()})
+    model, flat = whole_model(shape, vocab_size, torch.device("cpu"))
+    names = [layout.name for _, layout in flat.layout.slots.values() if layout.tied_to is None]
+    read_tensors(folder, {published_name(name): flat.parameter(name) for name in names})
     return model, shape, tokenizer

@@ -2,33 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
-from mpilm.parallel.pipeline.actions import Action
+from torch import Tensor
+
+from mpilm.comm.base import Comm, Request
+from mpilm.parallel.pipeline.actions import Action, Message
 
 
 class Stage(Protocol):
-    """What a part of the model can do with a microbatch."""
+    """What a part of the model can do with a microbatch, and the memory of what it sends and receives."""
 
     def forward(self, microbatch: int) -> None: ...
     def backward(self, microbatch: int) -> None: ...
+    def backward_input(self, microbatch: int) -> None: ...
+    def backward_weight(self, microbatch: int) -> None: ...
     def reduce(self) -> None: ...
+    def input(self, microbatch: int) -> Tensor: ...
+    def output(self, microbatch: int) -> Tensor: ...
+    def output_gradient(self, microbatch: int) -> Tensor: ...
+    def input_gradient(self, microbatch: int) -> Tensor: ...
 
 
-def execute(program: Sequence[Action], stages: dict[int, Stage]) -> None:
-    """Carry out the actions in their order. Collective over the data axis through REDUCE."""
+class Timed(NamedTuple):
+    """An action, and when it began and ended in seconds of time.perf_counter; waiting for its message is not counted."""
+
+    action: Action
+    start_s: float
+    end_s: float
+
+
+class Wire:
+    """Messages between stages over `comm`, the pipeline axis, on which stage s is rank s modulo the number of ranks.
+
+    One send is under way on a channel at a time: the next one waits for it.
+    """
+
+    def __init__(self, comm: Comm):
+        self.comm = comm
+        self.going: dict[tuple[int, str], Request] = {}
+        self.coming: dict[Message, Request] = {}
+
+    def send(self, message: Message, tensor: Tensor) -> None:
+        if message.channel in self.going:
+            self.going[message.channel].wait()
+        self.going[message.channel] = self.comm.isend(tensor, message.stage % self.comm.size, _tag(message))
+
+    def post(self, message: Message, buffer: Tensor) -> None:
+        source = message.stage + (1 if message.direction == "B" else -1)
+        self.coming[message] = self.comm.irecv(buffer, source % self.comm.size, _tag(message))
+
+    def wait(self, message: Message | None) -> None:
+        """Returns when a message for which a receive was posted is there; there is none at the ends of the pipeline."""
+        if message in self.coming:
+            self.coming.pop(message).wait()
+
+    def drain(self) -> None:
+        while self.going:
+            self.going.popitem()[1].wait()
+
+
+def _tag(message: Message) -> int:
+    return 2 * message.stage + (message.direction == "B")
+
+
+def execute(program: Sequence[Action], stages: Mapping[int, Stage], wire: Wire) -> list[Timed]:
+    """Carry out the actions in their order. Collective over the pipeline axis, and over the data axis through REDUCE."""
+    times: list[Timed] = []
     for action in program:
-        stage = stages[action.stage]
-        match action.kind:
-            case "F":
-                stage.forward(_number(action))
-            case "B":
-                stage.backward(_number(action))
-            case "REDUCE":
-                stage.reduce()
+        if action.kind in ("F", "B", "I"):
+            wire.wait(action.message)
+        start_s = time.perf_counter()
+        _carry_out(action, stages[action.stage], wire)
+        times.append(Timed(action, start_s, time.perf_counter()))
+    wire.drain()
+    return times
 
 
-def _number(action: Action) -> int:
-    assert action.microbatch is not None, action
-    return action.microbatch
+def _carry_out(action: Action, stage: Stage, wire: Wire) -> None:
+    if action.kind == "REDUCE":
+        return stage.reduce()
+    m, message = action.microbatch, action.message
+    assert m is not None
+    if action.kind == "W":
+        return stage.backward_weight(m)
+    assert message is not None
+    match action.kind:
+        case "F":
+            stage.forward(m)
+        case "B":
+            stage.backward(m)
+        case "I":
+            stage.backward_input(m)
+        case "SEND_F":
+            wire.send(message, stage.output(m))
+        case "SEND_B":
+            wire.send(message, stage.input_gradient(m))
+        case "RECV_F":
+            wire.post(message, stage.input(m))
+        case "RECV_B":
+            wire.post(message, stage.output_gradient(m))
