@@ -97,6 +97,21 @@ def _booleans(words: list[str], default: Any) -> list[str]:
     return spelled
 
 
+def _lists(words: list[str], default: Any) -> list[str]:
+    """The items of a list setting apart, where they were written with commas."""
+    flags = {f"--{name.replace('_', '-')}" for name, value in flatten(default).items() if isinstance(value, tuple)}
+    apart: list[str] = []
+    inside = False
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            inside = flag.replace("_", "-") in flags
+            apart += [flag, *value.split(",")] if inside and equals else [word]
+        else:
+            apart += [part for part in word.split(",") if part] if inside else [word]
+    return apart
+
+
 def _flags(words: list[str], default: T, prog: str, description: str) -> T:
     import tyro
 
@@ -105,7 +120,7 @@ def _flags(words: list[str], default: T, prog: str, description: str) -> T:
         with redirect_stdout(printed), redirect_stderr(printed):
             return tyro.cli(
                 type(default),
-                args=_booleans(words, default),
+                args=_lists(_booleans(words, default), default),
                 default=default,
                 prog=prog,
                 description=description,

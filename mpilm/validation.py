@@ -111,7 +111,8 @@ def _validate_parallel(config: Config) -> None:
         most = max(1, layers // parallel.chunks)
         raise ConfigError(
             f"--parallel.pipeline {parallel.pipeline} with {parallel.chunks} stage{'s' * (parallel.chunks > 1)} a rank makes "
-            f"{stages} stages, and --model.n-layers is {layers}: each stage needs a layer; {most} is the largest that fits"
+            f"{stages} stages, and --model.n-layers is {layers}: each stage needs a layer; "
+            f"--parallel.pipeline {most} is the largest that fits"
         )
     if parallel.zero and not config.train.reproducible:
         raise ConfigError(

@@ -104,7 +104,7 @@ class DealtSum:
         """The sums are complete: each round has been summed when it was there."""
 
     def _exchange(self, i: int, group: Group, gradient: Tensor | None) -> None:
-        buckets = group.buckets()
+        buckets = self.flat.layout.buckets(group)
         for number, (start, stop) in enumerate(buckets):
             if number >= len(self.exchanges):
                 self._fold(i, buckets[number - len(self.exchanges)], self.exchanges[number % len(self.exchanges)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Request
-from mpilm.parallel.shard import BUCKET, FlatLayout
+from mpilm.parallel.shard import FlatLayout
 from mpilm.parallel.tree import Range, combine
 
 
@@ -44,7 +44,7 @@ class TreeExchange:
 
     def __init__(self, comm: Comm, layout: FlatLayout, most: int, device: torch.device):
         self.comm, self.layout = comm, layout
-        longest = max(layout.slices((0, BUCKET), comm.size))
+        longest = max(layout.slices((0, layout.bucket_numel), comm.size))
         self.workspace = torch.empty(most * longest, device=device)
         self.requests: list[Request] = []
 

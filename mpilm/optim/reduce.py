@@ -76,7 +76,7 @@ class BlockSum:
         self.buffers = [FlatVector.zeros(everything, flat.device) for _ in range(1 + max(f.buffer for f in self.folds))]
         self.views = [{name: flat.parameter(name, buffer) for name in flat.layout.slots} for buffer in self.buffers]
         self.sums = self.buffers[0]
-        buckets = [bucket for group in flat.layout.groups for bucket in group.buckets()]
+        buckets = [bucket for group in flat.layout.groups for bucket in flat.layout.buckets(group)]
         self.buckets = buckets if comm.size > 1 else []
         depth = len(self.buckets) if overlap else min(IN_FLIGHT, len(self.buckets))
         self.exchanges = [self._exchange(comm, microbatches, reproducible) for _ in range(depth)]

@@ -72,7 +72,7 @@ class Unit:
         self.memory.take()
         self.coming = []
         for group in self.groups:
-            for start, stop in group.buckets():
+            for start, stop in self.flat.layout.buckets(group):
                 counts = self.flat.layout.slices((start, stop), self.comm.size)
                 at = start + sum(counts[: self.comm.rank])
                 mine = self.flat.values.view(at, at + counts[self.comm.rank]) if counts[self.comm.rank] else self.whole[:0]
@@ -173,7 +173,7 @@ def gather_shards(flat: FlatParameters, comm: Comm) -> None:
     """Bring the shards that the data ranks have updated together in everybody's values (ZeRO-1 and 2). Collective."""
     coming: list[Request] = []
     first = flat.values.intervals[0][0]
-    for start, stop in [bucket for group in flat.layout.groups for bucket in group.buckets() if bucket[0] >= first]:
+    for start, stop in [bucket for group in flat.layout.groups for bucket in flat.layout.buckets(group) if bucket[0] >= first]:
         counts = flat.layout.slices((start, stop), comm.size)
         at = start + sum(counts[: comm.rank])
         coming.append(comm.iall_gather(flat.values.view(at, at + counts[comm.rank]), flat.values.view(start, stop), counts))

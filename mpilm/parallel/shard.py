@@ -41,10 +41,6 @@ class Group:
     start: int
     stop: int
 
-    def buckets(self) -> list[Interval]:
-        """The group in parts of BUCKET elements at most."""
-        return [(at, min(at + BUCKET, self.stop)) for at in range(self.start, self.stop, BUCKET)]
-
 
 class FlatLayout:
     """Where each parameter of a stage lies: `slots` holds {name: (offset, layout)}.
@@ -73,6 +69,15 @@ class FlatLayout:
         at, layout = self.slots[name]
         return at, at + self._padded(layout.numel)
 
+    @property
+    def bucket_numel(self) -> int:
+        """The elements of a full bucket."""
+        return max(self.alignment, BUCKET // self.alignment * self.alignment)
+
+    def buckets(self, group: Group) -> list[Interval]:
+        """A group in parts, the last of which may be short."""
+        return [(at, min(at + self.bucket_numel, group.stop)) for at in range(group.start, group.stop, self.bucket_numel)]
+
     def slices(self, bucket: Interval, ranks: int) -> list[int]:
         """The elements of a bucket that each rank owns, in rank order; the last slices may be short or empty."""
         return slice_counts(bucket[1] - bucket[0], ranks, self.alignment)
@@ -81,7 +86,7 @@ class FlatLayout:
         """What one of `ranks` data ranks owns: its slice of every bucket, empty ones left out."""
         found = []
         for group in self.groups:
-            for start, stop in group.buckets():
+            for start, stop in self.buckets(group):
                 counts = self.slices((start, stop), ranks)
                 at = start + sum(counts[:rank])
                 found.append((at, at + counts[rank]))
@@ -140,7 +145,7 @@ def holders(name: str, flat: FlatLayout, ranks: int, sharded: bool) -> list[tupl
     if not sharded:
         return [(0, layout.numel, list(range(ranks)))]
     found = []
-    buckets = [bucket for group in flat.groups if name in group.names for bucket in group.buckets()]
+    buckets = [bucket for group in flat.groups if name in group.names for bucket in flat.buckets(group)]
     for start, stop in buckets:
         for rank, count in enumerate(flat.slices((start, stop), ranks)):
             found += [(s - at, e - at, [rank]) for s, e in intersect([(start, start + count)], [(at, at + layout.numel)])]

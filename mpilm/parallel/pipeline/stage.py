@@ -154,6 +154,7 @@ class ModelStage:
             return self.presence.end_backward()
         self.gradients.begin(microbatch)
         self._backward(microbatch)
+        self._let_go(microbatch)
         self.gradients.end(microbatch)
 
     def backward_input(self, microbatch: int) -> None:
@@ -175,6 +176,7 @@ class ModelStage:
         self.gradients.begin(microbatch)
         for name, gradient in self.store.gradients(microbatch):
             self.gradients.deliver(microbatch, name, gradient)
+        self._let_go(microbatch)  # not earlier: what was received may itself be owed
         self.gradients.end(microbatch)
 
     def reduce(self) -> None:
@@ -190,7 +192,6 @@ class ModelStage:
         if not self.first:
             assert x.grad is not None
             self._input_gradients[microbatch] = x.grad
-        self._let_go(microbatch)
 
     def _let_go(self, microbatch: int) -> None:
         del self._batches[microbatch]
