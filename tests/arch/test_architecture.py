@@ -26,8 +26,10 @@ LAYERS = {
 COMMANDS = 7  # every other file at the top of the package: what a person runs
 PURE = (
     "errors.py", "config.py", "presets.py", "mesh/shape.py", "parallel/layout.py", "parallel/plan.py",
+    "parallel/shard.py", "parallel/partition.py", "parallel/feasible.py", "parallel/tree.py",
     "parallel/pipeline/actions.py", "parallel/pipeline/schedules.py", "parallel/pipeline/lower.py",
-    "data/order.py", "optim/rate.py",
+    "parallel/pipeline/check.py", "parallel/pipeline/simulate.py", "parallel/pipeline/draw.py",
+    "validation.py", "data/order.py", "optim/rate.py",
 )  # fmt: skip
 PARALLEL_WORDS = {"rank", "ranks", "mesh", "comm", "comms", "communicator", "world", "mpi"}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60

@@ -40,7 +40,7 @@ def curve(name, ranks, folder):
 
     def body(comm):
         run = build(config, comm)
-        return [train_step(run, step).loss for step in range(STEPS)] + [evaluate(run)]
+        return [train_step(run.model, run.batches, step).loss for step in range(STEPS)] + [evaluate(run)]
 
     results = run_ranks(ranks, body)
     assert all(result == results[0] for result in results)

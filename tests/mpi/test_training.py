@@ -32,7 +32,7 @@ def shared(world: Comm) -> Iterator[Path]:
 def test_the_ranks_compute_what_one_computes(world: Comm, shared: Path, tie: bool) -> None:
     def outcome(comm: Comm, name: str) -> tuple[list[float], bytes]:
         run = build(tiny(shared / "tokens", shared / name, model__tie_embeddings=tie, train__steps=4), comm)
-        results = [train_step(run, step) for step in range(4)]
+        results = [train_step(run.model, run.batches, step) for step in range(4)]
         numbers = [number for result in results for number in (result.loss, result.grad_norm)]
         return [*numbers, evaluate(run)], run.flat.values.numpy().tobytes()
 
@@ -45,7 +45,7 @@ def test_the_librarys_sum_is_close(world: Comm, shared: Path) -> None:
     def losses(reproducible: bool) -> list[float]:
         folder = shared / f"run-{reproducible}"
         run = build(tiny(shared / "tokens", folder, train__reproducible=reproducible), world)
-        return [train_step(run, step).loss for step in range(3)]
+        return [train_step(run.model, run.batches, step).loss for step in range(3)]
 
     assert losses(False) == pytest.approx(losses(True), rel=1e-5)
 

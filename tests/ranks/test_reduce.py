@@ -1,26 +1,31 @@
-"""The sum of gradients: the bits of the tree on any number of ranks, however it is cut into buckets and overlapped."""
+"""The sum of gradients: the bits of the tree on any number of ranks, once a step or round by round, whole or in shards."""
+
+from functools import cache
 
 import pytest
 import torch
+from runs import CPU, differing, joined, small_buckets
 from text import tiny
 
-import mpilm.optim.reduce as reduce
+from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.model.loss import loss_sum
-from mpilm.optim.reduce import GradientSum, slice_counts
-from mpilm.parallel.flat import ALIGNMENT
-from mpilm.parallel.tree import block
-from mpilm.trainer.build import build_model, initialise
+from mpilm.optim.dealt import DealtSum
+from mpilm.optim.reduce import BlockSum
+from mpilm.parallel.flat import FlatParameters
+from mpilm.parallel.shard import BUCKET
+from mpilm.parallel.tied import Ties
+from mpilm.parallel.tree import block, dealt
+from mpilm.trainer.sharded import draw, resolve_layouts, whole_model
 
-V, CPU = 29, torch.device("cpu")
-SIZES = [1, 2, 3, 4, 6, 8]
+V = 29
+SIZES = [1, 2, 3, 4, 5, 6, 8]
+KINDS = [(0, False), (0, True), (1, False), (2, False), (3, False)]  # ZeRO, overlap
+UNEVEN = [(1, 1), (1, 7), (2, 5), (3, 7), (4, 6), (5, 11), (6, 11), (8, 13)]
 
 
-def model_of(tie):
-    config = tiny("", "", model__d_model=16, model__n_layers=1, model__tie_embeddings=tie)
-    model, flat = build_model(config.model, V, CPU)
-    initialise(flat, config)
-    return model, flat
+def shape_of(tie):
+    return tiny("", "", model__d_model=16, model__n_layers=1, model__tie_embeddings=tie).model
 
 
 def backward(model, microbatch):
@@ -36,108 +41,162 @@ def tree(leaves):
     return leaves[0]
 
 
-def oracle(tie, total):
-    """Gradients by torch alone, added as the tree says; each use of a tied parameter on its own, then together."""
-    model, flat = model_of(tie)
-    of = []
+@cache
+def leaves(tie, total):
+    """The gradients of each microbatch by torch alone."""
+    model, flat = whole_model(shape_of(tie), V, CPU)
+    draw(flat, shape_of(tie), seed=0)
+    found = []
     for microbatch in range(total):
         model.zero_grad(set_to_none=True)
         backward(model, microbatch)
-        of.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    sums = {name: tree([gradients[name] for gradients in of]) for name in of[0]}
-    for name, owner in flat.tied.items():
-        sums[owner] = sums[owner] + sums.pop(name)
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    return found
+
+
+@cache
+def oracle(tie, total, add=tree):
+    """Gradients added as the tree says; each use of a tied parameter on its own, then together."""
+    of = leaves(tie, total)
+    sums = {name: add([gradients[name] for gradients in of]) for name in of[0]}
+    if tie:
+        sums["embed.weight"] = sums["embed.weight"] + sums.pop("head.weight")
     return sums
 
 
-def summed(size, tie, total, steps=1, **options):
-    """What GradientSum gives on each rank, by name, in the last of some steps."""
-    options = {"reproducible": True, "overlap": False, **options}
+class Part:
+    """One rank's part of the sum: a model that is whole, and gradients that are laid out and summed as `zero` says."""
+
+    def __init__(self, comm, tie, total, zero, overlap=False, reproducible=True):
+        self.model, whole = whole_model(shape_of(tie), V, CPU)
+        draw(whole, shape_of(tie), seed=0)
+        table = resolve_layouts(shape_of(tie), V, (1,))
+        self.flat = FlatParameters(table, CPU, zero, comm.rank, comm.size)
+        if zero < 2:
+            self.sum = BlockSum(self.flat, self.model, comm, total, reproducible, overlap)
+            self.numbers = range(*block(comm.rank, comm.size, total))
+        else:
+            self.sum = DealtSum(self.flat, self.model, comm, total)
+            self.numbers = dealt(comm.rank, comm.size, total)
+        self.rounds = -(-total // comm.size)
+        self.ties = Ties(table, {0: self.flat}, SelfComm("pipeline"))
+
+    def step(self, work):
+        """`work(i)` makes the gradients of this rank's i-th microbatch."""
+        for i in range(self.rounds):
+            if i < len(self.numbers):
+                self.sum.begin(i)
+                work(i)
+                self.sum.end(i)
+            else:
+                self.sum.join(i, lambda name: None)
+        self.sum.reduce()
+        self.ties.add_gradients({0: self.sum.sums})
+
+    def backward(self, i):
+        backward(self.model, self.numbers[i])
+
+    def held(self):
+        return {"gradient": self.flat.pieces(self.sum.sums)}
+
+
+def summed(size, tie, total, zero, steps=1, **options):
+    """The sums, by name, in the last of some steps."""
 
     def body(comm):
-        model, flat = model_of(tie)
-        gradients = GradientSum(flat, model, comm, total, **options)
-        start, stop = block(comm.rank, comm.size, total)
+        part = Part(comm, tie, total, zero, **options)
         for _ in range(steps):
-            for microbatch in range(start, stop):
-                gradients.begin(microbatch - start)
-                backward(model, microbatch)
-                gradients.end(microbatch - start)
-            result = gradients.reduce()
-        return {name: view.clone() for name, view in flat.owned.views(result).items()}
+            part.step(part.backward)
+        return part.held()
 
-    return run_ranks(size, body)
+    return joined(run_ranks(size, body))
 
 
-def assert_bits(found, expected):
-    for theirs in found:
-        assert theirs.keys() == expected.keys()
-        assert all(torch.equal(theirs[name], expected[name]) for name in expected)
+def bits(gradients):
+    return {f"gradient of {name}": x.flatten().view(torch.int32) for name, x in gradients.items()}
 
 
-@pytest.fixture(params=[None, 1024], ids=["one-bucket", "buckets"])
-def bucket(request, monkeypatch):
-    if request.param:
-        monkeypatch.setattr(reduce, "BUCKET", request.param)
+@pytest.fixture(params=[256])
+def bucket(request):
+    with small_buckets(request.param):
+        yield
 
 
-@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(("tie", "bucket"), [(True, 256), (False, BUCKET)], indirect=["bucket"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("overlap", [False, True])
-def test_the_bits_are_those_of_the_tree(size, tie, overlap, bucket):
-    assert_bits(summed(size, tie, 8, overlap=overlap), oracle(tie, 8))
+@pytest.mark.parametrize(("zero", "overlap"), KINDS)
+def test_the_bits_are_those_of_the_tree(size, tie, zero, overlap, bucket):
+    assert differing(summed(size, tie, 8, zero, overlap=overlap), bits(oracle(tie, 8))) == []
 
 
-@pytest.mark.parametrize(("size", "total"), [(1, 1), (1, 7), (2, 5), (3, 7), (4, 6), (5, 11)])
-@pytest.mark.parametrize("overlap", [False, True])
-def test_numbers_of_microbatches_that_are_no_powers_of_two(size, total, overlap, bucket):
-    assert_bits(summed(size, True, total, overlap=overlap), oracle(True, total))
+@pytest.mark.parametrize(("size", "total"), UNEVEN)
+@pytest.mark.parametrize(("zero", "overlap"), KINDS)
+def test_numbers_of_microbatches_that_are_no_powers_of_two(size, total, zero, overlap, bucket):
+    assert differing(summed(size, True, total, zero, overlap=overlap), bits(oracle(True, total))) == []
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("overlap", [False, True])
-def test_nothing_is_left_over_for_the_next_step(size, overlap, bucket):
-    assert_bits(summed(size, True, 8, steps=3, overlap=overlap), oracle(True, 8))
+@pytest.mark.parametrize(("zero", "overlap"), KINDS)
+def test_nothing_is_left_over_for_the_next_step(size, zero, overlap, bucket):
+    assert differing(summed(size, True, 8, zero, steps=3, overlap=overlap), bits(oracle(True, 8))) == []
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(("size", "total"), [(1, 3), (2, 4), (3, 8), (4, 7)])
+def test_gradients_that_are_delivered_apart_in_any_order(size, total, zero, bucket):
+    of = leaves(True, total)
+
+    def body(comm):
+        part = Part(comm, True, total, zero)
+
+        def deliver(i):
+            m = part.numbers[i]
+            names = list(of[m])
+            for name in names[m % len(names) :] + names[: m % len(names)]:
+                part.sum.deliver(i, name, of[m][name].clone())
+
+        part.step(deliver)
+        return part.held()
+
+    assert differing(joined(run_ranks(size, body)), bits(oracle(True, total))) == []
+
+
+def test_a_gradient_that_does_not_come_is_missed():
+    part = Part(SelfComm(), True, 2, zero=2)
+    part.sum.begin(0)
+    part.sum.deliver(0, "head.weight", torch.zeros(V, 16))
+    with pytest.raises(RuntimeError, match=r"backward left no gradient for some of norm.weight"):
+        part.sum.end(0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_library_sum_is_close(size, overlap, bucket):
-    expected = oracle(True, 8)
-    for theirs in summed(size, True, 8, steps=2, reproducible=False, overlap=overlap):
-        for name in expected:
-            torch.testing.assert_close(theirs[name], expected[name], rtol=1e-4, atol=1e-4 * float(expected[name].abs().max()))
+    found = summed(size, True, 8, zero=0, steps=2, reproducible=False, overlap=overlap)
+    for name, expected in oracle(True, 8).items():
+        ours = found[f"gradient of {name}"].view(torch.float32).view(expected.shape)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_the_order_matters_for_these_gradients():
     """So that equal bits above mean something."""
-    model, flat = model_of(True)
-    gradients = flat.new_gradient()
-    for name, parameter in model.named_parameters():
-        parameter.grad = flat.gradients.views(gradients)[name]
-    for microbatch in range(8):
-        backward(model, microbatch)
-    found = flat.owned.views(flat.add_tied(gradients))
-    assert any(not torch.equal(found[name], expected) for name, expected in oracle(True, 8).items())
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 6, 8, 40])
-@pytest.mark.parametrize("numel", [0, 1, 16, 17, 100, 1024, 12345])
-def test_slices_are_aligned_and_cover(numel, parts):
-    counts = slice_counts(numel, parts)
-    assert len(counts) == parts
-    assert sum(counts) == numel
-    filled = [count for count in counts if count]
-    assert counts[: len(filled)] == filled
-    assert all(count % ALIGNMENT == 0 for count in filled[:-1])
-    assert max(counts, default=0) < numel / parts + ALIGNMENT
+    assert differing(bits(oracle(True, 8)), bits(oracle(True, 8, add=sum)))
 
 
 def test_a_rank_holds_few_buffers():
-    def body(comm):
-        model, flat = model_of(True)
-        return len(GradientSum(flat, model, comm, 8, True, False).buffers), len(
-            GradientSum(flat, model, comm, 8, False, False).buffers
-        )
+    def buffers(size, total, zero, **options):
+        """Their number, and how many elements they hold beside the padding of a shard."""
+        return run_ranks(size, lambda comm: Part(comm, True, total, zero, **options).sum.buffers)
 
-    assert {size: run_ranks(size, body)[0] for size in (1, 2, 4, 8)} == {1: (3, 1), 2: (2, 1), 4: (1, 1), 8: (1, 1)}
+    def count(size, total, zero, **options):
+        (number,) = {len(theirs) for theirs in buffers(size, total, zero, **options)}
+        return number
+
+    assert [count(size, 8, 0, reproducible=False) for size in (1, 2, 4, 8)] == [1, 1, 1, 1]
+    for zero in (0, 1, 2, 3):  # log2 of the microbatches of a rank: a right node is added to its sibling as it comes
+        assert [count(size, 8, zero) for size in (1, 2, 4, 8)] == [3, 2, 1, 1]
+        assert [count(size, 32, zero) for size in (1, 2, 4, 8)] == [5, 4, 3, 2]
+    whole = buffers(1, 8, zero=2)[0][0].tensor.numel()
+    shards = [theirs[0].tensor.numel() for theirs in buffers(4, 8, zero=2)]
+    assert sum(shards) == whole
+    assert max(shards) < 0.3 * whole

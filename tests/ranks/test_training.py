@@ -37,7 +37,7 @@ def outcome(config, size):
         run = build(config, comm)
         numbers = []
         for step in range(config.train.steps):
-            result = train_step(run, step)
+            result = train_step(run.model, run.batches, step)
             numbers += [result.loss, result.grad_norm]
         numbers.append(evaluate(run))
         flats = [run.flat.values, *run.optimizer.flat_moments.values()]
@@ -102,7 +102,7 @@ def test_it_is_the_plain_training_loop(tmp_path, data):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         optimizer.step()
-        ours = train_step(run, step)
+        ours = train_step(run.model, run.batches, step)
         assert ours.loss == pytest.approx(loss.item(), rel=1e-5), step
         assert ours.grad_norm == pytest.approx(norm, rel=1e-3), step
     assert clipped > 0
@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_changes_nothing(tmp_path,
         run.flat.by_name["norm.weight"].fill_(math.nan if comm.rank == 1 else 1.0)
         before = run.flat.values.clone()
         with pytest.raises(AgreedError, match=r"step 1: loss nan, gradient norm") as caught:
-            train_step(run, 0)
+            train_step(run.model, run.batches, 0)
         assert isinstance(caught.value.error, NonFiniteError)
         assert torch.equal(run.flat.values, before) or comm.rank == 1  # nan is not equal to itself
         assert not any(moment.any() for moment in run.optimizer.flat_moments.values())
@@ -168,7 +168,7 @@ def stopped(config, size, at, monkeypatch):
     def step_or_die(run, step):
         if step == at:
             raise KeyboardInterrupt
-        return train_step(run, step)
+        return train_step(run.model, run.batches, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", step_or_die)

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpilm import config as c
-from mpilm.config import Config, flatten, mathematics, merge, replaced, resolve, to_dict, validate, validate_ranks
+from mpilm import validation
+from mpilm.config import Config, flatten, mathematics, merge, replaced, resolve, to_dict
 from mpilm.errors import ConfigError, FileError
+from mpilm.validation import validate
 
 
 def refused(message: str, **changes: Any) -> None:
@@ -29,7 +31,9 @@ def test_values_replace_and_the_rest_stays() -> None:
 
 
 def test_a_config_survives_its_own_dictionary() -> None:
-    config = replaced(Config(), checkpoint__allow_change=("train.lr",), data__path="x.txt", train__reproducible=False)
+    config = replaced(
+        Config(), checkpoint__allow_change=("train.lr",), data__path="x.txt", train__reproducible=False, parallel__cut=(1, 3)
+    )
     assert merge(Config(), to_dict(config), "config.toml") == config
 
 
@@ -49,8 +53,14 @@ def test_a_config_survives_its_own_dictionary() -> None:
         ({"data": {"path": ["a"]}}, "a.toml: data.path must be a string, not ['a']"),
         (
             {"checkpoint": {"allow-change": "train.lr"}},
-            "a.toml: checkpoint.allow-change must be a list of strings, not 'train.lr'",
+            "a.toml: checkpoint.allow-change must be a list, not 'train.lr'",
         ),
+        ({"checkpoint": {"allow-change": [1]}}, "a.toml: checkpoint.allow-change must be a list, not [1]"),
+        ({"parallel": {"cut": 4}}, "a.toml: parallel.cut must be a list, not 4"),
+        ({"parallel": {"cut": ["4"]}}, "a.toml: parallel.cut must be a list, not ['4']"),
+        ({"parallel": {"cut": [2.0, 2]}}, "a.toml: parallel.cut must be a list, not [2.0, 2]"),
+        ({"parallel": {"cut": [True, 3]}}, "a.toml: parallel.cut must be a list, not [True, 3]"),
+        ({"parallel": {"zero": "1"}}, "a.toml: parallel.zero must be a whole number, not '1'"),
     ],
 )
 def test_what_cannot_be_merged_is_named(values: dict[str, Any], message: str) -> None:
@@ -61,10 +71,17 @@ def test_what_cannot_be_merged_is_named(values: dict[str, Any], message: str) ->
 
 def test_toml_files(tmp_path: Path) -> None:
     good, bad, binary = tmp_path / "good.toml", tmp_path / "bad.toml", tmp_path / "binary.toml"
-    good.write_text("[train]\nglobal-batch = 8\n")
+    good.write_text("[train]\nglobal-batch = 8\n[parallel]\npipeline = 2\ncut = [1, 3]\nzero = 1\nschedule = 'gpipe'\n")
     bad.write_text("[train\n")
     binary.write_bytes(b"\xff\xfe")
-    assert merge(Config(), c.read_toml(str(good)), str(good)).train.global_batch == 8
+    assert merge(Config(), c.read_toml(str(good)), str(good)) == replaced(
+        Config(),
+        train__global_batch=8,
+        parallel__pipeline=2,
+        parallel__cut=(1, 3),
+        parallel__zero=1,
+        parallel__schedule="gpipe",
+    )
     for path in (bad, binary):
         with pytest.raises(ConfigError, match=re.escape(f"--config {path}: is not TOML: ")):
             c.read_toml(str(path))
@@ -117,6 +134,15 @@ def test_the_suggested_batch_is_valid(global_batch: int, micro_batch: int) -> No
     [
         ({"train__steps": 0}, "--train.steps must be above zero, not 0"),
         ({"train__micro_batch": -1}, "--train.micro-batch must be above zero, not -1"),
+        ({"parallel__pipeline": 0}, "--parallel.pipeline must be above zero, not 0"),
+        ({"parallel__chunks": -1}, "--parallel.chunks must not be negative, but is -1"),
+        ({"parallel__zero": 4}, "--parallel.zero must be one of 0, 1, 2, 3, not 4"),
+        (
+            {"parallel__schedule": "1F1B"},
+            "--parallel.schedule must be one of 1f1b, gpipe, interleaved, zero-bubble, not '1F1B'",
+        ),
+        ({"parallel__balance": "even"}, "--parallel.balance must be one of cost, measured, not 'even'"),
+        ({"train__recompute": "all"}, "--train.recompute must be one of none, attention, block, not 'all'"),
         ({"train__lr": float("nan")}, "--train.lr must be a finite number, not nan"),
         ({"train__clip_norm": float("inf")}, "--train.clip-norm must be a finite number, not inf"),
         ({"checkpoint__every": -5}, "--checkpoint.every must not be negative, but is -5"),
@@ -143,16 +169,38 @@ def test_limits_themselves_are_allowed() -> None:
     validate(replaced(Config(), checkpoint__allow_change=("train.lr", "data.eval-fraction", "data.path")))
 
 
-def test_more_ranks_than_microbatches() -> None:
-    validate_ranks(Config(), 8)
-    with pytest.raises(
-        ConfigError, match=r"9 ranks, but a step has only 8 microbatches .*start 8 ranks or fewer, or make the batch 18"
-    ):
-        validate_ranks(Config(), 9)
+@pytest.mark.parametrize(
+    ("layers", "pipeline", "schedule", "chunks", "message", "most"),
+    [
+        (4, 5, "1f1b", 0, "5 with 1 stage a rank makes 5 stages", 4),
+        (4, 3, "interleaved", 0, "3 with 2 stages a rank makes 6 stages", 2),
+        (7, 4, "interleaved", 3, "4 with 3 stages a rank makes 12 stages", 2),
+    ],
+)
+def test_more_stages_than_layers(layers: int, pipeline: int, schedule: str, chunks: int, message: str, most: int) -> None:
+    said: dict[str, Any] = {"model__n_layers": layers, "parallel__schedule": schedule, "parallel__chunks": chunks}
+    refused(
+        f"--parallel.pipeline {message}, and --model.n-layers is {layers}: each stage needs a layer; "
+        f"--parallel.pipeline {most} is the largest that fits",
+        parallel__pipeline=pipeline, **said,
+    )  # fmt: skip
+    validate(replaced(Config(), parallel__pipeline=most, **said))
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_shards_are_summed_in_the_fixed_order_only(zero: int) -> None:
+    refused(
+        f"--parallel.zero {zero} sums slices in the fixed order, which costs nothing; "
+        "--train.reproducible false goes with --parallel.zero 0 only",
+        parallel__zero=zero, train__reproducible=False,
+    )  # fmt: skip
+    validate(replaced(Config(), parallel__zero=zero))
+    validate(replaced(Config(), train__reproducible=False))
 
 
 def test_every_rule_names_a_real_setting() -> None:
-    named = {*c.POSITIVE, *c.NOT_NEGATIVE, *c.BELOW_ONE, *c.CHOICES, *c.FREE_TO_CHANGE}
+    rules = (validation.POSITIVE, validation.NOT_NEGATIVE, validation.BELOW_ONE, validation.CHOICES, c.FREE_TO_CHANGE)
+    named = {name for names in rules for name in names}
     assert named <= set(flatten(Config()))
     assert {section for section, _ in c._items(Config())} >= c.FREE_SECTIONS
 
@@ -163,7 +211,9 @@ def test_every_rule_names_a_real_setting() -> None:
 def test_mathematics_leaves_out_what_may_change() -> None:
     free = replaced(
         Config(), train__steps=9, train__threads=3, train__device="cpu", data__path="moved", run__dir="elsewhere",
-        checkpoint__every=1, run__log_every=1, generate__seed=5,
+        checkpoint__every=1, run__log_every=1, generate__seed=5, parallel__pipeline=2, parallel__zero=3,
+        parallel__schedule="gpipe", parallel__chunks=1, parallel__cut=(1, 3), parallel__balance="measured",
+        train__recompute="block",
     )  # fmt: skip
     assert mathematics(free) == mathematics(Config())
 
@@ -186,8 +236,13 @@ def test_resolve_works_out_the_shape() -> None:
 
 
 def test_resolve_keeps_what_is_stated() -> None:
-    stated = replaced(Config(), model__n_kv_heads=2, model__d_ff=100)
+    stated = replaced(Config(), model__n_kv_heads=2, model__d_ff=100, parallel__schedule="interleaved", parallel__chunks=3)
     assert resolve(stated) == stated
+
+
+def test_resolve_works_out_the_stages_of_a_rank() -> None:
+    assert resolve(Config()).parallel.chunks == 1
+    assert resolve(replaced(Config(), parallel__schedule="interleaved")).parallel.chunks == 2
 
 
 @given(st.integers(1, 5000))

@@ -17,7 +17,9 @@ from mpilm.model.init import initial_value, key_of
 from mpilm.model.layers import Dropout, rotation
 from mpilm.model.llama import Llama, initial_std
 from mpilm.model.loss import IGNORED, loss_sum
-from mpilm.trainer.build import build_model, initialise
+from mpilm.parallel.cut import keep_stage
+from mpilm.parallel.layout import owned
+from mpilm.trainer.sharded import draw, resolve_layouts, whole_model
 
 V = 53
 SHAPES = [{"n_kv_heads": 4, "tie_embeddings": False}, {"n_kv_heads": 2, "tie_embeddings": True}, {"n_kv_heads": 1}]
@@ -25,10 +27,11 @@ SHAPES = [{"n_kv_heads": 4, "tie_embeddings": False}, {"n_kv_heads": 2, "tie_emb
 
 def model_of(dtype=torch.float32, **shape):
     config = tiny("", "", **{f"model__{key}": value for key, value in shape.items()})
-    model, flat = build_model(config.model, V, torch.device("cpu"))
-    initialise(flat, config)
-    for name, value in flat.by_name.items():
-        value.add_(initial_value(1, name, tuple(value.shape), 0.05))  # norms other than one, logits of some size
+    model, flat = whole_model(config.model, V, torch.device("cpu"))
+    draw(flat, config.model, config.train.seed)
+    for layout in owned(resolve_layouts(config.model, V, (config.model.n_layers,))):
+        noise = initial_value(1, layout.name, layout.shape, 0.05)  # norms other than one, logits of some size
+        flat.parameter(layout.name).add_(noise)
     return (model if dtype == torch.float32 else model.to(dtype)), config.model
 
 
@@ -195,19 +198,21 @@ def test_keys_do_not_run_together():
 # Parts of a model.
 
 
-def test_a_stage_keeps_the_names_and_the_numbers():
-    model, _ = model_of(n_layers=4, n_kv_heads=2)
+@pytest.mark.parametrize("cut", [(4,), (2, 2), (3, 1), (1, 2, 1), (1, 1, 1, 1)])
+def test_a_stage_keeps_the_names_and_the_numbers(cut):
+    model, config = model_of(n_layers=4, n_kv_heads=2)
     names = dict(model.named_parameters())
-    first, last = copy.deepcopy(model), copy.deepcopy(model)
-    first.norm = first.head = None
-    del first.blocks["2"], first.blocks["3"]
-    last.embed = None
-    del last.blocks["0"], last.blocks["1"]
-    for part in (first, last):
-        assert all(torch.equal(parameter, names[name]) for name, parameter in part.named_parameters())
-    assert {n for part in (first, last) for n, _ in part.named_parameters()} == set(names)
+    stages = [copy.deepcopy(model) for _ in cut]
+    for number, stage in enumerate(stages):
+        keep_stage(stage, number, cut, config.arch)
+        assert all(torch.equal(parameter, names[name]) for name, parameter in stage.named_parameters())
+    assert sorted(name for stage in stages for name, _ in stage.named_parameters()) == sorted(names)
+    assert [len(stage.blocks) for stage in stages] == list(cut)
     x = tokens()
-    assert torch.equal(logits(last, logits(first, x)), logits(model, x))
+    y = x
+    for stage in stages:
+        y = logits(stage, y)
+    assert torch.equal(y, logits(model, x))
 
 
 def test_the_head_count_comes_from_the_width_of_the_matrices():

@@ -7,8 +7,9 @@ from text import tiny
 from mpilm.config import resolve
 from mpilm.model.loss import loss_sum
 from mpilm.model.size import activation_bytes, flops_per_token, parameter_count
+from mpilm.parallel.layout import owned
 from mpilm.presets import PRESETS
-from mpilm.trainer.build import autocast_of, build_model
+from mpilm.trainer.sharded import autocast_of, resolve_layouts, whole_model
 
 V, CPU = 300, torch.device("cpu")
 
@@ -28,7 +29,7 @@ def kept_bytes(model, flat, batch, length, dtype):
             logits = model(x, torch.arange(length), list(range(batch)))
         loss = loss_sum(logits, x)
     assert loss.requires_grad
-    kept.pop(flat.values.untyped_storage().data_ptr(), None)
+    kept.pop(flat.values.tensor.untyped_storage().data_ptr(), None)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -41,7 +42,7 @@ def test_activations_are_what_autograd_keeps(dtype, dropout, kv_heads, width, le
         "", "", model__d_model=width, model__n_kv_heads=kv_heads, model__dropout=dropout, model__context_length=length,
         model__d_ff=3 * width,
     )  # fmt: skip
-    model, flat = build_model(config.model, V, CPU)
+    model, flat = whole_model(config.model, V, CPU)
     predicted = activation_bytes(config.model, V, batch * length, dtype)
     expected = predicted["activations"] + predicted["logits"] // 2  # the other half is the gradient, not there yet
     assert kept_bytes(model, flat, batch, length, dtype) == pytest.approx(expected, rel=0.02)
@@ -52,8 +53,7 @@ def test_activations_are_what_autograd_keeps(dtype, dropout, kv_heads, width, le
 @pytest.mark.parametrize("layers", [1, 3])
 def test_parameters(tie, kv_heads, layers):
     shape = tiny("", "", model__tie_embeddings=tie, model__n_kv_heads=kv_heads, model__n_layers=layers).model
-    _, flat = build_model(shape, V, CPU)
-    assert parameter_count(shape, V) == sum(value.numel() for value in flat.by_name.values())
+    assert parameter_count(shape, V) == sum(layout.numel for layout in owned(resolve_layouts(shape, V, (layers,))))
 
 
 @pytest.mark.parametrize(

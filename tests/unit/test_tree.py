@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpilm.parallel.tree import balance, block, buffers_of, finish, fold_block, siblings
+from mpilm.parallel.tree import balance, block, buffers_of, combine, dealt, finish, fold, fold_block, siblings
 
 SIZES = st.integers(1, 40).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total)))
 TOTALS = range(1, 33)
@@ -27,20 +27,23 @@ def tree(leaves):
     return leaves[0]
 
 
-def fold(leaves, start, stop, total):
-    """What a rank does, as `fold_block` says; the nodes in order with their values."""
-    folds, nodes = fold_block(start, stop, total)
+def carried_out(folds, nodes, values):
+    """What a rank does with values as they come; the nodes in order with what has become of them, and its buffers."""
     buffers = {}
-    for leaf, step in zip(range(start, stop), folds, strict=True):
-        buffers[step.buffer] = leaves[leaf] if step.fresh else buffers[step.buffer] + leaves[leaf]
+    for value, step in zip(values, folds, strict=True):
+        buffers[step.buffer] = value if step.fresh else buffers[step.buffer] + value
         for into, other in step.adds:
             buffers[into] = buffers[into] + buffers[other]
     return [(node, buffers[buffer]) for buffer, node in nodes.items()], len(buffers)
 
 
+def folded(leaves, start, stop, total):
+    return carried_out(*fold_block(start, stop, total), leaves[start:stop])
+
+
 def shared(leaves, ranks):
     total = len(leaves)
-    found = [pair for r in range(ranks) for pair in fold(leaves, *block(r, ranks, total), total)[0]]
+    found = [pair for r in range(ranks) for pair in folded(leaves, *block(r, ranks, total), total)[0]]
     nodes, values = [node for node, _ in found], [value for _, value in found]
     for into, other in finish(nodes, total):
         values[into] = values[into] + values[other]
@@ -53,6 +56,64 @@ def test_any_number_of_ranks_gives_the_bits_of_the_tree(sizes, seed):
     ranks, total = sizes
     leaves = gradients(total, seed)
     assert shared(leaves, ranks).tobytes() == tree(list(leaves)).tobytes()
+
+
+def in_rounds(leaves, ranks):
+    """Microbatches dealt like cards: each round is combined as far as it can be, and what remains is folded. The root's value,
+    and the number of buffers."""
+    total = len(leaves)
+    nodes, values = [], []
+    for at in range(0, total, ranks):
+        here = [(leaf, leaf + 1) for leaf in range(at, min(at + ranks, total))]
+        sums = list(leaves[at : at + ranks])
+        adds, remaining = combine(here, total)
+        for into, other in adds:
+            sums[into] = sums[into] + sums[other]
+        nodes += [node for node, _ in remaining]
+        values += [sums[position] for _, position in remaining]
+    found, buffers = carried_out(*fold(nodes, total), values)
+    ((root, value),) = found
+    assert root == (0, total)
+    return value, buffers
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(0, 99))
+def test_rounds_of_microbatches_give_the_bits_of_the_tree(sizes, seed):
+    ranks, total = sizes
+    leaves = gradients(total, seed)
+    assert in_rounds(leaves, ranks)[0].tobytes() == tree(list(leaves)).tobytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("rounds", [1, 2, 4, 8])
+def test_rounds_of_powers_of_two_need_few_buffers(ranks, rounds):
+    assert in_rounds(gradients(ranks * rounds), ranks)[1] == max(1, math.log2(rounds))
+
+
+@pytest.mark.parametrize("total", TOTALS)
+def test_dealt_microbatches_are_a_round_robin(total):
+    for ranks in range(1, total + 1):
+        hands = [dealt(rank, ranks, total) for rank in range(ranks)]
+        assert sorted(m for hand in hands for m in hand) == list(range(total))
+        rounds = [[hand[i] for hand in hands if i < len(hand)] for i in range(len(hands[0]))]
+        assert [m for each in rounds for m in each] == list(range(total))  # every round in rank order
+        assert all(len(each) == ranks for each in rounds[:-1])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "total", "adds", "remaining"),
+    [
+        ([(0, 1), (1, 2), (2, 3), (3, 4)], 8, [(0, 1), (2, 3), (0, 2)], [((0, 4), 0)]),
+        ([(2, 3), (3, 4), (4, 5)], 8, [(0, 1)], [((2, 4), 0), ((4, 5), 2)]),
+        ([(1, 2), (2, 3)], 8, [], [((1, 2), 0), ((2, 3), 1)]),
+        ([(4, 5), (5, 6), (6, 7)], 7, [(0, 1), (0, 2)], [((4, 7), 0)]),
+        ([(0, 3), (3, 4)], 8, [], [((0, 3), 0), ((3, 4), 1)]),
+        ([], 8, [], []),
+    ],
+)
+def test_adjacent_nodes_are_combined_as_far_as_they_are_siblings(nodes, total, adds, remaining):
+    assert combine(nodes, total) == (adds, remaining)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 8])
@@ -86,7 +147,7 @@ def test_few_buffers_and_few_nodes(total):
     for ranks in range(1, total + 1):
         most = 1
         for start, stop in (block(r, ranks, total) for r in range(ranks)):
-            nodes, buffers = fold(leaves, start, stop, total)
+            nodes, buffers = folded(leaves, start, stop, total)
             assert len(nodes) <= max(1, 2 * math.log2(total))
             if len(nodes) == 1:  # the block is a subtree
                 assert buffers <= 1 + math.ceil(math.log2(stop - start))

@@ -1,0 +1,165 @@
+"""Runs of a few steps on any layout, on threads or MPI, and what the ranks then hold, put together by parameter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from text import TINY
+from torch import Tensor
+
+from mpilm.checkpoint.format import checkpoints
+from mpilm.comm.base import Comm
+from mpilm.comm.threads import run_ranks
+from mpilm.comm.trace import Traced
+from mpilm.config import Config, microbatches, replaced, resolve
+from mpilm.mesh.mesh import Mesh
+from mpilm.parallel import shard, tied
+from mpilm.parallel.feasible import cut_by_cost, mesh_shape
+from mpilm.parallel.shard import ALIGNMENT, Piece
+from mpilm.trainer import loop
+from mpilm.trainer.prove import VOCAB_SIZE, RandomTokens
+from mpilm.trainer.sharded import ShardedModel
+from mpilm.trainer.step import Source, StepResult, total_loss, train_step
+from mpilm.validation import validate
+
+CPU = torch.device("cpu")
+Held = Mapping[str, Mapping[Piece, Tensor]]  # kind -> what a rank updates
+
+SMALL = replaced(
+    TINY, model__n_layers=4, model__n_heads=2, model__n_kv_heads=1, model__d_model=16, model__context_length=8,
+    train__micro_batch=1, train__global_batch=8, train__clip_norm=0.5, train__warmup_steps=1,
+)  # fmt: skip
+"""4 blocks and 8 microbatches of one short sequence, dropout on."""
+SERIAL = {
+    "parallel__pipeline": 1,
+    "parallel__schedule": "1f1b",
+    "parallel__chunks": 0,
+    "parallel__zero": 0,
+    "parallel__cut": (),
+}
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a run leaves: its numbers, the same on all ranks, and what this rank holds of weights and moments."""
+
+    numbers: list[float]
+    held: Held
+
+
+def small(**changes: Any) -> Config:
+    """SMALL with changes written section__key; refused where it cannot work."""
+    config = resolve(replaced(SMALL, **changes))
+    validate(config)
+    return config
+
+
+def serial(config: Config) -> Config:
+    """The same work on one rank."""
+    return resolve(replaced(config, **SERIAL, train__recompute="none"))
+
+
+def sharded(config: Config, comm: Comm, check: bool = False, alignment: int = ALIGNMENT) -> ShardedModel:
+    """A model with its initial values. Collective."""
+    mesh = Mesh.build(mesh_shape(config, comm.size), Traced(comm, check))
+    model = ShardedModel(config, mesh, cut_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, CPU, alignment)
+    model.initialise()
+    return model
+
+
+def evaluated(model: ShardedModel, total: int) -> float:
+    """The loss of `total` microbatches that no step sees. Collective."""
+    source = RandomTokens(model.config)
+    model.forward(total, lambda m: source.train(1000, m))
+    return total_loss(model.results(), total, model.mesh.world)
+
+
+def run(config: Config, comm: Comm, steps: int = 2, **options: Any) -> Left:
+    """Some steps, and an evaluation after the first, over one microbatch more than a step has. Collective."""
+    model, source, numbers = sharded(config, comm, **options), RandomTokens(config), []
+    for step in range(steps):
+        result = train_step(model, source, step)
+        numbers += [result.loss, result.grad_norm]
+        if step == 0:
+            numbers.append(evaluated(model, microbatches(config) + 1))
+    return Left(numbers, held(model))
+
+
+def held(model: ShardedModel) -> Held:
+    return {"value": model.pieces(), **model.optimizer.pieces()}
+
+
+def joined(ranks: Sequence[Held]) -> dict[str, Tensor]:
+    """The bits of every parameter and its moments, flat, in the order of the model, from what the ranks hold.
+
+    What several ranks hold must be the same on each, and nothing may be missing.
+    """
+    parts: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = {}
+    for rank in ranks:
+        for kind, pieces in rank.items():
+            for piece, values in pieces.items():
+                found = parts.setdefault((kind, piece.name), {})
+                mine = values.flatten().view(torch.int32)
+                assert torch.equal(found.setdefault((piece.start, piece.stop), mine), mine), f"replicas differ in {piece}"
+    return {f"{kind} of {name}": _end_to_end(name, found) for (kind, name), found in sorted(parts.items())}
+
+
+def _end_to_end(name: str, found: Mapping[tuple[int, int], Tensor]) -> Tensor:
+    ends = sorted(found)
+    assert [start for start, _ in ends] == [0, *(stop for _, stop in ends[:-1])], f"{name}: {ends} leave a gap, or overlap"
+    return torch.cat([found[end] for end in ends])
+
+
+def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors whose bits are not the same."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def run_threads(size: int, config: Config, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
+    """`run` on thread ranks: the numbers, on which all agree, and weights and moments."""
+    left = run_ranks(size, lambda comm: run(config, comm, **options), timeout_s=30.0)
+    assert all(theirs.numbers == left[0].numbers for theirs in left)
+    return left[0].numbers, joined([theirs.held for theirs in left])
+
+
+@contextlib.contextmanager
+def small_buckets(numel: int) -> Iterator[None]:
+    """Buckets so small that even these models have many."""
+    with contextlib.ExitStack() as stack:
+        for module in (shard, tied):
+            stack.enter_context(mock.patch.object(module, "BUCKET", numel))
+        yield
+
+
+# Whole runs, with a folder.
+
+
+def trained(config: Config, size: int) -> dict[str, bytes]:
+    """Train to the end; the tensors of the newest checkpoint, byte for byte."""
+    run_ranks(size, lambda comm: loop.train(config, comm))
+    return newest_tensors(config)
+
+
+def newest_tensors(config: Config) -> dict[str, bytes]:
+    folder = checkpoints(Path(config.run.dir) / "checkpoints")[-1]
+    return {path.name: path.read_bytes() for path in folder.iterdir() if ".safetensors" in path.name}
+
+
+def stopped(config: Config, size: int, at: int) -> None:
+    """Train as if all ranks had died after step `at`, whatever they had written by then."""
+
+    def step_or_die(model: ShardedModel, source: Source, step: int) -> StepResult:
+        if step == at:
+            raise KeyboardInterrupt
+        return train_step(model, source, step)
+
+    with mock.patch.object(loop, "train_step", step_or_die), pytest.raises(KeyboardInterrupt):
+        run_ranks(size, lambda comm: loop.train(config, comm))

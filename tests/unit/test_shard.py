@@ -1,0 +1,188 @@
+"""Which rank holds which elements: every element once, cut alike at both ends of a tie, and always at aligned places."""
+
+from itertools import pairwise
+from math import prod
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import small_buckets
+
+from mpilm.parallel.layout import resolve
+from mpilm.parallel.plan import unit_of
+from mpilm.parallel.shard import ALIGNMENT, BUCKET, FlatLayout, Piece, holders, intersect, slice_counts
+
+RANKS = st.integers(1, 9)
+THREADS = st.sampled_from([1, 2, 4, 8])
+BUCKETS = st.sampled_from([ALIGNMENT * 8, 1024, BUCKET])
+some = settings(max_examples=40, deadline=None)
+
+
+@st.composite
+def layouts(draw, tie=None):
+    """Parameters of a few blocks, of odd sizes, with a tied head or without."""
+    dims, tie = st.integers(1, 40), draw(st.booleans()) if tie is None else tie
+    shapes = {"embed.weight": (draw(dims), draw(dims))}
+    for block in range(draw(st.integers(1, 3))):
+        for name in draw(st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=3, unique=True)):
+            shapes[f"blocks.{block}.{name}.weight"] = tuple(draw(st.lists(dims, min_size=1, max_size=2)))
+    shapes |= {"norm.weight": (draw(dims),), "head.weight": shapes["embed.weight"]}
+    return resolve(shapes, {"head.weight": "embed.weight"} if tie else {})
+
+
+@st.composite
+def flat_layouts(draw, tie=None):
+    return FlatLayout(draw(layouts(tie)).values(), ALIGNMENT * draw(THREADS), apart=draw(st.booleans()))
+
+
+def elements(intervals):
+    return [i for start, stop in intervals for i in range(start, stop)]
+
+
+@some
+@given(flat_layouts(), RANKS, BUCKETS)
+def test_the_shards_are_the_flat_vector_cut_up(flat, ranks, bucket):
+    with small_buckets(bucket):
+        shards = [flat.shard(rank, ranks) for rank in range(ranks)]
+    assert sorted(i for shard in shards for i in elements(shard)) == list(range(flat.numel))
+    for shard in shards:
+        assert all(start < stop for start, stop in shard)
+        assert all(one[1] <= other[0] for one, other in pairwise(shard))
+
+
+@some
+@given(flat_layouts(), RANKS, BUCKETS)
+def test_the_pieces_of_all_ranks_are_every_parameter_once(flat, ranks, bucket):
+    with small_buckets(bucket):
+        found = [flat.pieces(flat.shard(rank, ranks)) for rank in range(ranks)]
+    of = {name: [] for name in flat.slots}
+    for pieces in found:
+        for piece, at in pieces.items():
+            assert at == flat.slots[piece.name][0] + piece.start
+            of[piece.name] += range(piece.start, piece.stop)
+    assert {name: sorted(of[name]) for name in of} == {name: list(range(x.numel)) for name, (_, x) in flat.slots.items()}
+
+
+@some
+@given(flat_layouts(), RANKS, BUCKETS)
+def test_holders_say_who_has_which_piece(flat, ranks, bucket):
+    with small_buckets(bucket):
+        shards = [flat.pieces(flat.shard(rank, ranks)) for rank in range(ranks)]
+        for name, (_, layout) in flat.slots.items():
+            held = holders(name, flat, ranks, sharded=True)
+            assert [start for start, _, _ in held] == [0, *(stop for _, stop, _ in held[:-1])]
+            assert held[-1][1] == layout.numel
+            for rank, pieces in enumerate(shards):
+                theirs = [range(start, stop) for start, stop, who in held if who == [rank]]
+                mine = [range(piece.start, piece.stop) for piece in pieces if piece.name == name]
+                assert [i for part in theirs for i in part] == [i for part in mine for i in part]
+            assert holders(name, flat, ranks, sharded=False) == [(0, layout.numel, list(range(ranks)))]
+
+
+@some
+@given(flat_layouts(), BUCKETS)
+def test_groups_are_the_flat_vector_in_order(flat, bucket):
+    assert [name for group in flat.groups for name in group.names] == list(flat.slots)
+    assert [group.start for group in flat.groups] == [0, *(group.stop for group in flat.groups[:-1])]
+    assert flat.groups[-1].stop == flat.numel
+    with small_buckets(bucket):
+        for group in flat.groups:
+            buckets = flat.buckets(group)
+            assert buckets[0][0] == group.start
+            assert all(one[1] == other[0] for one, other in pairwise(buckets))
+            assert buckets[-1][1] == group.stop
+            assert all(0 < stop - start <= bucket for start, stop in buckets)
+
+
+@some
+@given(layouts(), BUCKETS)
+def test_units_are_not_torn_apart_and_each_is_a_group_where_that_is_asked_for(table, bucket):
+    with small_buckets(bucket):
+        apart, together = (FlatLayout(table.values(), apart=apart) for apart in (True, False))
+    alone = {name for name, layout in table.items() if layout.tied_to or layout.uses}
+    units = dict.fromkeys(unit_of(name) for name in reversed(table) if name not in alone)
+    assert [{unit_of(name) for name in group.names} for group in apart.groups if not alone & {*group.names}] == [
+        {unit} for unit in units
+    ]
+    for group in together.groups:
+        elsewhere = {name for name in table if name not in group.names}
+        assert not {unit_of(name) for name in group.names} & {unit_of(name) for name in elsewhere}
+    if bucket >= apart.numel and not alone:
+        assert len(together.groups) == 1
+
+
+@some
+@given(layouts(tie=True), RANKS, THREADS, BUCKETS, st.booleans())
+def test_what_is_tied_stays_alone_and_both_ends_are_cut_alike(table, ranks, threads, bucket, apart):
+    """Also where they are on two stages: then each lies in another vector."""
+    with small_buckets(bucket):
+        whole = FlatLayout(table.values(), ALIGNMENT * threads, apart)
+        halves = [
+            FlatLayout([x for x in table.values() if (x.name == "embed.weight") == first], ALIGNMENT * threads, apart)
+            for first in (True, False)
+        ]
+        for flat in (whole, *halves):
+            assert all(len(group.names) == 1 for group in flat.groups if {"embed.weight", "head.weight"} & {*group.names})
+        held = [
+            holders(name, flat, ranks, sharded=True)
+            for name, flats in (("embed.weight", (whole, halves[0])), ("head.weight", (whole, halves[1])))
+            for flat in flats
+        ]
+    assert all(each == held[0] for each in held)
+
+
+@some
+@given(flat_layouts(), RANKS, BUCKETS)
+def test_slots_and_slices_begin_at_aligned_places(flat, ranks, bucket):
+    assert all(at % flat.alignment == 0 for at, _ in flat.slots.values())
+    assert flat.numel % flat.alignment == 0
+    with small_buckets(bucket):
+        for rank in range(ranks):
+            assert all(start % flat.alignment == 0 for start, _ in flat.shard(rank, ranks))
+
+
+@pytest.mark.parametrize("threads", [1, 3, 12, 64])
+def test_slices_of_large_parameters_are_aligned_for_any_number_of_threads(threads):
+    flat = FlatLayout(resolve({"embed.weight": (1000, 4000), "norm.weight": (4000,)}, {}).values(), ALIGNMENT * threads)
+    for rank in range(3):
+        assert all(start % flat.alignment == 0 for start, _ in flat.shard(rank, 3))
+
+
+def test_the_order_is_that_of_backward_tied_uses_first():
+    table = resolve({"embed": (5, 3), "norm": (3,), "mlp": (7, 3), "head": (5, 3)}, {"head": "embed"})
+    flat = FlatLayout(table.values())
+    assert [(name, at) for name, (at, _) in flat.slots.items()] == [("head", 0), ("mlp", 16), ("norm", 48), ("embed", 64)]
+    assert (flat.uses_numel, flat.numel) == (16, 80)
+    assert flat.slot("mlp") == (16, 48)  # padding included
+    assert flat.pieces([(0, 20), (40, 66)]) == {
+        Piece("head", 0, 15): 0, Piece("mlp", 0, 4): 16, Piece("norm", 0, 3): 48, Piece("embed", 0, 2): 64,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6, 8, 40])
+@pytest.mark.parametrize("numel", [0, 1, 16, 17, 100, 1024, 12345])
+def test_slices_are_aligned_and_cover(numel, parts):
+    counts = slice_counts(numel, parts)
+    assert len(counts) == parts
+    assert sum(counts) == numel
+    filled = [count for count in counts if count]
+    assert counts[: len(filled)] == filled
+    assert all(count % ALIGNMENT == 0 for count in filled[:-1])
+    assert max(counts, default=0) < numel / parts + ALIGNMENT
+
+
+@some
+@given(
+    *2 * [st.lists(st.integers(0, 60), unique=True, max_size=8).map(sorted).map(lambda ends: list(zip(ends[::2], ends[1::2])))]
+)
+def test_intersections_are_what_both_have(ours, theirs):
+    assert elements(intersect(ours, theirs)) == sorted({*elements(ours)} & {*elements(theirs)})
+
+
+def test_a_shard_is_about_one_part_of_the_whole():
+    table = resolve({f"blocks.{i}.{x}.weight": (64, 100) for i in range(4) for x in "ab"}, {})
+    for ranks in (2, 3, 8):
+        flat = FlatLayout(table.values(), apart=True)
+        sizes = [sum(stop - start for start, stop in flat.shard(rank, ranks)) for rank in range(ranks)]
+        assert sum(sizes) == sum(prod(layout.shape) for layout in table.values())
+        assert max(sizes) <= flat.numel / ranks + len(flat.groups) * ALIGNMENT
