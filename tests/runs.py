@@ -61,6 +61,14 @@ def small(**changes: Any) -> Config:
     return config
 
 
+def on(pipeline: int = 1, schedule: str = "1f1b", zero: int = 0, **more: Any) -> dict[str, Any]:
+    """The settings of a layout."""
+    return {
+        "parallel__pipeline": pipeline, "parallel__schedule": schedule, "parallel__zero": zero,
+        **{f"parallel__{key}": value for key, value in more.items()},
+    }  # fmt: skip
+
+
 def serial(config: Config) -> Config:
     """The same work on one rank."""
     return resolve(replaced(config, **SERIAL, train__recompute="none"))

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from mpilm.comm.base import Comm
 from mpilm.comm.together import together
 from mpilm.config import Config
 from mpilm.mesh.mesh import Mesh
@@ -21,7 +22,7 @@ from mpilm.parallel.layout import of_stage
 from mpilm.parallel.partition import partition
 from mpilm.trainer.sharded import autocast_of, meta_model, resolve_layouts
 
-REPEATS = 5
+MEASURE_S = 0.5  # of each part: long against a scheduler's slice, so that a core that is shared is seen to be
 PARTS = (0, 1, 0)  # a cut of one block into three stages: embedding, block, and norm with head and loss
 
 
@@ -34,8 +35,7 @@ def choose_cut(config: Config, mesh: Mesh, vocab_size: int, device: torch.device
     parallel = config.parallel
     if parallel.balance == "cost" or parallel.cut or parallel.pipeline == 1:
         return together(mesh.world, lambda: cut_by_cost(config, vocab_size))
-    mesh.world.barrier()
-    mine = [_part_s(config, vocab_size, device, part) for part in range(3)]
+    mine = [_part_s(config, vocab_size, device, part, mesh.world) for part in range(3)]
     everyone = mesh.world.all_gather_json(mine)
     embed_s, block_s, head_s = (statistics.median(part) for part in zip(*everyone))
     slowest_s = [0.0] * parallel.pipeline
@@ -47,8 +47,8 @@ def choose_cut(config: Config, mesh: Mesh, vocab_size: int, device: torch.device
     return tuple(mesh.world.broadcast_json(list(cut)))
 
 
-def _part_s(config: Config, vocab_size: int, device: torch.device, part: int) -> float:
-    """Seconds of forward and backward of one microbatch through a part of the model; the median of some."""
+def _part_s(config: Config, vocab_size: int, device: torch.device, part: int, world: Comm) -> float:
+    """Seconds of forward and backward of one microbatch through a part of the model, the mean of many. Collective."""
     shape = replace(config.model, n_layers=1)
     model = meta_model(shape, vocab_size)
     keep_stage(model, part, PARTS, shape.arch)
@@ -60,7 +60,8 @@ def _part_s(config: Config, vocab_size: int, device: torch.device, part: int) ->
     x = tokens if part == 0 else torch.ones(rows, length, shape.d_model, device=device).requires_grad_()
     compute = _computation(model, x, tokens, part, config, device)
     compute()
-    return statistics.median(_seconds(compute, device) for _ in range(REPEATS))
+    world.barrier()
+    return _mean_s(compute, device)
 
 
 def _computation(
@@ -77,9 +78,11 @@ def _computation(
     return compute
 
 
-def _seconds(compute: Callable[[], None], device: torch.device) -> float:
-    start_s = time.perf_counter()
-    compute()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start_s
+def _mean_s(compute: Callable[[], None], device: torch.device) -> float:
+    start_s, calls = time.perf_counter(), 0
+    while time.perf_counter() < start_s + MEASURE_S:
+        compute()
+        calls += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return (time.perf_counter() - start_s) / calls

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import differing, evaluated, run_threads, serial, sharded, small, small_buckets, stopped, trained
+from runs import differing, evaluated, on, run_threads, serial, sharded, small, small_buckets, stopped, trained
 from text import tiny, write_tokens
 
 from mpilm.comm.threads import run_ranks
@@ -48,14 +48,6 @@ def cases():
             said = f"{size} ranks, {pipeline} stages, {name}, ZeRO-{zero}"
             yield pytest.param(size, on(pipeline, name, zero), changes, id=said)
             number += 1
-
-
-def on(pipeline=1, schedule="1f1b", zero=0, **more):
-    """The settings of a layout."""
-    return {
-        "parallel__pipeline": pipeline, "parallel__schedule": schedule, "parallel__zero": zero,
-        **{f"parallel__{key}": value for key, value in more.items()},
-    }  # fmt: skip
 
 
 @cache
