@@ -2,15 +2,21 @@
 
 Applied from outside: a block's forward, or its attention core, is put in a wrapper. Dropout masks have keys, so that the second
 computation is the first one, bit for bit.
+
+torch.utils.checkpoint does the same for programs that draw random numbers as they go. It imports the compiler, which takes
+80 MiB and 3 s on every rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch import Tensor, nn
+
+from mpilm.parallel.given import backward_from
 
 
 class Recomputed(nn.Module):
@@ -34,5 +40,29 @@ def recompute(model: nn.Module, what: str) -> None:
             block.attn.core = Recomputed(block.attn.core)  # type: ignore[union-attr]
 
 
-def _again(function: Any, *inputs: Any) -> Any:
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+def _again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    return Again.apply(function, *inputs) if torch.is_grad_enabled() else function(*inputs)
+
+
+class Again(torch.autograd.Function):
+    """function(*inputs), of which nothing is kept but the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        ctx.function = function
+        ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+        kind = inputs[ctx.tensors[0]].device.type
+        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        inputs = list(ctx.others)
+        for i, x in zip(ctx.tensors, ctx.saved_tensors):
+            inputs[i] = x.detach().requires_grad_(ctx.needs_input_grad[1 + i])
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            y = ctx.function(*inputs)
+        backward_from(y, gradient)
+        return None, *(x.grad if isinstance(x, Tensor) else None for x in inputs)

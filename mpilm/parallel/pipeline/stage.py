@@ -15,6 +15,7 @@ from mpilm.data.batch import Batch
 from mpilm.model.init import key_of
 from mpilm.model.loss import loss_sum
 from mpilm.parallel.deferred import Store
+from mpilm.parallel.given import backward_from
 
 
 class Gradients(Protocol):
@@ -187,7 +188,7 @@ class ModelStage:
         if self.last:
             (y / self.feed.target_tokens).backward()
         else:
-            y.backward(self._output_gradients[microbatch])
+            backward_from(y, self._output_gradients[microbatch])
         self.presence.end_backward()
         if not self.first:
             assert x.grad is not None
