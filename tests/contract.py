@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,6 +166,20 @@ def delivers_by_tag_and_in_order(comm: Comm) -> None:
         request.wait()
     for value, buffer in received.items():
         assert torch.equal(buffer, torch.full((2, 2), 10.0 * ((me - 1) % n) + value)), value
+
+
+@contract
+def ends_a_send_after_its_receive_has_begun(comm: Comm) -> None:
+    at, x = 0.0, torch.ones(4)
+    if comm.rank == 0 and comm.size > 1:
+        comm.isend(x, 1).wait()
+        at = time.monotonic()
+    if comm.rank == 1:
+        time.sleep(0.2)
+        at = time.monotonic()
+        comm.irecv(x, 0).wait()
+    times = comm.all_gather_json(at)
+    assert times[0] >= max(times)  # of one clock: all tests run on one machine
 
 
 @contract

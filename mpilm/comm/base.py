@@ -23,8 +23,8 @@ OPS = ("sum", "max", "min")
 class Request:
     """Something under way; the buffers belong to it until `wait` returns."""
 
-    def __init__(self, finish: Callable[[], None] = lambda: None):
-        self._finish: Callable[[], None] | None = finish
+    def __init__(self, finish: Callable[[], object] = lambda: None):
+        self._finish: Callable[[], object] | None = finish
 
     def wait(self) -> None:
         """Returns when the buffers may be read and written again; a second call does nothing."""
@@ -72,7 +72,11 @@ class Comm(ABC):
         return self._iall_to_all(x, out, sends, receives)
 
     def isend(self, x: Tensor, to: int, tag: int = 0) -> Request:
-        """Send x to one rank. Messages between two ranks with one tag arrive in order."""
+        """Send x to one rank. Messages between two ranks with one tag arrive in order.
+
+        Other than to oneself, the send is over only once its receive has begun: a rank cannot run ahead and fill the memory
+        of another, and a program that would hang with long messages hangs with short ones too.
+        """
         self._guard("send", x)
         return self._isend(x, self._peer("send", to), tag)
 

@@ -77,7 +77,7 @@ class MpiComm(Comm):
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
         host, _ = self._stage(x, None)
-        request = self._comm.Isend(_movable(host), to, tag)
+        request = self._comm.Issend(_movable(host), to, tag)
         return Request(partial(self._complete, request, _nothing, host))
 
     def _irecv(self, out: Tensor, source: int, tag: int) -> Request:

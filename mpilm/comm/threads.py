@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -131,11 +132,14 @@ class ThreadComm(Comm):
         return (self._path, self._group, "message", source, to, tag, self._messages[way, source, to, tag])
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
-        self._world.post(self._message("send", self.rank, to, tag), x.clone())
-        return Request()
+        key = self._message("send", self.rank, to, tag)
+        self._world.post(key, x.clone())
+        return Request(partial(self._world.take, (*key, "begun"), 1)) if to != self.rank else Request()
 
     def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
         key = self._message("receive", source, self.rank, tag)
+        if source != self.rank:
+            self._world.post((*key, "begun"), None)
         return Request(lambda: lay([self._world.take(key, 1)], out))
 
     def _broadcast(self, x: Tensor, root: int) -> None:
