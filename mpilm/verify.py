@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from mpilm.cli import parse
 from mpilm.config import Config, Model, Train, resolve
+from mpilm.errors import ConfigError
 from mpilm.guard.launch import Body, run
 from mpilm.presets import PRESETS
 from mpilm.validation import validate
@@ -41,6 +42,8 @@ def prepare() -> Body:
     asked = parse(sys.argv[1:], VerifyConfig(), "verify", DESCRIPTION, presets)
     config = resolve(Config(model=asked.model, train=asked.train))
     validate(config)
+    if not config.train.reproducible:
+        raise ConfigError("--train.reproducible false promises no equal bits, so there is nothing to verify")
 
     def body(comm) -> None:  # type: ignore[no-untyped-def]
         from mpilm.trainer.prove import prove

@@ -46,31 +46,33 @@ def defer(model: nn.Module, store: Store) -> None:
     """Let every Linear of `model` owe its weight gradient to `store`."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            module.forward = partial(_forward, module, f"{path}.weight", store)  # type: ignore[method-assign]
+            name = f"{path}.weight" if path else "weight"
+            module.forward = partial(_forward, module, name, store)  # type: ignore[method-assign]
 
 
 def _forward(module: nn.Linear, name: str, store: Store, x: Tensor) -> Tensor:
-    weight = module.weight.detach()
+    weight: Tensor = module.weight
+    bias: Tensor | None = module.bias
+    if not torch.is_grad_enabled() or not x.requires_grad:  # nobody waits for a gradient of the input
+        return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    if not torch.is_grad_enabled():
-        return F.linear(x, weight)
-    return DeferredLinear.apply(x, weight, name, store)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return DeferredLinear.apply(x, weight.detach(), bias, name, store)
 
 
 class DeferredLinear(torch.autograd.Function):
-    """x W^T, of whose backward only the gradient of x is computed at once."""
+    """x W^T + b, of whose backward the gradient of W is not computed at once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, name: str, store: Store) -> Tensor:  # (B, T, in) -> (B, T, out)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, store: Store) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.name, ctx.store = name, store
-        return F.linear(x, weight)
+        ctx.name, ctx.store, ctx.biased = name, store, bias is not None
+        return F.linear(x, weight, bias)  # (B, T, in) -> (B, T, out)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         flat = gradient.flatten(0, -2)
         ctx.store.add(ctx.name, x.detach().flatten(0, -2), flat)
-        return (flat @ weight).view(x.shape), None, None, None
+        return (flat @ weight).view(x.shape), None, flat.sum(0) if ctx.biased else None, None, None

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from mpilm.config import Config, microbatches, resolve
+from collections.abc import Sequence
+
+from mpilm.config import Config, microbatches, replaced, resolve
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.size import flops_by_part
 from mpilm.parallel.partition import partition, stated
 from mpilm.parallel.pipeline.schedules import refusal
+from mpilm.validation import validate
+
+Advice = Sequence[tuple[str, Config, int]]  # ways out of one kind, best first: words, settings and ranks
 
 
 def mesh_shape(config: Config, ranks: int) -> MeshShape:
-    """The mesh on which `ranks` ranks run `config`. Raises ConfigError naming the setting and a value that would do."""
+    """The mesh on which `ranks` ranks run `config`. Raises ConfigError naming the setting and values that would do."""
     parallel = resolve(config).parallel
-    if ranks % parallel.pipeline:
-        fits = [p for p in range(1, ranks + 1) if ranks % p == 0]
-        near = min(fits, key=lambda p: (abs(p - parallel.pipeline), p))
-        raise ConfigError(
-            f"--parallel.pipeline {parallel.pipeline} does not divide {ranks} rank{'s' * (ranks > 1)}; the nearest that does: "
-            f"{near}, or start {-(-ranks // parallel.pipeline) * parallel.pipeline} ranks"
-        )
-    shape = MeshShape(pipeline=parallel.pipeline, data=ranks // parallel.pipeline)
-    _refuse_too_many(config, shape, ranks)
-    if parallel.zero and shape.data == 1:
-        raise ConfigError(
-            f"--parallel.zero {parallel.zero} shards over the data ranks, and {ranks} rank{'s' * (ranks > 1)} with "
-            f"--parallel.pipeline {parallel.pipeline} leave 1; write --parallel.zero 0, or start {2 * parallel.pipeline} ranks"
-        )
-    reason = refusal(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatches(config, shape))
-    if reason is not None:
-        raise ConfigError(reason)
+    refused = _refused(config, ranks)
+    if refused is not None:
+        reason, advice = refused
+        words = [next((text for text, other, count in each if _works(other, count)), "") for each in advice]
+        raise ConfigError("; ".join(filter(None, (reason, ", or ".join(filter(None, words))))))
     if parallel.cut:
         stated(parallel.cut, config.model.n_layers, parallel.pipeline * parallel.chunks)
-    return shape
+    return MeshShape(pipeline=parallel.pipeline, data=ranks // parallel.pipeline)
 
 
 def replica_microbatches(config: Config, shape: MeshShape) -> int:
@@ -40,16 +33,57 @@ def replica_microbatches(config: Config, shape: MeshShape) -> int:
     return -(-microbatches(config) // shape.data)
 
 
-def _refuse_too_many(config: Config, shape: MeshShape, ranks: int) -> None:
-    """More replicas than there are microbatches to share out."""
-    train, most = config.train, microbatches(config)
+def _works(config: Config, ranks: int) -> bool:
+    try:
+        validate(config)
+    except ConfigError:
+        return False
+    return _refused(config, ranks) is None
+
+
+def _refused(config: Config, ranks: int) -> tuple[str, list[Advice]] | None:
+    """Why these ranks cannot run `config`, and what might be done."""
+    parallel, most = resolve(config).parallel, microbatches(config)
+    pipeline, counted = parallel.pipeline, f"{ranks} rank{'s' * (ranks > 1)}"
+    if ranks % pipeline:
+        reason = f"--parallel.pipeline {pipeline} does not divide {counted}"
+        return reason, [_other_pipelines(config, ranks), _more_ranks(config, -(-ranks // pipeline) * pipeline)]
+    shape = MeshShape(pipeline=pipeline, data=ranks // pipeline)
     if shape.data > most:
-        replicas = f"{ranks} ranks" if shape.pipeline == 1 else f"{ranks} ranks make {shape.data} replicas of the pipeline"
-        raise ConfigError(
-            f"{replicas}, but a step has only {most} microbatches (--train.global-batch {train.global_batch} over "
-            f"--train.micro-batch {train.micro_batch}); start {most * shape.pipeline} ranks or fewer, "
-            f"or make the batch {shape.data * train.micro_batch}"
+        replicas = counted if pipeline == 1 else f"{counted} make {shape.data} replicas of the pipeline"
+        reason = (
+            f"{replicas}, but a step has only {most} microbatch{'es' * (most > 1)} (--train.global-batch "
+            f"{config.train.global_batch} over --train.micro-batch {config.train.micro_batch})"
         )
+        return reason, [_fewer_ranks(config, most), _larger_batches(config, shape.data, ranks)]
+    if parallel.zero and shape.data == 1:
+        reason = (
+            f"--parallel.zero {parallel.zero} shards over the data ranks, and {counted} with --parallel.pipeline {pipeline} "
+        )
+        without = ("write --parallel.zero 0", replaced(config, parallel__zero=0), ranks)
+        return f"{reason}leave{'s' * (ranks == 1)} 1", [[without], _more_ranks(config, 2 * pipeline)]
+    unfit = refusal(parallel.schedule, pipeline, parallel.chunks, replica_microbatches(config, shape))
+    return (unfit, []) if unfit else None
+
+
+def _other_pipelines(config: Config, ranks: int) -> Advice:
+    near = sorted((p for p in range(1, ranks + 1) if ranks % p == 0), key=lambda p: (abs(p - config.parallel.pipeline), p))
+    return [(f"the nearest that does: {p}", replaced(config, parallel__pipeline=p), ranks) for p in near]
+
+
+def _more_ranks(config: Config, ranks: int) -> Advice:
+    return [(f"start {ranks} ranks", config, ranks)]
+
+
+def _fewer_ranks(config: Config, replicas: int) -> Advice:
+    counts = [data * config.parallel.pipeline for data in range(replicas, 0, -1)]
+    return [(f"start {n} ranks or fewer" if n > 1 else "start 1 rank", config, n) for n in counts]
+
+
+def _larger_batches(config: Config, replicas: int, ranks: int) -> Advice:
+    """A microbatch for each replica, or as many as the schedule needs."""
+    rows = [replicas * each * config.train.micro_batch for each in (1, config.parallel.pipeline)]
+    return [(f"make the batch {n}", replaced(config, train__global_batch=n), ranks) for n in rows]
 
 
 def cut_by_cost(config: Config, vocab_size: int) -> tuple[int, ...]:

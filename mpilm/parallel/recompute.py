@@ -41,14 +41,19 @@ def recompute(model: nn.Module, what: str) -> None:
 
 
 def _again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    return Again.apply(function, *inputs) if torch.is_grad_enabled() else function(*inputs)
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return Again.apply(function, torch.empty(0, requires_grad=True), *inputs)
 
 
 class Again(torch.autograd.Function):
-    """function(*inputs), of which nothing is kept but the inputs."""
+    """function(*inputs), of which nothing is kept but the inputs.
+
+    `anchor` requires a gradient, so that there is a backward, for the parameters, also where no input does.
+    """
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def forward(ctx: Any, function: Callable[..., Tensor], anchor: Tensor, *inputs: Any) -> Tensor:
         ctx.function = function
         ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
@@ -61,8 +66,9 @@ class Again(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         inputs = list(ctx.others)
         for i, x in zip(ctx.tensors, ctx.saved_tensors):
-            inputs[i] = x.detach().requires_grad_(ctx.needs_input_grad[1 + i])
+            inputs[i] = x.detach().requires_grad_(ctx.needs_input_grad[2 + i])
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             y = ctx.function(*inputs)
-        backward_from(y, gradient)
-        return None, *(x.grad if isinstance(x, Tensor) else None for x in inputs)
+        if y.requires_grad:
+            backward_from(y, gradient)
+        return None, None, *(x.grad if isinstance(x, Tensor) else None for x in inputs)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mpilm.checkpoint.assemble import IN_FLIGHT
+from mpilm.checkpoint.format import BLOCK_BYTES
 from mpilm.model.size import activation_bytes
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.trainer.build import Training
 
 # glibc keeps freed blocks below 32 MiB, and those of one microbatch leave holes that the next one's do not fill: measured
-# 1.3 to 1.6 times what is in use. CUDA's caching allocator rounds sizes and does better.
+# 1.3 to 1.6 times what is in use, but no more than another microbatch. CUDA's caching allocator rounds sizes and does better.
 HOLES = {"cpu": 1.5, "cuda": 1.1}
 RETURNED_BYTES = 32 << 20
+FIRST_STEP_BYTES = 14 << 20  # of libraries, buffers of MPI, and the text, that come into memory with the first step
+SAVING_BYTES = (IN_FLIGHT + 1) * BLOCK_BYTES
 
 
 def predicted_memory(run: Training) -> dict[str, int]:
@@ -30,11 +34,15 @@ def predicted_memory(run: Training) -> dict[str, int]:
     logits = max(of["logits"] for of in of_stage.values())
     largest = {"activations": 4 * tokens * config.model.d_ff, "logits": 4 * tokens * vocab_size}
     holes = {name: HOLES[run.machine.device.type] if size < RETURNED_BYTES else 1 for name, size in largest.items()}
+    lost = min(live * (holes["activations"] - 1), max(of["activations"] for of in of_stage.values()))
+    step = {"activations": round(live + lost), "logits": round(logits * holes["logits"])}
+    held = model.held_bytes()
+    saving = min(SAVING_BYTES, held["weights"] + held["moments"])  # between steps: only what goes beyond a step's memory counts
     return {
-        "program": run.baseline_bytes[1],
-        **model.held_bytes(),
-        "activations": round(live * holes["activations"]),
-        "logits": round(logits * holes["logits"]),
+        "program": run.baseline_bytes[1] + FIRST_STEP_BYTES,
+        **held,
+        **step,
+        "checkpoint": max(0, saving - sum(step.values())),
     }
 
 

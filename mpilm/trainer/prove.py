@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -114,11 +115,17 @@ def prove(config: Config, world: Comm, self_test: bool, say) -> None:  # type: i
         ran, broken = ran + 1, broken + (not kept)
         verdict = "equal bits" if row.equal else f"within {tolerance:g}" if kept else "BROKEN"
         say(f"{name_of(parallel, world.size)}  {row.loss:>9.2g}  {row.gradient:>9.2g}  {row.weight:>9.2g}  {verdict}")
+    if not ran:
+        raise AgreedError(ConfigError(f"no layout of {world.size} ranks can run this model and batch, so nothing is proved"))
     promise = f"a relative difference of {tolerance:g}" if tolerance else "equal bits"
     if broken:
         raise AgreedError(RanksDisagreeError(f"{broken} of {ran} layouts differ from the serial run; promised are {promise}"))
-    ranks = f"{world.size} rank{'s' * (world.size > 1)}"
-    say(f"{ran} layouts of {ranks}, {config.train.steps} steps each: promised and found {promise}")
+    counts = f"{_count(ran, 'layout')} of {_count(world.size, 'rank')}, {_count(config.train.steps, 'step')} each"
+    say(f"{counts}: promised and found {promise}")
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}{'s' * (number != 1)}"
 
 
 def _serial(config: Config, machine: Machine) -> Outcome:
@@ -145,8 +152,9 @@ def run_layout(config: Config, world: Comm, machine: Machine, change: bool) -> O
 
 def _flip(model: ShardedModel) -> None:
     """Change the lowest bit of one element of this rank's gradient."""
-    largest = max(model.gradient_pieces().values(), key=torch.numel)
-    largest[:1].view(torch.int32).bitwise_xor_(1)
+    largest = max(model.gradient_pieces().values(), key=torch.numel, default=None)
+    if largest is not None:  # a small model in many shards may leave the last rank nothing to update
+        largest[:1].view(torch.int32).bitwise_xor_(1)
 
 
 def _copies(pieces: Mapping[Piece, Tensor]) -> dict[Piece, Tensor]:
@@ -156,7 +164,7 @@ def _copies(pieces: Mapping[Piece, Tensor]) -> dict[Piece, Tensor]:
 def _compare(ours: Outcome, serial: Outcome, world: Comm) -> Row:
     """The largest differences over all ranks. Collective."""
     numbers = list(zip(ours.losses + ours.norms, serial.losses + serial.norms))
-    loss, same = max(abs(a - b) / abs(b) for a, b in numbers), all(a == b for a, b in numbers)
+    loss, same = max(_finite(abs(a - b) / abs(b)) for a, b in numbers), all(a == b for a, b in numbers)
     gradient = weight = 0.0
     for mine, theirs in zip(ours.gradients, serial.gradients):
         gradient, same = max(gradient, _difference(mine, theirs)), same and _equal(mine, theirs)
@@ -176,7 +184,12 @@ def _pairs(mine: Mapping[Piece, Tensor], serial: Mapping[Piece, Tensor]) -> Iter
 def _difference(mine: Mapping[Piece, Tensor], serial: Mapping[Piece, Tensor]) -> float:
     """The largest difference of an element, as a part of the largest element of the same kind."""
     scale = max(float(x.abs().max()) for x in serial.values())
-    return max((float((a - b).abs().max()) / scale for a, b in _pairs(mine, serial)), default=0.0)
+    return max((_finite(float((a - b).abs().max()) / scale) for a, b in _pairs(mine, serial)), default=0.0)
+
+
+def _finite(difference: float) -> float:
+    """nan as infinity, which is larger than any tolerance; no comparison with nan is true."""
+    return math.inf if math.isnan(difference) else difference
 
 
 def _equal(mine: Mapping[Piece, Tensor], serial: Mapping[Piece, Tensor]) -> bool:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from runs import on
 from text import TINY, tiny, write_tokens
 
 from mpilm.checkpoint.format import folder_name
@@ -108,6 +109,8 @@ def test_a_change_can_be_allowed(run):
 def test_what_the_result_does_not_depend_on_may_change(run):
     changed = replaced(run, train__steps=9, train__threads=2, run__eval_every=1, checkpoint__keep=9, generate__seed=4)
     assert opened(changed).step == 4
+    layout = on(2, "zero-bubble", 3, cut=(1, 1), balance="measured")
+    assert opened(replaced(run, **layout, train__recompute="block")).step == 4
 
 
 @pytest.mark.parametrize("key", ["data.path", "data.tokenizer"])
@@ -150,7 +153,8 @@ def test_automatic_names(tmp_path, monkeypatch):
     first = open_run_folder(config, CONTENT, HERE, ONE).path
     assert first.parent == Path("runs")
     assert open_run_folder(config, CONTENT, HERE, ONE).path == first
-    assert open_run_folder(replaced(config, run__log_every=7), CONTENT, HERE, ONE).path == first
+    for same in ({"run__log_every": 7}, on(2, "gpipe", 1)):
+        assert open_run_folder(replaced(config, **same), CONTENT, HERE, ONE).path == first
     assert open_run_folder(replaced(config, train__seed=7), CONTENT, HERE, ONE).path != first
     fresh = replaced(config, checkpoint__resume="never")
     assert open_run_folder(fresh, CONTENT, HERE, ONE).path == Path(f"{first}-2")

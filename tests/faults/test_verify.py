@@ -1,0 +1,131 @@
+"""What shows a layout before it is queued, what proves it, and what refuses one that cannot work; each as a whole command."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from helpers import mpirun
+from runs import small
+
+from mpilm.comm.base import SelfComm
+from mpilm.comm.together import AgreedError
+from mpilm.parallel.shard import Piece
+from mpilm.trainer import prove
+from mpilm.trainer.machine import Machine
+
+CONFIG, DISAGREE = 78, 88
+SMALL = (
+    "--model.n-layers", 4, "--model.d-model", 16, "--model.n-heads", 2, "--model.n-kv-heads", 1, "--model.context-length", 8,
+    "--train.steps", 2, "--train.global-batch", 4, "--train.threads", 1, "--train.device", "cpu",
+)  # fmt: skip
+ON_TWO = [  # data, pipeline, schedule, ZeRO
+    *(("2", "1", "-", zero) for zero in "0123"),
+    *(("1", "2", schedule, "0") for schedule in ("1f1b", "gpipe", "interleaved", "zero-bubble")),
+]
+LIMIT_S = 40.0
+
+
+def verify(ranks, *flags):
+    """Run the command; its end, and the verdict on each layout by (data, pipeline, schedule, ZeRO)."""
+    done = mpirun(ranks, "-m", "mpilm.verify", *SMALL, *flags, limit_s=LIMIT_S)
+    text = f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in text, text
+    row = r"^ +(\d+) +(\d+)  (\S+) +(\d)  (?: *[-+.e\d]+  ){0,3}(.+)$"
+    return done, {tuple(place): verdict for *place, verdict in re.findall(row, done.stdout, re.MULTILINE)}
+
+
+def test_two_ranks_prove_each_of_their_layouts():
+    done, verdicts = verify(2)
+    assert verdicts == dict.fromkeys(ON_TWO, "equal bits"), done.stdout
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "8 layouts of 2 ranks, 2 steps each: promised and found equal bits"
+
+
+def test_one_changed_bit_is_noticed_on_every_layout():
+    done, verdicts = verify(2, "--self-test")
+    assert verdicts == dict.fromkeys(ON_TWO, "BROKEN"), done.stdout
+    assert done.returncode == DISAGREE
+    message = "mpilm: error: 8 of 8 layouts differ from the serial run; promised are equal bits"
+    assert [line for line in done.stderr.splitlines() if "mpilm" in line] == [message]
+    assert "found equal bits" not in done.stdout
+
+
+def test_without_a_launcher_it_is_one_rank_and_says_why_a_layout_is_not_run():
+    done, verdicts = verify(0, "--model.n-layers", 1)
+    reason = verdicts.pop(("1", "1", "interleaved", "0"))
+    assert re.match("not run: 1 layers? cannot be cut into 2 stages", reason)
+    assert verdicts == {("1", "1", schedule, "0"): "equal bits" for schedule in ("1f1b", "gpipe", "zero-bubble")}, done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_where_no_layout_can_be_run_nothing_is_proved():
+    done, verdicts = verify(2, "--model.n-layers", 1, "--train.global-batch", 1)
+    assert verdicts.keys() == set(ON_TWO)
+    assert all(verdict.startswith("not run: ") for verdict in verdicts.values()), done.stdout
+    assert done.returncode != 0
+    assert "found equal bits" not in done.stdout
+
+
+def test_nan_is_no_difference_that_a_gpu_may_have(monkeypatch):
+    """A GPU is allowed small differences; nan is not small, though no comparison with it is true."""
+    whole = {Piece(name, 0, 2): torch.ones(2) for name in ("norm.weight", "embed.weight")}
+    spoilt = {**whole, Piece("embed.weight", 0, 2): torch.tensor([1.0, float("nan")])}
+    outcomes = iter([whole, *[spoilt] * 4])  # the serial run comes first
+
+    def run_layout(*_):
+        return prove.Outcome([1.0], [1.0], [whole], next(outcomes))
+
+    monkeypatch.setattr(prove, "run_layout", run_layout)
+    monkeypatch.setattr(prove, "look", lambda train, world: Machine(torch.device("cuda"), 1, False))
+    with pytest.raises(AgreedError, match="4 of 4 layouts differ"):
+        prove.prove(small(), SelfComm(), False, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "says"),
+    [
+        ("train", ("--parallel.pipeline", 3), "--parallel.pipeline 3 does not divide 2 ranks; the nearest that does: 2"),
+        ("train", ("--parallel.pipeline", 8), "makes 8 stages, and --model.n-layers is 4: each stage needs a layer"),
+        (
+            "verify",
+            ("--model.d-model", 15),
+            "--model.d-model 15 is not divisible by --model.n-heads 2; the nearest that is: 16",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_once_and_nothing_is_begun(tmp_path, monkeypatch, command, flags, says):
+    monkeypatch.setenv("MPILM_CACHE", str(tmp_path / "cache"))
+    folder = ("--run.dir", tmp_path / "run") if command == "train" else ()
+    done = mpirun(2, "-m", f"mpilm.{command}", *SMALL, *folder, *flags, limit_s=LIMIT_S)
+    assert done.returncode == CONFIG, done.stderr
+    (message,) = (line for line in done.stderr.splitlines() if "mpilm" in line)
+    assert message.startswith("mpilm: error: ")
+    assert says in message
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_schedule_is_printed_and_written_as_an_image(tmp_path):
+    image = tmp_path / "plan.svg"
+    layout = (
+        "--parallel.pipeline",
+        2,
+        "--parallel.schedule",
+        "zero-bubble",
+        "--train.global-batch",
+        6,
+        "--train.micro-batch",
+        2,
+    )
+    done = mpirun(0, "-m", "mpilm.plan", "--draw", *layout, "--width", 120, "--svg", image, limit_s=LIMIT_S)
+    assert (done.returncode, done.stderr) == (0, "")
+    everything = sorted(f"{kind}{microbatch}" for kind in "FIW" for microbatch in range(3))
+    rows = [line for line in done.stdout.splitlines() if line.startswith("rank ")]
+    assert [sorted(re.findall(r"[FIW]\d", row)) for row in rows] == [everything, everything]
+    assert done.stdout.splitlines()[-1] == f"{image}: the drawing as an SVG image"
+    titles = [title.text for title in ElementTree.parse(image).iter("{http://www.w3.org/2000/svg}title")]
+    actions = {f"{stage}{action}" for stage in range(2) for action in everything}
+    assert {title.partition(":")[0] for title in titles[1:]} == actions  # the first is the image's own
