@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
@@ -47,6 +48,14 @@ def world() -> Comm:
     from mpilm.comm.mpi import mpi_world
 
     return mpi_world()
+
+
+@pytest.fixture
+def shared(world: Comm) -> Iterator[Path]:
+    """One folder for all ranks of this pytest."""
+    with tempfile.TemporaryDirectory() as own:
+        yield Path(world.broadcast_json(own))
+        world.barrier()  # nobody removes it while another still reads
 
 
 @pytest.hookimpl(trylast=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import resource
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -27,14 +26,6 @@ from mpilm.comm.trace import Traced
 from mpilm.errors import FileError
 
 SHAPES = {"embed.weight": (4000, 16), "blocks.0.attn.q.weight": (16, 16), "norm.weight": (16,)}
-
-
-@pytest.fixture
-def shared(world: Comm) -> Iterator[Path]:
-    """One folder for all ranks."""
-    with tempfile.TemporaryDirectory() as own:
-        yield Path(world.broadcast_json(own))
-        world.barrier()  # nobody removes it while another still reads
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,6 +1,5 @@
 """Every layout of these ranks on real MPI, against the serial run by each rank itself: `mpirun -n 1|2|3|4 pytest`."""
 
-import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -77,7 +76,7 @@ def test_activations_too_long_for_mpi_to_buffer(world: Comm, schedule: str) -> N
     assert_serial(world, small(**on(SIZE, schedule), **shape, **work), steps=1)
 
 
-def test_a_run_goes_on_on_another_layout_of_the_ranks(world: Comm) -> None:
+def test_a_run_goes_on_on_another_layout_of_the_ranks(world: Comm, shared: Path) -> None:
     def trained(comm: Comm, folder: Path, steps: int, **layout: Any) -> dict[str, bytes]:
         config = tiny(
             shared / "tokens", folder, **layout, model__n_layers=2 * SIZE, train__steps=steps, train__global_batch=4 * SIZE,
@@ -87,13 +86,9 @@ def test_a_run_goes_on_on_another_layout_of_the_ranks(world: Comm) -> None:
         comm.barrier()
         return newest_tensors(config)
 
-    with tempfile.TemporaryDirectory() as own:
-        shared = Path(world.broadcast_json(own))
-        if world.rank == 0:
-            write_tokens(shared)
-        world.barrier()
-        trained(world, shared / "run", 1, **on(SIZE, "interleaved"))
-        together = trained(world, shared / "run", 2, **on(zero=3 if SIZE > 1 else 0))
-        alone = trained(SelfComm(), Path(own) / "alone", 2)
-        world.barrier()  # nobody removes the folder while another still reads
-    assert together == alone
+    if world.rank == 0:
+        write_tokens(shared)
+    world.barrier()
+    trained(world, shared / "run", 1, **on(SIZE, "interleaved"))
+    together = trained(world, shared / "run", 2, **on(zero=3 if SIZE > 1 else 0))
+    assert together == trained(SelfComm(), shared / f"alone-{world.rank}", 2)

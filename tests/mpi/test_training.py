@@ -1,7 +1,5 @@
 """Training on real MPI: what one rank computes by itself, bit for bit, stopped on the way or not."""
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +16,12 @@ from mpilm.trainer.step import train_step
 
 
 @pytest.fixture
-def shared(world: Comm) -> Iterator[Path]:
-    """One folder for all ranks, with the tokens in it."""
-    with tempfile.TemporaryDirectory() as own:
-        folder = Path(world.broadcast_json(own))
-        if world.rank == 0:
-            write_tokens(folder)
-        world.barrier()
-        yield folder
-        world.barrier()  # nobody removes it while another still reads
+def shared(world: Comm, shared: Path) -> Path:
+    """With the tokens in it."""
+    if world.rank == 0:
+        write_tokens(shared)
+    world.barrier()
+    return shared
 
 
 @pytest.mark.parametrize("tie", [True, False])
