@@ -34,7 +34,7 @@ class VerifyConfig:
         default_factory=lambda: Train(steps=3, global_batch=24, micro_batch=1, warmup_steps=1, clip_norm=0.5, device="auto")
     )
     self_test: bool = False
-    """Change one bit of one gradient element on the last rank: the command must then end with a code other than 0."""
+    """Change one bit of one gradient element on one rank: the command must then end with a code other than 0."""
 
 
 def prepare() -> Body:

@@ -23,8 +23,7 @@ def mesh_shape(config: Config, ranks: int) -> MeshShape:
         reason, advice = refused
         words = [next((text for text, other, count in each if _works(other, count)), "") for each in advice]
         raise ConfigError("; ".join(filter(None, (reason, ", or ".join(filter(None, words))))))
-    if parallel.cut:
-        stated(parallel.cut, config.model.n_layers, parallel.pipeline * parallel.chunks)
+    _check_cut(config)
     return MeshShape(pipeline=parallel.pipeline, data=ranks // parallel.pipeline)
 
 
@@ -36,9 +35,16 @@ def replica_microbatches(config: Config, shape: MeshShape) -> int:
 def _works(config: Config, ranks: int) -> bool:
     try:
         validate(config)
+        _check_cut(config)
     except ConfigError:
         return False
     return _refused(config, ranks) is None
+
+
+def _check_cut(config: Config) -> None:
+    parallel = resolve(config).parallel
+    if parallel.cut:
+        stated(parallel.cut, config.model.n_layers, parallel.pipeline * parallel.chunks)
 
 
 def _refused(config: Config, ranks: int) -> tuple[str, list[Advice]] | None:
@@ -57,11 +63,10 @@ def _refused(config: Config, ranks: int) -> tuple[str, list[Advice]] | None:
         )
         return reason, [_fewer_ranks(config, most), _larger_batches(config, shape.data, ranks)]
     if parallel.zero and shape.data == 1:
-        reason = (
-            f"--parallel.zero {parallel.zero} shards over the data ranks, and {counted} with --parallel.pipeline {pipeline} "
-        )
+        left = f"{counted} with --parallel.pipeline {pipeline} leave{'s' * (ranks == 1)} 1"
+        reason = f"--parallel.zero {parallel.zero} shards over the data ranks, and {left}"
         without = ("write --parallel.zero 0", replaced(config, parallel__zero=0), ranks)
-        return f"{reason}leave{'s' * (ranks == 1)} 1", [[without], _more_ranks(config, 2 * pipeline)]
+        return reason, [[without], _more_ranks(config, 2 * pipeline)]
     unfit = refusal(parallel.schedule, pipeline, parallel.chunks, replica_microbatches(config, shape))
     return (unfit, []) if unfit else None
 

@@ -97,7 +97,7 @@ def name_of(parallel: Parallel, ranks: int) -> str:
 def prove(config: Config, world: Comm, self_test: bool, say) -> None:  # type: ignore[no-untyped-def]
     """Run every layout and compare; `say` prints a line. Collective; raises AgreedError when a promise is broken.
 
-    `self_test`: the last rank changes the lowest bit of one element of its gradient, which must be noticed.
+    `self_test`: one rank changes the lowest bit of one element of its gradient, which must be noticed.
     """
     same_everywhere(world, "settings", flatten(config))
     machine = together(world, lambda: look(config.train, world))
@@ -141,8 +141,8 @@ def run_layout(config: Config, world: Comm, machine: Machine, change: bool) -> O
     source, losses, norms, found = RandomTokens(config), [], [], []
     for step in range(config.train.steps):
         loss, norm, _ = gradients(model, source, step)
-        if change and step == 0 and world.rank == world.size - 1:
-            _flip(model)
+        if change and step == 0:
+            _flip(model, world)
         losses.append(loss)
         norms.append(norm)
         found.append(_copies(model.gradient_pieces()))
@@ -150,11 +150,13 @@ def run_layout(config: Config, world: Comm, machine: Machine, change: bool) -> O
     return Outcome(losses, norms, found, _copies(model.pieces()))
 
 
-def _flip(model: ShardedModel) -> None:
-    """Change the lowest bit of one element of this rank's gradient."""
-    largest = max(model.gradient_pieces().values(), key=torch.numel, default=None)
-    if largest is not None:  # a small model in many shards may leave the last rank nothing to update
-        largest[:1].view(torch.int32).bitwise_xor_(1)
+def _flip(model: ShardedModel, world: Comm) -> None:
+    """Change the lowest bit of one gradient element, on the last rank that updates any: a small model in many shards leaves
+    some ranks without. Collective."""
+    pieces = model.gradient_pieces().values()
+    updating = [rank for rank, count in enumerate(world.all_gather_json(len(pieces))) if count]
+    if world.rank == updating[-1]:
+        max(pieces, key=torch.numel)[:1].view(torch.int32).bitwise_xor_(1)
 
 
 def _copies(pieces: Mapping[Piece, Tensor]) -> dict[Piece, Tensor]:
@@ -164,7 +166,7 @@ def _copies(pieces: Mapping[Piece, Tensor]) -> dict[Piece, Tensor]:
 def _compare(ours: Outcome, serial: Outcome, world: Comm) -> Row:
     """The largest differences over all ranks. Collective."""
     numbers = list(zip(ours.losses + ours.norms, serial.losses + serial.norms))
-    loss, same = max(_finite(abs(a - b) / abs(b)) for a, b in numbers), all(a == b for a, b in numbers)
+    loss, same = max(_nan_as_inf(abs(a - b) / abs(b)) for a, b in numbers), all(a == b for a, b in numbers)
     gradient = weight = 0.0
     for mine, theirs in zip(ours.gradients, serial.gradients):
         gradient, same = max(gradient, _difference(mine, theirs)), same and _equal(mine, theirs)
@@ -184,11 +186,11 @@ def _pairs(mine: Mapping[Piece, Tensor], serial: Mapping[Piece, Tensor]) -> Iter
 def _difference(mine: Mapping[Piece, Tensor], serial: Mapping[Piece, Tensor]) -> float:
     """The largest difference of an element, as a part of the largest element of the same kind."""
     scale = max(float(x.abs().max()) for x in serial.values())
-    return max((_finite(float((a - b).abs().max()) / scale) for a, b in _pairs(mine, serial)), default=0.0)
+    return max((_nan_as_inf(float((a - b).abs().max()) / scale) for a, b in _pairs(mine, serial)), default=0.0)
 
 
-def _finite(difference: float) -> float:
-    """nan as infinity, which is larger than any tolerance; no comparison with nan is true."""
+def _nan_as_inf(difference: float) -> float:
+    """So that nan is larger than any tolerance: no comparison with it is true."""
     return math.inf if math.isnan(difference) else difference
 
 

@@ -179,8 +179,9 @@ def test_what_is_advised_works(pipeline, ranks, count, zero):
         (3, {"parallel__pipeline": 2, "train__global_batch": 1}),
         (6, {"parallel__pipeline": 2, "parallel__schedule": "interleaved", "train__global_batch": 2}),
         (2, {"parallel__pipeline": 2, "parallel__zero": 1, "train__global_batch": 1}),
+        (6, {"parallel__pipeline": 4, "parallel__cut": (2, 2, 2, 2)}),
     ],
-    ids=["as many layers as stages", "one microbatch", "interleaved", "one microbatch to shard over"],
+    ids=["as many layers as stages", "one microbatch", "interleaved", "one microbatch to shard over", "a stated cut"],
 )
 def test_what_is_advised_is_not_refused_for_another_reason(ranks, changes):
     config = config_of(**changes)
