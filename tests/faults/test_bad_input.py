@@ -25,37 +25,37 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("MPILM_CACHE", str(tmp_path / "cache"))
 
 
-def refused(*flags, ranks=0, code=CONFIG, says=()):
+def refused(*flags, ranks=0, code=CONFIG):
     """Start the command, check its end; the one message."""
     done = mpirun(ranks, "-m", "mpilm.train", *SMALL, *flags, limit_s=LIMIT_S)
     text = f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     assert done.returncode == code, text
     assert done.stderr.count("mpilm: error") == 1, text
     assert "Traceback" not in text
-    message = re.split(r"mpilm: error(?: on rank \d+ of \d+ on \S+)?: ", done.stderr)[1]
-    for part in says:
-        assert str(part) in message, text
-    return message
+    return re.split(r"mpilm: error(?: on rank \d+ of \d+ on \S+)?: ", done.stderr)[1]
 
 
 # On real ranks: said once, and nobody left waiting.
 
 
 def test_more_ranks_than_microbatches(tmp_path):
-    says = ["3 ranks, but a step has only 2 microbatches", "start 2 ranks or fewer, or make the batch 6"]
-    refused("--data.path", write_text(tmp_path), "--run.dir", tmp_path / "run", ranks=3, says=says)
+    message = refused("--data.path", write_text(tmp_path), "--run.dir", tmp_path / "run", ranks=3)
+    assert "3 ranks, but a step has only 2 microbatches" in message
+    assert "start 2 ranks or fewer, or make the batch 6" in message
     assert not (tmp_path / "run").exists()
 
 
 def test_a_corpus_that_is_not_there_on_two_ranks(tmp_path):
     missing = tmp_path / "none.txt"
-    refused("--data.path", missing, "--run.dir", tmp_path / "run", ranks=2, code=FILE, says=[missing])
+    assert str(missing) in refused("--data.path", missing, "--run.dir", tmp_path / "run", ranks=2, code=FILE)
 
 
 def test_a_folder_that_cannot_be_written_on_two_ranks(tmp_path):
     (tmp_path / "file").write_text("root may write anywhere but below a file")
     folder = tmp_path / "file" / "run"
-    refused("--data.path", write_text(tmp_path), "--run.dir", folder, ranks=2, code=FILE, says=["--run.dir", folder])
+    message = refused("--data.path", write_text(tmp_path), "--run.dir", folder, ranks=2, code=FILE)
+    assert "--run.dir" in message
+    assert str(folder) in message
 
 
 # On one.
@@ -63,20 +63,22 @@ def test_a_folder_that_cannot_be_written_on_two_ranks(tmp_path):
 
 def test_an_empty_file(tmp_path):
     (tmp_path / "empty.txt").touch()
-    refused("--data.path", tmp_path / "empty.txt", "--run.dir", tmp_path / "run", code=DATA, says=[tmp_path / "empty.txt"])
+    message = refused("--data.path", tmp_path / "empty.txt", "--run.dir", tmp_path / "run", code=DATA)
+    assert str(tmp_path / "empty.txt") in message
 
 
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"x" * 1000 + b"caf\xe9 " + b"y" * 1000)
-    says = [tmp_path / "latin.txt", "1003"]
-    refused("--data.path", tmp_path / "latin.txt", "--run.dir", tmp_path / "run", code=DATA, says=says)
+    message = refused("--data.path", tmp_path / "latin.txt", "--run.dir", tmp_path / "run", code=DATA)
+    assert str(tmp_path / "latin.txt") in message
+    assert "1003" in message
 
 
 def test_a_truncated_bin(tmp_path):
     prefix = write_tokens(tmp_path)
     file = prefix.with_suffix(".bin")
     file.write_bytes(file.read_bytes()[:-101])
-    refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA, says=[file])
+    assert str(file) in refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
 
 
 def test_a_token_beyond_the_vocabulary(tmp_path):
@@ -85,13 +87,15 @@ def test_a_token_beyond_the_vocabulary(tmp_path):
     tokens = np.fromfile(file, dtype=np.uint16)
     tokens[:] = 300
     tokens.tofile(file)
-    refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA, says=[file, "300"])
+    message = refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
+    assert str(file) in message
+    assert "300" in message
 
 
 def test_a_key_that_is_none(tmp_path):
     file = tmp_path / "a.toml"
     file.write_text("[train]\nlearning-rate = 1\n")
-    refused("--config", file, says=[f"--config {file}: unknown key train.learning-rate"])
+    assert f"--config {file}: unknown key train.learning-rate" in refused("--config", file)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +107,7 @@ def test_a_key_that_is_none(tmp_path):
     ],
 )
 def test_settings_that_cannot_work(flags, says):
-    refused(*flags, says=[says])
+    assert says in refused(*flags)
 
 
 def test_a_flag_that_is_none():
@@ -115,10 +119,9 @@ def test_a_flag_that_is_none():
 
 
 def test_a_context_longer_than_the_corpus(tmp_path):
-    says = ["--model.context-length 100000", "the largest value that works is"]
-    message = refused(
-        "--data.path", write_text(tmp_path), "--run.dir", tmp_path / "run", "--model.context-length", 100000, says=says
-    )
+    flags = ("--data.path", write_text(tmp_path), "--run.dir", tmp_path / "run", "--model.context-length", 100000)
+    message = refused(*flags)
+    assert "--model.context-length 100000" in message
     largest = int(message.partition("the largest value that works is ")[2].split(",")[0])
     assert 100 < largest < 100000
 
@@ -135,21 +138,26 @@ def made(tmp_path):
 
 
 def test_a_run_of_other_settings(made, tmp_path):
-    rows = [f"{tmp_path / 'run'}", "train.lr: was 0.003, now 0.01", "--checkpoint.allow-change train.lr"]
-    refused(*made, "--train.lr", 0.01, says=rows)
+    message = refused(*made, "--train.lr", 0.01)
+    assert str(tmp_path / "run") in message
+    assert "train.lr: was 0.003, now 0.01" in message
+    assert "--checkpoint.allow-change train.lr" in message
 
 
 def test_a_checkpoint_of_another_shape(made, tmp_path):
     start = tmp_path / "run" / "checkpoints" / "step-00000002"
     flags = ("--model.d-model", 32, "--checkpoint.allow-change", "model.d-model", "model.d-ff")
-    other = (*made[:3], tmp_path / "other", "--checkpoint.resume", start, *flags)
-    refused(*other, says=[start / "model.safetensors", "this model needs"])
+    message = refused(*made[:3], tmp_path / "other", "--checkpoint.resume", start, *flags)
+    assert str(start / "model.safetensors") in message
+    assert "this model needs" in message
 
 
 def test_a_damaged_checkpoint(made, tmp_path):
     file = tmp_path / "run" / "checkpoints" / "step-00000002" / "trainer.json"
     file.write_text(json.dumps({"step": 2}))
-    refused(*made, says=[f"no checkpoint in {tmp_path / 'run'} is whole", file])
+    message = refused(*made)
+    assert f"no checkpoint in {tmp_path / 'run'} is whole" in message
+    assert str(file) in message
 
 
 def test_the_same_flags_work_when_nothing_is_wrong(made):
