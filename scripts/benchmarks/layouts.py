@@ -1,0 +1,135 @@
+"""Memory of a rank under ZeRO and pipeline, and a pipeline's step, each against what is said of it beforehand."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+
+from benchmarks.measure import BENCH, STEPS, configured, mpirun, table
+
+
+def shards(args: argparse.Namespace) -> None:
+    layouts = [(2, p, z) for p, z in ((1, 0), (1, 1), (1, 2), (1, 3), (2, 0))]
+    layouts += [(4, p, z) for p, z in ((1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (4, 0))]
+    rows = [("ranks", "pipeline", "ZeRO", "by formula MiB", "measured MiB", "measured / formula (goal: 0.95 .. 1.05)")]
+    for ranks, pipeline, zero in layouts:
+        words = ["--pipeline", str(pipeline), "--zero", str(zero)]
+        command = [*mpirun(ranks), sys.executable, BENCH, "shards-worker", *words]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        predicted, measured = max(found, key=lambda pair: pair[0])
+        ratios = [have / say for say, have in found]
+        cells = (ranks, pipeline, zero, f"{predicted / 2**20:.0f}", f"{measured / 2**20:.0f}")
+        rows.append((*map(str, cells), f"{min(ratios):.3f} .. {max(ratios):.3f}"))
+        print("  ".join(rows[-1]), flush=True)
+    table("what a rank holds for good, 103 million parameters, M = 8", rows)
+
+
+def shards_worker(args: argparse.Namespace) -> None:
+    """PSS after two steps less PSS before the model was built, and what the layout's formula says of it, of every rank."""
+    import torch
+
+    from mpilm.comm.mpi import mpi_world
+    from mpilm.config import Parallel, Train, replaced, resolve
+    from mpilm.mesh.mesh import Mesh
+    from mpilm.parallel.feasible import cut_by_cost, mesh_shape
+    from mpilm.presets import PRESETS
+    from mpilm.telemetry.memory import proportional_bytes, trim
+    from mpilm.trainer.machine import look
+    from mpilm.trainer.prove import VOCAB_SIZE, RandomTokens
+    from mpilm.trainer.sharded import ShardedModel
+    from mpilm.trainer.step import train_step
+
+    comm = mpi_world()
+    config = replaced(PRESETS["llama-100m"](), model__context_length=16, model__n_layers=16, model__tie_embeddings=False)
+    train = Train(global_batch=8, micro_batch=1, threads=1, device="cpu")
+    config = resolve(dataclasses.replace(config, train=train, parallel=Parallel(pipeline=args.pipeline, zero=args.zero)))
+    look(config.train, comm)
+    mesh = Mesh.build(mesh_shape(config, comm.size), comm)
+
+    def trained(config) -> ShardedModel:  # type: ignore[no-untyped-def]
+        model = ShardedModel(config, mesh, cut_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, torch.device("cpu"), 16)
+        model.initialise()
+        for step in range(2):
+            train_step(model, RandomTokens(config), step)
+        trim()
+        comm.barrier()
+        return model
+
+    trained(replaced(config, model__d_model=48, model__d_ff=128))  # so that the program itself is all there
+    before = proportional_bytes()
+    comm.barrier()
+    model = trained(config)
+    after = proportional_bytes()
+    held = model.held_bytes()
+    everyone = comm.all_gather_json([sum(held.values()) - held["passing"], after - before])
+    if comm.rank == 0:
+        print(json.dumps(everyone), flush=True)
+
+
+def pipeline(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--preset", args.preset, "--rounds", str(args.rounds), "--folder", folder]
+        subprocess.run([*mpirun(2), sys.executable, BENCH, "pipeline-worker", *words], check=True)
+
+
+def pipeline_worker(args: argparse.Namespace) -> None:
+    from mpilm.comm.mpi import mpi_world
+
+    comm = mpi_world()
+    found: dict[str, list[tuple[float, float]]] = {}
+    names = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+    runs = {name: pipeline_side(configured(f"{args.folder}/{name}", args.preset, train__threads=1,
+            parallel__pipeline=2, parallel__schedule=name), comm) for name in names}  # fmt: skip
+    for number in range(args.rounds + 1):
+        for name, measure in runs.items():
+            pair = measure(number)
+            if number:  # the first warms up
+                found.setdefault(name, []).append(pair)
+    if comm.rank == 0:
+        rows = [("schedule", "measured s", "simulated s", "measured / simulated (goal: 0.90 .. 1.10)")]
+        for name, pairs in found.items():
+            ratios = [a / b for a, b in pairs]
+            a, b = (statistics.median(side) for side in zip(*pairs))
+            rows.append(
+                (name, f"{a:.4f}", f"{b:.4f}", f"{statistics.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})")
+            )
+        table(f"pipeline ({args.preset}), 2 ranks, {args.rounds} rounds of {STEPS} steps", rows)
+
+
+def pipeline_side(config, comm) -> Callable[[int], tuple[float, float]]:  # type: ignore[no-untyped-def]
+    """Median seconds of forward, backward and reduction of a step, and the same simulated from the costs of the actions."""
+    from mpilm.parallel.feasible import replica_microbatches
+    from mpilm.parallel.pipeline.lower import lower
+    from mpilm.parallel.pipeline.schedules import schedule
+    from mpilm.parallel.pipeline.simulate import simulate
+    from mpilm.trainer.build import build
+    from mpilm.trainer.step import train_step
+
+    run = build(config, comm)
+    run.mesh.trust()
+    parallel, stages = config.parallel, len(run.model.cut)
+    actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatches(config, run.mesh.shape))
+    programs = [lower(theirs, stages) for theirs in actions]
+
+    def measure(number: int) -> tuple[float, float]:
+        costs: dict[str, list[float]] = {}
+        walls = []
+        for step in range(number * STEPS, (number + 1) * STEPS):
+            comm.barrier()
+            times = train_step(run.model, run.batches, step).times
+            walls.append(max(comm.all_gather_json(times[-1].end_s - times[0].start_s)))
+            for action, start_s, end_s in times:
+                costs.setdefault(f"{action.kind} {action.stage}", []).append(end_s - start_s)
+        everyone = comm.all_gather_json({key: statistics.mean(seconds) for key, seconds in costs.items()})
+        known = {key: seconds for theirs in everyone for key, seconds in theirs.items()}
+        simulated = simulate(programs, lambda kind, stage: known[f"{kind} {stage}"])
+        return statistics.mean(walls), simulated.step_s
+
+    return measure

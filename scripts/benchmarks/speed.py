@@ -1,0 +1,214 @@
+"""Speed, start and memory of data-parallel training, against a plain torch loop, independent runs, and torch DDP."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.measure import (
+    BENCH,
+    OTHERS_ALLOWED,
+    TURNS,
+    Load,
+    configured,
+    mpilm_side,
+    mpirun,
+    pairwise,
+    report,
+    rounds,
+    table,
+)
+
+
+def torch_side(config, wrap: Callable = lambda model: model, rank: int = 0, ranks: int = 1) -> Callable[[int], None]:  # type: ignore[no-untyped-def, type-arg]
+    """One step of a plain torch loop written out: the same model and batches, torch's own AdamW and clipping.
+
+    `wrap` may be DistributedDataParallel; then each rank takes its share of the microbatches, and gradients are averaged.
+    """
+    from contextlib import nullcontext
+
+    import torch
+
+    from mpilm.comm.base import SelfComm
+    from mpilm.data.batch import Batches
+    from mpilm.data.corpus import open_corpus
+    from mpilm.model.init import initial_value
+    from mpilm.model.llama import Llama, initial_std
+    from mpilm.model.loss import loss_sum
+    from mpilm.optim.rate import learning_rate
+
+    train, shape = config.train, config.model
+    corpus = open_corpus(config.data, SelfComm())
+    batches = Batches(
+        corpus, shape.context_length, config.data.eval_fraction, train.seed, train.global_batch, train.micro_batch
+    )
+    model = Llama(shape, corpus.tokenizer.vocab_size)
+    for name, p in model.named_parameters():
+        p.data = initial_value(train.seed, name, tuple(p.shape), initial_std(name, shape))
+    if shape.tie_embeddings:
+        model.head.weight = model.embed.weight
+    wrapped = wrap(model)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+    mine = range(train.global_batch // train.micro_batch)[rank::ranks]
+
+    def step(number: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        for m in mine:
+            batch = batches.train(number, m)
+            quiet = m != mine[-1] and ranks > 1
+            with wrapped.no_sync() if quiet else nullcontext():
+                loss = loss_sum(wrapped(batch.tokens, batch.positions), batch.targets) / batches.target_tokens(number) * ranks
+                loss.backward()
+            loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(train, number)
+        optimizer.step()
+
+    return step
+
+
+def overhead(args: argparse.Namespace) -> None:
+    from mpilm.comm.base import SelfComm
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = configured(folder, args.preset, train__threads=args.threads)
+        comm = SelfComm()
+        sides = {"mpilm, one rank": mpilm_side(config, comm), "plain torch loop": torch_side(config)}
+        times, void = rounds(sides, args.rounds, comm)
+    ratios = pairwise(times, "plain torch loop", "mpilm, one rank")
+    report(f"overhead ({args.preset})", times, {"mpilm / plain torch": (ratios, ">= 0.97")}, void)
+
+
+def data_parallel_worker(args: argparse.Namespace) -> None:
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from mpilm.comm.base import SelfComm
+    from mpilm.comm.mpi import mpi_world
+
+    comm = mpi_world()
+    half = {"train__threads": 1}
+    config = configured(f"{args.folder}/together", args.preset, **half)
+    alone = configured(
+        f"{args.folder}/alone{comm.rank}", args.preset, train__global_batch=config.train.global_batch // 2, **half
+    )
+    dist.init_process_group("gloo", init_method=f"file://{args.folder}/gloo", rank=comm.rank, world_size=comm.size)
+    sides = {
+        "mpilm, 2 ranks": mpilm_side(config, comm),
+        "two independent runs": mpilm_side(alone, SelfComm()),
+        "torch DDP with gloo": torch_side(config, DistributedDataParallel, comm.rank, comm.size),
+        "mpilm, library's Allreduce": mpilm_side(
+            configured(f"{args.folder}/library", args.preset, train__reproducible=False, **half), comm
+        ),
+    }
+    times, void = rounds(sides, args.rounds, comm)
+    if comm.rank == 0:
+        ratios = {
+            "mpilm / independent": (pairwise(times, "two independent runs", "mpilm, 2 ranks"), ">= 0.95"),
+            "mpilm / DDP gloo": (pairwise(times, "torch DDP with gloo", "mpilm, 2 ranks"), ">= 1.00"),
+            "reproducible / not": (pairwise(times, "mpilm, library's Allreduce", "mpilm, 2 ranks"), ">= 0.97"),
+        }
+        report(f"data-parallel ({args.preset})", times, ratios, void)
+    dist.destroy_process_group()
+
+
+def data_parallel(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--preset", args.preset, "--rounds", str(args.rounds), "--folder", folder]
+        subprocess.run([*mpirun(2), sys.executable, BENCH, "data-parallel-worker", *words], check=True)
+
+
+def training_run(ranks: int, steps: int, *words: str) -> tuple[list[dict], float, str]:  # type: ignore[type-arg]
+    """Rows of metrics, seconds to the first step as the launcher's caller sees it, and what was printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *mpirun(ranks),
+            sys.executable,
+            "-m",
+            "mpilm.train",
+            "--run.dir",
+            f"{folder}/run",
+            "--train.steps",
+            str(steps),
+        ]
+        command += ["--run.eval-every", "0", "--generate.max-tokens", "0", "--run.log-every", "1", *words]
+        began, first, printed = time.monotonic(), 0.0, []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                printed.append(line)
+                if line.startswith("step") and not first:
+                    first = time.monotonic() - began
+        if process.returncode:
+            raise SystemExit("".join(printed))
+        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+        return rows, first, "".join(printed)
+
+
+def crowded(args: argparse.Namespace) -> None:
+    steps, times, void = 12, {"8 ranks": [], "2 ranks": []}, 0  # type: ignore[var-annotated]
+    while len(times["2 ranks"]) < args.rounds and void < TURNS:
+        load, took = Load(), {}
+        for name, ranks in (("8 ranks", 8), ("2 ranks", 2)):
+            rows, _, _ = training_run(ranks, steps, "--preset", args.preset)
+            took[name] = statistics.median(row["step_s"] for row in rows if row.get("step", 0) > 2)
+        if load.others() > OTHERS_ALLOWED:
+            void += 1
+            continue
+        for name, seconds in took.items():
+            times[name].append(seconds)
+    report(
+        f"crowded ({args.preset})",
+        times,
+        {"8 ranks / 2 ranks": (pairwise(times, "2 ranks", "8 ranks"), ">= 0.80")},
+        void,
+        steps,
+    )
+
+
+def start(args: argparse.Namespace) -> None:
+    imports = "import torch; from mpi4py import MPI; MPI.COMM_WORLD.Barrier()"
+    beyond = []
+    for _ in range(args.rounds + 1):
+        began = time.monotonic()
+        subprocess.run([*mpirun(2), sys.executable, "-c", imports], check=True)
+        floor = time.monotonic() - began
+        _, first, _ = training_run(2, 2, "--preset", args.preset)
+        beyond.append((first, floor))
+    beyond = beyond[1:]  # the first filled the caches
+    rows = [("", "median s", "lowest .. highest")]
+    named = {"mpirun to the first step": [f for f, _ in beyond], "importing torch and mpi4py": [f for _, f in beyond]}
+    named["beyond importing (goal: 3 s at most)"] = [a - b for a, b in beyond]
+    rows += [(n, f"{statistics.median(t):.2f}", f"{min(t):.2f} .. {max(t):.2f}") for n, t in named.items()]
+    table(f"start ({args.preset}): {args.rounds} rounds", rows)
+
+
+def memory(args: argparse.Namespace) -> None:
+    wide = "--model.d-model 512 --model.n-layers 8 --model.n-heads 8"
+    shapes = {
+        "tiny": "",
+        "tiny, 16 sequences at once": "--train.micro-batch 16 --train.global-batch 32",
+        "26M parameters": f"{wide} --train.global-batch 4",
+        "the same in bfloat16": f"{wide} --train.dtype bfloat16 --train.global-batch 8 --train.micro-batch 4",
+        "87M parameters": "--preset llama-100m --train.dtype float32 --train.global-batch 2 --data.tokenizer auto",
+    }
+    rows = [("model, 2 ranks", "predicted MiB", "measured MiB", "measured / predicted (goal: 0.90 .. 1.10)")]
+    for name, words in shapes.items():
+        _, _, printed = training_run(2, 3, *words.split())
+        measured, predicted = (
+            float(x.replace(",", "")) for x in re.findall(r"memory ([\d,]+) MiB.*most, ([\d,]+) MiB", printed)[0]
+        )
+        rows.append((name, f"{predicted:.0f}", f"{measured:.0f}", f"{measured / predicted:.3f}"))
+    table("memory of a rank", rows)
