@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.measure import (
     BENCH,
     OTHERS_ALLOWED,
+    ROOT,
     TURNS,
     Load,
     configured,
@@ -145,7 +146,7 @@ def training_run(ranks: int, steps: int, *words: str) -> tuple[list[dict], float
         ]
         command += ["--run.eval-every", "0", "--generate.max-tokens", "0", "--run.log-every", "1", *words]
         began, first, printed = time.monotonic(), 0.0, []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 printed.append(line)
