@@ -27,8 +27,10 @@ T = TypeVar("T")
 class Model:
     """The shape of the network."""
 
-    arch: Literal["llama"] = "llama"
-    """Architecture: a decoder with RMSNorm, rotary positions, SwiGLU and grouped-query attention."""
+    arch: Literal["llama", "gpt2", "qwen", "bert", "mixtral"] = "llama"
+    """Architecture. bert sees both sides and learns to predict masked tokens; the others predict the next one."""
+    vocab_size: int = 0
+    """Rows of the embedding; 0: as many as the tokenizer has tokens."""
     n_layers: int = 4
     """Number of blocks."""
     n_heads: int = 4
@@ -37,8 +39,10 @@ class Model:
     """Key and value heads, shared by groups of query heads; 0: as many as n-heads."""
     d_model: int = 192
     """Width of the residual stream."""
+    head_width: int = 0
+    """Width of an attention head; 0: d-model over n-heads."""
     d_ff: int = 0
-    """Width of the feed-forward layer; 0: 8/3 of d-model, rounded up to a multiple of 32."""
+    """Width of the feed-forward layer; 0: 4 d-model for gpt2 and bert, else 8/3 of it, rounded up to a multiple of 32."""
     context_length: int = 256
     """Tokens in one sequence."""
     dropout: float = 0.0
@@ -47,8 +51,18 @@ class Model:
     """Use the embedding matrix as the output matrix too."""
     rope_theta: float = 10000.0
     """Base wavelength of the rotary positions."""
+    rope_scaling: tuple[float, ...] = ()
+    """Llama 3.1's stretched rotary positions: factor, low and high frequency factor, original context length; empty: none."""
+    qk_norm: bool = False
+    """qwen: normalise queries and keys, as Qwen 3 does; false: give them and the values biases, as Qwen 2 does."""
+    n_experts: int = 8
+    """mixtral: feed-forward layers of a block."""
+    experts_per_token: int = 2
+    """mixtral: how many of them a token uses."""
+    router_loss: float = 0.02
+    """mixtral: weight of the loss that spreads the tokens evenly over the experts."""
     norm_eps: float = 1e-5
-    """Added to the mean square inside RMSNorm."""
+    """Added to the mean square inside norms."""
 
 
 @dataclass(frozen=True)
@@ -265,8 +279,10 @@ def _item_type(section: Any, key: str) -> type | None:
 
 
 def _typed(value: Any, like: Any, item: type | None, where: str) -> Any:
-    if isinstance(like, tuple) and isinstance(value, list) and all(type(entry) is item for entry in value):
-        return tuple(value)
+    if isinstance(like, tuple) and isinstance(value, list):
+        value = [float(entry) if item is float and type(entry) is int else entry for entry in value]
+        if all(type(entry) is item for entry in value):
+            return tuple(value)
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(like):
@@ -288,11 +304,11 @@ def resolve(config: Config) -> Config:
     """The config with the shape it leaves open worked out."""
     model = config.model
     n_kv_heads = model.n_kv_heads or model.n_heads
-    d_ff = model.d_ff or -(-(8 * model.d_model // 3) // 32) * 32
+    head_width = model.head_width or model.d_model // model.n_heads
+    d_ff = model.d_ff or (4 * model.d_model if model.arch in ("gpt2", "bert") else -(-(8 * model.d_model // 3) // 32) * 32)
     chunks = config.parallel.chunks or (2 if config.parallel.schedule == "interleaved" else 1)
-    return replace(
-        config, model=replace(model, n_kv_heads=n_kv_heads, d_ff=d_ff), parallel=replace(config.parallel, chunks=chunks)
-    )
+    shape = replace(model, n_kv_heads=n_kv_heads, head_width=head_width, d_ff=d_ff)
+    return replace(config, model=shape, parallel=replace(config.parallel, chunks=chunks))
 
 
 def microbatches(config: Config) -> int:

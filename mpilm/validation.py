@@ -9,12 +9,13 @@ from mpilm.errors import ConfigError
 
 POSITIVE = (
     "model.n_layers", "model.n_heads", "model.d_model", "model.context_length", "model.rope_theta", "model.norm_eps",
-    "train.steps", "train.global_batch", "train.micro_batch", "parallel.pipeline",
+    "model.n_experts", "model.experts_per_token", "train.steps", "train.global_batch", "train.micro_batch", "parallel.pipeline",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "model.n_kv_heads", "model.d_ff", "parallel.chunks", "train.seed", "train.lr", "train.min_lr", "train.warmup_steps",
-    "train.weight_decay", "train.clip_norm", "train.threads", "checkpoint.every", "checkpoint.keep", "run.log_every",
-    "run.eval_every", "run.eval_batches", "generate.max_tokens", "generate.temperature", "generate.top_k", "generate.seed",
+    "model.vocab_size", "model.n_kv_heads", "model.head_width", "model.d_ff", "model.router_loss", "parallel.chunks",
+    "train.seed", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay", "train.clip_norm", "train.threads",
+    "checkpoint.every", "checkpoint.keep", "run.log_every", "run.eval_every", "run.eval_batches", "generate.max_tokens",
+    "generate.temperature", "generate.top_k", "generate.seed",
 )  # fmt: skip
 BELOW_ONE = ("model.dropout", "data.eval_fraction", "train.beta1", "train.beta2")
 
@@ -52,7 +53,7 @@ def _validate_choice(config: Any, name: str, value: Any) -> None:
 
 
 CHOICES = {
-    "model.arch": ("llama",),
+    "model.arch": ("llama", "gpt2", "qwen", "bert", "mixtral"),
     "data.encoding_errors": ("stop", "replace"),
     "train.lr_schedule": ("cosine", "linear", "constant"),
     "train.dtype": ("float32", "bfloat16"),
@@ -65,12 +66,34 @@ CHOICES = {
 
 
 def _validate_model(model: Model) -> None:
-    if model.d_model % model.n_heads:
+    _validate_heads(model)
+    if model.experts_per_token > model.n_experts and model.arch == "mixtral":
+        raise ConfigError(
+            f"--model.experts-per-token {model.experts_per_token} is more than --model.n-experts {model.n_experts}"
+        )
+    if model.rope_scaling and (len(model.rope_scaling) != 4 or not 0 < model.rope_scaling[1] < model.rope_scaling[2]):
+        raise ConfigError(
+            f"--model.rope-scaling {' '.join(f'{value:g}' for value in model.rope_scaling)}: write four numbers: factor, low "
+            "and high frequency factor, original context length; Llama 3.1 has 8 1 4 8192"
+        )
+
+
+def _validate_heads(model: Model) -> None:
+    stated = model.head_width != model.d_model // model.n_heads
+    if model.d_model % model.n_heads and not stated:
         near = _nearest_multiple(model.d_model, 2 * model.n_heads)
         raise ConfigError(
             f"--model.d-model {model.d_model} is not divisible by --model.n-heads {model.n_heads}; the nearest that is: {near}"
         )
-    if (model.d_model // model.n_heads) % 2:
+    if model.arch in ("gpt2", "bert"):
+        if stated or model.n_kv_heads != model.n_heads:
+            raise ConfigError(
+                f"--model.arch {model.arch} has heads of d-model / n-heads, each with keys and values of its own; leave out "
+                "--model.head-width and --model.n-kv-heads"
+            )
+        if model.arch == "bert" and not model.tie_embeddings:
+            raise ConfigError("--model.arch bert predicts with its embedding matrix: --model.tie-embeddings false cannot be")
+    elif model.head_width % 2:
         raise ConfigError(
             f"--model.d-model {model.d_model} over --model.n-heads {model.n_heads} gives heads of odd width, "
             "and rotary positions turn pairs; make it even"

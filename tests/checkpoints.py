@@ -16,6 +16,7 @@ from torch import Tensor
 from mpilm.checkpoint import format, save
 from mpilm.checkpoint.load import load
 from mpilm.checkpoint.save import State
+from mpilm.checkpoint.tensors import find, open_tensors
 from mpilm.comm.base import Comm
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.parallel.shard import Piece
@@ -118,9 +119,16 @@ def loads_the_same(folder: Path, tensors: Tensors, sharding: Sharding, comm: Com
     moments = {
         kind: {piece: torch.full_like(tensor, -1.0) for piece, tensor in of.items()} for kind, of in expected.moments.items()
     }
-    load(folder, parameters, moments, expected.shapes, comm)
+    load(folder, parameters, moments, expected.shapes, "llama", comm)
     for found, wanted in zip((parameters, *moments.values()), (expected.parameters, *expected.moments.values())):
         assert all(torch.equal(found[piece], wanted[piece]) for piece in wanted)
+
+
+def read_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
+    """Fill whole tensors by their names in a safetensors file, or in the files of a folder."""
+    with open_tensors(path) as slots:
+        for name, tensor in wanted.items():
+            find(slots, name, tuple(tensor.shape), path).read(tensor)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

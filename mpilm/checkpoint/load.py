@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -11,9 +11,14 @@ from mpilm.checkpoint.format import checkpoints, verify
 from mpilm.checkpoint.tensors import Shape, find, open_tensors
 from mpilm.comm.base import Comm
 from mpilm.comm.together import together
-from mpilm.errors import DataError
-from mpilm.model.huggingface import published_name
+from mpilm.config import Model
+from mpilm.errors import ConfigError, DataError
+from mpilm.model.huggingface import match, published_name
 from mpilm.parallel.shard import Piece
+
+SHOWN = 4  # names that a message lists
+TIED_MATRICES = ("head.weight",)  # which a file may hold although it is the embedding again
+POSITIONS = "embed.positions.weight"
 
 
 def newest_valid(parent: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -33,6 +38,7 @@ def load(
     parameters: Mapping[Piece, Tensor],
     moments: Mapping[str, Mapping[Piece, Tensor]],
     shapes: Mapping[str, Shape],
+    arch: str,
     comm: Comm,
 ) -> None:
     """Fill this rank's pieces, flat float32 tensors on any device, from a verified checkpoint of any layout. Collective over
@@ -41,7 +47,7 @@ def load(
     `shapes`: every parameter of the whole model that has memory of its own; all of them are compared with the files on every
     rank. `moments` is by kind, and may be empty.
     """
-    together(comm, lambda: _load(folder, parameters, moments, shapes))
+    together(comm, lambda: _load(folder, parameters, moments, shapes, arch))
 
 
 def _load(
@@ -49,8 +55,9 @@ def _load(
     parameters: Mapping[Piece, Tensor],
     moments: Mapping[str, Mapping[Piece, Tensor]],
     shapes: Mapping[str, Shape],
+    arch: str,
 ) -> None:
-    _read_pieces(folder, "model", parameters, {name: published_name(name) for name in shapes}, shapes)
+    _read_pieces(folder, "model", parameters, {name: published_name(name, arch) for name in shapes}, shapes)
     for kind, pieces in moments.items():
         _read_pieces(folder, "optimizer", pieces, {name: moment_name(name, kind) for name in shapes}, shapes)
 
@@ -69,9 +76,41 @@ def _read_pieces(
             found[piece.name].read(tensor, piece.start)
 
 
-def read_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
-    """Fill whole tensors, contiguous, by their names in a safetensors file or in a Hugging Face folder, whose model may be in
-    one file or in several with an index; F16, BF16, F32 and F64 are converted. Raises FileError, DataError or ConfigError."""
-    with open_tensors(path) as slots:
-        for name, tensor in wanted.items():
-            find(slots, name, tuple(tensor.shape), path).read(tensor)
+def load_published(
+    folder: Path, parameters: Mapping[Piece, Tensor], shapes: Mapping[str, Shape], model: Model, comm: Comm
+) -> None:
+    """Fill this rank's pieces, flat float32 tensors on any device, from a Hugging Face folder: one safetensors file or several
+    with an index, in F16, BF16, F32 or F64. Collective over `comm`; raises AgreedError on all ranks alike.
+
+    `shapes`: of all parameters that have memory of their own. A table of learned positions may be longer than the model needs.
+    """
+    together(comm, lambda: _load_published(folder, parameters, shapes, model))
+
+
+def _load_published(folder: Path, parameters: Mapping[Piece, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
+    _refuse_pickles(folder)
+    with open_tensors(folder) as slots:
+        found = match(shapes, slots, model.arch, TIED_MATRICES if model.tie_embeddings else ())
+        for words, names in (("lacks", found.missing), ("holds, besides a " + model.arch + " model,", found.extra)):
+            if names:
+                raise ConfigError(f"{folder} {words} {_listed(names)}")
+        places = {
+            name: find(slots, found.names[name], shape, folder, longer=name == POSITIONS) for name, shape in shapes.items()
+        }
+        for piece, tensor in parameters.items():
+            places[piece.name].read(tensor, piece.start)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Say how to convert weights in a format that could run a stranger's code."""
+    old = sorted(path.name for pattern in ("pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if old and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{folder} holds {old[0]}, a pickle, which could run anything when it is read; convert it once where you trust it, "
+            "for example with transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -35,7 +35,8 @@ from mpilm.comm.together import AgreedError, on_root, together
 from mpilm.config import Model
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import FileError, UserError
-from mpilm.model.huggingface import published_config, published_name
+from mpilm.model.huggingface import published_name
+from mpilm.model.huggingface_config import published_config
 from mpilm.parallel.shard import Piece
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts models
@@ -101,7 +102,10 @@ def _prepare(final: Path, temporary: Path) -> None:
 
 def _model_files(state: State) -> list[TensorFile]:
     """In the reverse of the model's order, as the parameters lie in memory: neighbours here are mostly neighbours there."""
-    tensors = [StoredTensor(published_name(name), (PARAMETER, name), shape) for name, shape in _backward(state.shapes)]
+    tensors = [
+        StoredTensor(published_name(name, state.model.arch), (PARAMETER, name), shape)
+        for name, shape in _backward(state.shapes)
+    ]
     return tensor_files("model", tensors, MAX_SHARD_BYTES)
 
 

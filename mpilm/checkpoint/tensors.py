@@ -77,12 +77,16 @@ def open_tensors(path: Path, stem: str = "model") -> Iterator[Slots]:
         yield _open_folder(path, stem, stack) if path.is_dir() else _open_file(path, stack)
 
 
-def find(slots: Slots, name: str, shape: Shape, where: Path, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Slot:
+def find(
+    slots: Slots, name: str, shape: Shape, where: Path, dtypes: tuple[str, ...] = tuple(DTYPES), longer: bool = False
+) -> Slot:
     """The tensor of that name; raises ConfigError for one that is not there or of another shape, DataError for a dtype that
-    is not among `dtypes`."""
+    is not among `dtypes`. `longer`: it may have more rows, of which the first are wanted."""
     if name not in slots:
         raise ConfigError(f"{where} has no tensor {name}: it is a checkpoint of another model")
     slot = slots[name]
+    if longer and slot.shape[1:] == tuple(shape)[1:] and slot.shape[0] > shape[0]:
+        shape = slot.shape
     if slot.shape != tuple(shape):
         raise ConfigError(f"{slot.path}: {name} has shape {slot.shape}, this model needs {tuple(shape)}")
     if slot.dtype not in dtypes:

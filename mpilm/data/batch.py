@@ -23,15 +23,22 @@ class Batch:
     tokens: Tensor
     """(B, T) int64."""
     targets: Tensor
-    """(B, T) int64, each the token after the one at its place."""
+    """(B, T) int64, what is to be predicted at each place, or IGNORED."""
     positions: Tensor
-    """(T,) int64."""
+    """(T,) int64, or (B, T)."""
     samples: Tensor
     """(B,) int64, a number for each sequence that no other of the run has; what dropout is keyed by."""
+    target_tokens: int
+    """Targets that are not IGNORED."""
+    documents: Tensor | None = None
+    """(B, T) int64, numbers of the documents in each row among whose tokens attention stays; None: each row is one."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on that device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in ("tokens", "targets", "positions", "samples")})
+        return replace(
+            self, tokens=self.tokens.to(device), targets=self.targets.to(device), positions=self.positions.to(device),
+            documents=None if self.documents is None else self.documents.to(device),
+        )  # fmt: skip
 
 
 class Batches:
@@ -96,4 +103,10 @@ class Batches:
         length = self.context_length
         starts = origin + samples * length
         rows = torch.from_numpy(np.stack([self.corpus.read(start, start + length + 1) for start in starts.tolist()]))
-        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.arange(length), torch.from_numpy(numbers))
+        return Batch(
+            rows[:, :-1].contiguous(),
+            rows[:, 1:].contiguous(),
+            torch.arange(length),
+            torch.from_numpy(numbers),
+            rows.shape[0] * length,
+        )

@@ -1,12 +1,10 @@
-"""The two-way table between our parameter names and Hugging Face's, and their config.json. Pure."""
+"""The two-way table between our parameter names and Hugging Face's. Pure."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
-
-from mpilm.config import Model
-from mpilm.errors import ConfigError
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 LLAMA = {
     "embed.weight": "model.embed_tokens.weight",
@@ -22,69 +20,101 @@ LLAMA = {
     "norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
 }
+QWEN = LLAMA | {
+    "blocks.#.attn.q.bias": "model.layers.#.self_attn.q_proj.bias",
+    "blocks.#.attn.k.bias": "model.layers.#.self_attn.k_proj.bias",
+    "blocks.#.attn.v.bias": "model.layers.#.self_attn.v_proj.bias",
+    "blocks.#.attn.q_norm.weight": "model.layers.#.self_attn.q_norm.weight",
+    "blocks.#.attn.k_norm.weight": "model.layers.#.self_attn.k_norm.weight",
+}
+MIXTRAL = LLAMA | {
+    "blocks.#.mlp.router.weight": "model.layers.#.block_sparse_moe.gate.weight",
+    "blocks.#.mlp.experts.#.gate.weight": "model.layers.#.block_sparse_moe.experts.#.w1.weight",
+    "blocks.#.mlp.experts.#.up.weight": "model.layers.#.block_sparse_moe.experts.#.w3.weight",
+    "blocks.#.mlp.experts.#.down.weight": "model.layers.#.block_sparse_moe.experts.#.w2.weight",
+}
 
 
-def published_name(name: str) -> str:
-    """Our name of a parameter to Hugging Face's."""
-    number = re.search(r"\.(\d+)\.", name)
-    general = re.sub(r"\.\d+\.", ".#.", name)
-    return LLAMA[general].replace("#", number.group(1) if number else "#")
+def _with_biases(table: Mapping[str, str]) -> dict[str, str]:
+    """The table, whose names lack the last word, for weights and for biases."""
+    return {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in table.items() for part in ("weight", "bias")}
 
 
-def published_config(model: Model, vocab_size: int, eos: int) -> dict[str, Any]:
-    """The config.json with which transformers builds the same model."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": model.d_model,
-        "intermediate_size": model.d_ff,
-        "num_hidden_layers": model.n_layers,
-        "num_attention_heads": model.n_heads,
-        "num_key_value_heads": model.n_kv_heads,
-        "head_dim": model.d_model // model.n_heads,
-        "max_position_embeddings": model.context_length,
-        "rope_theta": model.rope_theta,
-        "rms_norm_eps": model.norm_eps,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": eos,
-        "eos_token_id": eos,
-        "torch_dtype": "float32",
+GPT2 = {
+    "embed.tokens.weight": "transformer.wte.weight",
+    "embed.positions.weight": "transformer.wpe.weight",
+    "head.weight": "lm_head.weight",
+} | _with_biases(
+    {
+        "blocks.#.attn_norm": "transformer.h.#.ln_1",
+        "blocks.#.attn.qkv": "transformer.h.#.attn.c_attn",
+        "blocks.#.attn.o": "transformer.h.#.attn.c_proj",
+        "blocks.#.mlp_norm": "transformer.h.#.ln_2",
+        "blocks.#.mlp.up": "transformer.h.#.mlp.c_fc",
+        "blocks.#.mlp.down": "transformer.h.#.mlp.c_proj",
+        "norm": "transformer.ln_f",
     }
-
-
-def read_config(published: dict[str, Any], where: str) -> tuple[Model, int]:
-    """The model and the vocabulary size of a config.json; raises ConfigError for one that is not of our kind."""
-    if published.get("model_type") != "llama":
-        raise ConfigError(f"{where}: model_type {published.get('model_type')!r} is not supported; llama is")
-    rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
-    unsupported = {
-        "rope scaling": rope.get("rope_type", rope.get("type", "default")) not in ("default", None),
-        "hidden_act": published.get("hidden_act", "silu") != "silu",
-        "attention_bias": bool(published.get("attention_bias")),
-        "mlp_bias": bool(published.get("mlp_bias")),
+)
+BERT = {
+    "embed.tokens.weight": "bert.embeddings.word_embeddings.weight",
+    "embed.positions.weight": "bert.embeddings.position_embeddings.weight",
+    "embed.segments.weight": "bert.embeddings.token_type_embeddings.weight",
+    "head.weight": "cls.predictions.decoder.weight",
+    "head.bias": "cls.predictions.bias",
+} | _with_biases(
+    {
+        "embed.norm": "bert.embeddings.LayerNorm",
+        "blocks.#.attn.q": "bert.encoder.layer.#.attention.self.query",
+        "blocks.#.attn.k": "bert.encoder.layer.#.attention.self.key",
+        "blocks.#.attn.v": "bert.encoder.layer.#.attention.self.value",
+        "blocks.#.attn.o": "bert.encoder.layer.#.attention.output.dense",
+        "blocks.#.attn_norm": "bert.encoder.layer.#.attention.output.LayerNorm",
+        "blocks.#.mlp.up": "bert.encoder.layer.#.intermediate.dense",
+        "blocks.#.mlp.down": "bert.encoder.layer.#.output.dense",
+        "blocks.#.mlp_norm": "bert.encoder.layer.#.output.LayerNorm",
+        "norm.project": "cls.predictions.transform.dense",
+        "norm.norm": "cls.predictions.transform.LayerNorm",
     }
-    if any(unsupported.values()):
-        raise ConfigError(f"{where}: {', '.join(k for k, bad in unsupported.items() if bad)} of this model is not supported")
-    try:
-        heads, width = published["num_attention_heads"], published["hidden_size"]
-        if published.get("head_dim") not in (None, width // heads):
-            raise ConfigError(f"{where}: head_dim {published['head_dim']} is not hidden_size / num_attention_heads")
-        model = Model(
-            n_layers=published["num_hidden_layers"],
-            n_heads=heads,
-            n_kv_heads=published.get("num_key_value_heads") or heads,
-            d_model=width,
-            d_ff=published["intermediate_size"],
-            context_length=published["max_position_embeddings"],
-            tie_embeddings=published.get("tie_word_embeddings", False),
-            rope_theta=float(published.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            norm_eps=published.get("rms_norm_eps", 1e-6),
-        )
-        return model, published["vocab_size"]
-    except KeyError as missing:
-        raise ConfigError(f"{where}: lacks {missing}") from None
+)
+NAMES = {"llama": LLAMA, "qwen": QWEN, "mixtral": MIXTRAL, "gpt2": GPT2, "bert": BERT}
+
+OLD_WORDS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))  # of BERT, as TensorFlow had them
+BESIDE = re.compile(  # what files hold beside the parameters of a language model: buffers, and heads of other tasks
+    r"(bert\.)?pooler\.|cls\.seq_relationship\.|cls\.predictions\.decoder\.bias$|(bert\.)?embeddings\.position_ids$"
+    r"|(transformer\.)?h\.\d+\.attn\.(masked_)?bias$|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$"
+)
+
+
+def published_name(name: str, arch: str) -> str:
+    """Our name of a parameter of a family to Hugging Face's."""
+    numbers = iter(re.findall(r"\.(\d+)(?=\.)", name))
+    return re.sub("#", lambda _: next(numbers), NAMES[arch][re.sub(r"\.\d+(?=\.)", ".#", name)])
+
+
+@dataclass(frozen=True)
+class Found:
+    """The names under which a file holds the parameters, what it lacks, and what it has besides."""
+
+    names: Mapping[str, str]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+
+
+def match(parameters: Iterable[str], held: Iterable[str], arch: str, tied: Iterable[str] = ()) -> Found:
+    """Find each of our `parameters` among the names that a file holds, also where a part of the model was saved without the
+    prefix of the whole or under words that are no longer used. What is `tied` may be there a second time."""
+    held = set(held)
+    names = {name: next((other for other in _spellings(name, arch) if other in held), "") for name in parameters}
+    copies = {other for name in tied for other in _spellings(name, arch)}
+    extra = sorted(name for name in held - set(names.values()) - copies if not BESIDE.match(name))
+    missing = (published_name(name, arch) for name, other in names.items() if not other)
+    return Found(names, tuple(missing), tuple(extra))
+
+
+def _spellings(name: str, arch: str) -> Iterator[str]:
+    whole = published_name(name, arch)
+    for spelled in (whole, whole.split(".", 1)[1]):
+        yield spelled
+        for new, old in OLD_WORDS:
+            if new in spelled:
+                yield spelled.replace(new, old)

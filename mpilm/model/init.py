@@ -21,7 +21,7 @@ def key_of(*parts: object) -> int:
 
 def initial_value(seed: int, name: str, shape: tuple[int, ...], std: float | None) -> Tensor:
     """float32 values of the parameter `name`: normal with deviation `std`, or ones where std is None."""
-    if std is None:
-        return torch.ones(shape)
+    if not std:
+        return torch.full(shape, 1.0 if std is None else 0.0)
     generator = np.random.Generator(np.random.Philox(key=key_of("init", seed, name)))
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(std)

@@ -1,22 +1,38 @@
-"""The small parts of a block: normalisation, feed-forward, rotary positions, dropout."""
+"""The small parts of a block: projections, normalisation, feed-forward, rotary positions, dropout."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpilm.model.init import key_of
+from mpilm.model.rows import Rows
 
 
 class Linear(nn.Linear):
-    """x W^T without bias; its values come from model/init.py (torch's own would be drawn for nothing)."""
+    """x W^T, with a bias or without; its values come from model/init.py (torch's own would be drawn for nothing)."""
 
-    def __init__(self, width_in: int, width_out: int):
-        super().__init__(width_in, width_out, bias=False)
+    def __init__(self, width_in: int, width_out: int, bias: bool = False):
+        super().__init__(width_in, width_out, bias=bias)
 
     def reset_parameters(self) -> None:
         pass
+
+
+class Conv1D(nn.Module):
+    """x W + b: a Linear with its matrix the other way round, as GPT-2 keeps it (a convolution of width 1 once)."""
+
+    def __init__(self, width_in: int, width_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width_in, width_out))
+        self.bias = nn.Parameter(torch.empty(width_out))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, in) -> (B, T, out)
+        return F.linear(x, self.weight.t(), self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -38,6 +54,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerNorm(nn.Module):
+    """Subtract the mean, divide by the deviation, times a learned weight plus a learned bias (Ba et al., arXiv 1607.06450)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class SwiGLU(nn.Module):
     """Feed-forward with a gate: down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
@@ -47,16 +76,46 @@ class SwiGLU(nn.Module):
         self.up = Linear(d_model, d_ff)
         self.down = Linear(d_ff, d_model)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:  # (..., D) -> (..., D)
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def rotation(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles of rotary positions (Su et al., arXiv 2104.09864): (T,) -> 2 x (T, K)."""
-    exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device) / head_width
-    angles = positions.float()[:, None] / theta**exponents  # (T, K/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (T, K): dim i turns with dim i + K/2, as Hugging Face lays it out
-    return angles.cos(), angles.sin()
+class FeedForward(nn.Module):
+    """Two projections with an activation between them."""
+
+    def __init__(self, up: nn.Module, activation: Callable[[Tensor], Tensor], down: nn.Module):
+        super().__init__()
+        self.up, self.activation, self.down = up, activation, down
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return self.down(self.activation(self.up(x)))
+
+
+class Rotary:
+    """Rotary positions (Su et al., arXiv 2104.09864) of heads of so many dims.
+
+    `scaling`: empty, or factor, low and high frequency factor and original context length: waves longer than the context
+    that the model was first trained on are stretched by the factor, short ones are not, those between in part (Llama 3.1).
+    """
+
+    def __init__(self, head_width: int, theta: float, scaling: Sequence[float] = ()):
+        self.head_width, self.theta, self.scaling = head_width, theta, tuple(scaling)
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of all angles: (T,) -> 2 x (T, K), (B, T) -> 2 x (B, 1, T, K)."""
+        exponents = torch.arange(0, self.head_width, 2, dtype=torch.float32, device=positions.device) / self.head_width
+        angles = positions.float()[..., None] / self._scaled(self.theta**exponents)  # (..., T, K/2)
+        angles = torch.cat((angles, angles), dim=-1)  # dim i turns with dim i + K/2, as Hugging Face lays it out
+        angles = angles.unsqueeze(1) if positions.dim() == 2 else angles
+        return angles.cos(), angles.sin()
+
+    def _scaled(self, radians: Tensor) -> Tensor:
+        """Positions a radian, (K/2,)."""
+        if not self.scaling:
+            return radians
+        factor, low, high, original = self.scaling
+        unchanged = ((original / (2 * math.pi * radians) - low) / (high - low)).clamp(0, 1)
+        return radians / ((1 - unchanged) / factor + unchanged)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, K) -> (B, H, T, K)

@@ -1,4 +1,4 @@
-"""Where each parameter of a model family goes: the first column of its plan. Pure."""
+"""Where each parameter of a model goes: the first column of its plan. Pure."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 from itertools import accumulate
 
-PLACES = {"llama": {"embed": "first", "blocks": "block", "norm": "last", "head": "last"}}
-"""Top-level module -> the pipeline stage that has it; blocks are shared out by the cut."""
+PLACES = {"embed": "first", "blocks": "block", "norm": "last", "head": "last"}
+"""Top-level module of any family -> the pipeline stage that has it; blocks are shared out by the cut."""
 
 
-def stage_of(name: str, cut: Sequence[int], arch: str) -> int:
+def stage_of(name: str, cut: Sequence[int]) -> int:
     """The stage of the parameter or module `name`; `cut` holds the number of blocks of each stage."""
     module, number = re.match(r"(\w+)(?:\.(\d+))?", name).groups()  # type: ignore[union-attr]
-    match PLACES[arch][module]:
+    match PLACES[module]:
         case "first":
             return 0
         case "last":

@@ -64,11 +64,30 @@ class Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        inputs = list(ctx.others)
-        for i, x in zip(ctx.tensors, ctx.saved_tensors):
-            inputs[i] = x.detach().requires_grad_(ctx.needs_input_grad[2 + i])
+        inputs, gradients = list(ctx.others), [None] * len(ctx.others)
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            for i, x in zip(ctx.tensors, ctx.saved_tensors):
+                needed = ctx.needs_input_grad[2 + i]
+                inputs[i] = Caught.apply(x.detach().requires_grad_(), gradients, i) if needed else x.detach()
             y = ctx.function(*inputs)
         if y.requires_grad:
             backward_from(y, gradient)
-        return None, None, *(x.grad if isinstance(x, Tensor) else None for x in inputs)
+        return None, None, *gradients
+
+
+class Caught(torch.autograd.Function):
+    """x, whose gradient is put at place `i` of `gradients`, just as it comes.
+
+    A leaf would do something to it: its .grad has the leaf's strides, and autocast makes one copy of a leaf for all matrices
+    that it is multiplied with, not one for each; sums then come in another order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradients: list[Tensor | None], i: int) -> Tensor:
+        ctx.gradients, ctx.i = gradients, i
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.gradients[ctx.i] = gradient
+        return None, None, None

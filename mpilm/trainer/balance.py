@@ -15,6 +15,7 @@ from mpilm.comm.together import together
 from mpilm.config import Config
 from mpilm.mesh.mesh import Mesh
 from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
 from mpilm.parallel.cut import keep_stage
 from mpilm.parallel.feasible import cut_by_cost
 from mpilm.parallel.flat import FlatParameters
@@ -51,7 +52,7 @@ def _part_s(config: Config, vocab_size: int, device: torch.device, part: int, wo
     """Seconds of forward and backward of one microbatch through a part of the model, the mean of many. Collective."""
     shape = replace(config.model, n_layers=1)
     model = meta_model(shape, vocab_size)
-    keep_stage(model, part, PARTS, shape.arch)
+    keep_stage(model, part, PARTS)
     flat = FlatParameters(of_stage(resolve_layouts(shape, vocab_size, PARTS), part), device)
     flat.values.tensor.fill_(0.01)
     flat.install(model)
@@ -67,12 +68,12 @@ def _part_s(config: Config, vocab_size: int, device: torch.device, part: int, wo
 def _computation(
     model: nn.Module, x: Tensor, tokens: Tensor, part: int, config: Config, device: torch.device
 ) -> Callable[[], None]:
-    positions, autocast = torch.arange(tokens.shape[1], device=device), autocast_of(config.train.dtype, device)
-    keys = list(range(len(tokens)))
+    rows = Rows(torch.arange(tokens.shape[1], device=device), keys=list(range(len(tokens))), share=1 / tokens.numel())
+    autocast = autocast_of(config.train.dtype, device)
 
     def compute() -> None:
         with autocast():
-            y = model(x, positions, keys)
+            y = model(x, rows)
         (loss_sum(y, tokens) if part == 2 else y.sum()).backward()
 
     return compute

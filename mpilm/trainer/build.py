@@ -61,7 +61,7 @@ def build(config: Config, world: Comm) -> Training:
     if folder.checkpoint is None:
         model.initialise()
     else:
-        load(folder.checkpoint, model.pieces(), model.optimizer.pieces(), model.shapes, world)
+        load(folder.checkpoint, model.pieces(), model.optimizer.pieces(), model.shapes, config.model.arch, world)
         model.optimizer.set_step(folder.step)
         model.publish()
     trim()

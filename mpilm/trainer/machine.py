@@ -14,8 +14,9 @@ import mpilm
 from mpilm.comm.base import Comm
 from mpilm.config import Config, Model, Train, resolve
 from mpilm.errors import ConfigError
-from mpilm.model.llama import Llama
+from mpilm.model.families import build
 from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ def asked_by_environment(value: str) -> int:
 
 def _load_libraries(device: torch.device) -> None:
     """Make torch load its mathematics, so that what the program itself takes is known before the model is there."""
-    model = Llama(resolve(Config(model=Model(n_layers=1, n_heads=4, d_model=128, context_length=128))).model, 128).to(device)
+    model = build(resolve(Config(model=Model(n_layers=1, n_heads=4, d_model=128, context_length=128))).model, 128).to(device)
     for parameter in model.parameters():
         parameter.data.zero_()
     tokens = torch.zeros(2, 128, dtype=torch.int64, device=device)
-    loss_sum(model(tokens, tokens[0]), tokens).backward()
+    loss_sum(model(tokens, Rows(tokens[0])), tokens).backward()
 
 
 def _cores() -> list[int]:

@@ -41,7 +41,7 @@ class RandomTokens:
         generator = np.random.Generator(np.random.Philox(key=key_of("verify", self.config.train.seed, step, m)))
         tokens = torch.from_numpy(generator.integers(0, VOCAB_SIZE, (rows, length + 1), dtype=np.int64))
         samples = (step * self.config.train.global_batch + m * rows) + torch.arange(rows)
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(length), samples)
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(length), samples, rows * length)
 
     def target_tokens(self, step: int) -> int:
         return self.config.train.global_batch * self.config.model.context_length

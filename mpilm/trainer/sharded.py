@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mpilm.config import Config, Model, microbatches
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
+from mpilm.model.families import build, initial_std, tied
 from mpilm.model.init import initial_value
-from mpilm.model.llama import TIED, Llama, initial_std
 from mpilm.optim.adamw import AdamW
 from mpilm.optim.dealt import DealtSum
 from mpilm.optim.reduce import BlockSum
@@ -74,7 +74,7 @@ class ShardedModel:
     def _stage(self, stage: int) -> ModelStage:
         config, last = self.config, len(self.cut) - 1
         model = meta_model(config.model, self.vocab_size)
-        keep_stage(model, stage, self.cut, config.model.arch)
+        keep_stage(model, stage, self.cut)
         flat = FlatParameters(
             of_stage(self.layouts, stage), self.device, self.zero, self.data.rank, self.data.size, self.alignment
         )
@@ -191,7 +191,7 @@ class ShardedModel:
     def next_logits(self, tokens: Tensor) -> Tensor:  # (T,) -> (V,)
         """What may follow `tokens`: the logits, on every rank. Collective, and every replica computes the same."""
         tokens = tokens.to(self.device)
-        batch = Batch(tokens[None], tokens[None], torch.arange(len(tokens), device=self.device), tokens[:1])
+        batch = Batch(tokens[None], tokens[None], torch.arange(len(tokens), device=self.device), tokens[:1], len(tokens))
         self._run(self._forwards(1, 1), Feed(lambda _: batch, (0,), result=lambda logits, _: logits[0, -1].float()))
         found = self.results()
         logits = found[0] if found else torch.empty(self.vocab_size, device=self.device)
@@ -211,7 +211,7 @@ class ShardedModel:
 def meta_model(shape: Model, vocab_size: int) -> nn.Module:
     """The whole model without memory."""
     with torch.device("meta"):
-        return Llama(shape, vocab_size)
+        return build(shape, vocab_size)
 
 
 def whole_model(shape: Model, vocab_size: int, device: torch.device) -> tuple[nn.Module, FlatParameters]:
@@ -235,7 +235,7 @@ def draw(flat: FlatParameters, shape: Model, seed: int) -> None:
 def resolve_layouts(shape: Model, vocab_size: int, cut: Sequence[int]) -> dict[str, Layout]:
     """The layout of every parameter of the model whose stages have so many blocks each."""
     shapes = {name: tuple(p.shape) for name, p in meta_model(shape, vocab_size).named_parameters()}
-    return resolve(shapes, TIED if shape.tie_embeddings else {}, partial(stage_of, cut=cut, arch=shape.arch))
+    return resolve(shapes, tied(shape), partial(stage_of, cut=cut))
 
 
 def autocast_of(dtype: str, device: torch.device) -> Autocast:

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.checkpoint.format import MANIFEST, read_json, verify
-from mpilm.checkpoint.load import read_tensors
-from mpilm.comm.base import Comm
+from mpilm.checkpoint.load import load_published
+from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.together import on_root
 from mpilm.config import Generate, Model
 from mpilm.data.tokenizer import Tokenizer, load_tokenizer
 from mpilm.errors import FileError
-from mpilm.model.huggingface import published_name, read_config
+from mpilm.model.huggingface_config import read_config
+from mpilm.model.rows import Rows
 from mpilm.model.sample import sample
-from mpilm.trainer.sharded import whole_model
+from mpilm.parallel.layout import owned
+from mpilm.trainer.sharded import resolve_layouts, whole_model
 
 
 def write(folder: str, settings: Generate, comm: Comm) -> None:
@@ -29,7 +31,7 @@ def _write(folder: Path, settings: Generate) -> None:
     start = tokenizer.encode(settings.prompt).tolist() if settings.prompt else [tokenizer.eos]
 
     def next_logits(tokens: Tensor) -> Tensor:
-        return model(tokens[None], torch.arange(len(tokens)))[0, -1]
+        return model(tokens[None], Rows(torch.arange(len(tokens))))[0, -1]
 
     written = sample(next_logits, start, settings, shape.context_length, tokenizer.eos)
     print(settings.prompt + tokenizer.decode(written), flush=True)
@@ -44,6 +46,6 @@ def read_model(folder: Path) -> tuple[nn.Module, Model, Tokenizer]:
     shape, vocab_size = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     tokenizer = load_tokenizer(str(folder))
     model, flat = whole_model(shape, vocab_size, torch.device("cpu"))
-    names = [layout.name for _, layout in flat.layout.slots.values() if layout.tied_to is None]
-    read_tensors(folder, {published_name(name): flat.parameter(name) for name in names})
+    shapes = {layout.name: layout.shape for layout in owned(resolve_layouts(shape, vocab_size, (shape.n_layers,)))}
+    load_published(folder, flat.pieces(flat.values), shapes, shape, SelfComm("world"))
     return model, shape, tokenizer

@@ -41,9 +41,11 @@ def torch_side(config, wrap: Callable = lambda model: model, rank: int = 0, rank
     from mpilm.comm.base import SelfComm
     from mpilm.data.batch import Batches
     from mpilm.data.corpus import open_corpus
+    from mpilm.model.families import build as build_model
+    from mpilm.model.families import initial_std
     from mpilm.model.init import initial_value
-    from mpilm.model.llama import Llama, initial_std
     from mpilm.model.loss import loss_sum
+    from mpilm.model.rows import Rows
     from mpilm.optim.rate import learning_rate
 
     train, shape = config.train, config.model
@@ -51,7 +53,7 @@ def torch_side(config, wrap: Callable = lambda model: model, rank: int = 0, rank
     batches = Batches(
         corpus, shape.context_length, config.data.eval_fraction, train.seed, train.global_batch, train.micro_batch
     )
-    model = Llama(shape, corpus.tokenizer.vocab_size)
+    model = build_model(shape, corpus.tokenizer.vocab_size)
     for name, p in model.named_parameters():
         p.data = initial_value(train.seed, name, tuple(p.shape), initial_std(name, shape))
     if shape.tie_embeddings:
@@ -69,7 +71,11 @@ def torch_side(config, wrap: Callable = lambda model: model, rank: int = 0, rank
             batch = batches.train(number, m)
             quiet = m != mine[-1] and ranks > 1
             with wrapped.no_sync() if quiet else nullcontext():
-                loss = loss_sum(wrapped(batch.tokens, batch.positions), batch.targets) / batches.target_tokens(number) * ranks
+                loss = (
+                    loss_sum(wrapped(batch.tokens, Rows(batch.positions)), batch.targets)
+                    / batches.target_tokens(number)
+                    * ranks
+                )
                 loss.backward()
             loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)

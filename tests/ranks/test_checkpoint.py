@@ -22,6 +22,7 @@ from checkpoints import (
     held_by_all,
     loads_the_same,
     pieces,
+    read_tensors,
     saved,
     small_files,
     state_of,
@@ -35,7 +36,7 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.checkpoint import assemble, tensors
 from mpilm.checkpoint.format import TEMPORARY, checkpoints, read_manifest, verify
-from mpilm.checkpoint.load import load, read_tensors
+from mpilm.checkpoint.load import load
 from mpilm.checkpoint.plan import StoredTensor, plan_blocks, tensor_files
 from mpilm.checkpoint.save import save
 from mpilm.comm.base import SelfComm
@@ -44,8 +45,8 @@ from mpilm.comm.together import AgreedError
 from mpilm.comm.trace import Traced
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.model.families import build, tied
 from mpilm.model.huggingface import published_name
-from mpilm.model.llama import TIED, Llama
 
 ONE = SelfComm()
 BLOCKS = st.sampled_from([8, 60, 64, 100, 1 << 10, 1 << 24])  # 60 and 100: some elements lie in two blocks
@@ -83,9 +84,9 @@ def test_another_layout_reads_it(random, size, block, shard):
         for path in folder.glob("*.safetensors"):
             with safe_open(path, framework="pt") as file:
                 assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
-        whole = {published_name(name): torch.zeros(shape) for name, shape in shapes.items()}
+        whole = {published_name(name, "llama"): torch.zeros(shape) for name, shape in shapes.items()}
         read_tensors(folder, whole)
-        assert all(torch.equal(whole[published_name(name)], value) for name, value in values["parameter"].items())
+        assert all(torch.equal(whole[published_name(name, "llama")], value) for name, value in values["parameter"].items())
 
 
 def test_the_bytes_of_a_file(tmp_path):
@@ -112,9 +113,9 @@ def test_the_bytes_of_a_file(tmp_path):
 @pytest.mark.parametrize("shard", [20_000, 5_000_000_000])
 def test_transformers_reads_it_in_one_file_or_in_several(tmp_path, tie, shard):
     config = tiny("", "", model__tie_embeddings=tie, model__dropout=0.0).model
-    model = Llama(config, bytes_tokenizer().vocab_size)
+    model = build(config, bytes_tokenizer().vocab_size)
     torch.manual_seed(0)
-    own = {name: p.detach().normal_(std=0.1) for name, p in model.named_parameters() if not (tie and name in TIED)}
+    own = {name: p.detach().normal_(std=0.1) for name, p in model.named_parameters() if name not in tied(config)}
     if tie:
         model.head.weight = model.embed.weight
     shapes = {name: tuple(value.shape) for name, value in own.items()}
@@ -377,7 +378,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_the_same_words_on_every_ran
 
     def body(comm, shapes):
         with pytest.raises(AgreedError) as caught:
-            load(folder, {}, {}, shapes, comm)  # not even a rank that holds nothing lets it pass
+            load(folder, {}, {}, shapes, "llama", comm)  # not even a rank that holds nothing lets it pass
         assert isinstance(caught.value.error, ConfigError)
         return str(caught.value)
 
@@ -417,7 +418,7 @@ def test_half_precision_is_no_training_state(tmp_path):
     length = len(data) - 8
     (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + data[8:] + bytes(8))
     with pytest.raises(AgreedError, match=r"model.norm.weight is of dtype F16; F32 can be read"):
-        load(folder, {}, {}, shapes, ONE)
+        load(folder, {}, {}, shapes, "llama", ONE)
 
 
 def test_the_manifest_says_json_what_it_says(tmp_path):

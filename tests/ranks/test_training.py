@@ -19,7 +19,9 @@ from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
 from mpilm.config import replaced
 from mpilm.errors import NonFiniteError
-from mpilm.model.huggingface import published_config, published_name
+from mpilm.model.huggingface import published_name
+from mpilm.model.huggingface_config import published_config
+from mpilm.model.rows import Rows
 from mpilm.optim.rate import learning_rate
 from mpilm.telemetry.metrics import read_rows
 from mpilm.trainer.build import build
@@ -82,7 +84,9 @@ def test_it_is_the_plain_training_loop(tmp_path, data):
     run = build(config, SelfComm())
     reference = LlamaForCausalLM(LlamaConfig(**published_config(config.model, run.corpus.tokenizer.vocab_size, 256)))
     ours = run.model.stages[0].model
-    weights = {published_name(name): parameter.detach().clone() for name, parameter in ours.named_parameters()}
+    weights = {
+        published_name(name, config.model.arch): parameter.detach().clone() for name, parameter in ours.named_parameters()
+    }
     reference.load_state_dict(weights)
     matrices = [p for p in reference.parameters() if p.ndim == 2]
     vectors = [p for p in reference.parameters() if p.ndim == 1]
@@ -114,7 +118,7 @@ def test_evaluation_is_the_mean_over_the_held_out_text(tmp_path, data):
     rows = [run.batches.evaluation(i) for i in range(run.batches.eval_microbatches())]
     assert rows[-1].tokens.shape[0] < 4
     with torch.no_grad():
-        logits = [run.model.stages[0].model(batch.tokens, batch.positions).flatten(0, 1) for batch in rows]
+        logits = [run.model.stages[0].model(batch.tokens, Rows(batch.positions)).flatten(0, 1) for batch in rows]
     targets = torch.cat([batch.targets.flatten() for batch in rows])
     expected = float(torch.nn.functional.cross_entropy(torch.cat(logits).double(), targets))
     assert evaluate(run) == pytest.approx(expected, rel=1e-6)

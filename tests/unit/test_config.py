@@ -236,7 +236,14 @@ def test_resolve_works_out_the_shape() -> None:
 
 
 def test_resolve_keeps_what_is_stated() -> None:
-    stated = replaced(Config(), model__n_kv_heads=2, model__d_ff=100, parallel__schedule="interleaved", parallel__chunks=3)
+    stated = replaced(
+        Config(),
+        model__n_kv_heads=2,
+        model__head_width=20,
+        model__d_ff=100,
+        parallel__schedule="interleaved",
+        parallel__chunks=3,
+    )
     assert resolve(stated) == stated
 
 

@@ -8,7 +8,9 @@ import torch
 from text import tiny
 from torch import nn
 
+from mpilm.model.layers import Conv1D
 from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
 from mpilm.parallel.deferred import Store, defer
 from mpilm.parallel.recompute import recompute
 from mpilm.trainer.sharded import autocast_of, draw, whole_model
@@ -24,8 +26,9 @@ class Whole:
         config = tiny("", "", **{f"model__{key}": value for key, value in shape.items()})
         self.model, flat = whole_model(config.model, V, CPU)
         draw(flat, config.model, seed=0)
-        self.again, self.embedding = again, self.model.embed.weight.detach().clone()
+        self.again = again
         if not first:
+            self.embedding = self.model.embed.weight.detach().clone()
             self.model.embed = None
 
     def apart(self, model):
@@ -36,7 +39,7 @@ class Whole:
         return tokens if self.model.embed is not None else self.embedding[tokens]
 
     def result(self, model, x, m):
-        return loss_sum(model(x, torch.arange(8), [2 * m, 2 * m + 1]), torch.arange(16).view(2, 8))
+        return loss_sum(model(x, Rows(torch.arange(8), [2 * m, 2 * m + 1], share=0.1)), torch.arange(16).view(2, 8))
 
 
 class Plain:
@@ -67,6 +70,12 @@ CASES = {
     "last stage": Whole(first=False),
     "attention recomputed": Whole("attention"),
     "blocks recomputed": Whole("block"),
+    "gpt2": Whole(arch="gpt2", n_kv_heads=4),
+    "bert": Whole(arch="bert", n_kv_heads=4),
+    "qwen2": Whole(arch="qwen"),
+    "qwen3": Whole(arch="qwen", qk_norm=True, head_width=6),
+    "mixtral": Whole(arch="mixtral", n_experts=4),
+    "mixtral, blocks recomputed": Whole("block", arch="mixtral", n_experts=4),
     "plain": Plain(3, 4, 6),
     "one row": Plain(1, 1, 6),
     "rows in one dim": Plain(5, 6),
@@ -94,7 +103,7 @@ def first_half(case, model, store, m, y):
     store.current = m
     model.zero_grad(set_to_none=True)
     y.backward()
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))}
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (id(parameter) in matrices)
         if parameter.grad is not None:
@@ -157,7 +166,7 @@ def test_what_is_owed_is_let_go_one_after_the_other():
     store.current = 7
     for i in range(4):
         x, gradient = torch.full((3, 2), float(i)), torch.ones(3, 5)
-        store.add(f"{i}.weight", x, gradient)
+        store.add(f"{i}.weight", False, x, gradient)
         alive.append((weakref.ref(x), weakref.ref(gradient)))
     store.keep("norm.weight", torch.ones(2))
     del x, gradient

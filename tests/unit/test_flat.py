@@ -6,7 +6,7 @@ from runs import CPU
 from text import tiny
 from torch import nn
 
-from mpilm.model.llama import Llama
+from mpilm.model.families import build
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.layout import of_stage, resolve
 from mpilm.parallel.shard import ALIGNMENT, intersect
@@ -102,7 +102,7 @@ def test_installed_parameters_are_views_of_the_vector(tie):
     model, flat = whole_model(tiny("", "", model__tie_embeddings=tie).model, 11, CPU)
     parameters = dict(model.named_parameters())
     with torch.device("meta"):
-        assert list(parameters) == [name for name, _ in Llama(tiny("", "").model, 11).named_parameters()]
+        assert list(parameters) == [name for name, _ in build(tiny("", "").model, 11).named_parameters()]
     flat.values.tensor.fill_(0.5)
     for name, parameter in parameters.items():
         assert isinstance(parameter, nn.Parameter)

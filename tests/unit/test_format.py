@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import read_tensors
 from safetensors.torch import save_file
 from text import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +27,7 @@ from mpilm.checkpoint.format import (
     step_of,
     verify,
 )
-from mpilm.checkpoint.load import load, newest_valid, read_tensors
+from mpilm.checkpoint.load import load, newest_valid
 from mpilm.checkpoint.save import State, prune, remove_leftovers, save
 from mpilm.checkpoint.tensors import pack_header
 from mpilm.comm.base import SelfComm
@@ -34,8 +35,9 @@ from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError, UserError
+from mpilm.model.families import build, initial_std, tied
 from mpilm.model.init import initial_value
-from mpilm.model.llama import TIED, Llama, initial_std
+from mpilm.model.rows import Rows
 from mpilm.parallel.shard import Piece
 from mpilm.trainer.write import read_model
 
@@ -49,10 +51,10 @@ ONE = SelfComm()
 def parts(tie=True, seed=0, vocab_size=257, **changes):
     """A model with initial values, and a state that one rank holds alone."""
     config = tiny("", "", model__tie_embeddings=tie, model__dropout=0.0, **changes).model
-    model = Llama(config, vocab_size)
+    model = build(config, vocab_size)
     if tie:
         model.head.weight = model.embed.weight
-    own = {name: parameter for name, parameter in model.named_parameters() if not (tie and name in TIED)}
+    own = {name: parameter for name, parameter in model.named_parameters() if name not in tied(config)}
     for name, parameter in own.items():
         parameter.requires_grad_(False).copy_(initial_value(seed, name, tuple(parameter.shape), initial_std(name, config)))
     generator = torch.Generator().manual_seed(seed)
@@ -154,11 +156,11 @@ def test_transformers_loads_it_and_computes_the_same(tmp_path, tie):
     ids = ids[:16]
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits
-        found = model(torch.tensor([ids]), torch.arange(len(ids)))
+        found = model(torch.tensor([ids]), Rows(torch.arange(len(ids))))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     ours, shape, _ = read_model(folder)
     with torch.no_grad():
-        assert torch.equal(ours(torch.tensor([ids]), torch.arange(len(ids))), found)
+        assert torch.equal(ours(torch.tensor([ids]), Rows(torch.arange(len(ids)))), found)
     assert shape.tie_embeddings == tie
 
 
@@ -168,7 +170,7 @@ def test_what_was_saved_comes_back_on_every_rank(stored, size):
 
     def body(comm):
         _, other = parts(seed=5)
-        load(stored, other.parameters, other.moments, other.shapes, comm)
+        load(stored, other.parameters, other.moments, other.shapes, "llama", comm)
         for piece, values in expected.parameters.items():
             assert torch.equal(other.parameters[piece], values)
             assert all(torch.equal(other.moments[kind][piece], of[piece]) for kind, of in expected.moments.items())
@@ -189,7 +191,7 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(stored, changes,
 
     def body(comm):
         with pytest.raises(AgreedError, match=message) as caught:
-            load(stored, {}, {}, state.shapes, comm)
+            load(stored, {}, {}, state.shapes, "llama", comm)
         assert isinstance(caught.value.error, ConfigError)
 
     run_ranks(2, body)

@@ -44,7 +44,7 @@ def test_blocks_go_where_the_cut_says_the_embedding_first_norm_and_head_last(cut
 
 
 def test_numbers_of_blocks_are_read_as_numbers():
-    assert [stage_of(f"blocks.{i}", (2, 9), "llama") for i in (1, 2, 10)] == [0, 1, 1]
+    assert [stage_of(f"blocks.{i}", (2, 9)) for i in (1, 2, 10)] == [0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,25 @@
 
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers.models.llama.modeling_llama as theirs
 from text import tiny
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpilm.comm.threads import run_ranks
-from mpilm.model.attention import ExplicitCore, fused_core
-from mpilm.model.huggingface import published_config, published_name
+from mpilm.model.attention import Core
+from mpilm.model.families import build, initial_std
+from mpilm.model.huggingface import published_name
+from mpilm.model.huggingface_config import published_config
 from mpilm.model.init import initial_value, key_of
-from mpilm.model.layers import Dropout, rotation
-from mpilm.model.llama import Llama, initial_std
+from mpilm.model.layers import Dropout, Rotary
 from mpilm.model.loss import IGNORED, loss_sum
+from mpilm.model.rows import Rows
 from mpilm.parallel.cut import keep_stage
 from mpilm.parallel.layout import owned
 from mpilm.trainer.sharded import draw, resolve_layouts, whole_model
@@ -37,7 +41,7 @@ def model_of(dtype=torch.float32, **shape):
 
 def published(model, shape):
     reference = LlamaForCausalLM(LlamaConfig(**published_config(shape, V, 0))).to(next(model.parameters()).dtype)
-    weights = {published_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {published_name(name, shape.arch): parameter.detach() for name, parameter in model.named_parameters()}
     missing, unexpected = reference.load_state_dict(weights, strict=False)
     assert not unexpected
     assert not missing
@@ -50,7 +54,7 @@ def tokens(batch=2, length=16):
 
 @torch.no_grad()
 def logits(model, x, keys=None):
-    return model(x, torch.arange(x.shape[1]), keys)
+    return model(x, Rows(torch.arange(x.shape[1]), keys))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -74,7 +78,7 @@ def test_is_llama_in_float64(shape, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(
         theirs.LlamaRotaryEmbedding, "forward",
-        lambda self, x, position_ids: tuple(t[None].to(x.dtype) for t in rotation(position_ids[0], 8, config.rope_theta)),
+        lambda self, x, position_ids: tuple(t[None].to(x.dtype) for t in Rotary(8, config.rope_theta)(position_ids[0])),
     )  # fmt: skip
     x = tokens()
     with torch.no_grad():
@@ -84,7 +88,7 @@ def test_is_llama_in_float64(shape, monkeypatch):
 
 
 def test_rotation_is_the_closed_form():
-    cos, sin = rotation(torch.tensor([0, 1, 7, 500]), 8, 10000.0)
+    cos, sin = Rotary(8, 10000.0)(torch.tensor([0, 1, 7, 500]))
     for row, position in enumerate([0, 1, 7, 500]):
         angles = torch.tensor([position / 10000.0 ** (2 * (i % 4) / 8) for i in range(8)], dtype=torch.float64)
         torch.testing.assert_close(cos[row].double(), angles.cos(), rtol=0, atol=5e-5)
@@ -100,22 +104,25 @@ def test_positions_are_taken_from_the_batch_and_the_future_is_not_seen():
     torch.testing.assert_close(logits(model, changed)[:, :10], whole[:, :10], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(logits(model, changed)[:, 10:], whole[:, 10:])
     with torch.no_grad():  # only distances between positions matter
-        torch.testing.assert_close(model(x, torch.arange(100, 116)), whole, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(model(x, 2 * torch.arange(16)), whole, atol=1e-4)
+        torch.testing.assert_close(model(x, Rows(torch.arange(100, 116))), whole, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(model(x, Rows(2 * torch.arange(16))), whole, atol=1e-4)
 
 
 # Dropout.
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_written_out_is_the_fused_one(kv_heads):
+def test_attention_written_out_is_the_fused_one(kv_heads, causal):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 16, 8, generator=generator)
     k, v = (torch.randn(2, kv_heads, 16, 8, generator=generator) for _ in range(2))
-    expected = fused_core(q, k, v, None)
-    torch.testing.assert_close(ExplicitCore(0.0, "a")(q, k, v, [1, 2]), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(ExplicitCore(0.5, "a")(q, k, v, None), expected)
-    assert not torch.allclose(ExplicitCore(0.5, "a")(q, k, v, [1, 2]), expected, atol=1e-2)
+    core, rows = Core(causal, 0.5, "a"), Rows(torch.arange(16), keys=[1, 2])
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    assert torch.equal(core(q, k, v, replace(rows, keys=None)), expected)
+    assert not torch.allclose(core(q, k, v, rows), expected, atol=1e-2)
+    core.dropout.forward = lambda weights, keys: weights
+    torch.testing.assert_close(core(q, k, v, rows), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_dropout_mask_belongs_to_the_sample_and_the_place():
@@ -200,11 +207,11 @@ def test_keys_do_not_run_together():
 
 @pytest.mark.parametrize("cut", [(4,), (2, 2), (3, 1), (1, 2, 1), (1, 1, 1, 1)])
 def test_a_stage_keeps_the_names_and_the_numbers(cut):
-    model, config = model_of(n_layers=4, n_kv_heads=2)
+    model, _ = model_of(n_layers=4, n_kv_heads=2)
     names = dict(model.named_parameters())
     stages = [copy.deepcopy(model) for _ in cut]
     for number, stage in enumerate(stages):
-        keep_stage(stage, number, cut, config.arch)
+        keep_stage(stage, number, cut)
         assert all(torch.equal(parameter, names[name]) for name, parameter in stage.named_parameters())
     assert sorted(name for stage in stages for name, _ in stage.named_parameters()) == sorted(names)
     assert [len(stage.blocks) for stage in stages] == list(cut)
@@ -219,22 +226,22 @@ def test_the_head_count_comes_from_the_width_of_the_matrices():
     model, _ = model_of(n_kv_heads=4)
     attention = model.blocks["0"].attn
     x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
-    turn = rotation(torch.arange(16), 8, 10000.0)
+    rows = Rows(torch.arange(16), rotation=Rotary(8, 10000.0)(torch.arange(16)))
     with torch.no_grad():
-        whole = attention(x, turn, None)
+        whole = attention(x, rows)
         parts = []
         for half in (slice(0, 16), slice(16, 32)):  # two heads each
             part = copy.deepcopy(attention)
             for linear in (part.q, part.k, part.v):
                 linear.weight = nn.Parameter(linear.weight[half])
             part.o.weight = nn.Parameter(part.o.weight[:, half])
-            parts.append(part(x, turn, None))
+            parts.append(part(x, rows))
     torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-4, atol=1e-6)
 
 
 def test_the_model_is_made_on_the_meta_device_without_memory():
     with torch.device("meta"):
-        model = Llama(tiny("", "").model, V)
+        model = build(tiny("", "").model, V)
     assert all(parameter.is_meta for parameter in model.parameters())
 
 

@@ -8,12 +8,16 @@ from text import tiny
 from torch import nn
 
 from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
 from mpilm.parallel.recompute import recompute
 from mpilm.trainer.sharded import autocast_of, draw, whole_model
 
 V, CPU, LAYERS = 29, torch.device("cpu"), 3
 HOW = ["none", "attention", "block"]
-SHAPES = [{"dropout": 0.1}, {"dropout": 0.0}, {"dropout": 0.1, "n_kv_heads": 1}]
+SHAPES = [
+    {"dropout": 0.1}, {"dropout": 0.0}, {"dropout": 0.1, "n_kv_heads": 1}, {"arch": "gpt2", "n_kv_heads": 4},
+    {"arch": "bert", "n_kv_heads": 4}, {"arch": "qwen", "qk_norm": True}, {"arch": "mixtral", "n_experts": 4},
+]  # fmt: skip
 
 
 def model_of(how, **shape):
@@ -27,7 +31,7 @@ def model_of(how, **shape):
 def loss_of(model, dtype="float32", keys=(3, 4)):
     x = torch.randint(0, V, (2, 16), generator=torch.Generator().manual_seed(0))
     with autocast_of(dtype, CPU)():
-        return loss_sum(model(x, torch.arange(16), list(keys)), x.roll(-1, 1))
+        return loss_sum(model(x, Rows(torch.arange(16), list(keys), share=0.1)), x.roll(-1, 1))
 
 
 def loss_and_gradients(how, dtype, shape):

@@ -6,6 +6,7 @@ from text import tiny
 
 from mpilm.config import resolve
 from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
 from mpilm.model.size import activation_bytes, flops_per_token, parameter_count
 from mpilm.parallel.layout import owned
 from mpilm.presets import PRESETS
@@ -26,7 +27,7 @@ def kept_bytes(model, flat, batch, length, dtype):
     x = torch.randint(0, V, (batch, length), generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with autocast_of(dtype, CPU)():
-            logits = model(x, torch.arange(length), list(range(batch)))
+            logits = model(x, Rows(torch.arange(length), list(range(batch))))
         loss = loss_sum(logits, x)
     assert loss.requires_grad
     kept.pop(flat.values.tensor.untyped_storage().data_ptr(), None)
@@ -46,6 +47,38 @@ def test_activations_are_what_autograd_keeps(dtype, dropout, kv_heads, width, le
     predicted = activation_bytes(config.model, V, batch * length, dtype)
     expected = predicted["activations"] + predicted["logits"] // 2  # the other half is the gradient, not there yet
     assert kept_bytes(model, flat, batch, length, dtype) == pytest.approx(expected, rel=0.02)
+
+
+FAMILIES = {
+    "llama": {"model__head_width": 24},
+    "gpt2": {"model__n_kv_heads": 4},
+    "bert": {"model__n_kv_heads": 4},
+    "qwen": {"model__n_kv_heads": 2},
+    "qwen with norms": {"model__qk_norm": True, "model__n_kv_heads": 2},
+    "mixtral": {"model__n_experts": 4, "model__experts_per_token": 2, "model__n_kv_heads": 4},
+}
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def family_of(family, **changes):
+    return tiny("", "", model__arch=family.split()[0], **FAMILIES[family], **changes)
+
+
+@each_family
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_so_are_those_of_every_family(family, dtype, dropout):
+    config = family_of(family, model__d_model=128, model__dropout=dropout, model__context_length=64, model__d_ff=384)
+    model, flat = whole_model(config.model, V, CPU)
+    predicted = activation_bytes(config.model, V, 256, dtype)
+    expected = predicted["activations"] + predicted["logits"] // 2
+    assert kept_bytes(model, flat, 4, 64, dtype) == pytest.approx(expected, rel=0.03)
+
+
+@each_family
+def test_parameters_of_every_family(family):
+    shape = family_of(family, model__n_layers=3).model
+    assert parameter_count(shape, V) == sum(layout.numel for layout in owned(resolve_layouts(shape, V, (3,))))
 
 
 @pytest.mark.parametrize("tie", [True, False])

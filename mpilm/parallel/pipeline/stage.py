@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpilm.data.batch import Batch
 from mpilm.model.init import key_of
 from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
 from mpilm.parallel.deferred import Store
 from mpilm.parallel.given import backward_from
 
@@ -137,7 +138,7 @@ class ModelStage:
         training, batch = self.feed.step is not None, self._batch(microbatch)
         x = batch.tokens if self.first else self._inputs[microbatch].detach().requires_grad_(training)
         with torch.set_grad_enabled(training), self.autocast():
-            y = self.model(x, batch.positions, self._keys(batch))
+            y = self.model(x.view_as(x), self._rows(batch))  # autocast treats a leaf in a way of its own
             if self.last:
                 y = self.feed.result(y, batch)
         if self.last:
@@ -211,7 +212,8 @@ class ModelStage:
     def _shape(self, microbatch: int) -> tuple[int, ...]:
         return (*self._batch(microbatch).tokens.shape, self.width)
 
-    def _keys(self, batch: Batch) -> list[int] | None:
+    def _rows(self, batch: Batch) -> Rows:
         if self.feed.step is None:
-            return None
-        return [key_of("dropout", self.seed, self.feed.step, sample) for sample in batch.samples.tolist()]
+            return Rows(batch.positions, documents=batch.documents)
+        keys = [key_of("dropout", self.seed, self.feed.step, sample) for sample in batch.samples.tolist()]
+        return Rows(batch.positions, keys, batch.documents, share=batch.target_tokens / self.feed.target_tokens)
