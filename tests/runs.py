@@ -37,6 +37,15 @@ SMALL = replaced(
     train__micro_batch=1, train__global_batch=8, train__clip_norm=0.5, train__warmup_steps=1,
 )  # fmt: skip
 """4 blocks and 8 microbatches of one short sequence, dropout on."""
+FAMILIES = {
+    "llama": {},
+    "gpt2": {"model__arch": "gpt2", "model__n_kv_heads": 2},
+    "qwen2": {"model__arch": "qwen"},
+    "qwen3": {"model__arch": "qwen", "model__qk_norm": True, "model__head_width": 10},
+    "mixtral": {"model__arch": "mixtral", "model__n_experts": 3, "model__d_ff": 32},
+    "bert": {"model__arch": "bert", "model__n_kv_heads": 2},
+}
+"""Every architecture, as changes of SMALL."""
 SERIAL = {
     "parallel__pipeline": 1,
     "parallel__schedule": "1f1b",

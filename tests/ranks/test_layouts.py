@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import differing, evaluated, on, run_threads, serial, sharded, small, small_buckets, stopped, trained
+from runs import FAMILIES, differing, evaluated, on, run_threads, serial, sharded, small, small_buckets, stopped, trained
 from text import tiny, write_tokens
 
 from mpilm.comm.threads import run_ranks
@@ -88,8 +88,9 @@ def jobs(draw):
     micro_batch = draw(st.integers(1, 2))
     config = small(
         **on(pipeline, name, draw(st.integers(0, 3)) if data > 1 else 0, chunks=chunks, cut=cut if draw(st.booleans()) else ()),
+        **(family := draw(st.sampled_from(list(FAMILIES.values())))),
         model__n_layers=sum(cut),
-        model__tie_embeddings=draw(st.booleans()),
+        model__tie_embeddings=family.get("model__arch") == "bert" or draw(st.booleans()),
         model__dropout=draw(st.sampled_from([0.0, 0.1])),
         train__global_batch=micro_batch * draw(st.integers(max(data, (rounds - 1) * data + 1), rounds * data)),
         train__micro_batch=micro_batch,
@@ -97,6 +98,19 @@ def jobs(draw):
         train__dtype=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
     )
     return size, config, draw(st.sampled_from([64, 1024, BUCKET]))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+@pytest.mark.parametrize(
+    ("size", "layout", "recompute"),
+    [
+        (1, on(schedule="zero-bubble"), "none"), (3, on(zero=3), "block"), (2, on(2, "zero-bubble"), "attention"),
+        (4, on(2, "interleaved", 2), "none"), (4, on(2, "zero-bubble", 3), "block"), (4, on(4, "gpipe"), "none"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_so_has_every_family(family, size, layout, recompute):
+    assert_serial(size, small(**layout, **FAMILIES[family], train__recompute=recompute))
 
 
 @settings(max_examples=12, deadline=None)
