@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
-from mpilm.config import flatten, merge, read_toml
+from mpilm.config import Config, Model, flatten, merge, read_toml, resolve
 from mpilm.errors import ConfigError, UserError
 from mpilm.validation import validate
 
@@ -31,11 +32,38 @@ def parse(
         if presets is None or name not in presets:
             raise ConfigError(f"--preset {name}: there is none of that name; there are {', '.join(presets or ())}")
         config = presets[name]()
-    for path in files:
-        config = merge(config, read_toml(path), f"--config {path}")
+    values = [(read_toml(path), f"--config {path}") for path in files]
+    config = _start(words, config, [toml for toml, _ in values])
+    for toml, source in values:
+        config = merge(config, toml, source)
     config = _flags(words, config, f"python -m mpilm.{prog}", description + _shared_options(presets))
     validate(config)
+    _refuse_other_shape(config)
     return config
+
+
+def _start(words: list[str], config: T, tomls: Sequence[Mapping[str, Any]]) -> T:
+    """The config with the shape of the model that it is to start from, if words or files name one."""
+    model = getattr(config, "model", None)
+    if not isinstance(model, Model):
+        return config
+    said = [toml["model"] for toml in tomls if isinstance(toml.get("model"), Mapping)]
+    named = [str(value) for section in said for key, value in section.items() if key.replace("-", "_") == "init_from"]
+    for spelled in ("--model.init-from", "--model.init_from"):
+        named += _take(words, spelled)[1]
+    if not named or not named[-1]:
+        return config
+    from mpilm.checkpoint.pretrained import started
+
+    return replace(config, model=started(model, named[-1]))  # type: ignore[type-var]
+
+
+def _refuse_other_shape(config: Any) -> None:
+    model = getattr(config, "model", None)
+    if isinstance(model, Model) and model.init_from:
+        from mpilm.checkpoint.pretrained import refuse_other_shape
+
+        refuse_other_shape(resolve(Config(model=model)).model)
 
 
 def run_alone(prepare: Callable[[], Callable[[], None]]) -> NoReturn:

@@ -29,6 +29,8 @@ class Model:
 
     arch: Literal["llama", "gpt2", "qwen", "bert", "mixtral"] = "llama"
     """Architecture. bert sees both sides and learns to predict masked tokens; the others predict the next one."""
+    init_from: str = ""
+    """A Hugging Face folder or a checkpoint whose shape, weights and tokenizer a run starts with; empty: random weights."""
     vocab_size: int = 0
     """Rows of the embedding; 0: as many as the tokenizer has tokens."""
     n_layers: int = 4
@@ -75,6 +77,12 @@ class Data:
     """bytes, bpe:SIZE (trained on the corpus) or a tokenizer.json; auto: what the tokens were made with, else bpe:2048."""
     eval_fraction: float = 0.05
     """Part of the corpus, at its end, that is held out for evaluation."""
+    packing: Literal["concat", "documents"] = "concat"
+    """How documents share a context: as one text, or with attention kept inside each and positions that begin anew."""
+    mask_fraction: float = 0.15
+    """bert: part of the tokens that it is to predict."""
+    whole_words: bool = False
+    """bert: choose whole words to predict, not single tokens."""
     encoding_errors: Literal["stop", "replace"] = "stop"
     """Text that is not UTF-8: stop and say where, or put U+FFFD in its place."""
     text_key: str = "text"
@@ -210,6 +218,7 @@ FREE_TO_CHANGE = frozenset(
         "train.device",
         "train.gpu_aware_mpi",
         "train.recompute",
+        "model.init_from",
         "data.path",
         "data.tokenizer",
         "data.text_key",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from mpilm.cli import parse
-from mpilm.config import Config, resolve
+from mpilm.config import Config, replaced, resolve
 from mpilm.guard.launch import Body, run
 from mpilm.presets import PRESETS
 
@@ -21,6 +21,8 @@ DESCRIPTION = (
 
 def prepare() -> Body:
     config = resolve(parse(sys.argv[1:], Config(), "train", DESCRIPTION, PRESETS))
+    if config.model.init_from and config.data.tokenizer == "auto":
+        config = replaced(config, data__tokenizer=config.model.init_from)
 
     def body(comm) -> None:  # type: ignore[no-untyped-def]
         from mpilm.trainer.loop import train  # torch is imported only once the settings are known to be right

@@ -37,6 +37,8 @@ def validate(config: Any) -> None:
         _validate_model(resolve(config).model)
         _validate_train(config)
         _validate_parallel(resolve(config))
+    if "data.mask_fraction" in flat and not 0 < flat["data.mask_fraction"] < 1:
+        raise ConfigError(f"--data.mask-fraction must be above 0 and below 1, not {flat['data.mask_fraction']}")
     if "generate.top_p" in flat and not 0 < flat["generate.top_p"] <= 1:
         raise ConfigError(f"--generate.top-p must be above 0 and at most 1, not {flat['generate.top_p']}")
 
@@ -54,6 +56,7 @@ def _validate_choice(config: Any, name: str, value: Any) -> None:
 
 CHOICES = {
     "model.arch": ("llama", "gpt2", "qwen", "bert", "mixtral"),
+    "data.packing": ("concat", "documents"),
     "data.encoding_errors": ("stop", "replace"),
     "train.lr_schedule": ("cosine", "linear", "constant"),
     "train.dtype": ("float32", "bfloat16"),
@@ -123,7 +126,7 @@ def _validate_train(config: Config) -> None:
         )
     known = mathematics(config)
     for name in config.checkpoint.allow_change:
-        if name.replace("-", "_") not in known | {"data.path": 0, "data.tokenizer": 0}:
+        if name.replace("-", "_") not in known | {"data.path": 0, "data.tokenizer": 0, "model.init_from": 0}:
             raise ConfigError(f"--checkpoint.allow-change {name}: no such setting, or one that may always change")
 
 

@@ -170,8 +170,9 @@ def _write_words(writer: Writer, state: State) -> None:
     """What makes the folder one of Hugging Face's."""
     tokenizer = state.tokenizer
     end = tokenizer.decode([tokenizer.eos])
-    writer.json("config.json", published_config(state.model, tokenizer.vocab_size, tokenizer.eos))
-    writer.json("generation_config.json", {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos})
+    writer.json("config.json", published_config(state.model, state.model.vocab_size or tokenizer.vocab_size, tokenizer.eos))
+    if state.model.arch != "bert":
+        writer.json("generation_config.json", {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos})
     writer.text("tokenizer.json", tokenizer.json)
     writer.json(
         "tokenizer_config.json",
@@ -179,6 +180,7 @@ def _write_words(writer: Writer, state: State) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": end,
             "eos_token": end,
+            **({} if tokenizer.mask is None else {"mask_token": tokenizer.decode([tokenizer.mask])}),
             "model_max_length": state.model.context_length,
             "clean_up_tokenization_spaces": False,
         },

@@ -6,13 +6,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mpilm.data.corpus import Corpus
-from mpilm.data.order import key_of, permute, sample_at
+from mpilm.data.objective import Causal, Objective
+from mpilm.data.order import Indices, key_of, permute, sample_at
 from mpilm.errors import ConfigError, DataError
+from mpilm.model.loss import IGNORED
 
+CAUSAL = Causal()
+OBJECTIVE = 0x6D61736B  # a word in the keys that objectives draw by
 HELD_OUT_KEY = key_of(0x6576616C)  # the same for every seed: runs with different seeds are compared on the same text
 
 
@@ -44,14 +47,17 @@ class Batch:
 class Batches:
     """The corpus cut into samples of T + 1 tokens that overlap by one: sample i covers tokens [i T, i T + T + 1).
 
-    The last `eval_fraction` of the tokens is held out; no training sample reaches into it. Raises ConfigError naming
-    --model.context-length when a sample does not fit.
+    The last `eval_fraction` of the tokens is held out; no training sample reaches into it. `packing`: "concat", a sample is one
+    text, whatever documents it has parts of; "documents", attention stays in each, positions begin anew, and no token is
+    predicted from another document. Raises ConfigError naming --model.context-length when a sample does not fit.
     """
 
     def __init__(
-        self, corpus: Corpus, context_length: int, eval_fraction: float, seed: int, global_batch: int, micro_batch: int
-    ):
+        self, corpus: Corpus, context_length: int, eval_fraction: float, seed: int, global_batch: int, micro_batch: int,
+        objective: Objective = CAUSAL, packing: str = "concat",
+    ):  # fmt: skip
         self.corpus, self.context_length, self.seed = corpus, context_length, seed
+        self.objective, self.packing = objective, packing
         self.global_batch, self.micro_batch = global_batch, micro_batch
         total = len(corpus.tokens)
         self.boundary = total - int(total * eval_fraction)
@@ -79,11 +85,22 @@ class Batches:
         """Microbatch m of a step."""
         first = step * self.global_batch + m * self.micro_batch
         numbers = np.arange(first, first + self.micro_batch, dtype=np.int64)
-        return self._batch(0, sample_at(numbers, self.seed, self.train_samples), numbers)
+        return self._batch(0, sample_at(numbers, self.seed, self.train_samples), numbers, self.seed)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that the model reads in a step, over all ranks."""
+        return self.global_batch * self.context_length
 
     def target_tokens(self, step: int) -> int:
         """Tokens that the model predicts in a step, over all ranks."""
-        return self.global_batch * self.context_length
+        if self._varies:
+            return sum(self.train(step, m).target_tokens for m in range(self.global_batch // self.micro_batch))
+        return self.global_batch * self.objective.targets(self.context_length)
+
+    @property
+    def _varies(self) -> bool:
+        return self.objective.varies or (self.packing == "documents" and self.objective.looks_ahead)
 
     def eval_rows(self, limit: int = 0) -> int:
         """Held-out samples that an evaluation over `limit` global batches reads, in whole microbatches; 0: all there are."""
@@ -94,19 +111,42 @@ class Batches:
         """Microbatches of such an evaluation."""
         return -(-self.eval_rows(limit) // self.micro_batch)
 
+    def eval_targets(self, limit: int = 0) -> int:
+        """Tokens that the model predicts in such an evaluation."""
+        if self._varies:
+            return sum(self.evaluation(i).target_tokens for i in range(self.eval_microbatches(limit)))
+        return self.eval_rows(limit) * self.objective.targets(self.context_length)
+
     def evaluation(self, i: int) -> Batch:
         """Held-out microbatch i; the last may hold fewer rows. In a fixed shuffled order, so that a few speak for all."""
         rows = np.arange(i * self.micro_batch, min((i + 1) * self.micro_batch, self.eval_samples), dtype=np.int64)
-        return self._batch(self.boundary, permute(rows, self.eval_samples, HELD_OUT_KEY), rows)
+        return self._batch(self.boundary, permute(rows, self.eval_samples, HELD_OUT_KEY), rows, HELD_OUT_KEY)
 
-    def _batch(self, origin: int, samples: NDArray[np.int64], numbers: NDArray[np.int64]) -> Batch:
+    def _batch(self, origin: int, samples: Indices, numbers: Indices, seed: int) -> Batch:
         length = self.context_length
         starts = origin + samples * length
-        rows = torch.from_numpy(np.stack([self.corpus.read(start, start + length + 1) for start in starts.tolist()]))
-        return Batch(
-            rows[:, :-1].contiguous(),
-            rows[:, 1:].contiguous(),
-            torch.arange(length),
-            torch.from_numpy(numbers),
-            rows.shape[0] * length,
-        )
+        rows = np.stack([self.corpus.read(start, start + length + 1) for start in starts.tolist()])
+        read, targets = self.objective(rows, [key_of(seed, number, OBJECTIVE) for number in numbers.tolist()])
+        positions, documents = np.arange(length), None
+        if self.packing == "documents":
+            every, places = documents_of(rows, self.corpus.tokenizer.eos)
+            if self.objective.looks_ahead:
+                targets = np.where(every[:, 1:] == every[:, :-1], targets, IGNORED)
+            positions, documents = places[:, :-1], _tensor(every[:, :-1])
+        count = int(np.count_nonzero(targets != IGNORED))
+        return Batch(_tensor(read), _tensor(targets), _tensor(positions), torch.from_numpy(numbers), count, documents)
+
+
+def documents_of(rows: Indices, eos: int) -> tuple[Indices, Indices]:
+    """For each token of each row the number of its document, counted from the row's first, and its place there: a document ends
+    with `eos`. 2 x (B, T)."""
+    documents = np.zeros_like(rows)
+    documents[:, 1:] = np.cumsum(rows[:, :-1] == eos, axis=1)
+    places = np.arange(rows.shape[1])
+    begins = np.zeros_like(rows)
+    begins[:, 1:] = np.where(rows[:, :-1] == eos, places[1:], 0)
+    return documents, places - np.maximum.accumulate(begins, axis=1)
+
+
+def _tensor(values: Indices) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))

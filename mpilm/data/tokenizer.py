@@ -18,6 +18,8 @@ from mpilm.errors import ConfigError, DataError, FileError
 Ids = NDArray[np.int32]
 
 EOS = "<|endoftext|>"
+MASK = "[MASK]"
+MASK_NAMES = (MASK, "<mask>")
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", "[SEP]")
 SMALLEST_BPE = 257  # the 256 bytes and the end of a document
 LARGEST_BPE = 1_000_000
@@ -44,6 +46,38 @@ class Tokenizer:
     def digest(self) -> str:
         """Hex digest of what the tokenizer does and of where it ends documents."""
         return hex_digest(self.json, str(self.eos))
+
+    @cached_property
+    def mask(self) -> int | None:
+        """The token that hides another one, if there is one."""
+        return next((found for name in MASK_NAMES if (found := self._library.token_to_id(name)) is not None), None)
+
+    def with_mask(self) -> Tokenizer:
+        """The same tokenizer, with a mask token of its own after all others where it had none."""
+        if self.mask is not None:
+            return self
+        library = _parse(self.json.encode(), Path(self.name))
+        library.add_special_tokens([MASK])
+        return Tokenizer(library.to_str(), self.eos, self.name)
+
+    def word_starts(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Where words begin among some tokens: wherever letters or digits of one token do not go on in the next."""
+        begins, ends = self._word_edges
+        starts = np.ones(len(tokens), dtype=bool)
+        starts[1:] = ~(begins[tokens[1:]] & ends[tokens[:-1]])
+        return starts
+
+    @cached_property
+    def _word_edges(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """For each id, whether it begins inside a word if the one before ends in one, and whether it ends in one."""
+        begins, ends = np.zeros((2, self.vocab_size), dtype=bool)
+        vocabulary = self._library.get_vocab(with_added_tokens=False)
+        pieces = any(token.startswith("##") for token in vocabulary)  # of WordPiece, which marks what goes on
+        letters = {c for c in _byte_characters() if c.isalnum()}  # bytes of letters beyond ASCII among them
+        for token, i in vocabulary.items():
+            begins[i] = token.startswith("##") if pieces else token[:1] in letters
+            ends[i] = pieces or token[-1:] in letters
+        return begins, ends
 
     def encode(self, text: str) -> Ids:
         """The ids of one text, with nothing added."""

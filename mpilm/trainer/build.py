@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from mpilm.checkpoint.load import load
+from mpilm.checkpoint.load import load, load_published
+from mpilm.checkpoint.pretrained import files_of
 from mpilm.comm.base import Comm
 from mpilm.comm.together import same_everywhere, together
 from mpilm.comm.trace import Traced
 from mpilm.config import Config, flatten
 from mpilm.data.batch import Batches
 from mpilm.data.corpus import Corpus, open_corpus
+from mpilm.data.files import hex_digest
+from mpilm.data.gather import digest_files
+from mpilm.data.objective import Causal, Masked
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
+from mpilm.data.tokenizer import Tokenizer
+from mpilm.errors import ConfigError
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.shard import ALIGNMENT
@@ -25,14 +33,16 @@ from mpilm.trainer.sharded import ShardedModel
 
 @dataclass(frozen=True)
 class Training:
-    """The parts of a run on one rank."""
+    """The parts of a run on one rank. `content`: digests of what was read, by setting."""
 
     config: Config
     machine: Machine
     mesh: Mesh
     corpus: Corpus
+    tokenizer: Tokenizer  # of the model: the corpus's, with a mask where the model needs one
     batches: Batches
     folder: RunFolder
+    content: Mapping[str, str]
     model: ShardedModel
     baseline_bytes: tuple[int, int]  # resident and proportional, before the model
 
@@ -46,23 +56,61 @@ def build(config: Config, world: Comm) -> Training:
     mesh = Mesh.build(shape, Traced(world, check=True))
     waiting = world.with_options(gpu_aware=False, patient=True)  # for rank 0, which may train a tokenizer on all cores
     corpus = open_corpus(config.data, waiting, progress=ProgressLine() if world.rank == 0 else silent)
-    train = config.train
-    batches = together(world, lambda: Batches(
-        corpus, config.model.context_length, config.data.eval_fraction, train.seed, train.global_batch, train.micro_batch
-    ))  # fmt: skip
-    content = {"data.path": corpus.fingerprint, "data.tokenizer": corpus.tokenizer.digest}
+    tokenizer = together(world, lambda: _tokenizer(config, corpus))
+    batches = together(world, lambda: _batches(config, corpus, tokenizer))
+    content = _content(config, corpus, world)
     folder = open_run_folder(config, content, conditions(machine, world), world)
-    vocab_size, alignment = corpus.tokenizer.vocab_size, ALIGNMENT * max(world.all_gather_json(machine.threads))
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    alignment = ALIGNMENT * max(world.all_gather_json(machine.threads))
     cut = choose_cut(config, mesh, vocab_size, machine.device)
     trim()
     forget_peak()  # preparing text may have taken more than training will
     baseline = resident_bytes(), proportional_bytes()
     model = ShardedModel(config, mesh, cut, vocab_size, machine.device, alignment)
-    if folder.checkpoint is None:
-        model.initialise()
-    else:
+    _fill(model, folder, world)
+    trim()
+    return Training(config, machine, mesh, corpus, tokenizer, batches, folder, content, model, baseline)
+
+
+def _tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
+    tokenizer = corpus.tokenizer.with_mask() if config.model.arch == "bert" else corpus.tokenizer
+    rows = config.model.vocab_size
+    if rows and tokenizer.vocab_size > rows:
+        whose = f"{config.model.init_from} has" if config.model.init_from else f"--model.vocab-size {rows} makes"
+        raise ConfigError(
+            f"--data.tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, but {whose} {rows} rows for them"
+        )
+    return tokenizer
+
+
+def _batches(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Batches:
+    train, data = config.train, config.data
+    objective = Masked(tokenizer, data.mask_fraction, data.whole_words) if config.model.arch == "bert" else Causal()
+    return Batches(
+        corpus, config.model.context_length, data.eval_fraction, train.seed, train.global_batch, train.micro_batch, objective,
+        data.packing,
+    )  # fmt: skip
+
+
+def _content(config: Config, corpus: Corpus, world: Comm) -> dict[str, str]:
+    """Digests of what the result depends on besides the settings. Collective."""
+    content = {"data.path": corpus.fingerprint, "data.tokenizer": corpus.tokenizer.digest, "model.init_from": ""}
+    if config.model.init_from:
+        files = files_of(Path(config.model.init_from).expanduser())
+        sizes = together(world, lambda: [path.stat().st_size for path in files])
+        content["model.init_from"] = hex_digest(*digest_files(files, sizes, world))
+    return content
+
+
+def _fill(model: ShardedModel, folder: RunFolder, world: Comm) -> None:
+    """Give the model the state to go on from, the weights to start with, or random ones. Collective."""
+    config = model.config
+    if folder.checkpoint is not None:
         load(folder.checkpoint, model.pieces(), model.optimizer.pieces(), model.shapes, config.model.arch, world)
         model.optimizer.set_step(folder.step)
         model.publish()
-    trim()
-    return Training(config, machine, mesh, corpus, batches, folder, model, baseline)
+    elif config.model.init_from:
+        load_published(Path(config.model.init_from).expanduser(), model.pieces(), model.shapes, config.model, world)
+        model.publish()
+    else:
+        model.initialise()

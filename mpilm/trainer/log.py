@@ -68,12 +68,12 @@ class RunLog:
         row: dict[str, Any] = {
             "step": done,
             "time": time.time(),
-            "tokens": done * result.tokens,
+            "tokens": done * self.run.batches.step_tokens,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "step_s": step_s,
-            "tokens_per_s": result.tokens / step_s,
+            "tokens_per_s": self.run.batches.step_tokens / step_s,
         }
         if logged:
             row["rank_busy_s"] = self._busy_of_ranks(done - self.last_done)
@@ -96,7 +96,7 @@ class RunLog:
         """The summary: time, memory, losses, a sample, and where everything lies. Collective."""
         took = time.perf_counter() - self.started
         peaks = self.run.mesh.world.all_gather_json(self._peak_bytes())
-        text = self._sample() if self.run.config.generate.max_tokens else ""
+        text = self._sample() if self.run.config.generate.max_tokens and self.run.config.model.arch != "bert" else ""
         self.display.close()
         for sink in self.sinks:
             sink.close()
@@ -130,7 +130,7 @@ class RunLog:
             "time": time.time(),
             "ranks": world.size,
             "layout": layout_row(run),
-            "parameters": parameter_count(run.config.model, run.corpus.tokenizer.vocab_size),
+            "parameters": parameter_count(run.config.model, run.model.vocab_size),
             "parameters_on_rank": self.on_rank,
             "predicted_memory_bytes": sum(self.predicted.values()),
             "threads": run.machine.threads,
@@ -151,7 +151,7 @@ class RunLog:
         say(f"mpilm {mpilm.__version__}: {world.size} rank{'s' * (world.size > 1)}, {threads}{crowd}, {device}, {train.dtype}")
         say(f"  with     torch {torch.__version__}, {world.mpi_library}")
         self._say_layout()
-        parameters = parameter_count(model, run.corpus.tokenizer.vocab_size)
+        parameters = parameter_count(model, run.model.vocab_size)
         tied = ", embeddings tied" if model.tie_embeddings else ""
         say(f"  model    {model.arch}, {model.n_layers} blocks of width {model.d_model}, {parameters:,} parameters{tied}")
         corpus, batches = run.corpus, run.batches
@@ -216,7 +216,7 @@ class RunLog:
 
     def _sample(self) -> str:
         """What the model writes. Collective: it may lie on many ranks."""
-        run, tokenizer = self.run, self.run.corpus.tokenizer
+        run, tokenizer = self.run, self.run.tokenizer
         prompt = self.run.config.generate.prompt
         start = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eos]
         written = sample(run.model.next_logits, start, run.config.generate, run.config.model.context_length, tokenizer.eos)

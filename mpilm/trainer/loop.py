@@ -41,21 +41,19 @@ def due(done: int, every: int) -> bool:
 
 def save_checkpoint(run: Training, done: int, eval_loss: float | None) -> Path:
     """Save the state after `done` steps and remove checkpoints no longer wanted. Collective."""
-    corpus, config = run.corpus, run.config
+    config = run.config
     trainer = {
         "step": done,
-        "tokens": done * run.batches.target_tokens(0),
+        "tokens": done * run.batches.step_tokens,
         "seed": config.train.seed,
         "eval_loss": eval_loss,
-        "content": {"data.path": corpus.fingerprint, "data.tokenizer": corpus.tokenizer.digest},
+        "content": dict(run.content),
         "layout": dict(zip(AXES, run.mesh.shape.sizes)),
         "conditions": conditions(run.machine, run.mesh.world),
         "config": to_dict(config),
     }
     model = run.model
-    state = State(
-        config.model, corpus.tokenizer, trainer, model.shapes, model.pieces(), model.optimizer.pieces(), model.holders
-    )
+    state = State(config.model, run.tokenizer, trainer, model.shapes, model.pieces(), model.optimizer.pieces(), model.holders)
     folder = save(run.folder.checkpoints, done, state, run.mesh.world)
     if run.mesh.rank == 0:
         prune(run.folder.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best)

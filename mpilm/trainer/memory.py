@@ -21,7 +21,7 @@ SAVING_BYTES = (IN_FLIGHT + 1) * BLOCK_BYTES
 def predicted_memory(run: Training) -> dict[str, int]:
     """Bytes this rank will use, part by part."""
     config, model = run.config, run.model
-    tokens, vocab_size = config.train.micro_batch * config.model.context_length, run.corpus.tokenizer.vocab_size
+    tokens, vocab_size = config.train.micro_batch * config.model.context_length, run.model.vocab_size
     of_stage = {
         number: activation_bytes(
             config.model, vocab_size, tokens, config.train.dtype, model.cut[number], stage.first, stage.last,

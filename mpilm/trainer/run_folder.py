@@ -17,7 +17,7 @@ from mpilm.config import Config, flatten, mathematics, merge, read_toml, to_dict
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.init import key_of
 
-DATA_KEYS = ("data.path", "data.tokenizer")  # compared by content
+DATA_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by content
 
 
 @dataclass(frozen=True)

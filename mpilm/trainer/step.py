@@ -30,13 +30,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over the target tokens of the global batch, in nats; `grad_norm`: before clipping. Both are the same on all
-    ranks. `times`: of this rank's actions."""
+    """`loss`: mean over the target tokens of the global batch, in nats; `grad_norm`: before clipping; `targets`: how many these
+    tokens are. All are the same on all ranks. `times`: of this rank's actions."""
 
     loss: float
     grad_norm: float
     lr: float
-    tokens: int
+    targets: int
     times: list[Timed]
 
 
