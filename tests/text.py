@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mpilm.comm.base import SelfComm
 from mpilm.config import Checkpoint, Config, Data, Generate, Model, Run, Train, replaced, resolve
+from mpilm.data.corpus import Corpus
 from mpilm.data.prepare import prepare
+from mpilm.data.tokenizer import bytes_tokenizer
 
 SYLLABLES = ("ba", "re", "mi", "no", "tu", "ska", "el", "or", "in", "thé", "qu", "ax")
 
@@ -38,6 +42,11 @@ def write_tokens(folder: Path) -> Path:
     """The same as prepared tokens of single bytes; the prefix of their files."""
     prepare(Data(path=str(write_text(folder)), tokenizer="bytes"), folder / "tokens", SelfComm())
     return folder / "tokens"
+
+
+def corpus_of(tokens: Any) -> Corpus:
+    """A corpus of these ids of bytes."""
+    return Corpus(np.asarray(tokens), bytes_tokenizer(), "f", 1, Path("x.bin"), 1.0)
 
 
 TINY = Config(

@@ -73,7 +73,7 @@ class Tokenizer:
         begins, ends = np.zeros((2, self.vocab_size), dtype=bool)
         vocabulary = self._library.get_vocab(with_added_tokens=False)
         pieces = any(token.startswith("##") for token in vocabulary)  # of WordPiece, which marks what goes on
-        letters = {c for c in _byte_characters() if c.isalnum()}  # bytes of letters beyond ASCII among them
+        letters = {c for byte, c in enumerate(_byte_characters()) if byte >= 128 or chr(byte).isalnum()}
         for token, i in vocabulary.items():
             begins[i] = token.startswith("##") if pieces else token[:1] in letters
             ends[i] = pieces or token[-1:] in letters

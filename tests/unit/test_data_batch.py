@@ -1,21 +1,15 @@
 """Samples, microbatches and the held-out end."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from text import corpus_of
 
 from mpilm.data.batch import Batches
-from mpilm.data.corpus import Corpus, unigram_loss
-from mpilm.data.tokenizer import bytes_tokenizer
+from mpilm.data.corpus import unigram_loss
 from mpilm.errors import ConfigError, DataError
-
-
-def corpus_of(tokens):
-    return Corpus(np.asarray(tokens), bytes_tokenizer(), "f", 1, Path("x.bin"), 1.0)
 
 
 def counting(n):
