@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -10,15 +11,20 @@ from random import Random
 from unittest import mock
 
 import torch
+from safetensors.torch import save_file
 from text import tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpilm.checkpoint import format, save
 from mpilm.checkpoint.load import load
 from mpilm.checkpoint.save import State
 from mpilm.checkpoint.tensors import find, open_tensors
 from mpilm.comm.base import Comm
+from mpilm.config import Model
 from mpilm.data.tokenizer import bytes_tokenizer
+from mpilm.model.families import tied
+from mpilm.model.huggingface import published_name
+from mpilm.model.huggingface_config import published_config
 from mpilm.parallel.shard import Piece
 
 Shapes = dict[str, tuple[int, ...]]
@@ -129,6 +135,14 @@ def read_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
     with open_tensors(path) as slots:
         for name, tensor in wanted.items():
             find(slots, name, tuple(tensor.shape), path).read(tensor)
+
+
+def write_published(folder: Path, model: nn.Module, shape: Model, vocab_size: int) -> None:
+    """A Hugging Face folder with a whole model."""
+    own = {name: p.detach().contiguous() for name, p in model.named_parameters() if name not in tied(shape)}
+    folder.mkdir(exist_ok=True)
+    save_file({published_name(name, shape.arch): p for name, p in own.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(published_config(shape, vocab_size, 7)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

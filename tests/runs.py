@@ -39,11 +39,11 @@ SMALL = replaced(
 """4 blocks and 8 microbatches of one short sequence, dropout on."""
 FAMILIES = {
     "llama": {},
-    "gpt2": {"model__arch": "gpt2", "model__n_kv_heads": 2},
+    "gpt2": {"model__arch": "gpt2", "model__n_kv_heads": 0},
     "qwen2": {"model__arch": "qwen"},
     "qwen3": {"model__arch": "qwen", "model__qk_norm": True, "model__head_width": 10},
     "mixtral": {"model__arch": "mixtral", "model__n_experts": 3, "model__d_ff": 32},
-    "bert": {"model__arch": "bert", "model__n_kv_heads": 2},
+    "bert": {"model__arch": "bert", "model__n_kv_heads": 0},
 }
 """Every architecture, as changes of SMALL."""
 SERIAL = {

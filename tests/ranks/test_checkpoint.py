@@ -47,6 +47,7 @@ from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.model.families import build, tied
 from mpilm.model.huggingface import published_name
+from mpilm.model.rows import Rows
 
 ONE = SelfComm()
 BLOCKS = st.sampled_from([8, 60, 64, 100, 1 << 10, 1 << 24])  # 60 and 100: some elements lie in two blocks
@@ -135,7 +136,7 @@ def test_transformers_reads_it_in_one_file_or_in_several(tmp_path, tie, shard):
     ids = torch.arange(12)
     with torch.no_grad():
         expected = theirs(ids[None]).logits
-        found = model(ids[None], ids)
+        found = model(ids[None], Rows(ids))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 

@@ -10,6 +10,7 @@ from text import tiny
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
 from mpilm.optim.dealt import DealtSum
 from mpilm.optim.reduce import BlockSum
 from mpilm.parallel.flat import FlatParameters
@@ -30,7 +31,7 @@ def shape_of(tie):
 
 def backward(model, microbatch):
     x = torch.randint(0, V, (2, 8), generator=torch.Generator().manual_seed(microbatch))
-    loss = loss_sum(model(x, torch.arange(8), [2 * microbatch, 2 * microbatch + 1]), x.roll(-1, 1))
+    loss = loss_sum(model(x, Rows(torch.arange(8), [2 * microbatch, 2 * microbatch + 1])), x.roll(-1, 1))
     (loss * 10.0 ** (microbatch % 5 - 2)).backward()  # of very different size: the order matters
 
 

@@ -5,27 +5,31 @@ tests/ranks/test_layouts.py has every layout, on random tokens.
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from runs import differing, held, joined, on, stopped, trained
+from checkpoints import write_published
+from runs import FAMILIES, differing, held, joined, on, stopped, trained
 from text import tiny, write_tokens
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mpilm.checkpoint.format import folder_name
+from mpilm.checkpoint.pretrained import shape_of
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
 from mpilm.config import replaced
 from mpilm.errors import NonFiniteError
-from mpilm.model.huggingface import published_name
-from mpilm.model.huggingface_config import published_config
+from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
 from mpilm.optim.rate import learning_rate
 from mpilm.telemetry.metrics import read_rows
 from mpilm.trainer.build import build
 from mpilm.trainer.evaluate import evaluate
+from mpilm.trainer.loop import train
+from mpilm.trainer.sharded import whole_model
 from mpilm.trainer.step import total_loss, train_step
 
 
@@ -77,18 +81,17 @@ def test_the_library_sum_is_close_and_not_the_same(tmp_path, data):
     assert differing(library[1], exact[1])
 
 
-def test_it_is_the_plain_training_loop(tmp_path, data):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_plain_training_loop(tmp_path, data, family):
     """transformers' model, torch's AdamW and torch's clipping on the same batches."""
-    config = tiny(data, tmp_path / "run", train__steps=20, model__dropout=0.0, train__clip_norm=0.5)
+    changes = {"train__steps": 50, "model__dropout": 0.0, "train__clip_norm": 0.5, "model__router_loss": 0.0}
+    config = tiny(data, tmp_path / "run", **changes, **FAMILIES[family])
     settings = config.train
     run = build(config, SelfComm())
-    reference = LlamaForCausalLM(LlamaConfig(**published_config(config.model, run.corpus.tokenizer.vocab_size, 256)))
-    ours = run.model.stages[0].model
-    weights = {
-        published_name(name, config.model.arch): parameter.detach().clone() for name, parameter in ours.named_parameters()
-    }
-    reference.load_state_dict(weights)
-    matrices = [p for p in reference.parameters() if p.ndim == 2]
+    write_published(tmp_path / "start", run.model.stages[0].model, config.model, run.model.vocab_size)
+    auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+    reference = auto.from_pretrained(tmp_path / "start")
+    matrices = [p for p in reference.parameters() if p.ndim >= 2]
     vectors = [p for p in reference.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
@@ -109,6 +112,32 @@ def test_it_is_the_plain_training_loop(tmp_path, data):
         assert result.grad_norm == pytest.approx(norm, rel=1e-3), step
     assert clipped > 0
     assert result.loss < 5.0  # from ln 257 = 5.5
+
+
+@pytest.mark.parametrize(("size", "layout"), [(1, {}), (3, on(zero=3)), (2, on(2))])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_starts_from_a_folder(tmp_path, data, family, size, layout):
+    """The first loss is that of the model in the folder, and the checkpoint keeps its shape and its vocabulary."""
+    config = tiny(
+        data, tmp_path / "run", train__steps=1, model__dropout=0.0, model__vocab_size=300, **FAMILIES[family], **layout
+    )
+    torch.manual_seed(0)
+    model, _ = whole_model(config.model, 300, torch.device("cpu"))
+    for p in model.parameters():
+        p.data.normal_(0.0, 0.1)
+    write_published(tmp_path / "start", model, config.model, 300)
+    config = replaced(config, model__init_from=str(tmp_path / "start"))
+    run_ranks(size, lambda comm: train(config, comm))
+    run = build(tiny(data, tmp_path / "other", **shape), SelfComm())
+    batches = [run.batches.train(0, m) for m in range(8)]
+    with torch.no_grad():
+        losses = [float(loss_sum(model(batch.tokens, Rows(batch.positions)), batch.targets)) for batch in batches]
+    row = next(row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row.get("step") == 1)
+    assert row["loss"] == pytest.approx(sum(losses) / run.batches.target_tokens(0), rel=1e-6)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    assert shape_of(checkpoint) == replace(config.model, init_from="")
+    auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+    assert auto.from_pretrained(checkpoint).config.vocab_size == 300
 
 
 def test_evaluation_is_the_mean_over_the_held_out_text(tmp_path, data):

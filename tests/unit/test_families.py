@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from checkpoints import write_published
 from safetensors.torch import save_file
 from text import tiny
 
@@ -13,7 +14,7 @@ from mpilm.comm.base import SelfComm
 from mpilm.comm.together import AgreedError
 from mpilm.config import Config, Model, resolve
 from mpilm.errors import ConfigError
-from mpilm.model.families import build, initial_std, tied
+from mpilm.model.families import build, initial_std
 from mpilm.model.huggingface import NAMES, OLD_WORDS, published_name
 from mpilm.model.huggingface_config import kind_of, published_config, read_config
 from mpilm.model.init import initial_value
@@ -68,15 +69,6 @@ def logits(model, x, **more):
     return model(x, Rows(torch.arange(x.shape[1]), **more))
 
 
-def write(folder, model, shape):
-    """As a checkpoint has it."""
-    import json
-
-    own = {n: p.detach().contiguous() for n, p in model.named_parameters() if n not in tied(shape)}
-    save_file({published_name(n, shape.arch): p for n, p in own.items()}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(published_config(shape, V, 7)))
-
-
 def read(folder):
     import json
 
@@ -96,7 +88,7 @@ def close(ours, theirs):
 def test_transformers_reads_what_we_write(family, tmp_path):
     shape = shape_of(family)
     model = random_model(shape)
-    write(tmp_path, model, shape)
+    write_published(tmp_path, model, shape, V)
     theirs, problems = CLASSES[kind_of(shape)].from_pretrained(tmp_path, output_loading_info=True)
     assert not any(problems.values()), problems
     with torch.no_grad():
@@ -258,14 +250,14 @@ def test_a_model_saved_without_its_head_or_prefix(tmp_path):
         folder = tmp_path / family
         folder.mkdir()
         model, shape = random_model(shape_of(family)), shape_of(family)
-        write(folder, model, shape)
+        write_published(folder, model, shape, V)
         resave(folder, lambda tensors: {n.removeprefix(prefix): t for n, t in tensors.items()})  # noqa: B023
         assert torch.equal(logits(read(folder)[0], tokens()), logits(model, tokens()))
 
 
 def test_old_words_and_buffers_and_copies_are_known(tmp_path):
     model, shape = random_model(shape_of("bert")), shape_of("bert")
-    write(tmp_path, model, shape)
+    write_published(tmp_path, model, shape, V)
 
     def as_google_had_it(tensors):
         old = dict(tensors)
@@ -291,14 +283,14 @@ def test_old_words_and_buffers_and_copies_are_known(tmp_path):
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, message):
-    write(tmp_path, random_model(shape_of("gpt2")), shape_of("gpt2"))
+    write_published(tmp_path, random_model(shape_of("gpt2")), shape_of("gpt2"), V)
     resave(tmp_path, change)
     with pytest.raises(AgreedError, match=message):
         read(tmp_path)
 
 
 def test_pickles_are_refused_with_the_way_to_convert(tmp_path):
-    write(tmp_path, random_model(shape_of("gpt2")), shape_of("gpt2"))
+    write_published(tmp_path, random_model(shape_of("gpt2")), shape_of("gpt2"), V)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(AgreedError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
         read(tmp_path)
@@ -306,7 +298,7 @@ def test_pickles_are_refused_with_the_way_to_convert(tmp_path):
 
 def test_a_longer_table_of_positions_is_cut(tmp_path):
     model, shape = random_model(shape_of("gpt2", context_length=40)), shape_of("gpt2", context_length=40)
-    write(tmp_path, model, shape)
+    write_published(tmp_path, model, shape, V)
     short = replace(shape, context_length=T)
     cut, flat = whole_model(short, V, torch.device("cpu"))
     shapes = {layout.name: layout.shape for layout in owned(resolve_layouts(short, V, (2,)))}
