@@ -118,9 +118,8 @@ def test_it_is_the_plain_training_loop(tmp_path, data, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_starts_from_a_folder(tmp_path, data, family, size, layout):
     """The first loss is that of the model in the folder, and the checkpoint keeps its shape and its vocabulary."""
-    config = tiny(
-        data, tmp_path / "run", train__steps=1, model__dropout=0.0, model__vocab_size=300, **FAMILIES[family], **layout
-    )
+    shape = {"model__dropout": 0.0, "model__vocab_size": 300, **FAMILIES[family]}
+    config = tiny(data, tmp_path / "run", train__steps=1, **shape, **layout)
     torch.manual_seed(0)
     model, _ = whole_model(config.model, 300, torch.device("cpu"))
     for p in model.parameters():
