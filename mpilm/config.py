@@ -185,6 +185,8 @@ class Generate:
 
     prompt: str = ""
     """What the text begins with; empty: the beginning of a document."""
+    prompts: str = ""
+    """A file with a prompt a line, or "prompt" fields where it ends in .jsonl; -: standard input. Texts come as JSON lines."""
     max_tokens: int = 160
     """Tokens to write; 0: no sample."""
     temperature: float = 0.8
@@ -195,6 +197,36 @@ class Generate:
     """Choose among the likeliest tokens that together have this probability."""
     seed: int = 0
     """Decides the choice."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The model to use."""
+
+    init_from: str = ""
+    """A checkpoint, or a Hugging Face folder with config.json, *.safetensors and tokenizer.json."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How the model is laid out; the ranks that are left share the texts."""
+
+    pipeline: int = 1
+    """Ranks that share the layers of one model, for a model that is too large for one; divides the number of ranks."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How it is computed."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What forward computes in; weights stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: a GPU when torch sees one."""
+    gpu_aware_mpi: bool = False
+    """Hand GPU memory to MPI as it is: only where the site's MPI was built for it."""
+    threads: int = 0
+    """CPU threads a rank; 0: the cores the rank really has, shared among the ranks of its node."""
 
 
 @dataclass(frozen=True)
@@ -323,6 +355,13 @@ def resolve(config: Config) -> Config:
 def microbatches(config: Config) -> int:
     """Microbatches of one step, over all ranks."""
     return config.train.global_batch // config.train.micro_batch
+
+
+def used(folder: Folder, parallel: Stages, compute: Compute, **more: Any) -> Config:
+    """The config of a command that uses a model."""
+    train = replace(Train(micro_batch=1), **{item.name: getattr(compute, item.name) for item in fields(compute)})
+    train = replace(train, global_batch=train.micro_batch)
+    return Config(model=Model(init_from=folder.init_from), parallel=Parallel(pipeline=parallel.pipeline), train=train, **more)
 
 
 def replaced(config: T, **changes: Any) -> T:

@@ -1,6 +1,7 @@
 """Write text with a trained model.
 
 python -m mpilm.generate --model.init-from runs/NAME/checkpoints/step-00000240 --generate.prompt "def main("
+mpirun -n 4 python -m mpilm.generate --model.init-from FOLDER --generate.prompts prompts.txt > texts.jsonl
 """
 
 from __future__ import annotations
@@ -9,38 +10,34 @@ import sys
 from dataclasses import dataclass, field
 
 from mpilm.cli import parse
-from mpilm.config import Generate
-from mpilm.errors import ConfigError
+from mpilm.comm.base import Comm
+from mpilm.config import Compute, Folder, Generate, Stages, used
 from mpilm.guard.launch import Body, run
 
-DESCRIPTION = "Write text with a model: a checkpoint of mpilm or a Hugging Face folder of a Llama model."
-
-
-@dataclass(frozen=True)
-class Source:
-    """The model to use."""
-
-    init_from: str = ""
-    """A checkpoint, or a Hugging Face folder with config.json, *.safetensors and tokenizer.json."""
+DESCRIPTION = (
+    "Write text with a model: a checkpoint of mpilm or a Hugging Face folder of a Llama, GPT-2, Qwen or Mixtral model. Many "
+    "prompts are shared out over the ranks; no text depends on how many there are."
+)
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """Settings of the generate command."""
 
-    model: Source = field(default_factory=Source)
+    model: Folder = field(default_factory=Folder)
     generate: Generate = field(default_factory=Generate)
+    parallel: Stages = field(default_factory=Stages)
+    train: Compute = field(default_factory=Compute)
 
 
 def prepare() -> Body:
-    config = parse(sys.argv[1:], GenerateConfig(), "generate", DESCRIPTION)
-    if not config.model.init_from:
-        raise ConfigError("--model.init-from is needed: the folder of a checkpoint, RUN/checkpoints/step-NNNNNNNN")
+    asked = parse(sys.argv[1:], GenerateConfig(), "generate", DESCRIPTION)
+    config = used(asked.model, asked.parallel, asked.train, generate=asked.generate)
 
-    def body(comm) -> None:  # type: ignore[no-untyped-def]
-        from mpilm.trainer.write import write
+    def body(comm: Comm) -> None:
+        from mpilm.trainer.texts import print_texts
 
-        write(config.model.init_from, config.generate, comm)
+        print_texts(config, comm)
 
     return body
 

@@ -12,20 +12,22 @@ from unittest import mock
 import pytest
 import torch
 from text import TINY
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpilm.checkpoint.format import checkpoints
 from mpilm.comm.base import Comm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.trace import Traced
-from mpilm.config import Config, microbatches, replaced, resolve
+from mpilm.config import Config, Model, microbatches, replaced, resolve
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel import shard, tied
 from mpilm.parallel.feasible import cut_by_cost, mesh_shape
+from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.shard import ALIGNMENT, Piece
 from mpilm.trainer import loop
 from mpilm.trainer.prove import VOCAB_SIZE, RandomTokens
 from mpilm.trainer.sharded import ShardedModel
+from mpilm.trainer.staged import meta_model, resolve_layouts
 from mpilm.trainer.step import Source, StepResult, total_loss, train_step
 from mpilm.validation import validate
 
@@ -154,6 +156,14 @@ def small_buckets(numel: int) -> Iterator[None]:
         for module in (shard, tied):
             stack.enter_context(mock.patch.object(module, "BUCKET", numel))
         yield
+
+
+def whole_model(shape: Model, vocab_size: int, device: torch.device) -> tuple[nn.Module, FlatParameters]:
+    """The whole model on one rank, its parameters views of one flat vector, their values still zero."""
+    model = meta_model(shape, vocab_size)
+    flat = FlatParameters(resolve_layouts(shape, vocab_size, (shape.n_layers,)), device)
+    flat.install(model)
+    return model, flat
 
 
 # Whole runs, with a folder.

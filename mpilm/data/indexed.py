@@ -138,6 +138,17 @@ def open_tokens(prefix: Path, verify: bool = True) -> TokenFile:
     return TokenFile(_map(data, layout.dtype, size), layout.documents, data)
 
 
+def document_starts(data: Path) -> NDArray[np.int64]:
+    """Where each document begins in a checked .bin, and where the last one ends, in tokens; (documents + 1,)."""
+    index = with_ending(data.with_suffix(""), ".idx")
+    if not index.exists():
+        return np.array([0, data.stat().st_size // 2])
+    layout = read_header(index)
+    lengths, _, marks = _map_index(index, layout)
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return ends[marks]
+
+
 def read_header(index: Path) -> Layout:
     """Check the header of an .idx and its size; raises FileError or DataError."""
     with touching(index), open(index, "rb") as file:

@@ -24,14 +24,16 @@ class Core(nn.Module):
 
     def __init__(self, causal: bool, probability: float, place: str):
         super().__init__()
-        self.causal = causal
+        self.causal, self.place = causal, place
         self.dropout = Dropout(probability, place)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+        if rows.cache is not None:
+            k, v = rows.cache.extend(self.place, k, v)
         seen = None if rows.documents is None else self._seen(q, rows.documents)
         if rows.keys is not None and self.dropout.probability:
             return self._written_out(q, k, v, seen, rows.keys)
-        causal = self.causal and seen is None
+        causal = self.causal and seen is None and q.shape[-2] > 1  # a single token is the last: it may see all there is
         return F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
     def _seen(self, q: Tensor, documents: Tensor | None) -> Tensor:

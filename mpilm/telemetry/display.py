@@ -21,6 +21,7 @@ def mebibytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
 
+QUIET_S = 3.0
 SLOW = 1.2  # times the median
 
 
@@ -68,6 +69,22 @@ class Display:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+class Counter:
+    """Now and then a line on standard error that says how many of `total` are done; silent for the first seconds."""
+
+    def __init__(self, what: str, total: int, speaks: bool):
+        self.what, self.total, self.speaks = what, total, speaks
+        self.done, self.shown = 0, time.monotonic()
+
+    def __call__(self, _: Any = None) -> None:
+        """One more is done."""
+        self.done += 1
+        now = time.monotonic()
+        if self.speaks and now > self.shown + QUIET_S:
+            self.shown = now
+            print(f"{self.what}: {self.done:,} of {self.total:,} on rank 0", file=sys.stderr, flush=True)
 
 
 def _bar(first: int, steps: int) -> Any:

@@ -21,7 +21,7 @@ from mpilm.parallel.feasible import cut_by_cost
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import of_stage
 from mpilm.parallel.partition import partition
-from mpilm.trainer.sharded import autocast_of, meta_model, resolve_layouts
+from mpilm.trainer.staged import autocast_of, meta_model, resolve_layouts
 
 MEASURE_S = 0.5  # of each part: long against a scheduler's slice, so that a core that is shared is seen to be
 PARTS = (0, 1, 0)  # a cut of one block into three stages: embedding, block, and norm with head and loss

@@ -16,7 +16,6 @@ from mpilm.data.corpus import unigram_loss
 from mpilm.errors import FileError
 from mpilm.guard.launch import announced_ranks
 from mpilm.mesh.shape import AXES
-from mpilm.model.sample import sample
 from mpilm.model.size import parameter_count
 from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.pipeline.actions import COMPUTE
@@ -30,6 +29,7 @@ from mpilm.trainer.build import Training
 from mpilm.trainer.machine import processor, versions
 from mpilm.trainer.memory import predicted_memory
 from mpilm.trainer.step import StepResult
+from mpilm.trainer.write import write
 
 
 class RunLog:
@@ -219,8 +219,7 @@ class RunLog:
         run, tokenizer = self.run, self.run.tokenizer
         prompt = self.run.config.generate.prompt
         start = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eos]
-        written = sample(run.model.next_logits, start, run.config.generate, run.config.model.context_length, tokenizer.eos)
-        return prompt + tokenizer.decode(written)
+        return prompt + tokenizer.decode(write(run.model, {0: start}, run.config.generate, tokenizer.eos)[0])
 
 
 def busy_s(times: Sequence[Timed]) -> float:

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from runs import CPU, differing, joined, small_buckets
+from runs import CPU, differing, joined, small_buckets, whole_model
 from text import tiny
 
 from mpilm.comm.base import SelfComm
@@ -17,7 +17,7 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.shard import BUCKET
 from mpilm.parallel.tied import Ties
 from mpilm.parallel.tree import block, dealt
-from mpilm.trainer.sharded import draw, resolve_layouts, whole_model
+from mpilm.trainer.staged import draw, resolve_layouts
 
 V = 29
 SIZES = [1, 2, 3, 4, 5, 6, 8]

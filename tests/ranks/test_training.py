@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write_published
-from runs import FAMILIES, differing, held, joined, on, stopped, trained
+from runs import FAMILIES, differing, held, joined, on, stopped, trained, whole_model
 from text import tiny, write_tokens
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -29,7 +29,6 @@ from mpilm.telemetry.metrics import read_rows
 from mpilm.trainer.build import build
 from mpilm.trainer.evaluate import evaluate
 from mpilm.trainer.loop import train
-from mpilm.trainer.sharded import whole_model
 from mpilm.trainer.step import total_loss, train_step
 
 

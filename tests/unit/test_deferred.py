@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from runs import whole_model
 from text import tiny
 from torch import nn
 
@@ -13,7 +14,7 @@ from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
 from mpilm.parallel.deferred import Store, defer
 from mpilm.parallel.recompute import recompute
-from mpilm.trainer.sharded import autocast_of, draw, whole_model
+from mpilm.trainer.staged import autocast_of, draw
 
 V, CPU = 29, torch.device("cpu")
 MICROBATCHES = range(4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import write_published
+from runs import whole_model
 from safetensors.torch import save_file
 from text import tiny
 
@@ -21,7 +22,7 @@ from mpilm.model.init import initial_value
 from mpilm.model.rows import Rows
 from mpilm.parallel.cut import keep_stage
 from mpilm.parallel.layout import owned
-from mpilm.trainer.sharded import resolve_layouts, whole_model
+from mpilm.trainer.staged import resolve_layouts
 
 V, T = 61, 16
 FAMILIES = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import CPU
+from runs import CPU, whole_model
 from text import tiny
 from torch import nn
 
@@ -10,7 +10,7 @@ from mpilm.model.families import build
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.layout import of_stage, resolve
 from mpilm.parallel.shard import ALIGNMENT, intersect
-from mpilm.trainer.sharded import resolve_layouts, whole_model
+from mpilm.trainer.staged import resolve_layouts
 
 SHAPES = {"embed": (5, 3), "norm": (3,), "mlp": (7, 3), "head": (5, 3)}
 TIED = {"head": "embed"}

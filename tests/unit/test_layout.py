@@ -5,7 +5,7 @@ from text import TINY, tiny
 
 from mpilm.parallel.layout import Layout, of_stage, owned, resolve
 from mpilm.parallel.plan import stage_of, unit_of
-from mpilm.trainer.sharded import resolve_layouts
+from mpilm.trainer.staged import resolve_layouts
 
 SHAPES = {"embed": (5, 3), "norm": (3,), "mlp": (7, 3), "head": (5, 3)}
 

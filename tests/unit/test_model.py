@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers.models.llama.modeling_llama as theirs
+from runs import whole_model
 from text import tiny
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,7 +24,7 @@ from mpilm.model.loss import IGNORED, loss_sum
 from mpilm.model.rows import Rows
 from mpilm.parallel.cut import keep_stage
 from mpilm.parallel.layout import owned
-from mpilm.trainer.sharded import draw, resolve_layouts, whole_model
+from mpilm.trainer.staged import draw, resolve_layouts
 
 V = 53
 SHAPES = [{"n_kv_heads": 4, "tie_embeddings": False}, {"n_kv_heads": 2, "tie_embeddings": True}, {"n_kv_heads": 1}]

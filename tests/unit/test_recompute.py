@@ -4,13 +4,14 @@ from collections import Counter
 
 import pytest
 import torch
+from runs import whole_model
 from text import tiny
 from torch import nn
 
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
 from mpilm.parallel.recompute import recompute
-from mpilm.trainer.sharded import autocast_of, draw, whole_model
+from mpilm.trainer.staged import autocast_of, draw
 
 V, CPU, LAYERS = 29, torch.device("cpu"), 3
 HOW = ["none", "attention", "block"]

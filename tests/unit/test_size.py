@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from runs import whole_model
 from text import tiny
 
 from mpilm.config import resolve
@@ -10,7 +11,7 @@ from mpilm.model.rows import Rows
 from mpilm.model.size import activation_bytes, flops_per_token, parameter_count
 from mpilm.parallel.layout import owned
 from mpilm.presets import PRESETS
-from mpilm.trainer.sharded import autocast_of, resolve_layouts, whole_model
+from mpilm.trainer.staged import autocast_of, resolve_layouts
 
 V, CPU = 300, torch.device("cpu")
 

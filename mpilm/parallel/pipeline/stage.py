@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.data.batch import Batch
+from mpilm.model.cache import Cache
 from mpilm.model.init import key_of
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
@@ -41,6 +42,16 @@ class Presence(Protocol):
     def join_backward(self) -> None: ...
 
 
+class NoGradients:
+    """In the place of Gradients where nothing goes backward."""
+
+    def begin(self, i: int) -> None: ...
+    def deliver(self, i: int, name: str, gradient: Tensor) -> None: ...
+    def end(self, i: int) -> None: ...
+    def join(self, i: int, begin_backward: Callable[[str], None]) -> None: ...
+    def reduce(self) -> None: ...
+
+
 def token_losses(logits: Tensor, batch: Batch) -> Tensor:
     """The sum of the token losses of a microbatch."""
     return loss_sum(logits, batch.targets)
@@ -52,7 +63,7 @@ class Feed:
 
     `numbers`: their numbers in the global batch; a program may have more microbatches than this replica. `step`: what dropout
     is keyed by; None: no dropout and no gradients. `target_tokens`: what losses are divided by before backward.
-    `result`: what the last stage makes of its logits.
+    `result`: what the last stage makes of its logits. `caches`: by number, of microbatches that go on where they stopped.
     """
 
     batch_of: Callable[[int], Batch]
@@ -60,6 +71,7 @@ class Feed:
     step: int | None = None
     target_tokens: int = 1
     result: Callable[[Tensor, Batch], Tensor] = token_losses
+    caches: Mapping[int, Cache] | None = None
 
 
 class Pool:
@@ -138,7 +150,7 @@ class ModelStage:
         training, batch = self.feed.step is not None, self._batch(microbatch)
         x = batch.tokens if self.first else self._inputs[microbatch].detach().requires_grad_(training)
         with torch.set_grad_enabled(training), self.autocast():
-            y = self.model(x.view_as(x), self._rows(batch))  # autocast treats a leaf in a way of its own
+            y = self.model(x.view_as(x), self._rows(microbatch))  # autocast treats a leaf in a way of its own
             if self.last:
                 y = self.feed.result(y, batch)
         if self.last:
@@ -212,8 +224,10 @@ class ModelStage:
     def _shape(self, microbatch: int) -> tuple[int, ...]:
         return (*self._batch(microbatch).tokens.shape, self.width)
 
-    def _rows(self, batch: Batch) -> Rows:
+    def _rows(self, microbatch: int) -> Rows:
+        batch = self._batch(microbatch)
         if self.feed.step is None:
-            return Rows(batch.positions, documents=batch.documents)
+            cache = None if self.feed.caches is None else self.feed.caches[self.feed.numbers[microbatch]]
+            return Rows(batch.positions, documents=batch.documents, cache=cache)
         keys = [key_of("dropout", self.seed, self.feed.step, sample) for sample in batch.samples.tolist()]
         return Rows(batch.positions, keys, batch.documents, share=batch.target_tokens / self.feed.target_tokens)

@@ -1,0 +1,111 @@
+"""The evaluate command: a text, a model from a folder, and what comes out, printed and written down."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mpilm.checkpoint.format import read_json, step_of
+from mpilm.comm.base import Comm
+from mpilm.comm.together import on_root, together
+from mpilm.config import Config, Data, merge
+from mpilm.data.corpus import Corpus, open_corpus
+from mpilm.data.files import touching, write_durably
+from mpilm.data.indexed import document_starts
+from mpilm.data.objective import Causal, Masked, Objective
+from mpilm.data.prepare import silent
+from mpilm.data.progress import ProgressLine
+from mpilm.errors import ConfigError, DataError
+from mpilm.trainer.folder import configured, open_folder, tokenizer_of
+from mpilm.trainer.score import Windows, by_document, score, summary, windows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`documents`: score each by itself and write the scores down; `held_out`: only what the run has held out;
+    `context_length`: 0, the model's; `run_dir`: where the results go, auto: the run of the checkpoint."""
+
+    documents: bool
+    held_out: bool
+    context_length: int
+    run_dir: str
+
+
+def evaluate(config: Config, asked: Asked, world: Comm) -> None:
+    """Score the text and print and write what comes out. Collective."""
+    config = together(world, lambda: _configured(config, asked))
+    tokenizer = together(world, lambda: tokenizer_of(config.data, config.model))
+    opened = open_folder(config, world)
+    waiting = world.with_options(gpu_aware=False, patient=True)
+    corpus = open_corpus(config.data, waiting, eos=asked.held_out, progress=ProgressLine() if world.rank == 0 else silent)
+    masked = config.model.arch == "bert"
+    objective = Masked(tokenizer.with_mask(), config.data.mask_fraction, config.data.whole_words) if masked else Causal()
+    together(world, lambda: _refuse_without_mask(config, masked, objective))
+    segments = together(world, lambda: _segments(config, asked, corpus))
+    cut = windows(segments, config.model.context_length, objective.looks_ahead)
+    together(world, lambda: _refuse_nothing(cut, corpus))
+    table = score(opened.model, corpus, cut, objective, config.train.micro_batch, world.rank == 0)
+    on_root(world, lambda: _tell(config, asked, corpus, segments, cut, table))
+
+
+def _configured(config: Config, asked: Asked) -> Config:
+    if asked.held_out:
+        trainer = Path(config.model.init_from).expanduser() / "trainer.json"
+        if config.data != Data():
+            raise ConfigError("--held-out true scores what the run has held out of its own text; leave the --data settings out")
+        if config.model.init_from and not trainer.is_file():
+            raise ConfigError(f"--held-out true: {trainer} is not there, so nothing was held out; name a checkpoint of a run")
+        if config.model.init_from:
+            config = replace(config, data=merge(Data(), read_json(trainer)["config"]["data"], str(trainer)))
+    return configured(config, asked.context_length)
+
+
+def _refuse_without_mask(config: Config, masked: bool, objective: Objective) -> None:
+    if isinstance(objective, Masked) and objective.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, and a bert model needs one")
+
+
+def _segments(config: Config, asked: Asked, corpus: Corpus) -> np.ndarray:
+    total = len(corpus.tokens)
+    first = total - int(total * config.data.eval_fraction) if asked.held_out else 0
+    if not asked.documents:
+        return np.array([first, total])
+    starts = document_starts(corpus.path)
+    return np.concatenate([[first], starts[starts > first]])
+
+
+def _refuse_nothing(cut: Windows, corpus: Corpus) -> None:
+    if not len(cut):
+        raise DataError(f"{corpus.path}: {len(corpus.tokens)} tokens are too few: nothing can be predicted")
+
+
+def _tell(config: Config, asked: Asked, corpus: Corpus, segments: np.ndarray, cut: Windows, table: np.ndarray) -> None:
+    read = int(segments[-1] - segments[0])
+    result = summary(table, read, corpus.bytes_per_token * read, config.model.arch == "bert")
+    folder = _folder(config.model.init_from, asked.run_dir)
+    with touching(folder, "write"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_durably(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+    print(
+        "\n".join(
+            f"{name:<16}{value:,}" if isinstance(value, int) else f"{name:<16}{value:.8g}" for name, value in result.items()
+        )
+    )
+    print(f"written to      {folder / 'evaluation.json'}")
+    if asked.documents:
+        lines = (json.dumps(row) + "\n" for row in by_document(segments, cut, table))
+        write_durably(folder / "documents.jsonl", "".join(lines).encode())
+        print(f"documents       {folder / 'documents.jsonl'}", flush=True)
+
+
+def _folder(init_from: str, run_dir: str) -> Path:
+    """The run that the checkpoint belongs to, or a folder for the results of models from elsewhere."""
+    if run_dir != "auto":
+        return Path(run_dir)
+    model = Path(init_from).expanduser().resolve()
+    if step_of(model) is not None and (model.parents[1] / "config.toml").is_file():
+        return Path(init_from).expanduser().parents[1] if len(Path(init_from).parts) > 2 else model.parents[1]
+    return Path("runs") / f"evaluation-{model.name}"

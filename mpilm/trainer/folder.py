@@ -1,0 +1,82 @@
+"""A model that was trained, from its folder, laid out over the ranks to be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mpilm.checkpoint.format import MANIFEST, verify
+from mpilm.checkpoint.load import load_published
+from mpilm.checkpoint.pretrained import refuse_other_shape, shape_of
+from mpilm.comm.base import Comm
+from mpilm.comm.together import on_root, same_everywhere, together
+from mpilm.config import Config, Data, Model, flatten
+from mpilm.data.tokenizer import Tokenizer, named_tokenizer
+from mpilm.errors import ConfigError
+from mpilm.mesh.mesh import Mesh
+from mpilm.mesh.shape import MeshShape
+from mpilm.parallel.feasible import cut_by_cost
+from mpilm.parallel.shard import ALIGNMENT
+from mpilm.trainer.machine import Machine, look
+from mpilm.trainer.staged import StagedModel
+from mpilm.validation import validate
+
+
+@dataclass(frozen=True)
+class Opened:
+    """`config`: with the shape of the folder; `machine`: what this rank computes with."""
+
+    config: Config
+    machine: Machine
+    model: StagedModel
+
+
+def configured(config: Config, context_length: int = 0) -> Config:
+    """The config with the shape of the folder that model.init-from names, and its tokenizer unless another one is asked for.
+    Raises ConfigError, FileError or DataError."""
+    folder = config.model.init_from
+    if not folder:
+        raise ConfigError("--model.init-from is needed: the folder of a checkpoint, RUN/checkpoints/step-NNNNNNNN")
+    shape = replace(shape_of(folder), init_from=folder)
+    shape = replace(shape, context_length=context_length or shape.context_length)
+    refuse_other_shape(shape)
+    data = config.data if config.data.tokenizer != "auto" else replace(config.data, tokenizer=folder)
+    config = replace(config, model=shape, data=data)
+    validate(config)
+    return config
+
+
+def open_folder(config: Config, world: Comm) -> Opened:
+    """The model of a config made by `configured`, on all ranks: pipelines of parallel.pipeline ranks. Collective."""
+    same_everywhere(world, "settings", flatten(config))
+    shape = together(world, lambda: _mesh_shape(config, world.size))
+    machine = together(world, lambda: look(config.train, world))
+    world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
+    path = Path(config.model.init_from).expanduser()
+    if together(world, lambda: (path / MANIFEST).exists()):
+        on_root(world, lambda: verify(path))
+    vocab_size = config.model.vocab_size
+    model = StagedModel(
+        config, Mesh.build(shape, world), cut_by_cost(config, vocab_size), vocab_size, machine.device, ALIGNMENT
+    )
+    load_published(path, model.pieces(), model.shapes, config.model, world)
+    model.publish()
+    return Opened(config, machine, model)
+
+
+def tokenizer_of(data: Data, model: Model) -> Tokenizer:
+    """The tokenizer of a config made by `configured`; raises ConfigError where the model has no rows for all its ids."""
+    tokenizer = named_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"--data.tokenizer {data.tokenizer} has ids up to {tokenizer.vocab_size - 1}, and {model.init_from} "
+            f"{model.vocab_size} rows for them: they do not belong together"
+        )
+    return tokenizer
+
+
+def _mesh_shape(config: Config, ranks: int) -> MeshShape:
+    pipeline = config.parallel.pipeline
+    if ranks % pipeline:
+        raise ConfigError(f"--parallel.pipeline {pipeline} does not divide {ranks} ranks")
+    return MeshShape(pipeline=pipeline, data=ranks // pipeline)

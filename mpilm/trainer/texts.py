@@ -1,0 +1,82 @@
+"""The texts that the generate command prints: prompts in, shared out over the ranks, and out in their order."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpilm.comm.base import Comm
+from mpilm.comm.together import on_root, together
+from mpilm.config import Config, Generate
+from mpilm.data.files import touching
+from mpilm.data.tokenizer import Tokenizer
+from mpilm.errors import ConfigError, DataError
+from mpilm.telemetry.display import Counter
+from mpilm.trainer.folder import configured, open_folder, tokenizer_of
+from mpilm.trainer.write import write
+
+
+def print_texts(config: Config, world: Comm) -> None:
+    """Print the prompt and what follows it; of many prompts, a JSON object each: prompt, text. Collective."""
+    config = together(world, lambda: configured(config))
+    together(world, lambda: _refuse_encoder(config))
+    settings = config.generate
+    tokenizer = together(world, lambda: tokenizer_of(config.data, config.model))
+    prompts: list[str] = world.broadcast_json(on_root(world, lambda: _prompts(settings)))
+    opened = open_folder(config, world)
+    model = opened.model
+    mine = {n: _tokens(prompts[n], tokenizer) for n in range(model.data.rank, len(prompts), model.data.size)}
+    written = write(model, mine, settings, tokenizer.eos, Counter("texts", len(mine), world.rank == 0 and len(prompts) > 1))
+    texts = {n: tokenizer.decode(tokens) for n, tokens in written.items()} if model.pipeline.rank == 0 else {}
+    everyone = world.all_gather_json([[n, text] for n, text in texts.items()])
+    if world.rank == 0:
+        _print(prompts, [text for _, text in sorted(pair for theirs in everyone for pair in theirs)], bool(settings.prompts))
+
+
+def _refuse_encoder(config: Config) -> None:
+    if config.model.arch == "bert":
+        raise ConfigError(f"{config.model.init_from} is a bert model: it fills masks, and cannot go on with a text")
+
+
+def _prompts(settings: Generate) -> list[str]:
+    if not settings.prompts:
+        return [settings.prompt]
+    if settings.prompt:
+        raise ConfigError("--generate.prompt and --generate.prompts: one of the two")
+    where = "standard input" if settings.prompts == "-" else settings.prompts
+    if settings.prompts == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        path = Path(settings.prompts).expanduser()
+        with touching(path):
+            data = path.read_bytes()
+    try:
+        lines = data.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--generate.prompts {where}: byte {error.start} is not UTF-8") from None
+    lines = lines[:-1] if lines[-1] == "" else lines
+    if not lines:
+        raise DataError(f"--generate.prompts {where}: holds no prompts")
+    return [_field(line, f"{where}: line {i}") for i, line in enumerate(lines, 1)] if where.endswith(".jsonl") else lines
+
+
+def _field(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"--generate.prompts {where} is not JSON: {error}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise DataError(f'--generate.prompts {where} is not an object with a "prompt" that is a string')
+    return value["prompt"]
+
+
+def _tokens(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode(prompt).tolist() or [tokenizer.eos]
+
+
+def _print(prompts: Sequence[str], texts: Sequence[str], as_json: bool) -> None:
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if as_json else prompt + text)
+    sys.stdout.flush()
