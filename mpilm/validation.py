@@ -22,11 +22,11 @@ BELOW_ONE = ("model.dropout", "data.eval_fraction", "train.beta1", "train.beta2"
 
 def validate(config: Any) -> None:
     """Refuse what cannot work, before anything is started; raises ConfigError naming the setting and a value that would do."""
-    flat = flatten(config)
+    flat, defaults = flatten(config), flatten(type(config)())
     for name, value in flat.items():
         if isinstance(value, float) and not abs(value) < float("inf"):
             raise ConfigError(f"{_flag(name)} must be a finite number, not {value}")
-        if name in POSITIVE and not value > 0:
+        if name in POSITIVE and not value > 0 and not value == defaults[name] == 0:  # a default of zero: to be worked out
             raise ConfigError(f"{_flag(name)} must be above zero, not {value}")
         if name in NOT_NEGATIVE and value < 0:
             raise ConfigError(f"{_flag(name)} must not be negative, but is {value}")

@@ -10,7 +10,7 @@ from mpilm.checkpoint.load import load_published
 from mpilm.checkpoint.pretrained import refuse_other_shape, shape_of
 from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root, same_everywhere, together
-from mpilm.config import Config, Data, Model, flatten
+from mpilm.config import Config, Data, Model, flatten, resolve
 from mpilm.data.tokenizer import Tokenizer, named_tokenizer
 from mpilm.errors import ConfigError
 from mpilm.mesh.mesh import Mesh
@@ -41,7 +41,7 @@ def configured(config: Config, context_length: int = 0) -> Config:
     shape = replace(shape, context_length=context_length or shape.context_length)
     refuse_other_shape(shape)
     data = config.data if config.data.tokenizer != "auto" else replace(config.data, tokenizer=folder)
-    config = replace(config, model=shape, data=data)
+    config = resolve(replace(config, model=shape, data=data))
     validate(config)
     return config
 

@@ -212,7 +212,10 @@ class RunLog:
         say(f"run folder   {run.folder.path}  (metrics.jsonl, config.toml, tensorboard)")
         last = run.folder.checkpoints / f"step-{config.train.steps:08d}"
         say(f"checkpoint   {last}  (a Hugging Face folder)")
-        say(f"write more   python -m mpilm.generate --model.init-from {last}")
+        if config.model.arch == "bert":
+            say(f"score more   python -m mpilm.evaluate --model.init-from {last} --data.path TEXT")
+        else:
+            say(f"write more   python -m mpilm.generate --model.init-from {last}")
 
     def _sample(self) -> str:
         """What the model writes. Collective: it may lie on many ranks."""

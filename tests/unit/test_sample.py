@@ -1,4 +1,4 @@
-"""Sampling: what is drawn, from what, and when it ends."""
+"""Sampling: what is drawn, and from what; tests/ranks/test_write.py has whole texts."""
 
 import math
 from collections import Counter
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mpilm.config import Generate
-from mpilm.model.sample import choose, sample
+from mpilm.model.sample import choose
 
 LOGITS = torch.tensor([0.0, math.log(6), math.log(2), math.log(1)])  # 0.1, 0.6, 0.2, 0.1
 
@@ -38,33 +38,3 @@ def test_top_k(k, left):
 @pytest.mark.parametrize(("p", "left"), [(0.01, {1}), (0.59, {1}), (0.7, {1, 2}), (0.85, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
 def test_top_p(p, left):
     assert set(drawn(Generate(temperature=1.0, top_p=p))) == left
-
-
-class Counting:
-    """Always predicts the token after the last, and notes what it was shown."""
-
-    def __init__(self):
-        self.shown = []
-
-    def __call__(self, tokens):
-        self.shown.append(tokens.tolist())
-        return torch.nn.functional.one_hot((tokens[-1] + 1) % 20, 20).float() * 50
-
-
-def test_goes_on_from_the_prompt_and_sees_the_last_tokens():
-    counting = Counting()
-    assert sample(counting, [3, 4], Generate(max_tokens=4, temperature=0.5), 3, stop=19) == [5, 6, 7, 8]
-    assert counting.shown == [[3, 4], [3, 4, 5], [4, 5, 6], [5, 6, 7]]
-
-
-def test_ends_before_the_stop_token():
-    assert sample(Counting(), [15], Generate(max_tokens=50, temperature=0.0), 8, stop=19) == [16, 17, 18]
-    assert sample(Counting(), [18], Generate(max_tokens=50, temperature=0.0), 8, stop=19) == []
-    assert sample(Counting(), [1], Generate(max_tokens=0), 8, stop=19) == []
-
-
-def test_the_seed_decides():
-    def written(seed):
-        return sample(lambda tokens: torch.zeros(20), [0], Generate(max_tokens=30, temperature=1.0, seed=seed), 8, stop=-1)
-
-    assert written(1) == written(1) != written(2)
