@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
-from mpilm.config import Config, Model, flatten, merge, read_toml, resolve
+from mpilm.config import Model, flatten, merge, read_toml
 from mpilm.errors import ConfigError, UserError
 from mpilm.validation import validate
 
@@ -37,8 +37,8 @@ def parse(
     for toml, source in values:
         config = merge(config, toml, source)
     config = _flags(words, config, f"python -m mpilm.{prog}", description + _shared_options(presets))
-    validate(config)
     _refuse_other_shape(config)
+    validate(config)
     return config
 
 
@@ -63,7 +63,7 @@ def _refuse_other_shape(config: Any) -> None:
     if isinstance(model, Model) and model.init_from:
         from mpilm.checkpoint.pretrained import refuse_other_shape
 
-        refuse_other_shape(resolve(Config(model=model)).model)
+        refuse_other_shape(model)
 
 
 def run_alone(prepare: Callable[[], Callable[[], None]]) -> NoReturn:

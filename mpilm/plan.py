@@ -21,7 +21,7 @@ from mpilm.parallel.pipeline.draw import svg, text
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import even_bubble, schedule
 from mpilm.parallel.pipeline.simulate import Timeline, simulate
-from mpilm.presets import PRESETS
+from mpilm.presets import PRESETS, VOCABULARIES
 from mpilm.validation import validate
 
 DESCRIPTION = (
@@ -29,7 +29,6 @@ DESCRIPTION = (
     "layers are cut into stages, how long ranks idle (the bubble) and how many microbatches they keep in memory. For any "
     "number of ranks, on this machine alone."
 )
-VOCABULARIES = (("llama-100m", 32768), ("llama-1b", 32000), ("llama-8b", 128256))
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def presets() -> dict[str, Callable[[], PlanConfig]]:
 
     def of(name: str) -> PlanConfig:
         config = PRESETS[name]()
-        vocabulary = dict(VOCABULARIES).get(name, PlanConfig.vocabulary)
+        vocabulary = VOCABULARIES.get(name, PlanConfig.vocabulary)
         return PlanConfig(config.model, config.train, config.parallel, vocabulary=vocabulary)
 
     return {name: lambda name=name: of(name) for name in PRESETS}  # type: ignore[misc]

@@ -10,7 +10,7 @@ from mpilm.config import Model
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.huggingface_config import read_config
 
-OURS_TO_SET = ("init_from", "dropout", "router_loss")  # no part of a published shape
+OURS_TO_SET = ("dropout", "router_loss")  # no part of a published shape
 
 
 def shape_of(folder: str | Path) -> Model:
@@ -35,7 +35,7 @@ def refuse_other_shape(model: Model) -> None:
     shape = shape_of(model.init_from)
     for item in fields(Model):
         asked, there, flag = getattr(model, item.name), getattr(shape, item.name), f"--model.{item.name.replace('_', '-')}"
-        if item.name in OURS_TO_SET or asked == there:
+        if item.name in (*OURS_TO_SET, "init_from") or asked == there:
             continue
         if item.name == "context_length":
             if asked > there and model.arch in ("gpt2", "bert"):

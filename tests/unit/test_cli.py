@@ -84,7 +84,7 @@ def test_help_names_every_section(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--preset", "huge"], "--preset huge: there is none of that name; there are tiny, llama-100m, llama-1b, llama-8b"),
+        (["--preset", "huge"], "--preset huge: there is none of that name; there are tiny, llama-100m, llama-1b, llama-8b, "),
         (["--preset"], "--preset needs a value"),
         (["--config"], "--config needs a value"),
         (["--train.steps", "0"], "--train.steps must be above zero, not 0"),

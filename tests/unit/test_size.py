@@ -10,7 +10,7 @@ from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
 from mpilm.model.size import activation_bytes, flops_per_token, parameter_count
 from mpilm.parallel.layout import owned
-from mpilm.presets import PRESETS
+from mpilm.presets import PRESETS, VOCABULARIES
 from mpilm.trainer.staged import autocast_of, resolve_layouts
 
 V, CPU = 300, torch.device("cpu")
@@ -91,10 +91,15 @@ def test_parameters(tie, kv_heads, layers):
 
 
 @pytest.mark.parametrize(
-    ("preset", "vocabulary", "count"), [("llama-1b", 32000, 1_100_048_384), ("llama-8b", 128256, 8_030_261_248)]
-)
-def test_published_models_have_their_published_size(preset, vocabulary, count):
-    assert parameter_count(resolve(PRESETS[preset]()).model, vocabulary) == count
+    ("preset", "count"),
+    [
+        ("llama-1b", 1_100_048_384), ("llama-8b", 8_030_261_248), ("gpt2-124m", 124_439_808), ("gpt2-350m", 354_823_168),
+        ("gpt2-1.5b", 1_557_611_200), ("qwen2-0.5b", 494_032_768), ("qwen3-0.6b", 596_049_920),
+        ("mixtral-8x7b", 46_702_792_704), ("bert-base", 109_514_298), ("bert-large", 335_174_458),
+    ],
+)  # fmt: skip
+def test_published_models_have_their_published_size(preset, count):
+    assert parameter_count(resolve(PRESETS[preset]()).model, VOCABULARIES[preset]) == count
 
 
 def test_operations_are_six_for_each_element_of_a_matrix_and_the_attention():
