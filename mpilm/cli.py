@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
-from mpilm.config import Model, flatten, merge, read_toml
+from mpilm.config import Config, Model, flatten, to_dict
 from mpilm.errors import ConfigError, UserError
+from mpilm.settings import merge, read_toml
 from mpilm.validation import validate
 
 T = TypeVar("T")
@@ -25,6 +27,7 @@ def parse(
     Raises ConfigError for what cannot work, and SystemExit(text, code) for --help and for flags that cannot be read, so
     that the caller prints the text once and not once a rank.
     """
+    _refuse_broken(argv)
     words, files = _take(list(argv), "--config")
     words, names = _take(words, "--preset") if presets else (words, [])
     config = default
@@ -35,11 +38,25 @@ def parse(
     values = [(read_toml(path), f"--config {path}") for path in files]
     config = _start(words, config, [toml for toml, _ in values])
     for toml, source in values:
-        config = merge(config, toml, source)
+        config = merge(config, _concerning(config, toml), source)
     config = _flags(words, config, f"python -m mpilm.{prog}", description + _shared_options(presets))
     _refuse_other_shape(config)
     validate(config)
     return config
+
+
+def _concerning(config: Any, toml: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says to this command: the config of a run may be given to any, and what only others know is left out."""
+    train, mine = to_dict(Config()), to_dict(config)
+    found: dict[str, Any] = {}
+    for raw, value in toml.items():
+        key = raw.replace("-", "_")
+        if key in train and key not in mine:
+            continue
+        if isinstance(value, Mapping) and isinstance(train.get(key), dict) and isinstance(mine.get(key), dict):
+            value = {name: v for name, v in value.items() if name.replace("-", "_") not in train[key].keys() - mine[key].keys()}
+        found[raw] = value
+    return found
 
 
 def _start(words: list[str], config: T, tomls: Sequence[Mapping[str, Any]]) -> T:
@@ -64,6 +81,14 @@ def _refuse_other_shape(config: Any) -> None:
         from mpilm.checkpoint.pretrained import refuse_other_shape
 
         refuse_other_shape(model)
+
+
+def _refuse_broken(argv: Sequence[str]) -> None:
+    """Words that are not UTF-8 could not be written down again."""
+    for number, word in enumerate(argv):
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            flag = next((before for before in reversed(argv[:number]) if before.startswith("--")), "") if number else ""
+            raise ConfigError(f"{flag or 'the command line'}: {word!a} is not UTF-8 text")
 
 
 def run_alone(prepare: Callable[[], Callable[[], None]]) -> NoReturn:
@@ -107,7 +132,7 @@ def _shared_options(presets: Mapping[str, Any] | None) -> str:
     text = "\n\nAlso: --config FILE.toml (settings from a file)"
     if presets:
         text += f", --preset {{{','.join(presets)}}} (a named set of settings to start from)"
-    return text + ". Order: preset, file, flags; later wins."
+    return text + f". Order: {'preset, ' * bool(presets)}file, flags; later wins."
 
 
 def _booleans(words: list[str], default: Any) -> list[str]:
@@ -133,7 +158,7 @@ def _lists(words: list[str], default: Any) -> list[str]:
     for word in words:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
-            inside = flag.replace("_", "-") in flags
+            inside = flag.replace("_", "-") in flags - {"--data.path"}  # in a path a comma is a comma
             apart += [flag, *value.split(",")] if inside and equals else [word]
         else:
             apart += [part for part in word.split(",") if part] if inside else [word]
@@ -155,5 +180,14 @@ def _flags(words: list[str], default: T, prog: str, description: str) -> T:
                 config=(tyro.conf.FlagConversionOff,),  # every setting is `--section.key value`, booleans too
             )
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-        raise SystemExit(printed.getvalue(), ConfigError.code if code else 0) from None
+        if stop.code:
+            raise ConfigError(_plain(printed.getvalue())) from None
+        raise SystemExit(printed.getvalue(), 0) from None
+
+
+def _plain(drawn: str) -> str:
+    """The words of a message that was drawn in a box with rules: a title, what is wrong, help, where there is more."""
+    lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", drawn).splitlines()]
+    parts = " ".join("\0" if re.fullmatch("[-─]{5,}", line) else line.strip("─ ") for line in lines).split("\0")
+    said = [" ".join(part.split()) for part in parts[1:]]
+    return "; ".join(part for part in said if part and not part.startswith("Argument helptext"))

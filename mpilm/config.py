@@ -7,18 +7,10 @@ so that the config.toml of a run folder holds what was really used.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import sys
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar
 
-from mpilm.errors import ConfigError, FileError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from mpilm.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -71,8 +63,9 @@ class Model:
 class Data:
     """What is read."""
 
-    path: str = ""
-    """A text file, a folder, a .jsonl(.gz/.zst), a .parquet or prepared tokens; empty: the embedded corpus, Python's own."""
+    path: tuple[str, ...] = ()
+    """A text file, a folder, a .jsonl(.gz/.zst), a .parquet or prepared tokens; empty: the embedded corpus, Python's own. Or
+    several, each followed by the part that it has of the samples: a.txt 0.7 b.txt 0.3."""
     tokenizer: str = "auto"
     """bytes, bpe:SIZE (trained on the corpus) or a tokenizer.json; auto: what the tokens were made with, else bpe:2048."""
     eval_fraction: float = 0.05
@@ -87,6 +80,28 @@ class Data:
     """Text that is not UTF-8: stop and say where, or put U+FFFD in its place."""
     text_key: str = "text"
     """The field of a .jsonl object or the column of a .parquet file that holds the text."""
+
+    @property
+    def source(self) -> str:
+        """The one path; raises ConfigError where there are several."""
+        if len(self.path) > 1:
+            raise ConfigError(f"--data.path {' '.join(self.path)}: several corpora go into training only; name one")
+        return self.path[0] if self.path else ""
+
+    def corpora(self) -> list[tuple[Data, float]]:
+        """Each corpus by itself, and its part of the samples; parts add up to 1."""
+        if len(self.path) <= 1:
+            return [(self, 1.0)]
+        paths, parts = self.path[::2], self.path[1::2]
+        try:
+            numbers = [float(part) for part in parts]
+            if len(paths) != len(parts) or not all(0 < number < float("inf") for number in numbers):
+                raise ValueError
+        except ValueError:
+            raise ConfigError(
+                f"--data.path {' '.join(self.path)}: of several corpora, write each path and its part: a.txt 0.7 b.txt 0.3"
+            ) from None
+        return [(replace(self, path=(path,)), number / sum(numbers)) for path, number in zip(paths, numbers)]
 
 
 @dataclass(frozen=True)
@@ -174,7 +189,7 @@ class Run:
     log_every: int = 10
     """Steps between logged rows; 0: none."""
     eval_every: int = 60
-    """Steps between evaluations; 0: none."""
+    """Steps between evaluations, which every checkpoint has as well; 0: none at all, and no best checkpoint."""
     eval_batches: int = 8
     """Global batches of held-out text an evaluation reads; 0: all of it."""
 
@@ -281,64 +296,6 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _items(config: Any) -> list[tuple[str, Any]]:
     return [(item.name, getattr(config, item.name)) for item in fields(config)]
-
-
-def merge(base: T, values: dict[str, Any], source: str, prefix: str = "") -> T:
-    """`base` with the nested `values` of `source` put in its place.
-
-    Raises ConfigError naming the source and the key when a key is unknown or a value has the wrong type.
-    """
-    known = {item.name: getattr(base, item.name) for item in fields(base)}  # type: ignore[arg-type]
-    changes: dict[str, Any] = {}
-    for raw, value in values.items():
-        key = raw.replace("-", "_")
-        if key not in known:
-            raise ConfigError(f"{source}: unknown key {prefix}{raw}{_nearest(key, known, prefix)}")
-        if is_dataclass(known[key]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{source}: {prefix}{raw} is a section; write [{prefix}{raw}] and its keys below it")
-            changes[key] = merge(known[key], value, source, f"{prefix}{raw}.")
-        else:
-            changes[key] = _typed(value, known[key], _item_type(base, key), f"{source}: {prefix}{raw}")
-    return replace(base, **changes)  # type: ignore[type-var]
-
-
-def _nearest(key: str, known: dict[str, Any], prefix: str) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    return f"; known here are {', '.join(sorted(known))}"
-
-
-TOML_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "a list"}
-
-
-def _item_type(section: Any, key: str) -> type | None:
-    """What the items of a list setting are."""
-    arguments = get_args(get_type_hints(type(section))[key])
-    return arguments[0] if arguments and isinstance(arguments[0], type) else None
-
-
-def _typed(value: Any, like: Any, item: type | None, where: str) -> Any:
-    if isinstance(like, tuple) and isinstance(value, list):
-        value = [float(entry) if item is float and type(entry) is int else entry for entry in value]
-        if all(type(entry) is item for entry in value):
-            return tuple(value)
-    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(like):
-        raise ConfigError(f"{where} must be {TOML_NAMES[type(like)]}, not {value!r}")
-    return value
-
-
-def read_toml(path: str) -> dict[str, Any]:
-    """The values of a TOML file; raises FileError or ConfigError with the file named."""
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"--config {path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: is not TOML: {error}") from None
 
 
 def resolve(config: Config) -> Config:

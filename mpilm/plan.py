@@ -80,8 +80,8 @@ def configure(argv: Sequence[str]) -> PlanConfig:
     """The config of a command line; raises ConfigError for what cannot work."""
     config = parse(argv, PlanConfig(), "plan", DESCRIPTION, presets())
     validate(_whole(config))
-    if not config.draw:
-        raise ConfigError("say what to show: --draw, the schedule of the pipeline, is what there is today")
+    if not (config.draw or config.svg):
+        raise ConfigError("say what to show: write --draw, which draws the schedule of the pipeline, or --svg FILE")
     for flag, value, least in (("ranks", config.ranks, 0), ("vocabulary", config.vocabulary, 1), ("width", config.width, 0)):
         if value < least:
             raise ConfigError(f"--{flag} must be at least {least}, not {value}")

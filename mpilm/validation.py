@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpilm.config import Config, Model, flatten, mathematics, resolve
+from mpilm.config import Config, Data, Model, flatten, mathematics, resolve
 from mpilm.errors import ConfigError
 
 POSITIVE = (
@@ -17,6 +17,7 @@ NOT_NEGATIVE = (
     "checkpoint.every", "checkpoint.keep", "run.log_every", "run.eval_every", "run.eval_batches", "generate.max_tokens",
     "generate.temperature", "generate.top_k", "generate.seed",
 )  # fmt: skip
+MOST_THREADS = 1024  # of a rank: more than any node has cores, and many more end a process
 BELOW_ONE = ("model.dropout", "data.eval_fraction", "train.beta1", "train.beta2")
 
 
@@ -30,9 +31,15 @@ def validate(config: Any) -> None:
             raise ConfigError(f"{_flag(name)} must be above zero, not {value}")
         if name in NOT_NEGATIVE and value < 0:
             raise ConfigError(f"{_flag(name)} must not be negative, but is {value}")
+        if name == "train.threads" and value > MOST_THREADS:
+            raise ConfigError(
+                f"--train.threads {value}: threads of one rank; {MOST_THREADS} are the most, and its cores enough"
+            )
         if name in BELOW_ONE and not 0 <= value < 1:
             raise ConfigError(f"{_flag(name)} must be at least 0 and below 1, not {value}")
         _validate_choice(config, name, value)
+    if isinstance(getattr(config, "data", None), Data):
+        config.data.corpora()  # raises
     if isinstance(config, Config):
         _validate_model(resolve(config).model)
         _validate_train(config)
@@ -122,7 +129,8 @@ def _validate_train(config: Config) -> None:
         )
     if train.min_lr > train.lr and train.lr_schedule != "constant":
         raise ConfigError(
-            f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}; set it too, for example {train.lr / 10:g}"
+            f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}, which falls to it; write less, such as "
+            f"{train.lr / 10:g}"
         )
     known = mathematics(config)
     for name in config.checkpoint.allow_change:
@@ -132,14 +140,6 @@ def _validate_train(config: Config) -> None:
 
 def _validate_parallel(config: Config) -> None:
     parallel = config.parallel
-    stages, layers = parallel.pipeline * parallel.chunks, config.model.n_layers
-    if stages > layers:
-        most = max(1, layers // parallel.chunks)
-        raise ConfigError(
-            f"--parallel.pipeline {parallel.pipeline} with {parallel.chunks} stage{'s' * (parallel.chunks > 1)} a rank makes "
-            f"{stages} stages, and --model.n-layers is {layers}: each stage needs a layer; "
-            f"--parallel.pipeline {most} is the largest that fits"
-        )
     if parallel.zero and not config.train.reproducible:
         raise ConfigError(
             f"--parallel.zero {parallel.zero} sums slices in the fixed order, which costs nothing; "

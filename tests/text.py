@@ -40,13 +40,13 @@ def write_text(folder: Path) -> Path:
 
 def write_tokens(folder: Path) -> Path:
     """The same as prepared tokens of single bytes; the prefix of their files."""
-    prepare(Data(path=str(write_text(folder)), tokenizer="bytes"), folder / "tokens", SelfComm())
+    prepare(Data(path=(str(write_text(folder)),), tokenizer="bytes"), folder / "tokens", SelfComm())
     return folder / "tokens"
 
 
 def corpus_of(tokens: Any) -> Corpus:
     """A corpus of these ids of bytes."""
-    return Corpus(np.asarray(tokens), bytes_tokenizer(), "f", 1, Path("x.bin"), 1.0)
+    return Corpus(np.asarray(tokens), bytes_tokenizer(), "f", 1, "x", Path("x.bin"), 1.0)
 
 
 TINY = Config(
@@ -62,4 +62,4 @@ TINY = Config(
 
 def tiny(data: Path, run: Path, **changes: Any) -> Config:
     """A run of a second over `data` in the folder `run`; changes are written section__key."""
-    return resolve(replaced(TINY, data__path=str(data), run__dir=str(run), **changes))
+    return resolve(replaced(TINY, data__path=(str(data),), run__dir=str(run), **changes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from pathlib import Path
 
-from mpilm.checkpoint.format import MANIFEST, read_json
+from mpilm.checkpoint.format import MANIFEST, checkpoints, read_json
 from mpilm.config import Model
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.huggingface_config import read_config
@@ -19,6 +19,8 @@ def shape_of(folder: str | Path) -> Model:
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         what = "holds no config.json: it is no Hugging Face folder" if path.is_dir() else "is not a folder"
+        if newest := checkpoints(path / "checkpoints"):
+            what = f"is a run; name one of its checkpoints, such as {newest[-1]}"
         raise FileError(f"--model.init-from {folder} {what}")
     shape, vocab_size = read_config(read_json(path / "config.json"), str(path / "config.json"))
     return replace(shape, vocab_size=vocab_size)

@@ -8,15 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpilm.data.corpus import Corpus
 from mpilm.data.objective import Causal, Objective
-from mpilm.data.order import Indices, key_of, permute, sample_at
-from mpilm.errors import ConfigError, DataError
+from mpilm.data.order import Indices, key_of
+from mpilm.data.samples import HELD_OUT_KEY, Samples
 from mpilm.model.loss import IGNORED
 
 CAUSAL = Causal()
 OBJECTIVE = 0x6D61736B  # a word in the keys that objectives draw by
-HELD_OUT_KEY = key_of(0x6576616C)  # the same for every seed: runs with different seeds are compared on the same text
 
 
 @dataclass(frozen=True)
@@ -45,47 +43,25 @@ class Batch:
 
 
 class Batches:
-    """The corpus cut into samples of T + 1 tokens that overlap by one: sample i covers tokens [i T, i T + T + 1).
+    """Microbatches of a run over `samples`.
 
-    The last `eval_fraction` of the tokens is held out; no training sample reaches into it. `packing`: "concat", a sample is one
-    text, whatever documents it has parts of; "documents", attention stays in each, positions begin anew, and no token is
-    predicted from another document. Raises ConfigError naming --model.context-length when a sample does not fit.
+    `packing`: "concat", a sample is one text, whatever documents it has parts of; "documents", attention stays in each, which
+    ends with the token `eos`, positions begin anew, and no token is predicted from another document.
     """
 
     def __init__(
-        self, corpus: Corpus, context_length: int, eval_fraction: float, seed: int, global_batch: int, micro_batch: int,
-        objective: Objective = CAUSAL, packing: str = "concat",
+        self, samples: Samples, seed: int, global_batch: int, micro_batch: int, objective: Objective = CAUSAL,
+        packing: str = "concat", eos: int = -1,
     ):  # fmt: skip
-        self.corpus, self.context_length, self.seed = corpus, context_length, seed
-        self.objective, self.packing = objective, packing
-        self.global_batch, self.micro_batch = global_batch, micro_batch
-        total = len(corpus.tokens)
-        self.boundary = total - int(total * eval_fraction)
-        """The first held-out token."""
-        self.train_samples = max(0, self.boundary - 1) // context_length
-        self.eval_samples = max(0, total - self.boundary - 1) // context_length
-        self._refuse_too_short(eval_fraction)
-
-    def _refuse_too_short(self, eval_fraction: float) -> None:
-        train, held_out = self.boundary, len(self.corpus.tokens) - self.boundary
-        if self.train_samples and (self.eval_samples or not eval_fraction):
-            return
-        shortest = min(train, held_out) if eval_fraction else train
-        if shortest < 2:
-            raise DataError(
-                f"{self.corpus.path}: {train} tokens to train on and {held_out} held out are too few for a single sample; "
-                "give more text, or another --data.eval-fraction (0: hold out nothing)"
-            )
-        raise ConfigError(
-            f"--model.context-length {self.context_length}: {train} tokens to train on and {held_out} held out hold no whole "
-            f"sample of that length; the largest value that works is {shortest - 1}, or give more text"
-        )
+        self.samples, self.seed, self.global_batch, self.micro_batch = samples, seed, global_batch, micro_batch
+        self.objective, self.packing, self.eos = objective, packing, eos
+        self.context_length, self.eval_samples = samples.context_length, samples.eval_samples
 
     def train(self, step: int, m: int) -> Batch:
         """Microbatch m of a step."""
         first = step * self.global_batch + m * self.micro_batch
         numbers = np.arange(first, first + self.micro_batch, dtype=np.int64)
-        return self._batch(0, sample_at(numbers, self.seed, self.train_samples), numbers, self.seed)
+        return self._batch(self.samples.train(numbers, self.seed), numbers, self.seed)
 
     @property
     def step_tokens(self) -> int:
@@ -118,18 +94,15 @@ class Batches:
         return self.eval_rows(limit) * self.objective.targets(self.context_length)
 
     def evaluation(self, i: int) -> Batch:
-        """Held-out microbatch i; the last may hold fewer rows. In a fixed shuffled order, so that a few speak for all."""
+        """Held-out microbatch i; the last may hold fewer rows."""
         rows = np.arange(i * self.micro_batch, min((i + 1) * self.micro_batch, self.eval_samples), dtype=np.int64)
-        return self._batch(self.boundary, permute(rows, self.eval_samples, HELD_OUT_KEY), rows, HELD_OUT_KEY)
+        return self._batch(self.samples.held_out(rows), rows, HELD_OUT_KEY)
 
-    def _batch(self, origin: int, samples: Indices, numbers: Indices, seed: int) -> Batch:
-        length = self.context_length
-        starts = origin + samples * length
-        rows = np.stack([self.corpus.read(start, start + length + 1) for start in starts.tolist()])
+    def _batch(self, rows: Indices, numbers: Indices, seed: int) -> Batch:
         read, targets = self.objective(rows, [key_of(seed, number, OBJECTIVE) for number in numbers.tolist()])
-        positions, documents = np.arange(length), None
+        positions, documents = np.arange(self.context_length), None
         if self.packing == "documents":
-            every, places = documents_of(rows, self.corpus.tokenizer.eos)
+            every, places = documents_of(rows, self.eos)
             if self.objective.looks_ahead:
                 targets = np.where(every[:, 1:] == every[:, :-1], targets, IGNORED)
             positions, documents = places[:, :-1], _tensor(every[:, :-1])

@@ -41,7 +41,7 @@ def cached_corpus(data: Data, comm: Comm, eos: bool, progress: Progress) -> Path
     """
     root = Path(comm.broadcast_json(str(cache_folder())))
     sources = agree_on_sources(data, comm)
-    before, digests = _digests(root, data.path, sources, comm)
+    before, digests = _digests(root, data.source, sources, comm)
     key = on_root(comm, lambda: _key(data, sources, digests, eos))
     folder = root / "corpora" / comm.broadcast_json(key)
     if comm.broadcast_json(with_ending(folder / PREFIX, ".idx").is_file()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,8 +36,10 @@ class Corpus:
     fingerprint: str
     """Hex digest of tokens and tokenizer; where the files lie does not matter."""
     documents: int
+    source: str
+    """What the user calls it, for messages."""
     path: Path
-    """The .bin, for messages."""
+    """The .bin."""
     bytes_per_token: float
     """Bytes of UTF-8 text a token stands for, on average."""
 
@@ -53,7 +56,7 @@ def open_corpus(data: Data, comm: Comm, eos: bool = True, progress: Progress = s
     `eos`: whether documents of raw text end with the tokenizer's eos. Raises ConfigError, FileError or DataError on every
     rank, also when a rank sees other files than rank 0.
     """
-    prefix = _prepared_prefix(data.path, comm)
+    prefix = _prepared_prefix(data.source, comm)
     prepared = prefix or cached_corpus(data, comm, eos, progress)
     meta = _meta(prepared, comm)
     file = together(comm, lambda: _open(prepared, meta, verify=comm.rank == 0))
@@ -65,9 +68,29 @@ def open_corpus(data: Data, comm: Comm, eos: bool = True, progress: Progress = s
         tokenizer=tokenizer,
         fingerprint=hex_digest(tokens_digest, tokenizer.digest),
         documents=file.documents,
+        source=data.source or "the embedded corpus",
         path=file.path,
         bytes_per_token=meta.source_bytes / meta.tokens if meta else together(comm, lambda: _measure(file, tokenizer)),
     )
+
+
+def open_corpora(data: Data, comm: Comm, progress: Progress = silent) -> list[tuple[Corpus, float]]:
+    """Each corpus of data.path and its part of the samples, all with one tokenizer: what the first was made with, or was given.
+    Collective; raises as open_corpus, and ConfigError where token files were made with different tokenizers."""
+    (first, part), *others = data.corpora()
+    corpora = [(open_corpus(first, comm, progress=progress), part)]
+    tokenizer = corpora[0][0].tokenizer
+    made = data.tokenizer == "auto" or bpe_size(data.tokenizer)
+    spec = str(with_ending(corpora[0][0].path.with_suffix(""), ".tokenizer.json")) if made else data.tokenizer
+    for other, part in others:
+        corpora.append((open_corpus(replace(other, tokenizer=spec), comm, progress=progress), part))
+        together(comm, lambda: _refuse_other(corpora[-1][0], tokenizer, corpora[0][0]))
+    return corpora
+
+
+def _refuse_other(corpus: Corpus, tokenizer: Tokenizer, first: Corpus) -> None:
+    if corpus.tokenizer.digest != tokenizer.digest:
+        raise ConfigError(f"{corpus.path} was made with another tokenizer than {first.path}; a model has only one")
 
 
 def _prepared_prefix(path: str, comm: Comm) -> Path | None:
@@ -144,15 +167,17 @@ def _measure(file: TokenFile, tokenizer: Tokenizer) -> float:
     return sum(len(part.encode()) for part in text) / (pieces * width)
 
 
-def unigram_loss(corpus: Corpus, boundary: int) -> float:
-    """Cross-entropy, in nats a token, of predicting tokens from `boundary` on by how often each occurs before it.
+def unigram_loss(corpora: Sequence[tuple[Corpus, int]]) -> float:
+    """Cross-entropy, in nats a token, of predicting the held-out tokens, from each corpus's boundary on, by how often each
+    occurs before the boundaries.
 
     What a model that has learnt frequencies and nothing else would reach; add-one smoothed, so that it is finite.
     """
-    if not 0 < boundary < len(corpus.tokens):
-        raise ValueError(f"boundary {boundary} of {len(corpus.tokens)} tokens")
-    train = _frequencies(corpus, 0, boundary) + 1
-    held_out = _frequencies(corpus, boundary, len(corpus.tokens))
+    for corpus, boundary in corpora:
+        if not 0 < boundary < len(corpus.tokens):
+            raise ValueError(f"boundary {boundary} of {len(corpus.tokens)} tokens")
+    train = np.sum([_frequencies(corpus, 0, boundary) for corpus, boundary in corpora], axis=0) + 1
+    held_out = np.sum([_frequencies(corpus, boundary, len(corpus.tokens)) for corpus, boundary in corpora], axis=0)
     return float(-(held_out * np.log(train / train.sum())).sum() / held_out.sum())
 
 

@@ -130,7 +130,7 @@ def survey(data: Data, comm: Comm, progress: Progress = silent) -> Statistics:
 
 def _refuse_empty(amount: int, data: Data) -> None:
     if not amount:
-        raise DataError(f"{data.path or 'the embedded corpus'}: holds no text")
+        raise DataError(f"{data.source or 'the embedded corpus'}: holds no text")
 
 
 # What all ranks must agree on before they start.
@@ -140,9 +140,9 @@ def agree_on_sources(data: Data, comm: Comm) -> list[Source]:
     """Rank 0's view of what the path holds, on every rank. Collective; raises FileError, DataError or ConfigError."""
 
     def find() -> list[Source]:
-        if data.path and prefix_of(data.path):
-            raise ConfigError(f"--data.path {data.path}: these are prepared tokens; give the text they were made from")
-        return discover(data.path)
+        if data.source and prefix_of(data.source):
+            raise ConfigError(f"--data.path {data.source}: these are prepared tokens; give the text they were made from")
+        return discover(data.source)
 
     found = on_root(comm, find)
     return [Source(*values) for values in comm.broadcast_json([astuple(source) for source in found or []])]
@@ -150,7 +150,7 @@ def agree_on_sources(data: Data, comm: Comm) -> list[Source]:
 
 def reading_of(data: Data) -> Reading:
     """How text is taken from files; in the embedded corpus nobody can put a file right."""
-    return Reading(data.encoding_errors if data.path else "replace", data.text_key)
+    return Reading(data.encoding_errors if data.source else "replace", data.text_key)
 
 
 def agree_on_tokenizer(data: Data, sources: Sequence[Source], comm: Comm) -> Tokenizer:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.data.files import hex_digest, touching
-from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.errors import ConfigError, DataError, FileError, UserError
 
 Ids = NDArray[np.int32]
 
@@ -226,4 +226,7 @@ def named_tokenizer(spec: str) -> Tokenizer:
             f"--data.tokenizer {spec}: no such file or folder; write bytes, bpe:SIZE (for example bpe:2048) "
             "or the path of a tokenizer.json"
         )
-    return load_tokenizer(spec)
+    try:
+        return load_tokenizer(spec)
+    except UserError as error:
+        raise type(error)(f"--data.tokenizer: {error}") from None

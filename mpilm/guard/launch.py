@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -15,6 +16,7 @@ from mpilm.errors import ConfigError, UserError
 
 R = TypeVar("R")
 Body = Callable[[Comm], None]
+LET_FIRST_SPEAK_S = 0.5
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "SLURM_PROCID")
 
@@ -30,6 +32,8 @@ def run(prepare: Callable[[], Body]) -> NoReturn:
         body = prepare()
     except (UserError, SystemExit) as error:
         failure = error
+    except KeyboardInterrupt:
+        os._exit(130)
     comm = world()
     try:
         code = _main(comm, body, failure)
@@ -43,14 +47,15 @@ def run(prepare: Callable[[], Body]) -> NoReturn:
 def _main(comm: Comm, body: Body | None, failure: BaseException | None) -> int:
     """The exit code of a command that ends in good order on every rank."""
     try:
-        if isinstance(failure, SystemExit):  # --help, or flags that cannot be read: the text is the exception's argument
-            text, code = failure.args if len(failure.args) == 2 else ("", failure.code or 0)
-            if isinstance(code, str):  # SystemExit("text"), as Python itself reads it
-                text, code = code + "\n", 1
+        mine = _printed(failure) if isinstance(failure, SystemExit) else None
+        ending = next((theirs for theirs in comm.all_gather_json(mine) if theirs), None)
+        together(comm, lambda: _raise(failure if not isinstance(failure, SystemExit) else None))
+        if ending is not None:  # --help, or flags that cannot be read, on one rank at least: said once, and all end
+            text, code = ending
             if comm.rank == 0:
-                print(text, end="", file=sys.stderr if code else sys.stdout)
+                print(text, end="", file=sys.stderr if code else sys.stdout, flush=True)
+            comm.barrier()
             return int(code)
-        together(comm, lambda: _raise(failure))
         assert body is not None
         body(comm)
         return 0
@@ -59,6 +64,13 @@ def _main(comm: Comm, body: Body | None, failure: BaseException | None) -> int:
             print(f"mpilm: error: {agreed.error}", file=sys.stderr, flush=True)
         comm.barrier()  # nobody leaves before the message is out: a launcher kills the rest when the first one has gone
         return agreed.error.code
+
+
+def _printed(stop: SystemExit) -> list[str | int]:
+    """What is to be printed, and the exit code: of cli.parse, or as Python itself reads the exception."""
+    if len(stop.args) == 2:
+        return list(stop.args)
+    return [stop.code + "\n", 1] if isinstance(stop.code, str) else ["", stop.code or 0]
 
 
 def _raise(failure: BaseException | None) -> None:
@@ -75,9 +87,12 @@ def _end_all(comm: Comm, error: BaseException) -> NoReturn:
         code = error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
         code = 130
+        time.sleep(LET_FIRST_SPEAK_S if comm.rank else 0)  # a terminal interrupts all ranks: one of them says so
     where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     if isinstance(error, UserError):
         text = f"mpilm: error on {where}: {error}\n"
+    elif isinstance(error, KeyboardInterrupt):
+        text = f"mpilm: interrupted ({where}); checkpoints are whole, and the same command goes on from the newest\n"
     else:
         text = f"mpilm: {where} failed:\n" + "".join(traceback.format_exception(error))
     sys.stdout.flush()

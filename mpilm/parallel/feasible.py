@@ -51,6 +51,13 @@ def _refused(config: Config, ranks: int) -> tuple[str, list[Advice]] | None:
     """Why these ranks cannot run `config`, and what might be done."""
     parallel, most = resolve(config).parallel, microbatches(config)
     pipeline, counted = parallel.pipeline, f"{ranks} rank{'s' * (ranks > 1)}"
+    stages = pipeline * parallel.chunks
+    if stages > config.model.n_layers:
+        reason = (
+            f"--parallel.pipeline {pipeline} with {parallel.chunks} stage{'s' * (parallel.chunks > 1)} a rank makes {stages} "
+            f"stages, and --model.n-layers is {config.model.n_layers}: each stage needs a layer"
+        )
+        return reason, [_fewer_chunks(config, ranks), _smaller_pipelines(config, ranks), _more_layers(config, stages, ranks)]
     if ranks % pipeline:
         reason = f"--parallel.pipeline {pipeline} does not divide {counted}"
         return reason, [_other_pipelines(config, ranks), _more_ranks(config, -(-ranks // pipeline) * pipeline)]
@@ -68,7 +75,33 @@ def _refused(config: Config, ranks: int) -> tuple[str, list[Advice]] | None:
         without = ("write --parallel.zero 0", replaced(config, parallel__zero=0), ranks)
         return reason, [[without], _more_ranks(config, 2 * pipeline)]
     unfit = refusal(parallel.schedule, pipeline, parallel.chunks, replica_microbatches(config, shape))
-    return (unfit, []) if unfit else None
+    return (unfit, [_whole_rounds(config, shape, ranks)]) if unfit else None
+
+
+def _fewer_chunks(config: Config, ranks: int) -> Advice:
+    most = config.model.n_layers // config.parallel.pipeline
+    fewer = [chunks for chunks in range(config.parallel.chunks - 1, 1, -1) if chunks <= most]
+    return [(f"--parallel.chunks {chunks}", replaced(config, parallel__chunks=chunks), ranks) for chunks in fewer]
+
+
+def _smaller_pipelines(config: Config, ranks: int) -> Advice:
+    fit = [p for p in range(config.parallel.pipeline - 1, 0, -1) if ranks % p == 0]
+    return [
+        (f"--parallel.pipeline {p} is the largest that fits {ranks} ranks", replaced(config, parallel__pipeline=p), ranks)
+        for p in fit
+    ]
+
+
+def _more_layers(config: Config, stages: int, ranks: int) -> Advice:
+    return [(f"--model.n-layers {stages}", replaced(config, model__n_layers=stages), ranks)]
+
+
+def _whole_rounds(config: Config, shape: MeshShape, ranks: int) -> Advice:
+    """The nearest batches that give each replica a multiple of the stages."""
+    rows, count = shape.data * config.train.micro_batch, replica_microbatches(config, shape)
+    below = count // shape.pipeline * shape.pipeline
+    near = sorted((m for m in (below, below + shape.pipeline) if m), key=lambda m: (abs(m - count), -m))
+    return [(f"--train.global-batch {m * rows}", replaced(config, train__global_batch=m * rows), ranks) for m in near]
 
 
 def _other_pipelines(config: Config, ranks: int) -> Advice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from mpilm.comm.together import same_everywhere, together
 from mpilm.comm.trace import Traced
 from mpilm.config import Config, flatten
 from mpilm.data.batch import Batches
-from mpilm.data.corpus import Corpus, open_corpus
+from mpilm.data.corpus import Corpus, open_corpora
 from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
 from mpilm.data.objective import Causal, Masked
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
+from mpilm.data.samples import CorpusSamples, Mixture
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import ConfigError
 from mpilm.mesh.mesh import Mesh
@@ -38,8 +39,8 @@ class Training:
     config: Config
     machine: Machine
     mesh: Mesh
-    corpus: Corpus
-    tokenizer: Tokenizer  # of the model: the corpus's, with a mask where the model needs one
+    corpora: list[CorpusSamples]
+    tokenizer: Tokenizer  # of the model: that of the corpora, with a mask where the model needs one
     batches: Batches
     folder: RunFolder
     content: Mapping[str, str]
@@ -55,10 +56,13 @@ def build(config: Config, world: Comm) -> Training:
     world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
     mesh = Mesh.build(shape, Traced(world, check=True))
     waiting = world.with_options(gpu_aware=False, patient=True)  # for rank 0, which may train a tokenizer on all cores
-    corpus = open_corpus(config.data, waiting, progress=ProgressLine() if world.rank == 0 else silent)
-    tokenizer = together(world, lambda: _tokenizer(config, corpus))
-    batches = together(world, lambda: _batches(config, corpus, tokenizer))
-    content = _content(config, corpus, world)
+    opened = open_corpora(config.data, waiting, progress=ProgressLine() if world.rank == 0 else silent)
+    tokenizer = together(world, lambda: _tokenizer(config, opened[0][0].tokenizer))
+    corpora = together(world, lambda: [
+        CorpusSamples(corpus, config.model.context_length, config.data.eval_fraction) for corpus, _ in opened
+    ])  # fmt: skip
+    batches = _batches(config, corpora, [part for _, part in opened], tokenizer)
+    content = _content(config, opened, world)
     folder = open_run_folder(config, content, conditions(machine, world), world)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     alignment = ALIGNMENT * max(world.all_gather_json(machine.threads))
@@ -69,11 +73,11 @@ def build(config: Config, world: Comm) -> Training:
     model = ShardedModel(config, mesh, cut, vocab_size, machine.device, alignment)
     _fill(model, folder, world)
     trim()
-    return Training(config, machine, mesh, corpus, tokenizer, batches, folder, content, model, baseline)
+    return Training(config, machine, mesh, corpora, tokenizer, batches, folder, content, model, baseline)
 
 
-def _tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
-    tokenizer = corpus.tokenizer.with_mask() if config.model.arch == "bert" else corpus.tokenizer
+def _tokenizer(config: Config, tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer = tokenizer.with_mask() if config.model.arch == "bert" else tokenizer
     rows = config.model.vocab_size
     if rows and tokenizer.vocab_size > rows:
         whose = f"{config.model.init_from} has" if config.model.init_from else f"--model.vocab-size {rows} makes"
@@ -83,18 +87,19 @@ def _tokenizer(config: Config, corpus: Corpus) -> Tokenizer:
     return tokenizer
 
 
-def _batches(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Batches:
+def _batches(config: Config, corpora: Sequence[CorpusSamples], parts: Sequence[float], tokenizer: Tokenizer) -> Batches:
     train, data = config.train, config.data
     objective = Masked(tokenizer, data.mask_fraction, data.whole_words) if config.model.arch == "bert" else Causal()
-    return Batches(
-        corpus, config.model.context_length, data.eval_fraction, train.seed, train.global_batch, train.micro_batch, objective,
-        data.packing,
-    )  # fmt: skip
+    samples = Mixture(corpora, parts) if len(corpora) > 1 else corpora[0]
+    return Batches(samples, train.seed, train.global_batch, train.micro_batch, objective, data.packing, tokenizer.eos)
 
 
-def _content(config: Config, corpus: Corpus, world: Comm) -> dict[str, str]:
+def _content(config: Config, opened: Sequence[tuple[Corpus, float]], world: Comm) -> dict[str, str]:
     """Digests of what the result depends on besides the settings. Collective."""
-    content = {"data.path": corpus.fingerprint, "data.tokenizer": corpus.tokenizer.digest, "model.init_from": ""}
+    first = opened[0][0]
+    texts = [f"{corpus.fingerprint} {part!r}" for corpus, part in opened]
+    text = first.fingerprint if len(opened) == 1 else hex_digest(*texts)
+    content = {"data.path": text, "data.tokenizer": first.tokenizer.digest, "model.init_from": ""}
     if config.model.init_from:
         files = files_of(Path(config.model.init_from).expanduser())
         sizes = together(world, lambda: [path.stat().st_size for path in files])

@@ -11,7 +11,7 @@ import numpy as np
 from mpilm.checkpoint.format import read_json, step_of
 from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root, together
-from mpilm.config import Config, Data, merge
+from mpilm.config import Config, Data
 from mpilm.data.corpus import Corpus, open_corpus
 from mpilm.data.files import touching, write_durably
 from mpilm.data.indexed import document_starts
@@ -19,6 +19,7 @@ from mpilm.data.objective import Causal, Masked, Objective
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
 from mpilm.errors import ConfigError, DataError
+from mpilm.settings import merge
 from mpilm.trainer.folder import configured, open_folder, tokenizer_of
 from mpilm.trainer.score import Windows, by_document, score, summary, windows
 
@@ -79,7 +80,7 @@ def _segments(config: Config, asked: Asked, corpus: Corpus) -> np.ndarray:
 
 def _refuse_nothing(cut: Windows, corpus: Corpus) -> None:
     if not len(cut):
-        raise DataError(f"{corpus.path}: {len(corpus.tokens)} tokens are too few: nothing can be predicted")
+        raise DataError(f"--data.path {corpus.source}: {len(corpus.tokens)} tokens are too few: nothing can be predicted")
 
 
 def _tell(config: Config, asked: Asked, corpus: Corpus, segments: np.ndarray, cut: Windows, table: np.ndarray) -> None:

@@ -154,10 +154,7 @@ class RunLog:
         parameters = parameter_count(model, run.model.vocab_size)
         tied = ", embeddings tied" if model.tie_embeddings else ""
         say(f"  model    {model.arch}, {model.n_layers} blocks of width {model.d_model}, {parameters:,} parameters{tied}")
-        corpus, batches = run.corpus, run.batches
-        source = config.data.path or "the Python standard library"
-        say(f"  data     {source}: {len(corpus.tokens):,} tokens of {corpus.tokenizer.name}, {corpus.documents:,} documents,")
-        say(f"           {batches.eval_samples:,} of {batches.eval_samples + batches.train_samples:,} sequences held out")
+        self._say_data()
         m = microbatches(config)
         tokens = train.global_batch * model.context_length
         say(f"  a step   {train.global_batch} sequences of {model.context_length} = {tokens:,} tokens, in {m} microbatches")
@@ -169,6 +166,15 @@ class RunLog:
         for note in run.folder.notes:
             say(f"  note     {note}")
         say()
+
+    def _say_data(self) -> None:
+        run, say = self.run, self.display.line
+        several = len(run.corpora) > 1
+        for (data, part), samples in zip(run.config.data.corpora(), run.corpora, strict=True):
+            corpus, source = samples.corpus, data.source or "the Python standard library"
+            count = f"{len(corpus.tokens):,} tokens of {corpus.tokenizer.name}, {corpus.documents:,} documents"
+            say(f"  data     {source}: {count}," + (f" {part:.1%} of the samples," if several else ""))
+            say(f"           {samples.eval_samples:,} of {samples.eval_samples + samples.train_samples:,} sequences held out")
 
     def _say_layout(self) -> None:
         run, say = self.run, self.display.line
@@ -205,7 +211,7 @@ class RunLog:
         else:
             say(f"this run is complete; a larger --train.steps goes on from step {run.folder.step}")
         if self.eval_loss is not None:
-            unigram = unigram_loss(run.corpus, run.batches.boundary)
+            unigram = unigram_loss([(samples.corpus, samples.boundary) for samples in run.corpora])
             say(f"evaluation loss {self.eval_loss:.4f}; a unigram model of this corpus scores {unigram:.4f}")
         if text:
             say(f"\nA sample (temperature {config.generate.temperature}):\n{text}\n")

@@ -118,6 +118,9 @@ def prove(config: Config, world: Comm, self_test: bool, say) -> None:  # type: i
     if not ran:
         raise AgreedError(ConfigError(f"no layout of {world.size} ranks can run this model and batch, so nothing is proved"))
     promise = f"a relative difference of {tolerance:g}" if tolerance else "equal bits"
+    if broken and self_test:
+        noticed = f"the bit that was changed has been noticed on {broken} of {ran} layouts, as it must be"
+        raise AgreedError(RanksDisagreeError(noticed))
     if broken:
         raise AgreedError(RanksDisagreeError(f"{broken} of {ran} layouts differ from the serial run; promised are {promise}"))
     counts = f"{_count(ran, 'layout')} of {_count(world.size, 'rank')}, {_count(config.train.steps, 'step')} each"

@@ -13,9 +13,10 @@ from mpilm.checkpoint.load import newest_valid
 from mpilm.checkpoint.save import remove_leftovers, set_aside
 from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root
-from mpilm.config import Config, flatten, mathematics, merge, read_toml, to_dict
-from mpilm.errors import ConfigError, FileError
+from mpilm.config import Config, flatten, mathematics, to_dict
+from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.model.init import key_of
+from mpilm.settings import merge, read_toml
 
 DATA_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by content
 
@@ -104,7 +105,9 @@ def _choose_checkpoint(
         _refuse_branch(checkpoint, path)
         verify(checkpoint)
     if checkpoint is None and broken:
-        raise ConfigError(f"no checkpoint in {path} is whole:\n  " + "\n  ".join(broken.values()))
+        raise DataError(
+            f"no checkpoint in {path} is whole:\n  " + "\n  ".join(broken.values()) + "\nChoose another --run.dir to start anew"
+        )
     return checkpoint, broken, _compare(checkpoint, config, content, present) if checkpoint else []
 
 

@@ -48,7 +48,7 @@ def train_step(model: ShardedModel, source: Source, step: int) -> StepResult:
     loss, norm, times = gradients(model, source, step)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise AgreedError(NonFiniteError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; nothing was updated, and the checkpoints are from before; "
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; nothing was updated or saved since; "
             "a lower --train.lr or a longer --train.warmup-steps may help"
         ))  # fmt: skip
     lr = update(model, step, norm)

@@ -41,6 +41,7 @@ def torch_side(config, wrap: Callable = lambda model: model, rank: int = 0, rank
     from mpilm.comm.base import SelfComm
     from mpilm.data.batch import Batches
     from mpilm.data.corpus import open_corpus
+    from mpilm.data.samples import CorpusSamples
     from mpilm.model.families import build as build_model
     from mpilm.model.families import initial_std
     from mpilm.model.init import initial_value
@@ -51,7 +52,10 @@ def torch_side(config, wrap: Callable = lambda model: model, rank: int = 0, rank
     train, shape = config.train, config.model
     corpus = open_corpus(config.data, SelfComm())
     batches = Batches(
-        corpus, shape.context_length, config.data.eval_fraction, train.seed, train.global_batch, train.micro_batch
+        CorpusSamples(corpus, shape.context_length, config.data.eval_fraction),
+        train.seed,
+        train.global_batch,
+        train.micro_batch,
     )
     model = build_model(shape, corpus.tokenizer.vocab_size)
     for name, p in model.named_parameters():

@@ -132,6 +132,28 @@ def test_help_and_wrong_flags_are_printed_once(tmp_path: Path, leave: str, code:
     assert "hello" not in done.stdout
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_help_on_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
+    prepare = f"""
+        from mpilm.guard.launch import RANK_VARIABLES
+        import os
+        if next(os.environ[name] for name in RANK_VARIABLES if name in os.environ) == "{rank}":
+            raise SystemExit("usage: train [-h]\\n", 0)
+    """
+    done = job(tmp_path, "pass", prepare=prepare, ranks=2)
+    assert (done.returncode, done.stdout.count("usage: train [-h]")) == (0, 1)
+    assert "hello" not in done.stdout
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_an_interrupted_job_says_so_in_one_line(tmp_path: Path, ranks: int) -> None:
+    done = job(tmp_path, "raise KeyboardInterrupt", ranks=ranks)
+    assert done.returncode in (130, 9)  # 9: of MPICH's launcher, which may kill a rank that has not left yet
+    assert done.stderr.count("mpilm: interrupted") == 1
+    assert "Traceback" not in done.stderr
+    assert_no_orphans(tmp_path, max(1, ranks))
+
+
 @pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_the_launcher_of_another_mpi_is_noticed(tmp_path: Path, variable: str) -> None:
     done = job(tmp_path, "pass", ranks=0, **{variable: "4"})

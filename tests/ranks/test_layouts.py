@@ -3,13 +3,13 @@
 from functools import cache
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import FAMILIES, differing, evaluated, on, run_threads, serial, sharded, small, small_buckets, stopped, trained
 from text import tiny, write_tokens
 
 from mpilm.comm.threads import run_ranks
+from mpilm.config import Generate
 from mpilm.model.size import parameter_count
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import SCHEDULES, schedule
@@ -17,6 +17,7 @@ from mpilm.parallel.pipeline.simulate import simulate
 from mpilm.parallel.shard import ALIGNMENT, BUCKET
 from mpilm.trainer.prove import VOCAB_SIZE, RandomTokens
 from mpilm.trainer.step import train_step
+from mpilm.trainer.write import write
 
 SIZES = [1, 2, 3, 4, 6, 8]
 
@@ -156,17 +157,18 @@ def test_an_evaluation_may_have_fewer_microbatches_than_replicas(size, layout, t
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize(("size", "layout"), LAYOUTS)
-def test_what_may_follow_is_the_same_on_all_ranks(size, layout, tie):
-    def logits(comm, config):
+def test_a_model_in_training_writes_the_same_on_all_ranks(size, layout, tie):
+    """As the sample at the end of a run: every replica writes it, also where parameters are gathered for it."""
+
+    def written(comm, config):
         model = sharded(config, comm)
         train_step(model, RandomTokens(config), 0)
-        return [model.next_logits(torch.arange(length)) for length in (1, 5, 8)]
+        return write(model, {0: [1, 2, 3]}, Generate(max_tokens=9, temperature=1.0), stop=-1)
 
     config = small(**layout, model__tie_embeddings=tie)
-    (expected,) = run_ranks(1, lambda comm: logits(comm, serial(config)))
-    for theirs in run_ranks(size, lambda comm: logits(comm, config)):
-        assert all(torch.equal(one, other) for one, other in zip(theirs, expected, strict=True))
-    assert expected[0].shape == (VOCAB_SIZE,)
+    (expected,) = run_ranks(1, lambda comm: written(comm, serial(config)))
+    assert run_ranks(size, lambda comm: written(comm, config)) == [expected] * size
+    assert len(expected[0]) == 9
 
 
 # Stopped on one layout, taken up on another.
@@ -271,7 +273,7 @@ def test_zero_3_lets_parameters_go_and_holds_two_units_at_most(size, layout, rec
         assert whole_bytes(model) == 0
         train_step(model, RandomTokens(config), 0)
         evaluated(model, 1)
-        model.next_logits(torch.arange(3))
+        write(model, {0: [1, 2, 3]}, Generate(max_tokens=2), stop=-1)
         assert gone
         assert not any(gone)
         assert max(seen) <= max(stage.presence.held_bytes for stage in model.stages.values())

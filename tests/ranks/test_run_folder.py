@@ -11,9 +11,10 @@ from mpilm.checkpoint.format import folder_name
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
-from mpilm.config import merge, read_toml, replaced, resolve
+from mpilm.config import replaced, resolve
 from mpilm.data.corpus import open_corpus
-from mpilm.errors import ConfigError, FileError
+from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.settings import merge, read_toml
 from mpilm.trainer.loop import train
 from mpilm.trainer.run_folder import open_run_folder
 
@@ -118,7 +119,7 @@ def test_another_corpus_is_refused_by_content(run, key):
     other = {**content_of(run), key: "f" * 64}
     assert f"{key}: was content" in refused(run, content=other)
     assert "now content ffffffffffff" in refused(run, content=other)
-    moved = replaced(run, data__path="/somewhere/else")
+    moved = replaced(run, data__path=("/somewhere/else",))
     assert opened(moved, content_of(run)).step == 4
 
 
@@ -182,7 +183,7 @@ def test_a_checkpoint_asked_for_by_name(run, tmp_path):
 def test_without_a_whole_checkpoint_nothing_starts_anew(run):
     for folder in (Path(run.run.dir) / "checkpoints").iterdir():
         (folder / "config.json").unlink()
-    said = refused(run)
+    said = refused(run, DataError)
     assert "no checkpoint in" in said
     assert folder_name(2) in said
     assert folder_name(4) in said

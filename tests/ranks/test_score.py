@@ -54,7 +54,7 @@ def scored(folder, path, out, size=1, pipeline=1, micro_batch=3, **asked):
 
     def body(comm):
         compute = dataclasses.replace(Compute(device="cpu", threads=1))
-        config = used(Folder(str(folder)), Stages(pipeline), compute, data=Data(path=str(path)))
+        config = used(Folder(str(folder)), Stages(pipeline), compute, data=Data(path=(str(path),)))
         config = dataclasses.replace(
             config, train=dataclasses.replace(config.train, micro_batch=micro_batch, global_batch=micro_batch)
         )

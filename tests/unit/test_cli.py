@@ -1,9 +1,11 @@
 """From words to settings: the order of sources, the spelling of flags, and what is refused."""
 
+import re
+
 import pytest
 
 from mpilm.cli import parse
-from mpilm.config import Config, replaced
+from mpilm.config import Config, Folder, replaced
 from mpilm.errors import ConfigError, FileError
 from mpilm.generate import GenerateConfig
 from mpilm.presets import PRESETS
@@ -62,12 +64,29 @@ def test_lists():
 
 @pytest.mark.parametrize("words", [["--no-such-flag", "1"], ["--train.steps", "ten"], ["--train.dtype", "float16"], ["word"]])
 def test_flags_that_cannot_be_read(words, capsys):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(ConfigError) as caught:
         config(*words)
-    text, code = caught.value.args
-    assert code == 78
+    text = str(caught.value)
     assert words[0].strip("-") in text
+    assert text.endswith("python -m mpilm.train --help")
+    assert not re.search("[│╭╰─\n]|--{5}", text)  # one line, nothing drawn
     assert capsys.readouterr() == ("", "")  # the caller prints, once
+
+
+def test_words_that_are_not_utf8():
+    with pytest.raises(ConfigError, match=r"^--generate\.prompt: 'caf\\udce9' is not UTF-8 text$"):
+        config("--generate.prompt", "caf\udce9")
+
+
+def test_the_config_of_a_run_goes_with_any_command(tmp_path):
+    """What another command has no use for is left out; what nobody knows is still refused."""
+    file = tmp_path / "config.toml"
+    file.write_text('[model]\nn_layers = 7\n[data]\npath = ["x"]\n[generate]\ntop_k = 3\n[train]\ndtype = "bfloat16"\n')
+    parsed = parse(["--config", str(file), "--model.init-from", "x"], GenerateConfig(), "generate", "Write.")
+    assert (parsed.generate.top_k, parsed.train.dtype, parsed.model) == (3, "bfloat16", Folder("x"))
+    file.write_text("[model]\nn_layerz = 7\n")
+    with pytest.raises(ConfigError, match=r"unknown key model\.n_layerz"):
+        parse(["--config", str(file)], GenerateConfig(), "generate", "Write.")
 
 
 def test_help_names_every_section(capsys):
@@ -109,5 +128,5 @@ def test_files_that_cannot_be_used(tmp_path):
 def test_another_command_has_its_own_settings():
     parsed = parse(["--model.init-from", "x", "--generate.top-k", "3"], GenerateConfig(), "generate", "Write.")
     assert (parsed.model.init_from, parsed.generate.top_k) == ("x", 3)
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="Unrecognized options: --preset, tiny"):
         parse(["--preset", "tiny"], GenerateConfig(), "generate", "Write.")

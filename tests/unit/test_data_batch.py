@@ -9,6 +9,7 @@ from text import corpus_of
 
 from mpilm.data.batch import Batches
 from mpilm.data.corpus import unigram_loss
+from mpilm.data.samples import CorpusSamples
 from mpilm.errors import ConfigError, DataError
 
 
@@ -18,12 +19,12 @@ def counting(n):
 
 
 def make(n=1000, context=8, eval_fraction=0.1, seed=0, global_batch=8, micro_batch=2):
-    return Batches(counting(n), context, eval_fraction, seed, global_batch, micro_batch)
+    return Batches(CorpusSamples(counting(n), context, eval_fraction), seed, global_batch, micro_batch)
 
 
 def starts(batches, found):
     """Where in the corpus of distinct tokens each row begins."""
-    return [int(np.flatnonzero(batches.corpus.tokens == row[0])[0]) for row in found.tokens.numpy()]
+    return [int(np.flatnonzero(batches.samples.corpus.tokens == row[0])[0]) for row in found.tokens.numpy()]
 
 
 def test_a_batch_holds_a_sample_and_what_comes_next():
@@ -42,11 +43,11 @@ def test_a_batch_holds_a_sample_and_what_comes_next():
 @given(n=st.integers(60, 250), context=st.integers(1, 9), eval_fraction=st.sampled_from([0.0, 0.2, 0.5]))
 def test_train_and_held_out_do_not_overlap_and_nothing_is_left_out(n, context, eval_fraction):
     batches = make(n, context, eval_fraction, global_batch=1, micro_batch=1)
-    rows = [starts(batches, batches.train(step, 0))[0] for step in range(batches.train_samples)]
-    assert sorted(rows) == [i * context for i in range(batches.train_samples)]
-    assert batches.boundary - context - 1 < batches.train_samples * context <= batches.boundary - 1
+    rows = [starts(batches, batches.train(step, 0))[0] for step in range(batches.samples.train_samples)]
+    assert sorted(rows) == [i * context for i in range(batches.samples.train_samples)]
+    assert batches.samples.boundary - context - 1 < batches.samples.train_samples * context <= batches.samples.boundary - 1
     held_out = [starts(batches, batches.evaluation(i))[0] for i in range(batches.eval_microbatches())]
-    assert sorted(held_out) == [batches.boundary + i * context for i in range(batches.eval_samples)]
+    assert sorted(held_out) == [batches.samples.boundary + i * context for i in range(batches.eval_samples)]
     assert bool(batches.eval_samples) == bool(eval_fraction)
 
 
@@ -81,20 +82,20 @@ def test_a_context_that_does_not_fit_names_the_largest_that_does(n, eval_fractio
 
 
 def test_a_corpus_of_next_to_nothing_is_refused():
-    with pytest.raises(DataError, match="too few for a single sample"):
+    with pytest.raises(DataError, match="too few for one sample"):
         make(n=10, context=1, eval_fraction=0.1)
 
 
 def test_a_token_beyond_the_vocabulary_is_found_when_it_is_read():
     tokens = np.arange(200).astype(np.int32)
     tokens[77] = 257
-    batches = Batches(corpus_of(tokens), 10, 0.0, 0, 1, 1)
+    batches = Batches(CorpusSamples(corpus_of(tokens), 10, 0.0), 0, 1, 1)
     with pytest.raises(DataError, match=r"x\.bin: token 77 is 257, .* end at 256"):
-        [batches.train(step, 0) for step in range(batches.train_samples)]
+        [batches.train(step, 0) for step in range(batches.samples.train_samples)]
 
 
 def test_unigram_loss_of_known_frequencies():
     even = corpus_of(np.tile(np.arange(256), 400).astype(np.uint16))
-    assert unigram_loss(even, 256 * 390) == pytest.approx(np.log(256), rel=1e-3)
+    assert unigram_loss([(even, 256 * 390)]) == pytest.approx(np.log(256), rel=1e-3)
     one = corpus_of(np.array([5] * 743 + [5, 6], dtype=np.uint16))
-    assert unigram_loss(one, 743) == pytest.approx(-(np.log(744 / 1000) + np.log(1 / 1000)) / 2)
+    assert unigram_loss([(one, 743)]) == pytest.approx(-(np.log(744 / 1000) + np.log(1 / 1000)) / 2)

@@ -127,7 +127,22 @@ def test_the_program_has_as_many_microbatches_as_the_replica_with_the_most(data,
         (
             4, {"parallel__pipeline": 4, "parallel__schedule": "interleaved", "train__global_batch": 6},
             "--parallel.schedule interleaved needs a multiple of --parallel.pipeline 4 microbatches on each replica, not 6; "
-            "the nearest: 4 or 8 (train.global-batch / train.micro-batch / replicas)",
+            "the nearest: 4 or 8; --train.global-batch 8",
+        ),
+        (
+            5, {"parallel__pipeline": 5, "model__n_layers": 4},
+            "--parallel.pipeline 5 with 1 stage a rank makes 5 stages, and --model.n-layers is 4: each stage needs a layer; "
+            "--parallel.pipeline 1 is the largest that fits 5 ranks, or --model.n-layers 5",
+        ),
+        (
+            4, {"parallel__pipeline": 4, "model__n_layers": 7, "parallel__schedule": "interleaved"},
+            "--parallel.pipeline 4 with 2 stages a rank makes 8 stages, and --model.n-layers is 7: each stage needs a layer; "
+            "--parallel.pipeline 2 is the largest that fits 4 ranks, or --model.n-layers 8",
+        ),
+        (
+            2, {"parallel__pipeline": 2, "model__n_layers": 5, "parallel__schedule": "interleaved", "parallel__chunks": 3},
+            "--parallel.pipeline 2 with 3 stages a rank makes 6 stages, and --model.n-layers is 5: each stage needs a layer; "
+            "--parallel.chunks 2, or --parallel.pipeline 1 is the largest that fits 2 ranks, or --model.n-layers 6",
         ),
         (
             4, {"parallel__pipeline": 2, "parallel__cut": (3, 6)},

@@ -9,6 +9,7 @@ from text import corpus_of
 
 from mpilm.data.batch import Batches, documents_of
 from mpilm.data.objective import Masked
+from mpilm.data.samples import CorpusSamples
 from mpilm.data.tokenizer import bytes_tokenizer, train_bpe
 from mpilm.model.loss import IGNORED
 
@@ -135,7 +136,7 @@ def stream():
 
 def batches(packing, objective=None):
     more = {} if objective is None else {"objective": objective}
-    return Batches(stream(), 20, 0.2, 0, 4, 2, packing=packing, **more)
+    return Batches(CorpusSamples(stream(), 20, 0.2), 0, 4, 2, packing=packing, eos=256, **more)
 
 
 def test_no_token_is_predicted_from_another_document_and_all_others_are():
@@ -165,10 +166,10 @@ def test_a_masked_token_is_predicted_from_its_own_document():
 
 def test_masks_change_with_the_step_and_not_with_the_seed_where_text_is_held_out():
     objective = masking()
-    one = Batches(stream(), 20, 0.2, 0, 4, 2, objective)
-    other = Batches(stream(), 20, 0.2, 1, 4, 2, objective)
-    epoch = one.train_samples // 4 * 4
+    one = Batches(CorpusSamples(stream(), 20, 0.2), 0, 4, 2, objective)
+    other = Batches(CorpusSamples(stream(), 20, 0.2), 1, 4, 2, objective)
+    epoch = one.samples.train_samples // 4 * 4
     assert torch.equal(one.evaluation(1).tokens, other.evaluation(1).tokens)
     assert not torch.equal(one.train(0, 0).targets, one.train(epoch, 0).targets)
-    words = Batches(stream(), 20, 0.2, 0, 4, 2, masking(whole=True))
+    words = Batches(CorpusSamples(stream(), 20, 0.2), 0, 4, 2, masking(whole=True))
     assert words.target_tokens(2) == sum(words.train(2, m).target_tokens for m in range(2)) <= 12

@@ -93,7 +93,7 @@ def test_every_preset_of_train_can_be_planned():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to show: --draw"),
+        ([], "say what to show: write --draw"),
         (["--draw", "--vocabulary", "0"], "--vocabulary must be at least 1, not 0"),
         (["--draw", "--ranks", "-1"], "--ranks must be at least 0, not -1"),
         (["--draw", "--model.d-model", "7"], "--model.d-model 7 is not divisible by --model.n-heads 4"),

@@ -84,7 +84,7 @@ def test_forward_only_takes_any_sizes():
         (("zero-bubble", 2, 3, 4), "--parallel.chunks 3 needs --parallel.schedule interleaved; zero-bubble has 1 chunk a rank"),
         (("interleaved", 2, 1, 4), "--parallel.schedule interleaved needs --parallel.chunks 2 or more, not 1"),
         (("interleaved", 4, 2, 6), "not 6; the nearest: 4 or 8"),
-        (("interleaved", 4, 2, 3), "not 3; the nearest: 4 ("),
+        (("interleaved", 4, 2, 3), "not 3; the nearest: 4"),
         (("1f1b", 2, 1, 0), "a pipeline of 0 microbatches does no work"),
         (("gpipe", 0, 1, 1), "a pipeline of 0 ranks does no work"),
     ],

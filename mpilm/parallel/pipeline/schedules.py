@@ -77,7 +77,7 @@ def refusal(name: str, pipeline: int, chunks: int, microbatches: int) -> str | N
         nearest = f"{below} or {below + pipeline}" if below else f"{pipeline}"
         return (
             f"--parallel.schedule interleaved needs a multiple of --parallel.pipeline {pipeline} microbatches on each replica, "
-            f"not {microbatches}; the nearest: {nearest} (train.global-batch / train.micro-batch / replicas)"
+            f"not {microbatches}; the nearest: {nearest}"
         )
     return None
 
