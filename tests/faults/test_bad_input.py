@@ -146,7 +146,7 @@ def test_a_run_of_other_settings(made, tmp_path):
 
 def test_a_checkpoint_of_another_shape(made, tmp_path):
     start = tmp_path / "run" / "checkpoints" / "step-00000002"
-    flags = ("--model.d-model", 32, "--checkpoint.allow-change", "model.d-model", "model.d-ff")
+    flags = ("--model.d-model", 32, "--checkpoint.allow-change", "model.d-model", "model.d-ff", "model.head-width")
     message = refused(*made[:3], tmp_path / "other", "--checkpoint.resume", start, *flags)
     assert str(start / "model.safetensors") in message
     assert "this model needs" in message
@@ -155,7 +155,7 @@ def test_a_checkpoint_of_another_shape(made, tmp_path):
 def test_a_damaged_checkpoint(made, tmp_path):
     file = tmp_path / "run" / "checkpoints" / "step-00000002" / "trainer.json"
     file.write_text(json.dumps({"step": 2}))
-    message = refused(*made)
+    message = refused(*made, code=DATA)
     assert f"no checkpoint in {tmp_path / 'run'} is whole" in message
     assert str(file) in message
 

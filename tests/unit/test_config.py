@@ -12,7 +12,7 @@ from mpilm import config as c
 from mpilm import validation
 from mpilm.config import Config, flatten, mathematics, replaced, resolve, to_dict
 from mpilm.errors import ConfigError, FileError
-from mpilm.settings import merge
+from mpilm.settings import merge, read_toml
 from mpilm.validation import validate
 
 
@@ -75,7 +75,7 @@ def test_toml_files(tmp_path: Path) -> None:
     good.write_text("[train]\nglobal-batch = 8\n[parallel]\npipeline = 2\ncut = [1, 3]\nzero = 1\nschedule = 'gpipe'\n")
     bad.write_text("[train\n")
     binary.write_bytes(b"\xff\xfe")
-    assert merge(Config(), c.read_toml(str(good)), str(good)) == replaced(
+    assert merge(Config(), read_toml(str(good)), str(good)) == replaced(
         Config(),
         train__global_batch=8,
         parallel__pipeline=2,
@@ -85,9 +85,9 @@ def test_toml_files(tmp_path: Path) -> None:
     )
     for path in (bad, binary):
         with pytest.raises(ConfigError, match=re.escape(f"--config {path}: is not TOML: ")):
-            c.read_toml(str(path))
+            read_toml(str(path))
     with pytest.raises(FileError, match=r"none\.toml: cannot be read: No such file or directory"):
-        c.read_toml(str(tmp_path / "none.toml"))
+        read_toml(str(tmp_path / "none.toml"))
 
 
 # Validation.
