@@ -60,6 +60,7 @@ TINY = Config(
 """8 microbatches a step, some thirty thousand parameters, dropout on."""
 
 
-def tiny(data: Path, run: Path, **changes: Any) -> Config:
-    """A run of a second over `data` in the folder `run`; changes are written section__key."""
-    return resolve(replaced(TINY, data__path=(str(data),), run__dir=str(run), **changes))
+def tiny(data: Path | tuple[str, ...], run: Path, **changes: Any) -> Config:
+    """A run of a second over `data`, a path or paths and parts, in the folder `run`; changes are written section__key."""
+    paths = data if isinstance(data, tuple) else (str(data),)
+    return resolve(replaced(TINY, data__path=paths, run__dir=str(run), **changes))

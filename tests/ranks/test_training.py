@@ -5,6 +5,7 @@ tests/ranks/test_layouts.py has every layout, on random tokens.
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from mpilm.checkpoint.pretrained import shape_of
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
-from mpilm.config import replaced
+from mpilm.config import Data, replaced
+from mpilm.data.prepare import prepare
 from mpilm.errors import NonFiniteError
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
@@ -267,3 +269,47 @@ def test_one_checkpoint_starts_a_branch(tmp_path, data, uninterrupted):
     assert trained(branch, 1) == uninterrupted[0]
     assert trained(replaced(branch, run__dir=str(tmp_path / "other"), **on(2)), 2) == uninterrupted[0]
     assert start.exists()
+
+
+# Several corpora.
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Three parts of one text and two of another, prepared with one tokenizer and not prepared at all."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "b.txt").write_text("".join(f"{i} mal {i % 7} ist {i * (i % 7)}.\n" for i in range(900)))
+    return str(write_tokens(folder / "a")), "3", str(folder / "b.txt"), "2"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("MPILM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.mark.parametrize(("size", "layout"), [(3, on(zero=3)), (2, on(2))])
+def test_a_mixture_has_the_same_bits_on_any_ranks(tmp_path, mixed, size, layout):
+    changes = {"train__steps": 3, "run__eval_batches": 2}
+    alone = outcome(tiny(mixed, tmp_path / "alone", **changes), 1)
+    together = outcome(tiny(mixed, tmp_path / "together", **layout, **changes), size)
+    assert together[0] == alone[0]
+    assert differing(together[1], alone[1]) == []
+
+
+def test_a_mixture_is_taken_up_again_where_it_stopped(tmp_path, mixed, capsys):
+    changes = {"train__steps": 6, "checkpoint__every": 2}
+    whole = trained(tiny(mixed, tmp_path / "whole", **changes), 1)
+    assert re.search(r"data .*b\.txt: [\d,]+ tokens of bytes, 1 documents, 40\.0% of the samples,", capsys.readouterr().out)
+    config = tiny(mixed, tmp_path / "stopped", **changes)
+    stopped(config, 3, at=3)
+    assert trained(config, 2) == whole
+    other = replaced(config, data__path=(*mixed[:3], "3"), train__steps=7)
+    with pytest.raises(AgreedError, match=r"data\.path: was content"):
+        trained(other, 1)
+
+
+def test_corpora_of_different_tokenizers_do_not_mix(tmp_path, mixed):
+    prepare(Data(path=(mixed[2],), tokenizer="bpe:300"), tmp_path / "b", SelfComm())
+    config = tiny((mixed[0], "1", str(tmp_path / "b"), "1"), tmp_path / "run", data__tokenizer="auto")
+    with pytest.raises(AgreedError, match=r"was made with another one|was made with another tokenizer"):
+        build(config, SelfComm())
