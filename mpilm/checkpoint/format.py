@@ -90,7 +90,9 @@ class Writer:
         self.text(name, json.dumps(value, indent=2) + "\n")
 
     def text(self, name: str, text: str) -> None:
-        data = text.encode()
+        self.data(name, text.encode())
+
+    def data(self, name: str, data: bytes) -> None:
         with open(self.folder / name, "xb") as file:
             file.write(data)
             file.flush()

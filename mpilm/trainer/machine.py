@@ -31,14 +31,19 @@ class Machine:
 def look(train: Train, world: Comm) -> Machine:
     """What this rank may use, and torch told so. Collective."""
     node = world.split_node()
-    affinities = node.all_gather_json(_cores())
-    share = core_share(affinities, node.rank, _cgroup_cores(Path("/sys/fs/cgroup/cpu.max")))
+    share = cores_of(node)
     asked = train.threads or asked_by_environment(os.environ.get("OMP_NUM_THREADS", ""))
     threads = asked or max(1, int(share))
     torch.set_num_threads(threads)
     device = choose_device(train.device, node)
     _load_libraries(device)
     return Machine(device, threads, crowded=share < 1)
+
+
+def cores_of(node: Comm) -> Fraction:
+    """The cores that this rank has for itself among the ranks of its node. Collective over them."""
+    affinities = node.all_gather_json(_cores())
+    return core_share(affinities, node.rank, _cgroup_cores(Path("/sys/fs/cgroup/cpu.max")))
 
 
 def asked_by_environment(value: str) -> int:
