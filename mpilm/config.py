@@ -70,8 +70,13 @@ class Data:
     """bytes, bpe:SIZE (trained on the corpus) or a tokenizer.json; auto: what the tokens were made with, else bpe:2048."""
     eval_fraction: float = 0.05
     """Part of the corpus, at its end, that is held out for evaluation."""
+    format: Literal["text", "chat"] = "text"
+    """chat: JSON lines with "prompt" and "response", or with "messages"; only the answers are learnt."""
     packing: Literal["concat", "documents"] = "concat"
-    """How documents share a context: as one text, or with attention kept inside each and positions that begin anew."""
+    """How documents share a context: as one text (of a chat: one in a row, the rest empty), or with attention kept inside each
+    and positions that begin anew."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """chat: cut a conversation that is longer than the context, or leave it out; both are counted."""
     mask_fraction: float = 0.15
     """bert: part of the tokens that it is to predict."""
     whole_words: bool = False

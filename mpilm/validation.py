@@ -41,6 +41,7 @@ def validate(config: Any) -> None:
     if isinstance(getattr(config, "data", None), Data):
         config.data.corpora()  # raises
     if isinstance(config, Config):
+        _validate_chat(config)
         _validate_model(resolve(config).model)
         _validate_train(config)
         _validate_parallel(resolve(config))
@@ -63,7 +64,9 @@ def _validate_choice(config: Any, name: str, value: Any) -> None:
 
 CHOICES = {
     "model.arch": ("llama", "gpt2", "qwen", "bert", "mixtral"),
+    "data.format": ("text", "chat"),
     "data.packing": ("concat", "documents"),
+    "data.too_long": ("truncate", "drop"),
     "data.encoding_errors": ("stop", "replace"),
     "train.lr_schedule": ("cosine", "linear", "constant"),
     "train.dtype": ("float32", "bfloat16"),
@@ -113,6 +116,21 @@ def _validate_heads(model: Model) -> None:
         raise ConfigError(
             f"--model.n-heads {model.n_heads} is not divisible by --model.n-kv-heads {model.n_kv_heads}; the next below: {fit}"
         )
+
+
+def _validate_chat(config: Config) -> None:
+    data = config.data
+    if data.format == "text":
+        return
+    if not data.path or len(data.path) > 1:
+        raise ConfigError("--data.format chat needs one --data.path, of JSON lines with prompt and response, or messages")
+    if data.tokenizer == "auto" or data.tokenizer.startswith("bpe:"):
+        raise ConfigError(
+            f"--data.format chat with --data.tokenizer {data.tokenizer}: name one that is there, the folder of a model or a "
+            "tokenizer.json, or bytes"
+        )
+    if config.model.arch == "bert":
+        raise ConfigError("--model.arch bert has no answers to learn: --data.format chat goes with the other architectures")
 
 
 def _nearest_multiple(value: int, of: int) -> int:

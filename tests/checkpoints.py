@@ -106,6 +106,7 @@ def state_of(tensors: Tensors, sharding: Sharding, rank: int) -> State:
     return State(
         model=tiny(Path(), Path()).model,
         tokenizer=bytes_tokenizer(),
+        template=None,
         trainer={"step": 7},
         shapes={name: tuple(tensor.shape) for name, tensor in tensors["parameter"].items()},
         parameters=parameters,

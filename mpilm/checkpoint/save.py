@@ -33,6 +33,7 @@ from mpilm.checkpoint.tensors import Shape
 from mpilm.comm.base import Comm
 from mpilm.comm.together import AgreedError, on_root, together
 from mpilm.config import Model
+from mpilm.data.template import Template
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import FileError, UserError
 from mpilm.model.huggingface import published_name
@@ -55,6 +56,7 @@ class State:
 
     model: Model
     tokenizer: Tokenizer
+    template: Template | None
     trainer: Mapping[str, Any]  # trainer.json: step, tokens, data, versions, ...
     shapes: Mapping[str, Shape]
     parameters: Mapping[Piece, Tensor]
@@ -181,6 +183,7 @@ def _write_words(writer: Writer, state: State) -> None:
             "bos_token": end,
             "eos_token": end,
             **({} if tokenizer.mask is None else {"mask_token": tokenizer.decode([tokenizer.mask])}),
+            **({"chat_template": state.template.source} if state.template else {}),
             "model_max_length": state.model.context_length,
             "clean_up_tokenization_spaces": False,
         },

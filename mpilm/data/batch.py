@@ -8,13 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpilm.data.objective import Causal, Objective
-from mpilm.data.order import Indices, key_of
-from mpilm.data.samples import HELD_OUT_KEY, Samples
-from mpilm.model.loss import IGNORED
-
-CAUSAL = Causal()
-OBJECTIVE = 0x6D61736B  # a word in the keys that objectives draw by
+from mpilm.data.order import Indices
+from mpilm.data.stream import Examples, Stream
 
 
 @dataclass(frozen=True)
@@ -43,25 +38,17 @@ class Batch:
 
 
 class Batches:
-    """Microbatches of a run over `samples`.
+    """Microbatches of a run over a stream of examples."""
 
-    `packing`: "concat", a sample is one text, whatever documents it has parts of; "documents", attention stays in each, which
-    ends with the token `eos`, positions begin anew, and no token is predicted from another document.
-    """
-
-    def __init__(
-        self, samples: Samples, seed: int, global_batch: int, micro_batch: int, objective: Objective = CAUSAL,
-        packing: str = "concat", eos: int = -1,
-    ):  # fmt: skip
-        self.samples, self.seed, self.global_batch, self.micro_batch = samples, seed, global_batch, micro_batch
-        self.objective, self.packing, self.eos = objective, packing, eos
-        self.context_length, self.eval_samples = samples.context_length, samples.eval_samples
+    def __init__(self, stream: Stream, seed: int, global_batch: int, micro_batch: int):
+        self.stream, self.seed, self.global_batch, self.micro_batch = stream, seed, global_batch, micro_batch
+        self.context_length, self.eval_samples = stream.context_length, stream.eval_samples
 
     def train(self, step: int, m: int) -> Batch:
         """Microbatch m of a step."""
         first = step * self.global_batch + m * self.micro_batch
         numbers = np.arange(first, first + self.micro_batch, dtype=np.int64)
-        return self._batch(self.samples.train(numbers, self.seed), numbers, self.seed)
+        return _batch(self.stream.train(numbers, self.seed), numbers)
 
     @property
     def step_tokens(self) -> int:
@@ -70,13 +57,8 @@ class Batches:
 
     def target_tokens(self, step: int) -> int:
         """Tokens that the model predicts in a step, over all ranks."""
-        if self._varies:
-            return sum(self.train(step, m).target_tokens for m in range(self.global_batch // self.micro_batch))
-        return self.global_batch * self.objective.targets(self.context_length)
-
-    @property
-    def _varies(self) -> bool:
-        return self.objective.varies or (self.packing == "documents" and self.objective.looks_ahead)
+        numbers = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
+        return self.stream.train_targets(numbers, self.seed)
 
     def eval_rows(self, limit: int = 0) -> int:
         """Held-out samples that an evaluation over `limit` global batches reads, in whole microbatches; 0: all there are."""
@@ -89,36 +71,20 @@ class Batches:
 
     def eval_targets(self, limit: int = 0) -> int:
         """Tokens that the model predicts in such an evaluation."""
-        if self._varies:
-            return sum(self.evaluation(i).target_tokens for i in range(self.eval_microbatches(limit)))
-        return self.eval_rows(limit) * self.objective.targets(self.context_length)
+        return self.stream.held_out_targets(np.arange(self.eval_rows(limit), dtype=np.int64))
 
     def evaluation(self, i: int) -> Batch:
         """Held-out microbatch i; the last may hold fewer rows."""
         rows = np.arange(i * self.micro_batch, min((i + 1) * self.micro_batch, self.eval_samples), dtype=np.int64)
-        return self._batch(self.samples.held_out(rows), rows, HELD_OUT_KEY)
-
-    def _batch(self, rows: Indices, numbers: Indices, seed: int) -> Batch:
-        read, targets = self.objective(rows, [key_of(seed, number, OBJECTIVE) for number in numbers.tolist()])
-        positions, documents = np.arange(self.context_length), None
-        if self.packing == "documents":
-            every, places = documents_of(rows, self.eos)
-            if self.objective.looks_ahead:
-                targets = np.where(every[:, 1:] == every[:, :-1], targets, IGNORED)
-            positions, documents = places[:, :-1], _tensor(every[:, :-1])
-        count = int(np.count_nonzero(targets != IGNORED))
-        return Batch(_tensor(read), _tensor(targets), _tensor(positions), torch.from_numpy(numbers), count, documents)
+        return _batch(self.stream.held_out(rows), rows)
 
 
-def documents_of(rows: Indices, eos: int) -> tuple[Indices, Indices]:
-    """For each token of each row the number of its document, counted from the row's first, and its place there: a document ends
-    with `eos`. 2 x (B, T)."""
-    documents = np.zeros_like(rows)
-    documents[:, 1:] = np.cumsum(rows[:, :-1] == eos, axis=1)
-    places = np.arange(rows.shape[1])
-    begins = np.zeros_like(rows)
-    begins[:, 1:] = np.where(rows[:, :-1] == eos, places[1:], 0)
-    return documents, places - np.maximum.accumulate(begins, axis=1)
+def _batch(examples: Examples, numbers: Indices) -> Batch:
+    documents = None if examples.documents is None else _tensor(examples.documents)
+    return Batch(
+        _tensor(examples.read), _tensor(examples.targets), _tensor(examples.positions), torch.from_numpy(numbers),
+        examples.target_tokens, documents,
+    )  # fmt: skip
 
 
 def _tensor(values: Indices) -> Tensor:

@@ -83,6 +83,10 @@ class Tokenizer:
         """The ids of one text, with nothing added."""
         return self.encode_batch([text])[0]
 
+    def encode_marked(self, text: str) -> Ids:
+        """The ids of one text in which the names of special tokens stand for those tokens, as in a chat template."""
+        return np.array(self._marked.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, with nothing added."""
         if self._is_bytes:
@@ -97,6 +101,12 @@ class Tokenizer:
     @cached_property
     def _is_bytes(self) -> bool:
         return self.json == bytes_tokenizer().json
+
+    @cached_property
+    def _marked(self) -> Any:
+        from tokenizers import Tokenizer as Library
+
+        return Library.from_str(self.json)
 
     @cached_property
     def _library(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,21 +13,17 @@ from mpilm.comm.together import same_everywhere, together
 from mpilm.comm.trace import Traced
 from mpilm.config import Config, flatten
 from mpilm.data.batch import Batches
-from mpilm.data.corpus import Corpus, open_corpora
 from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
-from mpilm.data.objective import Causal, Masked
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
-from mpilm.data.samples import CorpusSamples, Mixture
-from mpilm.data.tokenizer import Tokenizer
-from mpilm.errors import ConfigError
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.shard import ALIGNMENT
 from mpilm.telemetry.memory import forget_peak, proportional_bytes, resident_bytes, trim
 from mpilm.trainer.balance import choose_cut
 from mpilm.trainer.machine import Machine, conditions, look
+from mpilm.trainer.material import Material, open_material
 from mpilm.trainer.run_folder import RunFolder, open_run_folder
 from mpilm.trainer.sharded import ShardedModel
 
@@ -39,8 +35,7 @@ class Training:
     config: Config
     machine: Machine
     mesh: Mesh
-    corpora: list[CorpusSamples]
-    tokenizer: Tokenizer  # of the model: that of the corpora, with a mask where the model needs one
+    material: Material
     batches: Batches
     folder: RunFolder
     content: Mapping[str, str]
@@ -56,15 +51,11 @@ def build(config: Config, world: Comm) -> Training:
     world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
     mesh = Mesh.build(shape, Traced(world, check=True))
     waiting = world.with_options(gpu_aware=False, patient=True)  # for rank 0, which may train a tokenizer on all cores
-    opened = open_corpora(config.data, waiting, progress=ProgressLine() if world.rank == 0 else silent)
-    tokenizer = together(world, lambda: _tokenizer(config, opened[0][0].tokenizer))
-    corpora = together(world, lambda: [
-        CorpusSamples(corpus, config.model.context_length, config.data.eval_fraction) for corpus, _ in opened
-    ])  # fmt: skip
-    batches = _batches(config, corpora, [part for _, part in opened], tokenizer)
-    content = _content(config, opened, world)
+    material = open_material(config, waiting, ProgressLine() if world.rank == 0 else silent)
+    batches = Batches(material.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
+    content = _content(config, material, world)
     folder = open_run_folder(config, content, conditions(machine, world), world)
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    vocab_size = config.model.vocab_size or material.tokenizer.vocab_size
     alignment = ALIGNMENT * max(world.all_gather_json(machine.threads))
     cut = choose_cut(config, mesh, vocab_size, machine.device)
     trim()
@@ -73,33 +64,12 @@ def build(config: Config, world: Comm) -> Training:
     model = ShardedModel(config, mesh, cut, vocab_size, machine.device, alignment)
     _fill(model, folder, world)
     trim()
-    return Training(config, machine, mesh, corpora, tokenizer, batches, folder, content, model, baseline)
+    return Training(config, machine, mesh, material, batches, folder, content, model, baseline)
 
 
-def _tokenizer(config: Config, tokenizer: Tokenizer) -> Tokenizer:
-    tokenizer = tokenizer.with_mask() if config.model.arch == "bert" else tokenizer
-    rows = config.model.vocab_size
-    if rows and tokenizer.vocab_size > rows:
-        whose = f"{config.model.init_from} has" if config.model.init_from else f"--model.vocab-size {rows} makes"
-        raise ConfigError(
-            f"--data.tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, but {whose} {rows} rows for them"
-        )
-    return tokenizer
-
-
-def _batches(config: Config, corpora: Sequence[CorpusSamples], parts: Sequence[float], tokenizer: Tokenizer) -> Batches:
-    train, data = config.train, config.data
-    objective = Masked(tokenizer, data.mask_fraction, data.whole_words) if config.model.arch == "bert" else Causal()
-    samples = Mixture(corpora, parts) if len(corpora) > 1 else corpora[0]
-    return Batches(samples, train.seed, train.global_batch, train.micro_batch, objective, data.packing, tokenizer.eos)
-
-
-def _content(config: Config, opened: Sequence[tuple[Corpus, float]], world: Comm) -> dict[str, str]:
+def _content(config: Config, material: Material, world: Comm) -> dict[str, str]:
     """Digests of what the result depends on besides the settings. Collective."""
-    first = opened[0][0]
-    texts = [f"{corpus.fingerprint} {part!r}" for corpus, part in opened]
-    text = first.fingerprint if len(opened) == 1 else hex_digest(*texts)
-    content = {"data.path": text, "data.tokenizer": first.tokenizer.digest, "model.init_from": ""}
+    content = {**material.content, "model.init_from": ""}
     if config.model.init_from:
         files = files_of(Path(config.model.init_from).expanduser())
         sizes = together(world, lambda: [path.stat().st_size for path in files])

@@ -154,7 +154,8 @@ class RunLog:
         parameters = parameter_count(model, run.model.vocab_size)
         tied = ", embeddings tied" if model.tie_embeddings else ""
         say(f"  model    {model.arch}, {model.n_layers} blocks of width {model.d_model}, {parameters:,} parameters{tied}")
-        self._say_data()
+        for number, line in enumerate(run.material.said):
+            say(f"  data     {line}" if number % 2 == 0 else f"           {line}")
         m = microbatches(config)
         tokens = train.global_batch * model.context_length
         say(f"  a step   {train.global_batch} sequences of {model.context_length} = {tokens:,} tokens, in {m} microbatches")
@@ -166,15 +167,6 @@ class RunLog:
         for note in run.folder.notes:
             say(f"  note     {note}")
         say()
-
-    def _say_data(self) -> None:
-        run, say = self.run, self.display.line
-        several = len(run.corpora) > 1
-        for (data, part), samples in zip(run.config.data.corpora(), run.corpora, strict=True):
-            corpus, source = samples.corpus, data.source or "the Python standard library"
-            count = f"{len(corpus.tokens):,} tokens of {corpus.tokenizer.name}, {corpus.documents:,} documents"
-            say(f"  data     {source}: {count}," + (f" {part:.1%} of the samples," if several else ""))
-            say(f"           {samples.eval_samples:,} of {samples.eval_samples + samples.train_samples:,} sequences held out")
 
     def _say_layout(self) -> None:
         run, say = self.run, self.display.line
@@ -211,8 +203,9 @@ class RunLog:
         else:
             say(f"this run is complete; a larger --train.steps goes on from step {run.folder.step}")
         if self.eval_loss is not None:
-            unigram = unigram_loss([(samples.corpus, samples.boundary) for samples in run.corpora])
-            say(f"evaluation loss {self.eval_loss:.4f}; a unigram model of this corpus scores {unigram:.4f}")
+            corpora = [(samples.corpus, samples.boundary) for samples in run.material.corpora]
+            unigram = f"; a unigram model of this corpus scores {unigram_loss(corpora):.4f}" if corpora else ""
+            say(f"evaluation loss {self.eval_loss:.4f}{unigram}")
         if text:
             say(f"\nA sample (temperature {config.generate.temperature}):\n{text}\n")
         say(f"run folder   {run.folder.path}  (metrics.jsonl, config.toml, tensorboard)")
@@ -225,7 +218,7 @@ class RunLog:
 
     def _sample(self) -> str:
         """What the model writes. Collective: it may lie on many ranks."""
-        run, tokenizer = self.run, self.run.tokenizer
+        run, tokenizer = self.run, self.run.material.tokenizer
         prompt = self.run.config.generate.prompt
         start = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eos]
         return prompt + tokenizer.decode(write(run.model, {0: start}, run.config.generate, tokenizer.eos)[0])

@@ -53,7 +53,11 @@ def save_checkpoint(run: Training, done: int, eval_loss: float | None) -> Path:
         "config": to_dict(config),
     }
     model = run.model
-    state = State(config.model, run.tokenizer, trainer, model.shapes, model.pieces(), model.optimizer.pieces(), model.holders)
+    material = run.material
+    state = State(
+        config.model, material.tokenizer, material.template, trainer, model.shapes, model.pieces(), model.optimizer.pieces(),
+        model.holders,
+    )  # fmt: skip
     folder = save(run.folder.checkpoints, done, state, run.mesh.world)
     if run.mesh.rank == 0:
         prune(run.folder.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best)

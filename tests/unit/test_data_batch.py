@@ -10,6 +10,7 @@ from text import corpus_of
 from mpilm.data.batch import Batches
 from mpilm.data.corpus import unigram_loss
 from mpilm.data.samples import CorpusSamples
+from mpilm.data.stream import TextStream
 from mpilm.errors import ConfigError, DataError
 
 
@@ -19,12 +20,12 @@ def counting(n):
 
 
 def make(n=1000, context=8, eval_fraction=0.1, seed=0, global_batch=8, micro_batch=2):
-    return Batches(CorpusSamples(counting(n), context, eval_fraction), seed, global_batch, micro_batch)
+    return Batches(TextStream(CorpusSamples(counting(n), context, eval_fraction)), seed, global_batch, micro_batch)
 
 
 def starts(batches, found):
     """Where in the corpus of distinct tokens each row begins."""
-    return [int(np.flatnonzero(batches.samples.corpus.tokens == row[0])[0]) for row in found.tokens.numpy()]
+    return [int(np.flatnonzero(batches.stream.samples.corpus.tokens == row[0])[0]) for row in found.tokens.numpy()]
 
 
 def test_a_batch_holds_a_sample_and_what_comes_next():
@@ -43,11 +44,15 @@ def test_a_batch_holds_a_sample_and_what_comes_next():
 @given(n=st.integers(60, 250), context=st.integers(1, 9), eval_fraction=st.sampled_from([0.0, 0.2, 0.5]))
 def test_train_and_held_out_do_not_overlap_and_nothing_is_left_out(n, context, eval_fraction):
     batches = make(n, context, eval_fraction, global_batch=1, micro_batch=1)
-    rows = [starts(batches, batches.train(step, 0))[0] for step in range(batches.samples.train_samples)]
-    assert sorted(rows) == [i * context for i in range(batches.samples.train_samples)]
-    assert batches.samples.boundary - context - 1 < batches.samples.train_samples * context <= batches.samples.boundary - 1
+    rows = [starts(batches, batches.train(step, 0))[0] for step in range(batches.stream.samples.train_samples)]
+    assert sorted(rows) == [i * context for i in range(batches.stream.samples.train_samples)]
+    assert (
+        batches.stream.samples.boundary - context - 1
+        < batches.stream.samples.train_samples * context
+        <= batches.stream.samples.boundary - 1
+    )
     held_out = [starts(batches, batches.evaluation(i))[0] for i in range(batches.eval_microbatches())]
-    assert sorted(held_out) == [batches.samples.boundary + i * context for i in range(batches.eval_samples)]
+    assert sorted(held_out) == [batches.stream.samples.boundary + i * context for i in range(batches.eval_samples)]
     assert bool(batches.eval_samples) == bool(eval_fraction)
 
 
@@ -89,9 +94,9 @@ def test_a_corpus_of_next_to_nothing_is_refused():
 def test_a_token_beyond_the_vocabulary_is_found_when_it_is_read():
     tokens = np.arange(200).astype(np.int32)
     tokens[77] = 257
-    batches = Batches(CorpusSamples(corpus_of(tokens), 10, 0.0), 0, 1, 1)
+    batches = Batches(TextStream(CorpusSamples(corpus_of(tokens), 10, 0.0)), 0, 1, 1)
     with pytest.raises(DataError, match=r"x\.bin: token 77 is 257, .* end at 256"):
-        [batches.train(step, 0) for step in range(batches.samples.train_samples)]
+        [batches.train(step, 0) for step in range(batches.stream.samples.train_samples)]
 
 
 def test_unigram_loss_of_known_frequencies():

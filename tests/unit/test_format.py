@@ -64,6 +64,7 @@ def parts(tie=True, seed=0, vocab_size=257, **changes):
     return model, State(
         config,
         bytes_tokenizer(),
+        None,
         {},
         {name: tuple(parameter.shape) for name, parameter in own.items()},
         pieces(own),

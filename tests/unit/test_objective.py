@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text import corpus_of
 
-from mpilm.data.batch import Batches, documents_of
+from mpilm.data.batch import Batches
 from mpilm.data.objective import Masked
 from mpilm.data.samples import CorpusSamples
+from mpilm.data.stream import TextStream, documents_of
 from mpilm.data.tokenizer import bytes_tokenizer, train_bpe
 from mpilm.model.loss import IGNORED
 
@@ -136,7 +137,7 @@ def stream():
 
 def batches(packing, objective=None):
     more = {} if objective is None else {"objective": objective}
-    return Batches(CorpusSamples(stream(), 20, 0.2), 0, 4, 2, packing=packing, eos=256, **more)
+    return Batches(TextStream(CorpusSamples(stream(), 20, 0.2), packing=packing, eos=256, **more), 0, 4, 2)
 
 
 def test_no_token_is_predicted_from_another_document_and_all_others_are():
@@ -166,10 +167,10 @@ def test_a_masked_token_is_predicted_from_its_own_document():
 
 def test_masks_change_with_the_step_and_not_with_the_seed_where_text_is_held_out():
     objective = masking()
-    one = Batches(CorpusSamples(stream(), 20, 0.2), 0, 4, 2, objective)
-    other = Batches(CorpusSamples(stream(), 20, 0.2), 1, 4, 2, objective)
-    epoch = one.samples.train_samples // 4 * 4
+    one = Batches(TextStream(CorpusSamples(stream(), 20, 0.2), objective), 0, 4, 2)
+    other = Batches(TextStream(CorpusSamples(stream(), 20, 0.2), objective), 1, 4, 2)
+    epoch = one.stream.samples.train_samples // 4 * 4
     assert torch.equal(one.evaluation(1).tokens, other.evaluation(1).tokens)
     assert not torch.equal(one.train(0, 0).targets, one.train(epoch, 0).targets)
-    words = Batches(CorpusSamples(stream(), 20, 0.2), 0, 4, 2, masking(whole=True))
+    words = Batches(TextStream(CorpusSamples(stream(), 20, 0.2), masking(whole=True)), 0, 4, 2)
     assert words.target_tokens(2) == sum(words.train(2, m).target_tokens for m in range(2)) <= 12

@@ -1,0 +1,115 @@
+"""What a run reads: corpora or conversations, and the stream of examples that is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpilm.comm.base import Comm
+from mpilm.comm.together import together
+from mpilm.config import Config
+from mpilm.data.chat import Conversations, read_conversations, refuse_nothing
+from mpilm.data.corpus import Corpus, open_corpora
+from mpilm.data.encode import Progress
+from mpilm.data.files import hex_digest
+from mpilm.data.objective import Causal, Masked
+from mpilm.data.prepare import agree_on_sources
+from mpilm.data.samples import CorpusSamples, Mixture
+from mpilm.data.stream import Stream, TextStream
+from mpilm.data.template import Template, find_template
+from mpilm.data.tokenizer import Tokenizer, named_tokenizer
+from mpilm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Material:
+    """`tokenizer`: of the model, with a mask where it needs one. `content`: digests, by setting. `template`: the chat template
+    that goes with the tokenizer. `corpora`: of running text. `said`: what the header tells of it."""
+
+    tokenizer: Tokenizer
+    stream: Stream
+    content: Mapping[str, str]
+    template: Template | None
+    corpora: Sequence[CorpusSamples]
+    said: Sequence[str]
+
+
+def open_material(config: Config, comm: Comm, progress: Progress) -> Material:
+    """Read, or prepare, what `config` names. Collective; raises AgreedError."""
+    template = together(comm, lambda: _template(config.data.tokenizer))
+    return _conversations(config, template, comm) if config.data.format == "chat" else _texts(config, template, comm, progress)
+
+
+def _texts(config: Config, template: Template | None, comm: Comm, progress: Progress) -> Material:
+    data = config.data
+    opened = open_corpora(data, comm, progress=progress)
+    tokenizer = together(comm, lambda: _fitting(config, opened[0][0].tokenizer))
+    corpora = together(comm, lambda: [
+        CorpusSamples(corpus, config.model.context_length, data.eval_fraction) for corpus, _ in opened
+    ])  # fmt: skip
+    objective = Masked(tokenizer, data.mask_fraction, data.whole_words) if config.model.arch == "bert" else Causal()
+    samples = Mixture(corpora, [part for _, part in opened]) if len(corpora) > 1 else corpora[0]
+    stream = TextStream(samples, objective, data.packing, tokenizer.eos)
+    said = [line for (_, part), of in zip(opened, corpora) for line in _of_corpus(of, part if len(opened) > 1 else None)]
+    content = {"data.path": _fingerprint(opened), "data.tokenizer": opened[0][0].tokenizer.digest}
+    return Material(tokenizer, stream, content, template, corpora, said)
+
+
+def _fingerprint(opened: Sequence[tuple[Corpus, float]]) -> str:
+    first = opened[0][0].fingerprint
+    return first if len(opened) == 1 else hex_digest(*(f"{corpus.fingerprint} {part!r}" for corpus, part in opened))
+
+
+def _of_corpus(samples: CorpusSamples, part: float | None) -> list[str]:
+    corpus, share = samples.corpus, "" if part is None else f" {part:.1%} of the samples,"
+    documents = f"{corpus.documents:,} document{'s' * (corpus.documents != 1)}"
+    return [
+        f"{corpus.source}: {len(corpus.tokens):,} tokens of {corpus.tokenizer.name}, {documents},{share}",
+        f"{samples.eval_samples:,} of {samples.eval_samples + samples.train_samples:,} sequences held out",
+    ]
+
+
+def _conversations(config: Config, template: Template | None, comm: Comm) -> Material:
+    data = config.data
+    sources = agree_on_sources(data, comm)
+    together(comm, lambda: _refuse_other_files(data.source, [source.format for source in sources]))
+    tokenizer = together(comm, lambda: _fitting(config, named_tokenizer(data.tokenizer)))
+    tokens, answer, ends = read_conversations(sources, tokenizer, template, comm)
+    stream = Conversations(
+        tokens, answer, ends, config.model.context_length, data.eval_fraction, tokenizer.eos, data.too_long, data.packing
+    )
+    together(comm, lambda: refuse_nothing(stream, data))
+    counts = stream.counts
+    said = [
+        f"{data.source}: {counts.conversations:,} conversations, {counts.cut:,} of them cut at the context and "
+        f"{counts.left_out:,} left out,",
+        f"{counts.tokens:,} tokens of {tokenizer.name}, {counts.targets:,} to be learnt, in {counts.rows:,} rows, "
+        f"{stream.eval_samples:,} held out",
+    ]
+    content = {
+        "data.path": hex_digest(tokens.tobytes(), answer.tobytes(), ends.tobytes()),
+        "data.tokenizer": tokenizer.digest,
+    }
+    return Material(tokenizer, stream, content, template, [], said)
+
+
+def _refuse_other_files(source: str, formats: Sequence[str]) -> None:
+    if any(kind != "jsonl" for kind in formats):
+        raise ConfigError(f"--data.format chat reads JSON lines, and --data.path {source} holds others: name .jsonl files")
+
+
+def _template(tokenizer: str) -> Template | None:
+    return find_template(tokenizer) if Path(tokenizer).expanduser().exists() else None
+
+
+def _fitting(config: Config, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer of the model; raises ConfigError where the model has no rows for all its ids."""
+    tokenizer = tokenizer.with_mask() if config.model.arch == "bert" else tokenizer
+    rows = config.model.vocab_size
+    if rows and tokenizer.vocab_size > rows:
+        whose = f"{config.model.init_from} has" if config.model.init_from else f"--model.vocab-size {rows} makes"
+        raise ConfigError(
+            f"--data.tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, but {whose} {rows} rows for them"
+        )
+    return tokenizer
