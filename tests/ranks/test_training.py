@@ -9,12 +9,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import write_published
 from runs import FAMILIES, differing, held, joined, on, stopped, trained, whole_model
 from text import tiny, write_tokens
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from mpilm.checkpoint.format import folder_name
 from mpilm.checkpoint.pretrained import shape_of
@@ -23,6 +24,7 @@ from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
 from mpilm.config import Data, replaced
 from mpilm.data.prepare import prepare
+from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import NonFiniteError
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
@@ -313,3 +315,85 @@ def test_corpora_of_different_tokenizers_do_not_mix(tmp_path, mixed):
     config = tiny((mixed[0], "1", str(tmp_path / "b"), "1"), tmp_path / "run", data__tokenizer="auto")
     with pytest.raises(AgreedError, match=r"was made with another one|was made with another tokenizer"):
         build(config, SelfComm())
+
+
+# Conversations.
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """Conversations of different lengths, and the folder of a model that has a chat template."""
+    folder = tmp_path_factory.mktemp("chats")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i}+{i % 7}"},
+                {"role": "assistant", "content": f"={i + i % 7}" * (i % 4 + 1)},
+            ]
+        }
+        for i in range(120)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = tiny("", "", model__context_length=40).model
+    model, _ = whole_model(shape, 257, torch.device("cpu"))
+    for p in model.parameters():
+        p.data.normal_(0.0, 0.05)
+    write_published(folder / "model", model, shape, 257)
+    (folder / "model" / "tokenizer.json").write_text(bytes_tokenizer().json)
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return folder
+
+
+def chat(chats, folder, **changes):
+    return tiny(
+        chats / "chats.jsonl", folder, data__format="chat", data__tokenizer=str(chats / "model"),
+        model__init_from=str(chats / "model"), model__vocab_size=257, model__context_length=40, train__steps=4, **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents"])
+@pytest.mark.parametrize(("size", "layout"), [(3, on(zero=3)), (2, on(2))])
+def test_conversations_give_the_same_bits_on_any_ranks(tmp_path, chats, size, layout, packing):
+    alone = outcome(chat(chats, tmp_path / "alone", data__packing=packing), 1)
+    together = outcome(chat(chats, tmp_path / "together", data__packing=packing, **layout), size)
+    assert together[0] == alone[0]
+    assert differing(together[1], alone[1]) == []
+
+
+def test_the_loss_of_a_conversation_is_that_of_its_answers(tmp_path, chats):
+    """Against transformers, one conversation at a time, and the labels as its own documentation makes them."""
+    config = chat(chats, tmp_path / "run", model__dropout=0.0, data__eval_fraction=0.0, data__packing="documents")
+    run = build(config, SelfComm())
+    reference = AutoModelForCausalLM.from_pretrained(chats / "model")
+    numbers = np.arange(run.batches.stream.train_samples)
+    losses, count = 0.0, 0
+    for line in (chats / "chats.jsonl").read_text().splitlines():
+        user, answer = (message["content"] for message in json.loads(line)["messages"])
+        prompt, response = f"<user>{user}".encode(), f"{answer}".encode()
+        ids = [*prompt, 256, *b"<assistant>", *response, 256][: 40 + 1]
+        begin = len(prompt) + 1 + len(b"<assistant>")
+        with torch.no_grad():
+            logits = reference(torch.tensor([ids[:-1]])).logits[0]
+        losses += float(torch.nn.functional.cross_entropy(logits[begin - 1 :], torch.tensor(ids[begin:]), reduction="sum"))
+        count += len(ids) - begin
+    examples = run.batches.stream.train(numbers, 0)
+    rows = Rows(torch.from_numpy(examples.positions), documents=torch.from_numpy(examples.documents))
+    with torch.no_grad():
+        ours = loss_sum(run.model.stages[0].model(torch.from_numpy(examples.read), rows), torch.from_numpy(examples.targets))
+    assert examples.target_tokens == count
+    assert float(ours) == pytest.approx(losses, rel=1e-5)
+
+
+def test_the_template_goes_with_the_checkpoint(tmp_path, chats, capsys):
+    trained(chat(chats, tmp_path / "run"), 2)
+    said = capsys.readouterr().out
+    assert "120 conversations, " in said
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoints" / "step-00000004")
+    messages = [{"role": "user", "content": "hi"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == "<user>hi<|endoftext|><assistant>"

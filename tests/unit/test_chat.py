@@ -77,7 +77,10 @@ def test_the_template_is_rendered_as_transformers_renders_it(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     (tmp_path / "tokenizer.json").write_text(TOKENIZER.json)
-    source = "{{ bos_token }}\n{%- for m in messages %}\n  [{{ m['role'] | upper }}] {{ m['content'] | trim }}{{ eos_token }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n  [ASSISTANT]\n{%- endif %}"
+    source = (
+        "{{ bos_token }}\n{%- for m in messages %}\n  [{{ m['role'] | upper }}] {{ m['content'] | trim }}{{ eos_token }}\n"
+        "{%- endfor %}\n{%- if add_generation_prompt %}\n  [ASSISTANT]\n{%- endif %}"
+    )
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="</s>")
     theirs.chat_template = source
     theirs.save_pretrained(tmp_path)
