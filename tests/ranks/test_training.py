@@ -301,7 +301,7 @@ def test_a_mixture_has_the_same_bits_on_any_ranks(tmp_path, mixed, size, layout)
 def test_a_mixture_is_taken_up_again_where_it_stopped(tmp_path, mixed, capsys):
     changes = {"train__steps": 6, "checkpoint__every": 2}
     whole = trained(tiny(mixed, tmp_path / "whole", **changes), 1)
-    assert re.search(r"data .*b\.txt: [\d,]+ tokens of bytes, 1 documents, 40\.0% of the samples,", capsys.readouterr().out)
+    assert re.search(r"data .*b\.txt: [\d,]+ tokens of bytes, 1 document, 40\.0% of the samples,", capsys.readouterr().out)
     config = tiny(mixed, tmp_path / "stopped", **changes)
     stopped(config, 3, at=3)
     assert trained(config, 2) == whole
