@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,11 @@ from mpilm.comm.together import on_root, together
 from mpilm.config import Config, Data
 from mpilm.data.corpus import Corpus, open_corpus
 from mpilm.data.files import touching, write_durably
-from mpilm.data.indexed import document_starts
+from mpilm.data.indexed import document_starts, prefix_of
 from mpilm.data.objective import Causal, Masked, Objective
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
+from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import ConfigError, DataError
 from mpilm.settings import merge
 from mpilm.trainer.folder import configured, open_folder, tokenizer_of
@@ -37,31 +38,38 @@ class Asked:
 
 def evaluate(config: Config, asked: Asked, world: Comm) -> None:
     """Score the text and print and write what comes out. Collective."""
-    config = together(world, lambda: _configured(config, asked))
+    config, data = together(world, lambda: _configured(config, asked))
     tokenizer = together(world, lambda: tokenizer_of(config.data, config.model))
     opened = open_folder(config, world)
     waiting = world.with_options(gpu_aware=False, patient=True)
-    corpus = open_corpus(config.data, waiting, eos=asked.held_out, progress=ProgressLine() if world.rank == 0 else silent)
+    corpus = open_corpus(data, waiting, eos=asked.held_out, progress=ProgressLine() if world.rank == 0 else silent)
+    together(world, lambda: _refuse_other_tokens(corpus, tokenizer, config))
     masked = config.model.arch == "bert"
     objective = Masked(tokenizer.with_mask(), config.data.mask_fraction, config.data.whole_words) if masked else Causal()
     together(world, lambda: _refuse_without_mask(config, masked, objective))
-    segments = together(world, lambda: _segments(config, asked, corpus))
+    segments = together(world, lambda: _segments(data, asked, corpus))
     cut = windows(segments, config.model.context_length, objective.looks_ahead)
     together(world, lambda: _refuse_nothing(cut, corpus))
     table = score(opened.model, corpus, cut, objective, config.train.micro_batch, world.rank == 0)
     on_root(world, lambda: _tell(config, asked, corpus, segments, cut, table))
 
 
-def _configured(config: Config, asked: Asked) -> Config:
-    if asked.held_out:
-        trainer = Path(config.model.init_from).expanduser() / "trainer.json"
-        if config.data != Data():
-            raise ConfigError("--held-out true scores what the run has held out of its own text; leave the --data settings out")
-        if config.model.init_from and not trainer.is_file():
-            raise ConfigError(f"--held-out true: {trainer} is not there, so nothing was held out; name a checkpoint of a run")
-        if config.model.init_from:
-            config = replace(config, data=merge(Data(), read_json(trainer)["config"]["data"], str(trainer)))
-    return configured(config, asked.context_length)
+def _configured(config: Config, asked: Asked) -> tuple[Config, Data]:
+    """The config, with the folder's tokenizer unless another one is asked for; and what is to be opened."""
+    if not asked.held_out:
+        found = configured(config, asked.context_length)
+        prepared = config.data.source and prefix_of(config.data.source)  # says itself what it was made with
+        return found, config.data if prepared else found.data
+    folder = Path(config.model.init_from).expanduser()
+    if config.data != Data():
+        raise ConfigError("--held-out true scores what the run has held out of its own text; leave the --data settings out")
+    config = configured(config, asked.context_length)
+    if not (folder / "trainer.json").is_file():
+        raise ConfigError(f"--held-out true: {folder} is no checkpoint of a run, so nothing was held out")
+    data = merge(Data(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
+    if data.format == "chat":
+        raise ConfigError("--held-out true: the run has learnt from conversations, and only running text can be scored")
+    return config, data
 
 
 def _refuse_without_mask(config: Config, masked: bool, objective: Objective) -> None:
@@ -69,9 +77,17 @@ def _refuse_without_mask(config: Config, masked: bool, objective: Objective) -> 
         raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, and a bert model needs one")
 
 
-def _segments(config: Config, asked: Asked, corpus: Corpus) -> np.ndarray:
+def _refuse_other_tokens(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> None:
+    if corpus.tokenizer.with_mask().digest != tokenizer.with_mask().digest:
+        raise ConfigError(
+            f"--data.path {corpus.source} was made into tokens with another tokenizer than that of {config.model.init_from}; "
+            "give the text itself"
+        )
+
+
+def _segments(data: Data, asked: Asked, corpus: Corpus) -> np.ndarray:
     total = len(corpus.tokens)
-    first = total - int(total * config.data.eval_fraction) if asked.held_out else 0
+    first = total - int(total * data.eval_fraction) if asked.held_out else 0
     if not asked.documents:
         return np.array([first, total])
     starts = document_starts(corpus.path)

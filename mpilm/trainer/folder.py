@@ -56,9 +56,8 @@ def open_folder(config: Config, world: Comm) -> Opened:
     if together(world, lambda: (path / MANIFEST).exists()):
         on_root(world, lambda: verify(path))
     vocab_size = config.model.vocab_size
-    model = StagedModel(
-        config, Mesh.build(shape, world), cut_by_cost(config, vocab_size), vocab_size, machine.device, ALIGNMENT
-    )
+    cut = together(world, lambda: cut_by_cost(config, vocab_size))
+    model = StagedModel(config, Mesh.build(shape, world), cut, vocab_size, machine.device, ALIGNMENT)
     load_published(path, model.pieces(), model.shapes, config.model, world)
     model.publish()
     return Opened(config, machine, model)

@@ -11,15 +11,19 @@ from checkpoints import write_published
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import FAMILIES, small, whole_model
-from text import text
+from text import text, tiny, write_text, write_tokens
 from transformers import AutoModelForCausalLM
 
+from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
 from mpilm.config import Compute, Data, Folder, Stages, used
+from mpilm.data.prepare import prepare
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.model.init import initial_value
+from mpilm.telemetry.metrics import read_rows
 from mpilm.trainer.evaluation import Asked, evaluate
+from mpilm.trainer.loop import train
 from mpilm.trainer.score import microbatches, windows
 
 T = 16
@@ -172,3 +176,53 @@ def shrink(folder):
     config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 257}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+# What a run has held out.
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_the_held_out_part_of_a_run(tmp_path, family, prepared):
+    """All of it, of the run's own text with the run's own tokenizer, whatever that was: the loss of its last evaluation."""
+    source = write_tokens(tmp_path / "data") if prepared else write_text(tmp_path / "data")
+    config = tiny(
+        source, tmp_path / "run", **FAMILIES[family], data__tokenizer="auto" if prepared else "bpe:300",
+        data__eval_fraction=0.2, train__steps=2, run__eval_batches=0, model__dropout=0.0,
+    )  # fmt: skip
+    run_ranks(2, lambda comm: train(config, comm))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+
+    def body(comm):
+        asked = Asked(documents=False, held_out=True, context_length=0, run_dir="auto")
+        evaluate(used(Folder(str(checkpoint)), Stages(), Compute(device="cpu", threads=1)), asked, comm)
+
+    run_ranks(2, body)
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row]
+    if family == "bert":  # other masks
+        assert found["loss"] == pytest.approx(rows[-1]["eval_loss"], rel=0.02)
+    else:
+        whole = found["targets"] // 16 * 16  # while training, a last sample that is not whole is left out
+        assert found["loss"] == pytest.approx(rows[-1]["eval_loss"], rel=2e-3)
+        assert found["targets"] - whole < 16
+
+
+def test_tokens_of_another_tokenizer_are_refused(folders, tmp_path):
+    prepare(Data(path=(str(write_text(tmp_path)),), tokenizer="bpe:257"), tmp_path / "tokens", SelfComm("world"))
+    with pytest.raises(AgreedError, match="was made into tokens with another tokenizer than that of"):
+        scored(folders["llama"], tmp_path / "tokens", tmp_path / "out")
+
+
+def test_more_stages_than_layers(folders, tmp_path):
+    (tmp_path / "x.txt").write_text("some text")
+    with pytest.raises(AgreedError, match="4 layers cannot be cut into 5 stages"):
+        scored(folders["llama"], tmp_path / "x.txt", tmp_path / "out", size=5, pipeline=5)
+
+
+def test_more_ranks_than_windows(folders, tmp_path):
+    (tmp_path / "x.txt").write_text("ab")
+    alone = scored(folders["llama"], tmp_path / "x.txt", tmp_path / "1")
+    assert alone["targets"] == 1
+    assert scored(folders["llama"], tmp_path / "x.txt", tmp_path / "3", size=3) == alone
+    assert scored(folders["llama"], tmp_path / "x.txt", tmp_path / "4", size=4, pipeline=2) == alone

@@ -126,3 +126,10 @@ def test_each_text_is_reported_when_it_is_done(folders):
     model, done = open_folder(configured(config), SelfComm("world")).model, []
     write(model, PROMPTS, GREEDY, -1, done.append)
     assert sorted(done) == list(PROMPTS)
+
+
+def test_more_ranks_than_prompts(folders):
+    one = {0: [5, 6]}
+    expected = texts(folders["gpt2"], 1, DRAWN, prompts=one)
+    assert texts(folders["gpt2"], 3, DRAWN, prompts=one) == expected
+    assert texts(folders["gpt2"], 4, DRAWN, pipeline=2, prompts=one) == expected
