@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 from mpilm.config import Config, Model, flatten, to_dict
+from mpilm.data.files import writable
 from mpilm.errors import ConfigError, UserError
 from mpilm.settings import merge, read_toml
 from mpilm.validation import validate
@@ -86,7 +87,7 @@ def _refuse_other_shape(config: Any) -> None:
 def _refuse_broken(argv: Sequence[str]) -> None:
     """Words that are not UTF-8 could not be written down again."""
     for number, word in enumerate(argv):
-        if any("\ud800" <= character <= "\udfff" for character in word):
+        if not writable(word):
             flag = next((before for before in reversed(argv[:number]) if before.startswith("--")), "") if number else ""
             raise ConfigError(f"{flag or 'the command line'}: {word!a} is not UTF-8 text")
 

@@ -27,12 +27,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from mpilm.checkpoint.format import TEMPORARY, Writer, folder_name, read_json, step_of, sync_folder
+from mpilm.checkpoint.format import MANIFEST, TEMPORARY, Writer, folder_name, read_json, step_of, sync_folder
 from mpilm.checkpoint.load import newest_valid
-from mpilm.checkpoint.save import prune, remove_leftovers
+from mpilm.checkpoint.save import prune, remove_leftovers, set_aside
 from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root, together
-from mpilm.errors import ConfigError, FileError
+from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.guard.launch import Body, run
 from mpilm.model.init import key_of
 from mpilm.optim.reduce import BlockSum
@@ -82,6 +82,8 @@ class DataParallel:
             raise ConfigError(
                 f"{self.comm.size} ranks, but a step has only {self.count} microbatches; start {self.count} ranks or fewer"
             )
+        if not parameters:
+            raise ConfigError("the model has no parameters")
         for name, parameter in parameters.items():
             if parameter.dtype != torch.float32:
                 raise ConfigError(f"parameter {name} is {parameter.dtype}; sums are made in float32: use model.float()")
@@ -117,14 +119,24 @@ class DataParallel:
     def load(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Put back the newest checkpoint in FOLDER whose every byte is right; returns its step, 0 where there is none. What was
         saved as `extra` is then in `self.extra`. Collective; raises FileError, DataError or ConfigError on all ranks."""
-        found = on_root(self.comm, lambda: newest_valid(Path(folder))[0])
+        found = on_root(self.comm, lambda: self._find(Path(folder)))
         path = self.comm.broadcast_json(str(found) if found else None)
         if path is None:
             return 0
         return together(self.comm, lambda: self._load(Path(path), optimizer))
 
+    def _find(self, folder: Path) -> Path | None:
+        """The newest checkpoint that is whole; newer ones that are not are set aside."""
+        found, broken = newest_valid(folder)
+        if broken and found is None:
+            raise DataError(f"no checkpoint in {folder} is whole:\n  " + "\n  ".join(broken.values()))
+        set_aside(broken)
+        return found
+
     def _save(self, folder: Path, step: int, optimizer: torch.optim.Optimizer | None, extra: Any, keep: int) -> None:
         final, temporary = folder / folder_name(step), folder / f"{TEMPORARY}{folder_name(step)}"
+        if (final / MANIFEST).is_file():
+            return  # of this run, which has just been taken up there
         try:
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)

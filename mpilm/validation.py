@@ -124,7 +124,8 @@ def _validate_chat(config: Config) -> None:
         return
     if not data.path or len(data.path) > 1:
         raise ConfigError("--data.format chat needs one --data.path, of JSON lines with prompt and response, or messages")
-    if data.tokenizer == "auto" or data.tokenizer.startswith("bpe:"):
+    given = data.tokenizer == "auto" and config.model.init_from
+    if not given and (data.tokenizer == "auto" or data.tokenizer.startswith("bpe:")):
         raise ConfigError(
             f"--data.format chat with --data.tokenizer {data.tokenizer}: name one that is there, the folder of a model or a "
             "tokenizer.json, or bytes"

@@ -183,7 +183,7 @@ def _write_words(writer: Writer, state: State) -> None:
             "bos_token": end,
             "eos_token": end,
             **({} if tokenizer.mask is None else {"mask_token": tokenizer.decode([tokenizer.mask])}),
-            **({"chat_template": state.template.source} if state.template else {}),
+            **({"chat_template": state.template.source, **state.template.words} if state.template else {}),
             "model_max_length": state.model.context_length,
             "clean_up_tokenization_spaces": False,
         },

@@ -12,6 +12,7 @@ import numpy as np
 from mpilm.comm.base import Comm
 from mpilm.comm.together import together
 from mpilm.config import Data
+from mpilm.data.files import writable
 from mpilm.data.gather import gather_rows
 from mpilm.data.order import Indices, permute, sample_at
 from mpilm.data.pieces import open_stream
@@ -150,9 +151,21 @@ def _encoded(sources: list[Source], tokenizer: Tokenizer, template: Template | N
     for number, (line, where) in enumerate(_lines(sources)):
         if number % size == rank:
             parts = conversation(line, where, template)
-            encode = tokenizer.encode if template is None else tokenizer.encode_marked
-            rows = [2 * encode(text).astype(np.int64) + int(answer) for text, answer in parts]
-            yield np.concatenate([*rows, *([] if template else [np.array([2 * tokenizer.eos + 1])])])
+            yield _whole(parts, tokenizer) if template else _in_parts(parts, tokenizer)
+
+
+def _in_parts(parts: list[Part], tokenizer: Tokenizer) -> Indices:
+    """A prompt is encoded by itself, as it is when a text is to go on from it; the end is learnt too."""
+    rows = [2 * tokenizer.encode(text).astype(np.int64) + int(answer) for text, answer in parts]
+    return np.concatenate([*rows, np.array([2 * tokenizer.eos + 1])])
+
+
+def _whole(parts: list[Part], tokenizer: Tokenizer) -> Indices:
+    """What a template has written is encoded in one; a token belongs to the part that it begins in."""
+    ids, begins = tokenizer.encode_marked("".join(text for text, _ in parts))
+    ends = np.cumsum([len(text) for text, _ in parts])
+    answers = np.array([answer for _, answer in parts] + [False])
+    return 2 * ids.astype(np.int64) + answers[np.searchsorted(ends, begins, side="right")]
 
 
 def _lines(sources: list[Source]) -> Iterator[tuple[bytes, str]]:
@@ -168,8 +181,10 @@ def conversation(line: bytes, where: str, template: Template | None) -> list[Par
     """The parts of a conversation; raises DataError naming file and line, ConfigError where messages need a template."""
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {error}") from None
+    if not writable(json.dumps(value, ensure_ascii=False)):
+        raise DataError(f"{where} holds half a surrogate pair, which is no text")
     if isinstance(value, dict) and isinstance(value.get("prompt"), str) and isinstance(value.get("response"), str):
         turns = [{"role": "user", "content": value["prompt"]}, {"role": "assistant", "content": value["response"]}]
         return template.parts(turns, where) if template else [(value["prompt"], False), (value["response"], True)]

@@ -146,7 +146,7 @@ def _tokenizer(spec: str, prefix: Path, meta: Meta | None) -> Tokenizer:
     same = (
         spec in ("auto", meta.tokenizer)
         if spec == "auto" or bpe_size(spec)
-        else named_tokenizer(spec).digest == tokenizer.digest
+        else named_tokenizer(spec).with_mask().digest == tokenizer.with_mask().digest
     )
     if not same:
         raise ConfigError(

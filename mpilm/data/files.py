@@ -24,6 +24,11 @@ def touching(path: str | Path, doing: str = "read") -> Iterator[None]:
         raise FileError(f"{path}: cannot {doing} it on {socket.gethostname()}: {reason}") from None
 
 
+def writable(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON may hold halves of surrogate pairs, which no text has."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def digest_of(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,17 +20,23 @@ class Template:
     """`source`: a Jinja template; it comes from a stranger and runs in a sandbox. `words`: special tokens that it may use."""
 
     def __init__(self, source: str, words: Mapping[str, str], where: str):
+        self.source, self.words, self.where = source, dict(words), where
+
+    @cached_property
+    def _template(self) -> Any:
         from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        self.source, self.words, self.where, self._error = source, dict(words), where, TemplateError
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
         environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
+        source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)  # marks what is learnt, and prints nothing
         try:
-            self._template = environment.from_string(source)
+            return environment.from_string(source)
         except TemplateError as error:
-            raise DataError(f"{where}: its chat template cannot be read: {error}") from None
+            raise DataError(f"{self.where}: its chat template cannot be read: {error}") from None
 
     def parts(self, messages: Sequence[Mapping[str, str]], place: str) -> list[tuple[str, bool]]:
         """The text of messages in parts, and which are answers: what stands from the place where the model is to begin to the
@@ -49,9 +58,10 @@ class Template:
         return parts
 
     def _render(self, messages: Sequence[Mapping[str, str]], place: str, begin: bool) -> str:
+        template = self._template
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=begin, **self.words)
-        except (self._error, TypeError, ValueError) as error:
+            return template.render(messages=list(messages), add_generation_prompt=begin, **self.words)
+        except Exception as error:  # a stranger's template may raise anything
             raise DataError(f"{place}: the chat template of {self.where} refuses it: {error}") from None
 
 
@@ -68,6 +78,8 @@ def find_template(tokenizer: str | Path) -> Template | None:
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     values = _read(config) if config.is_file() else {}
     source = values.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = next((of.get("template") for of in source if isinstance(of, dict) and of.get("name") == "default"), None)
     if file.is_file():
         with touching(file):
             source = file.read_text(encoding="utf-8")

@@ -28,7 +28,8 @@ BYTES_NAME = "bytes"
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Byte- or subword-level tokens; text is only ever text: "<|endoftext|>" in a document becomes no special token."""
+    """Byte- or subword-level tokens; text is only ever text, "<|endoftext|>" in a document becomes no special token; but for
+    conversations that a chat template has written out."""
 
     json: str = field(repr=False)
     """The text of its tokenizer.json, which any Hugging Face library reads."""
@@ -83,9 +84,11 @@ class Tokenizer:
         """The ids of one text, with nothing added."""
         return self.encode_batch([text])[0]
 
-    def encode_marked(self, text: str) -> Ids:
-        """The ids of one text in which the names of special tokens stand for those tokens, as in a chat template."""
-        return np.array(self._marked.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+    def encode_marked(self, text: str) -> tuple[Ids, NDArray[np.int64]]:
+        """The ids of one text in which the names of special tokens stand for those tokens, as in a chat template; and the
+        character that each begins with."""
+        encoded = self._marked.encode(text, add_special_tokens=False)
+        return np.array(encoded.ids, dtype=np.int32), np.array([start for start, _ in encoded.offsets], dtype=np.int64)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, with nothing added."""

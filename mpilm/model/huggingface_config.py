@@ -116,6 +116,7 @@ def read_config(published: Mapping[str, Any], where: str) -> tuple[Model, int]:
     kind = KINDS[name]
     unlike = [key for key, value in kind.fixed.items() if published.get(key, value) != value]
     rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if unlike or scaling not in ("default", "llama3", None):
         words = [f"{key} {published[key]!r}" for key in unlike] or [f"rope scaling of type {scaling!r}"]
@@ -125,9 +126,11 @@ def read_config(published: Mapping[str, Any], where: str) -> tuple[Model, int]:
         if "n_kv_heads" in found:  # has rotary positions
             found["rope_theta"] = float(published.get("rope_theta") or rope.get("rope_theta") or THETA.get(name, 10000.0))
             found["rope_scaling"] = tuple(float(rope[key]) for key in SCALING) if scaling == "llama3" else ()
-        vocab_size = published["vocab_size"]
+        vocab_size = _typed("vocab_size", published["vocab_size"], 1)
     except KeyError as missing:
         raise ConfigError(f"{where}: lacks {missing}") from None
+    except (ValueError, TypeError) as wrong:
+        raise ConfigError(f"{where}: {wrong}") from None
     shape = Model(arch=kind.arch, qk_norm=name == "qwen3", **found)  # type: ignore[arg-type]
     return resolve(Config(model=shape)).model, vocab_size
 
@@ -136,4 +139,12 @@ def _value(published: Mapping[str, Any], theirs: str, ours: str, kind: Kind) -> 
     value = published.get(theirs)
     if value is None and ours not in kind.absent:
         raise KeyError(theirs)
-    return kind.absent[ours] if value is None else value
+    return kind.absent[ours] if value is None else _typed(theirs, value, getattr(Model(), ours))
+
+
+def _typed(key: str, value: Any, like: Any) -> Any:
+    """The value of a key, if it is of the kind that it must be; raises ValueError."""
+    kinds = (int, float) if isinstance(like, float) else (type(like),)
+    if type(value) not in kinds or (type(value) is not bool and not value > 0):
+        raise ValueError(f"{key} {value!r} is not {'true or false' if isinstance(like, bool) else 'a number above zero'}")
+    return value

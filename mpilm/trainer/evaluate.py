@@ -11,4 +11,4 @@ def evaluate(run: Training) -> float:
     batches, limit = run.batches, run.config.run.eval_batches
     total = batches.eval_microbatches(limit)
     run.model.forward(total, lambda m: batches.evaluation(m).to(run.machine.device))
-    return total_loss(run.model.results(), total, run.mesh.world) / batches.eval_targets(limit)
+    return total_loss(run.model.results(), total, run.mesh.world) / max(1, batches.eval_targets(limit))

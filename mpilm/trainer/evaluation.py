@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def evaluate(config: Config, asked: Asked, world: Comm) -> None:
     waiting = world.with_options(gpu_aware=False, patient=True)
     corpus = open_corpus(data, waiting, eos=asked.held_out, progress=ProgressLine() if world.rank == 0 else silent)
     together(world, lambda: _refuse_other_tokens(corpus, tokenizer, config))
+    together(world, lambda: _refuse_other_text(corpus, config, asked))
     masked = config.model.arch == "bert"
     objective = Masked(tokenizer.with_mask(), config.data.mask_fraction, config.data.whole_words) if masked else Causal()
     together(world, lambda: _refuse_without_mask(config, masked, objective))
@@ -56,6 +58,9 @@ def evaluate(config: Config, asked: Asked, world: Comm) -> None:
 
 def _configured(config: Config, asked: Asked) -> tuple[Config, Data]:
     """The config, with the folder's tokenizer unless another one is asked for; and what is to be opened."""
+    other = [key for key in ("format", "packing", "too_long") if getattr(config.data, key) != getattr(Data(), key)]
+    if other:
+        raise ConfigError(f"--data.{other[0].replace('_', '-')} is for training; evaluate reads running text, window by window")
     if not asked.held_out:
         found = configured(config, asked.context_length)
         prepared = config.data.source and prefix_of(config.data.source)  # says itself what it was made with
@@ -69,6 +74,10 @@ def _configured(config: Config, asked: Asked) -> tuple[Config, Data]:
     data = merge(Data(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
     if data.format == "chat":
         raise ConfigError("--held-out true: the run has learnt from conversations, and only running text can be scored")
+    if len(data.path) > 1:
+        raise ConfigError("--held-out true: the run has mixed several corpora; score each with --data.path")
+    if not data.eval_fraction:
+        raise ConfigError("--held-out true: the run has held out nothing (its data.eval-fraction is 0)")
     return config, data
 
 
@@ -83,6 +92,13 @@ def _refuse_other_tokens(corpus: Corpus, tokenizer: Tokenizer, config: Config) -
             f"--data.path {corpus.source} was made into tokens with another tokenizer than that of {config.model.init_from}; "
             "give the text itself"
         )
+
+
+def _refuse_other_text(corpus: Corpus, config: Config, asked: Asked) -> None:
+    if asked.held_out:
+        trainer = read_json(Path(config.model.init_from).expanduser() / "trainer.json")
+        if trainer["content"]["data.path"] != corpus.fingerprint:
+            raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
 
 
 def _segments(data: Data, asked: Asked, corpus: Corpus) -> np.ndarray:
@@ -124,5 +140,5 @@ def _folder(init_from: str, run_dir: str) -> Path:
         return Path(run_dir)
     model = Path(init_from).expanduser().resolve()
     if step_of(model) is not None and (model.parents[1] / "config.toml").is_file():
-        return Path(init_from).expanduser().parents[1] if len(Path(init_from).parts) > 2 else model.parents[1]
+        return Path(os.path.relpath(model.parents[1]))
     return Path("runs") / f"evaluation-{model.name}"

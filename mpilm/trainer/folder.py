@@ -78,4 +78,6 @@ def _mesh_shape(config: Config, ranks: int) -> MeshShape:
     pipeline = config.parallel.pipeline
     if ranks % pipeline:
         raise ConfigError(f"--parallel.pipeline {pipeline} does not divide {ranks} ranks")
+    if pipeline > config.model.n_layers:
+        raise ConfigError(f"--parallel.pipeline {pipeline}: the model has {config.model.n_layers} layers, at least one a rank")
     return MeshShape(pipeline=pipeline, data=ranks // pipeline)

@@ -21,6 +21,8 @@ from mpilm.data.template import Template, find_template
 from mpilm.data.tokenizer import Tokenizer, named_tokenizer
 from mpilm.errors import ConfigError
 
+LOOKED_AT = 10**7  # tokens
+
 
 @dataclass(frozen=True)
 class Material:
@@ -48,12 +50,24 @@ def _texts(config: Config, template: Template | None, comm: Comm, progress: Prog
     corpora = together(comm, lambda: [
         CorpusSamples(corpus, config.model.context_length, data.eval_fraction) for corpus, _ in opened
     ])  # fmt: skip
+    together(comm, lambda: _refuse_endless([corpus for corpus, _ in opened], data.packing))
     objective = Masked(tokenizer, data.mask_fraction, data.whole_words) if config.model.arch == "bert" else Causal()
     samples = Mixture(corpora, [part for _, part in opened]) if len(corpora) > 1 else corpora[0]
     stream = TextStream(samples, objective, data.packing, tokenizer.eos)
     said = [line for (_, part), of in zip(opened, corpora) for line in _of_corpus(of, part if len(opened) > 1 else None)]
     content = {"data.path": _fingerprint(opened), "data.tokenizer": opened[0][0].tokenizer.digest}
     return Material(tokenizer, stream, content, template, corpora, said)
+
+
+def _refuse_endless(corpora: Sequence[Corpus], packing: str) -> None:
+    """Documents are told apart by the token that ends them."""
+    for corpus in corpora:
+        ends = (corpus.tokens[:LOOKED_AT] == corpus.tokenizer.eos).any()
+        if packing == "documents" and corpus.documents > 1 and not ends:
+            raise ConfigError(
+                f"--data.packing documents: in {corpus.source} no document ends with token {corpus.tokenizer.eos}, which ends "
+                "documents with its tokenizer; prepare the text again, or write --data.packing concat"
+            )
 
 
 def _fingerprint(opened: Sequence[tuple[Corpus, float]]) -> str:

@@ -107,7 +107,7 @@ def summary(table: np.ndarray, tokens: int, nbytes: float, masked: bool) -> dict
     """What evaluation.json says, from the scores of all windows: (windows, 3)."""
     loss, right, targets = (math.fsum(column) for column in table.T.tolist())
     mean = loss / targets
-    result = {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+    result = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
     if not masked:  # a part of the tokens says nothing of the bytes of the whole
         result["bits_per_byte"] = loss / math.log(2) / nbytes
     return {**result, "masked_accuracy" if masked else "accuracy": right / targets, "tokens": tokens, "targets": int(targets)}

@@ -30,13 +30,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over the target tokens of the global batch, in nats; `grad_norm`: before clipping; `targets`: how many these
-    tokens are. All are the same on all ranks. `times`: of this rank's actions."""
+    """`loss`: mean over the target tokens of the global batch, in nats; `grad_norm`: before clipping. Both are the same on all
+    ranks. `times`: of this rank's actions."""
 
     loss: float
     grad_norm: float
     lr: float
-    targets: int
     times: list[Timed]
 
 
@@ -52,15 +51,15 @@ def train_step(model: ShardedModel, source: Source, step: int) -> StepResult:
             "a lower --train.lr or a longer --train.warmup-steps may help"
         ))  # fmt: skip
     lr = update(model, step, norm)
-    return StepResult(loss, norm, lr, source.target_tokens(step), times)
+    return StepResult(loss, norm, lr, times)
 
 
 def gradients(model: ShardedModel, source: Source, step: int) -> tuple[float, float, list[Timed]]:
     """The loss of a step and the norm of its gradient, which lies in `model.sums`. Collective over the mesh."""
     tokens, world = source.target_tokens(step), model.mesh.world
-    times = model.compute(step, lambda m: source.train(step, m).to(model.device), tokens)
+    times = model.compute(step, lambda m: source.train(step, m).to(model.device), max(1, tokens))
     model.ties.add_gradients(model.sums)
-    loss = total_loss(model.results(), microbatches(model.config), world) / tokens
+    loss = total_loss(model.results(), microbatches(model.config), world) / max(1, tokens)
     return loss, global_norm(model.counted(), world), times
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root, together
 from mpilm.config import Config, Generate
-from mpilm.data.files import touching
+from mpilm.data.files import touching, writable
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import ConfigError, DataError
 from mpilm.telemetry.display import Counter
@@ -53,22 +53,26 @@ def _prompts(settings: Generate) -> list[str]:
         with touching(path):
             data = path.read_bytes()
     try:
-        lines = data.decode().split("\n")
+        lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise DataError(f"--generate.prompts {where}: byte {error.start} is not UTF-8") from None
     lines = lines[:-1] if lines[-1] == "" else lines
     if not lines:
         raise DataError(f"--generate.prompts {where}: holds no prompts")
-    return [_field(line, f"{where}: line {i}") for i, line in enumerate(lines, 1)] if where.endswith(".jsonl") else lines
+    if not where.endswith(".jsonl"):
+        return lines
+    return [_field(line, f"{where}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def _field(line: str, where: str) -> str:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"--generate.prompts {where} is not JSON: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise DataError(f'--generate.prompts {where} is not an object with a "prompt" that is a string')
+    if not writable(value["prompt"]):
+        raise DataError(f"--generate.prompts {where} holds half a surrogate pair, which is no text")
     return value["prompt"]
 
 

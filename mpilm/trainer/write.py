@@ -24,6 +24,7 @@ class Text:
     tokens: list[int]
     begun_with: int
     window: int
+    room: int  # tokens that the whole text can have
     generator: torch.Generator
     cache: Cache = field(init=False)
     read: int = 0  # tokens whose keys and values are in the cache
@@ -31,7 +32,7 @@ class Text:
     def batch(self, device: torch.device) -> Batch:
         """What the model reads next: the last token, or, where there is no room in the cache, all that it can look at."""
         if not 0 < self.read < self.window:
-            self.cache, self.read = Cache(self.window), max(0, len(self.tokens) - self.window)
+            self.cache, self.read = Cache(min(self.window, self.room)), max(0, len(self.tokens) - self.window)
             positions = torch.arange(len(self.tokens) - self.read)
         else:
             positions = torch.tensor([self.read])
@@ -60,7 +61,8 @@ def write(
 
 def _begin(prompt: list[int], number: int, settings: Generate, model: StagedModel) -> Text:
     generator = torch.Generator().manual_seed((settings.seed + number) % 2**63)
-    return Text(list(prompt), len(prompt), model.config.model.context_length, generator)
+    room = len(prompt) + settings.max_tokens
+    return Text(list(prompt), len(prompt), model.config.model.context_length, room, generator)
 
 
 @torch.no_grad()

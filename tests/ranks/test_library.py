@@ -121,6 +121,29 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert same((alone[0][2:], alone[1]), resumed)
 
 
+def test_a_damaged_checkpoint_makes_room_for_another(tmp_path):
+    train(SelfComm("world"), 4, "sgd", tmp_path, save_at=(2, 4))
+    (tmp_path / "step-00000004" / "optimizer.safetensors").unlink()
+    train(SelfComm("world"), 4, "sgd", tmp_path, save_at=(4,))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken-1-step-00000004", "step-00000002", "step-00000004"]
+    again = train(SelfComm("world"), 4, "sgd", tmp_path)
+    assert again[0] == []
+    (tmp_path / "step-00000002" / "model.safetensors").unlink()
+    (tmp_path / "step-00000004" / "model.safetensors").unlink()
+    with pytest.raises(AgreedError, match=r"no checkpoint in .* is whole"):
+        train(SelfComm("world"), 4, "sgd", tmp_path)
+
+
+def test_a_finished_run_may_be_started_again(tmp_path):
+    model = net()
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    for _ in range(2):
+        parallel = DataParallel(model, SelfComm("world"), COUNT)
+        parallel.load(tmp_path, optimizer)
+        parallel.save(tmp_path, 5, optimizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
 def test_old_checkpoints_go(tmp_path):
     train(SelfComm("world"), 5, "sgd", tmp_path, save_at=(1, 2, 3, 4))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]

@@ -345,7 +345,9 @@ def chats(tmp_path_factory):
         p.data.normal_(0.0, 0.05)
     write_published(folder / "model", model, shape, 257)
     (folder / "model" / "tokenizer.json").write_text(bytes_tokenizer().json)
-    (folder / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    (folder / "model" / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "{{ bos_token }}" + TEMPLATE, "bos_token": "B"})
+    )
     return folder
 
 
@@ -374,7 +376,7 @@ def test_the_loss_of_a_conversation_is_that_of_its_answers(tmp_path, chats):
     losses, count = 0.0, 0
     for line in (chats / "chats.jsonl").read_text().splitlines():
         user, answer = (message["content"] for message in json.loads(line)["messages"])
-        prompt, response = f"<user>{user}".encode(), f"{answer}".encode()
+        prompt, response = f"B<user>{user}".encode(), f"{answer}".encode()
         ids = [*prompt, 256, *b"<assistant>", *response, 256][: 40 + 1]
         begin = len(prompt) + 1 + len(b"<assistant>")
         with torch.no_grad():
@@ -396,4 +398,4 @@ def test_the_template_goes_with_the_checkpoint(tmp_path, chats, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoints" / "step-00000004")
     messages = [{"role": "user", "content": "hi"}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert rendered == "<user>hi<|endoftext|><assistant>"
+    assert rendered == "B<user>hi<|endoftext|><assistant>"

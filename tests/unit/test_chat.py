@@ -111,6 +111,33 @@ def test_ranks_read_the_same(tmp_path, size):
     assert len(alone[2]) == 11
 
 
+def test_what_transformers_knows_in_a_template_is_known():
+    source = (
+        "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.role }}:"
+        "{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    messages = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]
+    assert Template(source, {}, "x").parts(messages, "x") == [("user:u;assistant:", False), ("a;", True)]
+    assert Template("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}", {}, "x").parts(messages, "x")
+
+
+def test_tokens_over_a_border_are_no_answers(tmp_path):
+    """A template's text is encoded in one: with a tokenizer that joins over the border, the token begins in the prompt."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
+
+    from mpilm.data.tokenizer import Tokenizer
+
+    library = Library(models.BPE({"a": 0, "b": 1, "ab": 2, "c": 3, "</s>": 4}, [("a", "b")]))
+    (tmp_path / "a.jsonl").write_text(lines({"prompt": "ca", "response": "bc"}))
+    template = Template("{% for m in messages %}{{ m.content }}{% endfor %}", {}, "x")
+    found = read_conversations(
+        discover(str(tmp_path / "a.jsonl")), Tokenizer(library.to_str(), 4, "x"), template, SelfComm("w")
+    )
+    assert found[0].tolist() == [3, 2, 3]
+    assert found[1].tolist() == [False, False, True]
+
+
 # Rows.
 
 
@@ -203,7 +230,7 @@ def test_a_template_that_cannot_be_used(source, message):
 
 def test_a_template_that_is_none():
     with pytest.raises(DataError, match="T: its chat template cannot be read"):
-        Template("{% if %}", {}, "T")
+        Template("{% if %}", {}, "T").parts([{"role": "assistant", "content": "a"}], "x")
     with pytest.raises(DataError, match='no message has the role "assistant"'):
         Template(CHATML, {}, "T").parts([{"role": "user", "content": "a"}], "x")
 
@@ -219,7 +246,7 @@ def test_nothing_to_learn_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__path": ()}, "--data.format chat needs one --data.path"),
+        ({"data__path": (), "model__init_from": "x"}, "--data.format chat needs one --data.path"),
         ({"data__path": ("a", "1", "b", "1")}, "--data.format chat needs one --data.path"),
         ({"data__tokenizer": "auto"}, "--data.format chat with --data.tokenizer auto: name one that is there"),
         ({"data__tokenizer": "bpe:300"}, "--data.format chat with --data.tokenizer bpe:300: name one that is there"),
@@ -229,6 +256,7 @@ def test_nothing_to_learn_is_refused():
 def test_settings_that_do_not_go_with_it(changes, message):
     base = {"data__format": "chat", "data__path": ("a.jsonl",), "data__tokenizer": "bytes"}
     validate(replaced(Config(), **base))
+    validate(replaced(Config(), **(base | {"data__tokenizer": "auto", "model__init_from": "x"})))
     with pytest.raises(ConfigError) as caught:
         validate(replaced(Config(), **(base | changes)))
     assert str(caught.value).startswith(message)

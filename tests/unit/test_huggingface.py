@@ -66,3 +66,19 @@ def test_theta_is_read_where_newer_versions_keep_it():
     del published["rope_theta"]
     published["rope_parameters"] = {"rope_type": "default", "rope_theta": 12345.0}
     assert read_config(published, "x")[0].rope_theta == 12345.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads 0 is not a number above zero"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers '2' is not a number above zero"),
+        ({"vocab_size": None}, "vocab_size None is not a number above zero"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings 1 is not true or false"),
+        ({"rope_scaling": [1]}, r"rope scaling of type \[1\] of this model is not supported"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(changes, message):
+    published = published_config(tiny("", "").model, V, 0) | changes
+    with pytest.raises(ConfigError, match=rf"^some/config\.json: {message}"):
+        read_config(published, "some/config.json")
