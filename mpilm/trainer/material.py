@@ -54,7 +54,7 @@ def _texts(config: Config, template: Template | None, comm: Comm, progress: Prog
     objective = Masked(tokenizer, data.mask_fraction, data.whole_words) if config.model.arch == "bert" else Causal()
     samples = Mixture(corpora, [part for _, part in opened]) if len(corpora) > 1 else corpora[0]
     stream = TextStream(samples, objective, data.packing, tokenizer.eos)
-    said = [line for (_, part), of in zip(opened, corpora) for line in _of_corpus(of, part if len(opened) > 1 else None)]
+    said = [line for (_, part), of in zip(opened, corpora) for line in _of_corpus(of, opened[0][0].tokenizer.name, part)]
     content = {"data.path": _fingerprint(opened), "data.tokenizer": opened[0][0].tokenizer.digest}
     return Material(tokenizer, stream, content, template, corpora, said)
 
@@ -75,11 +75,11 @@ def _fingerprint(opened: Sequence[tuple[Corpus, float]]) -> str:
     return first if len(opened) == 1 else hex_digest(*(f"{corpus.fingerprint} {part!r}" for corpus, part in opened))
 
 
-def _of_corpus(samples: CorpusSamples, part: float | None) -> list[str]:
-    corpus, share = samples.corpus, "" if part is None else f" {part:.1%} of the samples,"
+def _of_corpus(samples: CorpusSamples, tokenizer: str, part: float) -> list[str]:
+    corpus, share = samples.corpus, "" if part == 1.0 else f" {part:.1%} of the samples,"
     documents = f"{corpus.documents:,} document{'s' * (corpus.documents != 1)}"
     return [
-        f"{corpus.source}: {len(corpus.tokens):,} tokens of {corpus.tokenizer.name}, {documents},{share}",
+        f"{corpus.source}: {len(corpus.tokens):,} tokens of {tokenizer}, {documents},{share}",
         f"{samples.eval_samples:,} of {samples.eval_samples + samples.train_samples:,} sequences held out",
     ]
 
