@@ -31,7 +31,7 @@ class Scored(Folder):
 
 
 @dataclass(frozen=True)
-class Rows(Compute):
+class Scoring(Compute):
     """How it is computed."""
 
     micro_batch: int = 4
@@ -53,7 +53,7 @@ class EvaluateConfig:
     model: Scored = field(default_factory=Scored)
     data: Data = field(default_factory=Data)
     parallel: Stages = field(default_factory=Stages)
-    train: Rows = field(default_factory=Rows)
+    train: Scoring = field(default_factory=Scoring)
     run: Output = field(default_factory=Output)
     documents: bool = False
     """Score each document by itself, and write the scores to documents.jsonl."""

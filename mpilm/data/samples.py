@@ -17,7 +17,7 @@ PERIOD = 2**16  # samples in which each corpus has exactly its part, to the near
 
 
 class Samples(Protocol):
-    """What Batches reads from."""
+    """What a TextStream reads from."""
 
     context_length: int
 

@@ -50,10 +50,10 @@ def evaluate(config: Config, asked: Asked, world: Comm) -> None:
     objective = Masked(tokenizer.with_mask(), config.data.mask_fraction, config.data.whole_words) if masked else Causal()
     together(world, lambda: _refuse_without_mask(config, masked, objective))
     segments = together(world, lambda: _segments(data, asked, corpus))
-    cut = windows(segments, config.model.context_length, objective.looks_ahead)
-    together(world, lambda: _refuse_nothing(cut, corpus))
-    table = score(opened.model, corpus, cut, objective, config.train.micro_batch, world.rank == 0)
-    on_root(world, lambda: _tell(config, asked, corpus, segments, cut, table))
+    pieces = windows(segments, config.model.context_length, objective.looks_ahead)
+    together(world, lambda: _refuse_nothing(pieces, corpus))
+    table = score(opened.model, corpus, pieces, objective, config.train.micro_batch, world.rank == 0)
+    on_root(world, lambda: _tell(config, asked, corpus, segments, pieces, table))
 
 
 def _configured(config: Config, asked: Asked) -> tuple[Config, Data]:
@@ -110,12 +110,12 @@ def _segments(data: Data, asked: Asked, corpus: Corpus) -> np.ndarray:
     return np.concatenate([[first], starts[starts > first]])
 
 
-def _refuse_nothing(cut: Windows, corpus: Corpus) -> None:
-    if not len(cut):
+def _refuse_nothing(pieces: Windows, corpus: Corpus) -> None:
+    if not len(pieces):
         raise DataError(f"--data.path {corpus.source}: {len(corpus.tokens)} tokens are too few: nothing can be predicted")
 
 
-def _tell(config: Config, asked: Asked, corpus: Corpus, segments: np.ndarray, cut: Windows, table: np.ndarray) -> None:
+def _tell(config: Config, asked: Asked, corpus: Corpus, segments: np.ndarray, pieces: Windows, table: np.ndarray) -> None:
     read = int(segments[-1] - segments[0])
     result = summary(table, read, corpus.bytes_per_token * read, config.model.arch == "bert")
     folder = _folder(config.model.init_from, asked.run_dir)
@@ -129,7 +129,7 @@ def _tell(config: Config, asked: Asked, corpus: Corpus, segments: np.ndarray, cu
     )
     print(f"written to      {folder / 'evaluation.json'}")
     if asked.documents:
-        lines = (json.dumps(row) + "\n" for row in by_document(segments, cut, table))
+        lines = (json.dumps(row) + "\n" for row in by_document(segments, pieces, table))
         write_durably(folder / "documents.jsonl", "".join(lines).encode())
         print(f"documents       {folder / 'documents.jsonl'}", flush=True)
 

@@ -9,7 +9,7 @@ from mpilm.comm.base import Comm
 from mpilm.config import Config, to_dict
 from mpilm.mesh.shape import AXES
 from mpilm.trainer.build import Training, build
-from mpilm.trainer.evaluate import evaluate
+from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.machine import conditions
 from mpilm.trainer.step import train_step

@@ -61,8 +61,8 @@ def microbatches(sizes: np.ndarray, most: int) -> list[tuple[int, int]]:
 class Reader:
     """Batches of windows of a corpus."""
 
-    def __init__(self, corpus: Corpus, cut: Windows, objective: Objective, groups: Sequence[tuple[int, int]]):
-        self.corpus, self.cut, self.objective, self.groups = corpus, cut, objective, groups
+    def __init__(self, corpus: Corpus, pieces: Windows, objective: Objective, groups: Sequence[tuple[int, int]]):
+        self.corpus, self.pieces, self.objective, self.groups = corpus, pieces, objective, groups
 
     def __call__(self, m: int) -> Batch:
         numbers = np.arange(*self.groups[m])
@@ -73,7 +73,7 @@ class Reader:
         return Batch(tokens, right, torch.arange(tokens.shape[1]), torch.from_numpy(numbers), count)
 
     def _row(self, number: int) -> np.ndarray:
-        row = self.corpus.read(int(self.cut.start[number]), int(self.cut.stop[number]))
+        row = self.corpus.read(int(self.pieces.start[number]), int(self.pieces.stop[number]))
         return row if self.objective.looks_ahead else np.append(row, 0)  # an objective leaves the last one out
 
 
@@ -86,17 +86,17 @@ def row_scores(logits: Tensor, batch: Batch) -> Tensor:
     return torch.stack([part.double().sum(dim=1) for part in parts], dim=1)
 
 
-def score(model: StagedModel, corpus: Corpus, cut: Windows, objective: Objective, rows: int, speaks: bool) -> np.ndarray:
+def score(model: StagedModel, corpus: Corpus, pieces: Windows, objective: Objective, rows: int, speaks: bool) -> np.ndarray:
     """The scores of each window, (windows, 3), `rows` windows at a time; the same on all ranks. Collective over the mesh."""
-    groups = microbatches(cut.stop - cut.start, rows)
-    reader, counter = Reader(corpus, cut, objective, groups), Counter("batches", -(-len(groups) // model.data.size), speaks)
+    groups = microbatches(pieces.stop - pieces.start, rows)
+    reader, counter = Reader(corpus, pieces, objective, groups), Counter("batches", -(-len(groups) // model.data.size), speaks)
 
     def batch_of(m: int) -> Batch:
         counter()
         return reader(m).to(model.device)
 
     model.forward(len(groups), batch_of, row_scores)
-    table = torch.zeros(len(cut), 3, dtype=torch.float64)
+    table = torch.zeros(len(pieces), 3, dtype=torch.float64)
     for m, scores in model.results().items():
         table[slice(*groups[m])] = scores.cpu()
     model.mesh.world.all_reduce(table)  # adds zeros: exact
@@ -113,10 +113,10 @@ def summary(table: np.ndarray, tokens: int, nbytes: float, masked: bool) -> dict
     return {**result, "masked_accuracy" if masked else "accuracy": right / targets, "tokens": tokens, "targets": int(targets)}
 
 
-def by_document(segments: np.ndarray, cut: Windows, table: np.ndarray) -> Iterator[dict[str, Any]]:
+def by_document(segments: np.ndarray, pieces: Windows, table: np.ndarray) -> Iterator[dict[str, Any]]:
     """A row a document, also for those that are too short to predict anything."""
     sums = np.zeros((len(segments) - 1, 3))
-    np.add.at(sums, cut.document, table)
+    np.add.at(sums, pieces.document, table)
     for number, ((loss, right, targets), tokens) in enumerate(zip(sums.tolist(), np.diff(segments).tolist())):
         found = {"loss": loss / targets, "accuracy": right / targets} if targets else {"loss": None, "accuracy": None}
         yield {"document": number, "tokens": tokens, "targets": int(targets), **found}

@@ -23,7 +23,7 @@ from text import tiny, write_tokens  # noqa: E402
 
 from mpilm.comm.threads import run_ranks  # noqa: E402
 from mpilm.trainer.build import build  # noqa: E402
-from mpilm.trainer.evaluate import evaluate  # noqa: E402
+from mpilm.trainer.held_out import evaluate  # noqa: E402
 from mpilm.trainer.machine import processor  # noqa: E402
 from mpilm.trainer.step import train_step  # noqa: E402
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.telemetry.metrics import read_rows
 from mpilm.trainer.build import build
-from mpilm.trainer.evaluate import evaluate
+from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.loop import train
 from mpilm.trainer.step import train_step
 

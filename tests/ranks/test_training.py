@@ -31,7 +31,7 @@ from mpilm.model.rows import Rows
 from mpilm.optim.rate import learning_rate
 from mpilm.telemetry.metrics import read_rows
 from mpilm.trainer.build import build
-from mpilm.trainer.evaluate import evaluate
+from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.loop import train
 from mpilm.trainer.step import total_loss, train_step
 
