@@ -91,11 +91,13 @@ class DataParallel:
     def microbatches(self, step: int) -> Iterator[int]:
         """The numbers of this rank's microbatches; call backward once in each round of the loop. After the last round the
         gradients are the sums over all microbatches of all ranks. Collective: to be run to its end on every rank."""
+        outside = torch.get_rng_state()
         for i, number in enumerate(range(*block(self.comm.rank, self.comm.size, self.count))):
             self.sum.begin(i)
             torch.manual_seed(key_of("microbatch", self.seed, step, number) >> 1)
             yield number
             self.sum.end(i)
+        torch.set_rng_state(outside)
         self.sum.reduce()
         for name, parameter in self.model.named_parameters():
             parameter.grad = self.flat.parameter(name, self.sum.sums)

@@ -62,17 +62,25 @@ class TextStream:
         return self._examples(self.samples.held_out(numbers), numbers, HELD_OUT_KEY)
 
     def train_targets(self, numbers: Indices, seed: int) -> int:
-        return self.train(numbers, seed).target_tokens if self._varies else self._fixed(numbers)
+        if self.objective.varies:
+            return self.train(numbers, seed).target_tokens
+        return self._fixed(numbers) - (self._endings(self.samples.train(numbers, seed)) if self._apart else 0)
 
     def held_out_targets(self, numbers: Indices) -> int:
-        return self.held_out(numbers).target_tokens if self._varies else self._fixed(numbers)
+        if self.objective.varies:
+            return self.held_out(numbers).target_tokens
+        return self._fixed(numbers) - (self._endings(self.samples.held_out(numbers)) if self._apart else 0)
 
     @property
-    def _varies(self) -> bool:
-        return self.objective.varies or (self.packing == "documents" and self.objective.looks_ahead)
+    def _apart(self) -> bool:
+        """Whether tokens that begin a document are not predicted."""
+        return self.packing == "documents" and self.objective.looks_ahead
 
     def _fixed(self, numbers: Indices) -> int:
         return len(numbers) * self.objective.targets(self.context_length)
+
+    def _endings(self, rows: Indices) -> int:
+        return int(np.count_nonzero(rows[:, :-1] == self.eos))
 
     def _examples(self, rows: Indices, numbers: Indices, seed: int) -> Examples:
         read, targets = self.objective(rows, [key_of(seed, number, OBJECTIVE) for number in numbers.tolist()])
