@@ -207,6 +207,8 @@ class Generate:
     """What the text begins with; empty: the beginning of a document."""
     prompts: str = ""
     """A file with a prompt a line, or "prompt" fields where it ends in .jsonl; -: standard input. Texts come as JSON lines."""
+    chat: bool = False
+    """A prompt is what a user says: it is put into the chat template of the tokenizer, and the model answers."""
     max_tokens: int = 160
     """Tokens to write; 0: no sample."""
     temperature: float = 0.8

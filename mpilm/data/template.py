@@ -57,6 +57,10 @@ class Template:
             raise DataError(f'{place}: no message has the role "{ANSWERING}", so there is nothing to learn')
         return parts
 
+    def prompt(self, said: str) -> str:
+        """What a model reads that is to answer a user."""
+        return self._render([{"role": "user", "content": said}], "the prompt", True)
+
     def _render(self, messages: Sequence[Mapping[str, str]], place: str, begin: bool) -> str:
         template = self._template
         try:

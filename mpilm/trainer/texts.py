@@ -11,6 +11,7 @@ from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root, together
 from mpilm.config import Config, Generate
 from mpilm.data.files import touching, writable
+from mpilm.data.template import Template, find_template
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import ConfigError, DataError
 from mpilm.telemetry.display import Counter
@@ -24,15 +25,22 @@ def print_texts(config: Config, world: Comm) -> None:
     together(world, lambda: _refuse_encoder(config))
     settings = config.generate
     tokenizer = together(world, lambda: tokenizer_of(config.data, config.model))
+    template = together(world, lambda: _template(config)) if settings.chat else None
     prompts: list[str] = world.broadcast_json(on_root(world, lambda: _prompts(settings)))
     opened = open_folder(config, world)
     model = opened.model
-    mine = {n: _tokens(prompts[n], tokenizer) for n in range(model.data.rank, len(prompts), model.data.size)}
+    own = range(model.data.rank, len(prompts), model.data.size)
+    mine = together(world, lambda: {n: _tokens(prompts[n], tokenizer, template) for n in own})
     written = write(model, mine, settings, tokenizer.eos, Counter("texts", len(mine), world.rank == 0 and len(prompts) > 1))
     texts = {n: tokenizer.decode(tokens) for n, tokens in written.items()} if model.pipeline.rank == 0 else {}
     everyone = world.all_gather_json([[n, text] for n, text in texts.items()])
     if world.rank == 0:
-        _print(prompts, [text for _, text in sorted(pair for theirs in everyone for pair in theirs)], bool(settings.prompts))
+        _print(
+            prompts,
+            [text for _, text in sorted(pair for theirs in everyone for pair in theirs)],
+            bool(settings.prompts),
+            settings.chat,
+        )
 
 
 def _refuse_encoder(config: Config) -> None:
@@ -76,11 +84,22 @@ def _field(line: str, where: str) -> str:
     return value["prompt"]
 
 
-def _tokens(prompt: str, tokenizer: Tokenizer) -> list[int]:
+def _template(config: Config) -> Template:
+    found = find_template(config.data.tokenizer)
+    if found is None:
+        raise ConfigError(f"--generate.chat true: there is no chat template beside the tokenizer in {config.data.tokenizer}")
+    return found
+
+
+def _tokens(prompt: str, tokenizer: Tokenizer, template: Template | None) -> list[int]:
+    if template is not None:
+        return tokenizer.encode_marked(template.prompt(prompt))[0].tolist()
     return tokenizer.encode(prompt).tolist() or [tokenizer.eos]
 
 
-def _print(prompts: Sequence[str], texts: Sequence[str], as_json: bool) -> None:
+def _print(prompts: Sequence[str], texts: Sequence[str], as_json: bool, chat: bool) -> None:
     for prompt, text in zip(prompts, texts, strict=True):
-        print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if as_json else prompt + text)
+        print(
+            json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if as_json else (text if chat else prompt + text)
+        )
     sys.stdout.flush()

@@ -1,19 +1,25 @@
 """Texts that a model writes: the same on any ranks, with a cache as without, and as transformers writes them."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from checkpoints import write_published
 from runs import FAMILIES, small, whole_model
+from tokenizers import Tokenizer as Library
+from tokenizers import models
 from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
+from mpilm.comm.together import AgreedError
 from mpilm.config import Compute, Folder, Generate, Stages, used
 from mpilm.model.init import initial_value
 from mpilm.trainer import write as write_module
 from mpilm.trainer.folder import configured, open_folder
+from mpilm.trainer.texts import print_texts
 from mpilm.trainer.write import Text, write
 
 V = 97
@@ -133,3 +139,20 @@ def test_more_ranks_than_prompts(folders):
     expected = texts(folders["gpt2"], 1, DRAWN, prompts=one)
     assert texts(folders["gpt2"], 3, DRAWN, prompts=one) == expected
     assert texts(folders["gpt2"], 4, DRAWN, pipeline=2, prompts=one) == expected
+
+
+def test_a_chat_model_is_asked_through_its_template(folders, tmp_path, capsys):
+    """As if the text that transformers makes of the message had been given as the prompt."""
+    folder = shutil.copytree(folders["llama"], tmp_path / "model")
+    tokenizer = Library(models.BPE({**{chr(97 + i): i for i in range(26)}, "<u>": 26, "<a>": 27, "</s>": 28}, []))
+    tokenizer.add_special_tokens(["<u>", "<a>", "</s>"])
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    words = {"eos_token": "</s>", "chat_template": "{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>"}
+    settings = replace(GREEDY, prompt="abc", chat=True)
+    config = used(Folder(str(folder)), Stages(), Compute(device="cpu", threads=1), generate=settings)
+    with pytest.raises(AgreedError, match="there is no chat template beside the tokenizer"):
+        print_texts(config, SelfComm("world"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    run_ranks(2, lambda comm: print_texts(config, comm))
+    written = texts(folder, 1, GREEDY, prompts={0: [26, 0, 1, 2, 27]}, stop=28)[0]
+    assert capsys.readouterr().out == tokenizer.decode(written, skip_special_tokens=False) + "\n"
