@@ -30,7 +30,7 @@ class Model:
     n_heads: int = 4
     """Attention heads a block; divides d-model."""
     n_kv_heads: int = 0
-    """Key and value heads, shared by groups of query heads; 0: as many as n-heads."""
+    """Key and value heads, shared by groups of query heads; 0: as many as n-heads, as gpt2 and bert always have."""
     d_model: int = 192
     """Width of the residual stream."""
     head_width: int = 0
@@ -308,7 +308,7 @@ def _items(config: Any) -> list[tuple[str, Any]]:
 def resolve(config: Config) -> Config:
     """The config with the shape it leaves open worked out."""
     model = config.model
-    n_kv_heads = model.n_kv_heads or model.n_heads
+    n_kv_heads = model.n_heads if model.arch in ("gpt2", "bert") else model.n_kv_heads or model.n_heads
     head_width = model.head_width or model.d_model // model.n_heads
     d_ff = model.d_ff or (4 * model.d_model if model.arch in ("gpt2", "bert") else -(-(8 * model.d_model // 3) // 32) * 32)
     chunks = config.parallel.chunks or (2 if config.parallel.schedule == "interleaved" else 1)

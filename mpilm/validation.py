@@ -99,11 +99,8 @@ def _validate_heads(model: Model) -> None:
             f"--model.d-model {model.d_model} is not divisible by --model.n-heads {model.n_heads}; the nearest that is: {near}"
         )
     if model.arch in ("gpt2", "bert"):
-        if stated or model.n_kv_heads != model.n_heads:
-            raise ConfigError(
-                f"--model.arch {model.arch} has heads of d-model / n-heads, each with keys and values of its own; leave out "
-                "--model.head-width and --model.n-kv-heads"
-            )
+        if stated:
+            raise ConfigError(f"--model.arch {model.arch} has heads of width d-model / n-heads: leave --model.head-width out")
         if model.arch == "bert" and not model.tie_embeddings:
             raise ConfigError("--model.arch bert predicts with its embedding matrix: --model.tie-embeddings false cannot be")
     elif model.head_width % 2:

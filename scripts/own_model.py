@@ -1,4 +1,4 @@
-"""An example of mpilm.library: a network that is no language model, in a training loop of its own, on any number of ranks.
+"""An example of mpilm.data_parallel: a network that is no language model, in a loop of its own, on any number of ranks.
 
 python scripts/own_model.py
 mpirun -n 4 python scripts/own_model.py
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
-from mpilm.library import DataParallel, launch
+from mpilm.data_parallel import DataParallel, launch
 
 STEPS, MICROBATCHES, IMAGES, SIDE = 160, 8, 16, 16
 

@@ -347,6 +347,11 @@ MISMATCHES: dict[str, tuple[Call, Call, str, str]] = {
 }  # fmt: skip
 
 
+def in_step(comm: Comm, name: str) -> bool:
+    """Whether all ranks have come through the same contract, with no message of it left over to be taken for another one."""
+    return comm.all_gather_json([name, comm.rank]) == [[name, rank] for rank in range(comm.size)]
+
+
 def names_the_odd_rank(comm: Comm, mismatch: str) -> None:
     """A checking communicator raises on all ranks, names the odd one, and has touched no data. At least 2 ranks."""
     usual, odd, named_usual, named_odd = MISMATCHES[mismatch]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,3 +44,13 @@ def mpirun(ranks: int, *arguments: object, limit_s: float = 60.0, **variables: s
         out, err = job.communicate()
         pytest.fail(f"{' '.join(command)} did not end within {limit_s} s; it printed\n{out}\n{err}")
     return subprocess.CompletedProcess(command, job.returncode, out, err)
+
+
+def refusal(command: str, *arguments: object, ranks: int = 0, code: int = 78, limit_s: float = 60.0) -> str:
+    """Start a command that must be refused with this exit code; the one message that it gives."""
+    done = mpirun(ranks, "-m", f"mpilm.{command}", *arguments, limit_s=limit_s)
+    text = f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == code, text
+    assert done.stderr.count("mpilm: error") == 1, text
+    assert "Traceback" not in text
+    return re.split(r"mpilm: error(?: on rank \d+ of \d+ on \S+)?: ", done.stderr)[1]

@@ -1,11 +1,10 @@
 """What a person gets to see who made a mistake: one message that names what is wrong, and the promised exit code."""
 
 import json
-import re
 
 import numpy as np
 import pytest
-from helpers import mpirun
+from helpers import mpirun, refusal
 from text import tiny, write_text, write_tokens
 
 from mpilm.comm.base import SelfComm
@@ -26,13 +25,8 @@ def own_cache(monkeypatch, tmp_path):
 
 
 def refused(*flags, ranks=0, code=CONFIG):
-    """Start the command, check its end; the one message."""
-    done = mpirun(ranks, "-m", "mpilm.train", *SMALL, *flags, limit_s=LIMIT_S)
-    text = f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert done.returncode == code, text
-    assert done.stderr.count("mpilm: error") == 1, text
-    assert "Traceback" not in text
-    return re.split(r"mpilm: error(?: on rank \d+ of \d+ on \S+)?: ", done.stderr)[1]
+    """The one message of a small training run that must not start."""
+    return refusal("train", *SMALL, *flags, ranks=ranks, code=code, limit_s=LIMIT_S)
 
 
 # On real ranks: said once, and nobody left waiting.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract import CONTRACT, MISMATCHES, names_the_odd_rank, names_the_rank_that_expects_other_parts
+from contract import CONTRACT, MISMATCHES, in_step, names_the_odd_rank, names_the_rank_that_expects_other_parts
 from torch import Tensor
 
 from mpilm.comm.base import Comm
@@ -29,21 +29,27 @@ def staged(world: MpiComm) -> Staged:
 @pytest.mark.parametrize("name", CONTRACT)
 def test_mpi_keeps_the_contract(world: Comm, name: str) -> None:
     CONTRACT[name](world)
+    assert in_step(world, name)
 
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_patient_waiting_keeps_the_contract(world: MpiComm, name: str) -> None:
-    CONTRACT[name](world.with_options(gpu_aware=False, patient=True))
+    patient = world.with_options(gpu_aware=False, patient=True)
+    CONTRACT[name](patient)
+    assert in_step(patient, name)
 
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_staging_keeps_the_contract(staged: Staged, name: str) -> None:
     CONTRACT[name](staged)
+    assert in_step(staged, name)
 
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_tracing_changes_nothing(world: Comm, name: str) -> None:
-    CONTRACT[name](Traced(world, check=True))
+    traced = Traced(world, check=True)
+    CONTRACT[name](traced)
+    assert in_step(traced, name)
 
 
 def test_staging_leaves_the_buffers_alone_until_the_wait(staged: Staged) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from contract import CONTRACT, MISMATCHES, names_the_odd_rank, names_the_rank_that_expects_other_parts
+from contract import CONTRACT, MISMATCHES, in_step, names_the_odd_rank, names_the_rank_that_expects_other_parts
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.threads import PeerFailedError, run_ranks
@@ -18,18 +18,29 @@ SIZES = (1, 2, 3, 4, 8)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CONTRACT)
 def test_threads_keep_the_contract(name: str, size: int) -> None:
-    run_ranks(size, CONTRACT[name])
+    def body(comm: Comm) -> bool:
+        CONTRACT[name](comm)
+        return in_step(comm, name)
+
+    assert run_ranks(size, body) == [True] * size
 
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_the_world_of_one_keeps_the_contract(name: str) -> None:
-    CONTRACT[name](SelfComm("world"))
+    alone = SelfComm("world")
+    CONTRACT[name](alone)
+    assert in_step(alone, name)
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", CONTRACT)
 def test_tracing_changes_nothing(name: str, size: int) -> None:
-    run_ranks(size, lambda comm: CONTRACT[name](Traced(comm, check=True)))
+    def body(comm: Comm) -> bool:
+        traced = Traced(comm, check=True)
+        CONTRACT[name](traced)
+        return in_step(traced, name)
+
+    assert run_ranks(size, body) == [True] * size
 
 
 def test_results_come_in_rank_order() -> None:

@@ -12,13 +12,16 @@ from mpilm import config as c
 from mpilm import validation
 from mpilm.config import Config, flatten, mathematics, replaced, resolve, to_dict
 from mpilm.errors import ConfigError, FileError
+from mpilm.presets import PRESETS
 from mpilm.settings import merge, read_toml
 from mpilm.validation import validate
 
 
-def refused(message: str, **changes: Any) -> None:
-    with pytest.raises(ConfigError, match="^" + re.escape(message) + "$"):
+def refused(**changes: Any) -> str:
+    """The message with which the default with these changes is refused."""
+    with pytest.raises(ConfigError) as caught:
         validate(replaced(Config(), **changes))
+    return str(caught.value)
 
 
 # Merging.
@@ -93,14 +96,20 @@ def test_toml_files(tmp_path: Path) -> None:
 # Validation.
 
 
-def test_the_default_is_valid() -> None:
-    validate(Config())
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_leave_nothing_open(name: str) -> None:
+    config = PRESETS[name]()
+    validate(config)
+    shape = resolve(config).model
+    validate(resolve(config))
+    assert resolve(resolve(config)) == resolve(config)
+    assert min(shape.n_kv_heads, shape.head_width, shape.d_ff) > 0
 
 
 @pytest.mark.parametrize(("d_model", "n_heads", "near"), [(190, 4, 192), (193, 4, 192), (3, 8, 16)])
 def test_a_width_that_heads_do_not_divide(d_model: int, n_heads: int, near: int) -> None:
     message = f"--model.d-model {d_model} is not divisible by --model.n-heads {n_heads}; the nearest that is: {near}"
-    refused(message, model__d_model=d_model, model__n_heads=n_heads)
+    assert refused(model__d_model=d_model, model__n_heads=n_heads) == message
 
 
 def test_heads_of_odd_width() -> None:
@@ -116,7 +125,8 @@ def test_key_heads_that_do_not_divide() -> None:
 @pytest.mark.parametrize(("global_batch", "micro_batch", "near"), [(30, 4, 32), (33, 4, 32), (1, 4, 4)])
 def test_a_batch_that_microbatches_do_not_divide(global_batch: int, micro_batch: int, near: int) -> None:
     message = f"--train.global-batch {global_batch} is not divisible by --train.micro-batch {micro_batch}"
-    refused(f"{message}; the nearest that is: {near}", train__global_batch=global_batch, train__micro_batch=micro_batch)
+    said = refused(train__global_batch=global_batch, train__micro_batch=micro_batch)
+    assert said == f"{message}; the nearest that is: {near}"
 
 
 @given(st.integers(1, 300), st.integers(1, 40))
@@ -159,7 +169,7 @@ def test_the_suggested_batch_is_valid(global_batch: int, micro_batch: int) -> No
     ],
 )
 def test_what_is_refused_says_why(changes: dict[str, Any], message: str) -> None:
-    refused(message, **changes)
+    assert refused(**changes) == message
 
 
 def test_limits_themselves_are_allowed() -> None:
@@ -172,11 +182,10 @@ def test_limits_themselves_are_allowed() -> None:
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_shards_are_summed_in_the_fixed_order_only(zero: int) -> None:
-    refused(
+    assert refused(parallel__zero=zero, train__reproducible=False) == (
         f"--parallel.zero {zero} sums slices in the fixed order, which costs nothing; "
-        "--train.reproducible false goes with --parallel.zero 0 only",
-        parallel__zero=zero, train__reproducible=False,
-    )  # fmt: skip
+        "--train.reproducible false goes with --parallel.zero 0 only"
+    )
     validate(replaced(Config(), parallel__zero=zero))
     validate(replaced(Config(), train__reproducible=False))
 

@@ -1,6 +1,6 @@
 """Data parallelism for a model and a loop of one's own: plain torch on one rank, the same bits on any number.
 
-tests/mpi/test_library.py has dropout, since threads share torch's generator, and the example.
+tests/mpi/test_data_parallel.py has dropout, since threads share torch's generator, and the example.
 """
 
 import copy
@@ -12,7 +12,7 @@ from torch import nn
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
-from mpilm.library import DataParallel
+from mpilm.data_parallel import DataParallel
 
 COUNT = 7
 OPTIMIZERS = {
