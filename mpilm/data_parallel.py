@@ -18,7 +18,6 @@ The bits of the result do not depend on the number of ranks (float32, equal thre
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +26,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from mpilm.checkpoint.format import MANIFEST, TEMPORARY, Writer, folder_name, read_json, step_of, sync_folder
+from mpilm.checkpoint.format import MANIFEST, TEMPORARY, Writer, folder_name, read_json, step_of
 from mpilm.checkpoint.load import newest_valid
 from mpilm.checkpoint.save import prune, remove_leftovers, set_aside
 from mpilm.comm.base import Comm
@@ -40,6 +39,7 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import resolve
 from mpilm.parallel.tree import block
 from mpilm.trainer.machine import cores_of
+from mpilm.trainer.step import total_loss
 
 
 def launch(main: Body) -> NoReturn:
@@ -105,11 +105,7 @@ class DataParallel:
     def total(self, values: Mapping[int, float | Tensor]) -> float:
         """The sum of numbers that belong to microbatches (of a step's loss, say), each known to one rank; the same on all ranks
         and on any number of them. Collective."""
-        every = torch.zeros(self.count, dtype=torch.float64)
-        for number, value in values.items():
-            every[number] = float(value)
-        self.comm.all_reduce(every)  # adds zeros: exact
-        return sum(every.tolist())
+        return total_loss(values, self.count, self.comm)
 
     def save(
         self, folder: str | Path, step: int, optimizer: torch.optim.Optimizer | None = None, extra: Any = None, keep: int = 2
@@ -148,10 +144,7 @@ class DataParallel:
             tensors, words = _taken_apart(optimizer, self.model)
             writer.data("optimizer.safetensors", save(tensors))
             writer.json("trainer.json", {"step": step, "optimizer": words, "extra": extra})
-            writer.manifest()
-            sync_folder(temporary)
-            os.rename(temporary, final)
-            sync_folder(folder)
+            writer.publish(final)
         except OSError as error:
             raise FileError(f"checkpoint {final} could not be written: {error.strerror}") from None
         prune(folder, keep, keep_best=False)

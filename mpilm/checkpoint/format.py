@@ -101,9 +101,12 @@ class Writer:
         digest.update(data)
         self.entries[name] = digest.entry()
 
-    def manifest(self) -> None:
-        """The last file: after it the folder is complete."""
+    def publish(self, final: Path) -> None:
+        """Write the manifest, after which the folder is complete, and give the folder its name, durably."""
         self.json(MANIFEST, {"format": 1, "files": self.entries})
+        sync_folder(self.folder)
+        os.rename(self.folder, final)
+        sync_folder(final.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mpilm.checkpoint.format import checkpoints, verify
+from mpilm.checkpoint.format import MANIFEST, checkpoints, verify
 from mpilm.checkpoint.tensors import Shape, find, open_tensors
 from mpilm.comm.base import Comm
-from mpilm.comm.together import together
+from mpilm.comm.together import on_root, together
 from mpilm.config import Model
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.huggingface import match, published_name
@@ -83,7 +83,9 @@ def load_published(
     with an index, in F16, BF16, F32 or F64. Collective over `comm`; raises AgreedError on all ranks alike.
 
     `shapes`: of all parameters that have memory of their own. A table of learned positions may be longer than the model needs.
+    A checkpoint is verified first, on one rank.
     """
+    on_root(comm, lambda: verify(folder) if (folder / MANIFEST).exists() else None)
     together(comm, lambda: _load_published(folder, parameters, shapes, model))
 
 

@@ -25,7 +25,6 @@ from mpilm.checkpoint.format import (
     folder_name,
     manifest_entry,
     read_json,
-    sync_folder,
 )
 from mpilm.checkpoint.load import moment_name
 from mpilm.checkpoint.plan import Holders, StoredTensor, TensorFile, index_of, plan_blocks, tensor_files
@@ -162,10 +161,7 @@ def _publish(
                 writer.json(f"{stem}.safetensors.index.json", index_of(group))
         writer.entries.update(entries)
         writer.json("trainer.json", dict(state.trainer))
-        writer.manifest()
-        sync_folder(temporary)
-        os.rename(temporary, final)
-        sync_folder(final.parent)
+        writer.publish(final)
 
 
 def _write_words(writer: Writer, state: State) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from mpilm.errors import FileError
+from mpilm.errors import DataError, FileError
 
 DIGEST_BYTES = 32
 
@@ -22,6 +24,19 @@ def touching(path: str | Path, doing: str = "read") -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise FileError(f"{path}: cannot {doing} it on {socket.gethostname()}: {reason}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; raises FileError or DataError naming the file."""
+    with touching(path):
+        text = path.read_bytes()
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: is not a JSON object")
+    return values
 
 
 def writable(text: str) -> bool:

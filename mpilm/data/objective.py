@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mpilm.config import Data, Model
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.model.loss import IGNORED
 
@@ -92,3 +93,8 @@ class Masked:
         drawn, others = generator.random(len(tokens)), generator.integers(0, self.tokenizer.vocab_size, len(tokens))
         assert self.tokenizer.mask is not None
         return np.where(drawn < MASKED, self.tokenizer.mask, np.where(drawn < RANDOM, others, tokens))
+
+
+def objective_of(model: Model, data: Data, tokenizer: Tokenizer) -> Objective:
+    """What a model of this architecture is asked."""
+    return Masked(tokenizer.with_mask(), data.mask_fraction, data.whole_words) if model.arch == "bert" else Causal()

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpilm.data.files import touching
+from mpilm.data.files import read_object, touching
 from mpilm.errors import DataError
 
 ANSWERING = "assistant"
@@ -80,7 +80,7 @@ def find_template(tokenizer: str | Path) -> Template | None:
     path = Path(tokenizer).expanduser()
     folder = path if path.is_dir() else path.parent
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    values = _read(config) if config.is_file() else {}
+    values = read_object(config) if config.is_file() else {}
     source = values.get("chat_template")
     if isinstance(source, list):  # several, by name
         source = next((of.get("template") for of in source if isinstance(of, dict) and of.get("name") == "default"), None)
@@ -95,15 +95,3 @@ def find_template(tokenizer: str | Path) -> Template | None:
 
 def _word(value: Any) -> str:
     return str(value.get("content", "")) if isinstance(value, dict) else str(value)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    with touching(path):
-        text = path.read_bytes()
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{path}: is not a JSON object")
-    return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.data.files import hex_digest, touching
+from mpilm.data.files import hex_digest, read_object, touching
 from mpilm.errors import ConfigError, DataError, FileError, UserError
 
 Ids = NDArray[np.int32]
@@ -207,12 +206,8 @@ def _stated_eos(file: Path) -> list[str]:
     """What a tokenizer_config.json calls its end of text, if there is one."""
     if not file.is_file():
         return []
-    try:
-        with touching(file):
-            values = json.loads(file.read_bytes())
-        stated = values.get("eos_token") or values.get("sep_token")
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{file}: is not a JSON object: {error}") from None
+    values = read_object(file)
+    stated = values.get("eos_token") or values.get("sep_token")
     name = stated.get("content") if isinstance(stated, dict) else stated
     return [name] if isinstance(name, str) else []
 

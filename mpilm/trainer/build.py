@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpilm.checkpoint.format import MANIFEST, verify
 from mpilm.checkpoint.load import load, load_published
 from mpilm.checkpoint.pretrained import files_of
 from mpilm.comm.base import Comm
-from mpilm.comm.together import on_root, same_everywhere, together
+from mpilm.comm.together import same_everywhere, together
 from mpilm.comm.trace import Traced
 from mpilm.config import Config, flatten
 from mpilm.data.batch import Batches
@@ -86,9 +85,7 @@ def _fill(model: ShardedModel, folder: RunFolder, world: Comm) -> None:
         model.optimizer.set_step(folder.step)
         model.publish()
     elif config.model.init_from:
-        path = Path(config.model.init_from).expanduser()
-        on_root(world, lambda: verify(path) if (path / MANIFEST).is_file() else None)
-        load_published(path, model.pieces(), model.shapes, config.model, world)
+        load_published(Path(config.model.init_from).expanduser(), model.pieces(), model.shapes, config.model, world)
         model.publish()
     else:
         model.initialise()

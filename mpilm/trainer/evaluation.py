@@ -16,7 +16,7 @@ from mpilm.config import Config, Data
 from mpilm.data.corpus import Corpus, open_corpus
 from mpilm.data.files import touching, write_durably
 from mpilm.data.indexed import document_starts, prefix_of
-from mpilm.data.objective import Causal, Masked, Objective
+from mpilm.data.objective import Masked, Objective, objective_of
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
 from mpilm.data.tokenizer import Tokenizer
@@ -46,9 +46,8 @@ def evaluate(config: Config, asked: Asked, world: Comm) -> None:
     corpus = open_corpus(data, waiting, eos=asked.held_out, progress=ProgressLine() if world.rank == 0 else silent)
     together(world, lambda: _refuse_other_tokens(corpus, tokenizer, config))
     together(world, lambda: _refuse_other_text(corpus, config, asked))
-    masked = config.model.arch == "bert"
-    objective = Masked(tokenizer.with_mask(), config.data.mask_fraction, config.data.whole_words) if masked else Causal()
-    together(world, lambda: _refuse_without_mask(config, masked, objective))
+    objective = objective_of(config.model, config.data, tokenizer)
+    together(world, lambda: _refuse_without_mask(config, objective))
     segments = together(world, lambda: _segments(data, asked, corpus))
     pieces = windows(segments, config.model.context_length, objective.looks_ahead)
     together(world, lambda: _refuse_nothing(pieces, corpus))
@@ -81,7 +80,7 @@ def _configured(config: Config, asked: Asked) -> tuple[Config, Data]:
     return config, data
 
 
-def _refuse_without_mask(config: Config, masked: bool, objective: Objective) -> None:
+def _refuse_without_mask(config: Config, objective: Objective) -> None:
     if isinstance(objective, Masked) and objective.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, and a bert model needs one")
 

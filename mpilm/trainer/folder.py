@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mpilm.checkpoint.format import MANIFEST, verify
 from mpilm.checkpoint.load import load_published
 from mpilm.checkpoint.pretrained import refuse_other_shape, shape_of
 from mpilm.comm.base import Comm
-from mpilm.comm.together import on_root, same_everywhere, together
+from mpilm.comm.together import same_everywhere, together
 from mpilm.config import Config, Data, Model, flatten, resolve
 from mpilm.data.tokenizer import Tokenizer, named_tokenizer
 from mpilm.errors import ConfigError
@@ -53,8 +52,6 @@ def open_folder(config: Config, world: Comm) -> Opened:
     machine = together(world, lambda: look(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
     path = Path(config.model.init_from).expanduser()
-    if together(world, lambda: (path / MANIFEST).exists()):
-        on_root(world, lambda: verify(path))
     vocab_size = config.model.vocab_size
     cut = together(world, lambda: cut_by_cost(config, vocab_size))
     model = StagedModel(config, Mesh.build(shape, world), cut, vocab_size, machine.device, ALIGNMENT)
@@ -66,12 +63,18 @@ def open_folder(config: Config, world: Comm) -> Opened:
 def tokenizer_of(data: Data, model: Model) -> Tokenizer:
     """The tokenizer of a config made by `configured`; raises ConfigError where the model has no rows for all its ids."""
     tokenizer = named_tokenizer(data.tokenizer)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ConfigError(
-            f"--data.tokenizer {data.tokenizer} has ids up to {tokenizer.vocab_size - 1}, and {model.init_from} "
-            f"{model.vocab_size} rows for them: they do not belong together"
-        )
+    refuse_more_ids(tokenizer, model)
     return tokenizer
+
+
+def refuse_more_ids(tokenizer: Tokenizer, model: Model) -> None:
+    """Raise ConfigError where the embedding has fewer rows than the tokenizer has ids."""
+    rows = model.vocab_size
+    if rows and tokenizer.vocab_size > rows:
+        whose = f"{model.init_from} has" if model.init_from else f"--model.vocab-size {rows} makes"
+        raise ConfigError(
+            f"--data.tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, but {whose} {rows} rows for them"
+        )
 
 
 def _mesh_shape(config: Config, ranks: int) -> MeshShape:

@@ -13,13 +13,14 @@ from mpilm.data.chat import Conversations, read_conversations, refuse_nothing
 from mpilm.data.corpus import Corpus, open_corpora
 from mpilm.data.encode import Progress
 from mpilm.data.files import hex_digest
-from mpilm.data.objective import Causal, Masked
+from mpilm.data.objective import objective_of
 from mpilm.data.prepare import agree_on_sources
 from mpilm.data.samples import CorpusSamples, Mixture
 from mpilm.data.stream import Stream, TextStream
 from mpilm.data.template import Template, find_template
 from mpilm.data.tokenizer import Tokenizer, named_tokenizer
 from mpilm.errors import ConfigError
+from mpilm.trainer.folder import refuse_more_ids
 
 LOOKED_AT = 10**7  # tokens
 
@@ -51,7 +52,7 @@ def _texts(config: Config, template: Template | None, comm: Comm, progress: Prog
         CorpusSamples(corpus, config.model.context_length, data.eval_fraction) for corpus, _ in opened
     ])  # fmt: skip
     together(comm, lambda: _refuse_endless([corpus for corpus, _ in opened], data.packing))
-    objective = Masked(tokenizer, data.mask_fraction, data.whole_words) if config.model.arch == "bert" else Causal()
+    objective = objective_of(config.model, data, tokenizer)
     samples = Mixture(corpora, [part for _, part in opened]) if len(corpora) > 1 else corpora[0]
     stream = TextStream(samples, objective, data.packing, tokenizer.eos)
     said = [line for (_, part), of in zip(opened, corpora) for line in _of_corpus(of, opened[0][0].tokenizer.name, part)]
@@ -120,10 +121,5 @@ def _template(tokenizer: str) -> Template | None:
 def _fitting(config: Config, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer of the model; raises ConfigError where the model has no rows for all its ids."""
     tokenizer = tokenizer.with_mask() if config.model.arch == "bert" else tokenizer
-    rows = config.model.vocab_size
-    if rows and tokenizer.vocab_size > rows:
-        whose = f"{config.model.init_from} has" if config.model.init_from else f"--model.vocab-size {rows} makes"
-        raise ConfigError(
-            f"--data.tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, but {whose} {rows} rows for them"
-        )
+    refuse_more_ids(tokenizer, config.model)
     return tokenizer
