@@ -129,12 +129,16 @@ class Train:
     """Steps over which the learning rate rises from zero."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
+    optimizer: Literal["adamw", "sgd", "adafactor", "muon"] = "adamw"
+    """The update; muon is for the matrices of blocks, all else has adamw then."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay, on matrices only."""
+    """Weight decay, on matrices only; decoupled from the gradient except with sgd."""
     beta1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """adamw: decay of the first moment."""
     beta2: float = 0.95
-    """AdamW's decay of the second moment."""
+    """adamw: decay of the second moment."""
+    momentum: float = 0.95
+    """sgd, muon: decay of the momentum."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
     dtype: Literal["float32", "bfloat16"] = "float32"

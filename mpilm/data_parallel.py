@@ -67,7 +67,8 @@ class DataParallel:
         parameters = dict(model.named_parameters())
         together(comm, lambda: self._refuse(parameters))
         device = next(iter(parameters.values())).device
-        self.flat = FlatParameters(resolve({name: tuple(p.shape) for name, p in parameters.items()}, {}), device)
+        layouts = resolve({name: tuple(p.shape) for name, p in parameters.items()}, {})
+        self.flat = FlatParameters(layouts, device, rank=comm.rank, ranks=comm.size)
         for name, parameter in parameters.items():
             view = self.flat.parameter(name)
             view.copy_(parameter.detach())

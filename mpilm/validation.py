@@ -18,7 +18,7 @@ NOT_NEGATIVE = (
     "generate.temperature", "generate.top_k", "generate.seed",
 )  # fmt: skip
 MOST_THREADS = 1024  # of a rank: more than any node has cores, and many more end a process
-BELOW_ONE = ("model.dropout", "data.eval_fraction", "train.beta1", "train.beta2")
+BELOW_ONE = ("model.dropout", "data.eval_fraction", "train.beta1", "train.beta2", "train.momentum")
 
 
 def validate(config: Any) -> None:
@@ -68,6 +68,7 @@ CHOICES = {
     "data.packing": ("concat", "documents"),
     "data.too_long": ("truncate", "drop"),
     "data.encoding_errors": ("stop", "replace"),
+    "train.optimizer": ("adamw", "sgd", "adafactor", "muon"),
     "train.lr_schedule": ("cosine", "linear", "constant"),
     "train.dtype": ("float32", "bfloat16"),
     "train.device": ("auto", "cpu", "cuda"),

@@ -101,6 +101,10 @@ def pieces(tensors: Mapping[str, Tensor], sharding: Sharding, rank: int) -> dict
     }
 
 
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def state_of(tensors: Tensors, sharding: Sharding, rank: int) -> State:
     parameters, *moments = (pieces(tensors[kind], sharding, rank) for kind in KINDS)
     return State(
@@ -108,7 +112,8 @@ def state_of(tensors: Tensors, sharding: Sharding, rank: int) -> State:
         tokenizer=bytes_tokenizer(),
         template=None,
         trainer={"step": 7},
-        shapes={name: tuple(tensor.shape) for name, tensor in tensors["parameter"].items()},
+        shapes=shapes_of(tensors["parameter"]),
+        moment_shapes={kind: shapes_of(tensors[kind]) for kind in KINDS[1:]},
         parameters=parameters,
         moments=dict(zip(KINDS[1:], moments)),
         holders=sharding.__getitem__,
@@ -126,7 +131,7 @@ def loads_the_same(folder: Path, tensors: Tensors, sharding: Sharding, comm: Com
     moments = {
         kind: {piece: torch.full_like(tensor, -1.0) for piece, tensor in of.items()} for kind, of in expected.moments.items()
     }
-    load(folder, parameters, moments, expected.shapes, "llama", comm)
+    load(folder, parameters, moments, expected.shapes, expected.moment_shapes, "llama", comm)
     for found, wanted in zip((parameters, *moments.values()), (expected.parameters, *expected.moments.values())):
         assert all(torch.equal(found[piece], wanted[piece]) for piece in wanted)
 

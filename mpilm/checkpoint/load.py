@@ -38,6 +38,7 @@ def load(
     parameters: Mapping[Piece, Tensor],
     moments: Mapping[str, Mapping[Piece, Tensor]],
     shapes: Mapping[str, Shape],
+    moment_shapes: Mapping[str, Mapping[str, Shape]],
     arch: str,
     comm: Comm,
 ) -> None:
@@ -45,9 +46,9 @@ def load(
     `comm`; raises AgreedError on all ranks alike.
 
     `shapes`: every parameter of the whole model that has memory of its own; all of them are compared with the files on every
-    rank. `moments` is by kind, and may be empty.
+    rank. `moments` and their shapes are by kind, and may be empty.
     """
-    together(comm, lambda: _load(folder, parameters, moments, shapes, arch))
+    together(comm, lambda: _load(folder, parameters, moments, shapes, moment_shapes, arch))
 
 
 def _load(
@@ -55,11 +56,12 @@ def _load(
     parameters: Mapping[Piece, Tensor],
     moments: Mapping[str, Mapping[Piece, Tensor]],
     shapes: Mapping[str, Shape],
+    moment_shapes: Mapping[str, Mapping[str, Shape]],
     arch: str,
 ) -> None:
     _read_pieces(folder, "model", parameters, {name: published_name(name, arch) for name in shapes}, shapes)
-    for kind, pieces in moments.items():
-        _read_pieces(folder, "optimizer", pieces, {name: moment_name(name, kind) for name in shapes}, shapes)
+    for kind, of in moment_shapes.items():
+        _read_pieces(folder, "optimizer", moments[kind], {name: moment_name(name, kind) for name in of}, of)
 
 
 def moment_name(name: str, kind: str) -> str:

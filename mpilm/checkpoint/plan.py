@@ -24,11 +24,13 @@ Holders = Callable[[str], Sequence[tuple[int, int, Sequence[int]]]]  # parameter
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A float32 tensor of the whole model and its name in the file."""
+    """A float32 tensor of the whole model and its name in the file. `uncut`: its shape is not that of its parameter, and it
+    lies whole where the parameter lies whole."""
 
     name: str
     key: Key
     shape: Shape
+    uncut: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +148,7 @@ def _ranges(file: TensorFile, holders: Holders, size: int) -> Iterator[Range]:
     yield Range(file.header_key, 0, at, 0, range(size))
     for tensor in file.tensors:
         reached = 0
-        for first, end, ranks in holders(tensor.key[1]):
+        for first, end, ranks in _uncut(tensor, holders) if tensor.uncut else holders(tensor.key[1]):
             start, stop = first * ITEM_BYTES, end * ITEM_BYTES
             if start != reached or stop < start or not ranks:
                 raise ValueError(f"{tensor.key[1]}: element {reached // ITEM_BYTES} is held by nobody, or in two ranges")
@@ -155,6 +157,13 @@ def _ranges(file: TensorFile, holders: Holders, size: int) -> Iterator[Range]:
         if reached != tensor.nbytes:
             raise ValueError(f"{tensor.key[1]}: {reached // ITEM_BYTES} of {tensor.nbytes // ITEM_BYTES} elements are held")
         at += tensor.nbytes
+
+
+def _uncut(tensor: StoredTensor, holders: Holders) -> list[tuple[int, int, Sequence[int]]]:
+    found = holders(tensor.key[1])
+    if len(found) != 1:
+        raise ValueError(f"{tensor.key[1]} is held in parts, and its {tensor.key[0]} has another shape")
+    return [(0, prod(tensor.shape), found[0][2])]
 
 
 def _cut(ranges: Iterator[Range], block_bytes: int) -> Iterator[Range]:

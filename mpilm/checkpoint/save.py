@@ -48,9 +48,10 @@ class State:
     """What a checkpoint holds: this rank's pieces of parameters and moments, who holds the others, and the words about them.
 
     `shapes`: every parameter of the whole model that has memory of its own, at global shape, in model order, the same on all
-    ranks. `parameters`, and `moments` by kind, the same kinds in the same order on all ranks: flat contiguous float32 tensors
-    on any device. `holders`: pure and the same on all ranks: for a parameter, ranges of elements that cover it in order and
-    the world ranks that hold them; each of these ranks has a piece that contains the range.
+    ranks; `moment_shapes`: of their moments, by kind. `parameters`, and `moments` by kind: flat contiguous float32 tensors on
+    any device. `holders`: pure and the same on all ranks: for a parameter, ranges of elements that cover it in order and the
+    world ranks that hold them; each of these ranks has a piece that contains the range. A moment of another shape lies whole
+    where its parameter is whole.
     """
 
     model: Model
@@ -58,6 +59,7 @@ class State:
     template: Template | None
     trainer: Mapping[str, Any]  # trainer.json: step, tokens, data, versions, ...
     shapes: Mapping[str, Shape]
+    moment_shapes: Mapping[str, Mapping[str, Shape]]
     parameters: Mapping[Piece, Tensor]
     moments: Mapping[str, Mapping[Piece, Tensor]]
     holders: Holders
@@ -112,9 +114,9 @@ def _model_files(state: State) -> list[TensorFile]:
 
 def _optimizer_files(state: State) -> list[TensorFile]:
     tensors = [
-        StoredTensor(moment_name(name, kind), (kind, name), shape)
-        for kind in state.moments
-        for name, shape in _backward(state.shapes)
+        StoredTensor(moment_name(name, kind), (kind, name), shape, uncut=shape != state.shapes[name])
+        for kind, shapes in state.moment_shapes.items()
+        for name, shape in _backward(shapes)
     ]
     return tensor_files("optimizer", tensors, MAX_SHARD_BYTES)
 

@@ -104,23 +104,22 @@ class DealtSum:
         """The sums are complete: each round has been summed when it was there."""
 
     def _exchange(self, i: int, group: Group, gradient: Tensor | None) -> None:
-        buckets = self.flat.layout.buckets(group)
-        for number, (start, stop) in enumerate(buckets):
+        buckets = self.flat.layout.buckets_of(group)
+        for number, bucket in enumerate(buckets):
             if number >= len(self.exchanges):
                 self._fold(i, buckets[number - len(self.exchanges)], self.exchanges[number % len(self.exchanges)])
-            parts = [gradient[start - group.start : stop - group.start]] if gradient is not None else []
-            self.exchanges[number % len(self.exchanges)].start(self.rounds[i], parts, stop - start)
+            parts = [gradient[bucket[0] - group.start : bucket[1] - group.start]] if gradient is not None else []
+            self.exchanges[number % len(self.exchanges)].start(self.rounds[i], parts, bucket)
         for number in range(max(0, len(buckets) - len(self.exchanges)), len(buckets)):
             self._fold(i, buckets[number], self.exchanges[number % len(self.exchanges)])
 
     def _fold(self, i: int, bucket: Interval, exchange: TreeExchange) -> None:
         """Finish a bucket and put this rank's slice of it where the tree wants it."""
-        slices = self.flat.layout.slices(bucket, self.comm.size)
-        start = bucket[0] + sum(slices[: self.comm.rank])
+        start, stop = self.flat.layout.slice(bucket, self.comm.rank)
         nodes = exchange.finish()
-        if not slices[self.comm.rank]:
+        if stop == start:
             return
-        views = [buffer.view(start, start + slices[self.comm.rank]) for buffer in self.buffers]
+        views = [buffer.view(start, stop) for buffer in self.buffers]
         for step, node in zip(self.folds[i], nodes):
             views[step.buffer].copy_(node) if step.fresh else views[step.buffer].add_(node)
             for into, other in step.adds:

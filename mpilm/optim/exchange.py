@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Request
-from mpilm.parallel.shard import FlatLayout
+from mpilm.parallel.shard import FlatLayout, Interval
 from mpilm.parallel.tree import Range, combine
 
 
@@ -44,14 +44,13 @@ class TreeExchange:
 
     def __init__(self, comm: Comm, layout: FlatLayout, most: int, device: torch.device):
         self.comm, self.layout = comm, layout
-        longest = max(layout.slices((0, layout.bucket_numel), comm.size))
-        self.workspace = torch.empty(most * longest, device=device)
+        self.workspace = torch.empty(most * layout.longest_slice, device=device)
         self.requests: list[Request] = []
 
-    def start(self, step: Round, parts: Sequence[Tensor], numel: int) -> None:
-        """Send the slices of this rank's nodes of a bucket of `numel` elements, one message to each rank for each node."""
+    def start(self, step: Round, parts: Sequence[Tensor], bucket: Interval) -> None:
+        """Send the slices of this rank's nodes of a bucket, one message to each rank for each node."""
         comm, self.step = self.comm, step
-        slices = self.layout.slices((0, numel), comm.size)
+        slices = self.layout.slices(bucket)
         mine, none = slices[comm.rank], [0] * comm.size
         self.incoming = [self.workspace[:0]] * step.numel
         at = 0

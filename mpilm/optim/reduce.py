@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpilm.comm.base import Comm, Request
 from mpilm.optim.exchange import Round, TreeExchange
 from mpilm.parallel.flat import FlatParameters, FlatVector
+from mpilm.parallel.shard import Interval
 from mpilm.parallel.tree import Fold, block, fold_block
 
 IN_FLIGHT = 2  # buckets under way at once where nothing is to be overlapped
@@ -25,15 +26,15 @@ class BucketSum:
     def __init__(self, exchange: TreeExchange, step: Round, gather: bool):
         self.exchange, self.step, self.gather, self.gathering = exchange, step, gather, Request()
 
-    def start(self, parts: Sequence[Tensor]) -> None:
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
         self.gathering.wait()
-        self.parts = parts
-        self.exchange.start(self.step, parts, parts[0].numel())
+        self.parts, self.bucket = parts, bucket
+        self.exchange.start(self.step, parts, bucket)
 
     def finish(self) -> None:
         (total,) = self.exchange.finish()
         comm, sums = self.exchange.comm, self.parts[0]
-        slices = self.exchange.layout.slices((0, sums.numel()), comm.size)
+        slices = self.exchange.layout.slices(self.bucket)
         if self.gather:
             self.gathering = comm.iall_gather(total, sums, slices)
         else:
@@ -46,7 +47,7 @@ class LibrarySum:
     def __init__(self, comm: Comm):
         self.comm, self.gathering = comm, Request()
 
-    def start(self, parts: Sequence[Tensor]) -> None:
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
         self.gathering.wait()
         self.gathering = self.comm.iall_reduce(parts[0])
 
@@ -76,8 +77,7 @@ class BlockSum:
         self.buffers = [FlatVector.zeros(everything, flat.device) for _ in range(1 + max(f.buffer for f in self.folds))]
         self.views = [{name: flat.parameter(name, buffer) for name in flat.layout.slots} for buffer in self.buffers]
         self.sums = self.buffers[0]
-        buckets = [bucket for group in flat.layout.groups for bucket in flat.layout.buckets(group)]
-        self.buckets = buckets if comm.size > 1 else []
+        self.buckets = flat.layout.buckets if comm.size > 1 else []
         depth = len(self.buckets) if overlap else min(IN_FLIGHT, len(self.buckets))
         self.exchanges = [self._exchange(comm, microbatches, reproducible) for _ in range(depth)]
         self.parameters = dict(model.named_parameters())
@@ -142,12 +142,12 @@ class BlockSum:
     def _start_next(self) -> None:
         number = self.started
         self.started += 1
-        start, stop = self.buckets[number]
-        self._add(len(self.folds) - 1, start, stop)
+        bucket = self.buckets[number]
+        self._add(len(self.folds) - 1, *bucket)
         exchange = self.exchanges[number % len(self.exchanges)]
         if number >= len(self.exchanges):
             exchange.finish()
-        exchange.start([self.buffers[b].view(start, stop) for b in self.kept])
+        exchange.start([self.buffers[b].view(*bucket) for b in self.kept], bucket)
 
     def _watch(self) -> None:
         """Count, for each bucket, the parameters whose gradient it is still waiting for."""

@@ -52,9 +52,9 @@ class FlatParameters:
         alignment: int = ALIGNMENT,
     ):
         self.device, self.zero, self.rank, self.ranks = device, zero, rank, ranks
-        self.layout = FlatLayout(layouts.values(), alignment, apart=zero >= 2)
+        self.layout = FlatLayout(layouts.values(), alignment, apart=zero >= 2, ranks=ranks)
         everything, uses_end = [(0, self.layout.numel)], self.layout.uses_numel
-        self.shard = self.layout.shard(rank, ranks)
+        self.shard = self.layout.shard(rank)
         self.shares = zero < 3 and all(layout.tied_to in layouts for layout in layouts.values() if layout.tied_to)
         self.summed = self.shard if zero else everything
         """Intervals of which this rank has the summed gradient at the end of a step."""

@@ -72,12 +72,11 @@ class Unit:
         self.memory.take()
         self.coming = []
         for group in self.groups:
-            for start, stop in self.flat.layout.buckets(group):
-                counts = self.flat.layout.slices((start, stop), self.comm.size)
-                at = start + sum(counts[: self.comm.rank])
-                mine = self.flat.values.view(at, at + counts[self.comm.rank]) if counts[self.comm.rank] else self.whole[:0]
-                out = self.whole[start - self.start : stop - self.start]
-                self.coming.append(self.comm.iall_gather(mine, out, counts))
+            for bucket in self.flat.layout.buckets_of(group):
+                start, stop = self.flat.layout.slice(bucket, self.comm.rank)
+                mine = self.flat.values.view(start, stop) if stop > start else self.whole[:0]
+                out = self.whole[bucket[0] - self.start : bucket[1] - self.start]
+                self.coming.append(self.comm.iall_gather(mine, out, self.flat.layout.slices(bucket)))
 
     def wait(self) -> None:
         """Returns when the parameters are whole."""
@@ -173,10 +172,9 @@ def gather_shards(flat: FlatParameters, comm: Comm) -> None:
     """Bring the shards that the data ranks have updated together in everybody's values (ZeRO-1 and 2). Collective."""
     coming: list[Request] = []
     first = flat.values.intervals[0][0]
-    for start, stop in [bucket for group in flat.layout.groups for bucket in flat.layout.buckets(group) if bucket[0] >= first]:
-        counts = flat.layout.slices((start, stop), comm.size)
-        at = start + sum(counts[: comm.rank])
-        coming.append(comm.iall_gather(flat.values.view(at, at + counts[comm.rank]), flat.values.view(start, stop), counts))
+    for bucket in [bucket for bucket in flat.layout.buckets if bucket[0] >= first]:
+        mine = flat.values.view(*flat.layout.slice(bucket, comm.rank))
+        coming.append(comm.iall_gather(mine, flat.values.view(*bucket), flat.layout.slices(bucket)))
         if len(coming) > IN_FLIGHT:
             coming.pop(0).wait()
     for request in coming:

@@ -13,7 +13,7 @@ class Layout:
 
     `sum_over`: mesh axes over which its gradient is partial. `tied_to`: the parameter whose value this one always has; each
     of the two has a gradient of its own; `uses`: those tied to this one. `decays`: whether weight decay applies. `stage`: the
-    part of the pipeline that has it.
+    part of the pipeline that has it. `whole`: its optimizer wants all of it at once, so that ZeRO gives it to one rank uncut.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Layout:
     tied_to: str | None = None
     stage: int = 0
     uses: tuple[str, ...] = ()
+    whole: bool = False
 
     @property
     def numel(self) -> int:
@@ -30,21 +31,27 @@ class Layout:
 
 
 def resolve(
-    shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str], stage_of: Callable[[str], int] = lambda name: 0
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: Mapping[str, str],
+    stage_of: Callable[[str], int] = lambda name: 0,
+    whole: Callable[[str, tuple[int, ...]], bool] = lambda name, shape: False,
 ) -> dict[str, Layout]:
     """The layout of each named parameter of a model, in the order in which forward uses them.
 
-    `tied` maps a parameter to the one whose value it has. Raises ValueError for a tie between parameters that do not exist or
-    differ in shape.
+    `tied` maps a parameter to the one whose value it has; `whole` says of a name and a shape whether ZeRO leaves it uncut.
+    Raises ValueError for a tie between parameters that do not exist or differ in shape.
     """
     for name, owner in tied.items():
         if shapes.get(name) is None or shapes.get(name) != shapes.get(owner):
             raise ValueError(f"{name} {shapes.get(name)} cannot be tied to {owner} {shapes.get(owner)}")
     uses = {owner: tuple(name for name in tied if tied[name] == owner) for owner in tied.values()}
     return {
-        name: Layout(name, tuple(shape), ("data",), len(shape) >= 2, tied.get(name), stage_of(name), uses.get(name, ()))
+        name: Layout(
+            name, tuple(shape), ("data",), len(shape) >= 2, tied.get(name), stage_of(name), uses.get(name, ()),
+            whole(name, tuple(shape)),
+        )
         for name, shape in shapes.items()
-    }
+    }  # fmt: skip
 
 
 def owned(layouts: Mapping[str, Layout]) -> list[Layout]:

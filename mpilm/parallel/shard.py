@@ -3,12 +3,12 @@
 The parameters of a stage lie in one flat vector, one slot after the other, in the reverse of the order in which forward
 uses them, which is the order in which backward is done with their gradients. The vector is cut into groups (what is
 exchanged together), groups into buckets (what travels at once), and a bucket into one slice a data rank. Under ZeRO a rank
-owns its slice of every bucket.
+owns its slice of every bucket. The buckets of a parameter that is to stay whole are one rank's, and the others' slices empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mpilm.parallel.layout import Layout
@@ -47,10 +47,10 @@ class FlatLayout:
 
     Tied uses come first. Offsets, and so all slices, are multiples of `alignment`: 16 elements for each thread of a rank, so
     that a kernel's vectors, and what is left over at the end of a thread's share, fall alike however the vector is cut.
-    `apart`: every unit is a group of its own (ZeRO-2 and 3), or else small ones are grouped together.
+    `ranks`: of the data axis. `apart`: every unit is a group of its own (ZeRO-2 and 3); or else small ones are together.
     """
 
-    def __init__(self, layouts: Iterable[Layout], alignment: int = ALIGNMENT, apart: bool = False):
+    def __init__(self, layouts: Iterable[Layout], alignment: int = ALIGNMENT, apart: bool = False, ranks: int = 1):
         backward_order = list(layouts)[::-1]
         self.alignment = alignment
         self.slots: dict[str, tuple[int, Layout]] = {}
@@ -60,6 +60,11 @@ class FlatLayout:
             self.numel += self._padded(layout.numel)
         self.uses_numel = sum(self._padded(x.numel) for x in backward_order if x.tied_to is not None)
         self.groups = _groups(self, BUCKET if not apart else 0)
+        self.ranks = ranks
+        self.owners = _owners([layout for _, layout in self.slots.values() if layout.whole], ranks)
+        cut = {group: dict(self._cut(group)) for group in self.groups}
+        self._buckets = {group: list(of) for group, of in cut.items()}
+        self._slices = {bucket: slices for of in cut.values() for bucket, slices in of.items()}
 
     def _padded(self, numel: int) -> int:
         return -(-numel // self.alignment) * self.alignment
@@ -69,28 +74,54 @@ class FlatLayout:
         at, layout = self.slots[name]
         return at, at + self._padded(layout.numel)
 
+    def _cut(self, group: Group) -> Iterator[tuple[Interval, list[int]]]:
+        """The buckets of a group, and the elements of each that each rank owns."""
+        full = max(self.alignment, BUCKET // self.alignment * self.alignment)
+        for (start, stop), owner in self._stretches(group):
+            for at in range(start, stop, full):
+                numel = min(full, stop - at)
+                slices = [0] * self.ranks if owner is not None else slice_counts(numel, self.ranks, self.alignment)
+                if owner is not None:
+                    slices[owner] = numel
+                yield (at, at + numel), slices
+
+    def _stretches(self, group: Group) -> list[tuple[Interval, int | None]]:
+        """A group in parts that are one rank's, or everybody's."""
+        found: list[tuple[Interval, int | None]] = []
+        for name in group.names:
+            (start, stop), owner = self.slot(name), self.owners.get(name)
+            if found and owner is None and found[-1][1] is None:
+                start = found.pop()[0][0]
+            found.append(((start, stop), owner))
+        return found
+
     @property
-    def bucket_numel(self) -> int:
-        """The elements of a full bucket."""
-        return max(self.alignment, BUCKET // self.alignment * self.alignment)
+    def buckets(self) -> list[Interval]:
+        """All buckets, in order."""
+        return list(self._slices)
 
-    def buckets(self, group: Group) -> list[Interval]:
-        """A group in parts, the last of which may be short."""
-        return [(at, min(at + self.bucket_numel, group.stop)) for at in range(group.start, group.stop, self.bucket_numel)]
+    def buckets_of(self, group: Group) -> list[Interval]:
+        """The buckets of a group; the last of a stretch may be short."""
+        return self._buckets[group]
 
-    def slices(self, bucket: Interval, ranks: int) -> list[int]:
-        """The elements of a bucket that each rank owns, in rank order; the last slices may be short or empty."""
-        return slice_counts(bucket[1] - bucket[0], ranks, self.alignment)
+    def slices(self, bucket: Interval) -> list[int]:
+        """The elements of a bucket that each rank owns, in rank order; some may be none."""
+        return self._slices[bucket]
 
-    def shard(self, rank: int, ranks: int) -> list[Interval]:
-        """What one of `ranks` data ranks owns: its slice of every bucket, empty ones left out."""
-        found = []
-        for group in self.groups:
-            for start, stop in self.buckets(group):
-                counts = self.slices((start, stop), ranks)
-                at = start + sum(counts[:rank])
-                found.append((at, at + counts[rank]))
-        return [(start, stop) for start, stop in found if stop > start]
+    def slice(self, bucket: Interval, rank: int) -> Interval:
+        """Where the elements of a bucket lie that a rank owns."""
+        counts = self._slices[bucket]
+        start = bucket[0] + sum(counts[:rank])
+        return start, start + counts[rank]
+
+    @property
+    def longest_slice(self) -> int:
+        """The most elements of a bucket that a rank owns."""
+        return max(max(slices) for slices in self._slices.values())
+
+    def shard(self, rank: int) -> list[Interval]:
+        """What a data rank owns: its slice of every bucket, neighbours joined."""
+        return join(self.slice(bucket, rank) for bucket in self._slices)
 
     def pieces(self, intervals: Sequence[Interval]) -> dict[Piece, int]:
         """The parts of parameters that lie in sorted intervals, and where; padding left out."""
@@ -107,7 +138,7 @@ def _groups(flat: FlatLayout, merge_up_to: int) -> list[Group]:
     groups: list[tuple[str, Group, bool]] = []
     for name, (_, layout) in flat.slots.items():
         start, stop = flat.slot(name)
-        alone = layout.tied_to is not None or bool(layout.uses)
+        alone = _is_tied(layout)
         if groups:
             unit, last, last_alone = groups[-1]
             together = unit == unit_of(name) or stop - last.start <= merge_up_to
@@ -116,6 +147,21 @@ def _groups(flat: FlatLayout, merge_up_to: int) -> list[Group]:
                 continue
         groups.append((unit_of(name), Group((name,), start, stop), alone))
     return [group for _, group, _ in groups]
+
+
+def _owners(wholes: Sequence[Layout], ranks: int) -> dict[str, int]:
+    """The rank that has each of these parameters: the large ones first, each to the rank that has least so far. The two ends of
+    a tie, which may be on different stages, are rank 0's."""
+    load, owners = [0] * ranks, {}
+    for layout in sorted(wholes, key=lambda layout: (not _is_tied(layout), -layout.numel)):
+        owner = 0 if _is_tied(layout) else min(range(ranks), key=load.__getitem__)
+        owners[layout.name] = owner
+        load[owner] += layout.numel
+    return owners
+
+
+def _is_tied(layout: Layout) -> bool:
+    return layout.tied_to is not None or bool(layout.uses)
 
 
 def slice_counts(numel: int, parts: int, alignment: int = ALIGNMENT) -> list[int]:
@@ -139,15 +185,25 @@ def intersect(ours: Sequence[Interval], theirs: Sequence[Interval]) -> list[Inte
     return found
 
 
-def holders(name: str, flat: FlatLayout, ranks: int, sharded: bool) -> list[tuple[int, int, list[int]]]:
+def join(intervals: Iterable[Interval]) -> list[Interval]:
+    """Sorted intervals with empty ones left out and neighbours made one."""
+    found: list[Interval] = []
+    for start, stop in intervals:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found += [(start, stop)] if stop > start else []
+    return found
+
+
+def holders(name: str, flat: FlatLayout, sharded: bool) -> list[tuple[int, int, list[int]]]:
     """Ranges of a parameter's elements in their order, and the data ranks that hold each."""
     at, layout = flat.slots[name]
-    if not sharded:
-        return [(0, layout.numel, list(range(ranks)))]
-    found = []
-    buckets = [bucket for group in flat.groups if name in group.names for bucket in flat.buckets(group)]
-    for start, stop in buckets:
-        for rank, count in enumerate(flat.slices((start, stop), ranks)):
-            found += [(s - at, e - at, [rank]) for s, e in intersect([(start, start + count)], [(at, at + layout.numel)])]
-            start += count
-    return found
+    if not sharded or layout.whole:
+        return [(0, layout.numel, [flat.owners[name]] if sharded else list(range(flat.ranks)))]
+    (group,) = (group for group in flat.groups if name in group.names)
+    return [
+        (start - at, stop - at, [rank])
+        for bucket in flat.buckets_of(group)
+        for rank in range(flat.ranks)
+        for start, stop in intersect([flat.slice(bucket, rank)], [(at, at + layout.numel)])
+    ]

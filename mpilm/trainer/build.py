@@ -81,7 +81,8 @@ def _fill(model: ShardedModel, folder: RunFolder, world: Comm) -> None:
     """Give the model the state to go on from, the weights to start with, or random ones. Collective."""
     config = model.config
     if folder.checkpoint is not None:
-        load(folder.checkpoint, model.pieces(), model.optimizer.pieces(), model.shapes, config.model.arch, world)
+        moments, arch = model.optimizer.pieces(), config.model.arch
+        load(folder.checkpoint, model.pieces(), moments, model.shapes, model.moment_shapes, arch, world)
         model.optimizer.set_step(folder.step)
         model.publish()
     elif config.model.init_from:

@@ -55,8 +55,8 @@ def save_checkpoint(run: Training, done: int, eval_loss: float | None) -> Path:
     model = run.model
     material = run.material
     state = State(
-        config.model, material.tokenizer, material.template, trainer, model.shapes, model.pieces(), model.optimizer.pieces(),
-        model.holders,
+        config.model, material.tokenizer, material.template, trainer, model.shapes, model.moment_shapes, model.pieces(),
+        model.optimizer.pieces(), model.holders,
     )  # fmt: skip
     folder = save(run.folder.checkpoints, done, state, run.mesh.world)
     if run.mesh.rank == 0:

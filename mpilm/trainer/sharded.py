@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from mpilm.config import Config, microbatches
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
-from mpilm.optim.adamw import AdamW
 from mpilm.optim.dealt import DealtSum
+from mpilm.optim.optimizer import Optimizer, moment_shapes
 from mpilm.optim.reduce import BlockSum
 from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.layout import of_stage
+from mpilm.parallel.layout import of_stage, owned
 from mpilm.parallel.pipeline.execute import Timed
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
@@ -35,7 +35,7 @@ class ShardedModel(StagedModel):
         total = microbatches(config)
         self.numbers = dealt(self.data.rank, self.data.size, total) if self.zero >= 2 else range(*self._block(total))
         """The microbatches of this replica, in the order in which it computes them."""
-        self.optimizer = AdamW(self.flats, config.train)
+        self.optimizer = Optimizer(self.flats, config.train)
         parallel = config.parallel
         actions = schedule(
             parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatches(config, mesh.shape)
@@ -51,25 +51,29 @@ class ShardedModel(StagedModel):
             self.gradients[stage] = BlockSum(flat, model, self.data, total, train.reproducible, overlap=overlap)
         return self.gradients[stage]
 
+    @property
+    def moment_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Global shapes of all moments, by kind and parameter."""
+        return moment_shapes(self.config.train.optimizer, {layout.name: layout for layout in owned(self.layouts)})
+
     def holders(self, name: str) -> list[tuple[int, int, list[int]]]:
         """Ranges of a parameter's elements, and the ranks of the world that update each. Pure, the same on all ranks."""
         stage, shape = self.layouts[name].stage, self.mesh.shape
         if stage not in self._elsewhere:
             layouts = of_stage(self.layouts, stage).values()
-            self._elsewhere[stage] = FlatLayout(layouts, self.alignment, apart=self.zero >= 2)
+            self._elsewhere[stage] = FlatLayout(layouts, self.alignment, apart=self.zero >= 2, ranks=self.data.size)
         flat = self._elsewhere[stage]
         place = {**dict.fromkeys(self.mesh.coordinate, 0), "pipeline": stage % self.pipeline.size}
         return [
             (start, stop, [shape.rank({**place, "data": data}) for data in ranks])
-            for start, stop, ranks in holders(name, flat, self.data.size, self.zero > 0)
+            for start, stop, ranks in holders(name, flat, self.zero > 0)
         ]
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes of weights, moments, partial sums of gradients and what their exchange needs, on this rank; passing: of weights
         and gradients that are whole only while they are used."""
         weights = 4 * sum(flat.values.tensor.numel() for flat in self.flats.values())
-        moments = 4 * sum(vector.tensor.numel() for of in self.optimizer.moments.values() for vector in of.values())
-        found = {"weights": weights, "moments": moments, "gradients": 0, "exchange": 0, "passing": 0}
+        found = {"weights": weights, "moments": self.optimizer.held_bytes, "gradients": 0, "exchange": 0, "passing": 0}
         for stage, gradients in self.gradients.items():
             found["passing"] = max(found["passing"], self.stages[stage].presence.held_bytes)
             for part, count in gradients.held_bytes.items():

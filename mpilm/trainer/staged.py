@@ -13,12 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mpilm.config import Config, Model
+from mpilm.config import Config, Model, Train
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
 from mpilm.model.cache import Cache
 from mpilm.model.families import build, initial_std, tied
 from mpilm.model.init import initial_value
+from mpilm.optim.optimizer import stays_whole
 from mpilm.parallel.cut import keep_stage
 from mpilm.parallel.deferred import Store, defer
 from mpilm.parallel.flat import FlatParameters
@@ -49,7 +50,7 @@ class StagedModel:
         self.vocab_size, self.alignment = vocab_size, alignment
         self.pipeline, self.data = mesh.comm("pipeline"), mesh.comm("data")
         self.zero = config.parallel.zero
-        self.layouts = resolve_layouts(config.model, vocab_size, cut)
+        self.layouts = resolve_layouts(config.model, vocab_size, cut, config.train.optimizer)
         self.flats: dict[int, FlatParameters] = {}
         self.stages = {stage: self._stage(stage) for stage in range(self.pipeline.rank, len(cut), self.pipeline.size)}
         self.ties = Ties(self.layouts, self.flats, self.pipeline)
@@ -159,10 +160,10 @@ def draw(flat: FlatParameters, shape: Model, seed: int) -> None:
         values.copy_(drawn[1][piece.start : piece.stop])
 
 
-def resolve_layouts(shape: Model, vocab_size: int, cut: Sequence[int]) -> dict[str, Layout]:
+def resolve_layouts(shape: Model, vocab_size: int, cut: Sequence[int], optimizer: str = Train.optimizer) -> dict[str, Layout]:
     """The layout of every parameter of the model whose stages have so many blocks each."""
     shapes = {name: tuple(p.shape) for name, p in meta_model(shape, vocab_size).named_parameters()}
-    return resolve(shapes, tied(shape), partial(stage_of, cut=cut))
+    return resolve(shapes, tied(shape), partial(stage_of, cut=cut), stays_whole(optimizer))
 
 
 def autocast_of(dtype: str, device: torch.device) -> Autocast:

@@ -11,6 +11,8 @@ from text import tiny, write_tokens
 from mpilm.comm.threads import run_ranks
 from mpilm.config import Generate
 from mpilm.model.size import parameter_count
+from mpilm.optim.optimizer import RULES
+from mpilm.parallel.layout import of_stage, owned
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import SCHEDULES, schedule
 from mpilm.parallel.pipeline.simulate import simulate
@@ -97,6 +99,7 @@ def jobs(draw):
         train__micro_batch=micro_batch,
         train__recompute=draw(st.sampled_from(["none", "attention", "block"])),
         train__dtype=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
+        train__optimizer=draw(st.sampled_from(list(RULES))),
     )
     return size, config, draw(st.sampled_from([64, 1024, BUCKET]))
 
@@ -112,6 +115,19 @@ def jobs(draw):
 )  # fmt: skip
 def test_so_has_every_family(family, size, layout, recompute):
     assert_serial(size, small(**layout, **FAMILIES[family], train__recompute=recompute))
+
+
+@pytest.mark.parametrize("optimizer", [name for name in RULES if name != "adamw"])
+@pytest.mark.parametrize(
+    ("size", "layout", "tie"),
+    [
+        (1, on(schedule="zero-bubble"), True), (3, on(zero=1), True), (3, on(zero=3), False), (8, on(zero=2), True),
+        (2, on(2), True), (4, on(2, zero=3), True), (4, on(2, "interleaved", 1), False), (6, on(3, "zero-bubble", 2), True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_so_has_every_optimizer(size, layout, tie, optimizer):
+    assert_serial(size, small(**layout, model__tie_embeddings=tie, train__optimizer=optimizer, train__lr=0.02))
 
 
 @settings(max_examples=12, deadline=None)
@@ -203,6 +219,14 @@ def test_a_run_goes_on_on_another_layout(tmp_path, data, uninterrupted, first, t
     assert trained(job(data, tmp_path / "run", **then[1]), then[0]) == uninterrupted
 
 
+@pytest.mark.parametrize("optimizer", [name for name in RULES if name != "adamw"])
+def test_so_it_does_with_every_optimizer(tmp_path, data, optimizer):
+    own = {"train__optimizer": optimizer}
+    whole = trained(job(data, tmp_path / "whole", **own), 1)
+    stopped(job(data, tmp_path / "run", **on(2, zero=3), **own), 6, at=3)
+    assert trained(job(data, tmp_path / "run", **on(2, zero=1), **own), 4) == whole
+
+
 # What is held meanwhile.
 
 
@@ -289,14 +313,14 @@ def test_a_rank_holds_its_shard_of_what_is_sharded(size, pipeline, zero):
     def body(comm):
         model = sharded(config, comm)
         ((stage, flat),) = model.flats.items()
-        moments = [of[stage].tensor.numel() for of in model.optimizer.moments.values()]
+        moments = [sum(x.numel() for x in of.values()) for of in model.optimizer.pieces().values()]
         assert moments[0] == moments[1]
         held = {1: moments[0], 2: model.sums[stage].tensor.numel(), 3: flat.values.tensor.numel()}  # from which ZeRO on
         for sharded_from, numel in held.items():
             if zero >= sharded_from:
                 assert numel <= flat.layout.numel / model.data.size + len(flat.layout.groups) * ALIGNMENT
             else:
-                assert numel >= flat.layout.numel - flat.layout.uses_numel
+                assert numel >= sum(layout.numel for layout in owned(of_stage(model.layouts, stage)))
         return model.held_numel
 
     copy = VOCAB_SIZE * config.model.d_model if pipeline > 1 or zero == 3 else 0  # of the embedding, for the head

@@ -19,20 +19,23 @@ some = settings(max_examples=40, deadline=None)
 
 
 @st.composite
-def layouts(draw, tie=None):
-    """Parameters of a few blocks, of odd sizes, with a tied head or without."""
+def layouts(draw, tie=None, whole=None):
+    """Parameters of a few blocks, of odd sizes, with a tied head or without; none stays whole, or the matrices, or all."""
     dims, tie = st.integers(1, 40), draw(st.booleans()) if tie is None else tie
     shapes = {"embed.weight": (draw(dims), draw(dims))}
     for block in range(draw(st.integers(1, 3))):
         for name in draw(st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=3, unique=True)):
             shapes[f"blocks.{block}.{name}.weight"] = tuple(draw(st.lists(dims, min_size=1, max_size=2)))
     shapes |= {"norm.weight": (draw(dims),), "head.weight": shapes["embed.weight"]}
-    return resolve(shapes, {"head.weight": "embed.weight"} if tie else {})
+    least = draw(st.sampled_from([1, 2, 3])) if whole is None else 1 if whole else 3  # dims
+    return resolve(shapes, {"head.weight": "embed.weight"} if tie else {}, whole=lambda name, shape: len(shape) >= least)
 
 
 @st.composite
-def flat_layouts(draw, tie=None):
-    return FlatLayout(draw(layouts(tie)).values(), ALIGNMENT * draw(THREADS), apart=draw(st.booleans()))
+def flat_layouts(draw, tie=None, whole=None):
+    with small_buckets(draw(BUCKETS)):
+        table = draw(layouts(tie, whole))
+        return FlatLayout(table.values(), ALIGNMENT * draw(THREADS), draw(st.booleans()), draw(RANKS))
 
 
 def elements(intervals):
@@ -40,21 +43,19 @@ def elements(intervals):
 
 
 @some
-@given(flat_layouts(), RANKS, BUCKETS)
-def test_the_shards_are_the_flat_vector_cut_up(flat, ranks, bucket):
-    with small_buckets(bucket):
-        shards = [flat.shard(rank, ranks) for rank in range(ranks)]
+@given(flat_layouts())
+def test_the_shards_are_the_flat_vector_cut_up(flat):
+    shards = [flat.shard(rank) for rank in range(flat.ranks)]
     assert sorted(i for shard in shards for i in elements(shard)) == list(range(flat.numel))
     for shard in shards:
         assert all(start < stop for start, stop in shard)
-        assert all(one[1] <= other[0] for one, other in pairwise(shard))
+        assert all(one[1] < other[0] for one, other in pairwise(shard))
 
 
 @some
-@given(flat_layouts(), RANKS, BUCKETS)
-def test_the_pieces_of_all_ranks_are_every_parameter_once(flat, ranks, bucket):
-    with small_buckets(bucket):
-        found = [flat.pieces(flat.shard(rank, ranks)) for rank in range(ranks)]
+@given(flat_layouts())
+def test_the_pieces_of_all_ranks_are_every_parameter_once(flat):
+    found = [flat.pieces(flat.shard(rank)) for rank in range(flat.ranks)]
     of = {name: [] for name in flat.slots}
     for pieces in found:
         for piece, at in pieces.items():
@@ -64,34 +65,56 @@ def test_the_pieces_of_all_ranks_are_every_parameter_once(flat, ranks, bucket):
 
 
 @some
-@given(flat_layouts(), RANKS, BUCKETS)
-def test_holders_say_who_has_which_piece(flat, ranks, bucket):
-    with small_buckets(bucket):
-        shards = [flat.pieces(flat.shard(rank, ranks)) for rank in range(ranks)]
-        for name, (_, layout) in flat.slots.items():
-            held = holders(name, flat, ranks, sharded=True)
-            assert [start for start, _, _ in held] == [0, *(stop for _, stop, _ in held[:-1])]
-            assert held[-1][1] == layout.numel
-            for rank, pieces in enumerate(shards):
-                theirs = [range(start, stop) for start, stop, who in held if who == [rank]]
-                mine = [range(piece.start, piece.stop) for piece in pieces if piece.name == name]
-                assert [i for part in theirs for i in part] == [i for part in mine for i in part]
-            assert holders(name, flat, ranks, sharded=False) == [(0, layout.numel, list(range(ranks)))]
+@given(flat_layouts())
+def test_holders_say_who_has_which_piece(flat):
+    shards = [flat.pieces(flat.shard(rank)) for rank in range(flat.ranks)]
+    for name, (_, layout) in flat.slots.items():
+        held = holders(name, flat, sharded=True)
+        assert [start for start, _, _ in held] == [0, *(stop for _, stop, _ in held[:-1])]
+        assert held[-1][1] == layout.numel
+        for rank, pieces in enumerate(shards):
+            theirs = [range(start, stop) for start, stop, who in held if who == [rank]]
+            mine = [range(piece.start, piece.stop) for piece in pieces if piece.name == name]
+            assert [i for part in theirs for i in part] == [i for part in mine for i in part]
+        assert holders(name, flat, sharded=False) == [(0, layout.numel, list(range(flat.ranks)))]
 
 
 @some
-@given(flat_layouts(), BUCKETS)
-def test_groups_are_the_flat_vector_in_order(flat, bucket):
+@given(flat_layouts(whole=True))
+def test_what_is_to_stay_whole_is_one_ranks(flat):
+    shards = [flat.pieces(flat.shard(rank)) for rank in range(flat.ranks)]
+    for name, (_, layout) in flat.slots.items():
+        assert [Piece(name, 0, layout.numel) in pieces for pieces in shards].count(True) == 1
+    loads = [sum(piece.numel for piece in pieces) for pieces in shards]
+    tied = sum(layout.numel for _, layout in flat.slots.values() if layout.tied_to)  # both its ends are rank 0's
+    assert max(loads) - min(loads) <= max(layout.numel for _, layout in flat.slots.values()) + tied
+
+
+@some
+@given(flat_layouts())
+def test_groups_are_the_flat_vector_in_order(flat):
     assert [name for group in flat.groups for name in group.names] == list(flat.slots)
     assert [group.start for group in flat.groups] == [0, *(group.stop for group in flat.groups[:-1])]
     assert flat.groups[-1].stop == flat.numel
-    with small_buckets(bucket):
-        for group in flat.groups:
-            buckets = flat.buckets(group)
-            assert buckets[0][0] == group.start
-            assert all(one[1] == other[0] for one, other in pairwise(buckets))
-            assert buckets[-1][1] == group.stop
-            assert all(0 < stop - start <= bucket for start, stop in buckets)
+    for group in flat.groups:
+        buckets = flat.buckets_of(group)
+        assert buckets[0][0] == group.start
+        assert all(one[1] == other[0] for one, other in pairwise(buckets))
+        assert buckets[-1][1] == group.stop
+        assert all(sum(flat.slices((start, stop))) == stop - start > 0 for start, stop in buckets)
+    assert flat.buckets == [bucket for group in flat.groups for bucket in flat.buckets_of(group)]
+    assert flat.longest_slice == max(
+        stop - start for b in flat.buckets for r in range(flat.ranks) for start, stop in [flat.slice(b, r)]
+    )
+
+
+@given(BUCKETS, RANKS)
+@settings(max_examples=20, deadline=None)
+def test_no_bucket_is_longer_than_a_bucket(numel, ranks):
+    with small_buckets(numel):
+        table = resolve({"embed.weight": (300, 41), "norm.weight": (41,)}, {}, whole=lambda name, shape: len(shape) > 1)
+        flats = [FlatLayout(of.values(), ranks=ranks) for of in (table, resolve({"embed.weight": (300, 41)}, {}))]
+    assert all(stop - start <= numel for flat in flats for start, stop in flat.buckets)
 
 
 @some
@@ -116,15 +139,15 @@ def test_units_are_not_torn_apart_and_each_is_a_group_where_that_is_asked_for(ta
 def test_what_is_tied_stays_alone_and_both_ends_are_cut_alike(table, ranks, threads, bucket, apart):
     """Also where they are on two stages: then each lies in another vector."""
     with small_buckets(bucket):
-        whole = FlatLayout(table.values(), ALIGNMENT * threads, apart)
+        whole = FlatLayout(table.values(), ALIGNMENT * threads, apart, ranks)
         halves = [
-            FlatLayout([x for x in table.values() if (x.name == "embed.weight") == first], ALIGNMENT * threads, apart)
+            FlatLayout([x for x in table.values() if (x.name == "embed.weight") == first], ALIGNMENT * threads, apart, ranks)
             for first in (True, False)
         ]
         for flat in (whole, *halves):
             assert all(len(group.names) == 1 for group in flat.groups if {"embed.weight", "head.weight"} & {*group.names})
         held = [
-            holders(name, flat, ranks, sharded=True)
+            holders(name, flat, sharded=True)
             for name, flats in (("embed.weight", (whole, halves[0])), ("head.weight", (whole, halves[1])))
             for flat in flats
         ]
@@ -132,20 +155,20 @@ def test_what_is_tied_stays_alone_and_both_ends_are_cut_alike(table, ranks, thre
 
 
 @some
-@given(flat_layouts(), RANKS, BUCKETS)
-def test_slots_and_slices_begin_at_aligned_places(flat, ranks, bucket):
+@given(flat_layouts())
+def test_slots_and_slices_begin_at_aligned_places(flat):
     assert all(at % flat.alignment == 0 for at, _ in flat.slots.values())
     assert flat.numel % flat.alignment == 0
-    with small_buckets(bucket):
-        for rank in range(ranks):
-            assert all(start % flat.alignment == 0 for start, _ in flat.shard(rank, ranks))
+    for rank in range(flat.ranks):
+        assert all(start % flat.alignment == 0 for start, _ in flat.shard(rank))
 
 
 @pytest.mark.parametrize("threads", [1, 3, 12, 64])
 def test_slices_of_large_parameters_are_aligned_for_any_number_of_threads(threads):
-    flat = FlatLayout(resolve({"embed.weight": (1000, 4000), "norm.weight": (4000,)}, {}).values(), ALIGNMENT * threads)
+    table = resolve({"embed.weight": (1000, 4000), "norm.weight": (4000,)}, {})
+    flat = FlatLayout(table.values(), ALIGNMENT * threads, ranks=3)
     for rank in range(3):
-        assert all(start % flat.alignment == 0 for start, _ in flat.shard(rank, 3))
+        assert all(start % flat.alignment == 0 for start, _ in flat.shard(rank))
 
 
 def test_the_order_is_that_of_backward_tied_uses_first():
@@ -182,7 +205,7 @@ def test_intersections_are_what_both_have(ours, theirs):
 def test_a_shard_is_about_one_part_of_the_whole():
     table = resolve({f"blocks.{i}.{x}.weight": (64, 100) for i in range(4) for x in "ab"}, {})
     for ranks in (2, 3, 8):
-        flat = FlatLayout(table.values(), apart=True)
-        sizes = [sum(stop - start for start, stop in flat.shard(rank, ranks)) for rank in range(ranks)]
+        flat = FlatLayout(table.values(), apart=True, ranks=ranks)
+        sizes = [sum(stop - start for start, stop in flat.shard(rank)) for rank in range(ranks)]
         assert sum(sizes) == sum(prod(layout.shape) for layout in table.values())
         assert max(sizes) <= flat.numel / ranks + len(flat.groups) * ALIGNMENT
