@@ -15,6 +15,16 @@ from mpilm.errors import ConfigError
 T = TypeVar("T")
 
 
+LORA_TARGETS = {
+    "llama": ("q", "k", "v", "o", "gate", "up", "down"),
+    "qwen": ("q", "k", "v", "o", "gate", "up", "down"),
+    "mixtral": ("q", "k", "v", "o"),
+    "gpt2": ("qkv", "o", "up", "down"),
+    "bert": ("q", "k", "v", "o", "up", "down"),
+}
+"""The matrices of a block that may have an adapter: all but those of experts, which other programs keep in one."""
+
+
 @dataclass(frozen=True)
 class Model:
     """The shape of the network."""
@@ -57,6 +67,12 @@ class Model:
     """mixtral: weight of the loss that spreads the tokens evenly over the experts."""
     norm_eps: float = 1e-5
     """Added to the mean square inside norms."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank (LoRA) and leave the model of init-from as it is; 0: train the model."""
+    lora_alpha: float = 16.0
+    """Adapters are multiplied by lora-alpha over lora-rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Matrices that have an adapter, of q k v o gate up down (gpt2: qkv o up down); empty: all, of mixtral q k v o."""
 
 
 @dataclass(frozen=True)

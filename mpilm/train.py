@@ -11,6 +11,7 @@ import sys
 
 from mpilm.cli import parse
 from mpilm.config import Config, replaced, resolve
+from mpilm.errors import ConfigError
 from mpilm.guard.launch import Body, run
 from mpilm.presets import PRESETS
 
@@ -21,6 +22,8 @@ DESCRIPTION = (
 
 def prepare() -> Body:
     config = resolve(parse(sys.argv[1:], Config(), "train", DESCRIPTION, PRESETS))
+    if config.model.lora_rank and not config.model.init_from:
+        raise ConfigError("--model.lora-rank adapts a model that is there: name it with --model.init-from FOLDER")
     if config.model.init_from and config.data.tokenizer == "auto":
         config = replaced(config, data__tokenizer=config.model.init_from)
 

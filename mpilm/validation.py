@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpilm.config import Config, Data, Model, flatten, mathematics, resolve
+from mpilm.config import LORA_TARGETS, Config, Data, Model, flatten, mathematics, resolve
 from mpilm.errors import ConfigError
 
 POSITIVE = (
     "model.n_layers", "model.n_heads", "model.d_model", "model.context_length", "model.rope_theta", "model.norm_eps",
-    "model.n_experts", "model.experts_per_token", "train.steps", "train.global_batch", "train.micro_batch", "parallel.pipeline",
+    "model.n_experts", "model.experts_per_token", "model.lora_alpha", "train.steps",
+    "train.global_batch", "train.micro_batch", "parallel.pipeline",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "model.vocab_size", "model.n_kv_heads", "model.head_width", "model.d_ff", "model.router_loss", "parallel.chunks",
-    "train.seed", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay", "train.clip_norm", "train.threads",
-    "checkpoint.every", "checkpoint.keep", "run.log_every", "run.eval_every", "run.eval_batches", "generate.max_tokens",
-    "generate.temperature", "generate.top_k", "generate.seed",
+    "model.vocab_size", "model.n_kv_heads", "model.head_width", "model.d_ff", "model.router_loss", "model.lora_rank",
+    "parallel.chunks", "train.seed", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay",
+    "train.clip_norm", "train.threads", "checkpoint.every", "checkpoint.keep", "run.log_every", "run.eval_every",
+    "run.eval_batches", "generate.max_tokens", "generate.temperature", "generate.top_k", "generate.seed",
 )  # fmt: skip
 MOST_THREADS = 1024  # of a rank: more than any node has cores, and many more end a process
 BELOW_ONE = ("model.dropout", "data.eval_fraction", "train.beta1", "train.beta2", "train.momentum")
@@ -81,6 +82,7 @@ CHOICES = {
 
 def _validate_model(model: Model) -> None:
     _validate_heads(model)
+    _validate_lora(model)
     if model.experts_per_token > model.n_experts and model.arch == "mixtral":
         raise ConfigError(
             f"--model.experts-per-token {model.experts_per_token} is more than --model.n-experts {model.n_experts}"
@@ -90,6 +92,15 @@ def _validate_model(model: Model) -> None:
             f"--model.rope-scaling {' '.join(f'{value:g}' for value in model.rope_scaling)}: write four numbers: factor, low "
             "and high frequency factor, original context length; Llama 3.1 has 8 1 4 8192"
         )
+
+
+def _validate_lora(model: Model) -> None:
+    there = LORA_TARGETS[model.arch]
+    for name in model.lora_targets:
+        if name not in there:
+            raise ConfigError(
+                f"--model.lora-targets {name}: the matrices of {model.arch} that may have adapters are {' '.join(there)}"
+            )
 
 
 def _validate_heads(model: Model) -> None:

@@ -131,7 +131,7 @@ def loads_the_same(folder: Path, tensors: Tensors, sharding: Sharding, comm: Com
     moments = {
         kind: {piece: torch.full_like(tensor, -1.0) for piece, tensor in of.items()} for kind, of in expected.moments.items()
     }
-    load(folder, parameters, moments, expected.shapes, expected.moment_shapes, "llama", comm)
+    load(folder, parameters, moments, expected.shapes, expected.moment_shapes, expected.model, comm)
     for found, wanted in zip((parameters, *moments.values()), (expected.parameters, *expected.moments.values())):
         assert all(torch.equal(found[piece], wanted[piece]) for piece in wanted)
 

@@ -39,16 +39,16 @@ def load(
     moments: Mapping[str, Mapping[Piece, Tensor]],
     shapes: Mapping[str, Shape],
     moment_shapes: Mapping[str, Mapping[str, Shape]],
-    arch: str,
+    model: Model,
     comm: Comm,
 ) -> None:
     """Fill this rank's pieces, flat float32 tensors on any device, from a verified checkpoint of any layout. Collective over
     `comm`; raises AgreedError on all ranks alike.
 
-    `shapes`: every parameter of the whole model that has memory of its own; all of them are compared with the files on every
+    `shapes`: every trained parameter of the whole model that has memory of its own; all are compared with the files on every
     rank. `moments` and their shapes are by kind, and may be empty.
     """
-    together(comm, lambda: _load(folder, parameters, moments, shapes, moment_shapes, arch))
+    together(comm, lambda: _load(folder, parameters, moments, shapes, moment_shapes, model))
 
 
 def _load(
@@ -57,9 +57,10 @@ def _load(
     moments: Mapping[str, Mapping[Piece, Tensor]],
     shapes: Mapping[str, Shape],
     moment_shapes: Mapping[str, Mapping[str, Shape]],
-    arch: str,
+    model: Model,
 ) -> None:
-    _read_pieces(folder, "model", parameters, {name: published_name(name, arch) for name in shapes}, shapes)
+    names = {name: published_name(name, model.arch) for name in shapes}
+    _read_pieces(folder, weights_stem(model), parameters, names, shapes)
     for kind, of in moment_shapes.items():
         _read_pieces(folder, "optimizer", moments[kind], {name: moment_name(name, kind) for name in of}, of)
 
@@ -67,6 +68,11 @@ def _load(
 def moment_name(name: str, kind: str) -> str:
     """What a parameter's moment is called in the files."""
     return f"{name}.{kind}"
+
+
+def weights_stem(model: Model) -> str:
+    """What the files of the parameters that are trained are called."""
+    return "adapter_model" if model.lora_rank else "model"
 
 
 def _read_pieces(
@@ -101,6 +107,25 @@ def _load_published(folder: Path, parameters: Mapping[Piece, Tensor], shapes: Ma
         places = {
             name: find(slots, found.names[name], shape, folder, longer=name == POSITIONS) for name, shape in shapes.items()
         }
+        for piece, tensor in parameters.items():
+            places[piece.name].read(tensor, piece.start)
+
+
+def load_adapter(
+    folder: Path, parameters: Mapping[Piece, Tensor], shapes: Mapping[str, Shape], model: Model, comm: Comm
+) -> None:
+    """The same for the adapter that a folder holds, as PEFT or mpilm writes it."""
+    on_root(comm, lambda: verify(folder) if (folder / MANIFEST).exists() else None)
+    together(comm, lambda: _load_adapter(folder, parameters, shapes, model))
+
+
+def _load_adapter(folder: Path, parameters: Mapping[Piece, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
+    names = {name: published_name(name, model.arch) for name in shapes}
+    with open_tensors(folder, weights_stem(model)) as slots:
+        extra = sorted(set(slots) - set(names.values()))
+        if extra:
+            raise ConfigError(f"{folder} holds, besides the adapter that {model.arch} may have, {_listed(extra)}")
+        places = {name: find(slots, names[name], shape, folder) for name, shape in shapes.items()}
         for piece, tensor in parameters.items():
             places[piece.name].read(tensor, piece.start)
 

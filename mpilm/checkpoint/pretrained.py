@@ -8,15 +8,20 @@ from pathlib import Path
 from mpilm.checkpoint.format import MANIFEST, checkpoints, read_json
 from mpilm.config import Model
 from mpilm.errors import ConfigError, FileError
+from mpilm.model.huggingface_adapter import CONFIG as ADAPTER_CONFIG
+from mpilm.model.huggingface_adapter import base_of_adapter, with_adapter
 from mpilm.model.huggingface_config import read_config
 
 OURS_TO_SET = ("dropout", "router_loss")  # no part of a published shape
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")  # to be set, unless the folder holds some
 
 
 def shape_of(folder: str | Path) -> Model:
-    """The shape that the config.json of a folder describes, its vocabulary included. Raises FileError, DataError or ConfigError
-    naming --model.init-from."""
+    """The shape that the config.json of a folder describes, its vocabulary included; of a folder with an adapter, that of its
+    model with the adapter. Raises FileError, DataError or ConfigError naming --model.init-from."""
     path = Path(folder).expanduser()
+    if has_adapter(path):
+        return with_adapter(shape_of(base_of(path)), read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG))
     if not (path / "config.json").is_file():
         what = "holds no config.json: it is no Hugging Face folder" if path.is_dir() else "is not a folder"
         if newest := checkpoints(path / "checkpoints"):
@@ -28,7 +33,33 @@ def shape_of(folder: str | Path) -> Model:
 
 def started(model: Model, folder: str | Path) -> Model:
     """`model` with the shape of a folder, and what is the user's to set as it was."""
-    return replace(shape_of(folder), **{name: getattr(model, name) for name in OURS_TO_SET}, init_from=str(folder))
+    ours = _to_set(folder)
+    return replace(shape_of(folder), **{name: getattr(model, name) for name in ours}, init_from=str(folder))
+
+
+def has_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter to a model that lies elsewhere."""
+    return (Path(folder).expanduser() / ADAPTER_CONFIG).is_file()
+
+
+def base_of(folder: str | Path) -> Path:
+    """The folder with the model itself: another one where `folder` holds an adapter. Raises FileError, DataError
+    or ConfigError."""
+    path = Path(folder).expanduser()
+    if not has_adapter(path):
+        return path
+    config = path / ADAPTER_CONFIG
+    base = Path(base_of_adapter(read_json(config), str(config))).expanduser()
+    if not (base / "config.json").is_file():
+        raise FileError(
+            f"{path} holds an adapter to {base}, which is no folder of a model here; write where it lies as "
+            f"base_model_name_or_path into {config}"
+        )
+    return base
+
+
+def _to_set(folder: str | Path) -> tuple[str, ...]:
+    return OURS_TO_SET if has_adapter(folder) else OURS_TO_SET + ADAPTERS
 
 
 def refuse_other_shape(model: Model) -> None:
@@ -37,7 +68,7 @@ def refuse_other_shape(model: Model) -> None:
     shape = shape_of(model.init_from)
     for item in fields(Model):
         asked, there, flag = getattr(model, item.name), getattr(shape, item.name), f"--model.{item.name.replace('_', '-')}"
-        if item.name in (*OURS_TO_SET, "init_from") or asked == there:
+        if item.name in (*_to_set(model.init_from), "init_from") or asked == there:
             continue
         if item.name == "context_length":
             if asked > there and model.arch in ("gpt2", "bert"):
@@ -48,5 +79,7 @@ def refuse_other_shape(model: Model) -> None:
 
 def files_of(folder: Path) -> list[Path]:
     """The files whose bytes are this model: the manifest, which holds the digests of all others, or the weights."""
-    manifest = folder / MANIFEST
-    return [manifest] if manifest.is_file() else [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    base = files_of(base_of(folder)) if has_adapter(folder) else []
+    if (folder / MANIFEST).is_file():
+        return [folder / MANIFEST, *base]
+    return [*sorted(folder.glob("*config.json")), *sorted(folder.glob("*.safetensors")), *base]

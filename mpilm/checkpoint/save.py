@@ -26,8 +26,9 @@ from mpilm.checkpoint.format import (
     manifest_entry,
     read_json,
 )
-from mpilm.checkpoint.load import moment_name
+from mpilm.checkpoint.load import moment_name, weights_stem
 from mpilm.checkpoint.plan import Holders, StoredTensor, TensorFile, index_of, plan_blocks, tensor_files
+from mpilm.checkpoint.pretrained import base_of
 from mpilm.checkpoint.tensors import Shape
 from mpilm.comm.base import Comm
 from mpilm.comm.together import AgreedError, on_root, together
@@ -36,6 +37,8 @@ from mpilm.data.template import Template
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import FileError, UserError
 from mpilm.model.huggingface import published_name
+from mpilm.model.huggingface_adapter import CONFIG as ADAPTER_CONFIG
+from mpilm.model.huggingface_adapter import published_adapter
 from mpilm.model.huggingface_config import published_config
 from mpilm.parallel.shard import Piece
 
@@ -74,7 +77,7 @@ def save(parent: Path, step: int, state: State, comm: Comm) -> Path:
     final = parent / folder_name(step)
     temporary = parent / f"{TEMPORARY}{final.name}"
     on_root(comm, lambda: _prepare(final, temporary))
-    files = {"model": _model_files(state), "optimizer": _optimizer_files(state)}
+    files = {weights_stem(state.model): _model_files(state), "optimizer": _optimizer_files(state)}
     try:
         entries = _write_tensors(final, temporary, [file for group in files.values() for file in group], state, comm)
         on_root(comm, lambda: _publish(final, temporary, files, entries, state))
@@ -109,7 +112,7 @@ def _model_files(state: State) -> list[TensorFile]:
         StoredTensor(published_name(name, state.model.arch), (PARAMETER, name), shape)
         for name, shape in _backward(state.shapes)
     ]
-    return tensor_files("model", tensors, MAX_SHARD_BYTES)
+    return tensor_files(weights_stem(state.model), tensors, MAX_SHARD_BYTES)
 
 
 def _optimizer_files(state: State) -> list[TensorFile]:
@@ -167,11 +170,14 @@ def _publish(
 
 
 def _write_words(writer: Writer, state: State) -> None:
-    """What makes the folder one of Hugging Face's."""
-    tokenizer = state.tokenizer
+    """What makes the folder one of Hugging Face's, or of PEFT's."""
+    model, tokenizer = state.model, state.tokenizer
     end = tokenizer.decode([tokenizer.eos])
-    writer.json("config.json", published_config(state.model, state.model.vocab_size or tokenizer.vocab_size, tokenizer.eos))
-    if state.model.arch != "bert":
+    if model.lora_rank:
+        writer.json(ADAPTER_CONFIG, published_adapter(model, str(base_of(model.init_from).resolve())))
+    else:
+        writer.json("config.json", published_config(model, model.vocab_size or tokenizer.vocab_size, tokenizer.eos))
+    if model.arch != "bert" and not model.lora_rank:
         writer.json("generation_config.json", {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos})
     writer.text("tokenizer.json", tokenizer.json)
     writer.json(
@@ -182,7 +188,7 @@ def _write_words(writer: Writer, state: State) -> None:
             "eos_token": end,
             **({} if tokenizer.mask is None else {"mask_token": tokenizer.decode([tokenizer.mask])}),
             **({"chat_template": state.template.source, **state.template.words} if state.template else {}),
-            "model_max_length": state.model.context_length,
+            "model_max_length": model.context_length,
             "clean_up_tokenization_spaces": False,
         },
     )

@@ -9,6 +9,7 @@ from mpilm.config import Model
 from mpilm.model.bert import bert
 from mpilm.model.gpt2 import gpt2
 from mpilm.model.llama import llama
+from mpilm.model.lora import adapt, initial_deviation
 from mpilm.model.transformer import Transformer
 
 BUILDERS: Mapping[str, Callable[[Model, int], Transformer]] = {
@@ -22,8 +23,10 @@ STD = 0.02
 
 
 def build(model: Model, vocab_size: int) -> Transformer:
-    """The whole model, its values still to be given."""
-    return BUILDERS[model.arch](model, vocab_size)
+    """The whole model, with its adapters where it has any; its values still to be given."""
+    transformer = BUILDERS[model.arch](model, vocab_size)
+    adapt(transformer, model)
+    return transformer
 
 
 def tied(model: Model) -> Mapping[str, str]:
@@ -40,6 +43,8 @@ def initial_std(name: str, model: Model) -> float | None:
         return None
     if name.endswith(".bias"):
         return 0.0
+    if ".lora." in name:
+        return initial_deviation(name, model)
     if name.endswith((".o.weight", ".down.weight")) and model.arch != "bert":
         return STD / math.sqrt(2 * model.n_layers)
     return STD

@@ -86,9 +86,17 @@ BESIDE = re.compile(  # what files hold beside the parameters of a language mode
 
 
 def published_name(name: str, arch: str) -> str:
-    """Our name of a parameter of a family to Hugging Face's."""
+    """Our name of a parameter of a family to Hugging Face's; of an adapter's, to PEFT's."""
+    if ".lora." in name:
+        matrix, _, part = name.removesuffix(".weight").partition(".lora.")
+        return f"base_model.model.{published_module(matrix, arch)}.lora_{part.upper()}.weight"
     numbers = iter(re.findall(r"\.(\d+)(?=\.)", name))
     return re.sub("#", lambda _: next(numbers), NAMES[arch][re.sub(r"\.\d+(?=\.)", ".#", name)])
+
+
+def published_module(name: str, arch: str) -> str:
+    """Our name of a module that has a weight to Hugging Face's."""
+    return published_name(f"{name}.weight", arch).removesuffix(".weight")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ The activation counts are what torch keeps for backward, checked by a test again
 
 from __future__ import annotations
 
-from mpilm.config import Model
+from mpilm.config import LORA_TARGETS, Model
 
 
 def parameter_count(model: Model, vocab_size: int) -> int:
@@ -106,6 +106,8 @@ def _block_floats(model: Model, half: float) -> tuple[float, float]:
     block += half * (2 * queries + 2 * keys) + _feed_forward_floats(model, half)
     if model.qk_norm and model.arch == "qwen":
         block += 2 * (queries + keys) + heads + model.n_kv_heads
+    if model.lora_rank:  # between its two matrices; what comes in is kept as it is without
+        block += half * model.lora_rank * len(model.lora_targets or LORA_TARGETS[model.arch])
     if not model.dropout:
         return block, heads
     # attention written out: weights, mask and product, keys and values repeated; and a mask for each branch of the block

@@ -37,7 +37,7 @@ class DealtSum:
         self.largest = max(layout.numel for _, layout in flat.layout.slots.values())
         self.whole = torch.zeros(max(group.stop - group.start for group in self.groups), device=flat.device)
         self.exchanges = [TreeExchange(comm, flat.layout, comm.size, flat.device) for _ in range(2)]
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: model.get_parameter(name) for name in flat.layout.slots}
         self.current: int | None = None
         number_of = {name: number for number, group in enumerate(self.groups) for name in group.names}
         for name, parameter in self.parameters.items():

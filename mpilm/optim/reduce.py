@@ -80,7 +80,7 @@ class BlockSum:
         self.buckets = flat.layout.buckets if comm.size > 1 else []
         depth = len(self.buckets) if overlap else min(IN_FLIGHT, len(self.buckets))
         self.exchanges = [self._exchange(comm, microbatches, reproducible) for _ in range(depth)]
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: model.get_parameter(name) for name in flat.layout.slots}
         self.started = len(self.buckets)
         self._watch()
 

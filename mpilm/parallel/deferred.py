@@ -57,7 +57,7 @@ def _forward(module: nn.Linear | Conv1D, name: str, store: Store, x: Tensor) -> 
     transposed = isinstance(module, Conv1D)
     weight: Tensor = module.weight.t() if transposed else module.weight
     bias: Tensor | None = module.bias
-    if not torch.is_grad_enabled() or not x.requires_grad:  # nobody waits for a gradient of the input
+    if not (torch.is_grad_enabled() and x.requires_grad and weight.requires_grad):  # there are no two halves to be had
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

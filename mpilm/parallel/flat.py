@@ -75,7 +75,7 @@ class FlatParameters:
     def install(self, model: nn.Module) -> None:
         """Make the parameters of `model`, built on the meta device, views of the values."""
         for name in self.layout.slots:
-            set_parameter(model, name, self.parameter(name))
+            set_parameter(model, name, self.parameter(name), self.layout.slots[name][1])
 
     def pieces(self, vector: FlatVector) -> dict[Piece, Tensor]:
         """What this rank updates, as parts of parameters with their elements in `vector`."""
@@ -83,7 +83,7 @@ class FlatParameters:
         return {piece: vector.view(at, at + piece.numel) for piece, at in found.items()}
 
 
-def set_parameter(model: nn.Module, name: str, values: Tensor) -> None:
+def set_parameter(model: nn.Module, name: str, values: Tensor, layout: Layout) -> None:
     """Put a parameter with these values in the place of the one called `name`."""
     owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(values))
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=not layout.frozen))

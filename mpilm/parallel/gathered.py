@@ -7,6 +7,8 @@ back, and they see the values that come anew.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
@@ -46,23 +48,25 @@ class Fleeting:
 
 
 class Unit:
-    """The parameters of one module, whole or not there; `whole` is their part of the flat vector."""
+    """The parameters of one module, whole or not there; `whole` holds their parts of the flat vectors, one after the other."""
 
-    def __init__(self, name: str, flat: FlatParameters, comm: Comm):
-        self.name, self.flat, self.comm = name, flat, comm
-        self.groups = [group for group in flat.layout.groups if unit_of(group.names[0]) == name]
-        self.start, self.stop = self.groups[0].start, self.groups[-1].stop
-        self.memory = Fleeting(self.stop - self.start, flat.device)
+    def __init__(self, name: str, flats: Sequence[FlatParameters], comm: Comm):
+        self.name, self.comm = name, comm
+        groups = [(flat, group) for flat in flats for group in flat.layout.groups if unit_of(group.names[0]) == name]
+        *places, numel = accumulate((group.stop - group.start for _, group in groups), initial=0)
+        self.parts = [(flat, group, at - group.start) for (flat, group), at in zip(groups, places)]
+        """Groups of flat vectors, and what is added to a place there to make it one in `whole`."""
+        self.memory = Fleeting(numel, flats[0].device)
         self.whole = self.memory.tensor
         self.coming: list[Request] | None = None
 
     def install(self, model: nn.Module) -> None:
         """Make the parameters views of `whole`, with versions of their own: gathering anew is no change of a value."""
-        for group in self.groups:
+        for flat, group, shift in self.parts:
             for name in group.names:
-                at, layout = self.flat.layout.slots[name]
-                part = self.whole[at - self.start : at - self.start + layout.numel].view(layout.shape)
-                set_parameter(model, name, part.data)
+                at, layout = flat.layout.slots[name]
+                part = self.whole[at + shift : at + shift + layout.numel].view(layout.shape)
+                set_parameter(model, name, part.data, layout)
         self.release()
 
     def fetch(self) -> None:
@@ -71,12 +75,12 @@ class Unit:
             return
         self.memory.take()
         self.coming = []
-        for group in self.groups:
-            for bucket in self.flat.layout.buckets_of(group):
-                start, stop = self.flat.layout.slice(bucket, self.comm.rank)
-                mine = self.flat.values.view(start, stop) if stop > start else self.whole[:0]
-                out = self.whole[bucket[0] - self.start : bucket[1] - self.start]
-                self.coming.append(self.comm.iall_gather(mine, out, self.flat.layout.slices(bucket)))
+        for flat, group, shift in self.parts:
+            for bucket in flat.layout.buckets_of(group):
+                start, stop = flat.layout.slice(bucket, self.comm.rank)
+                mine = flat.values.view(start, stop) if stop > start else self.whole[:0]
+                out = self.whole[bucket[0] + shift : bucket[1] + shift]
+                self.coming.append(self.comm.iall_gather(mine, out, flat.layout.slices(bucket)))
 
     def wait(self) -> None:
         """Returns when the parameters are whole."""
@@ -109,16 +113,15 @@ class ResidentParameters:
 
 
 class GatheredParameters(ResidentParameters):
-    """Gathers the parameters of a stage's model when its modules are called, and in backward.
+    """Gathers the parameters of a stage's model, which lie in `flats`, when its modules are called, and in backward.
 
     Every rank of the data axis must call the model, or `join` in its place, the same number of times.
     """
 
-    def __init__(self, flat: FlatParameters, model: nn.Module, comm: Comm):
-        names = dict.fromkeys(unit_of(name) for name in reversed(flat.layout.slots))
-        order = {unit_of(name): None for name, _ in model.named_parameters()}
-        assert set(order) == set(names)
-        self.units = [Unit(name, flat, comm) for name in order]  # in the order of forward
+    def __init__(self, flats: Sequence[FlatParameters], model: nn.Module, comm: Comm):
+        order = dict.fromkeys(unit_of(name) for name, _ in model.named_parameters())
+        self.units = [Unit(name, flats, comm) for name in order]  # in the order of forward
+        self.backward_at = len(self.units)
         for number, unit in enumerate(self.units):
             unit.install(model)
             module = model.get_submodule(unit.name)
@@ -143,11 +146,13 @@ class GatheredParameters(ResidentParameters):
 
     def _begin_backward(self, number: int) -> None:
         """Backward of a unit begins, so that of the unit after it has ended."""
+        self.backward_at = number
         for unit in self.units[number + 1 :]:
             unit.release()
         self._use(number, number - 1)
 
     def end_backward(self) -> None:
+        self.backward_at = len(self.units)
         for unit in self.units:
             unit.release()
 
@@ -158,8 +163,10 @@ class GatheredParameters(ResidentParameters):
             self.units[number].release()
 
     def begin_backward(self, name: str) -> None:
-        """Take part in the backward of the unit that has this parameter."""
-        self._begin_backward([unit.name for unit in self.units].index(unit_of(name)))
+        """Take part in backward as far as the unit that has this parameter: also in that of units where nothing is trained."""
+        number = [unit.name for unit in self.units].index(unit_of(name))
+        for passed in reversed(range(number, self.backward_at)):
+            self._begin_backward(passed)
 
     def join_backward(self) -> None:
         """Take part in a backward without a microbatch of one's own."""

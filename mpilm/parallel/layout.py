@@ -14,6 +14,7 @@ class Layout:
     `sum_over`: mesh axes over which its gradient is partial. `tied_to`: the parameter whose value this one always has; each
     of the two has a gradient of its own; `uses`: those tied to this one. `decays`: whether weight decay applies. `stage`: the
     part of the pipeline that has it. `whole`: its optimizer wants all of it at once, so that ZeRO gives it to one rank uncut.
+    `frozen`: it is not trained, and has no gradient.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Layout:
     stage: int = 0
     uses: tuple[str, ...] = ()
     whole: bool = False
+    frozen: bool = False
 
     @property
     def numel(self) -> int:
@@ -35,11 +37,13 @@ def resolve(
     tied: Mapping[str, str],
     stage_of: Callable[[str], int] = lambda name: 0,
     whole: Callable[[str, tuple[int, ...]], bool] = lambda name, shape: False,
+    frozen: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Layout]:
     """The layout of each named parameter of a model, in the order in which forward uses them.
 
-    `tied` maps a parameter to the one whose value it has; `whole` says of a name and a shape whether ZeRO leaves it uncut.
-    Raises ValueError for a tie between parameters that do not exist or differ in shape.
+    `tied` maps a parameter to the one whose value it has; `whole` says of a name and a shape whether ZeRO leaves it uncut,
+    `frozen` of a name whether it is not trained. Raises ValueError for a tie between parameters that do not exist or differ in
+    shape.
     """
     for name, owner in tied.items():
         if shapes.get(name) is None or shapes.get(name) != shapes.get(owner):
@@ -48,7 +52,7 @@ def resolve(
     return {
         name: Layout(
             name, tuple(shape), ("data",), len(shape) >= 2, tied.get(name), stage_of(name), uses.get(name, ()),
-            whole(name, tuple(shape)),
+            whole(name, tuple(shape)), frozen(name),
         )
         for name, shape in shapes.items()
     }  # fmt: skip
@@ -62,3 +66,13 @@ def owned(layouts: Mapping[str, Layout]) -> list[Layout]:
 def of_stage(layouts: Mapping[str, Layout], stage: int) -> dict[str, Layout]:
     """The parameters of one pipeline stage."""
     return {name: layout for name, layout in layouts.items() if layout.stage == stage}
+
+
+def trained(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """The parameters that have gradients."""
+    return {name: layout for name, layout in layouts.items() if not layout.frozen}
+
+
+def frozen(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Those that stay as they are."""
+    return {name: layout for name, layout in layouts.items() if layout.frozen}

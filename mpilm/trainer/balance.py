@@ -50,7 +50,7 @@ def choose_cut(config: Config, mesh: Mesh, vocab_size: int, device: torch.device
 
 def _part_s(config: Config, vocab_size: int, device: torch.device, part: int, world: Comm) -> float:
     """Seconds of forward and backward of one microbatch through a part of the model, the mean of many. Collective."""
-    shape = replace(config.model, n_layers=1)
+    shape = replace(config.model, n_layers=1, lora_rank=0)
     model = meta_model(shape, vocab_size)
     keep_stage(model, part, PARTS)
     flat = FlatParameters(of_stage(resolve_layouts(shape, vocab_size, PARTS), part), device)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpilm.checkpoint.load import load, load_published
+from mpilm.checkpoint.load import load
 from mpilm.checkpoint.pretrained import files_of
 from mpilm.comm.base import Comm
 from mpilm.comm.together import same_everywhere, together
@@ -22,6 +22,7 @@ from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.shard import ALIGNMENT
 from mpilm.telemetry.memory import forget_peak, proportional_bytes, resident_bytes, trim
 from mpilm.trainer.balance import choose_cut
+from mpilm.trainer.folder import load_start
 from mpilm.trainer.machine import Machine, conditions, look
 from mpilm.trainer.material import Material, open_material
 from mpilm.trainer.run_folder import RunFolder, open_run_folder
@@ -79,14 +80,13 @@ def _content(config: Config, material: Material, world: Comm) -> dict[str, str]:
 
 def _fill(model: ShardedModel, folder: RunFolder, world: Comm) -> None:
     """Give the model the state to go on from, the weights to start with, or random ones. Collective."""
-    config = model.config
+    shape = model.config.model
+    if shape.init_from and (shape.lora_rank or folder.checkpoint is None):
+        load_start(model, world)
+    elif folder.checkpoint is None:
+        model.initialise()
     if folder.checkpoint is not None:
-        moments, arch = model.optimizer.pieces(), config.model.arch
-        load(folder.checkpoint, model.pieces(), moments, model.shapes, model.moment_shapes, arch, world)
+        moments = model.optimizer.pieces()
+        load(folder.checkpoint, model.pieces(), moments, model.shapes, model.moment_shapes, shape, world)
         model.optimizer.set_step(folder.step)
         model.publish()
-    elif config.model.init_from:
-        load_published(Path(config.model.init_from).expanduser(), model.pieces(), model.shapes, config.model, world)
-        model.publish()
-    else:
-        model.initialise()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mpilm.checkpoint.load import load_published
-from mpilm.checkpoint.pretrained import refuse_other_shape, shape_of
+from mpilm.checkpoint.load import load_adapter, load_published
+from mpilm.checkpoint.pretrained import base_of, has_adapter, refuse_other_shape, shape_of
 from mpilm.comm.base import Comm
 from mpilm.comm.together import same_everywhere, together
 from mpilm.config import Config, Data, Model, flatten, resolve
@@ -51,13 +51,27 @@ def open_folder(config: Config, world: Comm) -> Opened:
     shape = together(world, lambda: _mesh_shape(config, world.size))
     machine = together(world, lambda: look(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
-    path = Path(config.model.init_from).expanduser()
     vocab_size = config.model.vocab_size
     cut = together(world, lambda: cut_by_cost(config, vocab_size))
     model = StagedModel(config, Mesh.build(shape, world), cut, vocab_size, machine.device, ALIGNMENT)
-    load_published(path, model.pieces(), model.shapes, config.model, world)
-    model.publish()
+    load_start(model, world)
     return Opened(config, machine, model)
+
+
+def load_start(model: StagedModel, world: Comm) -> None:
+    """Fill a model with what the folder holds that model.init-from names; an adapter that is not there is drawn. Collective."""
+    shape = model.config.model
+    folder = Path(shape.init_from).expanduser()
+    base = together(world, lambda: base_of(folder))
+    if not shape.lora_rank:
+        load_published(base, model.pieces(), model.shapes, shape, world)
+        return model.publish()
+    load_published(base, model.frozen_pieces(), model.frozen_shapes, shape, world)
+    model.publish_frozen()
+    if has_adapter(folder):
+        load_adapter(folder, model.pieces(), model.shapes, shape, world)
+        return model.publish()
+    return model.initialise_trained()
 
 
 def tokenizer_of(data: Data, model: Model) -> Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ import torch
 
 import mpilm
 from mpilm.comm.together import on_root
-from mpilm.config import microbatches
+from mpilm.config import LORA_TARGETS, microbatches
 from mpilm.data.corpus import unigram_loss
 from mpilm.errors import FileError
 from mpilm.guard.launch import announced_ranks
 from mpilm.mesh.shape import AXES
-from mpilm.model.size import parameter_count
 from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.pipeline.actions import COMPUTE
 from mpilm.parallel.pipeline.execute import Timed
@@ -130,13 +130,20 @@ class RunLog:
             "time": time.time(),
             "ranks": world.size,
             "layout": layout_row(run),
-            "parameters": parameter_count(run.config.model, run.model.vocab_size),
+            "parameters": self._parameters(),
+            "parameters_trained": self._trained(),
             "parameters_on_rank": self.on_rank,
             "predicted_memory_bytes": sum(self.predicted.values()),
             "threads": run.machine.threads,
             "device": str(run.machine.device.type),
             "versions": versions(world),
         }
+
+    def _trained(self) -> int:
+        return sum(map(prod, self.run.model.shapes.values()))
+
+    def _parameters(self) -> int:
+        return self._trained() + sum(map(prod, self.run.model.frozen_shapes.values()))
 
     def _header(self) -> None:
         run, config, world = self.run, self.run.config, self.run.mesh.world
@@ -151,9 +158,12 @@ class RunLog:
         say(f"mpilm {mpilm.__version__}: {world.size} rank{'s' * (world.size > 1)}, {threads}{crowd}, {device}, {train.dtype}")
         say(f"  with     torch {torch.__version__}, {world.mpi_library}")
         self._say_layout()
-        parameters = parameter_count(model, run.model.vocab_size)
+        parameters = self._parameters()
         tied = ", embeddings tied" if model.tie_embeddings else ""
         say(f"  model    {model.arch}, {model.n_layers} blocks of width {model.d_model}, {parameters:,} parameters{tied}")
+        if model.lora_rank:
+            where = ", ".join(model.lora_targets or LORA_TARGETS[model.arch])
+            say(f"           {self._trained():,} of them, in adapters of rank {model.lora_rank} on {where}, are trained")
         for number, line in enumerate(run.material.said):
             say(f"  data     {line}" if number % 2 == 0 else f"           {line}")
         m = microbatches(config)
@@ -210,7 +220,7 @@ class RunLog:
             say(f"\nA sample (temperature {config.generate.temperature}):\n{text}\n")
         say(f"run folder   {run.folder.path}  (metrics.jsonl, config.toml, tensorboard)")
         last = run.folder.checkpoints / f"step-{config.train.steps:08d}"
-        say(f"checkpoint   {last}  (a Hugging Face folder)")
+        say(f"checkpoint   {last}  ({'a PEFT adapter' if config.model.lora_rank else 'a Hugging Face folder'})")
         if config.model.arch == "bert":
             say(f"score more   python -m mpilm.evaluate --model.init-from {last} --data.path TEXT")
         else:

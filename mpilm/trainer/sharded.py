@@ -15,7 +15,7 @@ from mpilm.optim.optimizer import Optimizer, moment_shapes
 from mpilm.optim.reduce import BlockSum
 from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.layout import of_stage, owned
+from mpilm.parallel.layout import of_stage, owned, trained
 from mpilm.parallel.pipeline.execute import Timed
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
@@ -54,13 +54,13 @@ class ShardedModel(StagedModel):
     @property
     def moment_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Global shapes of all moments, by kind and parameter."""
-        return moment_shapes(self.config.train.optimizer, {layout.name: layout for layout in owned(self.layouts)})
+        return moment_shapes(self.config.train.optimizer, {layout.name: layout for layout in owned(trained(self.layouts))})
 
     def holders(self, name: str) -> list[tuple[int, int, list[int]]]:
         """Ranges of a parameter's elements, and the ranks of the world that update each. Pure, the same on all ranks."""
         stage, shape = self.layouts[name].stage, self.mesh.shape
         if stage not in self._elsewhere:
-            layouts = of_stage(self.layouts, stage).values()
+            layouts = trained(of_stage(self.layouts, stage)).values()
             self._elsewhere[stage] = FlatLayout(layouts, self.alignment, apart=self.zero >= 2, ranks=self.data.size)
         flat = self._elsewhere[stage]
         place = {**dict.fromkeys(self.mesh.coordinate, 0), "pipeline": stage % self.pipeline.size}
@@ -72,7 +72,7 @@ class ShardedModel(StagedModel):
     def held_bytes(self) -> dict[str, int]:
         """Bytes of weights, moments, partial sums of gradients and what their exchange needs, on this rank; passing: of weights
         and gradients that are whole only while they are used."""
-        weights = 4 * sum(flat.values.tensor.numel() for flat in self.flats.values())
+        weights = 4 * sum(flat.values.tensor.numel() for flat in self.every_flat)
         found = {"weights": weights, "moments": self.optimizer.held_bytes, "gradients": 0, "exchange": 0, "passing": 0}
         for stage, gradients in self.gradients.items():
             found["passing"] = max(found["passing"], self.stages[stage].presence.held_bytes)

@@ -6,7 +6,7 @@ Everything that depends on the layout is here and in sharded.py; what is compute
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -19,12 +19,13 @@ from mpilm.mesh.mesh import Mesh
 from mpilm.model.cache import Cache
 from mpilm.model.families import build, initial_std, tied
 from mpilm.model.init import initial_value
+from mpilm.model.lora import is_frozen
 from mpilm.optim.optimizer import stays_whole
 from mpilm.parallel.cut import keep_stage
 from mpilm.parallel.deferred import Store, defer
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.gathered import GatheredParameters, ResidentParameters, gather_shards
-from mpilm.parallel.layout import Layout, of_stage, owned, resolve
+from mpilm.parallel.layout import Layout, frozen, of_stage, owned, resolve, trained
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.execute import Timed, Wire, execute
 from mpilm.parallel.pipeline.lower import lower
@@ -52,8 +53,9 @@ class StagedModel:
         self.zero = config.parallel.zero
         self.layouts = resolve_layouts(config.model, vocab_size, cut, config.train.optimizer)
         self.flats: dict[int, FlatParameters] = {}
+        self.frozen: dict[int, FlatParameters] = {}  # what is not trained, where there is any
         self.stages = {stage: self._stage(stage) for stage in range(self.pipeline.rank, len(cut), self.pipeline.size)}
-        self.ties = Ties(self.layouts, self.flats, self.pipeline)
+        self.ties = Ties(trained(self.layouts), self.flats, self.pipeline)
         self.wire = Wire(self.pipeline)
 
     def _block(self, total: int) -> tuple[int, int]:
@@ -63,18 +65,21 @@ class StagedModel:
         config, last = self.config, len(self.cut) - 1
         model = meta_model(config.model, self.vocab_size)
         keep_stage(model, stage, self.cut)
-        flat = FlatParameters(
-            of_stage(self.layouts, stage), self.device, self.zero, self.data.rank, self.data.size, self.alignment
-        )
+        layouts, where = of_stage(self.layouts, stage), (self.data.rank, self.data.size, self.alignment)
+        self.flats[stage] = flat = FlatParameters(trained(layouts), self.device, self.zero, *where)
+        flats = [flat]
+        if frozen(layouts):  # ZeRO-1 and 2 shard nothing that there is of these
+            self.frozen[stage] = FlatParameters(frozen(layouts), self.device, 3 if self.zero == 3 else 0, *where)
+            flats.append(self.frozen[stage])
         store, presence = Store(), ResidentParameters()
         recompute(model, config.train.recompute)
         if config.parallel.schedule == "zero-bubble":
             defer(model, store)
         if self.zero == 3:
-            presence = GatheredParameters(flat, model, self.data)
+            presence = GatheredParameters(flats, model, self.data)
         else:
-            flat.install(model)
-        self.flats[stage] = flat
+            for each in flats:
+                each.install(model)
         return ModelStage(
             model, (stage == 0, stage == last), self._gradient_sum(stage, flat, model), presence, store,
             config.model.d_model, config.train.seed, autocast_of(config.train.dtype, self.device), self.device,
@@ -87,17 +92,34 @@ class StagedModel:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shapes of the parameters that are optimized and saved, in the order of the model."""
-        return {layout.name: layout.shape for layout in owned(self.layouts)}
+        return {layout.name: layout.shape for layout in owned(trained(self.layouts))}
+
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shapes of the parameters that stay as they are."""
+        return {layout.name: layout.shape for layout in owned(frozen(self.layouts))}
+
+    @property
+    def every_flat(self) -> list[FlatParameters]:
+        """The flat vectors of this rank's stages."""
+        return [*self.flats.values(), *self.frozen.values()]
 
     @property
     def held_numel(self) -> int:
         """Parameters whose values this rank holds for good: its stages, or with ZeRO-3 its shard of them."""
-        return sum(piece.numel for flat in self.flats.values() for piece in flat.layout.pieces(flat.values.intervals))
+        return sum(piece.numel for flat in self.every_flat for piece in flat.layout.pieces(flat.values.intervals))
 
     # Values.
 
     def initialise(self) -> None:
         """Draw every parameter by (seed, name, shape). Collective."""
+        for flat in self.frozen.values():
+            draw(flat, self.config.model, self.config.train.seed)
+        self.publish_frozen()
+        self.initialise_trained()
+
+    def initialise_trained(self) -> None:
+        """Draw those that are trained. Collective."""
         for flat in self.flats.values():
             draw(flat, self.config.model, self.config.train.seed)
         self.publish()
@@ -109,9 +131,17 @@ class StagedModel:
             for flat in self.flats.values():
                 gather_shards(flat, self.data)
 
+    def publish_frozen(self) -> None:
+        """The same, once, for what is not trained. Collective."""
+        Ties(frozen(self.layouts), self.frozen, self.pipeline).copy_values()
+
     def pieces(self) -> dict[Piece, Tensor]:
         """What this rank updates, as parts of parameters."""
-        return {piece: x for flat in self.flats.values() for piece, x in flat.pieces(flat.values).items()}
+        return _pieces(self.flats.values())
+
+    def frozen_pieces(self) -> dict[Piece, Tensor]:
+        """What this rank has of parameters that are not trained, to be filled before `publish_frozen`."""
+        return _pieces(self.frozen.values())
 
     # Computation.
 
@@ -144,6 +174,10 @@ class StagedModel:
         return execute(program, self.stages, self.wire)
 
 
+def _pieces(flats: Iterable[FlatParameters]) -> dict[Piece, Tensor]:
+    return {piece: x for flat in flats for piece, x in flat.pieces(flat.values).items()}
+
+
 def meta_model(shape: Model, vocab_size: int) -> nn.Module:
     """The whole model without memory."""
     with torch.device("meta"):
@@ -163,7 +197,9 @@ def draw(flat: FlatParameters, shape: Model, seed: int) -> None:
 def resolve_layouts(shape: Model, vocab_size: int, cut: Sequence[int], optimizer: str = Train.optimizer) -> dict[str, Layout]:
     """The layout of every parameter of the model whose stages have so many blocks each."""
     shapes = {name: tuple(p.shape) for name, p in meta_model(shape, vocab_size).named_parameters()}
-    return resolve(shapes, tied(shape), partial(stage_of, cut=cut), stays_whole(optimizer))
+    return resolve(
+        shapes, tied(shape), partial(stage_of, cut=cut), stays_whole(optimizer), partial(is_frozen, model=shape)
+    )  # fmt: skip
 
 
 def autocast_of(dtype: str, device: torch.device) -> Autocast:

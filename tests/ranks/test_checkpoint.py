@@ -43,6 +43,7 @@ from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
 from mpilm.comm.trace import Traced
+from mpilm.config import Model
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.model.families import build, tied
@@ -379,7 +380,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_the_same_words_on_every_ran
 
     def body(comm, shapes):
         with pytest.raises(AgreedError) as caught:
-            load(folder, {}, {}, shapes, "llama", comm)  # not even a rank that holds nothing lets it pass
+            load(folder, {}, {}, shapes, {}, Model(), comm)  # not even a rank that holds nothing lets it pass
         assert isinstance(caught.value.error, ConfigError)
         return str(caught.value)
 
@@ -419,7 +420,7 @@ def test_half_precision_is_no_training_state(tmp_path):
     length = len(data) - 8
     (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + data[8:] + bytes(8))
     with pytest.raises(AgreedError, match=r"model.norm.weight is of dtype F16; F32 can be read"):
-        load(folder, {}, {}, shapes, "llama", ONE)
+        load(folder, {}, {}, shapes, {}, Model(), ONE)
 
 
 def test_the_manifest_says_json_what_it_says(tmp_path):

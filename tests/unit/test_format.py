@@ -173,7 +173,7 @@ def test_what_was_saved_comes_back_on_every_rank(stored, size):
 
     def body(comm):
         _, other = parts(seed=5)
-        load(stored, other.parameters, other.moments, other.shapes, other.moment_shapes, "llama", comm)
+        load(stored, other.parameters, other.moments, other.shapes, other.moment_shapes, other.model, comm)
         for piece, values in expected.parameters.items():
             assert torch.equal(other.parameters[piece], values)
             assert all(torch.equal(other.moments[kind][piece], of[piece]) for kind, of in expected.moments.items())
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(stored, changes,
 
     def body(comm):
         with pytest.raises(AgreedError, match=message) as caught:
-            load(stored, {}, {}, state.shapes, {}, "llama", comm)
+            load(stored, {}, {}, state.shapes, {}, state.model, comm)
         assert isinstance(caught.value.error, ConfigError)
 
     run_ranks(2, body)

@@ -77,6 +77,18 @@ def test_so_are_those_of_every_family(family, dtype, dropout):
 
 
 @each_family
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [(), ("o",)])
+def test_those_of_adapters_are_no_more(family, dtype, targets):
+    """Inputs of matrices without an adapter need not be kept."""
+    config = family_of(family, model__lora_rank=16, model__lora_targets=targets, model__context_length=64)
+    model, flat = whole_model(config.model, V, CPU)
+    predicted = activation_bytes(config.model, V, 256, dtype)
+    expected = predicted["activations"] + predicted["logits"] // 2
+    assert (0.5 if targets else 0.8) * expected < kept_bytes(model, flat, 4, 64, dtype) < 1.03 * expected
+
+
+@each_family
 def test_parameters_of_every_family(family):
     shape = family_of(family, model__n_layers=3).model
     assert parameter_count(shape, V) == sum(layout.numel for layout in owned(resolve_layouts(shape, V, (3,))))
