@@ -53,18 +53,18 @@ def launch(main: Body) -> NoReturn:
 class DataParallel:
     """Shares the `microbatches` of each step out over the ranks of `comm` and sums their gradients in one fixed order.
 
-    All ranks get rank 0's parameters and buffers. `model`: float32, on one device, the same on all ranks; its parameters stay
-    the same objects, so that an optimizer may hold them already, but their memory moves. `seed`: of torch's generator, which is
-    set anew for each microbatch, so that dropout does not depend on the ranks. Statistics of a BatchNorm are of the rank's own
-    microbatches; use another norm. Collective; raises ConfigError on all ranks where there are more ranks than microbatches or
-    a parameter is not float32.
+    All ranks get rank 0's parameters and buffers. `model`: on one device, the same on all ranks, what requires a gradient in
+    float32; its parameters stay the same objects, so that an optimizer may hold them already, but their memory moves. `seed`:
+    of torch's generator, which is set anew for each microbatch, so that dropout does not depend on the ranks. Statistics of a
+    BatchNorm are of the rank's own microbatches; use another norm. Collective; raises ConfigError on all ranks where there are
+    more ranks than microbatches, or a parameter that requires a gradient is not float32, or none does.
     """
 
     def __init__(self, model: nn.Module, comm: Comm, microbatches: int, seed: int = 0):
         self.model, self.comm, self.count, self.seed = model, comm, microbatches, seed
         self.extra: Any = None
         """What was saved with the checkpoint that was loaded."""
-        parameters = dict(model.named_parameters())
+        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         together(comm, lambda: self._refuse(parameters))
         device = next(iter(parameters.values())).device
         layouts = resolve({name: tuple(p.shape) for name, p in parameters.items()}, {})
@@ -74,8 +74,10 @@ class DataParallel:
             view.copy_(parameter.detach())
             parameter.data = view
         comm.broadcast(self.flat.values.tensor)
-        for buffer in model.buffers():
-            comm.broadcast(buffer)
+        for fixed in [*(p.data for p in model.parameters() if not p.requires_grad), *model.buffers()]:
+            value = fixed.contiguous()
+            comm.broadcast(value)
+            fixed.copy_(value)
         self.sum = BlockSum(self.flat, model, comm, microbatches, reproducible=True, overlap=device.type == "cuda")
 
     def _refuse(self, parameters: Mapping[str, Tensor]) -> None:
@@ -84,7 +86,7 @@ class DataParallel:
                 f"{self.comm.size} ranks, but a step has only {self.count} microbatches; start {self.count} ranks or fewer"
             )
         if not parameters:
-            raise ConfigError("the model has no parameters")
+            raise ConfigError("the model has no parameters that require a gradient")
         for name, parameter in parameters.items():
             if parameter.dtype != torch.float32:
                 raise ConfigError(f"parameter {name} is {parameter.dtype}; sums are made in float32: use model.float()")
@@ -100,7 +102,7 @@ class DataParallel:
             self.sum.end(i)
         torch.set_rng_state(outside)
         self.sum.reduce()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.sum.parameters.items():
             parameter.grad = self.flat.parameter(name, self.sum.sums)
 
     def total(self, values: Mapping[int, float | Tensor]) -> float:

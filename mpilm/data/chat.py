@@ -23,6 +23,7 @@ from mpilm.data.template import Template
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.loss import IGNORED
+from mpilm.model.rows import EMPTY
 
 Part = tuple[str, bool]  # text, and whether it is an answer
 
@@ -118,7 +119,7 @@ class Conversations:
                 targets[i, at:end] = np.where(self.answer[start + 1 : stop], self.tokens[start + 1 : stop], IGNORED)
                 positions[i, at:end], documents[i, at:end] = np.arange(end - at), number
                 at = end
-            positions[i, at:], documents[i, at:] = np.arange(self.context_length - at), len(self.rows[row])
+            positions[i, at:], documents[i, at:] = np.arange(self.context_length - at), EMPTY
         return Examples(read, targets, positions, documents)
 
 

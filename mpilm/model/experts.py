@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mpilm.config import Model
 from mpilm.model.layers import Linear, SwiGLU
-from mpilm.model.rows import Rows
+from mpilm.model.rows import EMPTY, Rows
 
 
 class Experts(nn.Module):
@@ -36,7 +36,8 @@ class Experts(nn.Module):
             given = expert(flat.index_select(0, token))
             y = y.index_add(0, token, (given * weights[token, place, None]).to(y.dtype))
         if torch.is_grad_enabled() and self.balance and rows.share:
-            y = Beside.apply(y, self.balance * rows.share * imbalance(likely, chosen))
+            there = slice(None) if rows.documents is None else (rows.documents != EMPTY).flatten()
+            y = Beside.apply(y, self.balance * rows.share * imbalance(likely[there], chosen[there]))
         return y.view(x.shape)
 
 

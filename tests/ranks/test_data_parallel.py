@@ -102,6 +102,34 @@ def test_parameters_stay_the_objects_that_an_optimizer_holds():
     assert model.again.weight is model.first.weight
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_is_frozen_stays_rank_zeros(size):
+    """In any dtype and any order of memory."""
+
+    def body(comm):
+        model = net(seed=comm.rank)
+        model.fixed = nn.Parameter(torch.full((2, 3), 0.5 + comm.rank, dtype=torch.bfloat16).t(), requires_grad=False)
+        model.first.weight.requires_grad_(False)
+        parallel = DataParallel(model, comm, COUNT)
+        for m in parallel.microbatches(0):
+            loss_of(model, 0, m).backward()
+        assert model.first.weight.grad is None
+        return model.state_dict(), model.last.weight.grad
+
+    plain = net()
+    for m in range(COUNT):
+        loss_of(plain, 0, m).backward()
+    for state, gradient in run_ranks(size, body):
+        assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+        assert torch.equal(state["fixed"], torch.full((3, 2), 0.5, dtype=torch.bfloat16))
+        torch.testing.assert_close(gradient, plain.last.weight.grad)
+
+
+def test_a_model_in_which_nothing_is_to_be_trained():
+    with pytest.raises(AgreedError, match="the model has no parameters that require a gradient"):
+        DataParallel(net().requires_grad_(False), SelfComm("world"), COUNT)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_goes_on_on_other_ranks(tmp_path, optimizer):
     alone = train(SelfComm("world"), 6, optimizer)

@@ -17,6 +17,7 @@ from mpilm.data.template import Template, find_template
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.loss import IGNORED
+from mpilm.model.rows import EMPTY
 from mpilm.validation import validate
 
 TOKENIZER = bytes_tokenizer()
@@ -148,7 +149,7 @@ def test_a_row_holds_what_is_read_and_what_is_right():
     assert examples.targets[first].tolist() == [IGNORED, 2, 3, 4, IGNORED, IGNORED]
     assert examples.targets[second].tolist() == [IGNORED, 7, IGNORED, IGNORED, IGNORED, IGNORED]
     assert examples.positions[first].tolist() == [0, 1, 2, 3, 0, 1]
-    assert examples.documents[first].tolist() == [0, 0, 0, 0, 1, 1]
+    assert examples.documents[first].tolist() == [0, 0, 0, 0, EMPTY, EMPTY]
 
 
 def test_several_share_a_row_and_none_sees_another():

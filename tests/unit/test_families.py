@@ -227,6 +227,22 @@ def test_the_router_gets_the_gradient_of_its_own_loss():
     assert router.weight.grad.abs().max() > 0
 
 
+def test_where_no_token_is_the_router_is_not_asked_for_balance():
+    """The gradient of its own loss is that of the row without what is empty."""
+    model = random_model(shape_of("mixtral", n_layers=1))
+    router, x, gradients = model.blocks["0"].mlp.router, tokens(), []
+    for row, documents in ((x, (torch.arange(T) >= 10).long().neg().expand_as(x)), (x[:, :10], torch.zeros_like(x[:, :10]))):
+        of_share = []
+        for share in (0.25, 0.0):
+            router.weight.grad = None
+            logits = model(row, Rows(torch.arange(row.shape[1]), documents=documents, share=share))
+            logits[:, :10].logsumexp(-1).sum().backward()
+            of_share.append(router.weight.grad)
+        gradients.append(of_share[0] - of_share[1])
+    assert gradients[0].abs().max() > 1e-5
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
 def test_an_expert_that_nobody_chose_has_a_gradient_of_zero():
     model = random_model(shape_of("mixtral", n_layers=1))
     router = model.blocks["0"].mlp.router

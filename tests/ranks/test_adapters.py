@@ -1,0 +1,265 @@
+"""Adapters against PEFT: its training loop, its files in ours and ours in its; and the same bits on any layout."""
+
+import json
+import re
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from checkpoints import write_published
+from runs import FAMILIES, differing, on, run_threads, serial, small, stopped, trained, whole_model
+from safetensors.torch import load_file, save_file
+from text import tiny, write_tokens
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from mpilm.checkpoint.pretrained import base_of, shape_of
+from mpilm.comm.base import SelfComm
+from mpilm.comm.threads import run_ranks
+from mpilm.comm.together import AgreedError
+from mpilm.config import Compute, Folder, Stages, used
+from mpilm.errors import ConfigError, FileError
+from mpilm.model.rows import Rows
+from mpilm.optim.rate import learning_rate
+from mpilm.trainer.build import build
+from mpilm.trainer.folder import configured, open_folder
+from mpilm.trainer.loop import train
+from mpilm.trainer.step import train_step
+
+WHERE = {"llama": (), "gpt2": ("o",), "qwen2": ("q", "v"), "qwen3": (), "mixtral": (), "bert": ("down", "q")}
+PEFT_WORDS = {
+    "llama": "all-linear", "gpt2": ["c_attn", "mlp.c_proj"], "qwen2": ["k_proj", "gate_proj"], "qwen3": ["o_proj"],
+    "mixtral": ["q_proj", "o_proj"], "bert": r"bert\.encoder\.layer\.\d+\.(attention\.self\.key|intermediate\.dense)",
+}  # fmt: skip
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A folder of each family with a tiny model."""
+    found = {}
+    for family, changes in FAMILIES.items():
+        shape = tiny("", "", model__dropout=0.0, **changes).model
+        torch.manual_seed(1)
+        model, _ = whole_model(shape, 300, torch.device("cpu"))
+        for parameter in model.parameters():
+            parameter.data.normal_(0.0, 0.1)
+        found[family] = tmp_path_factory.mktemp("bases") / family
+        write_published(found[family], model, shape, 300)
+    return found
+
+
+def job(data, folder, base, **changes):
+    """A run that gives the model of a folder adapters."""
+    asked = {"model__lora_rank": 4, "model__lora_alpha": 6.0, "train__steps": 4, "checkpoint__every": 2, "run__eval_every": 2}
+    config = tiny(data, folder, **asked | changes)
+    ours = {key: getattr(config.model, key) for key in ("lora_rank", "lora_alpha", "lora_targets", "router_loss")}
+    return replace(config, model=replace(shape_of(base), **ours, init_from=str(base)))
+
+
+def theirs(base, family):
+    auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+    return auto.from_pretrained(base)
+
+
+def logits(folder, tokens):
+    """What our model in a folder makes of tokens, without a training run."""
+    config = configured(used(Folder(str(folder)), Stages(), Compute()))
+    model = open_folder(config, SelfComm()).model.stages[0].model
+    with torch.no_grad():
+        return model(tokens, Rows(torch.arange(tokens.shape[1])))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 300, (2, 8), generator=torch.Generator().manual_seed(0))
+
+
+@each_family
+def test_a_checkpoint_is_an_adapter_that_peft_reads(tmp_path, data, bases, tokens, family):
+    config = job(data, tmp_path / "run", bases[family], model__lora_targets=WHERE[family], train__lr=0.05)
+    run_ranks(2, lambda comm: train(config, comm))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    model = peft.PeftModel.from_pretrained(theirs(bases[family], family), checkpoint)
+    there = {name for name, _ in model.named_parameters() if "lora" in name}
+    assert {name.replace(".default", "") for name in there} == set(load_file(checkpoint / "adapter_model.safetensors"))
+    with torch.no_grad():
+        adapted = model(tokens).logits
+    plain = logits(bases[family], tokens)
+    assert not torch.allclose(adapted, plain, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(logits(checkpoint, tokens), adapted, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(checkpoint, family)(tokens).logits, adapted)  # transformers finds the model
+
+
+@each_family
+def test_an_adapter_of_peft_is_read(tmp_path, bases, tokens, family):
+    torch.manual_seed(5)
+    kind = {"fan_in_fan_out": True} if family == "gpt2" else {}
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=PEFT_WORDS[family], **kind)
+    model = peft.get_peft_model(theirs(bases[family], family), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0.0, 2.0)
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model(tokens).logits
+    assert not torch.allclose(expected, logits(bases[family], tokens), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(logits(tmp_path / "adapter", tokens), expected, rtol=1e-5, atol=1e-5)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(tmp_path / "merged", tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "bert"])
+def test_it_is_pefts_training_loop(tmp_path, data, bases, family):
+    config = job(data, tmp_path / "run", bases[family], train__steps=50, train__lr=0.02, train__clip_norm=0.5)
+    settings = config.train
+    run = build(config, SelfComm())
+    state = run.model.pieces()
+    start = job(data, tmp_path / "start", bases[family], train__steps=1, train__lr=0.0, train__min_lr=0.0)
+    run_ranks(1, lambda comm: train(start, comm))
+    checkpoint = tmp_path / "start" / "checkpoints" / "step-00000001"
+    reference = peft.PeftModel.from_pretrained(theirs(bases[family], family), checkpoint, is_trainable=True)
+    parameters = [p for p in reference.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in parameters) == sum(x.numel() for x in state.values())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
+    )
+    losses = []
+    for step in range(settings.steps):
+        batches = [run.batches.train(step, m) for m in range(8)]
+        tokens, targets = (torch.cat([getattr(batch, part) for batch in batches]) for part in ("tokens", "targets"))
+        loss = torch.nn.functional.cross_entropy(reference(tokens).logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        optimizer.step()
+        assert train_step(run.model, run.batches, step).loss == pytest.approx(loss.item(), rel=1e-5), step
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+
+
+LAYOUTS = [
+    (1, on(schedule="zero-bubble")), (3, on(zero=1)), (3, on(zero=2)), (3, on(zero=3)), (2, on(2)),
+    (4, on(2, "interleaved", 2)), (4, on(2, "zero-bubble", 3)), (6, on(3, "zero-bubble", 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "layout"), LAYOUTS, ids=str)
+@each_family
+def test_every_layout_has_the_bits_of_the_serial_run(family, size, layout):
+    config = small(**layout, **FAMILIES[family], model__lora_rank=2, model__lora_targets=WHERE[family], train__lr=0.02)
+    numbers, tensors = run_threads(size, config, steps=3)
+    expected = run_threads(1, serial(config), steps=3)
+    assert numbers == expected[0]
+    assert len(tensors) == 3 * 2 * 4 * len(WHERE[family] or (0,) * (len(tensors) // 24))
+    assert differing(tensors, expected[1]) == []
+
+
+@pytest.mark.parametrize("recompute", ["attention", "block"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("size", "layout"), LAYOUTS, ids=str)
+def test_so_it_has_with_blocks_recomputed_and_in_bfloat16(size, layout, dtype, recompute):
+    config = small(**layout, model__lora_rank=2, train__recompute=recompute, train__dtype=dtype, model__tie_embeddings=False)
+    numbers, tensors = run_threads(size, config)
+    expected = run_threads(1, serial(config))
+    assert numbers == expected[0]
+    assert differing(tensors, expected[1]) == []
+
+
+@pytest.mark.parametrize("first", [(2, on(2)), (3, on(zero=3))])
+def test_a_run_goes_on_on_another_layout(tmp_path, data, bases, first):
+    whole = trained(job(data, tmp_path / "whole", bases["llama"]), 1)
+    stopped(job(data, tmp_path / "run", bases["llama"], **first[1]), first[0], at=3)
+    assert trained(job(data, tmp_path / "run", bases["llama"], **on(2, zero=1)), 4) == whole
+
+
+def test_the_model_is_left_as_it_was_and_the_adapter_is_small(tmp_path, data, bases):
+    before = (bases["llama"] / "model.safetensors").read_bytes()
+    run_ranks(2, lambda comm: train(job(data, tmp_path / "run", bases["llama"]), comm))
+    assert (bases["llama"] / "model.safetensors").read_bytes() == before
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert names == {
+        "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "trainer.json", "manifest.json",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert base_of(checkpoint) == bases["llama"].resolve()
+
+
+def test_an_adapter_is_trained_further(tmp_path, data, bases, tokens):
+    """From a checkpoint with one: its shape, its values, and the same model beneath."""
+    run_ranks(1, lambda comm: train(job(data, tmp_path / "one", bases["llama"], train__lr=0.05), comm))
+    checkpoint = tmp_path / "one" / "checkpoints" / "step-00000004"
+    other = job(data, tmp_path / "two", checkpoint, train__steps=1, train__lr=0.0, train__min_lr=0.0)
+    assert shape_of(checkpoint).lora_rank == 4
+    run_ranks(3, lambda comm: train(other, comm))
+    later = tmp_path / "two" / "checkpoints" / "step-00000001"
+    assert base_of(later) == bases["llama"].resolve()
+    assert torch.equal(logits(later, tokens), logits(checkpoint, tokens))
+
+
+# What is refused.
+
+
+@pytest.fixture
+def adapter(tmp_path, bases):
+    """A folder with an adapter that PEFT wrote."""
+    model = peft.get_peft_model(theirs(bases["llama"], "llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def changed(adapter, **config):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
+        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"r": 0}, "r 0 and lora_alpha 8 must be numbers above zero"),
+        ({"lora_alpha": None}, "lora_alpha None must be numbers above zero"),
+        (
+            {"target_modules": ["lm_head"]},
+            r"target_modules \['lm_head'\] names no matrix of llama that may have an adapter: self",
+        ),
+        ({"target_modules": "(("}, "names no matrix of llama"),
+        ({"base_model_name_or_path": None}, "lacks base_model_name_or_path"),
+    ],
+)
+def test_adapters_of_other_kinds(adapter, config, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        shape_of(changed(adapter, **config))
+    assert str(adapter / "adapter_config.json") in str(caught.value)
+
+
+def test_an_adapter_whose_model_is_not_there(adapter):
+    with pytest.raises(
+        FileError, match=r"holds an adapter to no/model, which is no folder of a model here; write where it lies"
+    ):
+        shape_of(changed(adapter, base_model_name_or_path="no/model"))
+
+
+def test_tensors_that_no_adapter_here_has(adapter, tokens):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 32)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(AgreedError, match=re.escape("the adapter that llama may have, base_model.model.lm_head.lora_A.weight")):
+        logits(adapter, tokens)
+
+
+def test_an_adapter_of_another_shape(adapter, tokens):
+    with pytest.raises(AgreedError, match=r"q_proj.lora_A.weight has shape \(2, \d+\), this model needs \(3, \d+\)"):
+        logits(changed(adapter, r=3), tokens)
