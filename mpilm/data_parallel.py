@@ -78,7 +78,7 @@ class DataParallel:
             value = fixed.contiguous()
             comm.broadcast(value)
             fixed.copy_(value)
-        self.sum = BlockSum(self.flat, model, comm, microbatches, reproducible=True, overlap=device.type == "cuda")
+        self.sum = BlockSum(self.flat, model, comm, microbatches, overlap=device.type == "cuda")
 
     def _refuse(self, parameters: Mapping[str, Tensor]) -> None:
         if self.comm.size > self.count:

@@ -238,6 +238,26 @@ def leaves_a_barrier_when_all_have_come(comm: Comm) -> None:
 
 
 @contract
+def shares_memory(comm: Comm) -> None:
+    """Parts of different sizes, zero at first; what one writes the others read after a barrier."""
+    counts = [5000 * (rank % 3) + 7 for rank in range(comm.size)]
+    parts = comm.share(counts[comm.rank])
+    assert parts is not None
+    assert all(part.numel() >= count and not part.any() for part, count in zip(parts, counts, strict=True))
+    comm.barrier()
+    for turn in range(3):
+        parts[comm.rank][: counts[comm.rank]] = torch.arange(counts[comm.rank]) + comm.rank + turn
+        comm.barrier()
+        for rank, count in enumerate(counts):
+            assert torch.equal(parts[rank][:count], torch.arange(count, dtype=torch.float32) + rank + turn), (turn, rank)
+        comm.barrier()
+    again = comm.share(3)
+    assert again is not None
+    again[comm.rank].fill_(1.0)
+    assert parts[comm.rank][0] == comm.rank + 2
+
+
+@contract
 def exchange_has_its_adjoint(comm: Comm) -> None:
     """<F x, y> = <x, F* y> over all ranks: what backward will rely on. Small integers, so the sums are exact."""
     counts = torch.tensor([[(s + 2 * r) % 4 for r in range(comm.size)] for s in range(comm.size)])

@@ -134,6 +134,12 @@ class Comm(ABC):
     def split_node(self, name: str = "node") -> Comm:
         """The communicator of the ranks that share this rank's memory. Collective."""
 
+    @abstractmethod
+    def share(self, numel: int) -> list[Tensor] | None:
+        """Memory that every rank sees: float32, zero, a part for each rank, of as many elements as that rank asks for (or a few
+        more). What a rank has written there another may read after a barrier. None on all ranks where they have no memory
+        together. Collective."""
+
     def with_options(self, gpu_aware: bool, patient: bool) -> Comm:
         """The same ranks with other ways of moving and waiting, where the implementation has any (see MpiComm)."""
         return self
@@ -229,6 +235,9 @@ class SelfComm(Comm):
 
     def split_node(self, name: str = "node") -> Comm:
         return SelfComm(name)
+
+    def share(self, numel: int) -> list[Tensor] | None:
+        return [torch.zeros(numel)]
 
     def abort(self, code: int) -> None:
         raise SystemExit(code)

@@ -17,6 +17,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Counts, Request
+from mpilm.comm.shared import share
 
 MOVE = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T}  # by item size
 REDUCE = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T}
@@ -51,6 +52,9 @@ class MpiComm(Comm):
 
     def split_node(self, name: str = "node") -> Comm:
         return type(self)(self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank), name, self.gpu_aware, self.patient)
+
+    def share(self, numel: int) -> list[Tensor] | None:
+        return share(self, numel) if self.split_node().size == self.size else None
 
     def abort(self, code: int) -> None:
         self._comm.Abort(code)

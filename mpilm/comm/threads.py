@@ -94,6 +94,9 @@ class ThreadComm(Comm):
     def split_node(self, name: str = "node") -> Comm:
         return self.split(0, self.rank, name)
 
+    def share(self, numel: int) -> list[Tensor] | None:
+        return self._share("share", torch.zeros(numel))()
+
     def abort(self, code: int) -> None:
         self._world.fail(f"rank {self.rank} aborted with {code}")
         raise SystemExit(code)

@@ -55,6 +55,10 @@ class Traced(Comm):
         self._agree("split_node", name)
         return Traced(self.inner.split_node(name), self.check)
 
+    def share(self, numel: int) -> list[Tensor] | None:
+        self._agree("share")
+        return self.inner.share(numel)
+
     def abort(self, code: int) -> None:
         self.inner.abort(code)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import Comm, Request
 from mpilm.optim.exchange import Round, TreeExchange
+from mpilm.optim.shared import SharedSum
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.shard import Interval
 from mpilm.parallel.tree import Fold, block, fold_block
@@ -59,12 +60,14 @@ class BlockSum:
     """Collects the gradient of each microbatch of this rank's block, and sums them all (ZeRO-0 and 1).
 
     Call `begin` before the backward of this rank's i-th microbatch, `end` after it, and `reduce` after the last one.
-    `overlap`: start a bucket as soon as the last backward is done with it. Collective over `comm`, the data axis.
+    `overlap`: start a bucket as soon as the last backward is done with it. `shared`: add in memory that all ranks see, where
+    there is some. Collective over `comm`, the data axis.
     """
 
     def __init__(
-        self, flat: FlatParameters, model: nn.Module, comm: Comm, microbatches: int, reproducible: bool, overlap: bool
-    ):
+        self, flat: FlatParameters, model: nn.Module, comm: Comm, microbatches: int, reproducible: bool = True,
+        overlap: bool = False, shared: bool = True,
+    ):  # fmt: skip
         self.flat, self.overlap = flat, overlap
         start, stop = block(comm.rank, comm.size, microbatches)
         self.numbers = range(start, stop)
@@ -73,16 +76,32 @@ class BlockSum:
         if reproducible:
             self.folds, nodes = fold_block(start, stop, microbatches)
             self.kept = list(nodes)
-        everything = [(0, flat.layout.numel)]
-        self.buffers = [FlatVector.zeros(everything, flat.device) for _ in range(1 + max(f.buffer for f in self.folds))]
+        shared = shared and reproducible and comm.size > 1 and flat.device.type == "cpu"
+        self.shared = self._share(comm, microbatches) if shared else None
+        if self.shared is None:
+            count = 1 + max(f.buffer for f in self.folds)
+            self.buffers = [FlatVector.zeros([(0, flat.layout.numel)], flat.device) for _ in range(count)]
         self.views = [{name: flat.parameter(name, buffer) for name in flat.layout.slots} for buffer in self.buffers]
         self.sums = self.buffers[0]
-        self.buckets = flat.layout.buckets if comm.size > 1 else []
+        self.buckets = flat.layout.buckets if comm.size > 1 and self.shared is None else []
         depth = len(self.buckets) if overlap else min(IN_FLIGHT, len(self.buckets))
         self.exchanges = [self._exchange(comm, microbatches, reproducible) for _ in range(depth)]
         self.parameters = {name: model.get_parameter(name) for name in flat.layout.slots}
         self.started = len(self.buckets)
         self._watch()
+
+    def _share(self, comm: Comm, microbatches: int) -> SharedSum | None:
+        """Put the buffers where all ranks see them; None where there is no such memory. Collective."""
+        numel = self.flat.layout.numel
+        blocks = [fold_block(*block(r, comm.size, microbatches), microbatches) for r in range(comm.size)]
+        counts = [1 + max(fold.buffer for fold in folds) for folds, _ in blocks]
+        parts = comm.share(counts[comm.rank] * numel)
+        if parts is None:
+            return None
+        buffers = [[part[i * numel : (i + 1) * numel] for i in range(count)] for part, count in zip(parts, counts)]
+        self.buffers = [FlatVector([(0, numel)], buffer) for buffer in buffers[comm.rank]]
+        nodes = [held for _, held in blocks]
+        return SharedSum(comm, self.flat.layout, buffers, nodes, microbatches, gather=self.flat.zero == 0)
 
     def _exchange(self, comm: Comm, microbatches: int, reproducible: bool) -> BucketSum | LibrarySum:
         if not reproducible:
@@ -130,6 +149,8 @@ class BlockSum:
             self._start_next()
         if not self.buckets:
             self._add(len(self.folds) - 1, 0, self.flat.layout.numel)
+        if self.shared is not None:
+            self.shared.reduce()
         for number in range(max(0, len(self.buckets) - len(self.exchanges)), len(self.buckets)):
             self.exchanges[number % len(self.exchanges)].finish()
         for exchange in self.exchanges:

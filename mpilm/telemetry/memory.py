@@ -21,6 +21,11 @@ def resident_bytes() -> int:
     return _kibibytes("/proc/self/status", "VmRSS") * 1024
 
 
+def shared_bytes() -> int:
+    """The part of `resident_bytes` that is in memory which ranks have together."""
+    return _kibibytes("/proc/self/status", "RssShmem") * 1024
+
+
 def trim() -> None:
     """Hand back to the kernel what has been freed, where the C library can: glibc keeps most of it otherwise."""
     with contextlib.suppress(OSError, AttributeError):

@@ -20,7 +20,7 @@ from mpilm.data.progress import ProgressLine
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.shard import ALIGNMENT
-from mpilm.telemetry.memory import forget_peak, proportional_bytes, resident_bytes, trim
+from mpilm.telemetry.memory import forget_peak, proportional_bytes, resident_bytes, shared_bytes, trim
 from mpilm.trainer.balance import choose_cut
 from mpilm.trainer.folder import load_start
 from mpilm.trainer.machine import Machine, conditions, look
@@ -41,7 +41,7 @@ class Training:
     folder: RunFolder
     content: Mapping[str, str]
     model: ShardedModel
-    baseline_bytes: tuple[int, int]  # resident and proportional, before the model
+    baseline_bytes: tuple[int, int, int]  # resident, proportional and shared, before the model
 
 
 def build(config: Config, world: Comm) -> Training:
@@ -61,7 +61,7 @@ def build(config: Config, world: Comm) -> Training:
     cut = choose_cut(config, mesh, vocab_size, machine.device)
     trim()
     forget_peak()  # preparing text may have taken more than training will
-    baseline = resident_bytes(), proportional_bytes()
+    baseline = resident_bytes(), proportional_bytes(), shared_bytes()
     model = ShardedModel(config, mesh, cut, vocab_size, machine.device, alignment)
     _fill(model, folder, world)
     trim()

@@ -23,7 +23,7 @@ from mpilm.parallel.pipeline.execute import Timed
 from mpilm.parallel.pipeline.schedules import even_bubble
 from mpilm.parallel.tree import balance
 from mpilm.telemetry.display import Display, duration, mebibytes
-from mpilm.telemetry.memory import peak_resident_bytes
+from mpilm.telemetry.memory import peak_resident_bytes, shared_bytes
 from mpilm.telemetry.metrics import Metrics, TensorBoard
 from mpilm.trainer.build import Training
 from mpilm.trainer.machine import processor, versions
@@ -118,9 +118,11 @@ class RunLog:
         return everyone.tolist()
 
     def _peak_bytes(self) -> int:
-        """This rank's highest use so far, the program's shared pages divided as they were at the start."""
-        resident, proportional = self.run.baseline_bytes
-        return peak_resident_bytes() - resident + proportional
+        """This rank's highest use so far, the program's shared pages divided as they were at the start; other ranks' gradients,
+        which it sees, left out."""
+        resident, proportional, shared = self.run.baseline_bytes
+        others = max(0, shared_bytes() - shared - self.run.model.shared_bytes)
+        return peak_resident_bytes() - resident + proportional - others
 
     def _start_row(self) -> dict[str, Any]:
         run, world = self.run, self.run.mesh.world

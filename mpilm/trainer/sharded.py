@@ -48,7 +48,8 @@ class ShardedModel(StagedModel):
             self.gradients[stage] = DealtSum(flat, model, self.data, total)
         else:
             overlap = self.device.type == "cuda"
-            self.gradients[stage] = BlockSum(flat, model, self.data, total, train.reproducible, overlap=overlap)
+            shared = self.config.parallel.shared_memory
+            self.gradients[stage] = BlockSum(flat, model, self.data, total, train.reproducible, overlap, shared)
         return self.gradients[stage]
 
     @property
@@ -79,6 +80,11 @@ class ShardedModel(StagedModel):
             for part, count in gradients.held_bytes.items():
                 found[part] += count
         return found
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of gradients that lie where the other ranks of the node see them."""
+        return sum(of.held_bytes["gradients"] for of in self.gradients.values() if isinstance(of, BlockSum) and of.shared)
 
     # Gradients.
 

@@ -1,10 +1,13 @@
 """The contract of communicators on real MPI: `mpirun -n 2 pytest`, and 1, 3 and 4 as well."""
 
+import os
+
 import pytest
 import torch
 from contract import CONTRACT, MISMATCHES, in_step, names_the_odd_rank, names_the_rank_that_expects_other_parts
 from torch import Tensor
 
+from mpilm.comm import shared
 from mpilm.comm.base import Comm
 from mpilm.comm.mpi import MpiComm, library, mpi_world
 from mpilm.comm.trace import Traced
@@ -84,6 +87,27 @@ def test_checking_names_the_odd_rank(world: Comm, mismatch: str) -> None:
 @pytest.mark.mpi(min_size=2)
 def test_checking_compares_the_parts_of_an_exchange(world: Comm) -> None:
     names_the_rank_that_expects_other_parts(world)
+
+
+def leftovers() -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if name.startswith("mpilm-")]
+
+
+def test_shared_memory_has_no_name_left(world: Comm) -> None:
+    assert world.share(1 << 20) is not None
+    world.barrier()
+    assert leftovers() == []
+
+
+@pytest.mark.parametrize("lack", ["no folder", "no room", "another container"])
+def test_where_there_is_no_shared_memory_all_ranks_hear_it(world: Comm, lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lack == "no folder":
+        monkeypatch.setattr(shared, "FOLDER", "/no/such/folder")
+    elif lack == "another container" and world.rank == world.size - 1:
+        monkeypatch.setattr(shared, "_mapped", lambda path, nbytes: None)
+    assert world.share(1 << 44 if lack == "no room" else 10) is None
+    world.barrier()
+    assert leftovers() == []
 
 
 def test_options_belong_to_the_parts_as_well(world: MpiComm) -> None:

@@ -21,7 +21,11 @@ from mpilm.trainer.staged import draw, resolve_layouts
 
 V = 29
 SIZES = [1, 2, 3, 4, 5, 6, 8]
-KINDS = [(0, False), (0, True), (1, False), (2, False), (3, False)]  # ZeRO, overlap
+KINDS = [
+    (0, {"shared": True}), (0, {"shared": False}), (0, {"shared": False, "overlap": True}), (1, {"shared": True}),
+    (1, {"shared": False}), (2, {}), (3, {}),
+]  # fmt: skip
+"""ZeRO, and how the sums are made."""
 UNEVEN = [(1, 1), (1, 7), (2, 5), (3, 7), (4, 6), (5, 11), (6, 11), (8, 13)]
 
 
@@ -68,13 +72,13 @@ def oracle(tie, total, add=tree):
 class Part:
     """One rank's part of the sum: a model that is whole, and gradients that are laid out and summed as `zero` says."""
 
-    def __init__(self, comm, tie, total, zero, overlap=False, reproducible=True):
+    def __init__(self, comm, tie, total, zero, overlap=False, reproducible=True, shared=True):
         self.model, whole = whole_model(shape_of(tie), V, CPU)
         draw(whole, shape_of(tie), seed=0)
         table = resolve_layouts(shape_of(tie), V, (1,))
         self.flat = FlatParameters(table, CPU, zero, comm.rank, comm.size)
         if zero < 2:
-            self.sum = BlockSum(self.flat, self.model, comm, total, reproducible, overlap)
+            self.sum = BlockSum(self.flat, self.model, comm, total, reproducible, overlap, shared)
             self.numbers = range(*block(comm.rank, comm.size, total))
         else:
             self.sum = DealtSum(self.flat, self.model, comm, total)
@@ -125,21 +129,21 @@ def bucket(request):
 
 @pytest.mark.parametrize(("tie", "bucket"), [(True, 256), (False, BUCKET)], indirect=["bucket"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("zero", "overlap"), KINDS)
-def test_the_bits_are_those_of_the_tree(size, tie, zero, overlap, bucket):
-    assert differing(summed(size, tie, 8, zero, overlap=overlap), bits(oracle(tie, 8))) == []
+@pytest.mark.parametrize(("zero", "how"), KINDS, ids=str)
+def test_the_bits_are_those_of_the_tree(size, tie, zero, how, bucket):
+    assert differing(summed(size, tie, 8, zero, **how), bits(oracle(tie, 8))) == []
 
 
 @pytest.mark.parametrize(("size", "total"), UNEVEN)
-@pytest.mark.parametrize(("zero", "overlap"), KINDS)
-def test_numbers_of_microbatches_that_are_no_powers_of_two(size, total, zero, overlap, bucket):
-    assert differing(summed(size, True, total, zero, overlap=overlap), bits(oracle(True, total))) == []
+@pytest.mark.parametrize(("zero", "how"), KINDS, ids=str)
+def test_numbers_of_microbatches_that_are_no_powers_of_two(size, total, zero, how, bucket):
+    assert differing(summed(size, True, total, zero, **how), bits(oracle(True, total))) == []
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize(("zero", "overlap"), KINDS)
-def test_nothing_is_left_over_for_the_next_step(size, zero, overlap, bucket):
-    assert differing(summed(size, True, 8, zero, steps=3, overlap=overlap), bits(oracle(True, 8))) == []
+@pytest.mark.parametrize(("zero", "how"), KINDS, ids=str)
+def test_nothing_is_left_over_for_the_next_step(size, zero, how, bucket):
+    assert differing(summed(size, True, 8, zero, steps=3, **how), bits(oracle(True, 8))) == []
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
