@@ -220,6 +220,16 @@ class Run:
     """Steps between evaluations, which every checkpoint has as well; 0: none at all, and no best checkpoint."""
     eval_batches: int = 8
     """Global batches of held-out text an evaluation reads; 0: all of it."""
+    time_limit: float = 0.0
+    """Seconds after which the run saves and ends with code 75, to be started again; 0: the end of its SLURM job, if any."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a run does when something goes wrong."""
+
+    max_bad_steps: int = 10
+    """Steps whose loss or gradient is not finite that a run leaves out before it ends with code 87."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +294,7 @@ class Config:
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     run: Run = field(default_factory=Run)
+    fault: Fault = field(default_factory=Fault)
     generate: Generate = field(default_factory=Generate)
 
 
@@ -301,7 +312,7 @@ FREE_TO_CHANGE = frozenset(
         "data.text_key",
     }
 )  # the corpus and the tokenizer are compared by content, not by where they lie
-FREE_SECTIONS = frozenset({"parallel", "checkpoint", "run", "generate"})
+FREE_SECTIONS = frozenset({"parallel", "checkpoint", "run", "fault", "generate"})
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -27,6 +27,12 @@ class FileError(UserError):
     code = 74
 
 
+class PreemptedError(UserError):
+    """No error: a run that was asked to stop has saved, and waits to be started again (EX_TEMPFAIL)."""
+
+    code = 75
+
+
 class NonFiniteError(UserError):
     """A loss or gradient that is no longer a finite number."""
 
@@ -39,7 +45,10 @@ class RanksDisagreeError(UserError):
     code = 88
 
 
-BY_CODE = {kind.code: kind for kind in (UserError, ConfigError, DataError, FileError, NonFiniteError, RanksDisagreeError)}
+BY_CODE = {
+    kind.code: kind
+    for kind in (UserError, ConfigError, DataError, FileError, PreemptedError, NonFiniteError, RanksDisagreeError)
+}
 
 
 def from_code(code: int, message: str) -> UserError:

@@ -183,10 +183,10 @@ def newest_tensors(config: Config) -> dict[str, bytes]:
 def stopped(config: Config, size: int, at: int) -> None:
     """Train as if all ranks had died after step `at`, whatever they had written by then."""
 
-    def step_or_die(model: ShardedModel, source: Source, step: int) -> StepResult:
+    def step_or_die(model: ShardedModel, source: Source, step: int, wish: int) -> StepResult:
         if step == at:
             raise KeyboardInterrupt
-        return train_step(model, source, step)
+        return train_step(model, source, step, wish)
 
     with mock.patch.object(loop, "train_step", step_or_die), pytest.raises(KeyboardInterrupt):
         run_ranks(size, lambda comm: loop.train(config, comm))

@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.together import AgreedError, together
-from mpilm.errors import ConfigError, UserError
+from mpilm.errors import ConfigError, PreemptedError, UserError
 
 R = TypeVar("R")
 Body = Callable[[Comm], None]
@@ -61,7 +61,8 @@ def _main(comm: Comm, body: Body | None, failure: BaseException | None) -> int:
         return 0
     except AgreedError as agreed:
         if comm.rank == 0:
-            print(f"mpilm: error: {agreed.error}", file=sys.stderr, flush=True)
+            word = "" if isinstance(agreed.error, PreemptedError) else "error: "
+            print(f"mpilm: {word}{agreed.error}", file=sys.stderr, flush=True)
         comm.barrier()  # nobody leaves before the message is out: a launcher kills the rest when the first one has gone
         return agreed.error.code
 

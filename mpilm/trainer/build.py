@@ -17,6 +17,7 @@ from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
+from mpilm.guard.request import StopRequest
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.shard import ALIGNMENT
@@ -41,6 +42,8 @@ class Training:
     folder: RunFolder
     content: Mapping[str, str]
     model: ShardedModel
+    request: StopRequest
+    skipped: list[int]  # steps that changed nothing, since their loss or gradient was not finite
     baseline_bytes: tuple[int, int, int]  # resident, proportional and shared, before the model
 
 
@@ -56,6 +59,19 @@ def build(config: Config, world: Comm) -> Training:
     batches = Batches(material.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
     content = _content(config, material, world)
     folder = open_run_folder(config, content, conditions(machine, world), world)
+    try:
+        return _built(config, machine, mesh, material, batches, content, folder)
+    except BaseException:
+        folder.release()
+        raise
+
+
+def _built(
+    config: Config, machine: Machine, mesh: Mesh, material: Material, batches: Batches, content: Mapping[str, str],
+    folder: RunFolder,
+) -> Training:  # fmt: skip
+    """The model, and the parts together. Collective."""
+    world = mesh.world
     vocab_size = config.model.vocab_size or material.tokenizer.vocab_size
     alignment = ALIGNMENT * max(world.all_gather_json(machine.threads))
     cut = choose_cut(config, mesh, vocab_size, machine.device)
@@ -65,7 +81,10 @@ def build(config: Config, world: Comm) -> Training:
     model = ShardedModel(config, mesh, cut, vocab_size, machine.device, alignment)
     _fill(model, folder, world)
     trim()
-    return Training(config, machine, mesh, material, batches, folder, content, model, baseline)
+    request = StopRequest(folder.path / "stop", config.run.time_limit)
+    return Training(
+        config, machine, mesh, material, batches, folder, content, model, request, list(folder.skipped), baseline
+    )  # fmt: skip
 
 
 def _content(config: Config, material: Material, world: Comm) -> dict[str, str]:
@@ -88,5 +107,5 @@ def _fill(model: ShardedModel, folder: RunFolder, world: Comm) -> None:
     if folder.checkpoint is not None:
         moments = model.optimizer.pieces()
         load(folder.checkpoint, model.pieces(), moments, model.shapes, model.moment_shapes, shape, world)
-        model.optimizer.set_step(folder.step)
+        model.optimizer.set_step(folder.step - len(folder.skipped))
         model.publish()

@@ -31,6 +31,8 @@ from mpilm.trainer.memory import predicted_memory
 from mpilm.trainer.step import StepResult
 from mpilm.trainer.write import write
 
+WRITTEN_A_SECOND = 50e6  # bytes, of a checkpoint: a guess until one has been written
+
 
 class RunLog:
     """Writes metrics.jsonl and TensorBoard, and prints. Made and called on every rank, in the same order."""
@@ -47,6 +49,7 @@ class RunLog:
         on_root(run.mesh.world, self._open_sinks)
         self.started = self.last = time.perf_counter()
         self.last_done, self.busy_s = run.folder.step, 0.0
+        self.step_s, self.save_s = 0.0, sum(run.model.held_bytes().values()) / WRITTEN_A_SECOND
 
     def _open_sinks(self) -> None:
         folder = self.run.folder
@@ -64,7 +67,9 @@ class RunLog:
         logged = every > 0 and (done % every == 0 or done in (self.run.folder.step + 1, config.train.steps))
         now = time.perf_counter()
         self.busy_s += busy_s(result.times)
-        step_s = (now - self.last) / (done - self.last_done)
+        step_s = self.step_s = (now - self.last) / (done - self.last_done)
+        if not result.updated:
+            return  # `skipped` will say why
         row: dict[str, Any] = {
             "step": done,
             "time": time.time(),
@@ -82,6 +87,16 @@ class RunLog:
             self._write(row)
             self._skip_time(done)
 
+    def skipped(self, done: int, why: str) -> None:
+        """A step changed nothing."""
+        self.display.line(f"{why}; left out")
+        self._write({"event": "skipped", "step": done, "time": time.time(), "why": why})
+        self._skip_time(done)
+
+    def needed_s(self) -> float:
+        """What another step and a save will take, with some room."""
+        return 2 * self.step_s + 1.5 * self.save_s
+
     def evaluation(self, done: int, loss: float) -> None:
         self.display.line(f"step {done}: evaluation loss {loss:.4f}")
         self._write({"step": done, "time": time.time(), "eval_loss": loss})
@@ -89,6 +104,7 @@ class RunLog:
         self._skip_time(done)
 
     def saved(self, folder: Path) -> None:
+        self.save_s = time.perf_counter() - self.last
         self.display.line(f"saved {folder}")
         self._skip_time(int(folder.name.split("-")[1]))
 

@@ -6,37 +6,76 @@ from pathlib import Path
 
 from mpilm.checkpoint.save import State, prune, save
 from mpilm.comm.base import Comm
+from mpilm.comm.together import AgreedError
 from mpilm.config import Config, to_dict
+from mpilm.errors import NonFiniteError, PreemptedError
+from mpilm.guard.request import REASONS
 from mpilm.mesh.shape import AXES
+from mpilm.trainer.blame import blame
 from mpilm.trainer.build import Training, build
 from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.machine import conditions
-from mpilm.trainer.step import train_step
+from mpilm.trainer.step import StepResult, train_step
 
 
 def train(config: Config, world: Comm) -> None:
-    """Train, evaluate, save and show, to the last step. Collective."""
+    """Train, evaluate, save and show, to the last step or until the run is asked to stop. Collective."""
     run = build(config, world)
-    log = RunLog(run)
-    settings, steps = config.run, config.train.steps
+    try:
+        log = RunLog(run)
+        with run.request.listening():
+            _steps(run, log)
+        log.finish()
+    finally:
+        run.folder.release()
+
+
+def _steps(run: Training, log: RunLog) -> None:
+    settings, steps = run.config.run, run.config.train.steps
     for step in range(run.folder.step, steps):
-        result = train_step(run.model, run.batches, step)
+        result = train_step(run.model, run.batches, step, run.request.reason(log.needed_s()))
         run.mesh.trust()  # the first step has shown that all make the same calls
-        done = step + 1
+        done, loss = step + 1, None
         log.step(done, result)
-        saving = due(done, config.checkpoint.every) or done == steps
-        loss = None
-        if run.batches.eval_samples and (due(done, settings.eval_every) or (settings.eval_every and saving)):
+        if not result.updated:
+            _skip(run, log, done, result)
+        stopping = result.wish > 0 and done < steps
+        saving = stopping or done == steps or (due(done, run.config.checkpoint.every) and result.updated)
+        evaluating = due(done, settings.eval_every) or (settings.eval_every and saving and not stopping)
+        if run.batches.eval_samples and evaluating:
             loss = evaluate(run)
             log.evaluation(done, loss)
         if saving:
             log.saved(save_checkpoint(run, done, loss))
-    log.finish()
+        if stopping:
+            _stop(run, done, result.wish)
 
 
 def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
+
+
+def _skip(run: Training, log: RunLog, done: int, result: StepResult) -> None:
+    """A step changed nothing: say where it went wrong, and go on, as long as there are few of them. Collective."""
+    where = blame(run.model, run.batches, done - 1)
+    what = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm} ({where})"
+    run.skipped.append(done)
+    if len(run.skipped) > run.config.fault.max_bad_steps:
+        raise AgreedError(NonFiniteError(
+            f"{what}; steps that were not finite: {len(run.skipped)}, and --fault.max-bad-steps allows "
+            f"{run.config.fault.max_bad_steps}. The newest checkpoint is from before; a lower --train.lr or a longer "
+            "--train.warmup-steps may help"
+        ))  # fmt: skip
+    log.skipped(done, what)
+
+
+def _stop(run: Training, done: int, wish: int) -> None:
+    if run.mesh.rank == 0:
+        run.request.done()
+    raise AgreedError(PreemptedError(
+        f"stopped after step {done} of {run.config.train.steps}, as {REASONS[wish]} asked; saved, and the same command goes on"
+    ))  # fmt: skip
 
 
 def save_checkpoint(run: Training, done: int, eval_loss: float | None) -> Path:
@@ -47,6 +86,7 @@ def save_checkpoint(run: Training, done: int, eval_loss: float | None) -> Path:
         "tokens": done * run.batches.step_tokens,
         "seed": config.train.seed,
         "eval_loss": eval_loss,
+        "skipped": run.skipped,
         "content": dict(run.content),
         "layout": dict(zip(AXES, run.mesh.shape.sizes)),
         "conditions": conditions(run.machine, run.mesh.world),

@@ -143,7 +143,7 @@ def run_layout(config: Config, world: Comm, machine: Machine, change: bool) -> O
     model.initialise()
     source, losses, norms, found = RandomTokens(config), [], [], []
     for step in range(config.train.steps):
-        loss, norm, _ = gradients(model, source, step)
+        loss, norm, *_ = gradients(model, source, step)
         if change and step == 0:
             _flip(model, world)
         losses.append(loss)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root
 from mpilm.config import Config, flatten, mathematics, to_dict
 from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.guard.lock import NAME, FolderLock
 from mpilm.model.init import key_of
 from mpilm.settings import merge, read_toml
 
@@ -23,12 +25,20 @@ DATA_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by co
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`checkpoint`: the verified one to go on from, None for a fresh start; `notes`: what the user should know of it."""
+    """`checkpoint`: the verified one to go on from, None for a fresh start; `skipped`: steps before it that changed nothing;
+    `notes`: what the user should know of it. `lock`: on rank 0."""
 
     path: Path
     checkpoint: Path | None
     step: int
+    skipped: tuple[int, ...]
     notes: tuple[str, ...]
+    lock: FolderLock | None = field(default=None, compare=False)
+
+    def release(self) -> None:
+        """Let another job have the folder."""
+        if self.lock is not None:
+            self.lock.release()
 
     @property
     def checkpoints(self) -> Path:
@@ -42,21 +52,41 @@ def open_run_folder(config: Config, content: Mapping[str, str], present: Mapping
     with those that the checkpoint was made with.
     """
     found = on_root(comm, lambda: _open(config, content, present))
-    values = [str(found.path), str(found.checkpoint or ""), found.step, found.notes] if found else None
-    path, checkpoint, step, notes = comm.broadcast_json(values)
-    return RunFolder(Path(path), Path(checkpoint) if checkpoint else None, step, tuple(notes))
+    values = [str(found.path), str(found.checkpoint or ""), found.step, found.skipped, found.notes] if found else None
+    path, checkpoint, step, skipped, notes = comm.broadcast_json(values)
+    lock = found.lock if found else None
+    return RunFolder(Path(path), Path(checkpoint) if checkpoint else None, step, tuple(skipped), tuple(notes), lock)
 
 
 def _open(config: Config, content: Mapping[str, str], present: Mapping[str, str]) -> RunFolder:
     path = _choose_path(config)
     _refuse_foreign(path, config)
+    lock = _lock(path)
+    try:
+        return _take(path, lock, config, content, present)
+    except BaseException:
+        lock.release()
+        with contextlib.suppress(OSError):
+            path.rmdir()  # where nothing else has come into it
+        raise
+
+
+def _lock(path: Path) -> FolderLock:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return FolderLock(path)
+    except OSError as error:
+        raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None
+
+
+def _take(path: Path, lock: FolderLock, config: Config, content: Mapping[str, str], present: Mapping[str, str]) -> RunFolder:
+    """Choose a checkpoint and write config.toml, in a folder that is this job's."""
     checkpoint, broken, notes = _choose_checkpoint(path, config, content, present)
     step = step_of(checkpoint) if checkpoint else 0
     assert step is not None
     if step > config.train.steps:
         raise ConfigError(f"{checkpoint} is at step {step}, past --train.steps {config.train.steps}; ask for more steps")
     try:
-        path.mkdir(parents=True, exist_ok=True)
         write_config(path / "config.toml", config)  # first: it is what makes the folder a run's
         (path / "checkpoints").mkdir(exist_ok=True)
         remove_leftovers(path / "checkpoints")
@@ -64,7 +94,8 @@ def _open(config: Config, content: Mapping[str, str], present: Mapping[str, str]
         notes += [*broken.values(), *(f"set aside as {folder}" for folder in aside)]
     except OSError as error:
         raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None
-    return RunFolder(path, checkpoint, step, tuple(notes))
+    skipped = read_json(checkpoint / "trainer.json").get("skipped", []) if checkpoint else []
+    return RunFolder(path, checkpoint, step, tuple(skipped), tuple(notes), lock)
 
 
 def _choose_path(config: Config) -> Path:
@@ -80,7 +111,7 @@ def _choose_path(config: Config) -> Path:
 
 def _refuse_foreign(path: Path, config: Config) -> None:
     """A folder that holds something else, or a run that is not to be resumed, is left alone."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(NAME in item.name for item in path.iterdir())):
         return
     if not (path / "config.toml").is_file():
         raise ConfigError(f"--run.dir {path} exists and is not a run folder; choose another")

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm
-from mpilm.comm.together import AgreedError
 from mpilm.config import microbatches
 from mpilm.data.batch import Batch
-from mpilm.errors import NonFiniteError
 from mpilm.optim.norm import global_norm
 from mpilm.optim.rate import learning_rate
 from mpilm.parallel.pipeline.execute import Timed
 from mpilm.trainer.sharded import ShardedModel
+
+WISHES = 8
 
 
 class Source(Protocol):
@@ -30,37 +30,36 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over the target tokens of the global batch, in nats; `grad_norm`: before clipping. Both are the same on all
-    ranks. `times`: of this rank's actions."""
+    """`loss`: mean over the target tokens of the global batch, in nats; `grad_norm`: before clipping. `updated`: whether both
+    were finite. `wish`: the largest of the ranks'. All these are the same on all ranks. `times`: of this rank's actions."""
 
     loss: float
     grad_norm: float
     lr: float
+    updated: bool
+    wish: int
     times: list[Timed]
 
 
-def train_step(model: ShardedModel, source: Source, step: int) -> StepResult:
+def train_step(model: ShardedModel, source: Source, step: int, wish: int = 0) -> StepResult:
     """Forward, backward, sum of gradients, clip, update. Collective over the mesh.
 
-    Raises NonFiniteError, agreed by all ranks, before anything is updated.
+    Where the loss or the gradient is not finite nothing is updated, on all ranks alike. `wish`: what this rank has to say to
+    the others, a number below WISHES.
     """
-    loss, norm, times = gradients(model, source, step)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise AgreedError(NonFiniteError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; nothing was updated or saved since; "
-            "a lower --train.lr or a longer --train.warmup-steps may help"
-        ))  # fmt: skip
-    lr = update(model, step, norm)
-    return StepResult(loss, norm, lr, times)
+    loss, norm, wish, times = gradients(model, source, step, wish)
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    lr = update(model, step, norm) if finite else learning_rate(model.config.train, step)
+    return StepResult(loss, norm, lr, finite, wish, times)
 
 
-def gradients(model: ShardedModel, source: Source, step: int) -> tuple[float, float, list[Timed]]:
+def gradients(model: ShardedModel, source: Source, step: int, wish: int = 0) -> tuple[float, float, int, list[Timed]]:
     """The loss of a step and the norm of its gradient, which lies in `model.sums`. Collective over the mesh."""
     tokens, world = source.target_tokens(step), model.mesh.world
     times = model.compute(step, lambda m: source.train(step, m).to(model.device), max(1, tokens))
     model.ties.add_gradients(model.sums)
-    loss = total_loss(model.results(), microbatches(model.config), world) / max(1, tokens)
-    return loss, global_norm(model.counted(), world), times
+    loss, wish = loss_and_wish(model.results(), microbatches(model.config), world, wish)
+    return loss / max(1, tokens), global_norm(model.counted(), world), wish, times
 
 
 def update(model: ShardedModel, step: int, norm: float) -> float:
@@ -76,8 +75,14 @@ def update(model: ShardedModel, step: int, norm: float) -> float:
 
 def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm) -> float:
     """The sum of the losses of all microbatches, each known to one rank, in the order of their numbers. Collective."""
-    every = torch.zeros(total, dtype=torch.float64)
+    return loss_and_wish(losses, total, comm, 0)[0]
+
+
+def loss_and_wish(losses: Mapping[int, Tensor | float], total: int, comm: Comm, wish: int) -> tuple[float, int]:
+    """That sum, and the largest wish of all ranks: one message for both. Collective."""
+    every = torch.zeros(total + WISHES, dtype=torch.float64)
     for microbatch, loss in losses.items():
         every[microbatch] = float(loss)
+    every[total + wish] = 1.0
     comm.all_reduce(every)  # adds zeros: exact
-    return sum(every.tolist())
+    return sum(every[:total].tolist()), int(every[total:].nonzero().max())

@@ -39,9 +39,16 @@ def run(stored, tmp_path):
     return replaced(stored, run__dir=str(tmp_path / "run"))
 
 
+def look(config, content, present, comm):
+    """Open the run folder, and let others have it."""
+    found = open_run_folder(config, content, present, comm)
+    found.release()
+    return found
+
+
 def opened(config, content=None):
     """The run folder as train would open it: the corpus is that of the stored run unless said otherwise."""
-    return open_run_folder(config, content or content_of(config), HERE, ONE)
+    return look(config, content or content_of(config), HERE, ONE)
 
 
 def content_of(config):
@@ -65,12 +72,12 @@ def refused(config, kind=ConfigError, content=None):
 
 def test_a_new_folder_holds_the_resolved_settings(tmp_path):
     config = resolve(replaced(TINY, run__dir=str(tmp_path / "a" / "b")))
-    found = open_run_folder(config, CONTENT, HERE, ONE)
+    found = look(config, CONTENT, HERE, ONE)
     assert (found.path, found.checkpoint, found.step, found.notes) == (tmp_path / "a" / "b", None, 0, ())
     written = tmp_path / "a" / "b" / "config.toml"
     assert merge(TINY, read_toml(str(written)), str(written)) == config
     assert config.model.d_ff > 0
-    assert open_run_folder(config, CONTENT, HERE, ONE) == found  # a run killed before its first checkpoint starts again
+    assert look(config, CONTENT, HERE, ONE) == found  # a run killed before its first checkpoint starts again
 
 
 def test_goes_on_from_the_newest(run):
@@ -79,13 +86,13 @@ def test_goes_on_from_the_newest(run):
 
 
 def test_every_rank_hears_the_same(run):
-    found = run_ranks(3, lambda comm: open_run_folder(run, content_of(run), HERE, comm))
+    found = run_ranks(3, lambda comm: look(run, content_of(run), HERE, comm))
     assert [f.step for f in found] == [4, 4, 4]
     changed = replaced(run, train__seed=5)
 
     def body(comm):
         with pytest.raises(AgreedError, match=r"train\.seed: was 0, now 5"):
-            open_run_folder(changed, content_of(run), HERE, comm)
+            look(changed, content_of(run), HERE, comm)
 
     run_ranks(3, body)
 
@@ -125,7 +132,7 @@ def test_another_corpus_is_refused_by_content(run, key):
 
 def test_a_run_without_checkpoints_is_compared_too(tmp_path):
     config = resolve(replaced(TINY, run__dir=str(tmp_path / "run")))
-    open_run_folder(config, CONTENT, HERE, ONE)
+    look(config, CONTENT, HERE, ONE)
     assert "train.lr: was 0.003, now 0.004" in refused(replaced(config, train__lr=0.004), content=CONTENT)
 
 
@@ -141,7 +148,7 @@ def test_folders_of_others_are_left_alone(tmp_path):
 
 def test_an_empty_folder_is_taken(tmp_path):
     config = resolve(replaced(TINY, run__dir=str(tmp_path)))
-    assert open_run_folder(config, CONTENT, HERE, ONE).step == 0
+    assert look(config, CONTENT, HERE, ONE).step == 0
 
 
 def test_never_does_not_touch_a_run(run):
@@ -151,15 +158,15 @@ def test_never_does_not_touch_a_run(run):
 def test_automatic_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = resolve(TINY)
-    first = open_run_folder(config, CONTENT, HERE, ONE).path
+    first = look(config, CONTENT, HERE, ONE).path
     assert first.parent == Path("runs")
-    assert open_run_folder(config, CONTENT, HERE, ONE).path == first
+    assert look(config, CONTENT, HERE, ONE).path == first
     for same in ({"run__log_every": 7}, on(2, "gpipe", 1)):
-        assert open_run_folder(replaced(config, **same), CONTENT, HERE, ONE).path == first
-    assert open_run_folder(replaced(config, train__seed=7), CONTENT, HERE, ONE).path != first
+        assert look(replaced(config, **same), CONTENT, HERE, ONE).path == first
+    assert look(replaced(config, train__seed=7), CONTENT, HERE, ONE).path != first
     fresh = replaced(config, checkpoint__resume="never")
-    assert open_run_folder(fresh, CONTENT, HERE, ONE).path == Path(f"{first}-2")
-    assert open_run_folder(fresh, CONTENT, HERE, ONE).path == Path(f"{first}-3")
+    assert look(fresh, CONTENT, HERE, ONE).path == Path(f"{first}-2")
+    assert look(fresh, CONTENT, HERE, ONE).path == Path(f"{first}-3")
 
 
 def test_steps_below_the_checkpoint(run):
@@ -197,7 +204,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 def test_notes_on_what_may_change_the_last_bits(run):
     present = {"torch": "0.0", "threads": "1"}
-    notes = open_run_folder(run, content_of(run), present, ONE).notes
+    notes = look(run, content_of(run), present, ONE).notes
     assert len(notes) == 1
     assert "torch was" in notes[0]
     assert "is 0.0" in notes[0]

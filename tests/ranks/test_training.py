@@ -3,11 +3,15 @@
 tests/ranks/test_layouts.py has every layout, on random tokens.
 """
 
+import contextlib
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,7 +33,9 @@ from mpilm.errors import NonFiniteError
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
 from mpilm.optim.rate import learning_rate
+from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.telemetry.metrics import read_rows
+from mpilm.trainer import loop
 from mpilm.trainer.build import build
 from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.loop import train
@@ -162,23 +168,74 @@ def test_losses_are_added_in_the_order_of_microbatches():
     assert sum(losses) != sum(reversed(losses))
 
 
-@pytest.mark.parametrize(("size", "layout"), [(2, on()), (2, on(2)), (3, on(zero=1)), (4, on(2, zero=3))])
-def test_a_loss_that_is_not_finite_stops_all_ranks_and_changes_nothing(tmp_path, data, size, layout):
-    def bits(model):
-        return [x.view(torch.int32).tolist() for pieces in held(model).values() for x in pieces.values()]  # nan is not nan
+BAD_LAYOUTS = [(1, on()), (2, on()), (2, on(2)), (3, on(zero=1)), (4, on(2, "zero-bubble", 3)), (2, on(2, "interleaved"))]
 
-    def body(comm):
-        run = build(tiny(data, tmp_path / "run", **layout), comm)
+
+@contextlib.contextmanager
+def poisoned(at, name, value=math.nan):
+    """The gradient of one parameter in one microbatch (step, number) is not finite, on whichever rank computes it, always."""
+
+    def made(stage, *arguments):
+        plain(stage, *arguments)
+        for n, parameter in stage.model.named_parameters():
+            if n == name:
+                parameter.register_hook(partial(poison, stage))
+
+    def poison(stage, gradient):
+        here = stage.feed.step, stage.feed.numbers[stage.in_backward]
+        return gradient * value if here == at else gradient
+
+    plain = ModelStage.__init__
+    with mock.patch.object(ModelStage, "__init__", made):
+        yield
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("size", "layout"), BAD_LAYOUTS, ids=str)
+def test_a_step_that_is_not_finite_is_left_out_and_the_microbatch_named(tmp_path, data, size, layout, value, capsys):
+    """And a run that meets it again does the same, also from a checkpoint between."""
+    asked = {"train__steps": 4, "checkpoint__every": 1, "checkpoint__keep": 0, "model__n_layers": 4, "run__eval_every": 0}
+    with poisoned((1, 5), "blocks.1.attn_norm.weight", value):
+        whole = trained(tiny(data, tmp_path / "whole", **asked), 1)
+        config = tiny(data, tmp_path / "run", **asked, **layout)
+        assert trained(config, size) == whole
+        rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "skipped"]
+        assert [row["step"] for row in rows] == [2]
+        assert "microbatch 5: gradient of blocks.1.attn_norm.weight)" in rows[0]["why"]
+        assert "microbatch 5" in capsys.readouterr().out
+        names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+        assert names == [folder_name(step) for step in (1, 3, 4)]  # nothing is saved of a step that changed nothing
+        for later in (3, 4):
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / folder_name(later))
+        assert trained(tiny(data, tmp_path / "run", **asked), 1) == whole
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / folder_name(4))
+        assert trained(tiny(data, tmp_path / "run", **asked), 1) == whole
+        saved = json.loads((tmp_path / "run" / "checkpoints" / folder_name(4) / "trainer.json").read_text())
+        assert saved["skipped"] == [2]
+    assert trained(tiny(data, tmp_path / "clean", **asked), 1) != whole
+
+
+@pytest.mark.parametrize(("size", "layout"), [(2, on()), (2, on(2)), (3, on(zero=1)), (4, on(2, zero=3))])
+def test_weights_that_are_not_finite_end_the_run_and_nothing_is_saved(tmp_path, data, size, layout):
+    def broken(config, comm):
+        run = build(config, comm)
         if comm.rank == 1:
             for values in run.model.pieces().values():
                 values.fill_(math.nan)
-        before = bits(run.model)
-        with pytest.raises(AgreedError, match=r"step 1: loss nan, gradient norm") as caught:
-            train_step(run.model, run.batches, 0)
-        assert isinstance(caught.value.error, NonFiniteError)
-        assert bits(run.model) == before
+        run.model.publish()
+        return run
 
-    run_ranks(size, body)
+    config = tiny(data, tmp_path / "run", fault__max_bad_steps=3, checkpoint__every=1, **layout)
+    with (
+        mock.patch.object(loop, "build", broken),
+        pytest.raises(AgreedError, match=r"step 4: loss nan, gradient norm") as caught,
+    ):
+        run_ranks(size, lambda comm: train(config, comm))
+    assert isinstance(caught.value.error, NonFiniteError)
+    assert "steps that were not finite: 4, and --fault.max-bad-steps allows 3" in str(caught.value)
+    assert re.search(r"rank \d, microbatch \d: loss", str(caught.value))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "run" / "lock.json").exists()
 
 
 # Stopping and going on.

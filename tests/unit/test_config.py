@@ -46,7 +46,10 @@ def test_a_config_survives_its_own_dictionary() -> None:
     [
         ({"model": {"n-layer": 3}}, "a.toml: unknown key model.n-layer; did you mean model.n_layers?"),
         ({"modle": {}}, "a.toml: unknown key modle; did you mean model?"),
-        ({"run": {"zzz": 1}}, "a.toml: unknown key run.zzz; known here are dir, eval_batches, eval_every, log_every"),
+        (
+            {"run": {"zzz": 1}},
+            "a.toml: unknown key run.zzz; known here are dir, eval_batches, eval_every, log_every, time_limit",
+        ),
         ({"model": 3}, "a.toml: model is a section; write [model] and its keys below it"),
         ({"train": {"steps": "ten"}}, "a.toml: train.steps must be a whole number, not 'ten'"),
         ({"train": {"steps": True}}, "a.toml: train.steps must be a whole number, not True"),

@@ -187,6 +187,7 @@ class ModelStage:
     def backward_weight(self, microbatch: int) -> None:
         if not self._present(microbatch):
             return self.gradients.join(microbatch, lambda name: None)
+        self.in_backward = microbatch
         self.gradients.begin(microbatch)
         for name, gradient in self.store.gradients(microbatch):
             self.gradients.deliver(microbatch, name, gradient)
@@ -197,6 +198,7 @@ class ModelStage:
         self.gradients.reduce()
 
     def _backward(self, microbatch: int) -> None:
+        self.in_backward = microbatch
         x, y = self._graphs.pop(microbatch)
         if self.last:
             (y / self.feed.target_tokens).backward()

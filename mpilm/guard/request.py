@@ -1,0 +1,64 @@
+"""What asks a run to save and to stop: a signal, a file, the end of its time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+LOOK_S = 0.5  # between looks at the file, which may lie on a file system that is slow to answer
+SLURM_S = 30.0  # kept free before SLURM ends a job, for leaving
+REASONS = ("", "SIGUSR1", "SIGTERM", "its stop file", "run.time-limit", "the end of the SLURM job")
+
+
+class StopRequest:
+    """On one rank; the ranks agree on the largest of their reasons (numbers of REASONS).
+
+    `file`: a run stops when it appears. `limit_s`: of the run, from now on; 0: the end of the SLURM job, where there is one.
+    """
+
+    def __init__(self, file: Path, limit_s: float):
+        self.file, self._signalled, self._looked_at, self._file_seen = file, 0, 0.0, False
+        self._end, self._by = time.time() + limit_s, REASONS.index("run.time-limit")
+        if not limit_s:
+            end = os.environ.get("SLURM_JOB_END_TIME", "")
+            self._end, self._by = float(end) - SLURM_S if end.isdigit() else float("inf"), len(REASONS) - 1
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, a signal is a request, and the second one ends the process as ever."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._heard) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _heard(self, number: int, frame: object) -> None:
+        self._signalled = REASONS.index(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+
+    def reason(self, needed_s: float) -> int:
+        """Why to stop after this step, where another one and a save need so many seconds; 0: there is no reason."""
+        if time.time() + needed_s > self._end:
+            return self._by
+        return self._signalled or (REASONS.index("its stop file") if self._file_is_there() else 0)
+
+    def _file_is_there(self) -> bool:
+        now = time.monotonic()
+        if now > self._looked_at + LOOK_S:
+            self._looked_at, self._file_seen = now, self.file.exists()
+        return self._file_seen
+
+    def done(self) -> None:
+        """The request has been met: take the file away, or the next start would stop too."""
+        with contextlib.suppress(OSError):
+            self.file.unlink(missing_ok=True)
