@@ -3,57 +3,74 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from mpilm.comm.activity import Activity, Call
 from mpilm.comm.base import Comm, Counts, Request
 from mpilm.errors import RanksDisagreeError
 
 
 class Traced(Comm):
-    """Passes every operation on to `inner`. `calls` and `sent_bytes` count by operation.
+    """Passes every operation on to `inner`. `calls` and `sent_bytes` count by operation; `activity` is told of every call.
 
     While `check` is true each collective first compares its fingerprint (operation, dtype, counts, position in the
     order of calls) over the ranks, and raises RanksDisagreeError on all of them before any data is touched: plain MPI
-    returns garbage without an error.
+    returns garbage without an error. `ranks`: the numbers of this communicator's ranks in the world.
     """
 
-    def __init__(self, inner: Comm, check: bool = False):
+    def __init__(self, inner: Comm, check: bool = False, activity: Activity | None = None, ranks: Sequence[int] | None = None):
         self.inner, self.check = inner, check
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
         self.mpi_library = inner.mpi_library
+        self.activity = activity or Activity()
+        self.ranks = range(inner.size) if ranks is None else ranks
         self.calls: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
-        self._collectives = 0
+        self._collectives = self._messages = 0
 
     def _record(self, op: str, x: Tensor, sent: int) -> None:
         self.calls[op] += 1
         self.sent_bytes[op] += sent * x.element_size()
 
-    def _agree(self, op: str, *what: Any) -> None:
-        """Compare one collective over the ranks; messages between two ranks have no place in its order."""
+    def _agree(self, op: str, *what: Any) -> Call:
+        """Count one collective, and compare it over the ranks; messages between two ranks have no place in its order."""
         self._collectives += 1
-        if not self.check:
-            return
+        call = Call(op, self.name, self._collectives, self.ranks)
+        self.activity.calls.append(call)
+        if self.check:
+            mine = [self._collectives, op, *map(str, what)]
+            self.activity.wait(call, lambda: self._compare(mine))
+        return call
+
+    def _compare(self, mine: Sequence[Any]) -> None:
         groups: dict[str, list[int]] = {}
-        for rank, theirs in enumerate(self.inner.all_gather_json([self._collectives, op, *map(str, what)])):
+        for rank, theirs in enumerate(self.inner.all_gather_json(mine)):
             groups.setdefault(f"call {theirs[0]}: {' '.join(map(str, theirs[1:]))}", []).append(rank)
         if len(groups) > 1:
             table = "".join(f"\n  {_ranks(ranks)}: {call}" for call, ranks in sorted(groups.items(), key=lambda g: len(g[1])))
             raise RanksDisagreeError(f"{self.name}: the ranks do not make the same call:{table}")
 
+    def _later(self, call: Call, request: Request) -> Request:
+        return Request(partial(self.activity.wait, call, request.wait))
+
     def barrier(self) -> None:
-        self._agree("barrier")
-        self.inner.barrier()
+        self.activity.wait(self._agree("barrier"), self.inner.barrier)
 
     def split(self, color: int, key: int, name: str) -> Comm:
         self._agree("split", name)
-        return Traced(self.inner.split(color, key, name), self.check)
+        return self._part(self.inner.split(color, key, name))
 
     def split_node(self, name: str = "node") -> Comm:
         self._agree("split_node", name)
-        return Traced(self.inner.split_node(name), self.check)
+        return self._part(self.inner.split_node(name))
+
+    def _part(self, inner: Comm) -> Comm:
+        ranks = inner.all_gather_json(self.ranks[self.rank])
+        return Traced(inner, self.check, self.activity, ranks)
 
     def share(self, numel: int) -> list[Tensor] | None:
         self._agree("share")
@@ -64,21 +81,21 @@ class Traced(Comm):
 
     def _iall_reduce(self, x: Tensor, op: str) -> Request:
         self._record("all_reduce", x, x.numel())
-        self._agree("all_reduce", op, x.dtype, x.numel())
-        return self.inner._iall_reduce(x, op)
+        call = self._agree("all_reduce", op, x.dtype, x.numel())
+        return self._later(call, self.inner._iall_reduce(x, op))
 
     def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
         self._record("all_gather", x, x.numel() * (self.size - 1))
-        self._agree("all_gather", x.dtype, list(counts))
-        return self.inner._iall_gather(x, out, counts)
+        call = self._agree("all_gather", x.dtype, list(counts))
+        return self._later(call, self.inner._iall_gather(x, out, counts))
 
     def _iall_to_all(self, x: Tensor, out: Tensor, send_counts: Counts, receive_counts: Counts) -> Request:
         self._record("all_to_all", x, x.numel() - send_counts[self.rank])
-        self._agree("all_to_all", x.dtype)
+        call = self._agree("all_to_all", x.dtype)
         if self.check:
             everyone = self.inner.all_gather_json(list(send_counts))
             self._expect([theirs[self.rank] for theirs in everyone], list(receive_counts))
-        return self.inner._iall_to_all(x, out, send_counts, receive_counts)
+        return self._later(call, self.inner._iall_to_all(x, out, send_counts, receive_counts))
 
     def _expect(self, coming: list[int], expected: list[int]) -> None:
         verdicts = self.inner.all_gather_json(None if coming == expected else [coming, expected])
@@ -89,15 +106,22 @@ class Traced(Comm):
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
         self._record("send", x, x.numel())
-        return self.inner._isend(x, to, tag)
+        return self._later(self._message("send", to, tag), self.inner._isend(x, to, tag))
 
     def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
-        return self.inner._irecv(out, source, tag)
+        return self._later(self._message("receive", source, tag), self.inner._irecv(out, source, tag))
+
+    def _message(self, op: str, peer: int, tag: int) -> Call:
+        self.activity.at(f"p2p.{op}")
+        self._messages += 1
+        call = Call(op, self.name, self._messages, (self.ranks[peer],), f"tag {tag}")
+        self.activity.calls.append(call)
+        return call
 
     def _broadcast(self, x: Tensor, root: int) -> None:
         self._record("broadcast", x, x.numel() if self.rank == root else 0)
-        self._agree("broadcast", x.dtype, x.numel(), f"from rank {root}")
-        self.inner._broadcast(x, root)
+        call = self._agree("broadcast", x.dtype, x.numel(), f"from rank {root}")
+        self.activity.wait(call, lambda: self.inner._broadcast(x, root))
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 import socket
 import sys
 import time
@@ -35,6 +38,7 @@ def run(prepare: Callable[[], Body]) -> NoReturn:
     except KeyboardInterrupt:
         os._exit(130)
     comm = world()
+    _end_with_launcher()
     try:
         code = _main(comm, body, failure)
     except BaseException as error:  # whatever it is, the other ranks must not wait for this one
@@ -108,6 +112,15 @@ def _leave(code: int) -> NoReturn:
     if "mpilm.comm.mpi" in sys.modules:
         sys.modules["mpilm.comm.mpi"].finalize()
     sys.exit(code)
+
+
+def _end_with_launcher() -> None:
+    """Let the kernel end this rank when what started it dies, which then cannot do it itself: a rank by itself would wait, or
+    train, for ever (prctl(2), PR_SET_PDEATHSIG)."""
+    if announced_ranks() is None:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def announced_ranks() -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mpilm.comm.activity import Activity
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.mesh.shape import AXES, MeshShape
 
@@ -11,18 +12,18 @@ from mpilm.mesh.shape import AXES, MeshShape
 class Mesh:
     """The ranks of `world` in their shape. An axis of size 1 has a communicator like any other."""
 
-    def __init__(self, shape: MeshShape, world: Comm, comms: Mapping[str, Comm]):
-        self.shape, self.world, self._comms = shape, world, comms
+    def __init__(self, shape: MeshShape, world: Comm, comms: Mapping[str, Comm], activity: Activity | None = None):
+        self.shape, self.world, self._comms, self.activity = shape, world, comms, activity or Activity()
         self.rank = world.rank
         self.coordinate = shape.coordinate(world.rank)
 
     @classmethod
-    def build(cls, shape: MeshShape, world: Comm) -> Mesh:
+    def build(cls, shape: MeshShape, world: Comm, activity: Activity | None = None) -> Mesh:
         """Make the communicators, on all ranks in the order of AXES. Collective."""
         if shape.size != world.size:
             sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape.sizes))
             raise ValueError(f"{world}: a mesh of {sizes} is {shape.size} ranks, not {world.size}")
-        return cls(shape, world, {axis: _along(axis, shape, world) for axis in AXES})
+        return cls(shape, world, {axis: _along(axis, shape, world) for axis in AXES}, activity)
 
     def comm(self, axis: str) -> Comm:
         """The ranks that differ from this one along `axis` only, in the order of their index on it."""

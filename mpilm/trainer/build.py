@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpilm.checkpoint.load import load
 from mpilm.checkpoint.pretrained import files_of
+from mpilm.comm.activity import Activity
 from mpilm.comm.base import Comm
 from mpilm.comm.together import same_everywhere, together
 from mpilm.comm.trace import Traced
@@ -17,6 +18,7 @@ from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
+from mpilm.guard.fault import faults
 from mpilm.guard.request import StopRequest
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.feasible import mesh_shape
@@ -53,7 +55,8 @@ def build(config: Config, world: Comm) -> Training:
     shape = together(world, lambda: mesh_shape(config, world.size))
     machine = together(world, lambda: look(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
-    mesh = Mesh.build(shape, Traced(world, check=True))
+    activity = Activity(faults(world.rank))
+    mesh = Mesh.build(shape, Traced(world, True, activity), activity)
     waiting = world.with_options(gpu_aware=False, patient=True)  # for rank 0, which may train a tokenizer on all cores
     material = open_material(config, waiting, ProgressLine() if world.rank == 0 else silent)
     batches = Batches(material.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)

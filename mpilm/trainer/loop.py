@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from mpilm.checkpoint.save import State, prune, save
@@ -10,6 +11,7 @@ from mpilm.comm.together import AgreedError
 from mpilm.config import Config, to_dict
 from mpilm.errors import NonFiniteError, PreemptedError
 from mpilm.guard.request import REASONS
+from mpilm.guard.watchdog import Watchdog
 from mpilm.mesh.shape import AXES
 from mpilm.trainer.blame import blame
 from mpilm.trainer.build import Training, build
@@ -22,31 +24,37 @@ from mpilm.trainer.step import StepResult, train_step
 def train(config: Config, world: Comm) -> None:
     """Train, evaluate, save and show, to the last step or until the run is asked to stop. Collective."""
     run = build(config, world)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.folder.release)
+        stack.enter_context(run.request.listening())
+        stack.callback(Watchdog(run.mesh.activity, run.mesh.world, run.folder.path, config.fault.step_timeout).close)
         log = RunLog(run)
-        with run.request.listening():
-            _steps(run, log)
+        _steps(run, log)
+        run.mesh.activity.enter("end", config.train.steps)
         log.finish()
-    finally:
-        run.folder.release()
 
 
 def _steps(run: Training, log: RunLog) -> None:
-    settings, steps = run.config.run, run.config.train.steps
+    settings, steps, activity = run.config.run, run.config.train.steps, run.mesh.activity
     for step in range(run.folder.step, steps):
+        activity.enter("step", step)
         result = train_step(run.model, run.batches, step, run.request.reason(log.needed_s()))
         run.mesh.trust()  # the first step has shown that all make the same calls
         done, loss = step + 1, None
         log.step(done, result)
         if not result.updated:
+            activity.enter("diagnosis", step)
             _skip(run, log, done, result)
         stopping = result.wish > 0 and done < steps
         saving = stopping or done == steps or (due(done, run.config.checkpoint.every) and result.updated)
         evaluating = due(done, settings.eval_every) or (settings.eval_every and saving and not stopping)
         if run.batches.eval_samples and evaluating:
+            activity.enter("evaluation", step)
+            activity.at("eval")
             loss = evaluate(run)
             log.evaluation(done, loss)
         if saving:
+            activity.enter("checkpoint", step)
             log.saved(save_checkpoint(run, done, loss))
         if stopping:
             _stop(run, done, result.wish)

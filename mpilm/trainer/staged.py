@@ -171,7 +171,7 @@ class StagedModel:
     def _run(self, program: Sequence[Action], feed: Feed) -> list[Timed]:
         for stage in self.stages.values():
             stage.start(feed)
-        return execute(program, self.stages, self.wire)
+        return execute(program, self.stages, self.wire, self.mesh.activity.at)
 
 
 def _pieces(flats: Iterable[FlatParameters]) -> dict[Piece, Tensor]:

@@ -56,7 +56,12 @@ def train_step(model: ShardedModel, source: Source, step: int, wish: int = 0) ->
 def gradients(model: ShardedModel, source: Source, step: int, wish: int = 0) -> tuple[float, float, int, list[Timed]]:
     """The loss of a step and the norm of its gradient, which lies in `model.sums`. Collective over the mesh."""
     tokens, world = source.target_tokens(step), model.mesh.world
-    times = model.compute(step, lambda m: source.train(step, m).to(model.device), max(1, tokens))
+
+    def batch_of(m: int) -> Batch:
+        model.mesh.activity.at("data.next")
+        return source.train(step, m).to(model.device)
+
+    times = model.compute(step, batch_of, max(1, tokens))
     model.ties.add_gradients(model.sums)
     loss, wish = loss_and_wish(model.results(), microbatches(model.config), world, wish)
     return loss / max(1, tokens), global_norm(model.counted(), world), wish, times
@@ -68,6 +73,7 @@ def update(model: ShardedModel, step: int, norm: float) -> float:
     if train.clip_norm and norm > train.clip_norm:
         model.scale(train.clip_norm / norm)
     lr = learning_rate(train, step)
+    model.mesh.activity.at("optimizer")
     model.optimizer.step(model.sums, lr)
     model.publish()
     return lr

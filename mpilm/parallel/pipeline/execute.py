@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Request
 from mpilm.parallel.pipeline.actions import Action, Message
+
+POINTS = {"F": "forward", "B": "backward", "I": "backward", "REDUCE": "reduce.before"}
 
 
 class Stage(Protocol):
@@ -68,14 +70,21 @@ def _tag(message: Message) -> int:
     return 2 * message.stage + (message.direction == "B")
 
 
-def execute(program: Sequence[Action], stages: Mapping[int, Stage], wire: Wire) -> list[Timed]:
-    """Carry out the actions in their order. Collective over the pipeline axis, and over the data axis through REDUCE."""
+def execute(
+    program: Sequence[Action], stages: Mapping[int, Stage], wire: Wire, at: Callable[[str], None] = lambda point: None
+) -> list[Timed]:
+    """Carry out the actions in their order. Collective over the pipeline axis, and over the data axis through REDUCE. `at` is
+    told before what computes or reduces, and after a reduction."""
     times: list[Timed] = []
     for action in program:
         if action.kind in ("F", "B", "I"):
             wire.wait(action.message)
         start_s = time.perf_counter()
+        if action.kind in POINTS:
+            at(POINTS[action.kind])
         _carry_out(action, stages[action.stage], wire)
+        if action.kind == "REDUCE":
+            at("reduce.after")
         times.append(Timed(action, start_s, time.perf_counter()))
     wire.drain()
     return times

@@ -1,0 +1,56 @@
+"""What this rank is doing: noted by its communicators and by the loop, read by the watchdog from another thread."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+REMEMBERED = 32  # calls
+
+
+class Call(NamedTuple):
+    """Something said to other ranks. `number`: counted on its communicator; `waits_for`: ranks of the world that take part."""
+
+    op: str
+    axis: str
+    number: int
+    waits_for: Sequence[int]
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.op} on {self.axis}, call {self.number}{', ' * bool(self.detail)}{self.detail}"
+
+
+def nothing(point: str, step: int) -> None:
+    """At a point of the program where nothing is to happen."""
+
+
+class Activity:
+    """`phase` since when (time.monotonic), within `step`; the call that is being waited for, and the last ones.
+
+    `at`: called at named points of the program; tests bring faults about there.
+    """
+
+    def __init__(self, at: Callable[[str, int], None] = nothing):
+        self.step, self.phase, self.since = 0, "start", time.monotonic()
+        self.longest_s: dict[str, float] = {}
+        self.waiting: tuple[Call, float] | None = None
+        self.calls: deque[Call] = deque(maxlen=REMEMBERED)
+        self._at = at
+
+    def enter(self, phase: str, step: int) -> None:
+        """A part of the run begins, and the one before has ended."""
+        lasted_s = time.monotonic() - self.since
+        self.longest_s[self.phase] = max(lasted_s, self.longest_s.get(self.phase, 0.0))
+        self.step, self.phase, self.since = step, phase, time.monotonic()
+
+    def at(self, point: str) -> None:
+        self._at(point, self.step)
+
+    def wait(self, call: Call, finish: Callable[[], object]) -> None:
+        """Do `finish`, which waits for other ranks."""
+        self.waiting = call, time.monotonic()
+        finish()
+        self.waiting = None

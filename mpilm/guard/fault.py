@@ -1,0 +1,96 @@
+"""Faults brought about on purpose, for tests: a rank is killed, stopped, slowed down or led astray at a named point.
+
+MPILM_FAULT="kind=kill rank=1 step=3 point=forward" in the environment; several are separated by semicolons. `rank` and `step`
+may be left out (any); `after`: so many times the point is passed first; `value`: seconds of sleep. Every fault says that it
+fires. A person has no use for this.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+VARIABLE = "MPILM_FAULT"
+POINTS = (
+    "data.next", "forward", "backward", "p2p.send", "p2p.receive", "reduce.before", "reduce.after", "optimizer", "eval",
+    "checkpoint.open", "checkpoint.write", "checkpoint.fsync", "checkpoint.manifest", "checkpoint.rename",
+    "checkpoint.cleanup",
+)  # fmt: skip
+
+
+def _loop(value: float) -> None:
+    while True:
+        pass
+
+
+def _exit(value: float) -> None:
+    sys.exit(3)
+
+
+def _raise(value: float) -> None:
+    raise ValueError("brought about on purpose")
+
+
+def _no_space(value: float) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+KINDS: Mapping[str, Callable[[float], object]] = {
+    "kill": lambda value: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda value: os.kill(os.getpid(), signal.SIGSTOP),
+    "segv": lambda value: os.kill(os.getpid(), signal.SIGSEGV),
+    "usr1": lambda value: os.kill(os.getpid(), signal.SIGUSR1),
+    "hold": lambda value: ctypes.PyDLL(None).sleep(10**6),  # with the interpreter lock held
+    "loop": _loop,
+    "sleep": time.sleep,
+    "raise": _raise,
+    "exit": _exit,
+    "os_exit": lambda value: os._exit(3),
+    "enospc": _no_space,
+}
+
+
+@dataclass
+class Fault:
+    """One that fires once, when its point has been passed `after` times on its rank in its step."""
+
+    kind: str
+    point: str
+    rank: int | None = None
+    step: int | None = None
+    after: int = 0
+    value: float = 0.0
+    passed: int = field(default=0, init=False)
+
+    def pass_by(self, rank: int, point: str, step: int) -> None:
+        if point != self.point or self.rank not in (None, rank) or self.step not in (None, step):
+            return
+        self.passed += 1
+        if self.passed == self.after + 1:
+            os.write(2, f"fault: {self.kind} at {point} of step {step} on rank {rank}\n".encode())
+            KINDS[self.kind](self.value)
+
+
+def faults(rank: int) -> Callable[[str, int], None]:
+    """What is to be called at every point, as the environment says."""
+    found = [_parsed(words) for words in os.environ.get(VARIABLE, "").split(";") if words.strip()]
+
+    def at(point: str, step: int) -> None:
+        for fault in found:
+            fault.pass_by(rank, point, step)
+
+    return at
+
+
+def _parsed(words: str) -> Fault:
+    said = dict(word.split("=", 1) for word in words.split())
+    if said["kind"] not in KINDS or said["point"] not in POINTS:
+        raise ValueError(f"{VARIABLE}: {words}")
+    numbers = {key: int(said[key]) for key in ("rank", "step", "after") if key in said}
+    return Fault(said["kind"], said["point"], **numbers, value=float(said.get("value", 0)))

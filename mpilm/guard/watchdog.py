@@ -1,0 +1,204 @@
+"""A job that hangs ends, and says who waits for whom.
+
+A thread on every rank looks how long the present part of the run has lasted. Past its limit the rank writes down what it is
+doing; the first of those that did says what can be seen of all, and ends the job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mpilm.comm.activity import Activity
+from mpilm.comm.base import Comm
+
+CODE = 86
+TICK_S = 1.0
+SUSPENDED_S = 10.0  # a tick that took so much longer: the machine slept, or the job was stopped and goes on
+LEARNED = 20  # times the longest step
+SHORTEST_S = 60.0  # of a limit that is learned
+UNKNOWN_S = 3600.0  # of what has not been seen before
+GRACE_S = 5.0  # for other ranks to come to their limits
+PACKAGE = Path(__file__).parents[1]
+
+Words = Mapping[str, Any]  # what a rank has written down
+
+
+class Watchdog:
+    """Watches `activity` from construction to `close`. `stated_s`: limit of a step; 0: learned. Collective, to learn of the
+    others' processes."""
+
+    def __init__(self, activity: Activity, world: Comm, folder: Path, stated_s: float):
+        self.activity, self.world, self.stated_s = activity, world, stated_s
+        self.processes = world.all_gather_json([socket.gethostname(), os.getpid()])
+        self.folder = folder / "watchdog" / f"{world.broadcast_json(time.strftime('%Y%m%d-%H%M%S'))}"
+        self.main = threading.current_thread().ident
+        self._closed = threading.Event()
+        with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # where a signal cannot be had
+            faulthandler.register(signal.SIGUSR2, all_threads=True)  # works also where the interpreter lock is held
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def limit_s(self) -> float:
+        """How long the present part of the run may last."""
+        phase = self.activity.phase
+        if self.stated_s and phase == "step":
+            return self.stated_s
+        longest = self.activity.longest_s.get(phase)
+        return UNKNOWN_S if longest is None else max(SHORTEST_S, LEARNED * longest)
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._closed.wait(TICK_S):
+            now = time.monotonic()
+            if now - looked > TICK_S + SUSPENDED_S:
+                self.activity.since += now - looked
+            looked = now
+            if now - self.activity.since > self.limit_s():
+                self._end()
+
+    def _end(self) -> None:
+        limit_s = self.limit_s()
+        self._write(limit_s)
+        grace_s = GRACE_S + 0.05 * limit_s
+        found = self._gathered(grace_s)
+        if min(found) != self.world.rank:
+            time.sleep(2 * grace_s)  # the first one speaks and ends all
+            os._exit(CODE)
+        missing = [rank for rank in range(self.world.size) if rank not in found]
+        states = {rank: self._state(rank) for rank in missing}
+        sys.stdout.flush()
+        sys.stderr.write(report(found, self.processes, states) + f"  written down in {self.folder}\n")
+        sys.stderr.flush()
+        killer = threading.Timer(3.0, os._exit, (CODE,))
+        killer.daemon = True
+        killer.start()
+        if self.world.size > 1:
+            self.world.abort(CODE)
+        os._exit(CODE)
+
+    def _write(self, limit_s: float) -> None:
+        """What this rank is doing, for whoever reports."""
+        activity, now, frames = self.activity, time.monotonic(), sys._current_frames()
+        call, since = activity.waiting or (None, now)
+        words = {
+            "rank": self.world.rank,
+            "step": activity.step + 1,
+            "phase": activity.phase,
+            "lasted_s": now - activity.since,
+            "limit_s": limit_s,
+            "waiting": None if call is None else [*call[:3], list(call.waits_for), call.detail, now - since],
+            "reached": {call.axis: call.number for call in list(activity.calls) if call.op not in ("send", "receive")},
+            "calls": [str(call) for call in list(activity.calls)],
+            "at": _place(frames.get(self.main or 0)),
+            "stacks": {
+                thread.name: traceback.format_stack(frames[thread.ident])
+                for thread in threading.enumerate()
+                if thread.ident in frames and thread.ident != threading.get_ident()
+            },
+        }
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self._path(self.world.rank)
+            path.with_suffix(".tmp").write_text(json.dumps(words, indent=1))
+            path.with_suffix(".tmp").rename(path)
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:04d}.json"
+
+    def _gathered(self, grace_s: float) -> dict[int, Words]:
+        """What all ranks have written, as far as it comes in time."""
+        end, found = time.monotonic() + grace_s, dict[int, Words]()
+        while len(found) < self.world.size and time.monotonic() < end:
+            for rank in range(self.world.size):
+                if rank not in found and self._path(rank).exists():
+                    found[rank] = json.loads(self._path(rank).read_text())
+            time.sleep(0.1)
+        return found or {self.world.rank: {"rank": self.world.rank, "step": self.activity.step + 1}}
+
+    def _state(self, rank: int) -> str:
+        """What can be seen of a rank that has said nothing, where it is on this host."""
+        host, pid = self.processes[rank]
+        if host != socket.gethostname():
+            return ""
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "the process is not there any more"
+        if state in "Tt":
+            return "the process has been stopped (SIGSTOP, a debugger)"
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGUSR2)  # it prints its stack
+            time.sleep(0.5)
+        return f"the process is there (state {state}) and does not answer: it is in native code that keeps the interpreter lock"
+
+
+def report(found: Mapping[int, Words], processes: Sequence[Sequence[Any]], states: Mapping[int, str]) -> str:
+    """Who waits for whom, and who is missing, from what the ranks have written down; `states`: of those that have not."""
+    first = found[min(found)]
+    lines = [
+        f"mpilm: watchdog: {first.get('phase')} {first.get('step')} has lasted {first.get('lasted_s', 0):.0f} s, and "
+        f"{first.get('limit_s', 0):.0f} s is the limit (--fault.step-timeout; 0 learns it from the run). "
+        f"{_verdict(found, states)}"
+    ]
+    for rank, (host, pid) in enumerate(processes):
+        who = f"  rank {rank} on {host} (process {pid})"
+        if rank in states:
+            lines.append(f"{who}: no word from it" + f"; {states[rank]}" * bool(states[rank]))
+        elif rank in found:
+            lines.append(f"{who}: {_doing(found[rank], found)}")
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(found: Mapping[int, Words], states: Mapping[int, str]) -> str:
+    if states:
+        return f"Missing: {_ranks(list(states))}."
+    busy = [rank for rank, words in found.items() if not words.get("waiting")]
+    if busy:
+        return f"The others wait for {_ranks(busy)}."
+    return "All ranks wait for each other: a message is lost, or they do not make the same calls."
+
+
+def _doing(words: Words, found: Mapping[int, Words]) -> str:
+    place = f"{words.get('phase')} {words.get('step')}, at {words.get('at')}"
+    if not words.get("waiting"):
+        return f"waits for nobody; {place}"
+    op, axis, number, ranks, detail, since_s = words["waiting"]
+    behind = [r for r in ranks if r != words["rank"] and _reached(found.get(r), axis, op) < number]
+    whom = _ranks(behind or [r for r in ranks if r != words["rank"]])
+    return f"waits {since_s:.0f} s for {whom} in {op} on {axis} (call {number}{', ' * bool(detail)}{detail}); {place}"
+
+
+def _reached(words: Words | None, axis: str, op: str) -> float:
+    """How many calls on an axis a rank has come to; messages between two ranks are not counted on both sides alike."""
+    if words is None or op in ("send", "receive"):
+        return -1
+    return float(words.get("reached", {}).get(axis, 0))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _place(frame: FrameType | None) -> str:
+    """The innermost line of this package that is not about communication."""
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if PACKAGE in path.parents and path.parent.name not in ("comm", "guard"):
+            return f"{path.relative_to(PACKAGE)}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "a place outside of mpilm"

@@ -1,0 +1,113 @@
+"""Runs that are asked to stop: all ranks save at the same step, end with 75, and go on as if nothing had been."""
+
+import os
+import signal
+import time
+
+import pytest
+from text import write_tokens
+
+from jobs import command, logged_step, outcome, started
+from mpilm.checkpoint.format import checkpoints, verify
+
+STEPS = 200
+ENDED = 75
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("data"))
+
+
+def words(data, run, *more):
+    return command(data, run, "--train.steps", STEPS, "--run.eval-every", 100, "--checkpoint.every", 1000, *more)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("whole")
+    with started(0, words(data, folder / "run"), folder) as job:
+        assert job.end() == 0, job.output
+    return outcome(folder / "run")
+
+
+WAYS = {
+    "SIGUSR1 to one rank": lambda job, run: os.kill(job.ranks()[1], signal.SIGUSR1),
+    "SIGTERM to one rank": lambda job, run: os.kill(job.ranks()[0], signal.SIGTERM),
+    "SIGUSR1 to the launcher": lambda job, run: os.kill(job.process.pid, signal.SIGUSR1),
+    "stop file": lambda job, run: (run / "stop").touch(),
+}
+SAID = {"stop file": "its stop file", "SIGTERM to one rank": "SIGTERM"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_stops_and_goes_on(tmp_path, data, uninterrupted, way):
+    run = tmp_path / "run"
+    with started(2, words(data, run), tmp_path) as job:
+        job.wait_for(lambda: logged_step(run) >= 20)
+        WAYS[way](job, run)
+        assert job.end(20) == ENDED, job.output
+    (saved,) = checkpoints(run / "checkpoints")
+    verify(saved)
+    step = int(saved.name.split("-")[1])
+    assert 20 <= step < STEPS
+    assert logged_step(run) == step
+    asked = SAID.get(way, "SIGUSR1")
+    said = f"mpilm: stopped after step {step} of {STEPS}, as {asked} asked; saved, and the same command goes on"
+    assert job.output.count("mpilm: stopped") == 1
+    assert said in job.output
+    assert "Traceback" not in job.output
+    assert not (run / "stop").exists()
+    assert not (run / "lock.json").exists()
+    with started(3, words(data, run), tmp_path) as job:
+        assert job.end() == 0, job.output
+    assert outcome(run)[1] == uninterrupted[1]
+    assert [row for row in outcome(run)[2] if row[1]] == [row for row in uninterrupted[2] if row[1]]
+
+
+def test_one_rank_without_a_launcher(tmp_path, data):
+    run = tmp_path / "run"
+    with started(0, words(data, run), tmp_path) as job:
+        job.wait_for(lambda: logged_step(run) >= 5)
+        job.process.terminate()
+        assert job.end(20) == ENDED, job.output
+    assert len(checkpoints(run / "checkpoints")) == 1
+
+
+def test_slices_of_time_make_the_whole_run(tmp_path, data, uninterrupted):
+    run, slices = tmp_path / "run", 0
+    while True:
+        with started(2, words(data, run, "--run.time-limit", 4), tmp_path) as job:
+            began = time.monotonic()
+            code = job.end(40)
+            slices += 1
+        if code == 0:
+            break
+        assert code == ENDED, job.output
+        assert "as run.time-limit asked" in job.output
+        assert time.monotonic() - began < 12  # starting and leaving included
+        assert slices < 20
+    assert slices > 1
+    assert outcome(run)[1] == uninterrupted[1]
+
+
+def test_the_end_of_a_slurm_job_is_known(tmp_path, data):
+    run = tmp_path / "run"
+    soon = str(int(time.time()) + 35)  # of which half a minute is kept free
+    with started(2, words(data, run, "--train.steps", 10**6), tmp_path, SLURM_JOB_END_TIME=soon) as job:
+        assert job.end(40) == ENDED, job.output
+    assert "as the end of the SLURM job asked" in job.output
+
+
+def test_a_second_job_on_the_folder_is_refused(tmp_path, data):
+    run = tmp_path / "run"
+    with started(2, words(data, run), tmp_path) as first:
+        first.wait_for(lambda: logged_step(run) >= 1)
+        with started(2, words(data, run), tmp_path) as second:
+            assert second.end(30) == 78, second.output
+        assert second.output.count("mpilm: error") == 1
+        assert f"--run.dir {run} is in use: process {first.ranks()[0]} on " in second.output
+        first.wait_for(lambda: logged_step(run) >= 10)
+        first.kill()
+    with started(2, words(data, run), tmp_path) as third:  # what a killed job leaves is no obstacle
+        third.wait_for(lambda: logged_step(run) >= 5)
