@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ def run(prepare: Callable[[], Body]) -> NoReturn:
 
     `prepare` parses and validates without any communication and returns what is to be done with the world.
     """
+    faulthandler.enable()  # a fatal signal leaves the stack of this rank
     body: Body | None = None
     failure: BaseException | None = None
     try:

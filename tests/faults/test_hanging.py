@@ -1,0 +1,122 @@
+"""Ranks that hang, die or leave: the job ends in time, with a name, and nothing of it is left."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+from text import write_tokens
+
+from jobs import command, logged_step, started
+
+WATCHDOG = 86
+LIMIT_S = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("data"))
+
+
+def words(data, run, *more):
+    return command(
+        data, run, "--train.steps", 10**6, "--run.eval-every", 0, "--checkpoint.every", 0, "--model.n-layers", 2,
+        "--fault.step-timeout", LIMIT_S, *more,
+    )  # fmt: skip
+
+
+def ended_by_watchdog(code, output):
+    """MPICH's launcher may kill the aborting rank before it has left with its code, which it then says itself."""
+    return code == WATCHDOG or (code == 9 and f"({WATCHDOG})" in output)
+
+
+HANGS = {
+    "loop": "waits for nobody; step 5, at guard/fault|waits for nobody; step 5, at ",
+    "sleep": "waits for nobody; step 5, at ",
+    "hold": "no word from it; the process is there .* it is in native code that keeps the interpreter lock",
+    "stop": "no word from it; the process has been stopped",
+}
+LAYOUTS = {
+    "data": ((), "forward", r"in (barrier|all_reduce|all_to_all|all_gather) on (data|world)"),
+    "pipeline": (("--parallel.pipeline", "2", "--parallel.cut", "1,1"), "backward", r"in (send|receive) on pipeline .*tag \d+"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("hang", HANGS)
+def test_a_rank_that_hangs_is_named(tmp_path, data, hang, layout):
+    run, (flags, point, call) = tmp_path / "run", LAYOUTS[layout]
+    fault = f"kind={hang} rank=1 step=4 point={point} value=1000000"
+    with started(2, words(data, run, *flags), tmp_path, MPILM_FAULT=fault) as job:
+        job.wait_for(lambda: "fault: " in job.output)
+        fired = time.monotonic()
+        code = job.end(40)
+        took_s = time.monotonic() - fired
+    assert ended_by_watchdog(code, job.output), f"{code}\n{job.output}"
+    assert took_s < LIMIT_S + 15
+    assert job.output.count("mpilm: watchdog:") == 1
+    assert f"step 5 has lasted {LIMIT_S}" in job.output or f"step 5 has lasted {LIMIT_S + 1}" in job.output
+    assert re.search(rf"  rank 1 on \S+ \(process {job_pid(job.output, 1)}\): ({HANGS[hang]})", job.output), job.output
+    assert re.search(rf"  rank 0 on \S+ .*: waits \d+ s for rank 1 {call}", job.output), job.output
+    assert ("Missing: rank 1." in job.output) == (hang in ("hold", "stop"))
+    assert ("The others wait for rank 1." in job.output) == (hang in ("loop", "sleep"))
+    (folder,) = (run / "watchdog").iterdir()
+    assert str(folder) in job.output
+    assert "rank-0000.json" in {path.name for path in folder.iterdir()}
+
+
+def job_pid(output, rank):
+    found = re.search(rf"  rank {rank} on \S+ \(process (\d+)\)", output)
+    return found and found.group(1)
+
+
+def test_three_ranks_and_the_one_in_the_middle(tmp_path, data):
+    run = tmp_path / "run"
+    fault = "kind=stop rank=1 step=3 point=optimizer"
+    with started(3, words(data, run), tmp_path, MPILM_FAULT=fault) as job:
+        assert ended_by_watchdog(job.end(40), job.output), job.output
+    assert "Missing: rank 1." in job.output
+    assert len(re.findall(r"  rank [02] on .*: waits \d+ s for rank 1 in", job.output)) == 2
+
+
+def test_a_slow_rank_is_named_and_nothing_ends(tmp_path, data):
+    run = tmp_path / "run"
+    fault = ";".join(f"kind=sleep rank=1 step={step} point=forward value=0.2" for step in range(1, 12))
+    with started(2, words(data, run, "--train.steps", 12, "--run.log-every", 4), tmp_path, MPILM_FAULT=fault) as job:
+        assert job.end() == 0, job.output
+    assert job.output.count("fault: sleep") == 11
+    assert re.search(r"rank 1 computes [\d.]+ times as long as most", job.output)
+    assert "watchdog" not in job.output
+
+
+ENDS = {"kill": None, "segv": None, "exit": 3, "os_exit": 3, "raise": 1}
+POINTS = ("data.next", "forward", "backward", "reduce.before", "reduce.after", "optimizer")
+
+
+@pytest.mark.parametrize(("end", "point"), [(end, POINTS[(i + j) % len(POINTS)]) for i, end in enumerate(ENDS) for j in (0, 3)])
+def test_a_rank_that_dies_ends_the_job(tmp_path, data, end, point):
+    run = tmp_path / "run"
+    fault = f"kind={end} rank=1 step=4 point={point}"
+    with started(3, words(data, run, "--fault.step-timeout", 600), tmp_path, MPILM_FAULT=fault) as job:
+        job.wait_for(lambda: "fault: " in job.output or job.process.poll() is not None)
+        fired = time.monotonic()
+        code = job.end(30)
+        assert time.monotonic() - fired < 8  # 5 s, and what the processes need to go
+    assert code != 0
+    assert f"fault: {end} at {point} of step 4 on rank 1" in job.output
+    if end == "raise":
+        assert "ValueError: brought about on purpose" in job.output[job.output.index("mpilm: rank 1 of 3") :]
+    if end == "segv":
+        assert "Fatal Python error: Segmentation fault" in job.output
+    assert not (run / "checkpoints").exists() or not any((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP])
+def test_nothing_is_left_of_a_job_whose_launcher_dies(tmp_path, data, how):
+    run = tmp_path / "run"
+    with started(2, words(data, run), tmp_path) as job:
+        job.wait_for(lambda: logged_step(run) >= 3)
+        os.kill(job.process.pid, how)
+        job.process.wait(10)
+        job.gone(10)
