@@ -16,8 +16,8 @@ NOT_NEGATIVE = (
     "model.vocab_size", "model.n_kv_heads", "model.head_width", "model.d_ff", "model.router_loss", "model.lora_rank",
     "parallel.chunks", "train.seed", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay",
     "train.clip_norm", "train.threads", "checkpoint.every", "checkpoint.keep", "run.log_every", "run.eval_every",
-    "run.eval_batches", "run.time_limit", "fault.max_bad_steps", "fault.step_timeout", "generate.max_tokens",
-    "generate.temperature", "generate.top_k", "generate.seed",
+    "run.eval_batches", "run.time_limit", "fault.max_bad_steps", "fault.step_timeout", "fault.check_every",
+    "generate.max_tokens", "generate.temperature", "generate.top_k", "generate.seed",
 )  # fmt: skip
 MOST_THREADS = 1024  # of a rank: more than any node has cores, and many more end a process
 BELOW_ONE = ("model.dropout", "data.eval_fraction", "train.beta1", "train.beta2", "train.momentum")

@@ -26,7 +26,7 @@ from mpilm.parallel.shard import ALIGNMENT
 from mpilm.telemetry.memory import forget_peak, proportional_bytes, resident_bytes, shared_bytes, trim
 from mpilm.trainer.balance import choose_cut
 from mpilm.trainer.folder import load_start
-from mpilm.trainer.machine import Machine, conditions, look
+from mpilm.trainer.machine import Machine, conditions, look, programs
 from mpilm.trainer.material import Material, open_material
 from mpilm.trainer.run_folder import RunFolder, open_run_folder
 from mpilm.trainer.sharded import ShardedModel
@@ -52,6 +52,7 @@ class Training:
 def build(config: Config, world: Comm) -> Training:
     """Everything `config` asks for, with the state of the checkpoint it goes on from. Collective."""
     same_everywhere(world, "settings", flatten(config))
+    same_everywhere(world, "programs", programs(world))
     shape = together(world, lambda: mesh_shape(config, world.size))
     machine = together(world, lambda: look(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)

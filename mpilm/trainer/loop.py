@@ -15,6 +15,7 @@ from mpilm.guard.watchdog import Watchdog
 from mpilm.mesh.shape import AXES
 from mpilm.trainer.blame import blame
 from mpilm.trainer.build import Training, build
+from mpilm.trainer.drift import refuse_drift
 from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.machine import conditions
@@ -38,9 +39,13 @@ def _steps(run: Training, log: RunLog) -> None:
     settings, steps, activity = run.config.run, run.config.train.steps, run.mesh.activity
     for step in range(run.folder.step, steps):
         activity.enter("step", step)
+        checking = step == run.folder.step or due(step, run.config.fault.check_every)
+        run.mesh.check(checking)
         result = train_step(run.model, run.batches, step, run.request.reason(log.needed_s()))
-        run.mesh.trust()  # the first step has shown that all make the same calls
+        run.mesh.check(False)
         done, loss = step + 1, None
+        if checking:
+            refuse_drift(run.model, done)
         log.step(done, result)
         if not result.updated:
             activity.enter("diagnosis", step)

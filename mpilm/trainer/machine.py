@@ -13,6 +13,7 @@ import torch
 import mpilm
 from mpilm.comm.base import Comm
 from mpilm.config import Config, Model, Train, resolve
+from mpilm.data.files import hex_digest
 from mpilm.errors import ConfigError
 from mpilm.model.families import build
 from mpilm.model.loss import loss_sum
@@ -111,6 +112,14 @@ def versions(world: Comm) -> dict[str, str]:
         "mpi": world.mpi_library,
         "processor": processor(),
     }
+
+
+def programs(world: Comm) -> dict[str, str]:
+    """What ranks must have the same of: libraries, and the source of this package, of which nodes may have copies."""
+    files = sorted(Path(mpilm.__file__).parent.rglob("*.py"))
+    source = hex_digest(*(part for path in files for part in (path.name.encode(), path.read_bytes())))
+    found = versions(world)
+    return {"source": source[:12], **{name: found[name] for name in ("mpilm", "torch", "mpi")}}
 
 
 def conditions(machine: Machine, world: Comm) -> dict[str, str]:

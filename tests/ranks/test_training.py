@@ -29,13 +29,13 @@ from mpilm.comm.together import AgreedError
 from mpilm.config import Data, replaced
 from mpilm.data.prepare import prepare
 from mpilm.data.tokenizer import bytes_tokenizer
-from mpilm.errors import NonFiniteError
+from mpilm.errors import NonFiniteError, RanksDisagreeError
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
 from mpilm.optim.rate import learning_rate
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.telemetry.metrics import read_rows
-from mpilm.trainer import loop
+from mpilm.trainer import loop, machine
 from mpilm.trainer.build import build
 from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.loop import train
@@ -236,6 +236,42 @@ def test_weights_that_are_not_finite_end_the_run_and_nothing_is_saved(tmp_path, 
     assert re.search(r"rank \d, microbatch \d: loss", str(caught.value))
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     assert not (tmp_path / "run" / "lock.json").exists()
+
+
+OF_THREE = "on all 3 replicas, and rank 1 differs from most"
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "said"),
+    [(3, on(), OF_THREE), (2, on(), "on all 2 replicas, and the two differ"), (3, on(zero=2), OF_THREE), (6, on(2), OF_THREE)],
+)
+def test_a_replica_that_drifts_is_named(tmp_path, data, size, layout, said):
+    """One weight, by one bit, on one rank, in step 3; it is looked for after every second step."""
+    name = "blocks.1.mlp.up.weight" if layout.get("parallel__pipeline") == 1 else "embed.weight"
+
+    def step_and_drift(model, source, step, wish):
+        result = train_step(model, source, step, wish)
+        if (model.mesh.rank, step) == (1, 2):
+            flat = next(flat for flat in model.flats.values() if name in flat.layout.slots)
+            flat.parameter(name).view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
+        return result
+
+    config = tiny(data, tmp_path / "run", fault__check_every=2, **layout)
+    with mock.patch.object(loop, "train_step", step_and_drift), pytest.raises(AgreedError, match=said) as caught:
+        run_ranks(size, lambda comm: train(config, comm))
+    assert isinstance(caught.value.error, RanksDisagreeError)
+    assert f"after step 5: {name}" in str(caught.value) or f"after step 3: {name}" in str(caught.value)
+
+
+def test_ranks_with_other_programs_do_not_train(tmp_path, data):
+    versions = iter(["2.12.0", "2.13.0", "2.13.0"])
+    said = pytest.raises(AgreedError, match=r"the ranks were started with different programs:\n  torch: ")
+    with (
+        said,
+        mock.patch.object(machine, "versions", side_effect=lambda world: {"mpilm": 1, "torch": next(versions), "mpi": 0}),
+    ):
+        run_ranks(3, lambda comm: train(tiny(data, tmp_path / "run"), comm))
+    assert not (tmp_path / "run").exists()
 
 
 # Stopping and going on.
