@@ -202,6 +202,10 @@ class Checkpoint:
     """Newest checkpoints to keep; 0: all."""
     keep_best: bool = True
     """Keep the checkpoint with the lowest evaluation loss as well."""
+    asynchronous: bool = True
+    """Copy the state and write it beside the next steps; false: write it at once, which needs no memory for a copy."""
+    on_error: Literal["stop", "warn"] = "stop"
+    """Where a checkpoint cannot be written, a full disk for one: end with code 74, or say so and go on."""
     resume: str = "auto"
     """auto: go on from the newest valid checkpoint of run.dir; never: start anew; or the folder of one checkpoint."""
     allow_change: tuple[str, ...] = ()

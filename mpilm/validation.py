@@ -70,6 +70,7 @@ CHOICES = {
     "data.packing": ("concat", "documents"),
     "data.too_long": ("truncate", "drop"),
     "data.encoding_errors": ("stop", "replace"),
+    "checkpoint.on_error": ("stop", "warn"),
     "train.optimizer": ("adamw", "sgd", "adafactor", "muon"),
     "train.lr_schedule": ("cosine", "linear", "constant"),
     "train.dtype": ("float32", "bfloat16"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ class BlockWriter:
     wait for this one's messages. `raise_error` raises it when the time has come.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, at: Callable[[str], None] = lambda point: None):
+        self._folder, self._at = folder, at
         self._handles: dict[str, int] = {}
         self._error: OSError | None = None
 
@@ -38,6 +38,7 @@ class BlockWriter:
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles.values():
             with self._keeping_errors():
+                self._at("checkpoint.fsync")
                 os.fsync(handle)
             with self._keeping_errors():
                 os.close(handle)
@@ -46,6 +47,7 @@ class BlockWriter:
         """Write a whole block, a uint8 tensor in host memory, at its place."""
         left, at = data.numpy().data, block.offset
         with self._keeping_errors():
+            self._at("checkpoint.write")
             while left and self._error is None:
                 count = os.pwrite(self._handle(block.file.name), left, at)
                 left, at = left[count:], at + count

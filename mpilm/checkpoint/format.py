@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ class Writer:
     """Writes small files of one folder, hashing on the way, each synced to disk when it is closed; `entries` is what the
     manifest will say, and takes files that others have written too."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, at: Callable[[str], None] = lambda point: None):
+        self.folder, self.at = folder, at
         self.entries: dict[str, dict[str, Any]] = {}
 
     def json(self, name: str, value: Any) -> None:
@@ -103,8 +104,10 @@ class Writer:
 
     def publish(self, final: Path) -> None:
         """Write the manifest, after which the folder is complete, and give the folder its name, durably."""
+        self.at("checkpoint.manifest")
         self.json(MANIFEST, {"format": 1, "files": self.entries})
         sync_folder(self.folder)
+        self.at("checkpoint.rename")
         os.rename(self.folder, final)
         sync_folder(final.parent)
 

@@ -6,7 +6,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +30,7 @@ from mpilm.checkpoint.format import (
     read_json,
 )
 from mpilm.checkpoint.load import moment_name, weights_stem
-from mpilm.checkpoint.plan import Holders, StoredTensor, TensorFile, index_of, plan_blocks, tensor_files
+from mpilm.checkpoint.plan import Block, Holders, StoredTensor, TensorFile, index_of, plan_blocks, tensor_files
 from mpilm.checkpoint.pretrained import base_of
 from mpilm.checkpoint.tensors import Shape
 from mpilm.comm.base import Comm
@@ -41,6 +44,13 @@ from mpilm.model.huggingface_adapter import CONFIG as ADAPTER_CONFIG
 from mpilm.model.huggingface_adapter import published_adapter
 from mpilm.model.huggingface_config import published_config
 from mpilm.parallel.shard import Piece
+
+Point = Callable[[str], None]
+
+
+def nowhere(point: str) -> None:
+    """A point on the way at which nothing is to be done."""
+
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts models
 PARAMETER = "parameter"
@@ -68,24 +78,91 @@ class State:
     holders: Holders
 
 
-def save(parent: Path, step: int, state: State, comm: Comm) -> Path:
+def save(parent: Path, step: int, state: State, comm: Comm, at: Point = nowhere) -> Path:
     """Write the checkpoint of `step` below `parent`, a folder that all ranks see; returns its folder. Collective over the
     world; raises AgreedError on all ranks alike.
 
     An existing one is never written over.
     """
-    final = parent / folder_name(step)
-    temporary = parent / f"{TEMPORARY}{final.name}"
-    on_root(comm, lambda: _prepare(final, temporary))
-    files = {weights_stem(state.model): _model_files(state), "optimizer": _optimizer_files(state)}
-    try:
-        entries = _write_tensors(final, temporary, [file for group in files.values() for file in group], state, comm)
-        on_root(comm, lambda: _publish(final, temporary, files, entries, state))
-    except AgreedError:
-        if comm.rank == 0:  # what is half-written only takes the space that the next one needs
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+    return Saving(parent, step, state, comm, at, ahead=False).commit()
+
+
+class Saving:
+    """A checkpoint under way: copied by the constructor, written by a thread that talks to no other rank, and published by
+    `commit`. Collective over the world; both raise AgreedError on all ranks alike. `at`: told of every point on the way.
+    `ahead`: false: no copy and no thread; the constructor writes block by block."""
+
+    def __init__(self, parent: Path, step: int, state: State, comm: Comm, at: Point = nowhere, ahead: bool = True):
+        self.state, self.comm, self.at = state, comm, at
+        self._began, self.took_s = time.perf_counter(), 0.0  # copying and writing
+        self.final = parent / folder_name(step)
+        self.temporary = parent / f"{TEMPORARY}{self.final.name}"
+        self.files = {weights_stem(state.model): _model_files(state), "optimizer": _optimizer_files(state)}
+        tensor_files = [file for group in self.files.values() for file in group]
+        self.counts = [file.blocks(BLOCK_BYTES) for file in tensor_files]
+        at("checkpoint.open")
+        on_root(comm, lambda: _prepare(self.final, self.temporary, sum(file.nbytes for file in tensor_files)))
+        held = Held({PARAMETER: state.parameters, **state.moments}, tensor_files)
+        plan = plan_blocks(tensor_files, cache(state.holders), comm.size, BLOCK_BYTES)
+        blocks = assemble(plan, held, comm)
+        self._digests = torch.zeros(sum(self.counts), 32, dtype=torch.uint8)  # a row a block
+        self._writer = BlockWriter(self.temporary, at)
+        self._thread: threading.Thread | None = None
+        if ahead:
+            self._thread = threading.Thread(target=self._write, args=(deque(blocks),), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write(blocks)
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _write(self, blocks: Iterator[tuple[Block, Tensor]] | deque[tuple[Block, Tensor]]) -> None:
+        """Write and hash; what has been written is let go."""
+        with self._writer:
+            for block, data in _taken(blocks) if isinstance(blocks, deque) else blocks:
+                self._writer.write(block, data)
+                self._digests[block.number] = digest_of(data)
+        self.took_s = time.perf_counter() - self._began
+
+    def commit(self) -> Path:
+        """Wait for the writing, agree that it is done, write what belongs to it and give the folder its name."""
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            together(self.comm, self._check)
+            self.comm.all_reduce(self._digests.view(torch.int64))  # rows of others are zero, so the sum brings them together
+            on_root(self.comm, self._publish)
+        except AgreedError:
+            if self.comm.rank == 0:  # what is half-written only takes the space that the next one needs
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+        return self.final
+
+    def _check(self) -> None:
+        with _writing(self.final):
+            self._writer.raise_error()
+
+    def _publish(self) -> None:
+        """Write what rank 0 writes alone, the manifest last, and give the folder its name."""
+        writer = Writer(self.temporary, self.at)
+        with _writing(self.final):
+            _write_words(writer, self.state)
+            for stem, group in self.files.items():
+                if len(group) > 1:
+                    writer.json(f"{stem}.safetensors.index.json", index_of(group))
+            names = [file for group in self.files.values() for file in group]
+            for file, rows in zip(names, self._digests.split(self.counts)):
+                writer.entries[file.name] = manifest_entry(file.nbytes, rows.numpy().tobytes())
+            writer.json("trainer.json", dict(self.state.trainer))
+            writer.publish(self.final)
+
+
+def _taken(blocks: deque[tuple[Block, Tensor]]) -> Iterator[tuple[Block, Tensor]]:
+    while blocks:
+        yield blocks.popleft()
 
 
 @contextlib.contextmanager
@@ -98,12 +175,19 @@ def _writing(final: Path) -> Iterator[None]:
         raise FileError(f"checkpoint {final} could not be written: {reason}; the older ones are as they were") from None
 
 
-def _prepare(final: Path, temporary: Path) -> None:
+def _prepare(final: Path, temporary: Path, nbytes: int) -> None:
     if final.exists():
         raise FileError(f"checkpoint {final} is there already, written by another job: two jobs work on one --run.dir")
     with _writing(final):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        room = shutil.disk_usage(temporary).free
+    if room < nbytes:
+        temporary.rmdir()
+        raise FileError(
+            f"checkpoint {final} needs {nbytes / 2**20:,.1f} MiB, and {room / 2**20:,.1f} MiB are free there; the older ones "
+            "are as they were"
+        )
 
 
 def _model_files(state: State) -> list[TensorFile]:
@@ -126,47 +210,6 @@ def _optimizer_files(state: State) -> list[TensorFile]:
 
 def _backward(shapes: Mapping[str, Shape]) -> list[tuple[str, Shape]]:
     return list(shapes.items())[::-1]
-
-
-def _write_tensors(
-    final: Path, temporary: Path, files: Sequence[TensorFile], state: State, comm: Comm
-) -> dict[str, dict[str, Any]]:
-    """Write the tensor files together; returns what the manifest says of them. Collective."""
-    held = Held({PARAMETER: state.parameters, **state.moments}, files)
-    plan = plan_blocks(files, cache(state.holders), comm.size, BLOCK_BYTES)
-    counts = [file.blocks(BLOCK_BYTES) for file in files]
-    digests = torch.zeros(sum(counts), 32, dtype=torch.uint8)  # a row a block
-    with BlockWriter(temporary) as writer:
-        for block, data in assemble(plan, held, comm):
-            writer.write(block, data)
-            digests[block.number] = digest_of(data)
-
-    def check() -> None:
-        with _writing(final):
-            writer.raise_error()
-
-    together(comm, check)
-    comm.all_reduce(digests.view(torch.int64))  # rows of others are zero, so the sum brings them together
-    return {file.name: manifest_entry(file.nbytes, rows.numpy().tobytes()) for file, rows in zip(files, digests.split(counts))}
-
-
-def _publish(
-    final: Path,
-    temporary: Path,
-    files: Mapping[str, Sequence[TensorFile]],
-    entries: Mapping[str, dict[str, Any]],
-    state: State,
-) -> None:
-    """Write what rank 0 writes alone, the manifest last, and give the folder its name."""
-    writer = Writer(temporary)
-    with _writing(final):
-        _write_words(writer, state)
-        for stem, group in files.items():
-            if len(group) > 1:
-                writer.json(f"{stem}.safetensors.index.json", index_of(group))
-        writer.entries.update(entries)
-        writer.json("trainer.json", dict(state.trainer))
-        writer.publish(final)
 
 
 def _write_words(writer: Writer, state: State) -> None:

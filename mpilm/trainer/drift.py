@@ -21,7 +21,7 @@ def refuse_drift(model: ShardedModel, done: int) -> None:
         more = f", and {len(names) - 1} more parameters" if len(names) > 1 else ""
         raise AgreedError(RanksDisagreeError(
             f"after step {done}: {name}{more} should be the same on all {model.data.size} replicas, and {odd}: a processor or "
-            "its memory may be failing. The newest checkpoint may hold the wrong values; go on from an older one without that host"
+            "its memory may be failing. The newest checkpoint may hold wrong values; go on from an older one without that host"
         ))  # fmt: skip
 
 

@@ -85,13 +85,13 @@ class RunLog:
         self.display.step(done, row, logged)
         if logged:
             self._write(row)
-            self._skip_time(done)
+            self.skip_time(done)
 
     def skipped(self, done: int, why: str) -> None:
         """A step changed nothing."""
         self.display.line(f"{why}; left out")
         self._write({"event": "skipped", "step": done, "time": time.time(), "why": why})
-        self._skip_time(done)
+        self.skip_time(done)
 
     def needed_s(self) -> float:
         """What another step and a save will take, with some room."""
@@ -101,12 +101,16 @@ class RunLog:
         self.display.line(f"step {done}: evaluation loss {loss:.4f}")
         self._write({"step": done, "time": time.time(), "eval_loss": loss})
         self.eval_loss = loss
-        self._skip_time(done)
+        self.skip_time(done)
 
-    def saved(self, folder: Path) -> None:
-        self.save_s = time.perf_counter() - self.last
+    def failed(self, why: str) -> None:
+        """A checkpoint could not be written, and the run goes on."""
+        self.display.line(f"not saved: {why}")
+        self._write({"event": "not saved", "step": self.run.mesh.activity.step + 1, "time": time.time(), "why": why})
+
+    def saved(self, folder: Path, took_s: float) -> None:
+        self.save_s = took_s
         self.display.line(f"saved {folder}")
-        self._skip_time(int(folder.name.split("-")[1]))
 
     def finish(self) -> None:
         """The summary: time, memory, losses, a sample, and where everything lies. Collective."""
@@ -123,7 +127,7 @@ class RunLog:
         for sink in self.sinks:
             sink.write(row)
 
-    def _skip_time(self, done: int) -> None:
+    def skip_time(self, done: int) -> None:
         """Evaluations and checkpoints are not part of a step's time."""
         self.last, self.last_done, self.busy_s = time.perf_counter(), done, 0.0
 

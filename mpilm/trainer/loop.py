@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
-from mpilm.checkpoint.save import State, prune, save
 from mpilm.comm.base import Comm
 from mpilm.comm.together import AgreedError
-from mpilm.config import Config, to_dict
+from mpilm.config import Config
 from mpilm.errors import NonFiniteError, PreemptedError
 from mpilm.guard.request import REASONS
 from mpilm.guard.watchdog import Watchdog
-from mpilm.mesh.shape import AXES
 from mpilm.trainer.blame import blame
 from mpilm.trainer.build import Training, build
 from mpilm.trainer.drift import refuse_drift
 from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.log import RunLog
-from mpilm.trainer.machine import conditions
-from mpilm.trainer.step import StepResult, train_step
+from mpilm.trainer.saver import Saver
+from mpilm.trainer.step import Said, StepResult, train_step
 
 
 def train(config: Config, world: Comm) -> None:
@@ -30,18 +27,23 @@ def train(config: Config, world: Comm) -> None:
         stack.enter_context(run.request.listening())
         stack.callback(Watchdog(run.mesh.activity, run.mesh.world, run.folder.path, config.fault.step_timeout).close)
         log = RunLog(run)
-        _steps(run, log)
+        saver = Saver(run, log)
+        try:
+            _steps(run, log, saver)
+        except AgreedError:
+            saver.finish()
+            raise
         run.mesh.activity.enter("end", config.train.steps)
         log.finish()
 
 
-def _steps(run: Training, log: RunLog) -> None:
+def _steps(run: Training, log: RunLog, saver: Saver) -> None:
     settings, steps, activity = run.config.run, run.config.train.steps, run.mesh.activity
     for step in range(run.folder.step, steps):
         activity.enter("step", step)
         checking = step == run.folder.step or due(step, run.config.fault.check_every)
         run.mesh.check(checking)
-        result = train_step(run.model, run.batches, step, run.request.reason(log.needed_s()))
+        result = train_step(run.model, run.batches, step, Said(run.request.reason(log.needed_s()), saver.busy))
         run.mesh.check(False)
         done, loss = step + 1, None
         if checking:
@@ -50,7 +52,8 @@ def _steps(run: Training, log: RunLog) -> None:
         if not result.updated:
             activity.enter("diagnosis", step)
             _skip(run, log, done, result)
-        stopping = result.wish > 0 and done < steps
+        saver.look(done, result.heard.busy)
+        stopping = result.heard.wish > 0 and done < steps
         saving = stopping or done == steps or (due(done, run.config.checkpoint.every) and result.updated)
         evaluating = due(done, settings.eval_every) or (settings.eval_every and saving and not stopping)
         if run.batches.eval_samples and evaluating:
@@ -59,10 +62,11 @@ def _steps(run: Training, log: RunLog) -> None:
             loss = evaluate(run)
             log.evaluation(done, loss)
         if saving:
-            activity.enter("checkpoint", step)
-            log.saved(save_checkpoint(run, done, loss))
+            saver.begin(done, loss)
         if stopping:
-            _stop(run, done, result.wish)
+            saver.finish()
+            _stop(run, done, result.heard.wish)
+    saver.finish()
 
 
 def due(done: int, every: int) -> bool:
@@ -89,29 +93,3 @@ def _stop(run: Training, done: int, wish: int) -> None:
     raise AgreedError(PreemptedError(
         f"stopped after step {done} of {run.config.train.steps}, as {REASONS[wish]} asked; saved, and the same command goes on"
     ))  # fmt: skip
-
-
-def save_checkpoint(run: Training, done: int, eval_loss: float | None) -> Path:
-    """Save the state after `done` steps and remove checkpoints no longer wanted. Collective."""
-    config = run.config
-    trainer = {
-        "step": done,
-        "tokens": done * run.batches.step_tokens,
-        "seed": config.train.seed,
-        "eval_loss": eval_loss,
-        "skipped": run.skipped,
-        "content": dict(run.content),
-        "layout": dict(zip(AXES, run.mesh.shape.sizes)),
-        "conditions": conditions(run.machine, run.mesh.world),
-        "config": to_dict(config),
-    }
-    model = run.model
-    material = run.material
-    state = State(
-        config.model, material.tokenizer, material.template, trainer, model.shapes, model.moment_shapes, model.pieces(),
-        model.optimizer.pieces(), model.holders,
-    )  # fmt: skip
-    folder = save(run.folder.checkpoints, done, state, run.mesh.world)
-    if run.mesh.rank == 0:
-        prune(run.folder.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best)
-    return folder

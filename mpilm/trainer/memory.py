@@ -37,12 +37,14 @@ def predicted_memory(run: Training) -> dict[str, int]:
     lost = min(live * (holes["activations"] - 1), max(of["activations"] for of in of_stage.values()))
     step = {"activations": round(live + lost), "logits": round(logits * holes["logits"])}
     held = model.held_bytes()
-    saving = min(SAVING_BYTES, held["weights"] + held["moments"])  # between steps: only what goes beyond a step's memory counts
+    saving = max(0, min(SAVING_BYTES, held["weights"] + held["moments"]) - sum(step.values()))  # between steps
+    if config.checkpoint.asynchronous:
+        saving = -(-model.saved_bytes // run.mesh.world.size)  # a copy of what this rank writes, beside the next steps
     return {
         "program": run.baseline_bytes[1] + FIRST_STEP_BYTES,
         **held,
         **step,
-        "checkpoint": max(0, saving - sum(step.values())),
+        "checkpoint": saving,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,12 @@ class ShardedModel(StagedModel):
     def moment_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Global shapes of all moments, by kind and parameter."""
         return moment_shapes(self.config.train.optimizer, {layout.name: layout for layout in owned(trained(self.layouts))})
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of a whole checkpoint's tensors."""
+        of_moments = [shape for shapes in self.moment_shapes.values() for shape in shapes.values()]
+        return 4 * sum(map(prod, [*self.shapes.values(), *of_moments]))
 
     def holders(self, name: str) -> list[tuple[int, int, list[int]]]:
         """Ranges of a parameter's elements, and the ranks of the world that update each. Pure, the same on all ranks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,32 +28,45 @@ class Source(Protocol):
     def target_tokens(self, step: int) -> int: ...
 
 
+class Said(NamedTuple):
+    """What a rank has to say to the others, with its losses; and of all: the largest wish, and whether any is busy.
+
+    `wish`: a number below WISHES. `busy`: with a checkpoint.
+    """
+
+    wish: int = 0
+    busy: bool = False
+
+
+NOTHING = Said()
+
+
 @dataclass(frozen=True)
 class StepResult:
     """`loss`: mean over the target tokens of the global batch, in nats; `grad_norm`: before clipping. `updated`: whether both
-    were finite. `wish`: the largest of the ranks'. All these are the same on all ranks. `times`: of this rank's actions."""
+    were finite. `heard`: what the ranks have said to each other. All these are the same on all ranks. `times`: of this rank's
+    actions."""
 
     loss: float
     grad_norm: float
     lr: float
     updated: bool
-    wish: int
+    heard: Said
     times: list[Timed]
 
 
-def train_step(model: ShardedModel, source: Source, step: int, wish: int = 0) -> StepResult:
+def train_step(model: ShardedModel, source: Source, step: int, say: Said = NOTHING) -> StepResult:
     """Forward, backward, sum of gradients, clip, update. Collective over the mesh.
 
-    Where the loss or the gradient is not finite nothing is updated, on all ranks alike. `wish`: what this rank has to say to
-    the others, a number below WISHES.
+    Where the loss or the gradient is not finite nothing is updated, on all ranks alike.
     """
-    loss, norm, wish, times = gradients(model, source, step, wish)
+    loss, norm, heard, times = gradients(model, source, step, say)
     finite = math.isfinite(loss) and math.isfinite(norm)
     lr = update(model, step, norm) if finite else learning_rate(model.config.train, step)
-    return StepResult(loss, norm, lr, finite, wish, times)
+    return StepResult(loss, norm, lr, finite, heard, times)
 
 
-def gradients(model: ShardedModel, source: Source, step: int, wish: int = 0) -> tuple[float, float, int, list[Timed]]:
+def gradients(model: ShardedModel, source: Source, step: int, say: Said = NOTHING) -> tuple[float, float, Said, list[Timed]]:
     """The loss of a step and the norm of its gradient, which lies in `model.sums`. Collective over the mesh."""
     tokens, world = source.target_tokens(step), model.mesh.world
 
@@ -63,8 +76,8 @@ def gradients(model: ShardedModel, source: Source, step: int, wish: int = 0) -> 
 
     times = model.compute(step, batch_of, max(1, tokens))
     model.ties.add_gradients(model.sums)
-    loss, wish = loss_and_wish(model.results(), microbatches(model.config), world, wish)
-    return loss / max(1, tokens), global_norm(model.counted(), world), wish, times
+    loss, heard = loss_and_said(model.results(), microbatches(model.config), world, say)
+    return loss / max(1, tokens), global_norm(model.counted(), world), heard, times
 
 
 def update(model: ShardedModel, step: int, norm: float) -> float:
@@ -81,14 +94,15 @@ def update(model: ShardedModel, step: int, norm: float) -> float:
 
 def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm) -> float:
     """The sum of the losses of all microbatches, each known to one rank, in the order of their numbers. Collective."""
-    return loss_and_wish(losses, total, comm, 0)[0]
+    return loss_and_said(losses, total, comm, NOTHING)[0]
 
 
-def loss_and_wish(losses: Mapping[int, Tensor | float], total: int, comm: Comm, wish: int) -> tuple[float, int]:
-    """That sum, and the largest wish of all ranks: one message for both. Collective."""
-    every = torch.zeros(total + WISHES, dtype=torch.float64)
+def loss_and_said(losses: Mapping[int, Tensor | float], total: int, comm: Comm, say: Said) -> tuple[float, Said]:
+    """That sum, and what all ranks have to say: one message for both. Collective."""
+    every = torch.zeros(total + WISHES + 1, dtype=torch.float64)
     for microbatch, loss in losses.items():
         every[microbatch] = float(loss)
-    every[total + wish] = 1.0
+    every[total + say.wish] = 1.0
+    every[-1] = say.busy
     comm.all_reduce(every)  # adds zeros: exact
-    return sum(every[:total].tolist()), int(every[total:].nonzero().max())
+    return sum(every[:total].tolist()), Said(int(every[total:-1].nonzero().max()), bool(every[-1]))

@@ -219,7 +219,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_the_microbatch_named(tmp_path
 def test_weights_that_are_not_finite_end_the_run_and_nothing_is_saved(tmp_path, data, size, layout):
     def broken(config, comm):
         run = build(config, comm)
-        if comm.rank == 1:
+        if comm.rank == 1 or not run.model.zero:
             for values in run.model.pieces().values():
                 values.fill_(math.nan)
         run.model.publish()
@@ -249,8 +249,8 @@ def test_a_replica_that_drifts_is_named(tmp_path, data, size, layout, said):
     """One weight, by one bit, on one rank, in step 3; it is looked for after every second step."""
     name = "blocks.1.mlp.up.weight" if layout.get("parallel__pipeline") == 1 else "embed.weight"
 
-    def step_and_drift(model, source, step, wish):
-        result = train_step(model, source, step, wish)
+    def step_and_drift(model, source, step, say):
+        result = train_step(model, source, step, say)
         if (model.mesh.rank, step) == (1, 2):
             flat = next(flat for flat in model.flats.values() if name in flat.layout.slots)
             flat.parameter(name).view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
@@ -268,7 +268,7 @@ def test_ranks_with_other_programs_do_not_train(tmp_path, data):
     said = pytest.raises(AgreedError, match=r"the ranks were started with different programs:\n  torch: ")
     with (
         said,
-        mock.patch.object(machine, "versions", side_effect=lambda world: {"mpilm": 1, "torch": next(versions), "mpi": 0}),
+        mock.patch.object(machine, "versions", side_effect=lambda _: {"mpilm": 1, "torch": next(versions), "mpi": 0}),
     ):
         run_ranks(3, lambda comm: train(tiny(data, tmp_path / "run"), comm))
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,88 @@
+"""When checkpoints of a run are written: one at a time, beside the steps that follow."""
+
+from __future__ import annotations
+
+from mpilm.checkpoint.save import Saving, State, prune
+from mpilm.comm.together import AgreedError
+from mpilm.config import to_dict
+from mpilm.errors import FileError
+from mpilm.mesh.shape import AXES
+from mpilm.trainer.build import Training
+from mpilm.trainer.log import RunLog
+from mpilm.trainer.machine import conditions
+
+
+class Saver:
+    """Every method but `busy` is collective over the world, and raises AgreedError where a checkpoint cannot be written, unless
+    `checkpoint.on-error` says that the run goes on."""
+
+    def __init__(self, run: Training, log: RunLog):
+        self.run, self.log = run, log
+        self._saving: Saving | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes."""
+        return self._saving is not None and self._saving.busy
+
+    def begin(self, done: int, eval_loss: float | None) -> None:
+        """Copy the state after `done` steps and begin to write it; the one before is finished first."""
+        self.finish()
+        run = self.run
+        run.mesh.activity.enter("checkpoint", done - 1)
+        try:
+            self._saving = Saving(
+                run.folder.checkpoints, done, state_of(run, done, eval_loss), run.mesh.world, run.mesh.activity.at,
+                run.config.checkpoint.asynchronous,
+            )  # fmt: skip
+        except AgreedError as error:
+            self._failed(error)
+        if not run.config.checkpoint.asynchronous:
+            self.finish()
+        self.log.skip_time(done)
+
+    def look(self, done: int, any_busy: bool) -> None:
+        """Between steps: publish what every rank has written."""
+        if self._saving is not None and not any_busy:
+            self.finish()
+            self.log.skip_time(done)
+
+    def finish(self) -> None:
+        """Publish what is under way, once it is written, and remove checkpoints no longer wanted."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        run, config = self.run, self.run.config.checkpoint
+        run.mesh.activity.enter("checkpoint", run.mesh.activity.step)
+        try:
+            self.log.saved(saving.commit(), saving.took_s)
+        except AgreedError as error:
+            return self._failed(error)
+        if run.mesh.rank == 0:
+            run.mesh.activity.at("checkpoint.cleanup")
+            prune(run.folder.checkpoints, config.keep, config.keep_best)
+
+    def _failed(self, error: AgreedError) -> None:
+        if not isinstance(error.error, FileError) or self.run.config.checkpoint.on_error == "stop":
+            raise error
+        self.log.failed(str(error))
+
+
+def state_of(run: Training, done: int, eval_loss: float | None) -> State:
+    """What a checkpoint holds after `done` steps."""
+    config, model, material = run.config, run.model, run.material
+    trainer = {
+        "step": done,
+        "tokens": done * run.batches.step_tokens,
+        "seed": config.train.seed,
+        "eval_loss": eval_loss,
+        "skipped": list(run.skipped),
+        "content": dict(run.content),
+        "layout": dict(zip(AXES, run.mesh.shape.sizes)),
+        "conditions": conditions(run.machine, run.mesh.world),
+        "config": to_dict(config),
+    }
+    return State(
+        config.model, material.tokenizer, material.template, trainer, model.shapes, model.moment_shapes, model.pieces(),
+        model.optimizer.pieces(), model.holders,
+    )  # fmt: skip
