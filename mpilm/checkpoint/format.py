@@ -88,7 +88,7 @@ class Writer:
         self.entries: dict[str, dict[str, Any]] = {}
 
     def json(self, name: str, value: Any) -> None:
-        self.text(name, json.dumps(value, indent=2) + "\n")
+        self.text(name, written(value))
 
     def text(self, name: str, text: str) -> None:
         self.data(name, text.encode())
@@ -110,6 +110,11 @@ class Writer:
         self.at("checkpoint.rename")
         os.rename(self.folder, final)
         sync_folder(final.parent)
+
+
+def written(value: Any) -> str:
+    """The one way in which JSON is written here."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 def sync_folder(folder: Path) -> None:
@@ -147,6 +152,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     files = manifest.get("files")
     if manifest.get("format") != 1 or not isinstance(files, dict) or not all(map(_is_entry, files, files.values())):
         raise DataError(f"{folder / MANIFEST} is not a manifest, of format 1, of files in its own folder")
+    if (folder / MANIFEST).read_bytes() != written(manifest).encode():  # it has no digest of its own
+        raise DataError(f"{folder / MANIFEST} has been altered: it is not as it was written")
     return files
 
 

@@ -26,6 +26,7 @@ from mpilm.checkpoint.format import (
     read_manifest,
     step_of,
     verify,
+    written,
 )
 from mpilm.checkpoint.load import load, newest_valid
 from mpilm.checkpoint.pretrained import shape_of
@@ -384,13 +385,17 @@ def test_every_bit_of_the_manifest_counts(checkpoint):
     """Whatever one flip makes of it, it is refused with words and not with a traceback."""
     entries = read_manifest(checkpoint)
     small = {name: entries[name] for name in ("config.json", "trainer.json")}  # others would be read again for each bit
-    content = json.dumps({"format": 1, "files": small}, indent=1).encode()
+    content = written({"format": 1, "files": small}).encode()
     (checkpoint / MANIFEST).write_bytes(content)
     verify(checkpoint)
     for bit in range(8 * len(content)):
         altered = bytearray(content)
         altered[bit // 8] ^= 1 << bit % 8
         (checkpoint / MANIFEST).write_bytes(altered)
+        with pytest.raises(UserError):
+            verify(checkpoint)
+    for end in range(len(content)):
+        (checkpoint / MANIFEST).write_bytes(content[:end])
         with pytest.raises(UserError):
             verify(checkpoint)
 
