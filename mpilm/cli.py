@@ -73,6 +73,8 @@ def _start(words: list[str], config: T, tomls: Sequence[Mapping[str, Any]]) -> T
         return config
     from mpilm.checkpoint.pretrained import started
 
+    bases = [str(section["base"]) for section in said if "base" in section] + _take(words, "--model.base")[1]
+    model = replace(model, base=bases[-1]) if bases else model
     return replace(config, model=started(model, named[-1]))  # type: ignore[type-var]
 
 

@@ -33,6 +33,8 @@ class Model:
     """Architecture. bert sees both sides and learns to predict masked tokens; the others predict the next one."""
     init_from: str = ""
     """A Hugging Face folder or a checkpoint whose shape, weights and tokenizer a run starts with; empty: random weights."""
+    base: str = ""
+    """The model that the adapter in init-from belongs to, where it does not lie where the adapter says."""
     vocab_size: int = 0
     """Rows of the embedding; 0: as many as the tokenizer has tokens."""
     n_layers: int = 4
@@ -269,6 +271,8 @@ class Folder:
 
     init_from: str = ""
     """A checkpoint, or a Hugging Face folder with config.json, *.safetensors and tokenizer.json."""
+    base: str = ""
+    """The model that the adapter in init-from belongs to, where it does not lie where the adapter says."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +320,7 @@ FREE_TO_CHANGE = frozenset(
         "train.gpu_aware_mpi",
         "train.recompute",
         "model.init_from",
+        "model.base",
         "data.path",
         "data.tokenizer",
         "data.text_key",
@@ -355,8 +360,15 @@ def resolve(config: Config) -> Config:
     head_width = model.head_width or model.d_model // model.n_heads
     d_ff = model.d_ff or (4 * model.d_model if model.arch in ("gpt2", "bert") else -(-(8 * model.d_model // 3) // 32) * 32)
     chunks = config.parallel.chunks or (2 if config.parallel.schedule == "interleaved" else 1)
-    shape = replace(model, n_kv_heads=n_kv_heads, head_width=head_width, d_ff=d_ff)
+    shape = replace(model, n_kv_heads=n_kv_heads, head_width=head_width, d_ff=d_ff, lora_targets=lora_targets(model))
     return replace(config, model=shape, parallel=replace(config.parallel, chunks=chunks))
+
+
+def lora_targets(model: Model) -> tuple[str, ...]:
+    """The matrices that have adapters, in one order and each once; none named: all of them."""
+    there = LORA_TARGETS[model.arch]
+    named = tuple(name for name in there if name in model.lora_targets)
+    return () if named == there else named
 
 
 def microbatches(config: Config) -> int:
@@ -368,7 +380,8 @@ def used(folder: Folder, parallel: Stages, compute: Compute, **more: Any) -> Con
     """The config of a command that uses a model."""
     train = replace(Train(micro_batch=1), **{item.name: getattr(compute, item.name) for item in fields(compute)})
     train = replace(train, global_batch=train.micro_batch)
-    return Config(model=Model(init_from=folder.init_from), parallel=Parallel(pipeline=parallel.pipeline), train=train, **more)
+    model = Model(init_from=folder.init_from, base=folder.base)
+    return Config(model=model, parallel=Parallel(pipeline=parallel.pipeline), train=train, **more)
 
 
 def replaced(config: T, **changes: Any) -> T:

@@ -74,10 +74,10 @@ class DataParallel:
             view.copy_(parameter.detach())
             parameter.data = view
         comm.broadcast(self.flat.values.tensor)
-        for fixed in [*(p.data for p in model.parameters() if not p.requires_grad), *model.buffers()]:
-            value = fixed.contiguous()
+        for fixed in [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]:
+            value = fixed.detach().contiguous()
             comm.broadcast(value)
-            fixed.copy_(value)
+            fixed.data = value
         self.sum = BlockSum(self.flat, model, comm, microbatches, overlap=device.type == "cuda")
 
     def _refuse(self, parameters: Mapping[str, Tensor]) -> None:
@@ -94,6 +94,7 @@ class DataParallel:
     def microbatches(self, step: int) -> Iterator[int]:
         """The numbers of this rank's microbatches; call backward once in each round of the loop. After the last round the
         gradients are the sums over all microbatches of all ranks. Collective: to be run to its end on every rank."""
+        self._refuse_others()
         outside = torch.get_rng_state()
         for i, number in enumerate(range(*block(self.comm.rank, self.comm.size, self.count))):
             self.sum.begin(i)
@@ -104,6 +105,13 @@ class DataParallel:
         self.sum.reduce()
         for name, parameter in self.sum.parameters.items():
             parameter.grad = self.flat.parameter(name, self.sum.sums)
+
+    def _refuse_others(self) -> None:
+        """Raise ConfigError where other parameters are to be trained now than at first: their sums would be nobody's."""
+        now = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        changed = sorted(now ^ set(self.sum.parameters))
+        if changed:
+            raise ConfigError(f"{changed[0]}: requires_grad has changed since DataParallel was made; make a new one after that")
 
     def total(self, values: Mapping[int, float | Tensor]) -> float:
         """The sum of numbers that belong to microbatches (of a step's loss, say), each known to one rank; the same on all ranks
@@ -198,6 +206,8 @@ def _put_together(
     state: dict[str, dict[str, Any]] = {name: dict(words["numbers"].get(name, {})) for name in names}
     for key, x in tensors.items():
         name, _, kind = key.rpartition(".")
+        if name not in state:
+            raise ConfigError(f"the checkpoint holds the state of an optimizer that has {name}, which this one has not")
         state[name][kind] = x
     merged = [{**saved, "params": group["params"]} for saved, group in zip(words["groups"], groups)]
     return {"state": {i: state[name] for i, name in enumerate(names) if state[name]}, "param_groups": merged}

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 
+from mpilm.checkpoint.pretrained import tokenizer_folder
 from mpilm.cli import parse
-from mpilm.config import Config, replaced, resolve
+from mpilm.config import Config, Model, replaced, resolve
 from mpilm.errors import ConfigError
 from mpilm.guard.launch import Body, run
 from mpilm.presets import PRESETS
@@ -22,10 +23,13 @@ DESCRIPTION = (
 
 def prepare() -> Body:
     config = resolve(parse(sys.argv[1:], Config(), "train", DESCRIPTION, PRESETS))
-    if config.model.lora_rank and not config.model.init_from:
+    model = config.model
+    if model.lora_rank and not model.init_from:
         raise ConfigError("--model.lora-rank adapts a model that is there: name it with --model.init-from FOLDER")
-    if config.model.init_from and config.data.tokenizer == "auto":
-        config = replaced(config, data__tokenizer=config.model.init_from)
+    if not model.lora_rank and (model.lora_targets or model.lora_alpha != Model.lora_alpha):
+        raise ConfigError("--model.lora-targets and --model.lora-alpha are of adapters: say how large with --model.lora-rank")
+    if model.init_from and config.data.tokenizer == "auto":
+        config = replaced(config, data__tokenizer=tokenizer_folder(model.init_from, model.base))
 
     def body(comm) -> None:  # type: ignore[no-untyped-def]
         from mpilm.trainer.loop import train  # torch is imported only once the settings are known to be right

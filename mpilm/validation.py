@@ -44,6 +44,7 @@ def validate(config: Any) -> None:
         config.data.corpora()  # raises
     if isinstance(config, Config):
         _validate_chat(config)
+        _validate_lora(config.model)
         _validate_model(resolve(config).model)
         _validate_train(config)
         _validate_parallel(resolve(config))
@@ -84,7 +85,6 @@ CHOICES = {
 
 def _validate_model(model: Model) -> None:
     _validate_heads(model)
-    _validate_lora(model)
     if model.experts_per_token > model.n_experts and model.arch == "mixtral":
         raise ConfigError(
             f"--model.experts-per-token {model.experts_per_token} is more than --model.n-experts {model.n_experts}"
@@ -98,6 +98,8 @@ def _validate_model(model: Model) -> None:
 
 def _validate_lora(model: Model) -> None:
     there = LORA_TARGETS[model.arch]
+    if model.lora_rank > model.d_model:
+        raise ConfigError(f"--model.lora-rank {model.lora_rank} is more than --model.d-model {model.d_model}: no less to train")
     for name in model.lora_targets:
         if name not in there:
             raise ConfigError(

@@ -121,18 +121,22 @@ def load_adapter(
 
 def _load_adapter(folder: Path, parameters: Mapping[Piece, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
     names = {name: published_name(name, model.arch) for name in shapes}
+    _refuse_pickles(folder, "adapter_model*.bin")
     with open_tensors(folder, weights_stem(model)) as slots:
-        extra = sorted(set(slots) - set(names.values()))
+        extra, missing = sorted(set(slots) - set(names.values())), sorted(set(names.values()) - set(slots))
         if extra:
             raise ConfigError(f"{folder} holds, besides the adapter that {model.arch} may have, {_listed(extra)}")
+        if missing:
+            raise ConfigError(f"{folder} lacks {_listed(missing)}: an adapter must be on the same matrices of every block")
         places = {name: find(slots, names[name], shape, folder) for name, shape in shapes.items()}
         for piece, tensor in parameters.items():
             places[piece.name].read(tensor, piece.start)
 
 
-def _refuse_pickles(folder: Path) -> None:
+def _refuse_pickles(folder: Path, *patterns: str) -> None:
     """Say how to convert weights in a format that could run a stranger's code."""
-    old = sorted(path.name for pattern in ("pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth") for path in folder.glob(pattern))
+    patterns = patterns or ("pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth")
+    old = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
     if old and not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"{folder} holds {old[0]}, a pickle, which could run anything when it is read; convert it once where you trust it, "

@@ -6,24 +6,26 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from mpilm.checkpoint.format import MANIFEST, checkpoints, read_json
-from mpilm.config import Model
+from mpilm.config import Model, lora_targets
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.huggingface_adapter import CONFIG as ADAPTER_CONFIG
 from mpilm.model.huggingface_adapter import base_of_adapter, with_adapter
 from mpilm.model.huggingface_config import read_config
 
-OURS_TO_SET = ("dropout", "router_loss")  # no part of a published shape
+OURS_TO_SET = ("dropout", "router_loss", "base")  # no part of a published shape
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")  # to be set, unless the folder holds some
 
 
-def shape_of(folder: str | Path) -> Model:
+def shape_of(folder: str | Path, base: str = "") -> Model:
     """The shape that the config.json of a folder describes, its vocabulary included; of a folder with an adapter, that of its
     model with the adapter. Raises FileError, DataError or ConfigError naming --model.init-from."""
     path = Path(folder).expanduser()
     if has_adapter(path):
-        return with_adapter(shape_of(base_of(path)), read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG))
+        return with_adapter(shape_of(base_of(path, base)), read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG))
     if not (path / "config.json").is_file():
         what = "holds no config.json: it is no Hugging Face folder" if path.is_dir() else "is not a folder"
+        if any(path.glob("adapter_model.*")):
+            what = f"holds an adapter and no {ADAPTER_CONFIG}, which says of what kind it is"
         if newest := checkpoints(path / "checkpoints"):
             what = f"is a run; name one of its checkpoints, such as {newest[-1]}"
         raise FileError(f"--model.init-from {folder} {what}")
@@ -34,7 +36,7 @@ def shape_of(folder: str | Path) -> Model:
 def started(model: Model, folder: str | Path) -> Model:
     """`model` with the shape of a folder, and what is the user's to set as it was."""
     ours = _to_set(folder)
-    return replace(shape_of(folder), **{name: getattr(model, name) for name in ours}, init_from=str(folder))
+    return replace(shape_of(folder, model.base), **{name: getattr(model, name) for name in ours}, init_from=str(folder))
 
 
 def has_adapter(folder: str | Path) -> bool:
@@ -42,20 +44,24 @@ def has_adapter(folder: str | Path) -> bool:
     return (Path(folder).expanduser() / ADAPTER_CONFIG).is_file()
 
 
-def base_of(folder: str | Path) -> Path:
-    """The folder with the model itself: another one where `folder` holds an adapter. Raises FileError, DataError
-    or ConfigError."""
+def base_of(folder: str | Path, stated: str = "") -> Path:
+    """The folder with the model itself: another one where `folder` holds an adapter, `stated` or where the adapter says. Raises
+    FileError, DataError or ConfigError."""
     path = Path(folder).expanduser()
     if not has_adapter(path):
         return path
     config = path / ADAPTER_CONFIG
-    base = Path(base_of_adapter(read_json(config), str(config))).expanduser()
-    if not (base / "config.json").is_file():
-        raise FileError(
-            f"{path} holds an adapter to {base}, which is no folder of a model here; write where it lies as "
-            f"base_model_name_or_path into {config}"
-        )
-    return base
+    said = stated or base_of_adapter(read_json(config), str(config))
+    for base in (Path(said).expanduser(), path / said):  # a relative one as seen from here, or from the adapter
+        if said and (base / "config.json").is_file():
+            return base
+    raise FileError(f"{path} holds an adapter to {said!r}, no folder of a model here; say with --model.base where it is")
+
+
+def tokenizer_folder(folder: str | Path, stated: str = "") -> str:
+    """The folder with the tokenizer: that of the model, where an adapter has none of its own."""
+    path = Path(folder).expanduser()
+    return str(folder if (path / "tokenizer.json").is_file() else base_of(path, stated))
 
 
 def _to_set(folder: str | Path) -> tuple[str, ...]:
@@ -65,7 +71,8 @@ def _to_set(folder: str | Path) -> tuple[str, ...]:
 def refuse_other_shape(model: Model) -> None:
     """A model that starts from a folder has its shape: raise ConfigError naming settings that ask for another one. The context
     may be shorter; where positions are not learned, longer too."""
-    shape = shape_of(model.init_from)
+    shape = shape_of(model.init_from, model.base)
+    model = replace(model, lora_targets=lora_targets(model))
     for item in fields(Model):
         asked, there, flag = getattr(model, item.name), getattr(shape, item.name), f"--model.{item.name.replace('_', '-')}"
         if item.name in (*_to_set(model.init_from), "init_from") or asked == there:
@@ -74,12 +81,14 @@ def refuse_other_shape(model: Model) -> None:
             if asked > there and model.arch in ("gpt2", "bert"):
                 raise ConfigError(f"{flag} {asked}: {model.init_from} has learned positions for {there} tokens and no more")
             continue
-        raise ConfigError(f"{flag} {asked}: {model.init_from} has {there}; leave the setting out")
+        shown = " ".join(map(str, asked)) if isinstance(asked, tuple) else asked
+        has = " ".join(map(str, there)) or "the usual ones" if isinstance(there, tuple) else there
+        raise ConfigError(f"{flag} {shown}: {model.init_from} has {has}; leave the setting out")
 
 
-def files_of(folder: Path) -> list[Path]:
+def files_of(folder: Path, stated: str = "") -> list[Path]:
     """The files whose bytes are this model: the manifest, which holds the digests of all others, or the weights."""
-    base = files_of(base_of(folder)) if has_adapter(folder) else []
+    base = files_of(base_of(folder, stated)) if has_adapter(folder) else []
     if (folder / MANIFEST).is_file():
         return [folder / MANIFEST, *base]
     return [*sorted(folder.glob("*config.json")), *sorted(folder.glob("*.safetensors")), *base]

@@ -217,7 +217,7 @@ def _write_words(writer: Writer, state: State) -> None:
     model, tokenizer = state.model, state.tokenizer
     end = tokenizer.decode([tokenizer.eos])
     if model.lora_rank:
-        writer.json(ADAPTER_CONFIG, published_adapter(model, str(base_of(model.init_from).resolve())))
+        writer.json(ADAPTER_CONFIG, published_adapter(model, str(base_of(model.init_from, model.base).resolve())))
     else:
         writer.json("config.json", published_config(model, model.vocab_size or tokenizer.vocab_size, tokenizer.eos))
     if model.arch != "bert" and not model.lora_rank:

@@ -15,7 +15,9 @@ CONFIG = "adapter_config.json"
 FIXED: Mapping[str, tuple[Any, ...]] = {  # what must be so, as nothing else is built here
     "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,), "modules_to_save": (None, []),
     "rank_pattern": ({},), "alpha_pattern": ({},), "layers_to_transform": (None,), "target_parameters": (None, []),
-    "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,), "alora_invocation_tokens": (None,), "layer_replication": (None,), "lora_bias": (False,),
+    "exclude_modules": (None, []), "init_lora_weights": (True, False, "gaussian"),
+    "task_type": (None, "CAUSAL_LM", "FEATURE_EXTRACTION"),
 }  # fmt: skip
 MLP = ("gate", "up", "down")
 
@@ -47,10 +49,13 @@ def base_of_adapter(published: Mapping[str, Any], where: str) -> str:
 def with_adapter(model: Model, published: Mapping[str, Any], where: str) -> Model:
     """The model with the adapter that an adapter_config.json describes; raises ConfigError for one that is not built here."""
     unlike = [key for key, values in FIXED.items() if published.get(key, values[0]) not in values]
+    if published.get("fan_in_fan_out", model.arch == "gpt2") != (model.arch == "gpt2"):
+        unlike.append("fan_in_fan_out")
     if unlike:
         raise ConfigError(f"{where}: {', '.join(f'{key} {published[key]!r}' for key in unlike)} is not supported")
     inner, alpha, targets = (published.get(key) for key in ("r", "lora_alpha", "target_modules"))
-    if not (isinstance(inner, int) and isinstance(alpha, (int, float)) and inner > 0 and alpha > 0):
+    numbers = not isinstance(inner, bool) and not isinstance(alpha, bool)
+    if not (numbers and isinstance(inner, int) and isinstance(alpha, (int, float)) and inner > 0 and alpha > 0):
         raise ConfigError(f"{where}: r {inner!r} and lora_alpha {alpha!r} must be numbers above zero")
     there = LORA_TARGETS[model.arch]
     try:

@@ -91,8 +91,9 @@ class SGD(Elementwise):
     def update(
         self, values: list[Tensor], gradients: list[Tensor], moments: list[list[Tensor]], lr: float, decay: float
     ) -> None:
+        buffers = moments[0] if self.train.momentum else []  # as the kernel wants it
         torch._fused_sgd_(
-            values, gradients, *moments, weight_decay=decay, momentum=self.train.momentum, lr=lr, dampening=0.0,
+            values, gradients, buffers, weight_decay=decay, momentum=self.train.momentum, lr=lr, dampening=0.0,
             nesterov=False, maximize=False, is_first_step=False,
         )  # fmt: skip
 

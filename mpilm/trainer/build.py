@@ -95,7 +95,7 @@ def _content(config: Config, material: Material, world: Comm) -> dict[str, str]:
     """Digests of what the result depends on besides the settings. Collective."""
     content = {**material.content, "model.init_from": ""}
     if config.model.init_from:
-        files = files_of(Path(config.model.init_from).expanduser())
+        files = files_of(Path(config.model.init_from).expanduser(), config.model.base)
         sizes = together(world, lambda: [path.stat().st_size for path in files])
         content["model.init_from"] = hex_digest(*digest_files(files, sizes, world))
     return content

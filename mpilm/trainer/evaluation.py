@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from mpilm.data.objective import Masked, Objective, objective_of
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
 from mpilm.data.tokenizer import Tokenizer
-from mpilm.errors import ConfigError, DataError
+from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.settings import merge
 from mpilm.trainer.folder import configured, open_folder, tokenizer_of
 from mpilm.trainer.score import Windows, by_document, score, summary, windows
@@ -117,6 +118,8 @@ def _refuse_nothing(pieces: Windows, corpus: Corpus) -> None:
 def _tell(config: Config, asked: Asked, corpus: Corpus, segments: np.ndarray, pieces: Windows, table: np.ndarray) -> None:
     read = int(segments[-1] - segments[0])
     result = summary(table, read, corpus.bytes_per_token * read, config.model.arch == "bert")
+    if not math.isfinite(result["loss"]):
+        raise NonFiniteError(f"the loss is {result['loss']}: weights in {config.model.init_from} are not finite")
     folder = _folder(config.model.init_from, asked.run_dir)
     with touching(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)

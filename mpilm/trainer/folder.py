@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpilm.checkpoint.load import load_adapter, load_published
-from mpilm.checkpoint.pretrained import base_of, has_adapter, refuse_other_shape, shape_of
+from mpilm.checkpoint.pretrained import base_of, has_adapter, refuse_other_shape, shape_of, tokenizer_folder
 from mpilm.comm.base import Comm
 from mpilm.comm.together import same_everywhere, together
 from mpilm.config import Config, Data, Model, flatten, resolve
@@ -36,10 +36,12 @@ def configured(config: Config, context_length: int = 0) -> Config:
     folder = config.model.init_from
     if not folder:
         raise ConfigError("--model.init-from is needed: the folder of a checkpoint, RUN/checkpoints/step-NNNNNNNN")
-    shape = replace(shape_of(folder), init_from=folder)
+    shape = replace(shape_of(folder, config.model.base), init_from=folder, base=config.model.base)
     shape = replace(shape, context_length=context_length or shape.context_length)
     refuse_other_shape(shape)
-    data = config.data if config.data.tokenizer != "auto" else replace(config.data, tokenizer=folder)
+    data = (
+        config.data if config.data.tokenizer != "auto" else replace(config.data, tokenizer=tokenizer_folder(folder, shape.base))
+    )
     config = resolve(replace(config, model=shape, data=data))
     validate(config)
     return config
@@ -62,7 +64,7 @@ def load_start(model: StagedModel, world: Comm) -> None:
     """Fill a model with what the folder holds that model.init-from names; an adapter that is not there is drawn. Collective."""
     shape = model.config.model
     folder = Path(shape.init_from).expanduser()
-    base = together(world, lambda: base_of(folder))
+    base = together(world, lambda: base_of(folder, shape.base))
     if not shape.lora_rank:
         load_published(base, model.pieces(), model.shapes, shape, world)
         return model.publish()

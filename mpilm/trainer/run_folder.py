@@ -20,6 +20,7 @@ from mpilm.guard.lock import NAME, FolderLock
 from mpilm.model.init import key_of
 from mpilm.settings import merge, read_toml
 
+NO_SHAPE = ("model.dropout", "model.router_loss", "model.lora_alpha", "model.init_from")
 DATA_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by content
 
 
@@ -175,7 +176,7 @@ def _compare(checkpoint: Path, config: Config, content: Mapping[str, str], prese
 def _refuse_changes(old: Mapping[str, Any], config: Config, what: str, content: Mapping[str, str] | None = None) -> None:
     """Raise ConfigError naming each setting on which the numbers depend and that differs from the old run's."""
     new = mathematics(config) | dict(content or {})
-    allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change}
+    allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
     changed = [k for k in new if k in old and old[k] != new[k] and k not in allowed]
     if changed:
         rows = "".join(f"\n  {key}: was {_shown(key, old[key])}, now {_shown(key, new[key])}" for key in changed)
@@ -186,8 +187,10 @@ def _refuse_changes(old: Mapping[str, Any], config: Config, what: str, content: 
 
 
 def _how_to_allow(changed: list[str]) -> str:
-    if any(key.startswith("model.") or key == "data.tokenizer" for key in changed):
+    if any(key not in NO_SHAPE and (key.startswith("model.") or key == "data.tokenizer") for key in changed):
         return "; a model of another shape cannot go on from it."
+    if "train.optimizer" in changed:
+        return ", which may start from a checkpoint of this one (--model.init-from): its moments fit no other optimizer."
     return ", or allow the change: --checkpoint.allow-change " + " ".join(changed)
 
 

@@ -113,7 +113,7 @@ def pipeline_side(config, comm) -> Callable[[int], tuple[float, float]]:  # type
     from mpilm.trainer.step import train_step
 
     run = build(config, comm)
-    run.mesh.trust()
+    run.mesh.check(False)
     parallel, stages = config.parallel, len(run.model.cut)
     actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatches(config, run.mesh.shape))
     programs = [lower(theirs, stages) for theirs in actions]

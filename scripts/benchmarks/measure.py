@@ -94,7 +94,7 @@ def mpilm_side(config, comm) -> Callable[[int], None]:  # type: ignore[no-untype
     from mpilm.trainer.step import train_step
 
     run = build(config, comm)
-    run.mesh.trust()
+    run.mesh.check(False)
     return lambda step: train_step(run.model, run.batches, step) and None
 
 

@@ -42,6 +42,7 @@ def torch_side(config, wrap: Callable = lambda model: model, rank: int = 0, rank
     from mpilm.data.batch import Batches
     from mpilm.data.corpus import open_corpus
     from mpilm.data.samples import CorpusSamples
+    from mpilm.data.stream import TextStream
     from mpilm.model.families import build as build_model
     from mpilm.model.families import initial_std
     from mpilm.model.init import initial_value
@@ -52,7 +53,7 @@ def torch_side(config, wrap: Callable = lambda model: model, rank: int = 0, rank
     train, shape = config.train, config.model
     corpus = open_corpus(config.data, SelfComm())
     batches = Batches(
-        CorpusSamples(corpus, shape.context_length, config.data.eval_fraction),
+        TextStream(CorpusSamples(corpus, shape.context_length, config.data.eval_fraction)),
         train.seed,
         train.global_batch,
         train.micro_batch,

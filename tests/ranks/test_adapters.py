@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import peft
@@ -13,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from text import tiny, write_tokens
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from mpilm.checkpoint.pretrained import base_of, shape_of
+from mpilm.checkpoint.pretrained import base_of, shape_of, tokenizer_folder
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
-from mpilm.config import Compute, Folder, Stages, used
+from mpilm.config import Compute, Config, Folder, Stages, resolve, used
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.rows import Rows
 from mpilm.optim.rate import learning_rate
@@ -67,9 +68,9 @@ def theirs(base, family):
     return auto.from_pretrained(base)
 
 
-def logits(folder, tokens):
+def logits(folder, tokens, base=""):
     """What our model in a folder makes of tokens, without a training run."""
-    config = configured(used(Folder(str(folder)), Stages(), Compute()))
+    config = configured(used(Folder(str(folder), base), Stages(), Compute()))
     model = open_folder(config, SelfComm()).model.stages[0].model
     with torch.no_grad():
         return model(tokens, Rows(torch.arange(tokens.shape[1])))
@@ -230,6 +231,10 @@ def changed(adapter, **config):
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
         ({"use_dora": True}, "use_dora True is not supported"),
         ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"exclude_modules": ["q_proj"]}, r"exclude_modules \['q_proj'\] is not supported"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out True is not supported"),
+        ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS' is not supported"),
+        ({"r": True}, "r True and"),
         ({"r": 0}, "r 0 and lora_alpha 8 must be numbers above zero"),
         ({"lora_alpha": None}, "lora_alpha None must be numbers above zero"),
         (
@@ -246,11 +251,28 @@ def test_adapters_of_other_kinds(adapter, config, message):
     assert str(adapter / "adapter_config.json") in str(caught.value)
 
 
-def test_an_adapter_whose_model_is_not_there(adapter):
-    with pytest.raises(
-        FileError, match=r"holds an adapter to no/model, which is no folder of a model here; write where it lies"
-    ):
-        shape_of(changed(adapter, base_model_name_or_path="no/model"))
+def test_an_adapter_whose_model_is_elsewhere(adapter, bases, tokens, tmp_path):
+    expected = logits(adapter, tokens)
+    changed(adapter, base_model_name_or_path="no/model")
+    with pytest.raises(FileError, match=r"holds an adapter to 'no/model', no folder of a model here; say with --model.base"):
+        shape_of(adapter)
+    assert torch.equal(logits(adapter, tokens, base=str(bases["llama"])), expected)
+    shutil.copytree(bases["llama"], tmp_path / "beside")
+    changed(adapter, base_model_name_or_path="../beside")  # as seen from the adapter
+    assert torch.equal(logits(adapter, tokens), expected)
+
+
+def test_an_adapter_without_a_tokenizer_has_its_models(adapter, bases):
+    assert tokenizer_folder(adapter) == str(bases["llama"])
+    (adapter / "tokenizer.json").touch()
+    assert tokenizer_folder(adapter) == str(adapter)
+
+
+def test_targets_in_any_order_are_the_same():
+    every = tiny("", "", model__lora_rank=2, model__lora_targets=("down", "v", "q", "k", "o", "gate", "up", "q")).model
+    assert resolve(Config(model=every)).model.lora_targets == ()
+    some = replace(every, lora_targets=("v", "q", "v"))
+    assert resolve(Config(model=some)).model.lora_targets == ("q", "v")
 
 
 def test_tensors_that_no_adapter_here_has(adapter, tokens):

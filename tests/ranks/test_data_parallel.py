@@ -13,6 +13,7 @@ from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
 from mpilm.data_parallel import DataParallel
+from mpilm.errors import ConfigError
 
 COUNT = 7
 OPTIMIZERS = {
@@ -108,6 +109,7 @@ def test_what_is_frozen_stays_rank_zeros(size):
 
     def body(comm):
         model = net(seed=comm.rank)
+        model.register_buffer("spread", torch.full((1,), float(comm.rank)).expand(4))
         model.fixed = nn.Parameter(torch.full((2, 3), 0.5 + comm.rank, dtype=torch.bfloat16).t(), requires_grad=False)
         model.first.weight.requires_grad_(False)
         parallel = DataParallel(model, comm, COUNT)
@@ -121,8 +123,27 @@ def test_what_is_frozen_stays_rank_zeros(size):
         loss_of(plain, 0, m).backward()
     for state, gradient in run_ranks(size, body):
         assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+        assert torch.equal(state["spread"], torch.zeros(4))
         assert torch.equal(state["fixed"], torch.full((3, 2), 0.5, dtype=torch.bfloat16))
         torch.testing.assert_close(gradient, plain.last.weight.grad)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_is_to_be_trained_may_not_change(trained):
+    model = net()
+    model.last.weight.requires_grad_(not trained)
+    parallel = DataParallel(model, SelfComm("world"), COUNT)
+    model.last.weight.requires_grad_(trained)
+    with pytest.raises(ConfigError, match=r"last.weight: requires_grad has changed since DataParallel was made"):
+        next(parallel.microbatches(0))
+
+
+def test_an_optimizer_with_fewer_parameters_is_another_one(tmp_path):
+    run_ranks(1, lambda comm: train(comm, 2, "adam", tmp_path, save_at=(2,)))
+    model = net()
+    parallel = DataParallel(model, SelfComm("world"), COUNT)
+    with pytest.raises(AgreedError, match=r"the state of an optimizer that has \w+.\w+, which this one has not"):
+        parallel.load(tmp_path, torch.optim.AdamW([model.last.weight, model.last.bias]))
 
 
 def test_a_model_in_which_nothing_is_to_be_trained():

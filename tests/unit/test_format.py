@@ -16,6 +16,7 @@ from text import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mpilm.checkpoint.format as format_module
+from mpilm.checkpoint import format
 from mpilm.checkpoint import tensors as tensors_module
 from mpilm.checkpoint.format import (
     MANIFEST,
@@ -26,7 +27,6 @@ from mpilm.checkpoint.format import (
     read_manifest,
     step_of,
     verify,
-    written,
 )
 from mpilm.checkpoint.load import load, newest_valid
 from mpilm.checkpoint.pretrained import shape_of
@@ -385,7 +385,7 @@ def test_every_bit_of_the_manifest_counts(checkpoint):
     """Whatever one flip makes of it, it is refused with words and not with a traceback."""
     entries = read_manifest(checkpoint)
     small = {name: entries[name] for name in ("config.json", "trainer.json")}  # others would be read again for each bit
-    content = written({"format": 1, "files": small}).encode()
+    content = format.written({"format": 1, "files": small}).encode()
     (checkpoint / MANIFEST).write_bytes(content)
     verify(checkpoint)
     for bit in range(8 * len(content)):
@@ -457,7 +457,7 @@ def parent(stored, tmp_path):
         digest = Digest()
         digest.update((folder / "trainer.json").read_bytes())
         files["files"]["trainer.json"] = digest.entry()
-        (folder / MANIFEST).write_text(json.dumps(files))
+        (folder / MANIFEST).write_text(format.written(files))
     shutil.copytree(stored, tmp_path / "c" / f"{TEMPORARY}step-00000009")
     shutil.copytree(stored, tmp_path / "c" / folder_name(8))
     (tmp_path / "c" / folder_name(8) / MANIFEST).unlink()
