@@ -40,6 +40,7 @@ class Comm(ABC):
     rank: int
     size: int
     mpi_library = "no MPI"  # what carries the messages, in a few words
+    mpi_details = ""  # where its library lies, and what it lets threads do
     check = False  # whether every collective first compares the ranks' calls (Traced does)
 
     # Collectives that start and are waited for later.

@@ -7,10 +7,13 @@ message can meet one of another library.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from mpi4py import MPI
@@ -39,6 +42,11 @@ class MpiComm(Comm):
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.gpu_aware, self.patient = gpu_aware, patient
         self.mpi_library = library()
+
+    @property
+    def mpi_details(self) -> str:  # type: ignore[override]
+        levels = ("single", "funneled", "serialized", "multiple")
+        return f"{_library_file()}, threads: {levels[MPI.Query_thread()]}"
 
     def with_options(self, gpu_aware: bool, patient: bool) -> MpiComm:
         """The same communicator with other ways of moving and waiting."""
@@ -173,6 +181,15 @@ def library() -> str:
     """The MPI library in use, in a few words."""
     name, version = MPI.get_vendor()
     return f"{name} {'.'.join(map(str, version))}"
+
+
+def _library_file() -> str:
+    """Where the library was found that is loaded."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if re.match(r"libmpi(ch)?\.so", Path(line.split()[-1]).name):
+                return line.split()[-1]
+    return "a file that cannot be told"
 
 
 def finalize() -> None:

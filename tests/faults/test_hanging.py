@@ -120,3 +120,13 @@ def test_nothing_is_left_of_a_job_whose_launcher_dies(tmp_path, data, how):
         os.kill(job.process.pid, how)
         job.process.wait(10)
         job.gone(10)
+
+
+def test_the_drill_of_the_doctor_ends_the_job(tmp_path):
+    with started(3, ["-m", "mpilm.doctor", "--megabytes", "1", "--drill", "true"], tmp_path) as job:
+        job.wait_for(lambda: "drill" in job.output or job.process.poll() is not None)
+        began = time.monotonic()
+        assert job.end(20) != 0
+        assert time.monotonic() - began < 8
+    assert "all answers were right" in job.output
+    assert "rank 2 is killed" in job.output
