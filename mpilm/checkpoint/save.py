@@ -108,8 +108,9 @@ class Saving:
         self._digests = torch.zeros(sum(self.counts), 32, dtype=torch.uint8)  # a row a block
         self._writer = BlockWriter(self.temporary, at)
         self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
         if ahead:
-            self._thread = threading.Thread(target=self._write, args=(deque(blocks),), name="checkpoint", daemon=True)
+            self._thread = threading.Thread(target=self._write_beside, args=(deque(blocks),), name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._write(blocks)
@@ -118,6 +119,12 @@ class Saving:
     def busy(self) -> bool:
         """Whether this rank is still writing."""
         return self._thread is not None and self._thread.is_alive()
+
+    def _write_beside(self, blocks: deque[tuple[Block, Tensor]]) -> None:
+        try:
+            self._write(blocks)
+        except BaseException as error:  # whatever it is, `commit` must hear of it
+            self._failure = error
 
     def _write(self, blocks: Iterator[tuple[Block, Tensor]] | deque[tuple[Block, Tensor]]) -> None:
         """Write and hash; what has been written is let go."""
@@ -142,6 +149,8 @@ class Saving:
         return self.final
 
     def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
         with _writing(self.final):
             self._writer.raise_error()
 

@@ -35,6 +35,7 @@ from text import tiny
 from transformers import AutoModelForCausalLM
 
 from mpilm.checkpoint import assemble, tensors
+from mpilm.checkpoint import save as save_module
 from mpilm.checkpoint.format import TEMPORARY, checkpoints, read_manifest, verify
 from mpilm.checkpoint.load import load
 from mpilm.checkpoint.plan import StoredTensor, plan_blocks, tensor_files
@@ -411,6 +412,15 @@ def test_an_error_of_one_reader_is_told_to_all(tmp_path, monkeypatch):
         assert isinstance(caught.value.error, FileError)
 
     run_ranks(2, body)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_whatever_stops_the_writing_is_heard_of(tmp_path, ahead):
+    shapes = {"norm.weight": (3,)}
+    state = state_of(draw_tensors(shapes), held_by_all(shapes, 1), 0)
+    with mock.patch.object(save_module, "digest_of", side_effect=MemoryError("no more")), pytest.raises(MemoryError):
+        save_module.Saving(tmp_path, 7, state, ONE, ahead=ahead).commit()
+    assert checkpoints(tmp_path) == []
 
 
 def test_half_precision_is_no_training_state(tmp_path):
