@@ -42,12 +42,14 @@ def acknowledged(output):
 POINTS = ("open", "write", "fsync", "manifest", "rename", "cleanup")
 
 
-@pytest.mark.parametrize(("rank", "ways"), [(0, ()), (1, ("--checkpoint.asynchronous", "false"))])
-@pytest.mark.parametrize("point", POINTS)
+AT_ONCE = ("--checkpoint.asynchronous", "false")
+
+
+@pytest.mark.parametrize(
+    ("point", "rank", "ways"), [*((point, 0, ()) for point in POINTS), ("write", 1, AT_ONCE), ("fsync", 1, AT_ONCE)]
+)
 def test_killed_on_the_way(tmp_path, data, uninterrupted, point, rank, ways):
     """While the third checkpoint is under way; the next start goes on and ends with the same bits."""
-    if rank == 1 and point not in ("open", "write", "fsync"):
-        pytest.skip("rank 0 does this alone")
     run = tmp_path / "run"
     fault = f"kind=kill rank={rank} point=checkpoint.{point} after=2"
     with started(2, words(data, run, *ways), tmp_path, MPILM_FAULT=fault) as job:

@@ -10,7 +10,7 @@ from text import write_tokens
 from jobs import command, logged_step, outcome, started
 from mpilm.checkpoint.format import checkpoints, verify
 
-STEPS = 200
+STEPS = 300
 ENDED = 75
 
 
@@ -77,7 +77,7 @@ def test_one_rank_without_a_launcher(tmp_path, data):
 def test_slices_of_time_make_the_whole_run(tmp_path, data, uninterrupted):
     run, slices = tmp_path / "run", 0
     while True:
-        with started(2, words(data, run, "--run.time-limit", 4), tmp_path) as job:
+        with started(2, words(data, run, "--run.time-limit", 1), tmp_path) as job:
             began = time.monotonic()
             code = job.end(40)
             slices += 1
