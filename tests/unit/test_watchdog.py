@@ -1,0 +1,97 @@
+"""What the watchdog says of ranks that have written down what they do; tests/faults/test_hanging.py has whole jobs."""
+
+import time
+
+import pytest
+
+from mpilm.comm.activity import Activity, Call
+from mpilm.comm.base import SelfComm
+from mpilm.guard import watchdog
+from mpilm.guard.watchdog import LEARNED, SHORTEST_S, UNKNOWN_S, Watchdog, report
+
+PROCESSES = [["a", 11], ["a", 12], ["b", 13]]
+
+
+def words(rank, waiting=None, reached=None, at="data/batch.py:9 in train"):
+    return {
+        "rank": rank, "step": 4, "phase": "step", "lasted_s": 31.0, "limit_s": 30.0, "waiting": waiting,
+        "reached": reached or {}, "at": at,
+    }  # fmt: skip
+
+
+def test_those_who_are_behind_are_named():
+    """Ranks 0 and 2 have come to call 7 on the data axis, rank 1 is at call 6 and computes."""
+    call = ["all_reduce", "data", 7, [0, 1, 2], "", 30.0]
+    found = {0: words(0, call, {"data": 7}), 1: words(1, None, {"data": 6}), 2: words(2, call, {"data": 7})}
+    said = report(found, PROCESSES, {})
+    assert "step 4 has lasted 31 s, and 30 s is the limit" in said
+    assert "The others wait for rank 1." in said
+    assert "rank 0 on a (process 11): waits 30 s for rank 1 in all_reduce on data (call 7); step 4, at data/batch.py:9" in said
+    assert "rank 1 on a (process 12): waits for nobody; step 4" in said
+    assert "rank 2 on b (process 13): waits 30 s for rank 1 in" in said
+
+
+def test_ranks_that_wait_for_each_other():
+    found = {
+        0: words(0, ["receive", "pipeline", 3, [1], "tag 5", 12.0]),
+        1: words(1, ["receive", "pipeline", 9, [0], "tag 2", 13.0]),
+        2: words(2, ["barrier", "world", 2, [0, 1, 2], "", 14.0], {"world": 2}),
+    }
+    said = report(found, PROCESSES, {})
+    assert "All ranks wait for each other: a message is lost, or they do not make the same calls." in said
+    assert "waits 12 s for rank 1 in receive on pipeline (call 3, tag 5)" in said
+    assert "waits 13 s for rank 0 in receive on pipeline (call 9, tag 2)" in said
+    assert "waits 14 s for ranks 0, 1 in barrier on world (call 2)" in said
+
+
+def test_ranks_that_say_nothing():
+    found = {0: words(0, ["barrier", "world", 2, [0, 1, 2], "", 14.0], {"world": 2})}
+    said = report(found, PROCESSES, {1: "the process is not there any more", 2: ""})
+    assert "Missing: ranks 1, 2." in said
+    assert "rank 1 on a (process 12): no word from it; the process is not there any more\n" in said
+    assert "rank 2 on b (process 13): no word from it\n" in said
+    assert "waits 14 s for ranks 1, 2 in barrier" in said
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(watchdog, "TICK_S", 0.01)
+
+
+def test_the_limit_is_stated_or_learned(tmp_path):
+    activity = Activity()
+    for stated, known, wanted in (
+        (0.0, None, UNKNOWN_S),
+        (0.0, 0.1, SHORTEST_S),
+        (0.0, 100.0, LEARNED * 100.0),
+        (7.0, 100.0, 7.0),
+    ):
+        activity.phase, activity.longest_s = "step", {} if known is None else {"step": known}
+        dog = Watchdog(activity, SelfComm("world"), tmp_path, stated)
+        dog.close()
+        assert dog.limit_s() == wanted
+    activity.phase = "evaluation"
+    assert dog.limit_s() == UNKNOWN_S  # what is stated is of steps
+
+
+def test_it_barks_past_the_limit_and_not_before(tmp_path, quick, monkeypatch):
+    ends = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self: (ends.append(self.activity.step), self.close()))
+    activity = Activity()
+    dog = Watchdog(activity, SelfComm("world"), tmp_path, 2.0)
+    for step in range(5):
+        activity.enter("step", step)
+        time.sleep(0.05)
+    assert ends == []
+    deadline = time.monotonic() + 30
+    while not ends and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert ends == [4]
+    dog.close()
+
+
+def test_what_is_waited_for_is_forgotten_when_it_has_come():
+    activity, call, seen = Activity(), Call("barrier", "world", 1, (0, 1)), []
+    activity.wait(call, lambda: seen.append(activity.waiting))
+    assert seen[0][0] == call
+    assert activity.waiting is None
