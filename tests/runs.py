@@ -169,6 +169,12 @@ def whole_model(shape: Model, vocab_size: int, device: torch.device) -> tuple[nn
 # Whole runs, with a folder.
 
 
+def whole_batch(source: Any, step: int, total: int) -> tuple[Tensor, Tensor]:
+    """Tokens and targets of all microbatches of a step, in one."""
+    batches = [source.train(step, m) for m in range(total)]
+    return torch.cat([batch.tokens for batch in batches]), torch.cat([batch.targets for batch in batches])
+
+
 def trained(config: Config, size: int) -> dict[str, bytes]:
     """Train to the end; the tensors of the newest checkpoint, byte for byte."""
     run_ranks(size, lambda comm: loop.train(config, comm))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpilm.checkpoint.format import Point, nowhere
 from mpilm.checkpoint.plan import Block
 
 
@@ -27,7 +28,7 @@ class BlockWriter:
     wait for this one's messages. `raise_error` raises it when the time has come.
     """
 
-    def __init__(self, folder: Path, at: Callable[[str], None] = lambda point: None):
+    def __init__(self, folder: Path, at: Point = nowhere):
         self._folder, self._at = folder, at
         self._handles: dict[str, int] = {}
         self._error: OSError | None = None

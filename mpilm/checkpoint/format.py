@@ -22,6 +22,13 @@ TEMPORARY = ".writing-"
 NAME = re.compile(r"step-(\d{8,})")
 
 
+Point = Callable[[str], None]
+
+
+def nowhere(point: str) -> None:
+    """A point on the way of a checkpoint to the disk, at which nothing is to be done."""
+
+
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -83,7 +90,7 @@ class Writer:
     """Writes small files of one folder, hashing on the way, each synced to disk when it is closed; `entries` is what the
     manifest will say, and takes files that others have written too."""
 
-    def __init__(self, folder: Path, at: Callable[[str], None] = lambda point: None):
+    def __init__(self, folder: Path, at: Point = nowhere):
         self.folder, self.at = folder, at
         self.entries: dict[str, dict[str, Any]] = {}
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from mpilm.checkpoint.format import MANIFEST, checkpoints, read_json
 from mpilm.config import Model, lora_targets
 from mpilm.errors import ConfigError, FileError
-from mpilm.model.huggingface_adapter import CONFIG as ADAPTER_CONFIG
-from mpilm.model.huggingface_adapter import base_of_adapter, with_adapter
+from mpilm.model.huggingface_adapter import ADAPTER_CONFIG, base_of_adapter, with_adapter
 from mpilm.model.huggingface_config import read_config
 
 OURS_TO_SET = ("dropout", "router_loss", "base")  # no part of a published shape

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,10 +23,12 @@ from mpilm.checkpoint.blocks import BlockWriter, digest_of
 from mpilm.checkpoint.format import (
     BLOCK_BYTES,
     TEMPORARY,
+    Point,
     Writer,
     checkpoints,
     folder_name,
     manifest_entry,
+    nowhere,
     read_json,
 )
 from mpilm.checkpoint.load import moment_name, weights_stem
@@ -40,17 +42,9 @@ from mpilm.data.template import Template
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import FileError, UserError
 from mpilm.model.huggingface import published_name
-from mpilm.model.huggingface_adapter import CONFIG as ADAPTER_CONFIG
-from mpilm.model.huggingface_adapter import published_adapter
+from mpilm.model.huggingface_adapter import ADAPTER_CONFIG, published_adapter
 from mpilm.model.huggingface_config import published_config
 from mpilm.parallel.shard import Piece
-
-Point = Callable[[str], None]
-
-
-def nowhere(point: str) -> None:
-    """A point on the way at which nothing is to be done."""
-
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts models
 PARAMETER = "parameter"
@@ -110,7 +104,7 @@ class Saving:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         if ahead:
-            self._thread = threading.Thread(target=self._write_beside, args=(deque(blocks),), name="checkpoint", daemon=True)
+            self._thread = threading.Thread(target=self._write_beside, args=(_copied(blocks),), name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._write(blocks)
@@ -120,16 +114,16 @@ class Saving:
         """Whether this rank is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
-    def _write_beside(self, blocks: deque[tuple[Block, Tensor]]) -> None:
+    def _write_beside(self, blocks: Iterator[tuple[Block, Tensor]]) -> None:
         try:
             self._write(blocks)
         except BaseException as error:  # whatever it is, `commit` must hear of it
             self._failure = error
 
-    def _write(self, blocks: Iterator[tuple[Block, Tensor]] | deque[tuple[Block, Tensor]]) -> None:
-        """Write and hash; what has been written is let go."""
+    def _write(self, blocks: Iterator[tuple[Block, Tensor]]) -> None:
+        """Write and hash."""
         with self._writer:
-            for block, data in _taken(blocks) if isinstance(blocks, deque) else blocks:
+            for block, data in blocks:
                 self._writer.write(block, data)
                 self._digests[block.number] = digest_of(data)
         self.took_s = time.perf_counter() - self._began
@@ -169,9 +163,10 @@ class Saving:
             writer.publish(self.final)
 
 
-def _taken(blocks: deque[tuple[Block, Tensor]]) -> Iterator[tuple[Block, Tensor]]:
-    while blocks:
-        yield blocks.popleft()
+def _copied(blocks: Iterator[tuple[Block, Tensor]]) -> Iterator[tuple[Block, Tensor]]:
+    """The same, all of them made now; each is let go when it has been taken."""
+    made = deque(blocks)
+    return (made.popleft() for _ in range(len(made)))
 
 
 @contextlib.contextmanager

@@ -32,15 +32,15 @@ class FolderLock:
     def __init__(self, folder: Path, say: Callable[[str], None] = print):
         self.path, self.say = folder / NAME, say
         self._mine = {
-            "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "since": time.time(),
-            "job": os.environ.get("SLURM_JOB_ID", ""),
+            "host": socket.gethostname(), "system": _system(), "pid": os.getpid(), "started": _started(os.getpid()),
+            "since": time.time(), "job": os.environ.get("SLURM_JOB_ID", ""),
         }  # fmt: skip
         while not _create(self.path, self._mine):
             holder = _read(self.path)
             if holder is not None and not self._stale(holder):
                 raise ConfigError(
                     f"--run.dir {folder} is in use: process {holder.get('pid')} on {holder.get('host')} trains there; choose "
-                    f"another, or wait for it"
+                    "another, or wait for it"
                 )
             if _replace(self.path, holder, self._mine):
                 break
@@ -49,7 +49,7 @@ class FolderLock:
 
     def _stale(self, holder: dict[str, Any]) -> bool:
         """Whether the holder has gone."""
-        if holder.get("host") == self._mine["host"]:
+        if all(holder.get(key) == self._mine[key] for key in ("host", "system")):
             return holder.get("started") != _started(holder.get("pid"))
         if self._mine["job"] and holder.get("job") == self._mine["job"]:
             return True  # the same job, queued again
@@ -120,6 +120,14 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _system() -> str:
+    """What tells a boot of a kernel, and a container, from others: process numbers mean something within one only."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _started(pid: Any) -> int:

@@ -69,16 +69,19 @@ class Watchdog:
                 self.activity.since += now - looked
             looked = now
             if now - self.activity.since > self.limit_s():
-                self._end()
+                try:
+                    self._end()
+                finally:
+                    os._exit(CODE)  # whatever has kept the report from being made
 
     def _end(self) -> None:
+        """Report, and end the job."""
         limit_s = self.limit_s()
         self._write(limit_s)
         grace_s = GRACE_S + 0.05 * limit_s
         found = self._gathered(grace_s)
         if min(found) != self.world.rank:
-            time.sleep(2 * grace_s)  # the first one speaks and ends all
-            os._exit(CODE)
+            return time.sleep(2 * grace_s)  # the first one speaks and ends all
         missing = [rank for rank in range(self.world.size) if rank not in found]
         states = {rank: self._state(rank) for rank in missing}
         sys.stdout.flush()
@@ -89,7 +92,6 @@ class Watchdog:
         killer.start()
         if self.world.size > 1:
             self.world.abort(CODE)
-        os._exit(CODE)
 
     def _write(self, limit_s: float) -> None:
         """What this rank is doing, for whoever reports."""
@@ -144,7 +146,7 @@ class Watchdog:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGUSR2)  # it prints its stack
             time.sleep(0.5)
-        return f"the process is there (state {state}) and does not answer: it is in native code that keeps the interpreter lock"
+        return f"the process is there (state {state}) and does not answer: probably native code keeps the interpreter lock"
 
 
 def report(found: Mapping[int, Words], processes: Sequence[Sequence[Any]], states: Mapping[int, str]) -> str:

@@ -11,7 +11,7 @@ from mpilm.config import LORA_TARGETS, Model
 from mpilm.errors import ConfigError
 from mpilm.model.huggingface import published_module
 
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 FIXED: Mapping[str, tuple[Any, ...]] = {  # what must be so, as nothing else is built here
     "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,), "modules_to_save": (None, []),
     "rank_pattern": ({},), "alpha_pattern": ({},), "layers_to_transform": (None,), "target_parameters": (None, []),

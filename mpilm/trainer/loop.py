@@ -67,6 +67,12 @@ def _steps(run: Training, log: RunLog, saver: Saver) -> None:
             saver.finish()
             _stop(run, done, result.heard.wish)
     saver.finish()
+    _forget_stop(run)
+
+
+def _forget_stop(run: Training) -> None:
+    if run.mesh.rank == 0:
+        run.request.done()
 
 
 def due(done: int, every: int) -> bool:
@@ -88,8 +94,7 @@ def _skip(run: Training, log: RunLog, done: int, result: StepResult) -> None:
 
 
 def _stop(run: Training, done: int, wish: int) -> None:
-    if run.mesh.rank == 0:
-        run.request.done()
+    _forget_stop(run)
     raise AgreedError(PreemptedError(
         f"stopped after step {done} of {run.config.train.steps}, as {REASONS[wish]} asked; saved, and the same command goes on"
     ))  # fmt: skip

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from helpers import OPEN_MPI, mpirun
-from text import write_tokens
+from training_jobs import ROOT, command, finished, outcome, started
 
-from jobs import ROOT, command, outcome, started
 from mpilm.checkpoint.format import checkpoints
 from mpilm.telemetry.metrics import read_rows
 
@@ -23,16 +22,9 @@ def words(data, run):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data):
-    run = tmp_path_factory.mktemp("whole") / "run"
-    done = mpirun(0, *words(data, run))
-    assert done.returncode == 0, done.stderr
-    return outcome(run)
+    folder = tmp_path_factory.mktemp("whole")
+    return finished(words(data, folder / "run"), folder)
 
 
 @pytest.mark.timeout(150)

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from checkpoints import write_published
-from runs import FAMILIES, differing, on, run_threads, serial, small, stopped, trained, whole_model
+from runs import FAMILIES, differing, on, run_threads, serial, small, stopped, trained, whole_batch, whole_model
 from safetensors.torch import load_file, save_file
 from text import tiny, write_tokens
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
@@ -134,8 +134,7 @@ def test_it_is_pefts_training_loop(tmp_path, data, bases, family):
     )
     losses = []
     for step in range(settings.steps):
-        batches = [run.batches.train(step, m) for m in range(8)]
-        tokens, targets = (torch.cat([getattr(batch, part) for batch in batches]) for part in ("tokens", "targets"))
+        tokens, targets = whole_batch(run.batches, step, 8)
         loss = torch.nn.functional.cross_entropy(reference(tokens).logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()

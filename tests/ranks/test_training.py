@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_published
-from runs import FAMILIES, differing, held, joined, on, stopped, trained, whole_model
+from runs import FAMILIES, differing, held, joined, on, stopped, trained, whole_batch, whole_model
 from text import tiny, write_tokens
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
@@ -106,8 +106,7 @@ def test_it_is_the_plain_training_loop(tmp_path, data, family):
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
     clipped = 0
     for step in range(settings.steps):
-        batches = [run.batches.train(step, m) for m in range(8)]
-        tokens, targets = (torch.cat([getattr(batch, part) for batch in batches]) for part in ("tokens", "targets"))
+        tokens, targets = whole_batch(run.batches, step, 8)
         loss = torch.nn.functional.cross_entropy(reference(tokens).logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()

@@ -21,6 +21,18 @@ def quick(monkeypatch):
     monkeypatch.setattr(lock, "TOUCH_S", 0.1)
 
 
+def taken_over(folder, holder=None):
+    """A new job gets the folder, in the place of `holder`, and leaves nothing when it goes."""
+    own = FolderLock(folder, lambda text: None)
+    now = json.loads((folder / NAME).read_text())
+    assert (now["pid"], now["started"]) == (os.getpid(), lock._started(os.getpid()))
+    assert now != holder
+    with pytest.raises(ConfigError, match=f"process {os.getpid()} on"):
+        FolderLock(folder)
+    own.release()
+    assert list(folder.iterdir()) == []
+
+
 def written(folder, **changes):
     """A lock as another job has left it."""
     holder = {"host": "elsewhere", "pid": 1, "started": 5, "since": 0.0, "job": ""} | changes
@@ -45,16 +57,25 @@ def test_a_process_that_has_gone(tmp_path):
         "import os, sys, pathlib; from mpilm.guard.lock import FolderLock; FolderLock(pathlib.Path(sys.argv[1])); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 9
-    assert (tmp_path / NAME).exists()
-    FolderLock(tmp_path).release()
+    taken_over(tmp_path, json.loads((tmp_path / NAME).read_text()))
 
 
 def test_another_process_with_its_number(tmp_path):
     own = FolderLock(tmp_path)
     holder = json.loads((tmp_path / NAME).read_text())
     own.release()
-    written(tmp_path, **holder | {"started": holder["started"] - 1})
-    FolderLock(tmp_path).release()
+    taken_over(tmp_path, written(tmp_path, **holder | {"started": holder["started"] - 1}))
+
+
+def test_a_process_of_another_container_is_not_looked_for_here(tmp_path):
+    """It has the same host name, and a number that means another process, or none, here."""
+    own = FolderLock(tmp_path)
+    holder = json.loads((tmp_path / NAME).read_text())
+    own.release()
+    said = []
+    written(tmp_path, **holder | {"pid": 2**22 + 1, "system": "another"})
+    FolderLock(tmp_path, said.append).release()
+    assert len(said) == 1  # it was looked at for a while, as one of another host
 
 
 def test_a_job_on_another_host_that_touches_its_lock(tmp_path):
@@ -77,27 +98,26 @@ def test_a_job_on_another_host_that_touches_its_lock(tmp_path):
 
 @pytest.mark.parametrize("clock", [-1e6, 1e6])
 def test_a_job_on_another_host_that_has_gone_whatever_the_clocks_say(tmp_path, clock):
-    written(tmp_path)
+    holder = written(tmp_path)
     os.utime(tmp_path / NAME, (time.time() + clock,) * 2)
-    FolderLock(tmp_path, lambda text: None).release()
+    taken_over(tmp_path, holder)
 
 
 def test_the_same_slurm_job_queued_again(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "STALE_S", 1e9)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    written(tmp_path, job="77")
-    FolderLock(tmp_path).release()
+    taken_over(tmp_path, written(tmp_path, job="77"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "nonsense"])
 def test_a_file_that_says_nothing(tmp_path, content):
     (tmp_path / NAME).write_text(content)
-    FolderLock(tmp_path).release()
+    taken_over(tmp_path)
 
 
 def test_of_many_that_find_it_stale_one_gets_it(tmp_path):
     for _ in range(20):
-        written(tmp_path, host=os.uname().nodename, pid=2**22 + 1)
+        written(tmp_path, host=os.uname().nodename, system=lock._system(), pid=2**22 + 1)
         got, barrier = [], threading.Barrier(8)
 
         def take(got=got, barrier=barrier):

@@ -77,6 +77,7 @@ def test_the_limit_is_stated_or_learned(tmp_path):
 def test_it_barks_past_the_limit_and_not_before(tmp_path, quick, monkeypatch):
     ends = []
     monkeypatch.setattr(Watchdog, "_end", lambda self: (ends.append(self.activity.step), self.close()))
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: ends.append(code))
     activity = Activity()
     dog = Watchdog(activity, SelfComm("world"), tmp_path, 2.0)
     for step in range(5):
@@ -84,10 +85,23 @@ def test_it_barks_past_the_limit_and_not_before(tmp_path, quick, monkeypatch):
         time.sleep(0.05)
     assert ends == []
     deadline = time.monotonic() + 30
+    while len(ends) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert ends == [4, watchdog.CODE]
+    dog.close()
+
+
+def test_it_ends_the_rank_also_where_it_cannot_report(tmp_path, quick, monkeypatch):
+    ends = []
+    monkeypatch.setattr(Watchdog, "_write", lambda self, limit_s: self.close() or 1 / 0)
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: ends.append(code))
+    monkeypatch.setattr(watchdog.threading, "excepthook", lambda arguments: None)
+    Watchdog(Activity(), SelfComm("world"), tmp_path, 0.0).activity.longest_s["start"] = 0.0
+    monkeypatch.setattr(watchdog, "SHORTEST_S", 0.0)
+    deadline = time.monotonic() + 30
     while not ends and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert ends == [4]
-    dog.close()
+    assert ends == [watchdog.CODE]
 
 
 def test_what_is_waited_for_is_forgotten_when_it_has_come():

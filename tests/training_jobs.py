@@ -121,6 +121,13 @@ def started(ranks: int, words: list[str], folder: Path, **variables: str) -> Ite
         job.kill()
 
 
+def finished(words: list[str], folder: Path) -> tuple[str, dict[str, bytes], list[list[Any]]]:
+    """What a run in FOLDER/run leaves that one rank carries to its end."""
+    with started(0, words, folder) as job:
+        assert job.end() == 0, job.output
+    return outcome(folder / "run")
+
+
 def logged_step(run: Path) -> int:
     """The last step that has been written down."""
     try:
