@@ -39,9 +39,11 @@ class Activity:
         self.waiting: tuple[Call, float] | None = None
         self.calls: deque[Call] = deque(maxlen=REMEMBERED)
         self._at = at
+        self._over = False
 
     def enter(self, phase: str, step: int) -> None:
         """A part of the run begins, and the one before has ended."""
+        self._rest_if_over()
         lasted_s = time.monotonic() - self.since
         self.longest_s[self.phase] = max(lasted_s, self.longest_s.get(self.phase, 0.0))
         self.step, self.phase, self.since = step, phase, time.monotonic()
@@ -51,6 +53,15 @@ class Activity:
 
     def wait(self, call: Call, finish: Callable[[], object]) -> None:
         """Do `finish`, which waits for other ranks."""
+        self._rest_if_over()
         self.waiting = call, time.monotonic()
         finish()
         self.waiting = None
+
+    def end(self) -> None:
+        """The end of this process has been decided, from another thread: what comes to life again must not go on."""
+        self._over = True
+
+    def _rest_if_over(self) -> None:
+        while self._over:
+            time.sleep(1.0)

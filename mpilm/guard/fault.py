@@ -29,6 +29,15 @@ def _loop(value: float) -> None:
         pass
 
 
+def _hold(value: float) -> None:
+    """Sleep with the interpreter lock held; for ever where `value` is 0: a read goes on after a signal, where a sleep ends."""
+    libc = ctypes.PyDLL(None)
+    if value:
+        libc.usleep(int(1e6 * value))
+    else:
+        libc.read(os.pipe()[0], ctypes.create_string_buffer(1), ctypes.c_size_t(1))
+
+
 def _exit(value: float) -> None:
     sys.exit(3)
 
@@ -46,7 +55,7 @@ KINDS: Mapping[str, Callable[[float], object]] = {
     "stop": lambda value: os.kill(os.getpid(), signal.SIGSTOP),
     "segv": lambda value: os.kill(os.getpid(), signal.SIGSEGV),
     "usr1": lambda value: os.kill(os.getpid(), signal.SIGUSR1),
-    "hold": lambda value: ctypes.PyDLL(None).sleep(10**6),  # with the interpreter lock held
+    "hold": _hold,
     "loop": _loop,
     "sleep": time.sleep,
     "raise": _raise,

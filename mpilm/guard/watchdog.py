@@ -7,6 +7,7 @@ doing; the first of those that did says what can be seen of all, and ends the jo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -76,6 +77,7 @@ class Watchdog:
 
     def _end(self) -> None:
         """Report, and end the job."""
+        self.activity.end()
         limit_s = self.limit_s()
         self._write(limit_s)
         grace_s = GRACE_S + 0.05 * limit_s
@@ -90,6 +92,7 @@ class Watchdog:
         killer = threading.Timer(3.0, os._exit, (CODE,))
         killer.daemon = True
         killer.start()
+        _rest_on_crashes()
         if self.world.size > 1:
             self.world.abort(CODE)
 
@@ -147,6 +150,15 @@ class Watchdog:
             os.kill(pid, signal.SIGUSR2)  # it prints its stack
             time.sleep(0.5)
         return f"the process is there (state {state}) and does not answer: probably native code keeps the interpreter lock"
+
+
+def _rest_on_crashes() -> None:
+    """Let a thread that crashes from here on sleep: MPI_Abort takes the libraries down under a thread that computes with them,
+    and the crash would take the place of the exit code."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT):
+            libc.signal(int(number), ctypes.cast(libc.pause, ctypes.c_void_p))
 
 
 def report(found: Mapping[int, Words], processes: Sequence[Sequence[Any]], states: Mapping[int, str]) -> str:

@@ -39,7 +39,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(("hang", "layout"), [*((hang, "data") for hang in HANGS), ("sleep", "pipeline"), ("stop", "pipeline")])
 def test_a_rank_that_hangs_is_named(tmp_path, data, hang, layout):
     run, (flags, point, call) = tmp_path / "run", LAYOUTS[layout]
-    fault = f"kind={hang} rank=1 step=4 point={point} value=1000000"
+    fault = f"kind={hang} rank=1 step=4 point={point} value={10**6 * (hang == 'sleep')}"
     with started(2, words(data, run, *flags), tmp_path, MPILM_FAULT=fault) as job:
         job.wait_for(lambda: "fault: " in job.output)
         fired = time.monotonic()
@@ -61,6 +61,16 @@ def test_a_rank_that_hangs_is_named(tmp_path, data, hang, layout):
 def job_pid(output, rank):
     found = re.search(rf"  rank {rank} on \S+ \(process (\d+)\)", output)
     return found and found.group(1)
+
+
+def test_a_rank_that_wakes_up_while_the_job_is_ended(tmp_path, data):
+    """The report interrupts the sleep: nothing goes on for it, and the exit code is the watchdog's."""
+    run = tmp_path / "run"
+    fault = f"kind=hold rank=1 step=4 point=forward value={4 * LIMIT_S}"
+    with started(2, words(data, run), tmp_path, MPILM_FAULT=fault) as job:
+        assert ended_by_watchdog(job.end(40), job.output), job.output
+    assert "Missing: rank 1." in job.output
+    assert logged_step(run) <= 5
 
 
 def test_three_ranks_and_the_one_in_the_middle(tmp_path, data):

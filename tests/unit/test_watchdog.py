@@ -1,5 +1,7 @@
 """What the watchdog says of ranks that have written down what they do; tests/faults/test_hanging.py has whole jobs."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -109,3 +111,16 @@ def test_what_is_waited_for_is_forgotten_when_it_has_come():
     activity.wait(call, lambda: seen.append(activity.waiting))
     assert seen[0][0] == call
     assert activity.waiting is None
+
+
+def test_a_crash_on_the_way_out_does_not_take_the_place_of_the_exit_code():
+    crash = (
+        "import ctypes, os, threading, time\n"
+        "from mpilm.guard import watchdog\n"
+        "watchdog._rest_on_crashes()\n"
+        "threading.Thread(target=lambda: ctypes.CDLL(None).memset(1, 0, 8)).start()\n"
+        "time.sleep(0.5)\n"
+        "os._exit(watchdog.CODE)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", crash], timeout=60)
+    assert ended.returncode == 86
