@@ -159,6 +159,11 @@ class Train:
     """sgd, muon: decay of the momentum."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
+    on_spike: Literal["ignore", "skip", "rewind"] = "ignore"
+    """A loss that leaps: ignore it, skip the step, or rewind to the newest checkpoint and leave out all steps since, with what
+    they would have read."""
+    spike_factor: float = 10.0
+    """How many standard deviations above the median of the last 64 losses a loss is a spike."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What forward and backward compute in; weights, sums and the optimizer stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -235,7 +240,7 @@ class Fault:
     """What a run does when something goes wrong."""
 
     max_bad_steps: int = 10
-    """Steps whose loss or gradient is not finite that a run leaves out before it ends with code 87."""
+    """Steps whose loss or gradient is not finite, and spikes, that a run leaves out before it ends with code 87."""
     check_every: int = 50
     """Steps between checks that replicas hold the same weights, and all ranks make the same calls; 0: none but the first."""
     step_timeout: float = 0.0

@@ -182,7 +182,10 @@ def trained(config: Config, size: int) -> dict[str, bytes]:
 
 
 def newest_tensors(config: Config) -> dict[str, bytes]:
-    folder = checkpoints(Path(config.run.dir) / "checkpoints")[-1]
+    return tensors_of(checkpoints(Path(config.run.dir) / "checkpoints")[-1])
+
+
+def tensors_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if ".safetensors" in path.name}
 
 

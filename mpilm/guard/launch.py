@@ -60,7 +60,7 @@ def _main(comm: Comm, body: Body | None, failure: BaseException | None) -> int:
             text, code = ending
             if comm.rank == 0:
                 print(text, end="", file=sys.stderr if code else sys.stdout, flush=True)
-            comm.barrier()
+            _wait_to_leave(comm)
             return int(code)
         assert body is not None
         body(comm)
@@ -69,8 +69,15 @@ def _main(comm: Comm, body: Body | None, failure: BaseException | None) -> int:
         if comm.rank == 0:
             word = "" if isinstance(agreed.error, PreemptedError) else "error: "
             print(f"mpilm: {word}{agreed.error}", file=sys.stderr, flush=True)
-        comm.barrier()  # nobody leaves before the message is out: a launcher kills the rest when the first one has gone
+        _wait_to_leave(comm)
         return agreed.error.code
+
+
+def _wait_to_leave(comm: Comm) -> None:
+    """Nobody leaves before the message is out, and each gives its own code: when the first one has gone with another than 0 a
+    launcher ends the rest, srun with SIGTERM. Collective."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    comm.barrier()
 
 
 def _printed(stop: SystemExit) -> list[str | int]:

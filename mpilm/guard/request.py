@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -13,25 +15,26 @@ from pathlib import Path
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 LOOK_S = 0.5  # between looks at the file, which may lie on a file system that is slow to answer
 SLURM_S = 30.0  # kept free before SLURM ends a job, for leaving
+SQUEUE_S = 20.0  # for SLURM to answer
 REASONS = ("", "SIGUSR1", "SIGTERM", "its stop file", "run.time-limit", "the end of the SLURM job")
 
 
 class StopRequest:
     """On one rank; the ranks agree on the largest of their reasons (numbers of REASONS).
 
-    `file`: a run stops when it appears. `limit_s`: of the run, from now on; 0: the end of the SLURM job, where there is one.
+    `file`: a run stops when it appears. `limit_s`: of the run, from now on; 0: the end of the SLURM job, where there is one;
+    `asks`: whether this rank may ask SLURM for it, where the environment does not say (before 23.02).
     """
 
-    def __init__(self, file: Path, limit_s: float):
+    def __init__(self, file: Path, limit_s: float, asks: bool = True):
         self.file, self._signalled, self._looked_at, self._file_seen = file, 0, 0.0, False
         self._end, self._by = time.time() + limit_s, REASONS.index("run.time-limit")
         if not limit_s:
-            end = os.environ.get("SLURM_JOB_END_TIME", "")
-            self._end, self._by = float(end) - SLURM_S if end.isdigit() else float("inf"), len(REASONS) - 1
+            self._end, self._by = slurm_end(asks) - SLURM_S, len(REASONS) - 1
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, a signal is a request, and the second one ends the process as ever."""
+        """Inside, a signal is a request, however often it comes: SLURM sends SIGTERM twice, by two ways."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -44,7 +47,6 @@ class StopRequest:
 
     def _heard(self, number: int, frame: object) -> None:
         self._signalled = REASONS.index(signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)
 
     def reason(self, needed_s: float) -> int:
         """Why to stop after this step, where another one and a save need so many seconds; 0: there is no reason."""
@@ -62,3 +64,17 @@ class StopRequest:
         """The request has been met: take the file away, or the next start would stop too."""
         with contextlib.suppress(OSError):
             self.file.unlink(missing_ok=True)
+
+
+def slurm_end(asks: bool) -> float:
+    """When SLURM will end this job (time.time()); infinite where it does not say or there is none."""
+    said, job = os.environ.get("SLURM_JOB_END_TIME", ""), os.environ.get("SLURM_JOB_ID", "")
+    if said.isdigit():
+        return float(said)
+    if not (asks and job):
+        return math.inf
+    with contextlib.suppress(OSError, ValueError, OverflowError, subprocess.SubprocessError):
+        words = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
+        answer = subprocess.check_output(words, stderr=subprocess.DEVNULL, text=True, timeout=SQUEUE_S)
+        return time.mktime(time.strptime(answer.strip(), "%Y-%m-%dT%H:%M:%S"))
+    return math.inf

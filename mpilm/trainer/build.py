@@ -26,6 +26,7 @@ from mpilm.parallel.shard import ALIGNMENT
 from mpilm.telemetry.memory import forget_peak, proportional_bytes, resident_bytes, shared_bytes, trim
 from mpilm.trainer.balance import choose_cut
 from mpilm.trainer.folder import load_start
+from mpilm.trainer.history import History
 from mpilm.trainer.machine import Machine, conditions, look, programs
 from mpilm.trainer.material import Material, open_material
 from mpilm.trainer.run_folder import RunFolder, open_run_folder
@@ -45,7 +46,7 @@ class Training:
     content: Mapping[str, str]
     model: ShardedModel
     request: StopRequest
-    skipped: list[int]  # steps that changed nothing, since their loss or gradient was not finite
+    history: History
     baseline_bytes: tuple[int, int, int]  # resident, proportional and shared, before the model
 
 
@@ -85,9 +86,9 @@ def _built(
     model = ShardedModel(config, mesh, cut, vocab_size, machine.device, alignment)
     _fill(model, folder, world)
     trim()
-    request = StopRequest(folder.path / "stop", config.run.time_limit)
+    request = StopRequest(folder.path / "stop", config.run.time_limit, asks=world.rank == 0)
     return Training(
-        config, machine, mesh, material, batches, folder, content, model, request, list(folder.skipped), baseline
+        config, machine, mesh, material, batches, folder, content, model, request, folder.history, baseline
     )  # fmt: skip
 
 
@@ -109,7 +110,12 @@ def _fill(model: ShardedModel, folder: RunFolder, world: Comm) -> None:
     elif folder.checkpoint is None:
         model.initialise()
     if folder.checkpoint is not None:
-        moments = model.optimizer.pieces()
-        load(folder.checkpoint, model.pieces(), moments, model.shapes, model.moment_shapes, shape, world)
-        model.optimizer.set_step(folder.step - len(folder.skipped))
-        model.publish()
+        restore(model, folder.checkpoint, folder.step - len(folder.history.skipped), world)
+
+
+def restore(model: ShardedModel, checkpoint: Path, updates: int, world: Comm) -> None:
+    """Give the model the state of a verified checkpoint, after so many updates. Collective."""
+    moments = model.optimizer.pieces()
+    load(checkpoint, model.pieces(), moments, model.shapes, model.moment_shapes, model.config.model, world)
+    model.optimizer.set_step(updates)
+    model.publish()

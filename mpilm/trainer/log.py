@@ -69,7 +69,7 @@ class RunLog:
         self.busy_s += busy_s(result.times)
         step_s = self.step_s = (now - self.last) / (done - self.last_done)
         if not result.updated:
-            return  # `skipped` will say why
+            return  # `left_out` will say why
         row: dict[str, Any] = {
             "step": done,
             "time": time.time(),
@@ -87,10 +87,10 @@ class RunLog:
             self._write(row)
             self.skip_time(done)
 
-    def skipped(self, done: int, why: str) -> None:
-        """A step changed nothing."""
-        self.display.line(f"{why}; left out")
-        self._write({"event": "skipped", "step": done, "time": time.time(), "why": why})
+    def left_out(self, done: int, why: str, since: int) -> None:
+        """A step changed nothing, and steps `since` another one were taken back."""
+        self.display.line(f"{why}; " + (f"steps {since} to {done} are left out" if since < done else "left out"))
+        self._write({"event": "skipped", "step": done, "time": time.time(), "why": why, "since": since})
         self.skip_time(done)
 
     def needed_s(self) -> float:

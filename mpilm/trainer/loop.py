@@ -7,16 +7,16 @@ import contextlib
 from mpilm.comm.base import Comm
 from mpilm.comm.together import AgreedError
 from mpilm.config import Config
-from mpilm.errors import NonFiniteError, PreemptedError
+from mpilm.errors import PreemptedError
 from mpilm.guard.request import REASONS
 from mpilm.guard.watchdog import Watchdog
-from mpilm.trainer.blame import blame
 from mpilm.trainer.build import Training, build
 from mpilm.trainer.drift import refuse_drift
 from mpilm.trainer.held_out import evaluate
+from mpilm.trainer.left_out import leave_out
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.saver import Saver
-from mpilm.trainer.step import Said, StepResult, train_step
+from mpilm.trainer.step import Said, train_step
 
 
 def train(config: Config, world: Comm) -> None:
@@ -43,18 +43,21 @@ def _steps(run: Training, log: RunLog, saver: Saver) -> None:
         activity.enter("step", step)
         checking = step == run.folder.step or due(step, run.config.fault.check_every)
         run.mesh.check(checking)
-        result = train_step(run.model, run.batches, step, Said(run.request.reason(log.needed_s()), saver.busy))
+        said = Said(run.request.reason(log.needed_s()), saver.busy)
+        result = train_step(run.model, run.batches, step, said, run.history.limit(run.config.train))
         run.mesh.check(False)
-        done, loss = step + 1, None
+        done, loss, rewound = step + 1, None, False
         if checking:
             refuse_drift(run.model, done)
         log.step(done, result)
-        if not result.updated:
+        if result.updated:
+            run.history.note(result.loss)
+        else:
             activity.enter("diagnosis", step)
-            _skip(run, log, done, result)
+            rewound = leave_out(run, log, saver, done, result)
         saver.look(done, result.heard.busy)
         stopping = result.heard.wish > 0 and done < steps
-        saving = stopping or done == steps or (due(done, run.config.checkpoint.every) and result.updated)
+        saving = stopping or done == steps or rewound or (due(done, run.config.checkpoint.every) and result.updated)
         evaluating = due(done, settings.eval_every) or (settings.eval_every and saving and not stopping)
         if run.batches.eval_samples and evaluating:
             activity.enter("evaluation", step)
@@ -77,20 +80,6 @@ def _forget_stop(run: Training) -> None:
 
 def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-def _skip(run: Training, log: RunLog, done: int, result: StepResult) -> None:
-    """A step changed nothing: say where it went wrong, and go on, as long as there are few of them. Collective."""
-    where = blame(run.model, run.batches, done - 1)
-    what = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm} ({where})"
-    run.skipped.append(done)
-    if len(run.skipped) > run.config.fault.max_bad_steps:
-        raise AgreedError(NonFiniteError(
-            f"{what}; steps that were not finite: {len(run.skipped)}, and --fault.max-bad-steps allows "
-            f"{run.config.fault.max_bad_steps}. The newest checkpoint is from before; a lower --train.lr or a longer "
-            "--train.warmup-steps may help"
-        ))  # fmt: skip
-    log.skipped(done, what)
 
 
 def _stop(run: Training, done: int, wish: int) -> None:

@@ -19,6 +19,7 @@ from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.guard.lock import NAME, FolderLock
 from mpilm.model.init import key_of
 from mpilm.settings import merge, read_toml
+from mpilm.trainer.history import History
 
 NO_SHAPE = ("model.dropout", "model.router_loss", "model.lora_alpha", "model.init_from")
 DATA_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by content
@@ -26,13 +27,13 @@ DATA_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by co
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`checkpoint`: the verified one to go on from, None for a fresh start; `skipped`: steps before it that changed nothing;
-    `notes`: what the user should know of it. `lock`: on rank 0."""
+    """`checkpoint`: the verified one to go on from, None for a fresh start; `history`: of the run until there; `notes`: what
+    the user should know of it. `lock`: on rank 0."""
 
     path: Path
     checkpoint: Path | None
     step: int
-    skipped: tuple[int, ...]
+    history: History
     notes: tuple[str, ...]
     lock: FolderLock | None = field(default=None, compare=False)
 
@@ -53,10 +54,10 @@ def open_run_folder(config: Config, content: Mapping[str, str], present: Mapping
     with those that the checkpoint was made with.
     """
     found = on_root(comm, lambda: _open(config, content, present))
-    values = [str(found.path), str(found.checkpoint or ""), found.step, found.skipped, found.notes] if found else None
-    path, checkpoint, step, skipped, notes = comm.broadcast_json(values)
+    values = [str(found.path), str(found.checkpoint or ""), found.step, found.history.words(), found.notes] if found else None
+    path, checkpoint, step, history, notes = comm.broadcast_json(values)
     lock = found.lock if found else None
-    return RunFolder(Path(path), Path(checkpoint) if checkpoint else None, step, tuple(skipped), tuple(notes), lock)
+    return RunFolder(Path(path), Path(checkpoint) if checkpoint else None, step, History.of(history), tuple(notes), lock)
 
 
 def _open(config: Config, content: Mapping[str, str], present: Mapping[str, str]) -> RunFolder:
@@ -95,8 +96,8 @@ def _take(path: Path, lock: FolderLock, config: Config, content: Mapping[str, st
         notes += [*broken.values(), *(f"set aside as {folder}" for folder in aside)]
     except OSError as error:
         raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None
-    skipped = read_json(checkpoint / "trainer.json").get("skipped", []) if checkpoint else []
-    return RunFolder(path, checkpoint, step, tuple(skipped), tuple(notes), lock)
+    history = History.of(read_json(checkpoint / "trainer.json") if checkpoint else {})
+    return RunFolder(path, checkpoint, step, history, tuple(notes), lock)
 
 
 def _choose_path(config: Config) -> Path:

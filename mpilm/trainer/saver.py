@@ -76,7 +76,7 @@ def state_of(run: Training, done: int, eval_loss: float | None) -> State:
         "tokens": done * run.batches.step_tokens,
         "seed": config.train.seed,
         "eval_loss": eval_loss,
-        "skipped": list(run.skipped),
+        **run.history.words(),
         "content": dict(run.content),
         "layout": dict(zip(AXES, run.mesh.shape.sizes)),
         "conditions": conditions(run.machine, run.mesh.world),

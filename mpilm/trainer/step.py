@@ -43,9 +43,9 @@ NOTHING = Said()
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over the target tokens of the global batch, in nats; `grad_norm`: before clipping. `updated`: whether both
-    were finite. `heard`: what the ranks have said to each other. All these are the same on all ranks. `times`: of this rank's
-    actions."""
+    """`loss`: mean over the target tokens of the global batch, in nats; `grad_norm`: before clipping. `updated`: whether they
+    were finite and the loss no spike. `heard`: what the ranks have said to each other. All these are the same on all ranks.
+    `times`: of this rank's actions."""
 
     loss: float
     grad_norm: float
@@ -55,15 +55,17 @@ class StepResult:
     times: list[Timed]
 
 
-def train_step(model: ShardedModel, source: Source, step: int, say: Said = NOTHING) -> StepResult:
+def train_step(
+    model: ShardedModel, source: Source, step: int, say: Said = NOTHING, highest_loss: float = math.inf
+) -> StepResult:
     """Forward, backward, sum of gradients, clip, update. Collective over the mesh.
 
-    Where the loss or the gradient is not finite nothing is updated, on all ranks alike.
+    Where the loss or the gradient is not finite, or the loss above `highest_loss`, nothing is updated, on all ranks alike.
     """
     loss, norm, heard, times = gradients(model, source, step, say)
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    lr = update(model, step, norm) if finite else learning_rate(model.config.train, step)
-    return StepResult(loss, norm, lr, finite, heard, times)
+    good = math.isfinite(loss) and math.isfinite(norm) and loss <= highest_loss
+    lr = update(model, step, norm) if good else learning_rate(model.config.train, step)
+    return StepResult(loss, norm, lr, good, heard, times)
 
 
 def gradients(model: ShardedModel, source: Source, step: int, say: Said = NOTHING) -> tuple[float, float, Said, list[Timed]]:

@@ -17,16 +17,18 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_published
-from runs import FAMILIES, differing, held, joined, on, stopped, trained, whole_batch, whole_model
+from runs import FAMILIES, differing, held, joined, on, stopped, tensors_of, trained, whole_batch, whole_model
 from text import tiny, write_tokens
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from mpilm.checkpoint.format import folder_name
 from mpilm.checkpoint.pretrained import shape_of
+from mpilm.checkpoint.save import save
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
 from mpilm.config import Data, replaced
+from mpilm.data.batch import Batches
 from mpilm.data.prepare import prepare
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import NonFiniteError, RanksDisagreeError
@@ -39,6 +41,7 @@ from mpilm.trainer import loop, machine
 from mpilm.trainer.build import build
 from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.loop import train
+from mpilm.trainer.saver import state_of
 from mpilm.trainer.step import total_loss, train_step
 
 
@@ -237,6 +240,67 @@ def test_weights_that_are_not_finite_end_the_run_and_nothing_is_saved(tmp_path, 
     assert not (tmp_path / "run" / "lock.json").exists()
 
 
+@contextlib.contextmanager
+def nonsense(*steps):
+    """These steps read random tokens."""
+
+    def read(batches, step, m):
+        batch = plain(batches, step, m)
+        draw = torch.Generator().manual_seed(1000 * step + m)
+        wrong = torch.randint(0, 256, batch.tokens.shape, generator=draw)
+        return replace(batch, tokens=wrong, targets=wrong.roll(-1, 1)) if step in steps else batch
+
+    plain = Batches.train
+    with mock.patch.object(Batches, "train", read):
+        yield
+
+
+SPIKED = {
+    "train__steps": 30, "checkpoint__every": 8, "train__warmup_steps": 2, "train__lr": 1e-2, "run__eval_every": 0,
+    "train__spike_factor": 1.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["skip", "rewind"])
+@pytest.mark.parametrize(("size", "layout"), [(1, on()), (2, on()), (2, on(2)), (3, on(zero=1)), (4, on(2, zero=3))])
+def test_a_loss_that_leaps_is_left_out(tmp_path, data, size, layout, way, capsys):
+    """Steps 26 and 28; back to the checkpoint of 24, and then to the one made on coming back to it."""
+    config = tiny(data, tmp_path / "run", train__on_spike=way, checkpoint__keep=0, **SPIKED, **layout)
+    kept = [*range(24), 28, 29] if way == "rewind" else [step for step in range(30) if step not in (25, 27)]
+    with nonsense(25, 27):
+        left = trained(config, size)
+        by_hand = build(tiny(data, tmp_path / "hand", **SPIKED), SelfComm())
+        for step in kept:
+            train_step(by_hand.model, by_hand.batches, step)
+        save(tmp_path / "hand", 30, state_of(by_hand, 30, None), SelfComm())
+        assert left == tensors_of(tmp_path / "hand" / folder_name(30))
+        said = capsys.readouterr().out
+        assert re.search(r"step 26: loss \d\.\d+, gradient norm \d+\.\d+ \(a spike: above \d\.\d+\); ", said)
+        assert ("steps 25 to 26 are left out" in said) == (way == "rewind")
+        folder = tmp_path / "run" / "checkpoints" / folder_name(30)
+        saved = json.loads((folder / "trainer.json").read_text())
+        assert saved["bad"] == [26, 28]
+        assert saved["skipped"] == [step + 1 for step in range(30) if step not in kept]
+        shutil.rmtree(folder)
+        assert trained(replaced(config, parallel__pipeline=1, parallel__zero=0), 1 if size > 1 else 3) == left
+        for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[3:]:
+            shutil.rmtree(path)
+        if way == "rewind":  # from 24, which knows nothing of what comes
+            assert trained(config, size) == left
+
+
+def test_a_leap_is_what_the_setting_says(tmp_path, data):
+    with nonsense(25, 27):
+        config = tiny(data, tmp_path / "run", **SPIKED)
+        ignored = trained(config, 1)
+        far = replaced(config, train__on_spike="skip", train__spike_factor=1e6, run__dir=str(tmp_path / "far"))
+        assert trained(far, 1) == ignored
+        near = replaced(config, train__on_spike="skip", fault__max_bad_steps=1, run__dir=str(tmp_path / "near"))
+        with pytest.raises(AgreedError, match=r"not finite, or spikes: 2, and --fault.max-bad-steps allows 1") as caught:
+            trained(near, 1)
+        assert isinstance(caught.value.error, NonFiniteError)
+
+
 OF_THREE = "on all 3 replicas, and rank 1 differs from most"
 
 
@@ -248,8 +312,8 @@ def test_a_replica_that_drifts_is_named(tmp_path, data, size, layout, said):
     """One weight, by one bit, on one rank, in step 3; it is looked for after every second step."""
     name = "blocks.1.mlp.up.weight" if layout.get("parallel__pipeline") == 1 else "embed.weight"
 
-    def step_and_drift(model, source, step, say):
-        result = train_step(model, source, step, say)
+    def step_and_drift(model, source, step, *more):
+        result = train_step(model, source, step, *more)
         if (model.mesh.rank, step) == (1, 2):
             flat = next(flat for flat in model.flats.values() if name in flat.layout.slots)
             flat.parameter(name).view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
