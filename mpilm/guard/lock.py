@@ -131,9 +131,11 @@ def _system() -> str:
 
 
 def _started(pid: Any) -> int:
-    """When a process of this host started, in the kernel's ticks; 0 where there is none: numbers are used again."""
+    """When a process of this host started, in the kernel's ticks; 0 where there is none, or a dead one that nobody has asked
+    for: numbers are used again."""
     try:
-        return int(Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19])
+        state, *numbers = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
+        return 0 if state in "ZX" else int(numbers[18])
     except (OSError, ValueError, TypeError, IndexError):
         return 0
 

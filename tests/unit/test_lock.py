@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -52,12 +53,23 @@ def test_one_has_it_until_it_is_released(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+TAKE_AND_GO = (
+    "import os, sys, pathlib; from mpilm.guard.lock import FolderLock; FolderLock(pathlib.Path(sys.argv[1])); os._exit(9)"
+)
+
+
 def test_a_process_that_has_gone(tmp_path):
-    program = (
-        "import os, sys, pathlib; from mpilm.guard.lock import FolderLock; FolderLock(pathlib.Path(sys.argv[1])); os._exit(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 9
+    assert subprocess.run([sys.executable, "-c", TAKE_AND_GO, str(tmp_path)], check=False).returncode == 9
     taken_over(tmp_path, json.loads((tmp_path / NAME).read_text()))
+
+
+def test_a_process_that_is_dead_and_has_not_been_asked_for(tmp_path):
+    """As in a container whose first process asks for none."""
+    dead = subprocess.Popen([sys.executable, "-c", TAKE_AND_GO, str(tmp_path)])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    assert Path(f"/proc/{dead.pid}").exists()
+    taken_over(tmp_path, json.loads((tmp_path / NAME).read_text()))
+    assert dead.wait() == 9
 
 
 def test_another_process_with_its_number(tmp_path):
