@@ -243,6 +243,8 @@ class Fault:
     """Steps whose loss or gradient is not finite, and spikes, that a run leaves out before it ends with code 87."""
     check_every: int = 50
     """Steps between checks that replicas hold the same weights, and all ranks make the same calls; 0: none but the first."""
+    elastic: bool = False
+    """Go on with the ranks that are left when some are lost, within a step; needs Open MPI under mpirun --with-ft ulfm."""
     step_timeout: float = 0.0
     """Seconds that a step may last before the job ends with code 86 and says who waits for whom; 0: 20 times the longest so
     far, and a minute at least."""

@@ -45,9 +45,24 @@ class RanksDisagreeError(UserError):
     code = 88
 
 
+class LostRankError(UserError):
+    """Ranks of the job are not there any more, and the others cannot go on without them."""
+
+    code = 89
+
+
 BY_CODE = {
     kind.code: kind
-    for kind in (UserError, ConfigError, DataError, FileError, PreemptedError, NonFiniteError, RanksDisagreeError)
+    for kind in (
+        UserError,
+        ConfigError,
+        DataError,
+        FileError,
+        PreemptedError,
+        NonFiniteError,
+        RanksDisagreeError,
+        LostRankError,
+    )
 }
 
 

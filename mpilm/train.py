@@ -32,9 +32,10 @@ def prepare() -> Body:
         config = replaced(config, data__tokenizer=tokenizer_folder(model.init_from, model.base))
 
     def body(comm) -> None:  # type: ignore[no-untyped-def]
-        from mpilm.trainer.loop import train  # torch is imported only once the settings are known to be right
+        from mpilm.trainer.elastic import survive  # torch is imported only once the settings are known to be right
+        from mpilm.trainer.loop import train
 
-        train(config, comm)
+        (survive if config.fault.elastic else train)(config, comm)
 
     return body
 

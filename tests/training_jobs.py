@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import LAUNCHER, OPEN_MPI
+from helpers import OPEN_MPI
 
 from mpilm.checkpoint.format import checkpoints
 from mpilm.telemetry.metrics import read_rows
@@ -35,21 +35,25 @@ def command(data: Path, run: Path, *more: object) -> list[str]:
 
 class Job:
     """`mpirun -n RANKS python WORDS`, or plain python for 0 ranks, in a session of its own; `output` is complete once it has
-    ended."""
+    ended. `flags`: for mpirun, which is the one beside `python`."""
 
-    def __init__(self, ranks: int, words: list[str], folder: Path, **variables: str):
-        if ranks and not LAUNCHER.exists():
-            pytest.skip(f"there is no {LAUNCHER}")
+    def __init__(
+        self, ranks: int, words: list[str], folder: Path, python: str = sys.executable, flags: Sequence[str] = (),
+        **variables: str,
+    ):  # fmt: skip
+        mpirun = Path(python).with_name("mpirun")
+        if ranks and not mpirun.exists():
+            pytest.skip(f"there is no {mpirun}")
         self.token = uuid.uuid4().hex
         self._output = folder / f"{self.token}.log"
         environment = {
             **os.environ, **OPEN_MPI, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPILM_TEST_TOKEN": self.token,
             **variables,
         }  # fmt: skip
-        launcher = [str(LAUNCHER), "-n", str(ranks)] if ranks else []
+        launcher = [str(mpirun), *flags, "-n", str(ranks)] if ranks else []
         with open(self._output, "wb") as output:
             self.process = subprocess.Popen(
-                [*launcher, sys.executable, *words], env=environment, stdout=output, stderr=output, start_new_session=True
+                [*launcher, python, *words], env=environment, stdout=output, stderr=output, start_new_session=True
             )
 
     @property
@@ -112,9 +116,9 @@ class Job:
 
 
 @contextlib.contextmanager
-def started(ranks: int, words: list[str], folder: Path, **variables: str) -> Iterator[Job]:
+def started(ranks: int, words: list[str], folder: Path, **more: Any) -> Iterator[Job]:
     """A job; nothing of it is left behind."""
-    job = Job(ranks, words, folder, **variables)
+    job = Job(ranks, words, folder, **more)
     try:
         yield job
     finally:

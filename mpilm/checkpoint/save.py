@@ -128,6 +128,11 @@ class Saving:
                 self._digests[block.number] = digest_of(data)
         self.took_s = time.perf_counter() - self._began
 
+    def abandon(self) -> None:
+        """Wait for this rank's writing, and leave what there is; the next one to write here removes it."""
+        if self._thread is not None:
+            self._thread.join()
+
     def commit(self) -> Path:
         """Wait for the writing, agree that it is done, write what belongs to it and give the folder its name."""
         if self._thread is not None:

@@ -41,6 +41,7 @@ class Comm(ABC):
     size: int
     mpi_library = "no MPI"  # what carries the messages, in a few words
     mpi_details = ""  # where its library lies, and what it lets threads do
+    survives = False  # whether the other ranks can go on when one is lost
     check = False  # whether every collective first compares the ranks' calls (Traced does)
 
     # Collectives that start and are waited for later.
@@ -144,6 +145,15 @@ class Comm(ABC):
     def with_options(self, gpu_aware: bool, patient: bool) -> Comm:
         """The same ranks with other ways of moving and waiting, where the implementation has any (see MpiComm)."""
         return self
+
+    def lost(self, error: BaseException) -> bool:
+        """Whether an error of this world says that a rank is not there any more."""
+        return False
+
+    def shrink(self) -> None:
+        """Become the communicator of the ranks that are left, in their order. All that was split from it is of no use any more:
+        whoever waits there is woken by an error. Collective over those who are left."""
+        raise RuntimeError(f"{self}: {self.mpi_library} does not let ranks survive the loss of another")
 
     @abstractmethod
     def abort(self, code: int) -> None:

@@ -25,6 +25,8 @@ from mpilm.comm.shared import share
 MOVE = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T}  # by item size
 REDUCE = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T}
 OP = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
+LOST = [getattr(MPI, f"ERR_{name}", None) for name in ("PROC_FAILED", "PROC_FAILED_PENDING", "REVOKED")]
+ULFM = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpirun --with-ft ulfm
 LARGEST_COUNT = 2**31 - 1  # Open MPI 5 has no calls with larger ones
 YIELDS_BEFORE_SLEEP = 200
 LONGEST_SLEEP_S = 0.0005
@@ -37,8 +39,11 @@ class MpiComm(Comm):
     (MPI itself spins, and would take the cores from the ranks that still work).
     """
 
-    def __init__(self, comm: MPI.Comm, name: str, gpu_aware: bool = False, patient: bool = False):
+    def __init__(
+        self, comm: MPI.Comm, name: str, gpu_aware: bool = False, patient: bool = False, family: list[MPI.Comm] | None = None
+    ):
         self._comm, self.name = comm, name
+        self._family = [comm] if family is None else family  # all that were split from one world
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.gpu_aware, self.patient = gpu_aware, patient
         self.mpi_library = library()
@@ -50,16 +55,34 @@ class MpiComm(Comm):
 
     def with_options(self, gpu_aware: bool, patient: bool) -> MpiComm:
         """The same communicator with other ways of moving and waiting."""
-        return type(self)(self._comm, self.name, gpu_aware, patient)
+        return type(self)(self._comm, self.name, gpu_aware, patient, self._family)
 
     def barrier(self) -> None:
         self._wait(self._comm.Ibarrier())
 
     def split(self, color: int, key: int, name: str) -> Comm:
-        return type(self)(self._comm.Split(color, key), name, self.gpu_aware, self.patient)
+        return self._part(self._comm.Split(color, key), name)
 
     def split_node(self, name: str = "node") -> Comm:
-        return type(self)(self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank), name, self.gpu_aware, self.patient)
+        return self._part(self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank), name)
+
+    def _part(self, comm: MPI.Comm, name: str) -> Comm:
+        self._family.append(comm)
+        return type(self)(comm, name, self.gpu_aware, self.patient, self._family)
+
+    @property
+    def survives(self) -> bool:  # type: ignore[override]
+        return os.environ.get(ULFM, "").lower() in ("1", "true") and None not in LOST
+
+    def lost(self, error: BaseException) -> bool:
+        return isinstance(error, MPI.Exception) and error.Get_error_class() in LOST
+
+    def shrink(self) -> None:
+        for comm in self._family:
+            comm.Revoke()
+        self._comm = self._comm.Shrink()
+        self._family[:] = [self._comm]
+        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
 
     def share(self, numel: int) -> list[Tensor] | None:
         return share(self, numel) if self.split_node().size == self.size else None
@@ -192,7 +215,11 @@ def _library_file() -> str:
     return "a file that cannot be told"
 
 
-def finalize() -> None:
-    """Leave MPI in good order; after this no communicator may be used."""
-    if not MPI.Is_finalized():
-        MPI.Finalize()
+def finalize(code: int) -> None:
+    """Leave MPI in good order; after this no communicator may be used. Where ranks were lost MPI would wait for them: this
+    process ends here."""
+    if MPI.Is_finalized():
+        return
+    if os.environ.get(ULFM) and MPI.COMM_WORLD.Get_failed().Get_size():
+        os._exit(code)
+    MPI.Finalize()

@@ -76,6 +76,9 @@ class Traced(Comm):
         self._agree("share")
         return self.inner.share(numel)
 
+    def lost(self, error: BaseException) -> bool:
+        return self.inner.lost(error)
+
     def abort(self, code: int) -> None:
         self.inner.abort(code)
 

@@ -20,7 +20,7 @@ VARIABLE = "MPILM_FAULT"
 POINTS = (
     "data.next", "forward", "backward", "p2p.send", "p2p.receive", "reduce.before", "reduce.after", "optimizer", "eval",
     "checkpoint.open", "checkpoint.write", "checkpoint.fsync", "checkpoint.manifest", "checkpoint.rename",
-    "checkpoint.cleanup",
+    "checkpoint.cleanup", "recover.agree", "recover.give",
 )  # fmt: skip
 
 

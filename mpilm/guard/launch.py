@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.together import AgreedError, together
-from mpilm.errors import ConfigError, PreemptedError, UserError
+from mpilm.errors import ConfigError, LostRankError, PreemptedError, UserError
 
 R = TypeVar("R")
 Body = Callable[[Comm], None]
@@ -102,6 +102,11 @@ def _end_all(comm: Comm, error: BaseException) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         code = 130
         time.sleep(LET_FIRST_SPEAK_S if comm.rank else 0)  # a terminal interrupts all ranks: one of them says so
+    if comm.lost(error):
+        error = LostRankError(
+            f"another rank is not there any more ({error}); the same command goes on from the newest checkpoint"
+        )
+        code = error.code
     where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     if isinstance(error, UserError):
         text = f"mpilm: error on {where}: {error}\n"
@@ -119,7 +124,7 @@ def _end_all(comm: Comm, error: BaseException) -> NoReturn:
 
 def _leave(code: int) -> NoReturn:
     if "mpilm.comm.mpi" in sys.modules:
-        sys.modules["mpilm.comm.mpi"].finalize()
+        sys.modules["mpilm.comm.mpi"].finalize(code)
     sys.exit(code)
 
 

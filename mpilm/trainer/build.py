@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpilm.checkpoint.load import load
 from mpilm.checkpoint.pretrained import files_of
+from mpilm.checkpoint.save import PARAMETER
 from mpilm.comm.activity import Activity
 from mpilm.comm.base import Comm
 from mpilm.comm.together import same_everywhere, together
@@ -25,6 +26,7 @@ from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.shard import ALIGNMENT
 from mpilm.telemetry.memory import forget_peak, proportional_bytes, resident_bytes, shared_bytes, trim
 from mpilm.trainer.balance import choose_cut
+from mpilm.trainer.elastic import Carried
 from mpilm.trainer.folder import load_start
 from mpilm.trainer.history import History
 from mpilm.trainer.machine import Machine, conditions, look, programs
@@ -50,22 +52,23 @@ class Training:
     baseline_bytes: tuple[int, int, int]  # resident, proportional and shared, before the model
 
 
-def build(config: Config, world: Comm) -> Training:
-    """Everything `config` asks for, with the state of the checkpoint it goes on from. Collective."""
+def build(config: Config, world: Comm, carried: Carried | None = None, activity: Activity | None = None) -> Training:
+    """Everything `config` asks for, with the state of the checkpoint it goes on from, or the one that ranks have carried over.
+    Collective."""
     same_everywhere(world, "settings", flatten(config))
     same_everywhere(world, "programs", programs(world))
     shape = together(world, lambda: mesh_shape(config, world.size))
     machine = together(world, lambda: look(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
-    activity = Activity(faults(world.rank))
+    activity = activity or Activity(faults(world.rank))
     mesh = Mesh.build(shape, Traced(world, True, activity), activity)
     waiting = world.with_options(gpu_aware=False, patient=True)  # for rank 0, which may train a tokenizer on all cores
     material = open_material(config, waiting, ProgressLine() if world.rank == 0 else silent)
     batches = Batches(material.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
     content = _content(config, material, world)
-    folder = open_run_folder(config, content, conditions(machine, world), world)
+    folder = open_run_folder(config, content, conditions(machine, world), world, carried)
     try:
-        return _built(config, machine, mesh, material, batches, content, folder)
+        return _built(config, machine, mesh, material, batches, content, folder, carried)
     except BaseException:
         folder.release()
         raise
@@ -73,7 +76,7 @@ def build(config: Config, world: Comm) -> Training:
 
 def _built(
     config: Config, machine: Machine, mesh: Mesh, material: Material, batches: Batches, content: Mapping[str, str],
-    folder: RunFolder,
+    folder: RunFolder, carried: Carried | None,
 ) -> Training:  # fmt: skip
     """The model, and the parts together. Collective."""
     world = mesh.world
@@ -84,7 +87,7 @@ def _built(
     forget_peak()  # preparing text may have taken more than training will
     baseline = resident_bytes(), proportional_bytes(), shared_bytes()
     model = ShardedModel(config, mesh, cut, vocab_size, machine.device, alignment)
-    _fill(model, folder, world)
+    _fill(model, folder, world, carried)
     trim()
     request = StopRequest(folder.path / "stop", config.run.time_limit, asks=world.rank == 0)
     return Training(
@@ -102,14 +105,18 @@ def _content(config: Config, material: Material, world: Comm) -> dict[str, str]:
     return content
 
 
-def _fill(model: ShardedModel, folder: RunFolder, world: Comm) -> None:
+def _fill(model: ShardedModel, folder: RunFolder, world: Comm, carried: Carried | None) -> None:
     """Give the model the state to go on from, the weights to start with, or random ones. Collective."""
-    shape = model.config.model
-    if shape.init_from and (shape.lora_rank or folder.checkpoint is None):
+    shape, goes_on = model.config.model, carried is not None or folder.checkpoint is not None
+    if shape.init_from and (shape.lora_rank or not goes_on):
         load_start(model, world)
-    elif folder.checkpoint is None:
+    elif not goes_on:
         model.initialise()
-    if folder.checkpoint is not None:
+    if carried is not None:
+        carried.hand_over({PARAMETER: model.pieces(), **model.optimizer.pieces()})
+        model.optimizer.set_step(folder.step - len(folder.history.skipped))
+        model.publish()
+    elif folder.checkpoint is not None:
         restore(model, folder.checkpoint, folder.step - len(folder.history.skipped), world)
 
 

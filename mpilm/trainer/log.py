@@ -39,7 +39,7 @@ class RunLog:
 
     def __init__(self, run: Training):
         self.run, self.speaks = run, run.mesh.rank == 0
-        self.display = Display(self.speaks, run.folder.step, run.config.train.steps, announced_ranks() is not None)
+        self.display = Display(self.speaks, run.folder.logged, run.config.train.steps, announced_ranks() is not None)
         everyone = run.mesh.world.all_gather_json(predicted_memory(run))
         self.predicted = max(everyone, key=lambda parts: sum(parts.values()))
         self.on_rank = run.mesh.world.all_gather_json(run.model.held_numel)
@@ -48,15 +48,15 @@ class RunLog:
         self.sinks: list[Metrics | TensorBoard] = []
         on_root(run.mesh.world, self._open_sinks)
         self.started = self.last = time.perf_counter()
-        self.last_done, self.busy_s = run.folder.step, 0.0
+        self.last_done, self.busy_s = run.folder.logged, 0.0
         self.step_s, self.save_s = 0.0, sum(run.model.held_bytes().values()) / WRITTEN_A_SECOND
 
     def _open_sinks(self) -> None:
         folder = self.run.folder
         try:
-            metrics = Metrics(folder.path / "metrics.jsonl", folder.step)
+            metrics = Metrics(folder.path / "metrics.jsonl", folder.logged)
             metrics.write(self._start_row())
-            self.sinks = [metrics, TensorBoard(folder.path / "tensorboard", folder.step)]
+            self.sinks = [metrics, TensorBoard(folder.path / "tensorboard", folder.logged)]
         except OSError as error:
             raise FileError(f"{error.filename or folder.path} cannot be written: {error.strerror}") from None
 
@@ -64,12 +64,11 @@ class RunLog:
         """One step is done; every log-every-th, the first and the last are written down."""
         config = self.run.config
         every = config.run.log_every
-        logged = every > 0 and (done % every == 0 or done in (self.run.folder.step + 1, config.train.steps))
-        now = time.perf_counter()
+        logged = every > 0 and (done % every == 0 or done in (self.run.folder.logged + 1, config.train.steps))
         self.busy_s += busy_s(result.times)
-        step_s = self.step_s = (now - self.last) / (done - self.last_done)
         if not result.updated:
-            return  # `left_out` will say why
+            return  # `left_out` has said why
+        step_s = self.step_s = (time.perf_counter() - self.last) / (done - self.last_done)
         row: dict[str, Any] = {
             "step": done,
             "time": time.time(),

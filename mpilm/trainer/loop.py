@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+from mpilm.comm.activity import Activity
 from mpilm.comm.base import Comm
 from mpilm.comm.together import AgreedError
 from mpilm.config import Config
@@ -12,16 +13,22 @@ from mpilm.guard.request import REASONS
 from mpilm.guard.watchdog import Watchdog
 from mpilm.trainer.build import Training, build
 from mpilm.trainer.drift import refuse_drift
+from mpilm.trainer.elastic import Carried, Forgetful, Kept
 from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.left_out import leave_out
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.saver import Saver
-from mpilm.trainer.step import Said, train_step
+from mpilm.trainer.step import Said, StepResult, train_step
 
 
-def train(config: Config, world: Comm) -> None:
-    """Train, evaluate, save and show, to the last step or until the run is asked to stop. Collective."""
-    run = build(config, world)
+def train(
+    config: Config, world: Comm, kept: Kept | None = None, carried: Carried | None = None, activity: Activity | None = None
+) -> None:
+    """Train, evaluate, save and show, to the last step or until the run is asked to stop. Collective.
+
+    `kept`: takes the state of every step; `carried`: the state to go on from (trainer/elastic.py).
+    """
+    run = build(config, world, carried, activity)
     with contextlib.ExitStack() as stack:
         stack.callback(run.folder.release)
         stack.enter_context(run.request.listening())
@@ -29,48 +36,64 @@ def train(config: Config, world: Comm) -> None:
         log = RunLog(run)
         saver = Saver(run, log)
         try:
-            _steps(run, log, saver)
+            _steps(run, log, saver, kept or Forgetful(), carried)
         except AgreedError:
             saver.finish()
+            raise
+        except Exception as error:
+            if world.lost(error):
+                saver.abandon()
             raise
         run.mesh.activity.enter("end", config.train.steps)
         log.finish()
 
 
-def _steps(run: Training, log: RunLog, saver: Saver) -> None:
-    settings, steps, activity = run.config.run, run.config.train.steps, run.mesh.activity
-    for step in range(run.folder.step, steps):
+def _steps(run: Training, log: RunLog, saver: Saver, kept: Kept, carried: Carried | None) -> None:
+    activity = run.mesh.activity
+    if carried is not None:  # what belongs to its step may not have been finished
+        _after(run, log, saver, carried.done, carried.result(), again=True)
+    for step in range(run.folder.step, run.config.train.steps):
         activity.enter("step", step)
         checking = step == run.folder.step or due(step, run.config.fault.check_every)
         run.mesh.check(checking)
         said = Said(run.request.reason(log.needed_s()), saver.busy)
         result = train_step(run.model, run.batches, step, said, run.history.limit(run.config.train))
         run.mesh.check(False)
-        done, loss, rewound = step + 1, None, False
-        if checking:
-            refuse_drift(run.model, done)
-        log.step(done, result)
+        done, rewound = step + 1, False
         if result.updated:
             run.history.note(result.loss)
         else:
             activity.enter("diagnosis", step)
+            kept.forget()
             rewound = leave_out(run, log, saver, done, result)
-        saver.look(done, result.heard.busy)
-        stopping = result.heard.wish > 0 and done < steps
-        saving = stopping or done == steps or rewound or (due(done, run.config.checkpoint.every) and result.updated)
-        evaluating = due(done, settings.eval_every) or (settings.eval_every and saving and not stopping)
-        if run.batches.eval_samples and evaluating:
-            activity.enter("evaluation", step)
-            activity.at("eval")
-            loss = evaluate(run)
-            log.evaluation(done, loss)
-        if saving:
-            saver.begin(done, loss)
-        if stopping:
-            saver.finish()
-            _stop(run, done, result.heard.wish)
+        kept.keep(run, done, result)
+        if checking:
+            refuse_drift(run.model, done)
+        _after(run, log, saver, done, result, rewound)
     saver.finish()
     _forget_stop(run)
+
+
+def _after(
+    run: Training, log: RunLog, saver: Saver, done: int, result: StepResult, rewound: bool = False, again: bool = False
+) -> None:
+    """What belongs to a step besides the step: log, evaluate, save, stop. Collective. `again`: some may have been done."""
+    settings, steps, activity, loss = run.config.run, run.config.train.steps, run.mesh.activity, None
+    log.step(done, result)
+    saver.look(done, result.heard.busy)
+    stopping = result.heard.wish > 0 and done < steps
+    saving = stopping or done == steps or rewound or (due(done, run.config.checkpoint.every) and result.updated)
+    evaluating = due(done, settings.eval_every) or (settings.eval_every and saving and not stopping)
+    if run.batches.eval_samples and evaluating:
+        activity.enter("evaluation", done - 1)
+        activity.at("eval")
+        loss = evaluate(run)
+        log.evaluation(done, loss)
+    if saving and not (again and saver.is_there(done)):
+        saver.begin(done, loss)
+    if stopping:
+        saver.finish()
+        _stop(run, done, result.heard.wish)
 
 
 def _forget_stop(run: Training) -> None:

@@ -19,6 +19,7 @@ from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.guard.lock import NAME, FolderLock
 from mpilm.model.init import key_of
 from mpilm.settings import merge, read_toml
+from mpilm.trainer.elastic import Carried
 from mpilm.trainer.history import History
 
 NO_SHAPE = ("model.dropout", "model.router_loss", "model.lora_alpha", "model.init_from")
@@ -37,6 +38,13 @@ class RunFolder:
     notes: tuple[str, ...]
     lock: FolderLock | None = field(default=None, compare=False)
 
+    logged: int = -1
+    """The step up to which all has been written down; -1: `step`."""
+
+    def __post_init__(self) -> None:
+        if self.logged < 0:
+            object.__setattr__(self, "logged", self.step)
+
     def release(self) -> None:
         """Let another job have the folder."""
         if self.lock is not None:
@@ -47,23 +55,33 @@ class RunFolder:
         return self.path / "checkpoints"
 
 
-def open_run_folder(config: Config, content: Mapping[str, str], present: Mapping[str, str], comm: Comm) -> RunFolder:
+def open_run_folder(
+    config: Config, content: Mapping[str, str], present: Mapping[str, str], comm: Comm, carried: Carried | None = None
+) -> RunFolder:
     """Find what to go on from, refuse what does not fit, and write config.toml. Collective; rank 0 looks and writes.
 
     `content`: digests of the corpus and the tokenizer by DATA_KEYS. `present`: versions, threads, device, to be compared
-    with those that the checkpoint was made with.
+    with those that the checkpoint was made with. `carried`: what this run goes on from, in the place of a checkpoint.
     """
-    found = on_root(comm, lambda: _open(config, content, present))
-    values = [str(found.path), str(found.checkpoint or ""), found.step, found.history.words(), found.notes] if found else None
-    path, checkpoint, step, history, notes = comm.broadcast_json(values)
+    found = on_root(comm, lambda: _open(config, content, present, carried))
+    values = None
+    if found:
+        words = found.history.words()
+        values = [str(found.path), str(found.checkpoint or ""), found.step, words, found.notes, found.logged]
+    path, checkpoint, step, history, notes, logged = comm.broadcast_json(values)
     lock = found.lock if found else None
-    return RunFolder(Path(path), Path(checkpoint) if checkpoint else None, step, History.of(history), tuple(notes), lock)
+    checkpoint = Path(checkpoint) if checkpoint else None
+    return RunFolder(Path(path), checkpoint, step, History.of(history), tuple(notes), lock, logged)
 
 
-def _open(config: Config, content: Mapping[str, str], present: Mapping[str, str]) -> RunFolder:
+def _open(config: Config, content: Mapping[str, str], present: Mapping[str, str], carried: Carried | None) -> RunFolder:
     path = _choose_path(config)
-    _refuse_foreign(path, config)
+    if carried is None:
+        _refuse_foreign(path, config)
     lock = _lock(path)
+    if carried is not None:
+        remove_leftovers(path / "checkpoints")
+        return RunFolder(path, None, carried.done, History.of(carried.history), (carried.note,), lock, carried.done - 1)
     try:
         return _take(path, lock, config, content, present)
     except BaseException:

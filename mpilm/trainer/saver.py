@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpilm.checkpoint.format import folder_name
 from mpilm.checkpoint.save import Saving, State, prune
 from mpilm.comm.together import AgreedError
 from mpilm.config import to_dict
@@ -41,6 +42,11 @@ class Saver:
             self.finish()
         self.log.skip_time(done)
 
+    def is_there(self, done: int) -> bool:
+        """Whether the state after `done` steps has been saved."""
+        path = self.run.folder.checkpoints / folder_name(done)
+        return bool(self.run.mesh.world.broadcast_json(path.exists()))
+
     def look(self, done: int, any_busy: bool) -> None:
         """Between steps: publish what every rank has written."""
         if self._saving is not None and not any_busy:
@@ -61,6 +67,11 @@ class Saver:
         if run.mesh.rank == 0:
             run.mesh.activity.at("checkpoint.cleanup")
             prune(run.folder.checkpoints, config.keep, config.keep_best)
+
+    def abandon(self) -> None:
+        """Leave what is under way as it is, once this rank writes no more: the ranks cannot agree on it."""
+        if self._saving is not None:
+            self._saving.abandon()
 
     def _failed(self, error: AgreedError) -> None:
         if not isinstance(error.error, FileError) or self.run.config.checkpoint.on_error == "stop":
