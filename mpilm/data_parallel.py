@@ -27,8 +27,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from mpilm.checkpoint.format import MANIFEST, TEMPORARY, Writer, folder_name, read_json, step_of
-from mpilm.checkpoint.load import newest_valid
 from mpilm.checkpoint.save import prune, remove_leftovers, set_aside
+from mpilm.checkpoint.verify import Verify, newest_valid, with_help
 from mpilm.comm.base import Comm
 from mpilm.comm.together import on_root, together
 from mpilm.errors import ConfigError, DataError, FileError
@@ -128,15 +128,15 @@ class DataParallel:
     def load(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Put back the newest checkpoint in FOLDER whose every byte is right; returns its step, 0 where there is none. What was
         saved as `extra` is then in `self.extra`. Collective; raises FileError, DataError or ConfigError on all ranks."""
-        found = on_root(self.comm, lambda: self._find(Path(folder)))
+        found = with_help(self.comm, lambda verify: self._find(Path(folder), verify))
         path = self.comm.broadcast_json(str(found) if found else None)
         if path is None:
             return 0
         return together(self.comm, lambda: self._load(Path(path), optimizer))
 
-    def _find(self, folder: Path) -> Path | None:
+    def _find(self, folder: Path, verify: Verify) -> Path | None:
         """The newest checkpoint that is whole; newer ones that are not are set aside."""
-        found, broken = newest_valid(folder)
+        found, broken = newest_valid(folder, verify)
         if broken and found is None:
             raise DataError(f"no checkpoint in {folder} is whole:\n  " + "\n  ".join(broken.values()))
         set_aside(broken)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from text import tiny
 from torch import Tensor, nn
 
-from mpilm.checkpoint import format, save
+from mpilm.checkpoint import format, save, verify
 from mpilm.checkpoint.load import load
 from mpilm.checkpoint.save import State
 from mpilm.checkpoint.tensors import find, open_tensors
@@ -39,9 +39,10 @@ SMALL_DIMS = (0, 1, 2, 3, 7, 16)
 @contextlib.contextmanager
 def small_files(block_bytes: int, max_shard_bytes: int = save.MAX_SHARD_BYTES) -> Iterator[None]:
     """Blocks and files so small that even made-up models have many."""
-    with mock.patch.multiple(save, BLOCK_BYTES=block_bytes, MAX_SHARD_BYTES=max_shard_bytes), mock.patch.object(
-        format, "BLOCK_BYTES", block_bytes
-    ):  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for module in (save, format, verify):
+            stack.enter_context(mock.patch.object(module, "BLOCK_BYTES", block_bytes))
+        stack.enter_context(mock.patch.object(save, "MAX_SHARD_BYTES", max_shard_bytes))
         yield
 
 

@@ -133,26 +133,6 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def verify(folder: Path) -> None:
-    """Read every byte of a checkpoint. Raises DataError naming the file that is missing, cut or altered, and FileError where
-    it cannot be read, which may pass."""
-    for name, entry in read_manifest(folder).items():
-        path = folder / name
-        digest = Digest()
-        try:
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-        except FileNotFoundError:
-            raise DataError(f"checkpoint file {path} is missing") from None
-        except OSError as error:
-            raise FileError(f"checkpoint file {path} cannot be read: {error.strerror}") from None
-        if digest.bytes != entry["bytes"]:
-            raise DataError(f"checkpoint file {path} has {digest.bytes} bytes, the manifest says {entry['bytes']}")
-        if digest.entry() != entry:
-            raise DataError(f"checkpoint file {path} has been altered: its digest is not the manifest's")
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The entries of a checkpoint's manifest by file name; raises FileError or DataError."""
     manifest = read_json(folder / MANIFEST)

@@ -1,4 +1,4 @@
-"""Read a checkpoint back: verified on one rank, then read by every rank for itself, the bytes it needs and no others."""
+"""Read a checkpoint back: verified first, then read by every rank for itself, the bytes it needs and no others."""
 
 from __future__ import annotations
 
@@ -7,30 +7,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mpilm.checkpoint.format import MANIFEST, checkpoints, verify
+from mpilm.checkpoint.format import MANIFEST
 from mpilm.checkpoint.tensors import Shape, find, open_tensors
+from mpilm.checkpoint.verify import with_help
 from mpilm.comm.base import Comm
-from mpilm.comm.together import on_root, together
+from mpilm.comm.together import together
 from mpilm.config import Model
-from mpilm.errors import ConfigError, DataError
+from mpilm.errors import ConfigError
 from mpilm.model.huggingface import match, published_name
 from mpilm.parallel.shard import Piece
 
 SHOWN = 4  # names that a message lists
 TIED_MATRICES = ("head.weight",)  # which a file may hold although it is the embedding again
 POSITIONS = "embed.positions.weight"
-
-
-def newest_valid(parent: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose every byte is right, and what is wrong with the newer ones. Raises FileError."""
-    complaints: dict[Path, str] = {}
-    for folder in reversed(checkpoints(parent)):
-        try:
-            verify(folder)
-            return folder, complaints
-        except DataError as error:
-            complaints[folder] = str(error)
-    return None, complaints
 
 
 def load(
@@ -91,9 +80,9 @@ def load_published(
     with an index, in F16, BF16, F32 or F64. Collective over `comm`; raises AgreedError on all ranks alike.
 
     `shapes`: of all parameters that have memory of their own. A table of learned positions may be longer than the model needs.
-    A checkpoint is verified first, on one rank.
+    A checkpoint is verified first.
     """
-    on_root(comm, lambda: verify(folder) if (folder / MANIFEST).exists() else None)
+    with_help(comm, lambda verify: verify(folder) if (folder / MANIFEST).exists() else None)
     together(comm, lambda: _load_published(folder, parameters, shapes, model))
 
 
@@ -115,7 +104,7 @@ def load_adapter(
     folder: Path, parameters: Mapping[Piece, Tensor], shapes: Mapping[str, Shape], model: Model, comm: Comm
 ) -> None:
     """The same for the adapter that a folder holds, as PEFT or mpilm writes it."""
-    on_root(comm, lambda: verify(folder) if (folder / MANIFEST).exists() else None)
+    with_help(comm, lambda verify: verify(folder) if (folder / MANIFEST).exists() else None)
     together(comm, lambda: _load_adapter(folder, parameters, shapes, model))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mpilm.checkpoint.format import read_json, step_of
-from mpilm.checkpoint.load import newest_valid
+from mpilm.checkpoint.verify import newest_valid, with_help
 from mpilm.comm.together import AgreedError, on_root
 from mpilm.errors import NonFiniteError
 from mpilm.trainer.blame import blame
@@ -37,7 +37,7 @@ def _rewind(run: Training, saver: Saver, done: int) -> int | None:
     """Bring the newest checkpoint's state back; returns its step, None where there is none yet. Collective."""
     saver.finish()
     folder, world = run.folder.checkpoints, run.mesh.world
-    path = on_root(world, lambda: newest_valid(folder)[0])
+    path = with_help(world, lambda verify: newest_valid(folder, verify)[0])
     name = world.broadcast_json(path.name if path else "")
     if not name:
         return None

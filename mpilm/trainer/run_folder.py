@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpilm.checkpoint.format import checkpoints, incomplete, read_json, step_of, verify
-from mpilm.checkpoint.load import newest_valid
+from mpilm.checkpoint.format import checkpoints, incomplete, read_json, step_of
 from mpilm.checkpoint.save import remove_leftovers, set_aside
+from mpilm.checkpoint.verify import Verify, newest_valid, with_help
 from mpilm.comm.base import Comm
-from mpilm.comm.together import on_root
 from mpilm.config import Config, flatten, mathematics, to_dict
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.guard.lock import NAME, FolderLock
@@ -63,7 +62,7 @@ def open_run_folder(
     `content`: digests of the corpus and the tokenizer by DATA_KEYS. `present`: versions, threads, device, to be compared
     with those that the checkpoint was made with. `carried`: what this run goes on from, in the place of a checkpoint.
     """
-    found = on_root(comm, lambda: _open(config, content, present, carried))
+    found = with_help(comm, lambda verify: _open(config, content, present, carried, verify))
     values = None
     if found:
         words = found.history.words()
@@ -74,7 +73,9 @@ def open_run_folder(
     return RunFolder(Path(path), checkpoint, step, History.of(history), tuple(notes), lock, logged)
 
 
-def _open(config: Config, content: Mapping[str, str], present: Mapping[str, str], carried: Carried | None) -> RunFolder:
+def _open(
+    config: Config, content: Mapping[str, str], present: Mapping[str, str], carried: Carried | None, verify: Verify
+) -> RunFolder:
     path = _choose_path(config)
     if carried is None:
         _refuse_foreign(path, config)
@@ -83,7 +84,7 @@ def _open(config: Config, content: Mapping[str, str], present: Mapping[str, str]
         remove_leftovers(path / "checkpoints")
         return RunFolder(path, None, carried.done, History.of(carried.history), (carried.note,), lock, carried.done - 1)
     try:
-        return _take(path, lock, config, content, present)
+        return _take(path, lock, config, content, present, verify)
     except BaseException:
         lock.release()
         with contextlib.suppress(OSError):
@@ -99,9 +100,11 @@ def _lock(path: Path) -> FolderLock:
         raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None
 
 
-def _take(path: Path, lock: FolderLock, config: Config, content: Mapping[str, str], present: Mapping[str, str]) -> RunFolder:
+def _take(
+    path: Path, lock: FolderLock, config: Config, content: Mapping[str, str], present: Mapping[str, str], verify: Verify
+) -> RunFolder:
     """Choose a checkpoint and write config.toml, in a folder that is this job's."""
-    checkpoint, broken, notes = _choose_checkpoint(path, config, content, present)
+    checkpoint, broken, notes = _choose_checkpoint(path, config, content, present, verify)
     step = step_of(checkpoint) if checkpoint else 0
     assert step is not None
     if step > config.train.steps:
@@ -143,14 +146,14 @@ def _refuse_foreign(path: Path, config: Config) -> None:
 
 
 def _choose_checkpoint(
-    path: Path, config: Config, content: Mapping[str, str], present: Mapping[str, str]
+    path: Path, config: Config, content: Mapping[str, str], present: Mapping[str, str], verify: Verify
 ) -> tuple[Path | None, dict[Path, str], list[str]]:
     """The verified checkpoint to go on from, the broken ones with what is wrong with them, and notes."""
     asked = config.checkpoint.resume
     if asked == "never":
         return None, {}, []
     if asked == "auto" or _began_from(path, asked):
-        checkpoint, broken = newest_valid(path / "checkpoints")
+        checkpoint, broken = newest_valid(path / "checkpoints", verify)
     else:
         checkpoint, broken = Path(asked), {}
         _refuse_branch(checkpoint, path)

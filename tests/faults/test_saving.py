@@ -8,8 +8,8 @@ import subprocess
 import pytest
 from training_jobs import command, finished, outcome, started
 
-from mpilm.checkpoint.format import checkpoints, verify
-from mpilm.checkpoint.load import newest_valid
+from mpilm.checkpoint.format import checkpoints
+from mpilm.checkpoint.verify import newest_valid, verify
 from mpilm.errors import DataError, FileError
 
 STEPS = 40

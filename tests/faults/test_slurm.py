@@ -11,7 +11,8 @@ import pytest
 from helpers import LAUNCHER, OPEN_MPI
 from training_jobs import ROOT, SMALL, command, finished, logged_step, outcome
 
-from mpilm.checkpoint.format import checkpoints, verify
+from mpilm.checkpoint.format import checkpoints
+from mpilm.checkpoint.verify import verify
 
 HERE = ROOT / "scripts" / "slurm-here"
 STEPS = 2000

@@ -7,7 +7,8 @@ import time
 import pytest
 from training_jobs import command, finished, logged_step, outcome, started
 
-from mpilm.checkpoint.format import checkpoints, verify
+from mpilm.checkpoint.format import checkpoints
+from mpilm.checkpoint.verify import verify
 
 STEPS = 300
 ENDED = 75

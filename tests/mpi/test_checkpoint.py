@@ -19,7 +19,8 @@ from checkpoints import (
     striped,
 )
 
-from mpilm.checkpoint.format import TEMPORARY, checkpoints, verify
+from mpilm.checkpoint.format import TEMPORARY, checkpoints
+from mpilm.checkpoint.verify import verify
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.together import AgreedError
 from mpilm.comm.trace import Traced

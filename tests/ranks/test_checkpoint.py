@@ -36,10 +36,12 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.checkpoint import assemble, tensors
 from mpilm.checkpoint import save as save_module
-from mpilm.checkpoint.format import TEMPORARY, checkpoints, read_manifest, verify
+from mpilm.checkpoint import verify as verify_module
+from mpilm.checkpoint.format import TEMPORARY, checkpoints, read_manifest
 from mpilm.checkpoint.load import load
 from mpilm.checkpoint.plan import StoredTensor, plan_blocks, tensor_files
 from mpilm.checkpoint.save import save
+from mpilm.checkpoint.verify import newest_valid, verify, with_help
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
@@ -336,6 +338,46 @@ def test_a_step_that_is_there_is_not_written_over(tmp_path):
 
     run_ranks(2, body)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ranks_share_the_reading(tmp_path, size, monkeypatch):
+    """Every block is read once; what one rank finds all know, and the newest one that is whole is found."""
+    read = []
+    plain = verify_module._digest
+    monkeypatch.setattr(verify_module, "_digest", lambda path, block: read.append((path, block)) or plain(path, block))
+
+    def newest(comm):
+        return with_help(comm, lambda verify: newest_valid(tmp_path, verify))
+
+    with small_files(100, 5_000_000_000):
+        older, newer = (saved(tmp_path, draw_tensors(SHAPES), held_by_all(SHAPES, 1), ONE, step=step) for step in (1, 2))
+        assert run_ranks(size, newest) == [(newer, {}), *[None] * (size - 1)]
+        nbytes = {newer / name: entry["bytes"] for name, entry in read_manifest(newer).items()}
+        assert sorted(read) == sorted((path, block) for path, n in nbytes.items() for block in range(-(-n // 100)))
+        path = newer / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        altered = f"checkpoint file {path} has been altered: its digest is not the manifest's"
+        assert run_ranks(size, newest)[0] == (older, {newer: altered})
+        path.write_bytes(content[:-1])
+        assert "bytes, the manifest says" in run_ranks(size, newest)[0][1][newer]
+        with pytest.raises(AgreedError, match=r"model\.safetensors has"):
+            run_ranks(size, lambda comm: with_help(comm, lambda verify: verify(newer)))
+
+
+def test_a_rank_that_cannot_read_its_share(tmp_path, monkeypatch):
+    folder = saved(tmp_path, draw_tensors(SHAPES), held_by_all(SHAPES, 1), ONE)
+
+    def unreadable(path, block):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(verify_module, "_digest", unreadable)
+    with pytest.raises(AgreedError, match="cannot be read: Input/output error") as caught:
+        run_ranks(3, lambda comm: with_help(comm, lambda verify: newest_valid(tmp_path, verify)))
+    assert isinstance(caught.value.error, FileError)
+    assert folder.exists()
 
 
 @pytest.mark.parametrize("shard", [1000, 5_000_000_000])

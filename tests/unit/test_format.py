@@ -26,12 +26,12 @@ from mpilm.checkpoint.format import (
     folder_name,
     read_manifest,
     step_of,
-    verify,
 )
-from mpilm.checkpoint.load import load, newest_valid
+from mpilm.checkpoint.load import load
 from mpilm.checkpoint.pretrained import shape_of
 from mpilm.checkpoint.save import State, prune, remove_leftovers, save
 from mpilm.checkpoint.tensors import pack_header
+from mpilm.checkpoint.verify import newest_valid, verify
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
