@@ -45,6 +45,12 @@ class RanksDisagreeError(UserError):
     code = 88
 
 
+class OutOfMemoryError(UserError):
+    """A rank gets no more memory (EX_OSERR)."""
+
+    code = 71
+
+
 class LostRankError(UserError):
     """Ranks of the job are not there any more, and the others cannot go on without them."""
 
@@ -61,6 +67,7 @@ BY_CODE = {
         PreemptedError,
         NonFiniteError,
         RanksDisagreeError,
+        OutOfMemoryError,
         LostRankError,
     )
 }

@@ -385,7 +385,7 @@ def names_the_odd_rank(comm: Comm, mismatch: str) -> None:
     assert head == f"{comm.name}: the ranks do not make the same call:"
     rest = "rank 0" if last == 1 else f"ranks {', '.join(map(str, range(last)))}"
     assert len(table) == 2
-    assert f"  {rest}: call 2: {named_usual}" in table
+    assert f"  {rest}: call 2: {named_usual} (a place outside of mpilm)" in table
     assert any(line.startswith(f"  rank {last}: call 2: {named_odd}") for line in table)
     assert torch.equal(x, torch.arange(4.0) + comm.rank)
     assert comm.all_gather_json(comm.rank) == list(range(comm.size))

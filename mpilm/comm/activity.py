@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 REMEMBERED = 32  # calls
+PACKAGE = Path(__file__).parents[1]
 
 
 class Call(NamedTuple):
@@ -65,3 +68,13 @@ class Activity:
     def _rest_if_over(self) -> None:
         while self._over:
             time.sleep(1.0)
+
+
+def place(frame: FrameType | None) -> str:
+    """The innermost line of this package that is not about communication."""
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if PACKAGE in path.parents and path.parent.name not in ("comm", "guard"):
+            return f"{path.relative_to(PACKAGE)}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "a place outside of mpilm"

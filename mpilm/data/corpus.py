@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
-from mpilm.comm.together import on_root, together
+from mpilm.comm.together import AgreedError, on_root, together
 from mpilm.config import Data
 from mpilm.data.cache import cached_corpus
 from mpilm.data.encode import Progress
@@ -22,6 +22,7 @@ from mpilm.data.prepare import Meta, read_meta, silent
 from mpilm.data.tokenizer import Tokenizer, bpe_size, named_tokenizer, read_sidecar
 from mpilm.errors import ConfigError, DataError, FileError
 
+VERIFIED_BYTES = 2**30  # of tokens that are read once more at every start, to know that they are as they were
 SAMPLE_TOKENS = 2**16
 COUNTED_AT_ONCE = 2**22
 
@@ -62,7 +63,7 @@ def open_corpus(data: Data, comm: Comm, eos: bool = True, progress: Progress = s
     file = together(comm, lambda: _open(prepared, meta, verify=comm.rank == 0))
     together(comm, lambda: _compare(file, meta, comm))
     tokenizer = together(comm, lambda: _tokenizer(data.tokenizer if prefix else "auto", prepared, meta))
-    tokens_digest = meta.tokens_digest if meta else digest_files([file.path], [file.tokens.nbytes], comm)[0]
+    tokens_digest = _digest(file, meta, comm)
     return Corpus(
         tokens=file.tokens,
         tokenizer=tokenizer,
@@ -72,6 +73,16 @@ def open_corpus(data: Data, comm: Comm, eos: bool = True, progress: Progress = s
         path=file.path,
         bytes_per_token=meta.source_bytes / meta.tokens if meta else together(comm, lambda: _measure(file, tokenizer)),
     )
+
+
+def _digest(file: TokenFile, meta: Meta | None, comm: Comm) -> str:
+    """The digest of the tokens, compared with what was written down when they were made unless they are many. Collective."""
+    if meta and file.tokens.nbytes > VERIFIED_BYTES:
+        return meta.tokens_digest
+    found = digest_files([file.path], [file.tokens.nbytes], comm)[0]
+    if meta and found != meta.tokens_digest:
+        raise AgreedError(DataError(f"{file.path}: has been altered: it is not what the .json beside it was written for"))
+    return found
 
 
 def open_corpora(data: Data, comm: Comm, progress: Progress = silent) -> list[tuple[Corpus, float]]:

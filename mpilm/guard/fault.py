@@ -10,11 +10,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 VARIABLE = "MPILM_FAULT"
 POINTS = (
@@ -46,8 +49,14 @@ def _raise(value: float) -> None:
     raise ValueError("brought about on purpose")
 
 
-def _no_space(value: float) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def _os_error(number: int, value: float) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+def _out_of_memory(value: float) -> None:
+    """Let the rank have no more memory than it has."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now, now))
 
 
 KINDS: Mapping[str, Callable[[float], object]] = {
@@ -61,7 +70,8 @@ KINDS: Mapping[str, Callable[[float], object]] = {
     "raise": _raise,
     "exit": _exit,
     "os_exit": lambda value: os._exit(3),
-    "enospc": _no_space,
+    "memory": _out_of_memory,
+    **{name.lower(): partial(_os_error, getattr(errno, name)) for name in ("ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS")},
 }
 
 

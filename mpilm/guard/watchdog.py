@@ -19,10 +19,9 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from mpilm.comm.activity import Activity
+from mpilm.comm.activity import Activity, place
 from mpilm.comm.base import Comm
 
 CODE = 86
@@ -32,7 +31,6 @@ LEARNED = 20  # times the longest step
 SHORTEST_S = 60.0  # of a limit that is learned
 UNKNOWN_S = 3600.0  # of what has not been seen before
 GRACE_S = 5.0  # for other ranks to come to their limits
-PACKAGE = Path(__file__).parents[1]
 
 Words = Mapping[str, Any]  # what a rank has written down
 
@@ -109,7 +107,7 @@ class Watchdog:
             "waiting": None if call is None else [*call[:3], list(call.waits_for), call.detail, now - since],
             "reached": {call.axis: call.number for call in list(activity.calls) if call.op not in ("send", "receive")},
             "calls": [str(call) for call in list(activity.calls)],
-            "at": _place(frames.get(self.main or 0)),
+            "at": place(frames.get(self.main or 0)),
             "stacks": {
                 thread.name: traceback.format_stack(frames[thread.ident])
                 for thread in threading.enumerate()
@@ -206,13 +204,3 @@ def _reached(words: Words | None, axis: str, op: str) -> float:
 
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-
-
-def _place(frame: FrameType | None) -> str:
-    """The innermost line of this package that is not about communication."""
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if PACKAGE in path.parents and path.parent.name not in ("comm", "guard"):
-            return f"{path.relative_to(PACKAGE)}:{frame.f_lineno} in {frame.f_code.co_name}"
-        frame = frame.f_back
-    return "a place outside of mpilm"

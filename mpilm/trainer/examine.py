@@ -149,7 +149,7 @@ def _speed(told: Examination, nbytes: int) -> None:
             told.mind(
                 f"messages between rank 0 and rank {peer} are {statistics.median(rates) / rate:.1f} times slower than most"
             )
-    for size in (4096, 1 << 20, nbytes):
+    for size in sorted({4096, 1 << 20, nbytes}):
         x = torch.zeros(size // 4)
         took_s = _median_s(lambda x=x: comm.all_reduce(x), comm)  # type: ignore[misc]
         bus = 2 * (comm.size - 1) / comm.size * size / took_s / 1e9

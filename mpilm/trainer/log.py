@@ -27,7 +27,7 @@ from mpilm.telemetry.memory import peak_resident_bytes, shared_bytes
 from mpilm.telemetry.metrics import Metrics, TensorBoard
 from mpilm.trainer.build import Training
 from mpilm.trainer.machine import processor, versions
-from mpilm.trainer.memory import predicted_memory
+from mpilm.trainer.memory import listed, predicted_memory
 from mpilm.trainer.step import StepResult
 from mpilm.trainer.write import write
 
@@ -191,9 +191,8 @@ class RunLog:
         tokens = train.global_batch * model.context_length
         say(f"  a step   {train.global_batch} sequences of {model.context_length} = {tokens:,} tokens, in {m} microbatches")
         self._warn_uneven(m)
-        listed = ", ".join(f"{name} {mebibytes(b)}" for name, b in self.predicted.items() if b)
         most = "a rank" if world.size == 1 else "on the rank that needs most"
-        say(f"  memory   {mebibytes(sum(self.predicted.values()))} predicted {most}: {listed}")
+        say(f"  memory   {mebibytes(sum(self.predicted.values()))} predicted {most}: {listed(self.predicted)}")
         say(f"  run      {run.folder.path}" + (f", from step {run.folder.step}" if run.folder.step else ""))
         for note in run.folder.notes:
             say(f"  note     {note}")

@@ -17,6 +17,7 @@ from mpilm.trainer.elastic import Carried, Forgetful, Kept
 from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.left_out import leave_out
 from mpilm.trainer.log import RunLog
+from mpilm.trainer.memory import is_out_of_memory, out_of_memory
 from mpilm.trainer.saver import Saver
 from mpilm.trainer.step import Said, StepResult, train_step
 
@@ -43,6 +44,8 @@ def train(
         except Exception as error:
             if world.lost(error):
                 saver.abandon()
+            if is_out_of_memory(error):
+                raise out_of_memory(run, error) from error
             raise
         run.mesh.activity.enter("end", config.train.steps)
         log.finish()

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from mpilm.checkpoint.assemble import IN_FLIGHT
 from mpilm.checkpoint.format import BLOCK_BYTES
+from mpilm.errors import OutOfMemoryError
 from mpilm.model.size import activation_bytes
 from mpilm.parallel.pipeline.actions import Action
+from mpilm.telemetry.display import mebibytes
+from mpilm.telemetry.memory import resident_bytes
 from mpilm.trainer.build import Training
 
 # glibc keeps freed blocks below 32 MiB, and those of one microbatch leave holes that the next one's do not fill: measured
@@ -46,6 +51,29 @@ def predicted_memory(run: Training) -> dict[str, int]:
         **step,
         "checkpoint": saving,
     }
+
+
+def listed(parts: Mapping[str, int]) -> str:
+    """The parts of a prediction in words; those that are nothing are left out."""
+    return ", ".join(f"{part} {mebibytes(nbytes)}" for part, nbytes in parts.items() if nbytes)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory, of the host or of a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's, on a CPU
+
+
+def out_of_memory(run: Training, error: BaseException) -> OutOfMemoryError:
+    """That error in words that help."""
+    parts, activity = predicted_memory(run), run.mesh.activity
+    asked = "".join(f" ({line[:200]})" for line in str(error).strip().splitlines()[:1])
+    return OutOfMemoryError(
+        f"there is no more memory in {activity.phase} {activity.step + 1}, with {mebibytes(resident_bytes())} in use{asked}; "
+        f"predicted were {mebibytes(sum(parts.values()))}: {listed(parts)}. A smaller --train.micro-batch, "
+        "--train.recompute block, more pipeline stages or --parallel.zero 3 need less; fewer ranks on a node leave more to each"
+    )
 
 
 def peak_bytes(program: Sequence[Action], of_stage: Mapping[int, Mapping[str, int]]) -> int:

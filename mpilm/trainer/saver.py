@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from mpilm.checkpoint.format import folder_name
 from mpilm.checkpoint.save import Saving, State, prune
 from mpilm.comm.together import AgreedError
 from mpilm.config import to_dict
-from mpilm.errors import FileError
+from mpilm.errors import FileError, NonFiniteError
 from mpilm.mesh.shape import AXES
 from mpilm.trainer.build import Training
 from mpilm.trainer.log import RunLog
@@ -31,6 +33,7 @@ class Saver:
         self.finish()
         run = self.run
         run.mesh.activity.enter("checkpoint", done - 1)
+        _refuse_not_finite(run, done)
         try:
             self._saving = Saving(
                 run.folder.checkpoints, done, state_of(run, done, eval_loss), run.mesh.world, run.mesh.activity.at,
@@ -77,6 +80,19 @@ class Saver:
         if not isinstance(error.error, FileError) or self.run.config.checkpoint.on_error == "stop":
             raise error
         self.log.failed(str(error))
+
+
+def _refuse_not_finite(run: Training, done: int) -> None:
+    """A state that has gone bad in this step must not take the place of a good one. Collective."""
+    kinds = {"": run.model.pieces(), **{f" ({kind})": of for kind, of in run.model.optimizer.pieces().items()}}
+    bad = (f"{piece.name}{kind}" for kind, of in kinds.items() for piece, x in of.items() if not torch.isfinite(x).all())
+    found = {rank: name for rank, name in enumerate(run.mesh.world.all_gather_json(next(bad, ""))) if name}
+    if found:
+        rank, name = next(iter(found.items()))
+        raise AgreedError(NonFiniteError(
+            f"after step {done} {name} is not finite (on rank {rank}), although loss and gradient were; nothing is saved, and the "
+            "newest checkpoint is from before. A processor or its memory may be failing, or --train.lr is too high"
+        ))  # fmt: skip
 
 
 def state_of(run: Training, done: int, eval_loss: float | None) -> State:

@@ -75,12 +75,24 @@ def test_a_truncated_bin(tmp_path):
     assert str(file) in refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
 
 
+@pytest.mark.parametrize("change", ["one bit", "another file of this size"])
+def test_tokens_that_are_not_those_that_were_prepared(tmp_path, change):
+    prefix = write_tokens(tmp_path)
+    file = prefix.with_suffix(".bin")
+    content = bytearray(file.read_bytes())
+    content = content[::-1] if change != "one bit" else content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+    file.write_bytes(content)
+    message = refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
+    assert f"{file}: has been altered: it is not what the .json beside it was written for" in message
+
+
 def test_a_token_beyond_the_vocabulary(tmp_path):
     prefix = write_tokens(tmp_path)
     file = prefix.with_suffix(".bin")
     tokens = np.fromfile(file, dtype=np.uint16)
     tokens[:] = 300
     tokens.tofile(file)
+    prefix.with_suffix(".json").unlink()  # tokens of another program
     message = refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
     assert str(file) in message
     assert "300" in message

@@ -134,3 +134,16 @@ def test_the_drill_of_the_doctor_ends_the_job(tmp_path):
         assert time.monotonic() - began < 8
     assert "all answers were right" in job.output
     assert "rank 2 is killed" in job.output
+
+
+def test_a_rank_without_memory_says_what_would_need_less(tmp_path, data):
+    run = tmp_path / "run"
+    more = ("--model.d-model", 256, "--model.context-length", 256, "--train.micro-batch", 4)
+    with started(2, words(data, run, *more), tmp_path, MPILM_FAULT="kind=memory rank=1 step=2 point=data.next") as job:
+        assert job.end(30) != 0
+    assert "fault: memory" in job.output
+    said = (
+        r"error on rank 1 of 2 on \S+: there is no more memory in step 3, with [\d,]+ MiB in use .*; predicted were [\d,]+ MiB"
+    )
+    assert re.search(f"{said}: program", job.output), job.output
+    assert "--train.recompute block" in job.output

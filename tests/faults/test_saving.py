@@ -77,6 +77,36 @@ def test_a_disk_that_is_full_on_one_rank(tmp_path, data, uninterrupted):
     assert outcome(tmp_path / "other")[1] == uninterrupted[1]
 
 
+ERRORS = {
+    "eio": "Input/output error", "edquot": "Disk quota exceeded", "eacces": "Permission denied",
+    "erofs": "Read-only file system",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_disk_that_fails(tmp_path, data, error):
+    run = tmp_path / "run"
+    fault = f"kind={error} rank=0 point=checkpoint.write after=2"
+    with started(2, words(data, run, *(AT_ONCE if error == "edquot" else ())), tmp_path, MPILM_FAULT=fault) as job:
+        assert job.end(40) == 74, job.output
+    assert job.output.count("fault: ") == 1
+    assert job.output.count("mpilm: error") == 1
+    assert f"could not be written: {ERRORS[error]}; the older ones are as they were" in job.output
+    assert newest_valid(run / "checkpoints")[0] is not None
+
+
+def test_a_folder_that_goes_away(tmp_path, data):
+    """While one is written; whoever has moved it has the older checkpoints there."""
+    run, fault = tmp_path / "run", "kind=sleep rank=0 point=checkpoint.manifest after=2 value=2"
+    with started(2, words(data, run), tmp_path, MPILM_FAULT=fault) as job:
+        job.wait_for(lambda: "fault: " in job.output)
+        (run / "checkpoints").rename(tmp_path / "moved")
+        assert job.end(40) == 74, job.output
+    assert job.output.count("mpilm: error") == 1
+    assert "could not be written: not all ranks see its folder; the older ones are as they were" in job.output
+    assert newest_valid(tmp_path / "moved")[0] is not None
+
+
 def test_a_disk_that_is_too_small(tmp_path, data):
     small = tmp_path / "small"
     small.mkdir()

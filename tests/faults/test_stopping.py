@@ -84,6 +84,33 @@ def test_slices_of_time_make_the_whole_run(tmp_path, data, uninterrupted):
     assert outcome(run)[1] == uninterrupted[1]
 
 
+def test_no_step_is_started_that_cannot_be_finished(tmp_path, data):
+    """Of a second each, within a limit of five; so many that the limit would be passed by far."""
+    run = tmp_path / "run"
+    fault = ";".join(f"kind=sleep rank=1 step={step} point=forward value=1" for step in range(2, 40))
+    with started(2, words(data, run, "--run.time-limit", 5), tmp_path, MPILM_FAULT=fault) as job:
+        job.wait_for(lambda: logged_step(run) >= 1)
+        began = time.monotonic()
+        assert job.end(30) == ENDED, job.output
+        assert time.monotonic() - began < 5 + 2  # the limit began before step 1; what the processes need to go
+    assert "as run.time-limit asked; saved" in job.output
+    assert 2 <= logged_step(run) <= 7
+    assert len(checkpoints(run / "checkpoints")) == 1
+
+
+def test_sigterm_to_the_launcher_leaves_the_older_checkpoint(tmp_path, data, uninterrupted):
+    """It gives the ranks no time under mpirun; README says which signal does."""
+    run = tmp_path / "run"
+    with started(2, words(data, run, "--checkpoint.every", 20), tmp_path) as job:
+        job.wait_for(lambda: checkpoints(run / "checkpoints"))
+        os.kill(job.process.pid, signal.SIGTERM)
+        assert job.end(20) != 0
+    verify(checkpoints(run / "checkpoints")[-1])
+    with started(2, words(data, run, "--checkpoint.every", 20), tmp_path) as job:
+        assert job.end() == 0, job.output
+    assert outcome(run)[1] == uninterrupted[1]
+
+
 def test_the_end_of_a_slurm_job_is_known(tmp_path, data):
     run = tmp_path / "run"
     soon = str(int(time.time()) + 35)  # of which half a minute is kept free
