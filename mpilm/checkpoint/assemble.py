@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -41,8 +42,37 @@ class Held:
         raise KeyError(f"bytes {r.start} to {r.stop} of {' '.join(r.key)} are not held here, although `holders` says so")
 
 
-def assemble(plan: Iterable[Block], held: Held, comm: Comm) -> Iterator[tuple[Block, Tensor]]:
-    """The blocks that this rank writes, in order, as uint8 tensors in host memory. Collective: to be run to its end.
+class Buffers:
+    """Memory for all blocks that a rank writes of a checkpoint, kept for the next one: memory that is new comes slowly."""
+
+    def __init__(self) -> None:
+        self._all: list[Tensor] = []
+        self._taken = 0
+
+    def again(self) -> Buffers:
+        """All of them are free."""
+        self._taken = 0
+        return self
+
+    def take(self, nbytes: int) -> Tensor:
+        if self._taken == len(self._all):
+            self._all.append(fresh(nbytes))
+        if self._all[self._taken].numel() < nbytes:
+            self._all[self._taken] = fresh(nbytes)
+        self._taken += 1
+        return self._all[self._taken - 1][:nbytes]
+
+
+def fresh(nbytes: int) -> Tensor:
+    """Memory that begins with a page, as the disk wants it (checkpoint/blocks.py)."""
+    return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
+
+
+def assemble(
+    plan: Iterable[Block], held: Held, comm: Comm, memory: Callable[[int], Tensor] = fresh
+) -> Iterator[tuple[Block, Tensor]]:
+    """The blocks that this rank writes, in order, as uint8 tensors in host memory. Collective: to be run to its end. `memory`:
+    where a block comes from.
 
     Every rank finishes its oldest block first, so of all blocks under way the first one always has all its parts started:
     nobody waits for ever, and no more than IN_FLIGHT blocks lie in memory.
@@ -50,7 +80,7 @@ def assemble(plan: Iterable[Block], held: Held, comm: Comm) -> Iterator[tuple[Bl
     under_way: deque[tuple[Block, Finish]] = deque()
     for block in plan:
         if comm.rank == block.writer or comm.rank in block.parts:
-            under_way.append((block, _start(block, held, comm)))
+            under_way.append((block, _start(block, held, comm, memory)))
         if len(under_way) == IN_FLIGHT:
             yield from _finish(*under_way.popleft())
     while under_way:
@@ -63,7 +93,7 @@ def _finish(block: Block, finish: Finish) -> Iterator[tuple[Block, Tensor]]:
         yield block, data
 
 
-def _start(block: Block, held: Held, comm: Comm) -> Finish:
+def _start(block: Block, held: Held, comm: Comm, memory: Callable[[int], Tensor]) -> Finish:
     """Send this rank's part of the block, all ranges in one message, or begin to receive the others'."""
     if comm.rank != block.writer:
         packed = torch.cat([held.bytes_of(r) for r in block.parts[comm.rank]]).cpu()
@@ -75,7 +105,7 @@ def _start(block: Block, held: Held, comm: Comm) -> Finish:
             requests.append((comm.irecv(packed, rank, TAG), ranges, packed))
 
     def finish() -> Tensor:
-        data = torch.empty(block.nbytes, dtype=torch.uint8)
+        data = memory(block.nbytes)
         _lay(block, data, ((r, held.bytes_of(r)) for r in block.parts.get(comm.rank, ())))
         for request, ranges, packed in requests:
             request.wait()

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.assemble import Held, assemble
+from mpilm.checkpoint.assemble import Buffers, Held, assemble, fresh
 from mpilm.checkpoint.blocks import BlockWriter, digest_of
 from mpilm.checkpoint.format import (
     BLOCK_BYTES,
@@ -48,6 +48,7 @@ from mpilm.parallel.shard import Piece
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts models
 PARAMETER = "parameter"
+LEAST_PRIORITY = 19
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,12 @@ def save(parent: Path, step: int, state: State, comm: Comm, at: Point = nowhere)
 class Saving:
     """A checkpoint under way: copied by the constructor, written by a thread that talks to no other rank, and published by
     `commit`. Collective over the world; both raise AgreedError on all ranks alike. `at`: told of every point on the way.
-    `ahead`: false: no copy and no thread; the constructor writes block by block."""
+    `ahead`: false: no copy and no thread; the constructor writes block by block. `buffers`: for the copy; nobody else's now."""
 
-    def __init__(self, parent: Path, step: int, state: State, comm: Comm, at: Point = nowhere, ahead: bool = True):
+    def __init__(
+        self, parent: Path, step: int, state: State, comm: Comm, at: Point = nowhere, ahead: bool = True,
+        buffers: Buffers | None = None,
+    ):  # fmt: skip
         self.state, self.comm, self.at = state, comm, at
         self._began, self.took_s = time.perf_counter(), 0.0  # copying and writing
         self.final = parent / folder_name(step)
@@ -98,14 +102,16 @@ class Saving:
         on_root(comm, lambda: _prepare(self.final, self.temporary, sum(file.nbytes for file in tensor_files)))
         held = Held({PARAMETER: state.parameters, **state.moments}, tensor_files)
         plan = plan_blocks(tensor_files, cache(state.holders), comm.size, BLOCK_BYTES)
-        blocks = assemble(plan, held, comm)
+        blocks = assemble(plan, held, comm, buffers.again().take if buffers and ahead else fresh)
         self._digests = torch.zeros(sum(self.counts), 32, dtype=torch.uint8)  # a row a block
         self._writer = BlockWriter(self.temporary, at)
+        self._words = Writer(self.temporary, at)  # on rank 0
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._agreed = False  # that all is written, and what the digests are
         if ahead:
-            self._thread = threading.Thread(target=self._write_beside, args=(_copied(blocks),), name="checkpoint", daemon=True)
-            self._thread.start()
+            made = _copied(blocks)
+            self._beside(lambda: self._write(made))
         else:
             self._write(blocks)
 
@@ -114,58 +120,89 @@ class Saving:
         """Whether this rank is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
-    def _write_beside(self, blocks: Iterator[tuple[Block, Tensor]]) -> None:
-        try:
-            self._write(blocks)
-        except BaseException as error:  # whatever it is, `commit` must hear of it
-            self._failure = error
+    def _beside(self, action: Callable[[], None]) -> None:
+        """Do it in a thread, to which the steps leave what they do not need."""
+
+        def body() -> None:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
+            try:
+                action()
+            except BaseException as error:  # whatever it is, `commit` must hear of it
+                self._failure = error
+
+        self._thread = threading.Thread(target=body, name="checkpoint", daemon=True)
+        self._thread.start()
 
     def _write(self, blocks: Iterator[tuple[Block, Tensor]]) -> None:
-        """Write and hash."""
+        """Write and hash; on rank 0 also what it writes alone, but for the manifest."""
+        waited_s = _waited_s()
         with self._writer:
             for block, data in blocks:
                 self._writer.write(block, data)
                 self._digests[block.number] = digest_of(data)
-        self.took_s = time.perf_counter() - self._began
+        if self.comm.rank == 0:
+            try:
+                self._write_words()
+            except OSError as error:
+                self._failure = error
+        self.took_s = time.perf_counter() - self._began - (_waited_s() - waited_s)
 
     def abandon(self) -> None:
         """Wait for this rank's writing, and leave what there is; the next one to write here removes it."""
         if self._thread is not None:
             self._thread.join()
 
-    def commit(self) -> Path:
-        """Wait for the writing, agree that it is done, write what belongs to it and give the folder its name."""
-        if self._thread is not None:
-            self._thread.join()
+    def advance(self) -> bool:
+        """The next step towards the end, when no rank is busy: agree that all is written, and what the digests are, and let
+        rank 0 write the manifest and give the folder its name; or agree that this is done. Whether it is."""
         try:
             together(self.comm, self._check)
-            self.comm.all_reduce(self._digests.view(torch.int64))  # rows of others are zero, so the sum brings them together
-            on_root(self.comm, self._publish)
+            if not self._agreed:
+                self.comm.all_reduce(self._digests.view(torch.int64))  # rows of others are zero: the sum brings them together
+                if self.comm.rank == 0:
+                    self._beside(self._publish)
+                self._agreed = True
+                return False
         except AgreedError:
             if self.comm.rank == 0:  # what is half-written only takes the space that the next one needs
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise
-        return self.final
+        return True
+
+    def commit(self) -> Path:
+        """Wait for it, and bring it to its end."""
+        while True:
+            if self._thread is not None:
+                self._thread.join()
+            if self.advance():
+                return self.final
 
     def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
         with _writing(self.final):
+            if self._failure is not None:
+                raise self._failure
             self._writer.raise_error()
 
+    def _write_words(self) -> None:
+        _write_words(self._words, self.state)
+        for stem, group in self.files.items():
+            if len(group) > 1:
+                self._words.json(f"{stem}.safetensors.index.json", index_of(group))
+        self._words.json("trainer.json", dict(self.state.trainer))
+
     def _publish(self) -> None:
-        """Write what rank 0 writes alone, the manifest last, and give the folder its name."""
-        writer = Writer(self.temporary, self.at)
-        with _writing(self.final):
-            _write_words(writer, self.state)
-            for stem, group in self.files.items():
-                if len(group) > 1:
-                    writer.json(f"{stem}.safetensors.index.json", index_of(group))
-            names = [file for group in self.files.values() for file in group]
-            for file, rows in zip(names, self._digests.split(self.counts)):
-                writer.entries[file.name] = manifest_entry(file.nbytes, rows.numpy().tobytes())
-            writer.json("trainer.json", dict(self.state.trainer))
-            writer.publish(self.final)
+        names = [file for group in self.files.values() for file in group]
+        for file, rows in zip(names, self._digests.split(self.counts)):
+            self._words.entries[file.name] = manifest_entry(file.nbytes, rows.numpy().tobytes())
+        self._words.publish(self.final)
+
+
+def _waited_s() -> float:
+    """How long this thread has waited for a core so far."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int(Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text().split()[1]) / 1e9
+    return 0.0
 
 
 def _copied(blocks: Iterator[tuple[Block, Tensor]]) -> Iterator[tuple[Block, Tensor]]:

@@ -39,7 +39,7 @@ def train(
         try:
             _steps(run, log, saver, kept or Forgetful(), carried)
         except AgreedError:
-            saver.finish()
+            saver.close()
             raise
         except Exception as error:
             if world.lost(error):
@@ -73,7 +73,7 @@ def _steps(run: Training, log: RunLog, saver: Saver, kept: Kept, carried: Carrie
         if checking:
             refuse_drift(run.model, done)
         _after(run, log, saver, done, result, rewound)
-    saver.finish()
+    saver.close()
     _forget_stop(run)
 
 
@@ -95,7 +95,7 @@ def _after(
     if saving and not (again and saver.is_there(done)):
         saver.begin(done, loss)
     if stopping:
-        saver.finish()
+        saver.close()
         _stop(run, done, result.heard.wish)
 
 

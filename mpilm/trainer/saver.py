@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import threading
+from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
+from mpilm.checkpoint.assemble import Buffers
 from mpilm.checkpoint.format import folder_name
 from mpilm.checkpoint.save import Saving, State, prune
 from mpilm.comm.together import AgreedError
@@ -22,6 +27,8 @@ class Saver:
     def __init__(self, run: Training, log: RunLog):
         self.run, self.log = run, log
         self._saving: Saving | None = None
+        self._buffers = Buffers()
+        self._pruning: threading.Thread | None = None  # on rank 0: to remove large files takes a while
 
     @property
     def busy(self) -> bool:
@@ -34,10 +41,11 @@ class Saver:
         run = self.run
         run.mesh.activity.enter("checkpoint", done - 1)
         _refuse_not_finite(run, done)
+        self._pruned()  # before one looks for room
         try:
             self._saving = Saving(
                 run.folder.checkpoints, done, state_of(run, done, eval_loss), run.mesh.world, run.mesh.activity.at,
-                run.config.checkpoint.asynchronous,
+                run.config.checkpoint.asynchronous, self._buffers,
             )  # fmt: skip
         except AgreedError as error:
             self._failed(error)
@@ -53,23 +61,40 @@ class Saver:
     def look(self, done: int, any_busy: bool) -> None:
         """Between steps: publish what every rank has written."""
         if self._saving is not None and not any_busy:
-            self.finish()
+            self._bring_on(self._saving.advance)
             self.log.skip_time(done)
 
     def finish(self) -> None:
         """Publish what is under way, once it is written, and remove checkpoints no longer wanted."""
-        saving, self._saving = self._saving, None
-        if saving is None:
-            return
-        run, config = self.run, self.run.config.checkpoint
+        if self._saving is not None:
+            self._bring_on(self._saving.commit)
+
+    def _bring_on(self, go: Callable[[], object]) -> None:
+        saving, run, config = self._saving, self.run, self.run.config.checkpoint
+        assert saving is not None
         run.mesh.activity.enter("checkpoint", run.mesh.activity.step)
         try:
-            self.log.saved(saving.commit(), saving.took_s)
+            if not go():
+                return
         except AgreedError as error:
+            self._saving = None
             return self._failed(error)
+        self._saving = None
+        self.log.saved(saving.final, saving.took_s)
         if run.mesh.rank == 0:
             run.mesh.activity.at("checkpoint.cleanup")
-            prune(run.folder.checkpoints, config.keep, config.keep_best)
+            wanted = run.folder.checkpoints, config.keep, config.keep_best
+            self._pruning = threading.Thread(target=prune, args=wanted, name="prune", daemon=True)
+            self._pruning.start()
+
+    def close(self) -> None:
+        """Publish what is under way, and be done with all of it."""
+        self.finish()
+        self._pruned()
+
+    def _pruned(self) -> None:
+        if self._pruning is not None:
+            self._pruning.join()
 
     def abandon(self) -> None:
         """Leave what is under way as it is, once this rank writes no more: the ranks cannot agree on it."""
@@ -85,14 +110,21 @@ class Saver:
 def _refuse_not_finite(run: Training, done: int) -> None:
     """A state that has gone bad in this step must not take the place of a good one. Collective."""
     kinds = {"": run.model.pieces(), **{f" ({kind})": of for kind, of in run.model.optimizer.pieces().items()}}
-    bad = (f"{piece.name}{kind}" for kind, of in kinds.items() for piece, x in of.items() if not torch.isfinite(x).all())
+    every = [(f"{piece.name}{kind}", x) for kind, of in kinds.items() for piece, x in of.items()]
+    replicas = run.model.data if not run.model.zero else None  # they hold the same, and look at a part each
+    bad = (name for name, x in (every[replicas.rank :: replicas.size] if replicas else every) if not _is_finite(x))
     found = {rank: name for rank, name in enumerate(run.mesh.world.all_gather_json(next(bad, ""))) if name}
     if found:
         rank, name = next(iter(found.items()))
         raise AgreedError(NonFiniteError(
-            f"after step {done} {name} is not finite (on rank {rank}), although loss and gradient were; nothing is saved, and the "
-            "newest checkpoint is from before. A processor or its memory may be failing, or --train.lr is too high"
+            f"after step {done} {name} is not finite (on rank {rank}), although loss and gradient were; nothing is saved, and "
+            "the newest checkpoint is from before. A processor or its memory may be failing, or --train.lr is too high"
         ))  # fmt: skip
+
+
+def _is_finite(x: Tensor) -> bool:
+    """The sum alone would say it of all but huge values, at a thirtieth of the time."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def state_of(run: Training, done: int, eval_loss: float | None) -> State:
