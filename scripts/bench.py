@@ -3,6 +3,7 @@
 
     python scripts/bench.py overhead          one rank against a plain torch loop
     python scripts/bench.py data-parallel     2 ranks against two independent runs, and against torch DDP with gloo
+    python scripts/bench.py guards            2 ranks with watchdog, fingerprints and digests, against the same without
     python scripts/bench.py crowded           8 ranks against 2 on the same cores
     python scripts/bench.py start             mpirun to the first step, against importing the libraries
     python scripts/bench.py memory            memory of a rank against what the header predicts
@@ -29,6 +30,8 @@ COMMANDS = {
     "overhead": speed.overhead,
     "data-parallel": speed.data_parallel,
     "data-parallel-worker": speed.data_parallel_worker,
+    "guards": speed.guards,
+    "guards-worker": speed.guards_worker,
     "crowded": speed.crowded,
     "start": speed.start,
     "memory": speed.memory,

@@ -28,7 +28,7 @@ from mpilm.trainer import loop
 from mpilm.trainer.prove import VOCAB_SIZE, RandomTokens
 from mpilm.trainer.sharded import ShardedModel
 from mpilm.trainer.staged import meta_model, resolve_layouts
-from mpilm.trainer.step import Said, Source, StepResult, total_loss, train_step
+from mpilm.trainer.step import Source, StepResult, total_loss, train_step
 from mpilm.validation import validate
 
 CPU = torch.device("cpu")
@@ -193,10 +193,10 @@ def stopped(config: Config, size: int, at: int) -> None:
     """Train as if all ranks had died after step `at`, when all checkpoints before were written."""
     config = replaced(config, checkpoint__asynchronous=False)
 
-    def step_or_die(model: ShardedModel, source: Source, step: int, say: Said) -> StepResult:
+    def step_or_die(model: ShardedModel, source: Source, step: int, *more: Any) -> StepResult:
         if step == at:
             raise KeyboardInterrupt
-        return train_step(model, source, step, say)
+        return train_step(model, source, step, *more)
 
     with mock.patch.object(loop, "train_step", step_or_die), pytest.raises(KeyboardInterrupt):
         run_ranks(size, lambda comm: loop.train(config, comm))

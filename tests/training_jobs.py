@@ -28,6 +28,11 @@ SMALL = (
 """A step of it takes a few milliseconds."""
 
 
+def slow(*values: object) -> Any:
+    """A case that scripts/test leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def command(data: Path, run: Path, *more: object) -> list[str]:
     """The words of a small training run; later ones win."""
     return ["-m", "mpilm.train", *map(str, SMALL), "--data.path", str(data), "--run.dir", str(run), *map(str, more)]

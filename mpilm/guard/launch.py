@@ -21,6 +21,7 @@ from mpilm.errors import ConfigError, LostRankError, PreemptedError, UserError
 R = TypeVar("R")
 Body = Callable[[Comm], None]
 LET_FIRST_SPEAK_S = 0.5
+START_S = 1800.0  # for all ranks to come together; thousands take minutes
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "SLURM_PROCID")
 
@@ -39,6 +40,7 @@ def run(prepare: Callable[[], Body]) -> NoReturn:
         failure = error
     except KeyboardInterrupt:
         os._exit(130)
+    faulthandler.dump_traceback_later(START_S, exit=True)  # where a launcher has not started all, or one of them hangs
     comm = world()
     _end_with_launcher()
     try:
@@ -56,6 +58,7 @@ def _main(comm: Comm, body: Body | None, failure: BaseException | None) -> int:
         mine = _printed(failure) if isinstance(failure, SystemExit) else None
         ending = next((theirs for theirs in comm.all_gather_json(mine) if theirs), None)
         together(comm, lambda: _raise(failure if not isinstance(failure, SystemExit) else None))
+        faulthandler.cancel_dump_traceback_later()  # all are here
         if ending is not None:  # --help, or flags that cannot be read, on one rank at least: said once, and all end
             text, code = ending
             if comm.rank == 0:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -30,6 +31,7 @@ SUSPENDED_S = 10.0  # a tick that took so much longer: the machine slept, or the
 LEARNED = 20  # times the longest step
 SHORTEST_S = 60.0  # of a limit that is learned
 UNKNOWN_S = 3600.0  # of what has not been seen before
+PREPARATION = "preparation"  # of texts, which may take days and says how far it is
 GRACE_S = 5.0  # for other ranks to come to their limits
 
 Words = Mapping[str, Any]  # what a rank has written down
@@ -37,17 +39,22 @@ Words = Mapping[str, Any]  # what a rank has written down
 
 class Watchdog:
     """Watches `activity` from construction to `close`. `stated_s`: limit of a step; 0: learned. Collective, to learn of the
-    others' processes."""
+    others' processes. Until `write_below` has been called every rank speaks for itself."""
 
-    def __init__(self, activity: Activity, world: Comm, folder: Path, stated_s: float):
+    def __init__(self, activity: Activity, world: Comm, stated_s: float):
         self.activity, self.world, self.stated_s = activity, world, stated_s
         self.processes = world.all_gather_json([socket.gethostname(), os.getpid()])
-        self.folder = folder / "watchdog" / f"{world.broadcast_json(time.strftime('%Y%m%d-%H%M%S'))}"
+        self.stamp = world.broadcast_json(time.strftime("%Y%m%d-%H%M%S"))
+        self.folder: Path | None = None
         self.main = threading.current_thread().ident
         self._closed = threading.Event()
         with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # where a signal cannot be had
             faulthandler.register(signal.SIGUSR2, all_threads=True)  # works also where the interpreter lock is held
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def write_below(self, folder: Path) -> None:
+        """Where the ranks write down what they do; all see it."""
+        self.folder = folder / "watchdog" / self.stamp
 
     def close(self) -> None:
         self._closed.set()
@@ -57,6 +64,8 @@ class Watchdog:
         phase = self.activity.phase
         if self.stated_s and phase == "step":
             return self.stated_s
+        if phase == PREPARATION:
+            return math.inf
         longest = self.activity.longest_s.get(phase)
         return UNKNOWN_S if longest is None else max(SHORTEST_S, LEARNED * longest)
 
@@ -77,9 +86,13 @@ class Watchdog:
         """Report, and end the job."""
         self.activity.end()
         limit_s = self.limit_s()
-        self._write(limit_s)
+        words = self._words(limit_s)
         grace_s = GRACE_S + 0.05 * limit_s
-        found = self._gathered(grace_s)
+        if self.folder is None:
+            sys.stderr.write(report({self.world.rank: words}, self.processes, {}))
+            return time.sleep(grace_s)  # the others have something to say too
+        self._write(self.folder, words)
+        found = self._gathered(self.folder, grace_s)
         if min(found) != self.world.rank:
             return time.sleep(2 * grace_s)  # the first one speaks and ends all
         missing = [rank for rank in range(self.world.size) if rank not in found]
@@ -94,11 +107,11 @@ class Watchdog:
         if self.world.size > 1:
             self.world.abort(CODE)
 
-    def _write(self, limit_s: float) -> None:
+    def _words(self, limit_s: float) -> dict[str, Any]:
         """What this rank is doing, for whoever reports."""
         activity, now, frames = self.activity, time.monotonic(), sys._current_frames()
         call, since = activity.waiting or (None, now)
-        words = {
+        return {
             "rank": self.world.rank,
             "step": activity.step + 1,
             "phase": activity.phase,
@@ -114,22 +127,21 @@ class Watchdog:
                 if thread.ident in frames and thread.ident != threading.get_ident()
             },
         }
+
+    def _write(self, folder: Path, words: Words) -> None:
         with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self._path(self.world.rank)
+            folder.mkdir(parents=True, exist_ok=True)
+            path = _path(folder, self.world.rank)
             path.with_suffix(".tmp").write_text(json.dumps(words, indent=1))
             path.with_suffix(".tmp").rename(path)
 
-    def _path(self, rank: int) -> Path:
-        return self.folder / f"rank-{rank:04d}.json"
-
-    def _gathered(self, grace_s: float) -> dict[int, Words]:
+    def _gathered(self, folder: Path, grace_s: float) -> dict[int, Words]:
         """What all ranks have written, as far as it comes in time."""
         end, found = time.monotonic() + grace_s, dict[int, Words]()
         while len(found) < self.world.size and time.monotonic() < end:
             for rank in range(self.world.size):
-                if rank not in found and self._path(rank).exists():
-                    found[rank] = json.loads(self._path(rank).read_text())
+                if rank not in found and _path(folder, rank).exists():
+                    found[rank] = json.loads(_path(folder, rank).read_text())
             time.sleep(0.1)
         return found or {self.world.rank: {"rank": self.world.rank, "step": self.activity.step + 1}}
 
@@ -157,6 +169,10 @@ def _rest_on_crashes() -> None:
         libc = ctypes.CDLL(None)
         for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT):
             libc.signal(int(number), ctypes.cast(libc.pause, ctypes.c_void_p))
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:04d}.json"
 
 
 def report(found: Mapping[int, Words], processes: Sequence[Sequence[Any]], states: Mapping[int, str]) -> str:

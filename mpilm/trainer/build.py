@@ -19,8 +19,8 @@ from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
-from mpilm.guard.fault import faults
 from mpilm.guard.request import StopRequest
+from mpilm.guard.watchdog import PREPARATION
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.shard import ALIGNMENT
@@ -60,10 +60,12 @@ def build(config: Config, world: Comm, carried: Carried | None = None, activity:
     shape = together(world, lambda: mesh_shape(config, world.size))
     machine = together(world, lambda: look(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
-    activity = activity or Activity(faults(world.rank))
+    activity = activity or Activity()
     mesh = Mesh.build(shape, Traced(world, True, activity), activity)
     waiting = world.with_options(gpu_aware=False, patient=True)  # for rank 0, which may train a tokenizer on all cores
+    activity.enter(PREPARATION, 0)
     material = open_material(config, waiting, ProgressLine() if world.rank == 0 else silent)
+    activity.enter("start", 0)
     batches = Batches(material.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
     content = _content(config, material, world)
     folder = open_run_folder(config, content, conditions(machine, world), world, carried)

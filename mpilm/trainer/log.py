@@ -117,6 +117,7 @@ class RunLog:
         peaks = self.run.mesh.world.all_gather_json(self._peak_bytes())
         text = self._sample() if self.run.config.generate.max_tokens and self.run.config.model.arch != "bert" else ""
         self.display.close()
+        self._write({"event": "end", "step": self.run.config.train.steps, "time": time.time()})
         for sink in self.sinks:
             sink.close()
         if self.speaks:

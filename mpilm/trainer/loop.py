@@ -9,6 +9,7 @@ from mpilm.comm.base import Comm
 from mpilm.comm.together import AgreedError
 from mpilm.config import Config
 from mpilm.errors import PreemptedError
+from mpilm.guard.fault import faults
 from mpilm.guard.request import REASONS
 from mpilm.guard.watchdog import Watchdog
 from mpilm.trainer.build import Training, build
@@ -29,11 +30,14 @@ def train(
 
     `kept`: takes the state of every step; `carried`: the state to go on from (trainer/elastic.py).
     """
-    run = build(config, world, carried, activity)
+    activity = activity or Activity(faults(world.rank))
     with contextlib.ExitStack() as stack:
+        watchdog = Watchdog(activity, world, config.fault.step_timeout)
+        stack.callback(watchdog.close)
+        run = build(config, world, carried, activity)
         stack.callback(run.folder.release)
         stack.enter_context(run.request.listening())
-        stack.callback(Watchdog(run.mesh.activity, run.mesh.world, run.folder.path, config.fault.step_timeout).close)
+        watchdog.write_below(run.folder.path)
         log = RunLog(run)
         saver = Saver(run, log)
         try:

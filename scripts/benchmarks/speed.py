@@ -142,6 +142,44 @@ def data_parallel(args: argparse.Namespace) -> None:
         subprocess.run([*mpirun(2), sys.executable, BENCH, "data-parallel-worker", *words], check=True)
 
 
+def guards_worker(args: argparse.Namespace) -> None:
+    from unittest import mock
+
+    from mpilm.comm.mpi import mpi_world
+    from mpilm.guard.watchdog import Watchdog
+    from mpilm.trainer import build as built
+    from mpilm.trainer.drift import refuse_drift
+    from mpilm.trainer.step import train_step
+
+    comm = mpi_world()
+    run = built.build(configured(f"{args.folder}/guarded", args.preset, train__threads=1), comm)
+    watchdog = Watchdog(run.mesh.activity, comm, 0.0)
+
+    def guarded(step: int) -> None:
+        checking = step % STEPS == 0  # ten times as often as --fault.check-every asks by default
+        run.mesh.activity.enter("step", step)
+        run.mesh.check(checking)
+        train_step(run.model, run.batches, step)
+        run.mesh.check(False)
+        if checking:
+            refuse_drift(run.model, step + 1)
+
+    with mock.patch.object(built, "Traced", lambda inner, *more: inner):
+        bare = mpilm_side(configured(f"{args.folder}/bare", args.preset, train__threads=1), comm)
+    times, void = rounds({"guarded": guarded, "without": bare}, args.rounds, comm)
+    watchdog.close()
+    if comm.rank == 0:
+        report(
+            f"guards ({args.preset})", times, {"guarded / without": (pairwise(times, "without", "guarded"), ">= 0.99")}, void
+        )
+
+
+def guards(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--preset", args.preset, "--rounds", str(args.rounds), "--folder", folder]
+        subprocess.run([*mpirun(2), sys.executable, BENCH, "guards-worker", *words], check=True)
+
+
 def training_run(ranks: int, steps: int, *words: str) -> tuple[list[dict], float, str]:  # type: ignore[type-arg]
     """Rows of metrics, seconds to the first step as the launcher's caller sees it, and what was printed."""
     with tempfile.TemporaryDirectory() as folder:

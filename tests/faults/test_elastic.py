@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_jobs import command, finished, outcome, started
+from training_jobs import command, finished, outcome, slow, started
 
 from mpilm.checkpoint.format import checkpoints
 from mpilm.telemetry.metrics import read_rows
@@ -57,17 +57,21 @@ def uncut(tmp_path_factory, data):
 def assert_whole(run, uncut):
     """The same bits, and a row of the same numbers for every step."""
     assert outcome(run) == uncut
-    assert [row["step"] for row in read_rows(run / "metrics.jsonl") if "loss" in row] == list(range(1, STEPS + 1))
+    rows = read_rows(run / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    assert rows[-1]["event"] == "end"
 
 
 @pytest.mark.parametrize(
     ("ranks", "rank", "point", "more"),
     [
-        *((3, i % 3, point, ("--parallel.zero", str(i % 4))) for i, point in enumerate(POINTS)),
-        *((3, i % 3, point, ()) for i, point in enumerate(SAVING)),
+        (3, 0, "backward", ("--parallel.zero", "2")),
+        (3, 0, "eval", ()),
         (4, 1, "p2p.send", PIPELINE),
-        (4, 2, "optimizer", (*PIPELINE, "--parallel.zero", "3")),
-        (4, 3, "reduce.after", ("--train.optimizer", "muon", "--parallel.zero", "1")),
+        *(slow(3, i % 3, point, ("--parallel.zero", str(i % 4))) for i, point in enumerate(POINTS)),
+        *(slow(3, i % 3, point, ()) for i, point in enumerate(SAVING)),
+        slow(4, 2, "optimizer", (*PIPELINE, "--parallel.zero", "3")),
+        slow(4, 3, "reduce.after", ("--train.optimizer", "muon", "--parallel.zero", "1")),
     ],
 )  # fmt: skip
 def test_the_others_go_on(tmp_path, data, uncut, ranks, rank, point, more):
@@ -92,6 +96,7 @@ def test_one_after_the_other(tmp_path, data, uncut):
     assert_whole(tmp_path / "run", uncut)
 
 
+@pytest.mark.slow
 def test_two_at_once(tmp_path, data, uncut):
     """Of four replicas that hold everything."""
     faults = [f"kind=kill rank={rank} step=20 point=reduce.before" for rank in (1, 2)]
@@ -100,7 +105,9 @@ def test_two_at_once(tmp_path, data, uncut):
     assert_whole(tmp_path / "run", uncut)
 
 
-@pytest.mark.parametrize(("point", "more"), [("agree", ()), ("give after=3", ()), ("give after=20", ("--parallel.zero", "1"))])
+@pytest.mark.parametrize(
+    ("point", "more"), [slow("agree", ()), slow("give after=3", ()), ("give after=20", ("--parallel.zero", "1"))]
+)
 def test_another_one_while_the_state_is_brought_together(tmp_path, data, uncut, point, more):
     faults = ["kind=kill rank=1 step=20 point=forward", f"kind=kill rank=3 point=recover.{point}"]
     code, output = hit(tmp_path, data, 4, *faults, more=more)
@@ -110,7 +117,7 @@ def test_another_one_while_the_state_is_brought_together(tmp_path, data, uncut, 
 
 
 @pytest.mark.parametrize(
-    ("ranks", "more"), [(2, PIPELINE), (4, ("--parallel.zero", "1"))], ids=["a stage", "a shard and its copy"]
+    ("ranks", "more"), [slow(2, PIPELINE), (4, ("--parallel.zero", "1"))], ids=["a stage", "a shard and its copy"]
 )
 def test_what_nobody_else_holds_ends_the_job_in_good_order(tmp_path, data, uncut, ranks, more):
     faults = [f"kind=kill rank={rank} step=40 point=forward" for rank in ((1,) if ranks == 2 else (1, 2))]
@@ -118,6 +125,7 @@ def test_what_nobody_else_holds_ends_the_job_in_good_order(tmp_path, data, uncut
     assert code == LOST_RANK, output
     assert output.count("mpilm: error") == 1
     assert "the same command goes on from the newest checkpoint" in output
+    assert "end" not in [row.get("event") for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000025"]
     with started(2, words(data, tmp_path / "run", "--fault.elastic", "false"), tmp_path) as job:
         assert job.end() == 0, job.output

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from training_jobs import command, logged_step, started
+from training_jobs import command, logged_step, slow, started
 
 WATCHDOG = 86
 LIMIT_S = 3
@@ -36,7 +36,17 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("hang", "layout"), [*((hang, "data") for hang in HANGS), ("sleep", "pipeline"), ("stop", "pipeline")])
+@pytest.mark.parametrize(
+    ("hang", "layout"),
+    [
+        ("loop", "data"),
+        ("hold", "data"),
+        ("stop", "pipeline"),
+        slow("sleep", "data"),
+        slow("stop", "data"),
+        slow("sleep", "pipeline"),
+    ],
+)
 def test_a_rank_that_hangs_is_named(tmp_path, data, hang, layout):
     run, (flags, point, call) = tmp_path / "run", LAYOUTS[layout]
     fault = f"kind={hang} rank=1 step=4 point={point} value={10**6 * (hang == 'sleep')}"
@@ -96,7 +106,13 @@ ENDS = {"kill": None, "segv": None, "exit": 3, "os_exit": 3, "raise": 1}
 POINTS = ("data.next", "forward", "backward", "reduce.before", "reduce.after", "optimizer")
 
 
-@pytest.mark.parametrize(("end", "point"), [(end, POINTS[(i + j) % len(POINTS)]) for i, end in enumerate(ENDS) for j in (0, 3)])
+@pytest.mark.parametrize(
+    ("end", "point"),
+    [
+        *((end, POINTS[i % len(POINTS)]) for i, end in enumerate(ENDS)),
+        *(slow(end, POINTS[(i + j) % len(POINTS)]) for i, end in enumerate(ENDS) for j in range(1, len(POINTS))),
+    ],
+)
 def test_a_rank_that_dies_ends_the_job(tmp_path, data, end, point):
     run = tmp_path / "run"
     fault = f"kind={end} rank=1 step=4 point={point}"

@@ -1,5 +1,7 @@
 """What the watchdog says of ranks that have written down what they do; tests/faults/test_hanging.py has whole jobs."""
 
+import math
+import os
 import subprocess
 import sys
 import time
@@ -60,7 +62,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(watchdog, "TICK_S", 0.01)
 
 
-def test_the_limit_is_stated_or_learned(tmp_path):
+def test_the_limit_is_stated_or_learned():
     activity = Activity()
     for stated, known, wanted in (
         (0.0, None, UNKNOWN_S),
@@ -69,19 +71,21 @@ def test_the_limit_is_stated_or_learned(tmp_path):
         (7.0, 100.0, 7.0),
     ):
         activity.phase, activity.longest_s = "step", {} if known is None else {"step": known}
-        dog = Watchdog(activity, SelfComm("world"), tmp_path, stated)
+        dog = Watchdog(activity, SelfComm("world"), stated)
         dog.close()
         assert dog.limit_s() == wanted
     activity.phase = "evaluation"
     assert dog.limit_s() == UNKNOWN_S  # what is stated is of steps
+    activity.phase = watchdog.PREPARATION
+    assert dog.limit_s() == math.inf
 
 
-def test_it_barks_past_the_limit_and_not_before(tmp_path, quick, monkeypatch):
+def test_it_barks_past_the_limit_and_not_before(quick, monkeypatch):
     ends = []
     monkeypatch.setattr(Watchdog, "_end", lambda self: (ends.append(self.activity.step), self.close()))
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: ends.append(code))
     activity = Activity()
-    dog = Watchdog(activity, SelfComm("world"), tmp_path, 2.0)
+    dog = Watchdog(activity, SelfComm("world"), 2.0)
     for step in range(5):
         activity.enter("step", step)
         time.sleep(0.05)
@@ -93,17 +97,33 @@ def test_it_barks_past_the_limit_and_not_before(tmp_path, quick, monkeypatch):
     dog.close()
 
 
-def test_it_ends_the_rank_also_where_it_cannot_report(tmp_path, quick, monkeypatch):
+def test_it_ends_the_rank_also_where_it_cannot_report(quick, monkeypatch):
     ends = []
-    monkeypatch.setattr(Watchdog, "_write", lambda self, limit_s: self.close() or 1 / 0)
+    monkeypatch.setattr(Watchdog, "_words", lambda self, limit_s: self.close() or 1 / 0)
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: ends.append(code))
     monkeypatch.setattr(watchdog.threading, "excepthook", lambda arguments: None)
-    Watchdog(Activity(), SelfComm("world"), tmp_path, 0.0).activity.longest_s["start"] = 0.0
+    Watchdog(Activity(), SelfComm("world"), 0.0).activity.longest_s["start"] = 0.0
     monkeypatch.setattr(watchdog, "SHORTEST_S", 0.0)
     deadline = time.monotonic() + 30
     while not ends and time.monotonic() < deadline:
         time.sleep(0.02)
     assert ends == [watchdog.CODE]
+
+
+def test_while_a_run_starts_every_rank_speaks_for_itself(quick, monkeypatch, capsys):
+    """There is no folder yet that all of them know."""
+    ends = []
+    monkeypatch.setattr(watchdog, "UNKNOWN_S", 0.0)
+    monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: (ends.append(code), dog.close()))
+    dog = Watchdog(Activity(), SelfComm("world"), 5.0)
+    deadline = time.monotonic() + 30
+    while not ends and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert ends[0] == watchdog.CODE
+    said = capsys.readouterr().err
+    assert said.startswith("mpilm: watchdog: start 1 has lasted 0 s, and 0 s is the limit")
+    assert f"process {os.getpid()}): waits for nobody; start 1, at" in said
 
 
 def test_what_is_waited_for_is_forgotten_when_it_has_come():
