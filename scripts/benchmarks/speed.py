@@ -17,6 +17,7 @@ from benchmarks.measure import (
     BENCH,
     OTHERS_ALLOWED,
     ROOT,
+    STEPS,
     TURNS,
     Load,
     configured,
