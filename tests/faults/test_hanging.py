@@ -83,6 +83,16 @@ def test_a_rank_that_wakes_up_while_the_job_is_ended(tmp_path, data):
     assert logged_step(run) <= 5
 
 
+def test_one_rank_by_itself_that_holds_the_lock_ends(tmp_path, data):
+    """No thread of it that needs the lock can do anything, and there is no other rank."""
+    run = tmp_path / "run"
+    with started(0, words(data, run), tmp_path, MPILM_FAULT="kind=hold step=4 point=forward") as job:
+        assert job.end(60) != 0
+    assert "fault: hold" in job.output
+    assert "Timeout (" in job.output
+    assert "in pass_by" in job.output  # the stack
+
+
 def test_three_ranks_and_the_one_in_the_middle(tmp_path, data):
     run = tmp_path / "run"
     fault = "kind=stop rank=1 step=3 point=optimizer"
