@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpilm.comm.activity import Activity, place
+from mpilm.comm.activity import Activity, nothing_more, place
 from mpilm.comm.base import Comm
 
 CODE = 86
@@ -51,6 +51,7 @@ class Watchdog:
         self._closed = threading.Event()
         with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # where a signal cannot be had
             faulthandler.register(signal.SIGUSR2, all_threads=True)  # works also where the interpreter lock is held
+        activity.changed = lambda: self._trust_nobody(self.limit_s())
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def write_below(self, folder: Path) -> None:
@@ -59,6 +60,7 @@ class Watchdog:
 
     def close(self) -> None:
         self._closed.set()
+        self.activity.changed = nothing_more
         if self.main == threading.main_thread().ident:
             faulthandler.cancel_dump_traceback_later()
 
@@ -92,7 +94,7 @@ class Watchdog:
         limit, so that the others, if there are any, come first."""
         if self.main == threading.main_thread().ident and not self._closed.is_set():
             if left_s < LONGEST_S:
-                faulthandler.dump_traceback_later(max(0.0, left_s) + 4 * GRACE_S + 0.1 * self.limit_s(), exit=True)
+                faulthandler.dump_traceback_later(max(1.0, left_s) + 4 * GRACE_S + 0.1 * self.limit_s(), exit=True)
             else:
                 faulthandler.cancel_dump_traceback_later()
 

@@ -83,6 +83,7 @@ def test_a_rank_that_wakes_up_while_the_job_is_ended(tmp_path, data):
     assert logged_step(run) <= 5
 
 
+@pytest.mark.slow
 def test_one_rank_by_itself_that_holds_the_lock_ends(tmp_path, data):
     """No thread of it that needs the lock can do anything, and there is no other rank."""
     run = tmp_path / "run"
