@@ -9,7 +9,7 @@ from mpilm.errors import ConfigError
 
 POSITIVE = (
     "model.n_layers", "model.n_heads", "model.d_model", "model.context_length", "model.rope_theta", "model.norm_eps",
-    "model.n_experts", "model.experts_per_token", "model.lora_alpha", "train.steps",
+    "model.n_experts", "model.experts_per_token", "model.lora_alpha", "train.steps", "train.spike_factor",
     "train.global_batch", "train.micro_batch", "parallel.pipeline",
 )  # fmt: skip
 NOT_NEGATIVE = (

@@ -60,6 +60,11 @@ class StopRequest:
             self._looked_at, self._file_seen = now, self.file.exists()
         return self._file_seen
 
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal has asked, after which there may not be much time."""
+        return bool(self._signalled)
+
     def done(self) -> None:
         """The request has been met: take the file away, or the next start would stop too."""
         with contextlib.suppress(OSError):

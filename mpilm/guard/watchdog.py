@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ LEARNED = 20  # times the longest step
 SHORTEST_S = 60.0  # of a limit that is learned
 UNKNOWN_S = 3600.0  # of what has not been seen before
 PREPARATION = "preparation"  # of texts, which may take days and says how far it is
+HURRIED_S = 5.0  # for a step, once a signal has asked for the end
 LONGEST_S = 1e6
 GRACE_S = 5.0  # for other ranks to come to their limits
 
@@ -47,6 +48,7 @@ class Watchdog:
         self.processes = world.all_gather_json([socket.gethostname(), os.getpid()])
         self.stamp = world.broadcast_json(time.strftime("%Y%m%d-%H%M%S"))
         self.folder: Path | None = None
+        self.hurried: Callable[[], bool] = lambda: False
         self.main = threading.current_thread().ident
         self._closed = threading.Event()
         with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # where a signal cannot be had
@@ -66,12 +68,13 @@ class Watchdog:
 
     def limit_s(self) -> float:
         """How long the present part of the run may last."""
-        phase = self.activity.phase
+        phase, longest = self.activity.phase, self.activity.longest_s.get(self.activity.phase)
+        if phase == "step" and longest is not None and self.hurried():  # srun -K1: a rank has died, and this one is to go
+            return min(max(HURRIED_S, 3 * longest), self.stated_s or math.inf)
         if self.stated_s and phase == "step":
             return self.stated_s
         if phase == PREPARATION:
             return math.inf
-        longest = self.activity.longest_s.get(phase)
         return UNKNOWN_S if longest is None else max(SHORTEST_S, LEARNED * longest)
 
     def _watch(self) -> None:

@@ -239,7 +239,8 @@ def _agreed(
         if found is None:
             raise AgreedError(LostRankError(f"{lost} lost, with a part of the state that no other rank holds; {_AGAIN}"))
         done, history, ranges = found
-        note = f"{lost} lost; {world.size} ranks go on after step {done}"
+        idle = world.size % config.parallel.pipeline
+        note = f"{lost} lost; {world.size} ranks go on after step {done}{f', {idle} of them standing by' * bool(idle)}"
         return Carried(world, done, history, ranges, kept.versions, note, activity), now
 
 

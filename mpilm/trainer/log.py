@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -62,29 +63,35 @@ class RunLog:
 
     def step(self, done: int, result: StepResult) -> None:
         """One step is done; every log-every-th, the first and the last are written down."""
-        config = self.run.config
-        every = config.run.log_every
-        logged = every > 0 and (done % every == 0 or done in (self.run.folder.logged + 1, config.train.steps))
         self.busy_s += busy_s(result.times)
         if not result.updated:
             return  # `left_out` has said why
         step_s = self.step_s = (time.perf_counter() - self.last) / (done - self.last_done)
-        row: dict[str, Any] = {
-            "step": done,
-            "time": time.time(),
-            "tokens": done * self.run.batches.step_tokens,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": result.lr,
-            "step_s": step_s,
-            "tokens_per_s": self.run.batches.step_tokens / step_s,
-        }
+        row, logged = self._row(done, result), self._is_logged(done)
+        row |= {"step_s": step_s, "tokens_per_s": self.run.batches.step_tokens / step_s}
         if logged:
             row["rank_busy_s"] = self._busy_of_ranks(done - self.last_done)
         self.display.step(done, row, logged)
         if logged:
             self._write(row)
             self.skip_time(done)
+
+    def again(self, done: int, result: StepResult) -> None:
+        """A step was done before ranks were lost, and may not have been written down."""
+        if result.updated and self._is_logged(done):
+            self._write(self._row(done, result))
+        self.skip_time(done)
+
+    def _is_logged(self, done: int) -> bool:
+        every = self.run.config.run.log_every
+        return every > 0 and (done % every == 0 or done in (self.run.folder.logged + 1, self.run.config.train.steps))
+
+    def _row(self, done: int, result: StepResult) -> dict[str, Any]:
+        tokens = done * self.run.batches.step_tokens
+        return {
+            "step": done, "time": time.time(), "tokens": tokens, "loss": result.loss, "grad_norm": result.grad_norm,
+            "lr": result.lr,
+        }  # fmt: skip
 
     def left_out(self, done: int, why: str, since: int) -> None:
         """A step changed nothing, and steps `since` another one were taken back."""
@@ -243,9 +250,9 @@ class RunLog:
         last = run.folder.checkpoints / f"step-{config.train.steps:08d}"
         say(f"checkpoint   {last}  ({'a PEFT adapter' if config.model.lora_rank else 'a Hugging Face folder'})")
         if config.model.arch == "bert":
-            say(f"score more   python -m mpilm.evaluate --model.init-from {last} --data.path TEXT")
+            say(f"score more   python -m mpilm.evaluate --model.init-from {quote(str(last))} --data.path TEXT")
         else:
-            say(f"write more   python -m mpilm.generate --model.init-from {last}")
+            say(f"write more   python -m mpilm.generate --model.init-from {quote(str(last))}")
 
     def _sample(self) -> str:
         """What the model writes. Collective: it may lie on many ranks."""

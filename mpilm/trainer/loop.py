@@ -38,6 +38,7 @@ def train(
         stack.callback(run.folder.release)
         stack.enter_context(run.request.listening())
         watchdog.write_below(run.folder.path)
+        watchdog.hurried = lambda: run.request.signalled
         log = RunLog(run)
         saver = Saver(run, log)
         try:
@@ -86,7 +87,7 @@ def _after(
 ) -> None:
     """What belongs to a step besides the step: log, evaluate, save, stop. Collective. `again`: some may have been done."""
     settings, steps, activity, loss = run.config.run, run.config.train.steps, run.mesh.activity, None
-    log.step(done, result)
+    (log.again if again else log.step)(done, result)
     saver.look(done, result.heard.busy)
     stopping = result.heard.wish > 0 and done < steps
     saving = stopping or done == steps or rewound or (due(done, run.config.checkpoint.every) and result.updated)

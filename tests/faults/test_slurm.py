@@ -193,7 +193,7 @@ def test_text_is_prepared_and_swept_over(cluster, tmp_path):
     job = cluster.submit(*ONE_NODE, WARNING, "--array=2-3", "jobs/sweep.sbatch", sweep, *flags, *runs)
     swept, beyond = cluster.ended(f"{job}_2"), cluster.ended(f"{job}_3")
     assert swept["JobState"] == "COMPLETED", cluster.log(swept["JobId"])
-    assert "has no line 3; --array=1-2 has a run for every line" in cluster.log(beyond["JobId"])
+    assert "has no line 3; sbatch --array=1-2 has a run for every line" in cluster.log(beyond["JobId"])
     assert beyond["ExitCode"] == "78:0"
     assert "lr = 0.002" in (tmp_path / "run" / "config.toml").read_text()
 
