@@ -28,6 +28,8 @@ class StopRequest:
 
     def __init__(self, file: Path, limit_s: float, asks: bool = True):
         self.file, self._signalled, self._looked_at, self._file_seen = file, 0, 0.0, False
+        self._pipe: tuple[int, int] | None = None
+        self._woken = False
         self._end, self._by = time.time() + limit_s, REASONS.index("run.time-limit")
         if not limit_s:
             self._end, self._by = slurm_end(asks) - SLURM_S, len(REASONS) - 1
@@ -38,12 +40,20 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
         before = {number: signal.signal(number, self._heard) for number in SIGNALS}
+        woken = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         try:
             yield
         finally:
+            signal.set_wakeup_fd(woken)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            pipe, self._pipe = self._pipe, None
+            for end in pipe:
+                os.close(end)
 
     def _heard(self, number: int, frame: object) -> None:
         self._signalled = REASONS.index(signal.Signals(number).name)
@@ -62,8 +72,12 @@ class StopRequest:
 
     @property
     def signalled(self) -> bool:
-        """Whether a signal has asked, after which there may not be much time."""
-        return bool(self._signalled)
+        """Whether a signal has asked, after which there may not be much time; also where the main thread has not heard of it
+        yet, since it waits inside MPI."""
+        if self._pipe is not None:
+            with contextlib.suppress(OSError):
+                self._woken = self._woken or any(number in SIGNALS for number in os.read(self._pipe[0], 64))
+        return self._woken
 
     def done(self) -> None:
         """The request has been met: take the file away, or the next start would stop too."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ from mpilm.checkpoint.format import checkpoints
 from mpilm.checkpoint.verify import verify
 
 HERE = ROOT / "scripts" / "slurm-here"
-STEPS = 2000
+STEPS = 1500
+SHORT = ("--train.steps", 500)
 pytestmark = pytest.mark.timeout(500)
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=2", "--nodelist=n[0-1]")
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
@@ -114,7 +116,7 @@ def chained(cluster, tmp_path_factory, data):
     slow = "kind=sleep rank=1 step=40 point=forward value=26"
     cluster.environment |= {"SBATCH_FLAGS": flags, "MPILM_FAULT": slow}
     try:
-        return run, cluster.ask("jobs/chain", 3, "jobs/train.sbatch", *words(data, run)).split()
+        return run, cluster.ask("jobs/chain", 3, "jobs/train.sbatch", *words(data, run, *SHORT)).split()
     finally:
         del cluster.environment["MPILM_FAULT"]
 
@@ -174,6 +176,26 @@ def test_a_job_that_is_cancelled_saves_and_stays_away(cluster, tmp_path, data):
     assert "goes back" not in cluster.log(job)
 
 
+def test_a_rank_that_is_killed_under_srun_is_named(cluster, tmp_path, data):
+    """srun asks the others to go, who would wait for it in their step."""
+    run = tmp_path / "run"
+    job = cluster.submit(*ONE_NODE, WARNING, "--time=2", "jobs/train.sbatch", *words(data, run, "--train.steps", 10**6))
+    cluster.wait_for(job, lambda: logged_step(run) >= 20)
+    (victim,) = [path.parent for path in Path("/proc").glob("[0-9]*/environ") if _is_rank(path, job, 1)]
+    os.kill(int(victim.name), signal.SIGKILL)
+    state = cluster.ended(job)
+    assert state["JobState"] == "FAILED", cluster.log(job)
+    assert "Missing: rank 1." in cluster.log(job)
+    assert "the process is not there any more" in cluster.log(job)
+
+
+def _is_rank(path, job, rank):
+    said = _content(path).split(b"\0")
+    program = _content(path.with_name("cmdline"))
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+    return wanted <= set(said) and b"python" in program and b"mpilm.train" in program
+
+
 def test_a_bad_setting_ends_the_job_once(cluster, tmp_path, data):
     job = cluster.submit(*ONE_NODE, WARNING, "jobs/train.sbatch", *words(data, tmp_path / "run", "--train.global-batch", 7))
     state = cluster.ended(job)
@@ -198,7 +220,7 @@ def test_text_is_prepared_and_swept_over(cluster, tmp_path):
     assert "lr = 0.002" in (tmp_path / "run" / "config.toml").read_text()
 
 
-def test_jobs_that_are_too_short_make_the_whole_run_in_a_chain(cluster, chained, uncut):
+def test_jobs_that_are_too_short_make_the_whole_run_in_a_chain(cluster, chained, tmp_path, data):
     """The end of the job's time is read from SLURM, without a signal."""
     run, (first, second, last) = chained
     state = cluster.ended(first)
@@ -207,4 +229,5 @@ def test_jobs_that_are_too_short_make_the_whole_run_in_a_chain(cluster, chained,
     assert cluster.ended(second)["ExitCode"] in ("75:0", "0:0"), cluster.log(second)
     assert "from step" in cluster.log(second)
     assert cluster.ended(last)["JobState"] == "COMPLETED", cluster.log(last)
+    uncut = finished(["-m", "mpilm.train", *words(data, tmp_path / "run", *SHORT)], tmp_path)
     assert outcome(run)[:2] == uncut[:2]
