@@ -137,7 +137,8 @@ def test_a_rank_that_dies_ends_the_job(tmp_path, data, end, point):
     if end == "raise":
         assert "ValueError: brought about on purpose" in job.output[job.output.index("mpilm: rank 1 of 3") :]
     if end == "segv":
-        assert "Fatal Python error: Segmentation fault" in job.output
+        stack = "Fatal Python error: Segmentation fault" in job.output
+        assert stack or "(signal 11)" in job.output  # MPICH's launcher may lose what a rank that crashes writes last
     assert not (run / "checkpoints").exists() or not any((run / "checkpoints").iterdir())
 
 
