@@ -23,7 +23,7 @@ def quick(monkeypatch):
 
 
 def taken_over(folder, holder=None):
-    """A new job gets the folder, in the place of `holder`, and leaves nothing when it goes."""
+    """A new job gets the folder, in the place of `holder`, and leaves nothing when it goes; who then holds it."""
     own = FolderLock(folder, lambda text: None)
     now = json.loads((folder / NAME).read_text())
     assert (now["pid"], now["started"]) == (os.getpid(), lock._started(os.getpid()))
@@ -32,6 +32,7 @@ def taken_over(folder, holder=None):
         FolderLock(folder)
     own.release()
     assert list(folder.iterdir()) == []
+    return now["pid"]
 
 
 def written(folder, **changes):
@@ -60,7 +61,7 @@ TAKE_AND_GO = (
 
 def test_a_process_that_has_gone(tmp_path):
     assert subprocess.run([sys.executable, "-c", TAKE_AND_GO, str(tmp_path)], check=False).returncode == 9
-    taken_over(tmp_path, json.loads((tmp_path / NAME).read_text()))
+    assert taken_over(tmp_path, json.loads((tmp_path / NAME).read_text())) == os.getpid()
 
 
 def test_a_process_that_is_dead_and_has_not_been_asked_for(tmp_path):
@@ -68,7 +69,7 @@ def test_a_process_that_is_dead_and_has_not_been_asked_for(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", TAKE_AND_GO, str(tmp_path)])
     os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
     assert Path(f"/proc/{dead.pid}").exists()
-    taken_over(tmp_path, json.loads((tmp_path / NAME).read_text()))
+    assert taken_over(tmp_path, json.loads((tmp_path / NAME).read_text())) == os.getpid()
     assert dead.wait() == 9
 
 
@@ -76,7 +77,7 @@ def test_another_process_with_its_number(tmp_path):
     own = FolderLock(tmp_path)
     holder = json.loads((tmp_path / NAME).read_text())
     own.release()
-    taken_over(tmp_path, written(tmp_path, **holder | {"started": holder["started"] - 1}))
+    assert taken_over(tmp_path, written(tmp_path, **holder | {"started": holder["started"] - 1})) == os.getpid()
 
 
 def test_a_process_of_another_container_is_not_looked_for_here(tmp_path):
@@ -112,19 +113,19 @@ def test_a_job_on_another_host_that_touches_its_lock(tmp_path):
 def test_a_job_on_another_host_that_has_gone_whatever_the_clocks_say(tmp_path, clock):
     holder = written(tmp_path)
     os.utime(tmp_path / NAME, (time.time() + clock,) * 2)
-    taken_over(tmp_path, holder)
+    assert taken_over(tmp_path, holder) == os.getpid()
 
 
 def test_the_same_slurm_job_queued_again(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "STALE_S", 1e9)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    taken_over(tmp_path, written(tmp_path, job="77"))
+    assert taken_over(tmp_path, written(tmp_path, job="77")) == os.getpid()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "nonsense"])
 def test_a_file_that_says_nothing(tmp_path, content):
     (tmp_path / NAME).write_text(content)
-    taken_over(tmp_path)
+    assert taken_over(tmp_path) == os.getpid()
 
 
 def test_of_many_that_find_it_stale_one_gets_it(tmp_path):
