@@ -30,14 +30,10 @@ def nothing(point: str, step: int) -> None:
     """At a point of the program where nothing is to happen."""
 
 
-def nothing_more() -> None:
-    """Where nobody wants to know."""
-
-
 class Activity:
     """`phase` since when (time.monotonic), within `step`; the call that is being waited for, and the last ones.
 
-    `at`: called at named points of the program; tests bring faults about there. `changed`: called when another phase begins.
+    `at`: called at named points of the program; tests bring faults about there.
     """
 
     def __init__(self, at: Callable[[str, int], None] = nothing):
@@ -47,17 +43,13 @@ class Activity:
         self.calls: deque[Call] = deque(maxlen=REMEMBERED)
         self._at = at
         self._over = False
-        self.changed: Callable[[], None] = nothing_more
 
     def enter(self, phase: str, step: int) -> None:
         """A part of the run begins, and the one before has ended."""
         self._rest_if_over()
         lasted_s = time.monotonic() - self.since
         self.longest_s[self.phase] = max(lasted_s, self.longest_s.get(self.phase, 0.0))
-        before, self.phase = self.phase, phase
-        self.step, self.since = step, time.monotonic()
-        if phase != before:
-            self.changed()
+        self.step, self.phase, self.since = step, phase, time.monotonic()
 
     def at(self, point: str) -> None:
         self._at(point, self.step)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpilm.comm.activity import Activity, nothing_more, place
+from mpilm.comm.activity import Activity, place
 from mpilm.comm.base import Comm
 
 CODE = 86
@@ -33,7 +33,6 @@ SHORTEST_S = 60.0  # of a limit that is learned
 UNKNOWN_S = 3600.0  # of what has not been seen before
 PREPARATION = "preparation"  # of texts, which may take days and says how far it is
 HURRIED_S = 5.0  # for a step, once a signal has asked for the end
-LONGEST_S = 1e6
 GRACE_S = 5.0  # for other ranks to come to their limits
 
 Words = Mapping[str, Any]  # what a rank has written down
@@ -53,7 +52,6 @@ class Watchdog:
         self._closed = threading.Event()
         with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # where a signal cannot be had
             faulthandler.register(signal.SIGUSR2, all_threads=True)  # works also where the interpreter lock is held
-        activity.changed = lambda: self._trust_nobody(self.limit_s())
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def write_below(self, folder: Path) -> None:
@@ -62,9 +60,6 @@ class Watchdog:
 
     def close(self) -> None:
         self._closed.set()
-        self.activity.changed = nothing_more
-        if self.main == threading.main_thread().ident:
-            faulthandler.cancel_dump_traceback_later()
 
     def limit_s(self) -> float:
         """How long the present part of the run may last."""
@@ -84,22 +79,11 @@ class Watchdog:
             if now - looked > TICK_S + SUSPENDED_S:
                 self.activity.since += now - looked
             looked = now
-            left_s = self.activity.since + self.limit_s() - now
-            self._trust_nobody(left_s)
-            if left_s < 0:
+            if now - self.activity.since > self.limit_s():
                 try:
                     self._end()
                 finally:
                     os._exit(CODE)  # whatever has kept the report from being made
-
-    def _trust_nobody(self, left_s: float) -> None:
-        """Let a thread that needs no interpreter lock print the stacks and end this rank where this one cannot, long after the
-        limit, so that the others, if there are any, come first."""
-        if self.main == threading.main_thread().ident and not self._closed.is_set():
-            if left_s < LONGEST_S:
-                faulthandler.dump_traceback_later(max(1.0, left_s) + 4 * GRACE_S + 0.1 * self.limit_s(), exit=True)
-            else:
-                faulthandler.cancel_dump_traceback_later()
 
     def _end(self) -> None:
         """Report, and end the job."""

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,7 @@ class Kept:
     def __init__(self) -> None:
         self.versions: list[Version] = []
         self.model: ShardedModel | None = None
+        self.folder = Path()
         self._before: list[list[Any]] | None = None  # inventory of the rank before this one
 
     def keep(self, run: Training, done: int, result: StepResult) -> None:
@@ -72,7 +74,7 @@ class Kept:
         history = {**run.history.words(), "result": [result.loss, result.grad_norm, result.lr, result.updated]}
         kinds: Kinds = {PARAMETER: model.pieces(), **model.optimizer.pieces()}
         if model is not self.model:
-            self.model, self._before = model, None
+            self.model, self.folder, self._before = model, run.folder.path, None
         if model.zero and model.data.size > 1:
             now = self._copies(Version(done, history, kinds), model.data)
         else:
@@ -118,7 +120,8 @@ def _parted(inventory: Sequence[Sequence[Any]], values: Tensor) -> Kinds:
 
 @dataclass(frozen=True)
 class Carried:
-    """The state that the ranks of `world` go on from, none of whom holds all of it. `note`: what has happened."""
+    """The state that the ranks of `world` go on from, none of whom holds all of it. `note`: what has happened; `folder`: of the
+    run."""
 
     world: Comm
     done: int
@@ -127,6 +130,7 @@ class Carried:
     versions: Sequence[Version]
     note: str
     activity: Activity
+    folder: Path
 
     def result(self) -> StepResult:
         """Of the step after which the run goes on."""
@@ -241,7 +245,7 @@ def _agreed(
         done, history, ranges = found
         idle = world.size % config.parallel.pipeline
         note = f"{lost} lost; {world.size} ranks go on after step {done}{f', {idle} of them standing by' * bool(idle)}"
-        return Carried(world, done, history, ranges, kept.versions, note, activity), now
+        return Carried(world, done, history, ranges, kept.versions, note, activity, kept.folder), now
 
 
 _AGAIN = "the same command goes on from the newest checkpoint"

@@ -76,13 +76,13 @@ def open_run_folder(
 def _open(
     config: Config, content: Mapping[str, str], present: Mapping[str, str], carried: Carried | None, verify: Verify
 ) -> RunFolder:
-    path = _choose_path(config)
-    if carried is None:
-        _refuse_foreign(path, config)
-    lock = _lock(path)
     if carried is not None:
+        path, lock = carried.folder, _lock(carried.folder)
         remove_leftovers(path / "checkpoints")
         return RunFolder(path, None, carried.done, History.of(carried.history), (carried.note,), lock, carried.done - 1)
+    path = _choose_path(config)
+    _refuse_foreign(path, config)
+    lock = _lock(path)
     try:
         return _take(path, lock, config, content, present, verify)
     except BaseException:

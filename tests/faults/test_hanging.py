@@ -84,14 +84,20 @@ def test_a_rank_that_wakes_up_while_the_job_is_ended(tmp_path, data):
 
 
 @pytest.mark.slow
-def test_one_rank_by_itself_that_holds_the_lock_ends(tmp_path, data):
-    """No thread of it that needs the lock can do anything, and there is no other rank."""
+def test_a_job_that_was_suspended_goes_on(tmp_path, data):
+    """As by Ctrl-Z or scontrol suspend, for much longer than a step may last."""
     run = tmp_path / "run"
-    with started(0, words(data, run), tmp_path, MPILM_FAULT="kind=hold step=4 point=forward") as job:
-        assert job.end(60) != 0
-    assert "fault: hold" in job.output
-    assert "Timeout (" in job.output
-    assert "in pass_by" in job.output  # the stack
+    with started(2, words(data, run), tmp_path) as job:
+        job.wait_for(lambda: logged_step(run) >= 5)
+        ranks = job.ranks()
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for rank in ranks:
+                os.kill(rank, number)
+            time.sleep(6 * LIMIT_S)
+            stopped_at = logged_step(run) if number == signal.SIGSTOP else stopped_at
+        assert logged_step(run) > stopped_at
+        assert job.ranks() == ranks
+        assert "watchdog" not in job.output
 
 
 def test_three_ranks_and_the_one_in_the_middle(tmp_path, data):

@@ -60,7 +60,6 @@ def test_ranks_that_say_nothing():
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(watchdog, "TICK_S", 0.01)
-    monkeypatch.setattr(Watchdog, "_trust_nobody", lambda self, left_s: None)  # it would end these tests
 
 
 def test_the_limit_is_stated_or_learned():
