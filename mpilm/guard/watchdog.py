@@ -52,14 +52,17 @@ class Watchdog:
         self._closed = threading.Event()
         with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # where a signal cannot be had
             faulthandler.register(signal.SIGUSR2, all_threads=True)  # works also where the interpreter lock is held
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
 
     def write_below(self, folder: Path) -> None:
         """Where the ranks write down what they do; all see it."""
         self.folder = folder / "watchdog" / self.stamp
 
     def close(self) -> None:
+        """The thread is gone afterwards: it holds the run, and tensors freed in a thread while Python ends crash the process."""
         self._closed.set()
+        self._thread.join()
 
     def limit_s(self) -> float:
         """How long the present part of the run may last."""

@@ -82,7 +82,7 @@ def test_the_limit_is_stated_or_learned():
 
 def test_it_barks_past_the_limit_and_not_before(quick, monkeypatch):
     ends = []
-    monkeypatch.setattr(Watchdog, "_end", lambda self: (ends.append(self.activity.step), self.close()))
+    monkeypatch.setattr(Watchdog, "_end", lambda self: (ends.append(self.activity.step), self._closed.set()))
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: ends.append(code))
     activity = Activity()
     dog = Watchdog(activity, SelfComm("world"), 2.0)
@@ -99,7 +99,7 @@ def test_it_barks_past_the_limit_and_not_before(quick, monkeypatch):
 
 def test_it_ends_the_rank_also_where_it_cannot_report(quick, monkeypatch):
     ends = []
-    monkeypatch.setattr(Watchdog, "_words", lambda self, limit_s: self.close() or 1 / 0)
+    monkeypatch.setattr(Watchdog, "_words", lambda self, limit_s: self._closed.set() or 1 / 0)
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: ends.append(code))
     monkeypatch.setattr(watchdog.threading, "excepthook", lambda arguments: None)
     Watchdog(Activity(), SelfComm("world"), 0.0).activity.longest_s["start"] = 0.0
@@ -115,7 +115,7 @@ def test_while_a_run_starts_every_rank_speaks_for_itself(quick, monkeypatch, cap
     ends = []
     monkeypatch.setattr(watchdog, "UNKNOWN_S", 0.0)
     monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
-    monkeypatch.setattr(watchdog.os, "_exit", lambda code: (ends.append(code), dog.close()))
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: (ends.append(code), dog._closed.set()))
     dog = Watchdog(Activity(), SelfComm("world"), 5.0)
     deadline = time.monotonic() + 30
     while not ends and time.monotonic() < deadline:
@@ -124,6 +124,14 @@ def test_while_a_run_starts_every_rank_speaks_for_itself(quick, monkeypatch, cap
     said = capsys.readouterr().err
     assert said.startswith("mpilm: watchdog: start 1 has lasted 0 s, and 0 s is the limit")
     assert f"process {os.getpid()}): waits for nobody; start 1, at" in said
+
+
+def test_its_thread_is_gone_once_it_is_closed():
+    """It holds the run: tensors that a thread frees while Python ends crash the process, in the place of its exit code."""
+    dog = Watchdog(Activity(), SelfComm("world"), 0.0)
+    assert dog._thread.is_alive()
+    dog.close()
+    assert not dog._thread.is_alive()
 
 
 def test_what_is_waited_for_is_forgotten_when_it_has_come():
