@@ -40,11 +40,11 @@ def command(data: Path, run: Path, *more: object) -> list[str]:
 
 class Job:
     """`mpirun -n RANKS python WORDS`, or plain python for 0 ranks, in a session of its own; `output` is complete once it has
-    ended. `flags`: for mpirun, which is the one beside `python`."""
+    ended. `flags`: for mpirun, which is the one beside `python`; `within`: a command that runs it."""
 
     def __init__(
         self, ranks: int, words: list[str], folder: Path, python: str = sys.executable, flags: Sequence[str] = (),
-        **variables: str,
+        within: Sequence[str] = (), **variables: str,
     ):  # fmt: skip
         mpirun = Path(python).with_name("mpirun")
         if ranks and not mpirun.exists():
@@ -58,7 +58,7 @@ class Job:
         launcher = [str(mpirun), *flags, "-n", str(ranks)] if ranks else []
         with open(self._output, "wb") as output:
             self.process = subprocess.Popen(
-                [*launcher, python, *words], env=environment, stdout=output, stderr=output, start_new_session=True
+                [*within, *launcher, python, *words], env=environment, stdout=output, stderr=output, start_new_session=True
             )
 
     @property

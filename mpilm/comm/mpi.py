@@ -20,6 +20,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Counts, Request
+from mpilm.comm.launcher import end_in_time
 from mpilm.comm.shared import share
 
 MOVE = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T}  # by item size
@@ -88,6 +89,7 @@ class MpiComm(Comm):
         return share(self, numel) if self.split_node().size == self.size else None
 
     def abort(self, code: int) -> None:
+        end_in_time()
         self._comm.Abort(code)
 
     def _iall_reduce(self, x: Tensor, op: str) -> Request:

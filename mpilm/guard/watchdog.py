@@ -60,7 +60,7 @@ class Watchdog:
         self.folder = folder / "watchdog" / self.stamp
 
     def close(self) -> None:
-        """The thread is gone afterwards: it holds the run, and tensors freed in a thread while Python ends crash the process."""
+        """The thread is gone afterwards: it holds the run, and tensors that it frees while Python ends crash the process."""
         self._closed.set()
         self._thread.join()
 
@@ -106,9 +106,6 @@ class Watchdog:
         sys.stdout.flush()
         sys.stderr.write(report(found, self.processes, states) + f"  written down in {self.folder}\n")
         sys.stderr.flush()
-        killer = threading.Timer(3.0, os._exit, (CODE,))
-        killer.daemon = True
-        killer.start()
         _rest_on_crashes()
         if self.world.size > 1:
             self.world.abort(CODE)

@@ -1,0 +1,68 @@
+"""A network that is slow, loses packets, or is not there any more, between pretend hosts (scripts/hosts-here)."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from training_jobs import ROOT, command, finished, logged_step, outcome, started
+
+NETWORK = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/net/tun") or not all(map(shutil.which, ("ip", "nsenter", "unshare"))),
+    reason="pretend hosts want Linux, root, /dev/net/tun and the packages iproute2 and util-linux",
+)
+pytestmark = [NETWORK, pytest.mark.timeout(240)]
+
+
+def hosts(*flags: object) -> list[str]:
+    """Runs a command on two hosts, one rank on each."""
+    return [str(ROOT / "scripts" / "hosts-here"), "--slots", "1", *map(str, flags)]
+
+
+def after(job, run, step: int) -> None:
+    job.wait_for(lambda: logged_step(run) >= step, 120)
+
+
+def test_a_slow_network_that_loses_packets_changes_nothing_but_the_time(tmp_path, data):
+    words = ("--train.steps", 12, "--checkpoint.every", 6)
+    (tmp_path / "serial").mkdir()
+    wanted = finished(command(data, tmp_path / "serial" / "run", *words), tmp_path / "serial")
+    with started(
+        2, command(data, tmp_path / "run", *words), tmp_path, within=hosts("--mbit", 100, "--delay-ms", 5, "--loss", 0.01)
+    ) as job:
+        assert job.end(120) == 0, job.output
+    assert outcome(tmp_path / "run") == wanted
+
+
+@pytest.mark.slow
+def test_a_cable_that_is_pulled_for_a_moment(tmp_path, data):
+    words = ("--train.steps", 400, "--fault.step-timeout", 60)
+    (tmp_path / "serial").mkdir()
+    wanted = finished(command(data, tmp_path / "serial" / "run", *words), tmp_path / "serial")
+    with started(2, command(data, tmp_path / "run", *words), tmp_path, within=hosts()) as job:
+        after(job, tmp_path / "run", 20)
+        job.process.send_signal(signal.SIGUSR1)
+        time.sleep(3)
+        assert logged_step(tmp_path / "run") < 400, job.output
+        job.process.send_signal(signal.SIGUSR2)
+        assert job.end(120) == 0, job.output
+    assert outcome(tmp_path / "run") == wanted
+
+
+@pytest.mark.slow
+def test_a_cable_that_is_pulled_is_noticed(tmp_path, data):
+    """The launcher would wait for the other host until the job's time is up."""
+    with started(
+        2, command(data, tmp_path / "run", "--train.steps", 100_000, "--fault.step-timeout", 4), tmp_path, within=hosts()
+    ) as job:
+        after(job, tmp_path / "run", 20)
+        job.process.send_signal(signal.SIGUSR1)
+        code = job.end(120)
+        said = job.output
+    assert code == 128 + signal.SIGKILL, said
+    assert "mpilm: watchdog: step" in said
+    assert "4 s is the limit (--fault.step-timeout" in said
+    assert "rank 0 on h0" in said
+    assert "rank 1 on h1" in said
+    assert len(list((tmp_path / "run" / "watchdog").glob("*/rank-*.json"))) == 2
