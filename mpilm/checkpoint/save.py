@@ -82,6 +82,14 @@ def save(parent: Path, step: int, state: State, comm: Comm, at: Point = nowhere)
     return Saving(parent, step, state, comm, at, ahead=False).commit()
 
 
+def reserve(buffers: Buffers, state: State, comm: Comm) -> None:
+    """Have the memory that copies of such a state will lie in: the first save would wait for it."""
+    buffers.again()
+    for block in _plan(state, [file for group in _files(state).values() for file in group], comm):
+        if block.writer == comm.rank:
+            buffers.take(block.nbytes).zero_()
+
+
 class Saving:
     """A checkpoint under way: copied by the constructor, written by a thread that talks to no other rank, and published by
     `commit`. Collective over the world; both raise AgreedError on all ranks alike. `at`: told of every point on the way.
@@ -95,14 +103,13 @@ class Saving:
         self._began, self.took_s = time.perf_counter(), 0.0  # copying and writing
         self.final = parent / folder_name(step)
         self.temporary = parent / f"{TEMPORARY}{self.final.name}"
-        self.files = {weights_stem(state.model): _model_files(state), "optimizer": _optimizer_files(state)}
+        self.files = _files(state)
         tensor_files = [file for group in self.files.values() for file in group]
         self.counts = [file.blocks(BLOCK_BYTES) for file in tensor_files]
         at("checkpoint.open")
         on_root(comm, lambda: _prepare(self.final, self.temporary, sum(file.nbytes for file in tensor_files)))
         held = Held({PARAMETER: state.parameters, **state.moments}, tensor_files)
-        plan = plan_blocks(tensor_files, cache(state.holders), comm.size, BLOCK_BYTES)
-        blocks = assemble(plan, held, comm, buffers.again().take if buffers and ahead else fresh)
+        blocks = assemble(_plan(state, tensor_files, comm), held, comm, buffers.again().take if buffers and ahead else fresh)
         self._digests = torch.zeros(sum(self.counts), 32, dtype=torch.uint8)  # a row a block
         self._writer = BlockWriter(self.temporary, at)
         self._words = Writer(self.temporary, at)  # on rank 0
@@ -234,6 +241,15 @@ def _prepare(final: Path, temporary: Path, nbytes: int) -> None:
             f"checkpoint {final} needs {nbytes / 2**20:,.1f} MiB, and {room / 2**20:,.1f} MiB are free there; the older ones "
             "are as they were"
         )
+
+
+def _files(state: State) -> dict[str, list[TensorFile]]:
+    """By the stem of their names."""
+    return {weights_stem(state.model): _model_files(state), "optimizer": _optimizer_files(state)}
+
+
+def _plan(state: State, files: list[TensorFile], comm: Comm) -> Iterable[Block]:
+    return plan_blocks(files, cache(state.holders), comm.size, BLOCK_BYTES)
 
 
 def _model_files(state: State) -> list[TensorFile]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpilm.checkpoint.assemble import Buffers
 from mpilm.checkpoint.format import folder_name
-from mpilm.checkpoint.save import Saving, State, prune
+from mpilm.checkpoint.save import Saving, State, prune, reserve
 from mpilm.comm.together import AgreedError
 from mpilm.config import to_dict
 from mpilm.errors import FileError, NonFiniteError
@@ -29,6 +29,8 @@ class Saver:
         self._saving: Saving | None = None
         self._buffers = Buffers()
         self._pruning: threading.Thread | None = None  # on rank 0: to remove large files takes a while
+        if run.config.checkpoint.asynchronous and 0 < run.config.checkpoint.every < run.config.train.steps:
+            reserve(self._buffers, state_of(run, run.folder.step, None), run.mesh.world)
 
     @property
     def busy(self) -> bool:

@@ -40,7 +40,7 @@ from mpilm.checkpoint import verify as verify_module
 from mpilm.checkpoint.format import TEMPORARY, checkpoints, read_manifest
 from mpilm.checkpoint.load import load
 from mpilm.checkpoint.plan import StoredTensor, plan_blocks, tensor_files
-from mpilm.checkpoint.save import save
+from mpilm.checkpoint.save import Saving, reserve, save
 from mpilm.checkpoint.verify import newest_valid, verify, with_help
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
@@ -233,6 +233,22 @@ def test_no_more_than_a_few_blocks_are_in_memory():
         assert block.number == count
         assert len(drawn) <= count + assemble.IN_FLIGHT
     assert len(drawn) == len(blocks) > 50
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_memory_that_was_reserved_is_the_memory_that_a_save_takes(tmp_path, size):
+    values, sharding = draw_tensors(SHAPES), striped(SHAPES, size, 100)
+
+    def body(comm):
+        state, buffers = state_of(values, sharding, comm.rank), save_module.Buffers()
+        reserve(buffers, state, comm)
+        had = [memory.data_ptr() for memory in buffers._all]
+        Saving(tmp_path, 7, state, comm, buffers=buffers).commit()
+        return had, [memory.data_ptr() for memory in buffers._all]
+
+    with small_files(200):
+        for had, has in run_ranks(size, body):
+            assert had == has != []
 
 
 def test_a_rank_that_does_not_hold_what_holders_says(tmp_path):
