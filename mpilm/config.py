@@ -176,6 +176,8 @@ class Train:
     """Sum gradients in one fixed order: the same bits on any number of ranks; false: the MPI library's own Allreduce."""
     recompute: Literal["none", "attention", "block"] = "none"
     """Compute the attention core, or whole blocks, once more in backward instead of keeping what it needs."""
+    compile: bool = False
+    """Let torch compile blocks and loss: faster on a GPU, after a minute or so at the start. Changes the last bits."""
 
 
 @dataclass(frozen=True)
@@ -326,6 +328,7 @@ FREE_TO_CHANGE = frozenset(
         "train.device",
         "train.gpu_aware_mpi",
         "train.recompute",
+        "train.compile",
         "model.init_from",
         "model.base",
         "data.path",

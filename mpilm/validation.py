@@ -164,10 +164,30 @@ def _validate_train(config: Config) -> None:
             f"--train.min-lr {train.min_lr} is above --train.lr {train.lr}, which falls to it; write less, such as "
             f"{train.lr / 10:g}"
         )
+    if train.compile:
+        _validate_compile(config)
     known = mathematics(config)
     for name in config.checkpoint.allow_change:
         if name.replace("-", "_") not in known | {"data.path": 0, "data.tokenizer": 0, "model.init_from": 0}:
             raise ConfigError(f"--checkpoint.allow-change {name}: no such setting, or one that may always change")
+
+
+def _validate_compile(config: Config) -> None:
+    """A compiled block is one piece, forward and backward."""
+    for setting, given, refused, instead in (
+        ("parallel.schedule", config.parallel.schedule, "zero-bubble", "1f1b or interleaved"),
+        ("train.recompute", config.train.recompute, "attention", "block or none"),
+    ):
+        if given == refused:
+            raise ConfigError(
+                f"--{setting} {given} takes apart what --train.compile true makes one piece of; write {instead}, or "
+                "--train.compile false"
+            )
+    if config.model.dropout:
+        raise ConfigError(
+            f"--model.dropout {config.model.dropout:g} draws a mask for each sample by itself, which cannot be compiled; write "
+            "0, or --train.compile false"
+        )
 
 
 def _validate_parallel(config: Config) -> None:

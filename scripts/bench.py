@@ -10,6 +10,7 @@
     python scripts/bench.py shards            memory of a rank under ZeRO and pipeline against the formula
     python scripts/bench.py generate          a text, against transformers' generate
     python scripts/bench.py prepare           text to tokens: 2 ranks against 1, 1 against the tokenizers library alone
+    python scripts/bench.py gpu               one GPU: model FLOPs utilisation, against a plain torch loop that is compiled
     python scripts/bench.py pipeline          2 ranks: a pipeline's step against what the simulator makes of its own actions
 
 The sides of a comparison take turns within one call. A round during which other programs used the machine is void and is
@@ -24,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # mpilm, also where it is not installed
 
-from benchmarks import layouts, speed, tasks
+from benchmarks import gpu, layouts, speed, tasks
 
 COMMANDS = {
     "overhead": speed.overhead,
@@ -37,6 +38,8 @@ COMMANDS = {
     "memory": speed.memory,
     "shards": layouts.shards,
     "shards-worker": layouts.shards_worker,
+    "gpu": gpu.gpu,
+    "gpu-worker": gpu.gpu_worker,
     "generate": tasks.generate,
     "prepare": tasks.prepare,
     "prepare-worker": tasks.prepare_worker,

@@ -20,8 +20,10 @@ def end_in_time() -> None:
     signal.alarm(RANK_S)
     pid = launcher()
     if pid is not None:
+        away = subprocess.DEVNULL  # a launcher waits until nobody holds the output that it has given to a rank
+        words = ["sh", "-c", WAIT.format(seconds=LAUNCHER_S, pid=pid)]
         with contextlib.suppress(OSError):
-            subprocess.Popen(["sh", "-c", WAIT.format(seconds=LAUNCHER_S, pid=pid)], start_new_session=True, close_fds=True)
+            subprocess.Popen(words, stdin=away, stdout=away, stderr=away, start_new_session=True)
 
 
 def launcher() -> int | None:

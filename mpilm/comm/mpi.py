@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,7 @@ OP = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 LOST = [getattr(MPI, f"ERR_{name}", None) for name in ("PROC_FAILED", "PROC_FAILED_PENDING", "REVOKED")]
 ULFM = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpirun --with-ft ulfm
 LARGEST_COUNT = 2**31 - 1  # Open MPI 5 has no calls with larger ones
+LEAVE_S = 60
 YIELDS_BEFORE_SLEEP = 200
 LONGEST_SLEEP_S = 0.0005
 
@@ -222,6 +224,8 @@ def finalize(code: int) -> None:
     process ends here."""
     if MPI.Is_finalized():
         return
+    signal.alarm(LEAVE_S)  # the kernel's: MPI holds the interpreter lock while it waits for a rank that hangs
     if os.environ.get(ULFM) and MPI.COMM_WORLD.Get_failed().Get_size():
         os._exit(code)
     MPI.Finalize()
+    signal.alarm(0)

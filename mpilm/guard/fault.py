@@ -23,7 +23,7 @@ VARIABLE = "MPILM_FAULT"
 POINTS = (
     "data.next", "forward", "backward", "p2p.send", "p2p.receive", "reduce.before", "reduce.after", "optimizer", "eval",
     "checkpoint.open", "checkpoint.write", "checkpoint.fsync", "checkpoint.manifest", "checkpoint.rename",
-    "checkpoint.cleanup", "recover.agree", "recover.give",
+    "checkpoint.cleanup", "recover.agree", "recover.give", "leaving",
 )  # fmt: skip
 
 

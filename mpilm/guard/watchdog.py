@@ -32,6 +32,7 @@ LEARNED = 20  # times the longest step
 SHORTEST_S = 60.0  # of a limit that is learned
 UNKNOWN_S = 3600.0  # of what has not been seen before
 PREPARATION = "preparation"  # of texts, which may take days and says how far it is
+LEAVING = "leaving"  # all that is left is to wait for the others
 HURRIED_S = 5.0  # for a step, once a signal has asked for the end
 GRACE_S = 5.0  # for other ranks to come to their limits
 
@@ -69,6 +70,8 @@ class Watchdog:
         phase, longest = self.activity.phase, self.activity.longest_s.get(self.activity.phase)
         if phase == "step" and longest is not None and self.hurried():  # srun -K1: a rank has died, and this one is to go
             return min(max(HURRIED_S, 3 * longest), self.stated_s or math.inf)
+        if phase == LEAVING:
+            return self.stated_s or SHORTEST_S
         if self.stated_s and phase == "step":
             return self.stated_s
         if phase == PREPARATION:
@@ -182,7 +185,7 @@ def report(found: Mapping[int, Words], processes: Sequence[Sequence[Any]], state
     """Who waits for whom, and who is missing, from what the ranks have written down; `states`: of those that have not."""
     first = found[min(found)]
     lines = [
-        f"mpilm: watchdog: {first.get('phase')} {first.get('step')} has lasted {first.get('lasted_s', 0):.0f} s, and "
+        f"mpilm: watchdog: {_part(first)} has lasted {first.get('lasted_s', 0):.0f} s, and "
         f"{first.get('limit_s', 0):.0f} s is the limit (--fault.step-timeout; 0 learns it from the run). "
         f"{_verdict(found, states)}"
     ]
@@ -204,8 +207,13 @@ def _verdict(found: Mapping[int, Words], states: Mapping[int, str]) -> str:
     return "All ranks wait for each other: a message is lost, or they do not make the same calls."
 
 
+def _part(words: Words) -> str:
+    """The part of the run that a rank is in."""
+    return "the end, all being done," if words.get("phase") == LEAVING else f"{words.get('phase')} {words.get('step')}"
+
+
 def _doing(words: Words, found: Mapping[int, Words]) -> str:
-    place = f"{words.get('phase')} {words.get('step')}, at {words.get('at')}"
+    place = f"{_part(words)}, at {words.get('at')}"
     if not words.get("waiting"):
         return f"waits for nobody; {place}"
     op, axis, number, ranks, detail, since_s = words["waiting"]

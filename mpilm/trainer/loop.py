@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 from mpilm.comm.activity import Activity
 from mpilm.comm.base import Comm
 from mpilm.comm.together import AgreedError
+from mpilm.comm.trace import Traced
 from mpilm.config import Config
 from mpilm.errors import PreemptedError
 from mpilm.guard.fault import faults
 from mpilm.guard.request import REASONS
-from mpilm.guard.watchdog import Watchdog
+from mpilm.guard.watchdog import LEAVING, Watchdog
 from mpilm.trainer.build import Training, build
 from mpilm.trainer.drift import refuse_drift
 from mpilm.trainer.elastic import Carried, Forgetful, Kept
@@ -34,6 +36,7 @@ def train(
     with contextlib.ExitStack() as stack:
         watchdog = Watchdog(activity, world, config.fault.step_timeout)
         stack.callback(watchdog.close)
+        stack.enter_context(_leaving_together(world, activity))
         run = build(config, world, carried, activity)
         stack.callback(run.folder.release)
         stack.enter_context(run.request.listening())
@@ -54,6 +57,22 @@ def train(
             raise
         run.mesh.activity.enter("end", config.train.steps)
         log.finish()
+
+
+@contextlib.contextmanager
+def _leaving_together(world: Comm, activity: Activity) -> Iterator[None]:
+    """Wait for each other before the watchdog is let go: nobody watches MPI_Finalize, and a rank that hangs when all is done
+    would keep the others there. Collective, unless something else than an AgreedError is raised."""
+    agreed: AgreedError | None = None
+    try:
+        yield
+    except AgreedError as error:
+        agreed = error
+    activity.enter(LEAVING, activity.step)
+    activity.at("leaving")
+    Traced(world, activity=activity).barrier()
+    if agreed is not None:
+        raise agreed
 
 
 def _steps(run: Training, log: RunLog, saver: Saver, kept: Kept, carried: Carried | None) -> None:

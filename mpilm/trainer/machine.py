@@ -18,6 +18,7 @@ from mpilm.errors import ConfigError
 from mpilm.model.families import build
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
+from mpilm.parallel.compiled import require_compiler
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ def look(train: Train, world: Comm) -> Machine:
     threads = asked or max(1, int(share))
     torch.set_num_threads(threads)
     device = choose_device(train.device, node)
+    if train.compile:
+        require_compiler()
     _load_libraries(device)
     return Machine(device, threads, crowded=share < 1)
 

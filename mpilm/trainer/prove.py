@@ -25,6 +25,7 @@ from mpilm.parallel.shard import ALIGNMENT, Piece
 from mpilm.trainer.machine import Machine, look
 from mpilm.trainer.sharded import ShardedModel
 from mpilm.trainer.step import gradients, update
+from mpilm.validation import validate
 
 VOCAB_SIZE = 331
 CUDA_TOLERANCE = 1e-4  # relative to the largest element: GPU kernels may add in another order each time
@@ -33,13 +34,13 @@ CUDA_TOLERANCE = 1e-4  # relative to the largest element: GPU kernels may add in
 class RandomTokens:
     """Microbatches by step and number: tokens drawn at random, for models that need not learn anything."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, vocab_size: int = VOCAB_SIZE):
+        self.config, self.vocab_size = config, vocab_size
 
     def train(self, step: int, m: int) -> Batch:
         rows, length = self.config.train.micro_batch, self.config.model.context_length
         generator = np.random.Generator(np.random.Philox(key=key_of("verify", self.config.train.seed, step, m)))
-        tokens = torch.from_numpy(generator.integers(0, VOCAB_SIZE, (rows, length + 1), dtype=np.int64))
+        tokens = torch.from_numpy(generator.integers(0, self.vocab_size, (rows, length + 1), dtype=np.int64))
         samples = (step * self.config.train.global_batch + m * rows) + torch.arange(rows)
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(length), samples, rows * length)
 
@@ -80,6 +81,7 @@ def layouts(config: Config, ranks: int) -> Iterator[tuple[Parallel, str]]:
 def _refusal(config: Config, parallel: Parallel, ranks: int) -> str:
     try:
         changed = resolve(replace(config, parallel=parallel))
+        validate(changed)
         mesh_shape(changed, ranks)
         cut_by_cost(changed, VOCAB_SIZE)
         return ""

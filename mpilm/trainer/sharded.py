@@ -116,4 +116,4 @@ class ShardedModel(StagedModel):
 
     def compute(self, step: int, batch_of: Callable[[int], Batch], target_tokens: int) -> list[Timed]:
         """Forward and backward of this replica's microbatches, and the sums over all replicas. Collective."""
-        return self._run(self.program, Feed(batch_of, self.numbers, step, target_tokens))
+        return self._run(self.program, Feed(batch_of, self.numbers, step, target_tokens, self.token_losses))

@@ -21,6 +21,7 @@ from mpilm.model.families import build, initial_std, tied
 from mpilm.model.init import initial_value
 from mpilm.model.lora import is_frozen
 from mpilm.optim.optimizer import stays_whole
+from mpilm.parallel.compiled import compile_blocks, compiled_token_losses
 from mpilm.parallel.cut import keep_stage
 from mpilm.parallel.deferred import Store, defer
 from mpilm.parallel.flat import FlatParameters
@@ -57,6 +58,7 @@ class StagedModel:
         self.stages = {stage: self._stage(stage) for stage in range(self.pipeline.rank, len(cut), self.pipeline.size)}
         self.ties = Ties(trained(self.layouts), self.flats, self.pipeline)
         self.wire = Wire(self.pipeline)
+        self.token_losses = compiled_token_losses() if config.train.compile else token_losses
 
     def _block(self, total: int) -> tuple[int, int]:
         return block(self.data.rank, self.data.size, total)
@@ -72,6 +74,8 @@ class StagedModel:
             self.frozen[stage] = FlatParameters(frozen(layouts), self.device, 3 if self.zero == 3 else 0, *where)
             flats.append(self.frozen[stage])
         store, presence = Store(), ResidentParameters()
+        if config.train.compile:
+            compile_blocks(model)
         recompute(model, config.train.recompute)
         if config.parallel.schedule == "zero-bubble":
             defer(model, store)

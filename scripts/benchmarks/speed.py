@@ -31,65 +31,18 @@ from benchmarks.measure import (
 
 
 def torch_side(config, wrap: Callable = lambda model: model, rank: int = 0, ranks: int = 1) -> Callable[[int], None]:  # type: ignore[no-untyped-def, type-arg]
-    """One step of a plain torch loop written out: the same model and batches, torch's own AdamW and clipping.
-
-    `wrap` may be DistributedDataParallel; then each rank takes its share of the microbatches, and gradients are averaged.
-    """
-    from contextlib import nullcontext
-
-    import torch
-
+    """The plain torch loop on the batches that mpilm has."""
+    from benchmarks.plain import torch_loop
     from mpilm.comm.base import SelfComm
     from mpilm.data.batch import Batches
     from mpilm.data.corpus import open_corpus
     from mpilm.data.samples import CorpusSamples
     from mpilm.data.stream import TextStream
-    from mpilm.model.families import build as build_model
-    from mpilm.model.families import initial_std
-    from mpilm.model.init import initial_value
-    from mpilm.model.loss import loss_sum
-    from mpilm.model.rows import Rows
-    from mpilm.optim.rate import learning_rate
 
-    train, shape = config.train, config.model
     corpus = open_corpus(config.data, SelfComm())
-    batches = Batches(
-        TextStream(CorpusSamples(corpus, shape.context_length, config.data.eval_fraction)),
-        train.seed,
-        train.global_batch,
-        train.micro_batch,
-    )
-    model = build_model(shape, corpus.tokenizer.vocab_size)
-    for name, p in model.named_parameters():
-        p.data = initial_value(train.seed, name, tuple(p.shape), initial_std(name, shape))
-    if shape.tie_embeddings:
-        model.head.weight = model.embed.weight
-    wrapped = wrap(model)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
-    mine = range(train.global_batch // train.micro_batch)[rank::ranks]
-
-    def step(number: int) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        for m in mine:
-            batch = batches.train(number, m)
-            quiet = m != mine[-1] and ranks > 1
-            with wrapped.no_sync() if quiet else nullcontext():
-                loss = (
-                    loss_sum(wrapped(batch.tokens, Rows(batch.positions)), batch.targets)
-                    / batches.target_tokens(number)
-                    * ranks
-                )
-                loss.backward()
-            loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(train, number)
-        optimizer.step()
-
-    return step
+    stream = TextStream(CorpusSamples(corpus, config.model.context_length, config.data.eval_fraction))
+    batches = Batches(stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
+    return torch_loop(config, batches, corpus.tokenizer.vocab_size, wrap, rank, ranks)
 
 
 def overhead(args: argparse.Namespace) -> None:

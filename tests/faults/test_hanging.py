@@ -83,6 +83,27 @@ def test_a_rank_that_wakes_up_while_the_job_is_ended(tmp_path, data):
     assert logged_step(run) <= 5
 
 
+def test_a_rank_that_hangs_when_all_is_done_is_named(tmp_path, data):
+    with started(
+        2, words(data, tmp_path / "run", "--train.steps", 2), tmp_path, MPILM_FAULT="kind=stop rank=1 point=leaving"
+    ) as job:
+        assert ended_by_watchdog(job.end(40), job.output), job.output
+    assert re.search(r"mpilm: watchdog: the end, all being done, has lasted \d+ s, and 3 s is the limit", job.output), job.output
+    assert "Missing: rank 1." in job.output
+    assert re.search(r"  rank 0 on \S+ .*: waits \d+ s for rank 1 in barrier on world", job.output), job.output
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_the_last_moment_of_mpi(tmp_path):
+    """Nobody can say its name any more; the others do not wait for ever all the same."""
+    program = (
+        "import os, signal; from mpilm.comm import mpi; mpi.LEAVE_S = 3; world = mpi.mpi_world(); world.barrier()\n"
+        "os.kill(os.getpid(), signal.SIGSTOP) if world.rank else mpi.finalize(0)"
+    )
+    with started(2, ["-c", program], tmp_path) as job:
+        assert job.end(30) not in (0, None), job.output
+
+
 @pytest.mark.slow
 def test_a_job_that_was_suspended_goes_on(tmp_path, data):
     """As by Ctrl-Z or scontrol suspend, for much longer than a step may last."""
@@ -196,7 +217,7 @@ def test_a_rank_without_memory_says_what_would_need_less(tmp_path, data):
         assert job.end(30) != 0
     assert "fault: memory" in job.output
     said = (
-        r"error on rank 1 of 2 on \S+: there is no more memory in step 3, with [\d,]+ MiB in use .*; predicted were [\d,]+ MiB"
+        r"error on rank 1 of 2 on \S+: there is no more memory in step \d+, with [\d,]+ MiB in use .*; predicted were [\d,]+ MiB"
     )
     assert re.search(f"{said}: program", job.output), job.output
     assert "--train.recompute block" in job.output

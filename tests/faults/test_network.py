@@ -60,7 +60,7 @@ def test_a_cable_that_is_pulled_is_noticed(tmp_path, data):
         job.process.send_signal(signal.SIGUSR1)
         code = job.end(120)
         said = job.output
-    assert code == 128 + signal.SIGKILL, said
+    assert code in (signal.SIGALRM, 128 + signal.SIGKILL), said  # of the rank, or of its launcher
     assert "mpilm: watchdog: step" in said
     assert "4 s is the limit (--fault.step-timeout" in said
     assert "rank 0 on h0" in said

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from mpilm.comm import launcher
@@ -37,6 +38,14 @@ def test_the_launcher_is_found_above_this_process(tmp_path):
 
 def test_what_is_no_launcher_is_left_alone(tmp_path):
     assert under("slurmstepd", ASK, tmp_path).stdout.split()[1] == str(launcher.launcher())
+
+
+def test_the_launcher_does_not_wait_for_the_one_who_waits_for_it(tmp_path):
+    """It ends when nobody holds the output of its ranks any more."""
+    began = time.monotonic()
+    program = "from mpilm.comm import launcher; launcher.LAUNCHER_S = 40; launcher.end_in_time(); print('here')"
+    assert under("mpirun", f"{program}; import os; os._exit(0)", tmp_path).stdout.split()[1] == "here"
+    assert time.monotonic() - began < 30
 
 
 def test_a_rank_and_a_launcher_that_hang_are_ended(tmp_path):

@@ -1,0 +1,70 @@
+"""A plain torch loop, written out: what mpilm is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from mpilm.config import Config
+from mpilm.model.families import build, initial_std
+from mpilm.model.init import initial_value
+from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
+from mpilm.optim.rate import learning_rate
+from mpilm.trainer.step import Source
+
+
+def torch_loop(
+    config: Config,
+    source: Source,
+    vocab_size: int,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    rank: int = 0,
+    ranks: int = 1,
+    device: str = "cpu",
+) -> Callable[[int], None]:
+    """One step: the same model and batches, autocast where mpilm has it, torch's own AdamW and clipping, and with train.compile
+    model and loss compiled as one.
+
+    `wrap` may be DistributedDataParallel; then each rank takes its share of the microbatches, and gradients are averaged.
+    """
+    train, shape = config.train, config.model
+    with torch.device(device):
+        model = build(shape, vocab_size)
+    for name, p in model.named_parameters():
+        p.data = initial_value(train.seed, name, tuple(p.shape), initial_std(name, shape)).to(device)
+    if shape.tie_embeddings:
+        model.head.weight = getattr(model.embed, "tokens", model.embed).weight
+    wrapped = wrap(model)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+    mine = range(train.global_batch // train.micro_batch)[rank::ranks]
+
+    def loss_of(tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return loss_sum(wrapped(tokens, Rows(positions)), targets)
+
+    computed = torch.compile(loss_of, dynamic=False) if train.compile else loss_of
+
+    def step(number: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for m in mine:
+            batch = source.train(number, m).to(torch.device(device))
+            quiet = m != mine[-1] and ranks > 1
+            with wrapped.no_sync() if quiet else nullcontext():
+                with torch.autocast(device, torch.bfloat16) if train.dtype == "bfloat16" else nullcontext():
+                    loss = computed(batch.tokens, batch.positions, batch.targets)
+                (loss / source.target_tokens(number) * ranks).backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(train, number)
+        optimizer.step()
+        float(sum(losses))
+
+    return step
