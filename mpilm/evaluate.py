@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 from mpilm.cli import parse
 from mpilm.comm.base import Comm
-from mpilm.config import Compute, Data, Folder, Stages, used
+from mpilm.config import Data
 from mpilm.errors import ConfigError
 from mpilm.guard.launch import Body, run
+from mpilm.usage import Compute, Folder, Stages, used
 
 DESCRIPTION = (
     "Score a text with a model: a checkpoint of mpilm or a Hugging Face folder. The whole text is read in windows of the "

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from mpilm.cli import parse
 from mpilm.comm.base import Comm
-from mpilm.config import Compute, Folder, Generate, Stages, used
+from mpilm.config import Generate
 from mpilm.guard.launch import Body, run
+from mpilm.usage import Compute, Folder, Stages, used
 
 DESCRIPTION = (
     "Write text with a model: a checkpoint of mpilm or a Hugging Face folder of a Llama, GPT-2, Qwen or Mixtral model. Many "

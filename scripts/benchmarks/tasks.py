@@ -21,10 +21,11 @@ def generate(args: argparse.Namespace) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mpilm.comm.base import SelfComm
-    from mpilm.config import Compute, Folder, Generate, Stages, used
+    from mpilm.config import Generate
     from mpilm.data.tokenizer import bytes_tokenizer
     from mpilm.trainer.folder import configured, open_folder
     from mpilm.trainer.write import write
+    from mpilm.usage import Compute, Folder, Stages, used
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 LAYERS = {
-    "__init__": 0, "errors": 0, "config": 0, "settings": 0, "validation": 0, "presets": 0,
+    "__init__": 0, "errors": 0, "config": 0, "settings": 0, "validation": 0, "presets": 0, "usage": 0,
     "comm": 1, "model": 1,
     "guard": 2, "mesh": 2, "data": 2,
     "ops": 3,
@@ -25,7 +25,7 @@ LAYERS = {
 }  # fmt: skip
 COMMANDS = 7  # every other file at the top of the package: what a person runs
 PURE = (
-    "errors.py", "config.py", "settings.py", "validation.py", "presets.py", "mesh/shape.py",
+    "errors.py", "config.py", "settings.py", "validation.py", "presets.py", "usage.py", "mesh/shape.py",
     "parallel/layout.py", "parallel/plan.py",
     "parallel/shard.py", "parallel/partition.py", "parallel/feasible.py", "parallel/tree.py",
     "parallel/pipeline/actions.py", "parallel/pipeline/schedules.py", "parallel/pipeline/lower.py",

@@ -88,7 +88,7 @@ def test_a_rank_that_hangs_when_all_is_done_is_named(tmp_path, data):
         2, words(data, tmp_path / "run", "--train.steps", 2), tmp_path, MPILM_FAULT="kind=stop rank=1 point=leaving"
     ) as job:
         assert ended_by_watchdog(job.end(40), job.output), job.output
-    assert re.search(r"mpilm: watchdog: the end, all being done, has lasted \d+ s, and 3 s is the limit", job.output), job.output
+    assert re.search(r"watchdog: the end, all being done, has lasted \d+ s, and 3 s is the limit", job.output), job.output
     assert "Missing: rank 1." in job.output
     assert re.search(r"  rank 0 on \S+ .*: waits \d+ s for rank 1 in barrier on world", job.output), job.output
 
@@ -217,7 +217,7 @@ def test_a_rank_without_memory_says_what_would_need_less(tmp_path, data):
         assert job.end(30) != 0
     assert "fault: memory" in job.output
     said = (
-        r"error on rank 1 of 2 on \S+: there is no more memory in step \d+, with [\d,]+ MiB in use .*; predicted were [\d,]+ MiB"
+        r"error on rank 1 of 2 on \S+: there is no more memory in step \d, with [\d,]+ MiB in use .*; predicted were [\d,]+ MiB"
     )
     assert re.search(f"{said}: program", job.output), job.output
     assert "--train.recompute block" in job.output

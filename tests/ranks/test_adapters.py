@@ -18,7 +18,7 @@ from mpilm.checkpoint.pretrained import base_of, shape_of, tokenizer_folder
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
-from mpilm.config import Compute, Config, Folder, Stages, resolve, used
+from mpilm.config import Config, resolve
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.rows import Rows
 from mpilm.optim.rate import learning_rate
@@ -26,6 +26,7 @@ from mpilm.trainer.build import build
 from mpilm.trainer.folder import configured, open_folder
 from mpilm.trainer.loop import train
 from mpilm.trainer.step import train_step
+from mpilm.usage import Compute, Folder, Stages, used
 
 WHERE = {"llama": (), "gpt2": ("o",), "qwen2": ("q", "v"), "qwen3": (), "mixtral": (), "bert": ("down", "q")}
 PEFT_WORDS = {

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
-from mpilm.config import Compute, Data, Folder, Stages, used
+from mpilm.config import Data
 from mpilm.data.prepare import prepare
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.model.init import initial_value
@@ -25,6 +25,7 @@ from mpilm.telemetry.metrics import read_rows
 from mpilm.trainer.evaluation import Asked, evaluate
 from mpilm.trainer.loop import train
 from mpilm.trainer.score import microbatches, windows
+from mpilm.usage import Compute, Folder, Stages, used
 
 T = 16
 ALL = Asked(documents=False, held_out=False, context_length=0, run_dir="auto")

@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.comm.together import AgreedError
-from mpilm.config import Compute, Folder, Generate, Stages, used
+from mpilm.config import Generate
 from mpilm.model.init import initial_value
 from mpilm.trainer import write as write_module
 from mpilm.trainer.folder import configured, open_folder
 from mpilm.trainer.texts import print_texts
 from mpilm.trainer.write import Text, write
+from mpilm.usage import Compute, Folder, Stages, used
 
 V = 97
 DECODERS = [family for family in FAMILIES if family != "bert"]

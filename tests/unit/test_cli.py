@@ -5,10 +5,11 @@ import re
 import pytest
 
 from mpilm.cli import parse
-from mpilm.config import Config, Folder, replaced
+from mpilm.config import Config, replaced
 from mpilm.errors import ConfigError, FileError
 from mpilm.generate import GenerateConfig
 from mpilm.presets import PRESETS
+from mpilm.usage import Folder
 
 
 def config(*words):
