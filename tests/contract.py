@@ -39,10 +39,11 @@ def uneven(size: int, first: int = 0) -> list[int]:
 
 def noise(dtype: torch.dtype, count: int, seed: int) -> Tensor:
     """Any bits that the dtype can hold, NaNs included: what is moved must arrive as it was."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), torch.get_default_device()
     if dtype == torch.bool:
-        return torch.randint(0, 2, (count,), generator=generator).bool()
-    return torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype)
+        return torch.randint(0, 2, (count,), generator=generator, device="cpu").bool().to(device)
+    bits = torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator, device="cpu")
+    return bits.view(dtype).to(device)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -280,7 +281,8 @@ def gather_has_its_adjoint(comm: Comm) -> None:
 
 
 def _integers(count: int, seed: int) -> Tensor:
-    return torch.randint(-9, 10, (count,), generator=torch.Generator().manual_seed(seed)).double()
+    numbers = torch.randint(-9, 10, (count,), generator=torch.Generator().manual_seed(seed), device="cpu")
+    return numbers.double().to(torch.get_default_device())
 
 
 def _dot(comm: Comm, a: Tensor, b: Tensor) -> float:

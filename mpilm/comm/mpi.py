@@ -169,7 +169,7 @@ class MpiComm(Comm):
             if tensor.is_cuda:
                 torch.cuda.current_stream(tensor.device).synchronize()  # MPI reads at once, not in stream order
             return tensor, _nothing
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
         if source is not None:
             host.copy_(source)
         return host, (lambda: out.copy_(host)) if out is not None else _nothing

@@ -7,6 +7,8 @@ import ctypes
 import re
 from pathlib import Path
 
+import torch
+
 
 def _kibibytes(file: str, key: str) -> int:
     try:
@@ -46,3 +48,32 @@ def peak_resident_bytes() -> int:
 def proportional_bytes() -> int:
     """Memory of this process in RAM, each shared page divided among those who share it (PSS)."""
     return _kibibytes("/proc/self/smaps_rollup", "Pss") * 1024 or resident_bytes()
+
+
+class Memory:
+    """What a rank has used where it computes, from now on: of a GPU's memory what torch has given out, else the process's own.
+
+    `program_bytes`: what the program takes before there is a model.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        trim()
+        forget_peak()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._resident, self._shared = resident_bytes(), shared_bytes()
+        self.program_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else proportional_bytes()
+
+    @property
+    def used_bytes(self) -> int:
+        """In use now."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else resident_bytes()
+
+    def peak_bytes(self, own_shared: int) -> int:
+        """The highest use so far, the program's shared pages divided as they were at the start. `own_shared`: what is this
+        rank's of memory that ranks have together; what it sees of others is left out."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        others = max(0, shared_bytes() - self._shared - own_shared)
+        return peak_resident_bytes() - self._resident + self.program_bytes - others

@@ -24,7 +24,7 @@ from mpilm.guard.watchdog import PREPARATION
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.shard import ALIGNMENT
-from mpilm.telemetry.memory import forget_peak, proportional_bytes, resident_bytes, shared_bytes, trim
+from mpilm.telemetry.memory import Memory, trim
 from mpilm.trainer.balance import choose_cut
 from mpilm.trainer.elastic import Carried
 from mpilm.trainer.folder import load_start
@@ -49,7 +49,7 @@ class Training:
     model: ShardedModel
     request: StopRequest
     history: History
-    baseline_bytes: tuple[int, int, int]  # resident, proportional and shared, before the model
+    memory: Memory
 
 
 def build(config: Config, world: Comm, carried: Carried | None = None, activity: Activity | None = None) -> Training:
@@ -85,15 +85,13 @@ def _built(
     vocab_size = config.model.vocab_size or material.tokenizer.vocab_size
     alignment = ALIGNMENT * max(world.all_gather_json(machine.threads))
     cut = choose_cut(config, mesh, vocab_size, machine.device)
-    trim()
-    forget_peak()  # preparing text may have taken more than training will
-    baseline = resident_bytes(), proportional_bytes(), shared_bytes()
+    memory = Memory(machine.device)  # preparing text may have taken more than training will
     model = ShardedModel(config, mesh, cut, vocab_size, machine.device, alignment)
     _fill(model, folder, world, carried)
     trim()
     request = StopRequest(folder.path / "stop", config.run.time_limit, asks=world.rank == 0)
     return Training(
-        config, machine, mesh, material, batches, folder, content, model, request, folder.history, baseline
+        config, machine, mesh, material, batches, folder, content, model, request, folder.history, memory
     )  # fmt: skip
 
 

@@ -24,7 +24,6 @@ from mpilm.parallel.pipeline.execute import Timed
 from mpilm.parallel.pipeline.schedules import even_bubble
 from mpilm.parallel.tree import balance
 from mpilm.telemetry.display import Display, duration, mebibytes
-from mpilm.telemetry.memory import peak_resident_bytes, shared_bytes
 from mpilm.telemetry.metrics import Metrics, TensorBoard
 from mpilm.trainer.build import Training
 from mpilm.trainer.machine import processor, versions
@@ -121,7 +120,7 @@ class RunLog:
     def finish(self) -> None:
         """The summary: time, memory, losses, a sample, and where everything lies. Collective."""
         took = time.perf_counter() - self.started
-        peaks = self.run.mesh.world.all_gather_json(self._peak_bytes())
+        peaks = self.run.mesh.world.all_gather_json(self.run.memory.peak_bytes(self.run.model.shared_bytes))
         text = self._sample() if self.run.config.generate.max_tokens and self.run.config.model.arch != "bert" else ""
         self.display.close()
         self._write({"event": "end", "step": self.run.config.train.steps, "time": time.time()})
@@ -143,13 +142,6 @@ class RunLog:
         everyone = torch.empty(self.run.mesh.world.size, dtype=torch.float64)
         self.run.mesh.world.all_gather(torch.tensor([self.busy_s / steps], dtype=torch.float64), everyone)
         return everyone.tolist()
-
-    def _peak_bytes(self) -> int:
-        """This rank's highest use so far, the program's shared pages divided as they were at the start; other ranks' gradients,
-        which it sees, left out."""
-        resident, proportional, shared = self.run.baseline_bytes
-        others = max(0, shared_bytes() - shared - self.run.model.shared_bytes)
-        return peak_resident_bytes() - resident + proportional - others
 
     def _start_row(self) -> dict[str, Any]:
         run, world = self.run, self.run.mesh.world
@@ -200,7 +192,8 @@ class RunLog:
         say(f"  a step   {train.global_batch} sequences of {model.context_length} = {tokens:,} tokens, in {m} microbatches")
         self._warn_uneven(m)
         most = "a rank" if world.size == 1 else "on the rank that needs most"
-        say(f"  memory   {mebibytes(sum(self.predicted.values()))} predicted {most}: {listed(self.predicted)}")
+        of = " of the GPU" if run.machine.device.type == "cuda" else ""
+        say(f"  memory   {mebibytes(sum(self.predicted.values()))}{of} predicted {most}: {listed(self.predicted)}")
         say(f"  run      {run.folder.path}" + (f", from step {run.folder.step}" if run.folder.step else ""))
         for note in run.folder.notes:
             say(f"  note     {note}")

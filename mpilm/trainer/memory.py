@@ -12,7 +12,6 @@ from mpilm.errors import OutOfMemoryError
 from mpilm.model.size import activation_bytes
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.telemetry.display import mebibytes
-from mpilm.telemetry.memory import resident_bytes
 from mpilm.trainer.build import Training
 
 # glibc keeps freed blocks below 32 MiB, and those of one microbatch leave holes that the next one's do not fill: measured
@@ -43,10 +42,12 @@ def predicted_memory(run: Training) -> dict[str, int]:
     step = {"activations": round(live + lost), "logits": round(logits * holes["logits"])}
     held = model.held_bytes()
     saving = max(0, min(SAVING_BYTES, held["weights"] + held["moments"]) - sum(step.values()))  # between steps
+    if run.machine.device.type == "cuda":
+        return {"program": run.memory.program_bytes, **held, **step}  # of the GPU; what is saved is copied from there
     if config.checkpoint.asynchronous:
         saving = -(-model.saved_bytes // run.mesh.world.size)  # a copy of what this rank writes, beside the next steps
     return {
-        "program": run.baseline_bytes[1] + FIRST_STEP_BYTES,
+        "program": run.memory.program_bytes + FIRST_STEP_BYTES,
         **held,
         **step,
         "checkpoint": saving,
@@ -70,8 +71,8 @@ def out_of_memory(run: Training, error: BaseException) -> OutOfMemoryError:
     parts, activity = predicted_memory(run), run.mesh.activity
     asked = "".join(f" ({line[:200]})" for line in str(error).strip().splitlines()[:1])
     return OutOfMemoryError(
-        f"there is no more memory in {activity.phase} {activity.step + 1}, with {mebibytes(resident_bytes())} in use{asked}; "
-        f"predicted were {mebibytes(sum(parts.values()))}: {listed(parts)}. A smaller --train.micro-batch, "
+        f"there is no more memory in {activity.phase} {activity.step + 1}, with {mebibytes(run.memory.used_bytes)} in "
+        f"use{asked}; predicted were {mebibytes(sum(parts.values()))}: {listed(parts)}. A smaller --train.micro-batch, "
         "--train.recompute block, more pipeline stages or --parallel.zero 3 need less; fewer ranks on a node leave more to each"
     )
 
