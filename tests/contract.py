@@ -19,6 +19,7 @@ from torch import Tensor
 from mpilm.comm.base import OPS, REDUCIBLE, Comm
 from mpilm.comm.trace import Traced
 from mpilm.errors import RanksDisagreeError
+from mpilm.optim.norm import global_norm
 
 MOVABLE = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool,
@@ -256,6 +257,16 @@ def shares_memory(comm: Comm) -> None:
     assert again is not None
     again[comm.rank].fill_(1.0)
     assert parts[comm.rank][0] == comm.rank + 2
+
+
+@contract
+def is_not_led_astray_by_a_default_device(comm: Comm) -> None:
+    """torch.set_default_device in a user's program: what ranks tell each other is not the model's."""
+    pieces = [torch.full((5,), float(comm.rank + 1))]
+    with torch.device("meta"):
+        assert comm.all_gather_json(comm.rank) == list(range(comm.size))
+        assert comm.broadcast_json("word" if comm.rank == 0 else None) == "word"
+        assert global_norm(pieces, comm) ** 2 == pytest.approx(sum(5 * (r + 1) ** 2 for r in range(comm.size)), rel=1e-12)
 
 
 @contract

@@ -107,20 +107,20 @@ class Comm(ABC):
 
     def all_gather_json(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order; values are what JSON can hold. For small and rare things."""
-        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         mine = _encode(value)
-        self.all_gather(torch.tensor([mine.numel()]), sizes)
+        self.all_gather(torch.tensor([mine.numel()], device="cpu"), sizes)
         counts = sizes.tolist()
-        out = torch.empty(sum(counts), dtype=torch.uint8)
+        out = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
         self.all_gather(mine, out, counts)
         return [_decode(part) for part in out.split(counts)]
 
     def broadcast_json(self, value: Any, root: int = 0) -> Any:
         """Root's value, on every rank; values are what JSON can hold. For small and rare things."""
-        data = _encode(value) if self.rank == root else torch.empty(0, dtype=torch.uint8)
-        size = torch.tensor([data.numel()])
+        data = _encode(value) if self.rank == root else torch.empty(0, dtype=torch.uint8, device="cpu")
+        size = torch.tensor([data.numel()], device="cpu")
         self.broadcast(size, root)
-        data = data if self.rank == root else torch.empty(int(size), dtype=torch.uint8)
+        data = data if self.rank == root else torch.empty(int(size), dtype=torch.uint8, device="cpu")
         self.broadcast(data, root)
         return _decode(data)
 

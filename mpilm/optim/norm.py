@@ -30,7 +30,7 @@ def global_norm(pieces: Sequence[Tensor], comm: Comm) -> float:
         return peak
     exponent = 2 * math.frexp(peak)[1] - (MANTISSA - 1)  # q = 2^exponent: every square is below 2^51 q
     total = sum(_multiples(piece, exponent) for piece in pieces)
-    words = torch.tensor([total >> LOW_BITS, total % 2**LOW_BITS])
+    words = torch.tensor([total >> LOW_BITS, total % 2**LOW_BITS], device="cpu")
     comm.all_reduce(words)
     high, low = words.tolist()
     return math.sqrt(math.ldexp((high << LOW_BITS) + low, exponent))
@@ -39,7 +39,7 @@ def global_norm(pieces: Sequence[Tensor], comm: Comm) -> float:
 def _largest(pieces: Sequence[Tensor]) -> Tensor:
     """The largest magnitude, nan if there is one (an all-reduce by maximum may drop a nan, so it travels as inf)."""
     ends = [end.abs() for piece in pieces if piece.numel() for end in torch.aminmax(piece)]
-    peak = torch.stack(ends).max() if ends else torch.zeros(())
+    peak = torch.stack(ends).max() if ends else torch.zeros((), device="cpu")
     return torch.where(peak.isnan(), math.inf, peak).to("cpu", torch.float64)
 
 

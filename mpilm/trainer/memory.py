@@ -15,9 +15,10 @@ from mpilm.telemetry.display import mebibytes
 from mpilm.trainer.build import Training
 
 # glibc keeps freed blocks below 32 MiB, and those of one microbatch leave holes that the next one's do not fill: measured
-# 1.3 to 1.6 times what is in use, but no more than another microbatch. CUDA's caching allocator rounds sizes and does better.
-HOLES = {"cpu": 1.5, "cuda": 1.1}
+# 1.3 to 1.6 times what is in use, but no more than another microbatch. Of a GPU what torch has given out is counted: no holes.
+HOLES = {"cpu": 1.5, "cuda": 1.0}
 RETURNED_BYTES = 32 << 20
+COMPILER_BYTES = 200 << 20
 FIRST_STEP_BYTES = 14 << 20  # of libraries, buffers of MPI, and the text, that come into memory with the first step
 SAVING_BYTES = (IN_FLIGHT + 1) * BLOCK_BYTES
 
@@ -35,7 +36,7 @@ def predicted_memory(run: Training) -> dict[str, int]:
     }  # fmt: skip
     received = 4 * tokens * config.model.d_model * 2 * (len(model.cut) > 1)  # posted ahead: an input and a gradient
     live = peak_bytes(model.program, of_stage) + max(of["again"] for of in of_stage.values()) + received
-    logits = max(of["logits"] for of in of_stage.values())
+    logits = round(max(of["logits"] for of in of_stage.values()) * _logits_factor(run))
     largest = {"activations": 4 * tokens * config.model.d_ff, "logits": 4 * tokens * vocab_size}
     holes = {name: HOLES[run.machine.device.type] if size < RETURNED_BYTES else 1 for name, size in largest.items()}
     lost = min(live * (holes["activations"] - 1), max(of["activations"] for of in of_stage.values()))
@@ -47,11 +48,19 @@ def predicted_memory(run: Training) -> dict[str, int]:
     if config.checkpoint.asynchronous:
         saving = -(-model.saved_bytes // run.mesh.world.size)  # a copy of what this rank writes, beside the next steps
     return {
-        "program": run.memory.program_bytes + FIRST_STEP_BYTES,
+        "program": run.memory.program_bytes + FIRST_STEP_BYTES + COMPILER_BYTES * config.train.compile,
         **held,
         **step,
         "checkpoint": saving,
     }
+
+
+def _logits_factor(run: Training) -> float:
+    """Of what model/size.py counts, two tensors in float32: CUDA's kernels make a third one in backward (measured), and a
+    compiled loss makes none but the logits, as they are, and their gradient."""
+    if run.config.train.compile:
+        return 0.5 if run.config.train.dtype == "bfloat16" else 1.0
+    return 1.5 if run.machine.device.type == "cuda" else 1.0
 
 
 def listed(parts: Mapping[str, int]) -> str:

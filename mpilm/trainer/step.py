@@ -101,7 +101,7 @@ def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm) -> 
 
 def loss_and_said(losses: Mapping[int, Tensor | float], total: int, comm: Comm, say: Said) -> tuple[float, Said]:
     """That sum, and what all ranks have to say: one message for both. Collective."""
-    every = torch.zeros(total + WISHES + 1, dtype=torch.float64)
+    every = torch.zeros(total + WISHES + 1, dtype=torch.float64, device="cpu")
     for microbatch, loss in losses.items():
         every[microbatch] = float(loss)
     every[total + say.wish] = 1.0

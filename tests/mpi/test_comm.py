@@ -12,8 +12,6 @@ from mpilm.comm.base import Comm
 from mpilm.comm.mpi import MpiComm, library, mpi_world
 from mpilm.comm.trace import Traced
 
-OF_THE_PROCESSOR = ("shares_memory", "guards_its_buffers")  # which names it in its messages
-
 
 class Staged(MpiComm):
     """Takes every buffer for one that MPI cannot read, as GPU memory is, so that all goes through copies.
@@ -48,17 +46,6 @@ def test_patient_waiting_keeps_the_contract(world: MpiComm, name: str) -> None:
 def test_staging_keeps_the_contract(staged: Staged, name: str) -> None:
     CONTRACT[name](staged)
     assert in_step(staged, name)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-@pytest.mark.parametrize("name", CONTRACT)
-def test_gpu_memory_keeps_the_contract(world: Comm, name: str) -> None:
-    """It goes through pinned memory."""
-    if name in OF_THE_PROCESSOR:
-        pytest.skip("of the processor's memory")
-    with torch.device("cuda", torch.cuda.current_device()):
-        CONTRACT[name](world)
-    assert in_step(world, name)
 
 
 @pytest.mark.parametrize("name", CONTRACT)
