@@ -2,7 +2,8 @@
 """Measure mpilm against what else one would use, on this machine.
 
     python scripts/bench.py overhead          one rank against a plain torch loop
-    python scripts/bench.py data-parallel     2 ranks against two independent runs, and against torch DDP with gloo
+    python scripts/bench.py data-parallel     2 ranks against two independent runs, torch DDP and FSDP2 with gloo, Accelerate
+    python scripts/bench.py collectives       sums and gathers, 4 KiB to 256 MiB, against the MPI library's, gloo's, and a copy
     python scripts/bench.py guards            2 ranks with watchdog, fingerprints and digests, against the same without
     python scripts/bench.py crowded           8 ranks against 2 on the same cores
     python scripts/bench.py start             mpirun to the first step, against importing the libraries
@@ -25,12 +26,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # mpilm, also where it is not installed
 
-from benchmarks import gpu, layouts, speed, tasks
+from benchmarks import gpu, layouts, speed, tasks, wire
 
 COMMANDS = {
     "overhead": speed.overhead,
     "data-parallel": speed.data_parallel,
     "data-parallel-worker": speed.data_parallel_worker,
+    "collectives": wire.collectives,
+    "collectives-worker": wire.collectives_worker,
     "guards": speed.guards,
     "guards-worker": speed.guards_worker,
     "crowded": speed.crowded,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +18,31 @@ from mpilm.optim.rate import learning_rate
 from mpilm.trainer.step import Source
 
 
+def sharded(model: nn.Module) -> nn.Module:
+    """FSDP2: parameters, gradients and moments sharded, blocks gathered one at a time."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for block in model.get_submodule("blocks").children():
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def unsharded_gradients(model: Any) -> Iterator[None]:
+    """FSDP2's way to leave out an exchange."""
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
+
+
 def torch_loop(
     config: Config,
     source: Source,
     vocab_size: int,
-    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    wrap: Callable[[nn.Module], Any] = lambda model: model,
+    without_exchange: Callable[[Any], AbstractContextManager[object]] = lambda wrapped: wrapped.no_sync(),
     rank: int = 0,
     ranks: int = 1,
     device: str = "cpu",
@@ -29,7 +50,8 @@ def torch_loop(
     """One step: the same model and batches, autocast where mpilm has it, torch's own AdamW and clipping, and with train.compile
     model and loss compiled as one.
 
-    `wrap` may be DistributedDataParallel; then each rank takes its share of the microbatches, and gradients are averaged.
+    `wrap` may be DistributedDataParallel; then each rank takes its share of the microbatches, and gradients are averaged, but
+    for those `without_exchange`.
     """
     train, shape = config.train, config.model
     with torch.device(device):
@@ -56,7 +78,7 @@ def torch_loop(
         for m in mine:
             batch = source.train(number, m).to(torch.device(device))
             quiet = m != mine[-1] and ranks > 1
-            with wrapped.no_sync() if quiet else nullcontext():
+            with without_exchange(wrapped) if quiet else nullcontext():
                 with torch.autocast(device, torch.bfloat16) if train.dtype == "bfloat16" else nullcontext():
                     loss = computed(batch.tokens, batch.positions, batch.targets)
                 (loss / source.target_tokens(number) * ranks).backward()
