@@ -4,6 +4,7 @@
     python scripts/bench.py overhead          one rank against a plain torch loop
     python scripts/bench.py data-parallel     2 ranks against two independent runs, torch DDP and FSDP2 with gloo, Accelerate
     python scripts/bench.py collectives       sums and gathers, 4 KiB to 256 MiB, against the MPI library's, gloo's, and a copy
+    python scripts/bench.py checkpoint        writing and reading against the raw disk, and what a save takes from training
     python scripts/bench.py guards            2 ranks with watchdog, fingerprints and digests, against the same without
     python scripts/bench.py crowded           8 ranks against 2 on the same cores
     python scripts/bench.py start             mpirun to the first step, against importing the libraries
@@ -26,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # mpilm, also where it is not installed
 
-from benchmarks import gpu, layouts, speed, tasks, wire
+from benchmarks import gpu, layouts, saving, speed, tasks, wire
 
 COMMANDS = {
     "overhead": speed.overhead,
@@ -34,6 +35,8 @@ COMMANDS = {
     "data-parallel-worker": speed.data_parallel_worker,
     "collectives": wire.collectives,
     "collectives-worker": wire.collectives_worker,
+    "checkpoint": saving.checkpoint,
+    "checkpoint-worker": saving.checkpoint_worker,
     "guards": speed.guards,
     "guards-worker": speed.guards_worker,
     "crowded": speed.crowded,

@@ -1,6 +1,7 @@
 """What shows a layout before it is queued, what proves it, and what refuses one that cannot work; each as a whole command."""
 
 import re
+import shutil
 from xml.etree import ElementTree
 
 import pytest
@@ -10,6 +11,7 @@ from runs import small
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.together import AgreedError
+from mpilm.config import replaced
 from mpilm.parallel.shard import Piece
 from mpilm.trainer import prove
 from mpilm.trainer.machine import Machine
@@ -24,11 +26,12 @@ ON_TWO = [  # data, pipeline, schedule, ZeRO
     *(("1", "2", schedule, "0") for schedule in ("1f1b", "gpipe", "interleaved", "zero-bubble")),
 ]
 LIMIT_S = 40.0
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++, which is not here")
 
 
-def verify(ranks, *flags):
+def verify(ranks, *flags, limit_s=LIMIT_S):
     """Run the command; its end, and the verdict on each layout by (data, pipeline, schedule, ZeRO)."""
-    done = mpirun(ranks, "-m", "mpilm.verify", *SMALL, *flags, limit_s=LIMIT_S)
+    done = mpirun(ranks, "-m", "mpilm.verify", *SMALL, *flags, limit_s=limit_s)
     text = f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in text, text
     row = r"^ +(\d+) +(\d+)  (\S+) +(\d)  (?: *[-+.e\d]+  ){0,3}(.+)$"
@@ -41,6 +44,37 @@ def test_two_ranks_prove_each_of_their_layouts():
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] == "8 layouts of 2 ranks, 2 steps each: promised and found equal bits"
+
+
+@COMPILER
+def test_compiled_blocks_have_the_same_bits_in_every_layout():
+    done, verdicts = verify(2, "--train.compile", "true", "--model.dropout", 0, limit_s=110)
+    refused = verdicts.pop(("1", "2", "zero-bubble", "0"))
+    assert refused.startswith(
+        "not run: --parallel.schedule zero-bubble takes apart what --train.compile true makes one piece of"
+    )
+    assert verdicts == dict.fromkeys((place for place in ON_TWO if place[2] != "zero-bubble"), "equal bits"), done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@COMPILER
+@pytest.mark.parametrize(
+    "arch", ["llama", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("mixtral", marks=pytest.mark.slow)]
+)
+def test_compiled_steps_are_those_that_are_not(arch):
+    plain = small(model__arch=arch, model__dropout=0.0)
+    compiled = replaced(plain, train__compile=True)
+    cpu = Machine(torch.device("cpu"), 1, False)
+    row = prove._compare(*(prove.run_layout(config, SelfComm(), cpu, False) for config in (compiled, plain)), SelfComm())
+    assert max(row.loss, row.gradient, row.weight) < prove.CUDA_TOLERANCE  # as where other kernels add in another order
+    assert not row.equal  # it was compiled
+
+
+def test_without_a_compiler_it_is_said(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done, verdicts = verify(0, "--train.compile", "true", "--model.dropout", 0)
+    assert (done.returncode, verdicts) == (CONFIG, {})
+    assert "--train.compile true: torch needs a C++ compiler for it, and no-such-compiler is not found" in done.stderr
 
 
 def test_one_changed_bit_is_noticed_on_every_layout():

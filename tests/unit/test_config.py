@@ -156,6 +156,21 @@ def test_the_suggested_batch_is_valid(global_batch: int, micro_batch: int) -> No
             "--parallel.schedule must be one of 1f1b, gpipe, interleaved, zero-bubble, not '1F1B'",
         ),
         ({"parallel__balance": "even"}, "--parallel.balance must be one of cost, measured, not 'even'"),
+        (
+            {"train__compile": True, "train__recompute": "attention"},
+            "--train.recompute attention takes apart what --train.compile true makes one piece of; write block or none, or "
+            "--train.compile false",
+        ),
+        (
+            {"train__compile": True, "parallel__schedule": "zero-bubble"},
+            "--parallel.schedule zero-bubble takes apart what --train.compile true makes one piece of; write 1f1b or "
+            "interleaved, or --train.compile false",
+        ),
+        (
+            {"train__compile": True, "model__dropout": 0.1},
+            "--model.dropout 0.1 draws a mask for each sample by itself, which cannot be compiled; write 0, or --train.compile "
+            "false",
+        ),
         ({"train__recompute": "all"}, "--train.recompute must be one of none, attention, block, not 'all'"),
         ({"train__lr": float("nan")}, "--train.lr must be a finite number, not nan"),
         ({"train__clip_norm": float("inf")}, "--train.clip-norm must be a finite number, not inf"),

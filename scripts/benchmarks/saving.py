@@ -1,0 +1,155 @@
+"""What a checkpoint costs: writing and reading against the raw disk, and what an asynchronous save takes from training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.measure import BENCH, OTHERS_ALLOWED, TURNS, Load, configured, mpirun, table
+
+BLOCK = 16 << 20
+BEFORE, AFTER = 3, 6  # steps before a save, and after it
+SHAPE = {  # 110 million parameters, 4,096 tokens a step
+    "model__context_length": 512, "model__vocab_size": 32768, "data__tokenizer": "bytes", "train__global_batch": 8,
+    "train__micro_batch": 2, "train__threads": 1, "checkpoint__keep": 1, "checkpoint__keep_best": False,
+    "checkpoint__every": 100,
+}  # fmt: skip
+
+
+def checkpoint(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
+        words = ["--rounds", str(args.rounds), "--folder", folder]
+        subprocess.run([*mpirun(2), sys.executable, BENCH, "checkpoint-worker", *words], check=True)
+
+
+class Quiet:
+    """In the place of a run's log."""
+
+    def skip_time(self, done: int) -> None: ...
+    def saved(self, path: Path, took_s: float) -> None: ...
+    def failed(self, words: str) -> None: ...
+
+
+def checkpoint_worker(args: argparse.Namespace) -> None:
+    from mpilm.checkpoint.save import save
+    from mpilm.checkpoint.verify import with_help
+    from mpilm.comm.mpi import mpi_world
+    from mpilm.trainer.build import build, restore
+    from mpilm.trainer.saver import Saver, state_of
+
+    comm = mpi_world()
+    run = build(configured(f"{args.folder}/run", "llama-100m", **SHAPE), comm)
+    run.mesh.check(False)
+    saver = Saver(run, Quiet())  # type: ignore[arg-type]
+    folder = Path(args.folder)
+    share = run.model.saved_bytes // comm.size
+    found: dict[str, list[float]] = {}
+
+    def read(path: Path) -> None:
+        with_help(comm, lambda check: check(path))
+        restore(run.model, path, 1, comm)
+
+    for number in range(TURNS):
+        load = Load(lambda mine: sum(comm.all_gather_json(mine)))
+        took = stall(run, saver, comm, 1 + number * (BEFORE + AFTER))
+        took["write"] = timed(comm, lambda number=number: save(folder / "saved", number, state_of(run, number, None), comm))
+        took["write raw"] = timed(comm, lambda: write_raw(folder / f"raw-{comm.rank}", share))
+        (path,) = (folder / "saved").iterdir()
+        forget(comm, path)
+        took["read"] = timed(comm, lambda path=path: read(path))
+        took["read raw"] = timed(comm, lambda: read_raw(folder / f"raw-{comm.rank}"))
+        comm.barrier()
+        if comm.rank == 0:
+            shutil.rmtree(path)
+        others = max(comm.all_gather_json(load.others()))
+        if number and others < OTHERS_ALLOWED:  # the first one warms up
+            for name, seconds in took.items():
+                found.setdefault(name, []).append(seconds)
+        if len(found.get("step", [])) == args.rounds:
+            break
+    else:
+        raise SystemExit("not valid: too many rounds were void; run this on a quiet machine")
+    if comm.rank == 0:
+        show(found, run.model.saved_bytes)
+
+
+def show(found: dict[str, list[float]], nbytes: int) -> None:
+    def cells(values: list[float]) -> tuple[str, str]:
+        return f"{statistics.median(values):.3f}", f"{min(values):.3f} .. {max(values):.3f}"
+
+    def ratios(one: str, other: str) -> list[float]:
+        return [b / a for a, b in zip(found[one], found[other])]
+
+    rows = [("", "median s", "lowest .. highest"), *((name, *cells(seconds)) for name, seconds in found.items())]
+    table(f"checkpoint of {nbytes / 2**30:.2f} GiB, 2 ranks, {len(found['step'])} rounds", rows)
+    rows = [("ratio", "median", "lowest .. highest", "goal")]
+    rows.append(("write raw / write with hashing", *cells(ratios("write", "write raw")), ">= 0.80"))
+    rows.append(("read raw / read, check and load", *cells(ratios("read", "read raw")), ""))
+    rows.append(("training waits for a save / a step", *cells([1 / r for r in ratios("waited", "step")]), "< 0.05"))
+    rows.append(("all that steps take longer / a step", *cells([1 / r for r in ratios("later", "step")]), ""))
+    table("ratios", rows)
+    print("JSON " + json.dumps({"what": "checkpoint", "times_s": found}))
+
+
+def stall(run, saver, comm, first: int) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    """A step, how long the save keeps the next one waiting, and how much later all have been done until it is there."""
+    from mpilm.trainer.step import Said, train_step
+
+    def step(number: int) -> float:
+        def body() -> None:
+            result = train_step(run.model, run.batches, number, Said(0, saver.busy))
+            saver.look(number + 1, result.heard.busy)
+
+        return timed(comm, body)
+
+    usual = statistics.median([step(first + i) for i in range(BEFORE)])
+    waited = timed(comm, lambda: saver.begin(first + BEFORE, None))
+    after = [step(first + BEFORE + i) for i in range(AFTER)]
+    saver.close()
+    return {"step": usual, "waited": waited, "later": max(1e-9, waited + sum(after) - AFTER * usual)}
+
+
+def timed(comm, body: Callable[[], object]) -> float:  # type: ignore[no-untyped-def]
+    """Seconds until all ranks have done it."""
+    comm.barrier()
+    began = time.perf_counter()
+    body()
+    return max(comm.all_gather_json(time.perf_counter() - began))
+
+
+def write_raw(path: Path, nbytes: int) -> None:
+    """So many bytes past the page cache, and synced."""
+    memory = mmap.mmap(-1, BLOCK)
+    memory.write(os.urandom(BLOCK))
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_DIRECT", 0), 0o600)
+    for at in range(0, nbytes, BLOCK):
+        os.pwrite(handle, memory, at)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def read_raw(path: Path) -> None:
+    memory = mmap.mmap(-1, BLOCK)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    while os.readv(handle, [memory]):
+        pass
+    os.close(handle)
+
+
+def forget(comm, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    """Let the kernel forget what it has read of a folder."""
+    for path in folder.iterdir() if comm.rank == 0 else ():
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
