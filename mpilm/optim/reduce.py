@@ -8,6 +8,7 @@ its own affair.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -88,6 +89,9 @@ class BlockSum:
         self.exchanges = [self._exchange(comm, microbatches, reproducible) for _ in range(depth)]
         self.parameters = {name: model.get_parameter(name) for name in flat.layout.slots}
         self.started = len(self.buckets)
+        self.fresh, self.owed = False, dict[str, Tensor]()  # where the first gradients of a buffer have still to be put
+        for name, parameter in self.parameters.items():
+            parameter.register_post_accumulate_grad_hook(partial(self._take, name))
         self._watch()
 
     def _share(self, comm: Comm, microbatches: int) -> SharedSum | None:
@@ -121,22 +125,33 @@ class BlockSum:
         }
 
     def begin(self, i: int) -> None:
-        """Let the next backward put its gradients where the tree wants them."""
+        """Let the next backward put its gradients where the tree wants them: into a fresh buffer they are copied as they come,
+        which reads and writes half of what adding them to zeros would."""
         fold = self.folds[i]
-        if fold.fresh:
-            self.buffers[fold.buffer].tensor.zero_()
+        self.fresh, self.into = fold.fresh, self.views[fold.buffer]
+        self.owed = dict(self.into) if fold.fresh else {}
         for name, parameter in self.parameters.items():
-            parameter.grad = self.views[fold.buffer][name]
+            parameter.grad = None if fold.fresh else self.into[name]
         if i == len(self.folds) - 1:
             self.started = 0
             self.waiting = list(self.touching)
 
     def deliver(self, i: int, name: str, gradient: Tensor) -> None:
         """Take a gradient that was computed apart from backward, between `begin` and `end`."""
-        self.views[self.folds[i].buffer][name].add_(gradient)
+        place = self.owed.pop(name, None)
+        self.into[name].add_(gradient) if place is None else place.copy_(gradient)
+
+    def _take(self, name: str, parameter: Tensor) -> None:
+        """Backward is done with a parameter."""
+        if self.fresh and parameter.grad is not None:
+            gradient, parameter.grad = parameter.grad, None
+            self.deliver(-1, name, gradient)
 
     def end(self, i: int) -> None:
         """Fold the finished gradient; that of the last microbatch is folded bucket by bucket in `reduce`."""
+        for place in self.owed.values():  # what this microbatch has not used
+            place.zero_()
+        self.fresh, self.owed = False, {}
         if i < len(self.folds) - 1:
             self._add(i, 0, self.flat.layout.numel)
 
