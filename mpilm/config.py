@@ -288,7 +288,7 @@ class Config:
     generate: Generate = field(default_factory=Generate)
 
 
-# What the result of a run does not depend on. All else is compared when a run is resumed.
+# What the result of a run does not depend on, or in its last bits only. All else is compared when a run is resumed.
 FREE_TO_CHANGE = frozenset(
     {
         "train.steps",

@@ -17,6 +17,8 @@ WAIT = "for second in $(seq {seconds}); do kill -0 {pid} 2>/dev/null || exit; sl
 def end_in_time() -> None:
     """Call before MPI_Abort. The kernel ends this rank if that does not, since it may hold the interpreter lock; a process of
     its own ends the launcher, where it is on this host, or the job would last until its time is up."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(RANK_S)
     pid = launcher()
     if pid is not None:

@@ -224,8 +224,13 @@ def finalize(code: int) -> None:
     process ends here."""
     if MPI.Is_finalized():
         return
-    signal.alarm(LEAVE_S)  # the kernel's: MPI holds the interpreter lock while it waits for a rank that hangs
     if os.environ.get(ULFM) and MPI.COMM_WORLD.Get_failed().Get_size():
         os._exit(code)
+    together = MPI.COMM_WORLD.Ibarrier()  # some may have work of their own to do, for hours
+    while not together.Test():
+        time.sleep(LONGEST_SLEEP_S)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(LEAVE_S)  # the kernel's: MPI holds the interpreter lock while it waits for a rank that hangs
     MPI.Finalize()
     signal.alarm(0)

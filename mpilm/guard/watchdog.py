@@ -71,7 +71,7 @@ class Watchdog:
         if phase == "step" and longest is not None and self.hurried():  # srun -K1: a rank has died, and this one is to go
             return min(max(HURRIED_S, 3 * longest), self.stated_s or math.inf)
         if phase == LEAVING:
-            return self.stated_s or SHORTEST_S
+            return max(self.stated_s, SHORTEST_S)
         if self.stated_s and phase == "step":
             return self.stated_s
         if phase == PREPARATION:
@@ -209,7 +209,7 @@ def _verdict(found: Mapping[int, Words], states: Mapping[int, str]) -> str:
 
 def _part(words: Words) -> str:
     """The part of the run that a rank is in."""
-    return "the end, all being done," if words.get("phase") == LEAVING else f"{words.get('phase')} {words.get('step')}"
+    return "the end, all being done" if words.get("phase") == LEAVING else f"{words.get('phase')} {words.get('step')}"
 
 
 def _doing(words: Words, found: Mapping[int, Words]) -> str:

@@ -59,7 +59,7 @@ class DealtSum:
             parameter.grad = None
         self._open(self.groups[0])
 
-    def deliver(self, i: int, name: str, gradient: Tensor) -> None:
+    def deliver(self, name: str, gradient: Tensor) -> None:
         """Take a gradient that was computed apart from backward, between `begin` and `end`."""
         parameter = self.parameters[name]
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

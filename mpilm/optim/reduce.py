@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from mpilm.comm.base import Comm, Request
@@ -136,16 +137,19 @@ class BlockSum:
             self.started = 0
             self.waiting = list(self.touching)
 
-    def deliver(self, i: int, name: str, gradient: Tensor) -> None:
+    def deliver(self, name: str, gradient: Tensor) -> None:
         """Take a gradient that was computed apart from backward, between `begin` and `end`."""
         place = self.owed.pop(name, None)
-        self.into[name].add_(gradient) if place is None else place.copy_(gradient)
+        if place is None:
+            self.into[name].add_(gradient)
+        else:
+            torch.add(gradient, 0.0, out=place)  # -0.0 becomes 0.0, as where it is added to something
 
     def _take(self, name: str, parameter: Tensor) -> None:
         """Backward is done with a parameter."""
         if self.fresh and parameter.grad is not None:
             gradient, parameter.grad = parameter.grad, None
-            self.deliver(-1, name, gradient)
+            self.deliver(name, gradient.to_dense())
 
     def end(self, i: int) -> None:
         """Fold the finished gradient; that of the last microbatch is folded bucket by bucket in `reduce`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from mpilm.data.batch import Batch
 from mpilm.errors import ConfigError
 from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
 
 Result = Callable[[Tensor, Batch], Tensor]
 
@@ -23,7 +25,13 @@ Result = Callable[[Tensor, Batch], Tensor]
 def compile_blocks(model: nn.Module) -> None:
     """Let each block of `model` be compiled when it is first used, for each shape of its input anew."""
     for block in model.get_submodule("blocks").children():
-        block.forward = torch.compile(block.forward, dynamic=False)  # inside the hooks of the module, as in recompute.py
+        block.forward = _compiled(block.forward)  # inside the hooks of the module, as in recompute.py
+
+
+def _compiled(forward: Callable[[Tensor, Rows], Tensor]) -> Callable[[Tensor, Rows], Tensor]:
+    """But for rows that go on where they stopped: a text has another length at each token."""
+    compiled = torch.compile(forward, dynamic=False)
+    return lambda x, rows: (compiled if rows.cache is None else forward)(x, rows)
 
 
 def compiled_token_losses() -> Result:
@@ -34,9 +42,9 @@ def compiled_token_losses() -> Result:
 
 def require_compiler() -> None:
     """Raises ConfigError where there is no C++ compiler."""
-    named = os.environ.get("CXX", "")
-    if not any(shutil.which(name) for name in ([named] if named else ["g++", "c++", "clang++"])):
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
+    if not shutil.which(name):
         raise ConfigError(
-            f"--train.compile true: torch needs a C++ compiler for it, and {named or 'g++'} is not found; install one, name it "
-            "in CXX, or write --train.compile false"
+            f"--train.compile true: torch needs a C++ compiler for it, and {name} is not found; install one, name it in CXX, "
+            "or write --train.compile false"
         )

@@ -120,6 +120,7 @@ class RunLog:
     def finish(self) -> None:
         """The summary: time, memory, losses, a sample, and where everything lies. Collective."""
         took = time.perf_counter() - self.started
+        unigram = self._unigram() if self.speaks else ""  # reads the whole corpus: before the others are asked for something
         peaks = self.run.mesh.world.all_gather_json(self.run.memory.peak_bytes(self.run.model.shared_bytes))
         text = self._sample() if self.run.config.generate.max_tokens and self.run.config.model.arch != "bert" else ""
         self.display.close()
@@ -127,7 +128,7 @@ class RunLog:
         for sink in self.sinks:
             sink.close()
         if self.speaks:
-            self._summary(took, max(peaks), text)
+            self._summary(took, max(peaks), unigram, text)
 
     def _write(self, row: dict[str, Any]) -> None:
         for sink in self.sinks:
@@ -224,7 +225,7 @@ class RunLog:
             f"{lost:.0%} of their time is lost; --train.global-batch {near} would divide"
         )
 
-    def _summary(self, took: float, peak: int, text: str) -> None:
+    def _summary(self, took: float, peak: int, unigram: str, text: str) -> None:
         run, config = self.run, self.run.config
         say = self.display.line
         done = config.train.steps - run.folder.step
@@ -234,8 +235,6 @@ class RunLog:
         else:
             say(f"this run is complete; a larger --train.steps goes on from step {run.folder.step}")
         if self.eval_loss is not None:
-            corpora = [(samples.corpus, samples.boundary) for samples in run.material.corpora]
-            unigram = f"; a unigram model of this corpus scores {unigram_loss(corpora):.4f}" if corpora else ""
             say(f"evaluation loss {self.eval_loss:.4f}{unigram}")
         if text:
             say(f"\nA sample (temperature {config.generate.temperature}):\n{text}\n")
@@ -246,6 +245,11 @@ class RunLog:
             say(f"score more   python -m mpilm.evaluate --model.init-from {quote(str(last))} --data.path TEXT")
         else:
             say(f"write more   python -m mpilm.generate --model.init-from {quote(str(last))}")
+
+    def _unigram(self) -> str:
+        corpora = [(samples.corpus, samples.boundary) for samples in self.run.material.corpora]
+        known = self.eval_loss is not None and corpora
+        return f"; a unigram model of this corpus scores {unigram_loss(corpora):.4f}" if known else ""
 
     def _sample(self) -> str:
         """What the model writes. Collective: it may lie on many ranks."""

@@ -36,10 +36,10 @@ def train(
     with contextlib.ExitStack() as stack:
         watchdog = Watchdog(activity, world, config.fault.step_timeout)
         stack.callback(watchdog.close)
-        stack.enter_context(_leaving_together(world, activity))
         run = build(config, world, carried, activity)
         stack.callback(run.folder.release)
         stack.enter_context(run.request.listening())
+        stack.enter_context(_leaving_together(world, activity))
         watchdog.write_below(run.folder.path)
         watchdog.hurried = lambda: run.request.signalled
         log = RunLog(run)
@@ -77,10 +77,12 @@ def _leaving_together(world: Comm, activity: Activity) -> Iterator[None]:
 
 def _steps(run: Training, log: RunLog, saver: Saver, kept: Kept, carried: Carried | None) -> None:
     activity = run.mesh.activity
+    saver.reserve()
     if carried is not None:  # what belongs to its step may not have been finished
         _after(run, log, saver, carried.done, carried.result(), again=True)
     for step in range(run.folder.step, run.config.train.steps):
-        activity.enter("step", step)
+        compiling = run.config.train.compile and step == run.folder.step
+        activity.enter("compilation" if compiling else "step", step)  # which takes as long as it takes
         checking = step == run.folder.step or due(step, run.config.fault.check_every)
         run.mesh.check(checking)
         said = Said(run.request.reason(log.needed_s()), saver.busy)

@@ -23,11 +23,12 @@ from mpilm.parallel.compiled import require_compiler
 
 @dataclass(frozen=True)
 class Machine:
-    """`crowded`: the node has more ranks than cores, so that a rank that waits must not spin."""
+    """`crowded`: the node has more ranks than cores, so that a rank that waits must not spin. `compiles`: torch.compile."""
 
     device: torch.device
     threads: int
     crowded: bool
+    compiles: bool = False
 
 
 def look(train: Train, world: Comm) -> Machine:
@@ -41,7 +42,7 @@ def look(train: Train, world: Comm) -> Machine:
     if train.compile:
         require_compiler()
     _load_libraries(device)
-    return Machine(device, threads, crowded=share < 1)
+    return Machine(device, threads, crowded=share < 1, compiles=train.compile)
 
 
 def cores_of(node: Comm) -> Fraction:
@@ -127,7 +128,8 @@ def programs(world: Comm) -> dict[str, str]:
 
 def conditions(machine: Machine, world: Comm) -> dict[str, str]:
     """What may change the last bits of a result though no setting has changed."""
-    return {**versions(world), "threads": str(machine.threads), "device": machine.device.type}
+    return {**versions(world), "threads": str(machine.threads), "device": machine.device.type,
+            "compile": str(machine.compiles).lower()}  # fmt: skip
 
 
 def processor() -> str:

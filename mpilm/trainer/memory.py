@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,7 +19,7 @@ from mpilm.trainer.build import Training
 # 1.3 to 1.6 times what is in use, but no more than another microbatch. Of a GPU what torch has given out is counted: no holes.
 HOLES = {"cpu": 1.5, "cuda": 1.0}
 RETURNED_BYTES = 32 << 20
-COMPILER_BYTES = 200 << 20
+COMPILER_BYTES = 200 << 20  # of torch.compile, where it is the processor's memory
 FIRST_STEP_BYTES = 14 << 20  # of libraries, buffers of MPI, and the text, that come into memory with the first step
 SAVING_BYTES = (IN_FLIGHT + 1) * BLOCK_BYTES
 
@@ -72,6 +73,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no more memory, of the host or of a GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's, on a CPU
 
 

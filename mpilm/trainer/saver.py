@@ -29,8 +29,12 @@ class Saver:
         self._saving: Saving | None = None
         self._buffers = Buffers()
         self._pruning: threading.Thread | None = None  # on rank 0: to remove large files takes a while
-        if run.config.checkpoint.asynchronous and 0 < run.config.checkpoint.every < run.config.train.steps:
-            reserve(self._buffers, state_of(run, run.folder.step, None), run.mesh.world)
+
+    def reserve(self) -> None:
+        """Have the memory of the copies, where there will be some before the end."""
+        settings, step = self.run.config.checkpoint, self.run.folder.step
+        if settings.asynchronous and settings.every and step + settings.every < self.run.config.train.steps:
+            reserve(self._buffers, state_of(self.run, step, None), self.run.mesh.world)
 
     @property
     def busy(self) -> bool:

@@ -24,7 +24,7 @@ VOCABULARIES = {"gpt2-350m": 50304, "gpt2-124m": 50304, "llama-1b": 32000}
 
 def gpu(args: argparse.Namespace) -> None:
     for preset in SIZES if args.preset == "tiny" else [args.preset]:
-        subprocess.run([sys.executable, BENCH, "gpu-worker", "--preset", preset, "--rounds", str(args.rounds)], check=False)
+        subprocess.run([sys.executable, BENCH, "gpu-worker", "--preset", preset, "--rounds", str(args.rounds)], check=True)
 
 
 def gpu_worker(args: argparse.Namespace) -> None:

@@ -67,7 +67,7 @@ def test_compiled_steps_are_those_that_are_not(arch):
     cpu = Machine(torch.device("cpu"), 1, False)
     row = prove._compare(*(prove.run_layout(config, SelfComm(), cpu, False) for config in (compiled, plain)), SelfComm())
     assert max(row.loss, row.gradient, row.weight) < prove.CUDA_TOLERANCE  # as where other kernels add in another order
-    assert not row.equal  # it was compiled
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_without_a_compiler_it_is_said(monkeypatch):

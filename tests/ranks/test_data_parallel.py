@@ -72,6 +72,17 @@ def same(one, other):
     return one[0] == other[0] and all(torch.equal(one[1][name], other[1][name]) for name in one[1])
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradients_may_be_sparse(size):
+    def body(comm):
+        model = torch.nn.Embedding.from_pretrained(torch.ones(5, 2), freeze=False, sparse=True)
+        for m in DataParallel(model, comm, 2).microbatches(0):
+            model(torch.tensor([m, m, 3])).sum().backward()
+        return model.weight.grad
+
+    assert all(theirs.tolist() == [[2.0] * 2] * 2 + [[0.0] * 2, [2.0] * 2, [0.0] * 2] for theirs in run_ranks(size, body))
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("size", [2, 3, 4, 7])
 def test_the_bits_do_not_depend_on_the_ranks(size, optimizer):

@@ -158,7 +158,7 @@ def test_gradients_that_are_delivered_apart_in_any_order(size, total, zero, buck
             m = part.numbers[i]
             names = list(of[m])
             for name in names[m % len(names) :] + names[: m % len(names)]:
-                part.sum.deliver(i, name, of[m][name].clone())
+                part.sum.deliver(name, of[m][name].clone())
 
         part.step(deliver)
         return part.held()
@@ -169,7 +169,7 @@ def test_gradients_that_are_delivered_apart_in_any_order(size, total, zero, buck
 def test_a_gradient_that_does_not_come_is_missed():
     part = Part(SelfComm(), True, 2, zero=2)
     part.sum.begin(0)
-    part.sum.deliver(0, "head.weight", torch.zeros(V, 16))
+    part.sum.deliver("head.weight", torch.zeros(V, 16))
     with pytest.raises(RuntimeError, match=r"backward left no gradient for some of norm.weight"):
         part.sum.end(0)
 

@@ -43,7 +43,7 @@ def test_what_is_no_launcher_is_left_alone(tmp_path):
 def test_the_launcher_does_not_wait_for_the_one_who_waits_for_it(tmp_path):
     """It ends when nobody holds the output of its ranks any more."""
     began = time.monotonic()
-    program = "from mpilm.comm import launcher; launcher.LAUNCHER_S = 40; launcher.end_in_time(); print('here')"
+    program = "from mpilm.comm import launcher; launcher.LAUNCHER_S = 40; launcher.end_in_time(); print('here', flush=True)"
     assert under("mpirun", f"{program}; import os; os._exit(0)", tmp_path).stdout.split()[1] == "here"
     assert time.monotonic() - began < 30
 

@@ -92,8 +92,9 @@ def test_gpus_are_dealt_in_turn(monkeypatch):
 
 def test_conditions_name_what_may_change_the_last_bits():
     found = conditions(machine.Machine(torch.device("cpu"), 3, False), SelfComm())
-    assert set(found) == {"mpilm", "torch", "python", "mpi", "processor", "threads", "device"}
+    assert set(found) == {"mpilm", "torch", "python", "mpi", "processor", "threads", "device", "compile"}
     assert (found["threads"], found["device"], found["torch"]) == ("3", "cpu", torch.__version__)
+    assert found["compile"] == "false"
     assert torch.backends.cpu.get_cpu_capability() in found["processor"]
 
 
