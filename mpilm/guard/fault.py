@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
+
 VARIABLE = "MPILM_FAULT"
 POINTS = (
     "data.next", "forward", "backward", "p2p.send", "p2p.receive", "reduce.before", "reduce.after", "optimizer", "eval",
@@ -54,9 +56,10 @@ def _os_error(number: int, value: float) -> None:
 
 
 def _out_of_memory(value: float) -> None:
-    """Let the rank have no more memory than it has."""
+    """Let the rank have no more memory than it has, and ask for more."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now, now))
+    torch.empty(1 << 30)
 
 
 KINDS: Mapping[str, Callable[[float], object]] = {

@@ -228,7 +228,7 @@ def test_a_rank_without_memory_says_what_would_need_less(tmp_path, data):
         assert job.end(30) != 0
     assert "fault: memory" in job.output
     said = (
-        r"error on rank 1 of 2 on \S+: there is no more memory in step \d, with [\d,]+ MiB in use .*; predicted were [\d,]+ MiB"
+        r"error on rank 1 of 2 on \S+: there is no more memory in step 3, with [\d,]+ MiB in use .*; predicted were [\d,]+ MiB"
     )
     assert re.search(f"{said}: program", job.output), job.output
     assert "--train.recompute block" in job.output

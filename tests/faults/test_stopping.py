@@ -120,10 +120,10 @@ def test_the_end_of_a_slurm_job_is_known(tmp_path, data):
 
 
 def test_a_second_job_on_the_folder_is_refused(tmp_path, data):
-    run = tmp_path / "run"
-    with started(2, words(data, run), tmp_path) as first:
+    run, long = tmp_path / "run", ("--train.steps", 10**6)
+    with started(2, words(data, run, *long), tmp_path) as first:
         first.wait_for(lambda: logged_step(run) >= 1)
-        with started(2, words(data, run), tmp_path) as second:
+        with started(2, words(data, run, *long), tmp_path) as second:
             assert second.end(30) == 78, second.output
         assert second.output.count("mpilm: error") == 1
         assert f"--run.dir {run} is in use: process {first.ranks()[0]} on " in second.output
