@@ -10,8 +10,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from mpilm.parallel.shard import Piece
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts models
 PARAMETER = "parameter"
 LEAST_PRIORITY = 19
+Hash = Callable[[Tensor], Callable[[], Tensor]]  # begins, and gives the digest when it is asked for
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,10 @@ class Saving:
         self._agreed = False  # that all is written, and what the digests are
         if ahead:
             made = _copied(blocks)
-            self._beside(lambda: self._write(made))
-        else:
-            self._write(blocks)
+            self._beside(lambda: self._write(made, lambda data: partial(digest_of, data)))
+        else:  # beside steps it would be one more thread that holds the interpreter lock while the steps have the cores
+            with ThreadPoolExecutor(1, "checkpoint-hash") as pool:
+                self._write(blocks, lambda data: pool.submit(digest_of, data).result)
 
     @property
     def busy(self) -> bool:
@@ -141,13 +144,14 @@ class Saving:
         self._thread = threading.Thread(target=body, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _write(self, blocks: Iterator[tuple[Block, Tensor]]) -> None:
+    def _write(self, blocks: Iterator[tuple[Block, Tensor]], hash_of: Hash) -> None:
         """Write and hash; on rank 0 also what it writes alone, but for the manifest."""
         waited_s = _waited_s()
         with self._writer:
             for block, data in blocks:
+                digest = hash_of(data)
                 self._writer.write(block, data)
-                self._digests[block.number] = digest_of(data)
+                self._digests[block.number] = digest()
         if self.comm.rank == 0:
             try:
                 self._write_words()
