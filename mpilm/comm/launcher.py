@@ -17,15 +17,20 @@ WAIT = "for second in $(seq {seconds}); do kill -0 {pid} 2>/dev/null || exit; sl
 def end_in_time() -> None:
     """Call before MPI_Abort. The kernel ends this rank if that does not, since it may hold the interpreter lock; a process of
     its own ends the launcher, where it is on this host, or the job would last until its time is up."""
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(RANK_S)
+    end_this_rank_after(RANK_S)
     pid = launcher()
     if pid is not None:
         away = subprocess.DEVNULL  # a launcher waits until nobody holds the output that it has given to a rank
         words = ["sh", "-c", WAIT.format(seconds=LAUNCHER_S, pid=pid)]
         with contextlib.suppress(OSError):
             subprocess.Popen(words, stdin=away, stdout=away, stderr=away, start_new_session=True)
+
+
+def end_this_rank_after(seconds: int) -> None:
+    """By the kernel, whatever it is doing then; `signal.alarm(0)` takes it back."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds)
 
 
 def launcher() -> int | None:

@@ -21,7 +21,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Counts, Request
-from mpilm.comm.launcher import end_in_time
+from mpilm.comm.launcher import end_in_time, end_this_rank_after
 from mpilm.comm.shared import share
 
 MOVE = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T}  # by item size
@@ -30,7 +30,7 @@ OP = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 LOST = [getattr(MPI, f"ERR_{name}", None) for name in ("PROC_FAILED", "PROC_FAILED_PENDING", "REVOKED")]
 ULFM = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpirun --with-ft ulfm
 LARGEST_COUNT = 2**31 - 1  # Open MPI 5 has no calls with larger ones
-LEAVE_S = 60
+LEAVE_S = 60  # for MPI_Finalize, once all ranks have come to it
 YIELDS_BEFORE_SLEEP = 200
 LONGEST_SLEEP_S = 0.0005
 
@@ -229,8 +229,6 @@ def finalize(code: int) -> None:
     together = MPI.COMM_WORLD.Ibarrier()  # some may have work of their own to do, for hours
     while not together.Test():
         time.sleep(LONGEST_SLEEP_S)
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(LEAVE_S)  # the kernel's: MPI holds the interpreter lock while it waits for a rank that hangs
+    end_this_rank_after(LEAVE_S)  # MPI holds the interpreter lock while it waits for a rank that hangs
     MPI.Finalize()
     signal.alarm(0)

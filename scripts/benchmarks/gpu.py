@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from benchmarks.measure import BENCH, STEPS, pairwise, report
+from benchmarks.measure import BENCH, pairwise, report, rounds
+
+if TYPE_CHECKING:
+    from mpilm.config import Config
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bfloat16, FLOP/s
 SIZES = {  # sequences at once, and a step
@@ -30,66 +33,74 @@ def gpu(args: argparse.Namespace) -> None:
 def gpu_worker(args: argparse.Namespace) -> None:
     import torch
 
+    name = torch.cuda.get_device_name()
+    compare(args.preset, "cuda", args.rounds, name, torch.cuda.synchronize)
+
+
+def compare(preset: str, device: str, wanted: int, name: str, finish: Callable[[], object]) -> None:
+    """`finish`: wait until the device has done its work."""
+    from mpilm.comm.base import SelfComm
+    from mpilm.model.size import flops_per_token
+
+    config, vocab_size = training(preset)
+    made, sides = both(config, vocab_size, device), {}
+    for side, make in made.items():
+        began = time.monotonic()
+        sides[side] = finished(make(), finish)
+        sides[side](0)
+        print(f"{preset}: {side}: first step after {time.monotonic() - began:.0f} s", flush=True)
+    times, void = rounds(sides, wanted, SelfComm("world"))
+    tokens = config.train.global_batch * config.model.context_length
+    title = f"{preset} on {name}, {tokens:,} tokens a step, {config.train.micro_batch} sequences at once"
+    report(title, times, {"mpilm / plain torch": (pairwise(times, "plain torch loop", "mpilm"), ">= 0.98")}, void)
+    work = tokens * flops_per_token(config.model, vocab_size)
+    peak = next((rate for key, rate in PEAKS.items() if key in name), float("nan"))
+    found = {side: work / statistics.median(seconds) / peak for side, seconds in times.items()}
+    print("  " + ", ".join(f"{side}: MFU {value:.1%}" for side, value in found.items()))
+    print("JSON " + json.dumps({"what": f"mfu {preset}", "device": name, "peak": peak, "mfu": found}), flush=True)
+
+
+def training(preset: str) -> tuple[Config, int]:
+    """What is trained, and its vocabulary."""
+    from mpilm.config import replaced, resolve
+    from mpilm.presets import PRESETS
+
+    micro, batch = SIZES[preset]
+    changes = {"micro_batch": micro, "global_batch": batch, "dtype": "bfloat16", "compile": True, "lr": 1e-4}
+    return resolve(replaced(PRESETS[preset](), **{f"train__{key}": value for key, value in changes.items()})), VOCABULARIES[
+        preset
+    ]
+
+
+def both(config: Config, vocab_size: int, device: str) -> dict[str, Callable[[], Callable[[int], object]]]:
+    """What makes each side's step."""
+    import torch
+
     from benchmarks.plain import torch_loop
     from mpilm.comm.base import SelfComm
-    from mpilm.config import resolve
     from mpilm.mesh.mesh import Mesh
     from mpilm.mesh.shape import MeshShape
-    from mpilm.model.size import flops_per_token
     from mpilm.parallel.feasible import cut_by_cost
-    from mpilm.presets import PRESETS
     from mpilm.trainer.prove import RandomTokens
     from mpilm.trainer.sharded import ShardedModel
     from mpilm.trainer.step import train_step
 
-    device = torch.device("cuda", 0)
-    vocab_size, (micro, batch) = VOCABULARIES[args.preset], SIZES[args.preset]
-    config = PRESETS[args.preset]()
-    train = dataclasses.replace(
-        config.train, micro_batch=micro, global_batch=batch, dtype="bfloat16", compile=True, device="cuda", lr=1e-4
-    )
-    config = resolve(dataclasses.replace(config, train=train))
     source = RandomTokens(config, vocab_size)
-    mesh = Mesh.build(MeshShape(), SelfComm("world"))
 
-    def mpilm_loop() -> Callable[[int], None]:
-        model = ShardedModel(config, mesh, cut_by_cost(config, vocab_size), vocab_size, device, 16)
+    def mpilm_loop() -> Callable[[int], object]:
+        mesh = Mesh.build(MeshShape(), SelfComm("world"))
+        model = ShardedModel(config, mesh, cut_by_cost(config, vocab_size), vocab_size, torch.device(device), 16)
         model.initialise()
-        return lambda number: train_step(model, source, number) and None
+        return lambda number: train_step(model, source, number)
 
-    sides = {}
-    for name, make in (
-        ("mpilm", mpilm_loop),
-        ("plain torch loop", lambda: torch_loop(config, source, vocab_size, device="cuda")),
-    ):
-        began = time.monotonic()
-        sides[name] = make()
-        sides[name](0)
-        torch.cuda.synchronize()
-        print(f"{args.preset}: {name}: first step after {time.monotonic() - began:.0f} s, "
-              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB so far", flush=True)  # fmt: skip
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(args.rounds + 1):
-        for name, step in sides.items():
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for each in range(STEPS):
-                step(1 + number * STEPS + each)
-            torch.cuda.synchronize()
-            if number:  # the first warms up
-                times[name].append((time.perf_counter() - began) / STEPS)
-    name = torch.cuda.get_device_name()
-    tokens = batch * config.model.context_length
-    work = tokens * flops_per_token(config.model, vocab_size)
-    peak = next((rate for key, rate in PEAKS.items() if key in name), float("nan"))
-    report(
-        f"{args.preset} on {name}, {tokens:,} tokens a step, {micro} sequences at once",
-        times,
-        {
-            "mpilm / plain torch": (pairwise(times, "plain torch loop", "mpilm"), ">= 0.98"),
-        },
-        0,
-    )
-    found = {side: work / statistics.median(seconds) / peak for side, seconds in times.items()}
-    print("  " + ", ".join(f"{side}: MFU {value:.1%}" for side, value in found.items()))
-    print("JSON " + json.dumps({"what": f"mfu {args.preset}", "device": name, "peak": peak, "mfu": found}), flush=True)
+    return {"mpilm": mpilm_loop, "plain torch loop": lambda: torch_loop(config, source, vocab_size, device=device)}
+
+
+def finished(step: Callable[[int], object], finish: Callable[[], object]) -> Callable[[int], None]:
+    """A step, and all of its work."""
+
+    def body(number: int) -> None:
+        step(number)
+        finish()
+
+    return body

@@ -98,8 +98,8 @@ def mpilm_side(config, comm) -> Callable[[int], None]:  # type: ignore[no-untype
     return lambda step: train_step(run.model, run.batches, step) and None
 
 
-def rounds(sides: dict[str, Callable[[int], None]], wanted: int, comm) -> tuple[dict[str, list[float]], int]:  # type: ignore[no-untyped-def]
-    """Seconds a step of each side, a number for each valid round; and the number of void rounds."""
+def over_all(comm) -> Callable[..., float]:  # type: ignore[no-untyped-def]
+    """A number of every rank, added up, or as `op` says."""
     import torch
 
     def everyone(value: float, op: str = "sum") -> float:
@@ -107,6 +107,12 @@ def rounds(sides: dict[str, Callable[[int], None]], wanted: int, comm) -> tuple[
         comm.all_reduce(x, op)
         return float(x)
 
+    return everyone
+
+
+def rounds(sides: dict[str, Callable[[int], None]], wanted: int, comm) -> tuple[dict[str, list[float]], int]:  # type: ignore[no-untyped-def]
+    """Seconds a step of each side, a number for each valid round; and the number of void rounds."""
+    everyone = over_all(comm)
     times: dict[str, list[float]] = {name: [] for name in sides}
     at, void = 0, 0
     for turn in range(TURNS):

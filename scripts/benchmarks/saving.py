@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.measure import BENCH, OTHERS_ALLOWED, TURNS, Load, configured, mpirun, table
+from benchmarks.measure import BENCH, OTHERS_ALLOWED, TURNS, Load, configured, mpirun, over_all, ratio_row, table
 
 BLOCK = 16 << 20
 BEFORE, AFTER = 3, 6  # steps before a save, and after it
@@ -51,16 +51,18 @@ def checkpoint_worker(args: argparse.Namespace) -> None:
     run = build(configured(f"{args.folder}/run", "llama-100m", **SHAPE), comm)
     run.mesh.check(False)
     saver = Saver(run, Quiet())  # type: ignore[arg-type]
+    saver.reserve()
     folder = Path(args.folder)
     share = run.model.saved_bytes // comm.size
     found: dict[str, list[float]] = {}
+    everyone = over_all(comm)
 
     def read(path: Path) -> None:
         with_help(comm, lambda check: check(path))
         restore(run.model, path, 1, comm)
 
     for number in range(TURNS):
-        load = Load(lambda mine: sum(comm.all_gather_json(mine)))
+        load = Load(everyone)
         took = stall(run, saver, comm, 1 + number * (BEFORE + AFTER))
         took["write"] = timed(comm, lambda number=number: save(folder / "saved", number, state_of(run, number, None), comm))
         took["write raw"] = timed(comm, lambda: write_raw(folder / f"raw-{comm.rank}", share))
@@ -71,7 +73,7 @@ def checkpoint_worker(args: argparse.Namespace) -> None:
         comm.barrier()
         if comm.rank == 0:
             shutil.rmtree(path)
-        others = max(comm.all_gather_json(load.others()))
+        others = everyone(load.others(), "max")
         if number and others < OTHERS_ALLOWED:  # the first one warms up
             for name, seconds in took.items():
                 found.setdefault(name, []).append(seconds)
@@ -84,20 +86,18 @@ def checkpoint_worker(args: argparse.Namespace) -> None:
 
 
 def show(found: dict[str, list[float]], nbytes: int) -> None:
-    def cells(values: list[float]) -> tuple[str, str]:
-        return f"{statistics.median(values):.3f}", f"{min(values):.3f} .. {max(values):.3f}"
+    def parts(one: str, other: str) -> list[float]:
+        return [a / b for a, b in zip(found[one], found[other])]
 
-    def ratios(one: str, other: str) -> list[float]:
-        return [b / a for a, b in zip(found[one], found[other])]
-
-    rows = [("", "median s", "lowest .. highest"), *((name, *cells(seconds)) for name, seconds in found.items())]
+    rows = [("", "median s", "lowest .. highest", "")] + [ratio_row(name, seconds, "") for name, seconds in found.items()]
     table(f"checkpoint of {nbytes / 2**30:.2f} GiB, 2 ranks, {len(found['step'])} rounds", rows)
-    rows = [("ratio", "median", "lowest .. highest", "goal")]
-    rows.append(("write raw / write with hashing", *cells(ratios("write", "write raw")), ">= 0.80"))
-    rows.append(("read raw / read, check and load", *cells(ratios("read", "read raw")), ""))
-    rows.append(("training waits for a save / a step", *cells([1 / r for r in ratios("waited", "step")]), "< 0.05"))
-    rows.append(("all that steps take longer / a step", *cells([1 / r for r in ratios("later", "step")]), ""))
-    table("ratios", rows)
+    table("ratios", [
+        ("ratio", "median", "lowest .. highest", "goal"),
+        ratio_row("write raw / write with hashing", parts("write raw", "write"), ">= 0.80"),
+        ratio_row("read raw / read, check and load", parts("read raw", "read"), ""),
+        ratio_row("training waits for a save / a step", parts("waited", "step"), "< 0.05"),
+        ratio_row("all that steps take longer / a step", parts("later", "step"), ""),
+    ])  # fmt: skip
     print("JSON " + json.dumps({"what": "checkpoint", "times_s": found}))
 
 
@@ -124,7 +124,7 @@ def timed(comm, body: Callable[[], object]) -> float:  # type: ignore[no-untyped
     comm.barrier()
     began = time.perf_counter()
     body()
-    return max(comm.all_gather_json(time.perf_counter() - began))
+    return over_all(comm)(time.perf_counter() - began, "max")
 
 
 def write_raw(path: Path, nbytes: int) -> None:

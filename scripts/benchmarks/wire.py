@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from benchmarks.measure import BENCH, OTHERS_ALLOWED, Load, mpirun, table
+from benchmarks.measure import BENCH, OTHERS_ALLOWED, Load, mpirun, over_all, table
 
 SIZES = [4 << 10, 64 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20]  # bytes of a rank's float32 vector
 MOVED = 128 << 20  # bytes in one turn of a side, about
@@ -56,13 +56,7 @@ def collectives_worker(args: argparse.Namespace) -> None:
 
 def turns(sides: Sides, nbytes: int, wanted: int, comm) -> tuple[dict[str, list[float]], int]:  # type: ignore[no-untyped-def]
     """Seconds of one call of each side, a number for each valid round; and the number of void rounds."""
-    import torch
-
-    def everyone(value: float, op: str = "sum") -> float:
-        x = torch.tensor([value], dtype=torch.float64)
-        comm.all_reduce(x, op)
-        return float(x)
-
+    everyone = over_all(comm)
     times: dict[str, list[float]] = {name: [] for name in sides}
     count, void = max(2, min(MOST, MOVED // nbytes)), 0
     for turn in range(TRIES):
