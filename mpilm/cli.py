@@ -139,7 +139,7 @@ def _shared_options(presets: Mapping[str, Any] | None) -> str:
 
 
 def _booleans(words: list[str], default: Any) -> list[str]:
-    """true and false as Python spells them; a flag alone stands for true."""
+    """true and false as Python spells them; a flag alone stands for true. Raises ConfigError for another word."""
     flags = {f"--{name.replace('_', '-')}" for name, value in flatten(default).items() if isinstance(value, bool)}
     words = [
         part for word in words for part in (word.split("=", 1) if word.split("=")[0].replace("_", "-") in flags else [word])
@@ -147,6 +147,8 @@ def _booleans(words: list[str], default: Any) -> list[str]:
     spelled: list[str] = []
     for i, word in enumerate(words):
         previous_is_flag = i > 0 and words[i - 1].replace("_", "-") in flags
+        if previous_is_flag and not word.startswith("--") and word.lower() not in ("true", "false"):
+            raise ConfigError(f"{words[i - 1]} {word}: write true or false")
         spelled.append(word.capitalize() if previous_is_flag and word.lower() in ("true", "false") else word)
         if word.replace("_", "-") in flags and "".join(words[i + 1 : i + 2]).lower() not in ("true", "false"):
             spelled.append("True")

@@ -74,6 +74,12 @@ def test_flags_that_cannot_be_read(words, capsys):
     assert capsys.readouterr() == ("", "")  # the caller prints, once
 
 
+@pytest.mark.parametrize("words", [("--train.compile", "maybe"), ("--train.compile=maybe",), ("--train.compile", "1")])
+def test_what_is_neither_true_nor_false_is_refused_by_name(words):
+    with pytest.raises(ConfigError, match=r"^--train\.compile (maybe|1): write true or false$"):
+        config(*words)
+
+
 def test_words_that_are_not_utf8():
     with pytest.raises(ConfigError, match=r"^--generate\.prompt: 'caf\\udce9' is not UTF-8 text$"):
         config("--generate.prompt", "caf\udce9")
