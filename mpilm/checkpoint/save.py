@@ -121,7 +121,7 @@ class Saving:
         if ahead:
             made = _copied(blocks)
             self._beside(lambda: self._write(made, lambda data: partial(digest_of, data)))
-        else:  # beside steps it would be one more thread that holds the interpreter lock while the steps have the cores
+        else:  # beside steps, which have the cores, there would be nothing to gain
             with ThreadPoolExecutor(1, "checkpoint-hash") as pool:
                 self._write(blocks, lambda data: pool.submit(digest_of, data).result)
 
