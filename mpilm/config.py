@@ -196,6 +196,9 @@ class Parallel:
     """What balances the stages: the cost of layers by arithmetic, or as measured on these ranks at the start."""
     zero: Literal[0, 1, 2, 3] = 0
     """Shard over the data ranks: 1 optimizer state, 2 also gradients, 3 also parameters (ZeRO)."""
+    auto: str = ""
+    """A machine.json of doctor --calibrate: take the layout that the planner finds fastest on these ranks, besides what is
+    stated; empty: as stated."""
     shared_memory: bool = True
     """Add gradients in memory that all ranks see, where they are on one node and sum once a step (ZeRO 0 and 1, on a CPU);
     false: send them."""

@@ -1,5 +1,7 @@
-"""What a layout would do, before it is queued. In one process, without torch and MPI.
+"""Which layout to ask the queue for, and what it would do. In one process, without torch and MPI.
 
+python -m mpilm.plan --preset llama-1b --ranks 64 --machine machine.json          # of doctor --calibrate
+python -m mpilm.plan --preset llama-1b --ranks 1,2,4,8,16 --plot scaling.png
 python -m mpilm.plan --draw --parallel.pipeline 4 --parallel.schedule zero-bubble
 python -m mpilm.plan --draw --preset llama-1b --parallel.pipeline 4 --parallel.schedule interleaved --ranks 8 --svg plan.svg
 """
@@ -21,13 +23,20 @@ from mpilm.parallel.pipeline.draw import svg, text
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import even_bubble, schedule
 from mpilm.parallel.pipeline.simulate import Timeline, simulate
+from mpilm.planner.machine import read
+from mpilm.planner.scaling import curve
+from mpilm.planner.search import Job
+from mpilm.planner.show import plot, ranking, scaling
 from mpilm.presets import PRESETS, VOCABULARIES
 from mpilm.validation import validate
 
 DESCRIPTION = (
-    "Draw what each rank of a pipeline does during one training step: its forwards and backwards on a time axis, how the "
-    "layers are cut into stages, how long ranks idle (the bubble) and how many microbatches they keep in memory. For any "
-    "number of ranks, on this machine alone."
+    "Rank the layouts of a job by the predicted time of a step, with memory of a rank, bubble, communication and tokens a "
+    "second, and say why the others cannot be; for several numbers of ranks, say where more of them stop helping. The "
+    "prediction is made from machine.json, which mpirun -n RANKS python -m mpilm.doctor --calibrate measures in a minute or "
+    "two. Settings of the layout that are given stay as they are. With --draw instead: draw what each rank of a pipeline does "
+    "during one training step: its forwards and backwards on a time axis, how the layers are cut into stages, how long ranks "
+    "idle (the bubble) and how many microbatches they keep in memory. For any number of ranks, on this machine alone."
 )
 
 
@@ -38,10 +47,20 @@ class PlanConfig:
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
     parallel: Parallel = field(default_factory=Parallel)
+    ranks: tuple[int, ...] = ()
+    """Ranks of the job, or several numbers to compare: 1,2,4,8; empty: one pipeline of parallel.pipeline ranks."""
+    machine: str = "machine.json"
+    """What doctor --calibrate has measured."""
+    ranks_per_node: int = 0
+    """Ranks that share a node; 0: as many as were measured."""
+    tokens: float = 0.0
+    """Tokens to train on, such as 2e9: how long it takes; 0: train.steps."""
+    top: int = 8
+    """Layouts to show."""
+    plot: str = ""
+    """A file (.png, .svg, .pdf) for the curve of speed over ranks; empty: none."""
     draw: bool = False
-    """Draw the schedule of the pipeline."""
-    ranks: int = 0
-    """Ranks of the job; 0: one pipeline of parallel.pipeline ranks. More hold replicas, which share the microbatches."""
+    """Draw the schedule of the pipeline, in place of the ranking."""
     vocabulary: int = 2048
     """Tokens the model knows: they make the last stage heavier, which computes the logits."""
     costs: str = "1,2,1,1"
@@ -50,6 +69,10 @@ class PlanConfig:
     """A file to write the drawing to as an SVG image; empty: none."""
     width: int = 0
     """Columns of the drawing; 0: those of the terminal."""
+
+    @property
+    def draws(self) -> bool:
+        return self.draw or bool(self.svg)
 
 
 @dataclass(frozen=True)
@@ -80,13 +103,20 @@ def configure(argv: Sequence[str]) -> PlanConfig:
     """The config of a command line; raises ConfigError for what cannot work."""
     config = parse(argv, PlanConfig(), "plan", DESCRIPTION, presets())
     validate(_whole(config))
-    if not (config.draw or config.svg):
-        raise ConfigError("say what to show: write --draw, which draws the schedule of the pipeline, or --svg FILE")
-    for flag, value, least in (("ranks", config.ranks, 0), ("vocabulary", config.vocabulary, 1), ("width", config.width, 0)):
+    for flag, value, least in (
+        *(("ranks", ranks, 1) for ranks in config.ranks), ("ranks-per-node", config.ranks_per_node, 0),
+        ("tokens", config.tokens, 0), ("top", config.top, 1), ("vocabulary", config.vocabulary, 1), ("width", config.width, 0),
+    ):  # fmt: skip
         if value < least:
             raise ConfigError(f"--{flag} must be at least {least}, not {value}")
+    if config.draws and len(config.ranks) > 1:
+        raise ConfigError(f"--draw is of one number of ranks, not of {len(config.ranks)}; write --ranks {config.ranks[0]}")
+    if config.plot and config.draws:
+        raise ConfigError("--plot draws speed over ranks and --draw a pipeline: write one of them")
+    if config.model.lora_rank and not config.draws:
+        raise ConfigError("--model.lora-rank: the predictions are of training whole models; leave it out")
     whole = resolve(_whole(config))
-    return replace(config, model=whole.model, parallel=whole.parallel, ranks=config.ranks or whole.parallel.pipeline)
+    return replace(config, model=whole.model, parallel=whole.parallel, ranks=config.ranks or (whole.parallel.pipeline,))
 
 
 def _whole(config: PlanConfig) -> Config:
@@ -97,7 +127,7 @@ def _whole(config: PlanConfig) -> Config:
 def make(config: PlanConfig) -> Plan:
     """Cut the layers, make the schedule of the replica with the most microbatches and simulate it."""
     whole, parallel = _whole(config), config.parallel
-    shape = mesh_shape(whole, config.ranks)
+    shape = mesh_shape(whole, config.ranks[0])
     count, stages = replica_microbatches(whole, shape), parallel.pipeline * parallel.chunks
     cut = cut_by_cost(whole, config.vocabulary)
     parts = flops_by_part(config.model, config.vocabulary)
@@ -145,8 +175,22 @@ def describe(plan: Plan, width: int) -> str:
     return "\n".join(lines)
 
 
+def rank(config: PlanConfig) -> list[str]:
+    """The ranking, or the curve, as text; writes the plot."""
+    job = Job(_whole(config), config.vocabulary, read(config.machine), config.ranks_per_node)
+    if len(config.ranks) == 1 and not config.plot:
+        return ranking(job, config.ranks[0], config.top, config.tokens)
+    points = curve(job, config.ranks)
+    if config.plot:
+        plot(job, points, config.plot)
+    return [*scaling(job, points, config.tokens), *([f"{config.plot}: the curve"] if config.plot else [])]
+
+
 def prepare() -> Callable[[], None]:
     config = configure(sys.argv[1:])
+    if not config.draws:
+        lines = rank(config)
+        return lambda: print("\n".join(lines))
     plan = make(config)
 
     def body() -> None:

@@ -13,6 +13,7 @@
     python scripts/bench.py generate          a text, against transformers' generate
     python scripts/bench.py prepare           text to tokens: 2 ranks against 1, 1 against the tokenizers library alone
     python scripts/bench.py gpu               one GPU: model FLOPs utilisation, against a plain torch loop that is compiled
+    python scripts/bench.py plan              2 ranks: what mpilm.plan predicts of every layout, against its measured step
     python scripts/bench.py pipeline          2 ranks: a pipeline's step against what the simulator makes of its own actions
 
 The sides of a comparison take turns within one call. A round during which other programs used the machine is void and is
@@ -27,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # mpilm, also where it is not installed
 
-from benchmarks import gpu, layouts, saving, speed, tasks, wire
+from benchmarks import gpu, layouts, planning, saving, speed, tasks, wire
 
 COMMANDS = {
     "overhead": speed.overhead,
@@ -49,6 +50,8 @@ COMMANDS = {
     "generate": tasks.generate,
     "prepare": tasks.prepare,
     "prepare-worker": tasks.prepare_worker,
+    "plan": planning.plan,
+    "plan-worker": planning.plan_worker,
     "pipeline": layouts.pipeline,
     "pipeline-worker": layouts.pipeline_worker,
 }

@@ -12,8 +12,22 @@ def parameter_count(model: Model, vocab_size: int) -> int:
     """Parameters that have memory of their own."""
     width, norm = model.d_model, _norm(model)
     ends = {"gpt2": model.context_length * width, "bert": _bert_ends(model, vocab_size)}.get(model.arch, 0)
-    block = _matrices(model) + _vectors(model) + 2 * norm
-    return model.n_layers * block + norm + ends + vocab_size * width * (1 if model.tie_embeddings else 2)
+    return model.n_layers * block_numel(model) + norm + ends + vocab_size * width * (1 if model.tie_embeddings else 2)
+
+
+def block_numel(model: Model) -> int:
+    """Parameters of one block."""
+    return _matrices(model) + _vectors(model) + 2 * _norm(model)
+
+
+def ends_numel(model: Model, vocab_size: int) -> tuple[int, int]:
+    """Parameters of the embedding, and of norm and head; a tied matrix counts in both, which have a gradient each."""
+    matrix = vocab_size * model.d_model
+    last = matrix + _norm(model)
+    if model.arch == "bert":  # a projection, its norm and bias, and the bias of the logits; the entry has a norm as well
+        width = model.d_model
+        return matrix + (model.context_length + 2) * width + 2 * width, matrix + width * width + 3 * width + vocab_size
+    return matrix + model.context_length * model.d_model * (model.arch == "gpt2"), last
 
 
 def _bert_ends(model: Model, vocab_size: int) -> int:
@@ -35,13 +49,24 @@ def _widths(model: Model) -> tuple[int, int]:
     return model.n_heads * model.head_width, model.n_kv_heads * model.head_width
 
 
+def matrices(model: Model) -> list[tuple[int, int, int]]:
+    """The matrices of a block: their two sides, and how many alike there are, of which a token meets some (experts)."""
+    width, (queries, keys), ff = model.d_model, _widths(model), model.d_ff
+    if model.arch == "gpt2":
+        attention = [(width, queries + 2 * keys, 1), (queries, width, 1)]
+    else:
+        attention = [(width, queries, 1), (width, keys, 1), (width, keys, 1), (queries, width, 1)]
+    if _biased(model):
+        return [*attention, (width, ff, 1), (ff, width, 1)]
+    if model.arch == "mixtral":
+        experts = [(width, ff, model.n_experts)] * 2 + [(ff, width, model.n_experts)]
+        return [*attention, (width, model.n_experts, 1), *experts]
+    return [*attention, (width, ff, 1), (width, ff, 1), (ff, width, 1)]
+
+
 def _matrices(model: Model, experts: int | None = None) -> int:
     """Elements of the matrices of a block; of so many experts, where not all count."""
-    queries, keys = _widths(model)
-    feed_forward = (2 if _biased(model) else 3) * model.d_model * model.d_ff
-    if model.arch == "mixtral":
-        feed_forward = feed_forward * (experts or model.n_experts) + model.d_model * model.n_experts
-    return 2 * model.d_model * (queries + keys) + feed_forward
+    return sum(a * b * (min(alike, experts) if experts else alike) for a, b, alike in matrices(model))
 
 
 def _vectors(model: Model) -> int:
@@ -56,11 +81,15 @@ def flops_by_part(model: Model, vocab_size: int) -> dict[str, int]:
     """Multiplications and additions of forward and backward for one token, of the embedding, one block, and norm, head and
     loss: 6 per matrix element that a token meets, and the attention matrix, of which a causal context leaves half (Narayanan
     et al., arXiv 2104.04473, appendix)."""
-    queries, _ = _widths(model)
-    seen = 2 if model.arch == "bert" else 1
-    block = 6 * _matrices(model, experts=model.experts_per_token) + 6 * seen * queries * model.context_length
+    block = 6 * _matrices(model, experts=model.experts_per_token) + attention_flops(model)
     head = vocab_size * model.d_model + (model.d_model**2 if model.arch == "bert" else 0)
     return {"embed": 2 * model.d_model, "block": block, "head": 6 * head}
+
+
+def attention_flops(model: Model) -> int:
+    """Of the core of attention, for one token of one block; a third of it in forward."""
+    seen = 2 if model.arch == "bert" else 1
+    return 6 * seen * _widths(model)[0] * model.context_length
 
 
 def flops_per_token(model: Model, vocab_size: int) -> int:
@@ -97,6 +126,11 @@ def activation_bytes(
         "logits": 8 * tokens * vocab_size * last,
         "owed": round(4 * tokens * owed),
     }
+
+
+def kept_floats(model: Model, dtype: str) -> float:
+    """Floats a token that a block keeps for backward."""
+    return sum(_block_floats(model, 0.5 if dtype == "bfloat16" else 1.0))
 
 
 def _block_floats(model: Model, half: float) -> tuple[float, float]:

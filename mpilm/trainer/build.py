@@ -26,6 +26,7 @@ from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.shard import ALIGNMENT
 from mpilm.telemetry.memory import Memory, trim
 from mpilm.trainer.balance import choose_cut
+from mpilm.trainer.choose import choose_layout
 from mpilm.trainer.elastic import Carried
 from mpilm.trainer.folder import load_start
 from mpilm.trainer.history import History
@@ -37,7 +38,7 @@ from mpilm.trainer.sharded import ShardedModel
 
 @dataclass(frozen=True)
 class Training:
-    """The parts of a run on one rank. `content`: digests of what was read, by setting."""
+    """The parts of a run on one rank. `content`: digests of what was read, by setting; `chosen`: how the layout was."""
 
     config: Config
     machine: Machine
@@ -50,6 +51,7 @@ class Training:
     request: StopRequest
     history: History
     memory: Memory
+    chosen: str = ""
 
 
 def build(config: Config, world: Comm, carried: Carried | None = None, activity: Activity | None = None) -> Training:
@@ -57,20 +59,23 @@ def build(config: Config, world: Comm, carried: Carried | None = None, activity:
     Collective."""
     same_everywhere(world, "settings", flatten(config))
     same_everywhere(world, "programs", programs(world))
-    shape = together(world, lambda: mesh_shape(config, world.size))
+    if not config.parallel.auto:
+        together(world, lambda: mesh_shape(config, world.size))  # refused before anything is read
     machine = together(world, lambda: look(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
     activity = activity or Activity()
-    mesh = Mesh.build(shape, Traced(world, True, activity), activity)
     waiting = world.with_options(gpu_aware=False, patient=True)  # for rank 0, which may train a tokenizer on all cores
     activity.enter(PREPARATION, 0)
     material = open_material(config, waiting, ProgressLine() if world.rank == 0 else silent)
     activity.enter("start", 0)
+    config, chosen = choose_layout(config, config.model.vocab_size or material.tokenizer.vocab_size, machine, world)
+    shape = together(world, lambda: mesh_shape(config, world.size))
+    mesh = Mesh.build(shape, Traced(world, True, activity), activity)
     batches = Batches(material.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
     content = _content(config, material, world)
     folder = open_run_folder(config, content, conditions(machine, world), world, carried)
     try:
-        return _built(config, machine, mesh, material, batches, content, folder, carried)
+        return _built(config, machine, mesh, material, batches, content, folder, carried, chosen)
     except BaseException:
         folder.release()
         raise
@@ -78,7 +83,7 @@ def build(config: Config, world: Comm, carried: Carried | None = None, activity:
 
 def _built(
     config: Config, machine: Machine, mesh: Mesh, material: Material, batches: Batches, content: Mapping[str, str],
-    folder: RunFolder, carried: Carried | None,
+    folder: RunFolder, carried: Carried | None, chosen: str,
 ) -> Training:  # fmt: skip
     """The model, and the parts together. Collective."""
     world = mesh.world
@@ -91,7 +96,7 @@ def _built(
     trim()
     request = StopRequest(folder.path / "stop", config.run.time_limit, asks=world.rank == 0)
     return Training(
-        config, machine, mesh, material, batches, folder, content, model, request, folder.history, memory
+        config, machine, mesh, material, batches, folder, content, model, request, folder.history, memory, chosen
     )  # fmt: skip
 
 

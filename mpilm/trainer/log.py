@@ -206,6 +206,8 @@ class RunLog:
         parallel = run.config.parallel
         zero = f", ZeRO-{parallel.zero}" if parallel.zero else ""
         say("  layout   " + " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1 or axis == "data") + zero)
+        if run.chosen:
+            say(f"           {run.chosen}")
         if len(run.model.cut) > 1:
             count = replica_microbatches(run.config, run.mesh.shape)
             idle = even_bubble(parallel.schedule, parallel.pipeline, parallel.chunks, count)

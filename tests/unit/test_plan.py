@@ -10,8 +10,10 @@ import pytest
 
 from mpilm.cli import run_alone
 from mpilm.errors import ConfigError, FileError
-from mpilm.plan import VOCABULARIES, configure, describe, make, presets
+from mpilm.plan import VOCABULARIES, configure, describe, make, presets, rank
+from mpilm.planner.machine import write
 from mpilm.presets import PRESETS
+from tests.machines import machine
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,9 +95,13 @@ def test_every_preset_of_train_can_be_planned():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to show: write --draw"),
         (["--draw", "--vocabulary", "0"], "--vocabulary must be at least 1, not 0"),
-        (["--draw", "--ranks", "-1"], "--ranks must be at least 0, not -1"),
+        (["--draw", "--ranks", "-1"], "--ranks must be at least 1, not -1"),
+        (["--ranks", "2,0"], "--ranks must be at least 1, not 0"),
+        (["--tokens", "-1"], "--tokens must be at least 0, not -1"),
+        (["--draw", "--ranks", "2,4"], "--draw is of one number of ranks, not of 2; write --ranks 2"),
+        (["--draw", "--plot", "x.png"], "--plot draws speed over ranks and --draw a pipeline: write one of them"),
+        (["--model.lora-rank", "8"], "--model.lora-rank: the predictions are of training whole models"),
         (["--draw", "--model.d-model", "7"], "--model.d-model 7 is not divisible by --model.n-heads 4"),
     ],
 )
@@ -141,7 +147,7 @@ def test_a_command_alone_ends_as_the_others_do(capsys, monkeypatch):
     code, output = said(capsys, lambda: configure(["--help"]))
     assert code == 0
     assert "--parallel.pipeline" in output.out
-    assert "Draw what each rank of a pipeline does" in output.out
+    assert "With --draw instead: draw what each rank of a pipeline does" in " ".join(output.out.split())
     code, output = said(capsys, lambda: configure(["--no-such-flag"]))
     assert code == ConfigError.code
     assert "no-such-flag" in output.err
@@ -154,3 +160,45 @@ def test_an_image_that_cannot_be_written(monkeypatch, capsys):
     code, output = said(capsys, prepare)
     assert code == FileError.code
     assert output.err == "mpilm: error: --svg /no/such/folder/plan.svg: cannot be written: No such file or directory\n"
+
+
+# The ranking.
+
+
+def ranked(tmp_path, *words):
+    write(tmp_path / "m.json", machine(4))
+    return rank(configure(["--machine", str(tmp_path / "m.json"), *words]))
+
+
+def test_layouts_are_ranked_with_their_parts(tmp_path):
+    lines = ranked(tmp_path, "--ranks", "4", "--tokens", "1e9")
+    assert lines[0] == "2 million parameters, 16 sequences of 256 tokens a step (8 microbatches), float32"
+    assert "a processor, cpu, 4 cores and 64 GiB; measured today with 4 ranks a node" in lines[1]
+    assert lines[3].split() == ["layout", "step", "s", "tokens/s", "compute", "bubble", "talk", "update", "MiB", "a", "rank"]
+    assert lines[4].startswith("  1  data 4, pipeline 1, zero 0")
+    assert "best: no settings: it is the default" in lines
+    assert any("244,141 steps, 1e+09 tokens, take" in line for line in lines)
+    assert any("memory of the fullest rank: program 15 MiB, weights 8 MiB, moments 17 MiB" in line for line in lines)
+
+
+def test_numbers_of_ranks_are_compared(tmp_path):
+    lines = ranked(tmp_path, "--ranks", "1,2,4,64", "--plot", str(tmp_path / "curve.png"))
+    assert [line.split()[0] for line in lines if ", zero " in line and "ranks:" not in line] == ["1", "2", "4"]
+    assert any("64 ranks: no layout of 64 ranks works" in line and "make the batch 128" in line for line in lines)
+    assert any("every rank up to 4 is worth having" in line for line in lines)
+    assert any(line.startswith("mind: more than 4 ranks are on several nodes, and one was measured") for line in lines)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_calibration_it_is_said_how_to_make_one(tmp_path):
+    with pytest.raises(FileError, match="no such file; measure this machine first: mpirun -n RANKS"):
+        rank(configure(["--machine", str(tmp_path / "none.json"), "--ranks", "2"]))
+
+
+def test_a_ranking_needs_no_torch(tmp_path):
+    write(tmp_path / "m.json", machine(4))
+    code = "import sys\nfrom mpilm.plan import configure, rank\n"
+    code += f"rank(configure(['--ranks', '4', '--machine', '{tmp_path}/m.json']))"
+    code += "\nprint('torch' in sys.modules, 'mpi4py' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False False", done.stderr

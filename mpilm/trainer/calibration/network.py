@@ -1,0 +1,69 @@
+"""What ranks say to each other: between two, among all, and in memory that they share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpilm.comm.base import Comm
+from mpilm.optim.shared import SharedSum
+from mpilm.parallel.layout import Layout
+from mpilm.parallel.shard import BUCKET, FlatLayout
+from mpilm.planner.machine import Curve, Network
+from mpilm.trainer.calibration.bench import Bench
+
+MESSAGES = (1 << 14, 1 << 18, 1 << 22)  # elements
+
+
+def network(bench: Bench, comm: Comm) -> Network | None:
+    """Between the ranks of a node, or of all nodes. Collective over the world; None where there is one rank."""
+    if min(bench.comm.all_gather_json(comm.size)) == 1:
+        return None
+    bench.progress(f"messages between {comm.size} ranks")
+    n, rank, device = comm.size, comm.rank, bench.device
+    small = _ping_s(bench, comm, torch.zeros(1, device=device))
+    large = _ping_s(bench, comm, torch.zeros(MESSAGES[-1], device=device))
+    exchange, gather = [], []
+    for size in MESSAGES:
+        each = size // n
+        x, out, leaving = torch.zeros(each * n, device=device), torch.empty(each * n, device=device), each * (n - 1)
+        exchange.append((size, bench.collective_s(lambda x=x, out=out: comm.all_to_all(x, out), comm) / leaving))  # type: ignore[misc]
+        mine = x[rank * each : (rank + 1) * each]
+        gather.append((size, bench.collective_s(lambda mine=mine, out=out: comm.all_gather(mine, out), comm) / leaving))  # type: ignore[misc]
+    one = torch.zeros(1, dtype=torch.float64, device="cpu")
+    return Network(
+        ranks=n, latency_s=small, bandwidth=4 * MESSAGES[-1] / max(1e-9, large - small), exchange=tuple(exchange),
+        gather=tuple(gather), reduce_s=bench.collective_s(lambda: comm.all_reduce(one), comm, 20), shared=_shared(bench, comm),
+    )  # fmt: skip
+
+
+def across(bench: Bench, comm: Comm, node: Comm) -> Network | None:
+    """Between all ranks of several nodes."""
+    return network(bench, comm) if min(comm.all_gather_json(comm.size - node.size)) > 0 else None
+
+
+def _ping_s(bench: Bench, comm: Comm, x: Tensor) -> float:
+    """One way between neighbours, all of them at once."""
+    y = torch.empty_like(x)
+
+    def there_and_back() -> None:
+        requests = [comm.irecv(y, (comm.rank - 1) % comm.size), comm.isend(x, (comm.rank + 1) % comm.size)]
+        for request in requests:
+            request.wait()
+
+    return bench.collective_s(there_and_back, comm, 20)
+
+
+def _shared(bench: Bench, comm: Comm) -> Curve:
+    """The sum in shared memory, where there is some."""
+    points: list[tuple[float, float]] = []
+    for size in (BUCKET // 16, BUCKET, 16 * BUCKET) if bench.device.type == "cpu" else ():
+        layout = FlatLayout([Layout("x", (size,), ("data",), False)], ranks=comm.size)
+        parts = comm.share(layout.numel)
+        if parts is None:
+            return ()
+        buffers = [[part[: layout.numel]] for part in parts]
+        nodes = [{0: (r, r + 1)} for r in range(comm.size)]
+        reducing = SharedSum(comm, layout, buffers, nodes, comm.size, gather=True)
+        points.append((layout.numel, bench.collective_s(reducing.reduce, comm) / layout.numel))
+    return tuple(points)

@@ -1,0 +1,132 @@
+"""What mpilm.plan says beforehand, against what is then measured: the step of every layout, and which is best."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.measure import BENCH, OTHERS_ALLOWED, Load, mpirun, over_all, table
+
+PRESETS = {  # changes that make a step of a few seconds of it
+    "tiny": {},
+    "llama-100m": {"train__global_batch": 4, "model__context_length": 256, "train__dtype": "float32"},
+    "gpt2-124m": {"train__global_batch": 4, "train__micro_batch": 1, "model__context_length": 256, "train__dtype": "float32"},
+}
+RANKS = 2
+TRIES = 5  # of a layout in a round, where other programs are at work
+WARM_UP = 2
+STEPS = {"tiny": 10}
+CLOSE = 1.03  # times the fastest: as good as that
+
+
+def plan(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        machine = args.folder or f"{folder}/machine.json"
+        if not Path(machine).exists():
+            subprocess.run([*mpirun(2), sys.executable, "-m", "mpilm.doctor", "--calibrate", "--output", machine], check=True)
+        for preset in PRESETS if args.preset == "tiny" else [args.preset]:
+            compare(preset, machine, args.rounds)
+
+
+def job(preset: str, machine: str):  # type: ignore[no-untyped-def]
+    from mpilm.config import replaced, resolve
+    from mpilm.planner.machine import read
+    from mpilm.planner.search import Job
+    from mpilm.presets import PRESETS as CONFIGS
+    from mpilm.presets import VOCABULARIES
+
+    config = resolve(replaced(CONFIGS[preset](), **PRESETS.get(preset, {})))
+    return Job(config, VOCABULARIES.get(preset, 2048), read(machine))
+
+
+def compare(preset: str, machine: str, wanted: int) -> None:
+    """Every layout in turn, each in processes of its own, since models do not go when they are let go."""
+    from mpilm.planner.search import search
+
+    found = [each for each in search(job(preset, machine), RANKS)[0] if each.config.train.recompute == "none"]
+    times: dict[str, list[float]] = {each.words: [] for each in found}
+    for _ in range(wanted):
+        for number, each in enumerate(found):
+            words = ["--preset", preset, "--folder", machine, "--pipeline", str(number)]
+            command = [*mpirun(RANKS), sys.executable, BENCH, "plan-worker", *words]
+            for _ in range(TRIES):
+                done = json.loads(
+                    subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+                )
+                if done["others"] <= OTHERS_ALLOWED:
+                    times[each.words].append(done["step_s"])
+                    break
+    show(preset, {each.words: each.time for each in found}, times)
+
+
+def plan_worker(args: argparse.Namespace) -> None:
+    """One layout."""
+    from mpilm.comm.mpi import mpi_world
+    from mpilm.planner.search import search
+
+    comm = mpi_world()
+    planned = job(args.preset, args.folder)
+    each = search(planned, comm.size)[0][args.pipeline]
+    everyone, step = over_all(comm), side(each.config, planned.vocab_size, each.setting.cut, comm)
+    turn(step, WARM_UP, comm, everyone)
+    load = Load(everyone)
+    took_s = turn(step, STEPS.get(args.preset, 3), comm, everyone)
+    others = everyone(load.others(), "max")
+    if comm.rank == 0:
+        print(json.dumps({"step_s": took_s, "others": others}), flush=True)
+
+
+def turn(step: Callable[[], object], steps: int, comm, everyone: Callable[..., float]) -> float:  # type: ignore[no-untyped-def]
+    """Seconds of a step, the median of some."""
+    times = []
+    for _ in range(steps):
+        comm.barrier()
+        began = time.perf_counter()
+        step()
+        times.append(everyone(time.perf_counter() - began, "max"))
+    return statistics.median(times)
+
+
+def side(config, vocab_size: int, cut, comm) -> Callable[[], object]:  # type: ignore[no-untyped-def]
+    from mpilm.mesh.mesh import Mesh
+    from mpilm.parallel.feasible import mesh_shape
+    from mpilm.trainer.machine import look
+    from mpilm.trainer.prove import RandomTokens
+    from mpilm.trainer.sharded import ShardedModel
+    from mpilm.trainer.step import train_step
+
+    machine = look(config.train, comm)
+    model = ShardedModel(config, Mesh.build(mesh_shape(config, comm.size), comm), cut, vocab_size, machine.device, 16)
+    for flat in model.flats.values():
+        flat.values.tensor.normal_(0.0, 0.02)
+    model.publish()
+    source, steps = RandomTokens(config, vocab_size), iter(range(10**6))
+    return lambda: train_step(model, source, next(steps))
+
+
+def show(preset: str, said: dict, times: dict[str, list[float]]) -> None:  # type: ignore[type-arg]
+    measured = {words: statistics.median(seconds) for words, seconds in times.items()}
+    rows: list[tuple[str, ...]] = [("layout", "predicted s", "measured s", "predicted / measured")]
+    for words, seconds in measured.items():
+        spread = f"{min(times[words]):.3f} .. {max(times[words]):.3f}"
+        rows.append((words, f"{said[words].total_s:.3f}", f"{seconds:.3f} ({spread})", f"{said[words].total_s / seconds:.3f}"))
+    table(f"plan ({preset}), 2 ranks, {len(next(iter(times.values())))} rounds", rows)
+    errors = [abs(said[words].total_s / seconds - 1) for words, seconds in measured.items()]
+    first, fastest = next(iter(measured)), min(measured, key=measured.__getitem__)
+    print(f"  error: median {100 * statistics.median(errors):.1f}%, worst {100 * max(errors):.1f}% (goals: 8%, 20%)")
+    print(
+        f"  picked: {first}; fastest: {fastest}; picked / fastest {measured[first] / measured[fastest]:.3f} (goal: <= {CLOSE})"
+    )
+    for words, each in said.items():
+        print(f"    {words}: " + ", ".join(f"{k} {v:.4f}" for k, v in each.parts.items()))
+    print(
+        "JSON "
+        + json.dumps({"what": f"plan {preset}", "predicted": {w: t.total_s for w, t in said.items()}, "measured": times})
+    )
