@@ -135,8 +135,11 @@ def _stage_floats(
     shared = on_node and config.parallel.shared_memory and device == "cpu"
     if data > 1 and config.train.reproducible and not shared:
         nodes = _nodes(data, total)
-        depth = math.ceil(gradients / BUCKET) if device == "cuda" else min(2, math.ceil(gradients / BUCKET))
-        exchange = depth * nodes * -(-min(BUCKET, gradients) // data)
+        ends = (first + last) * model.tie_embeddings  # which are exchanged apart from all else
+        pieces = [*[matrix] * ends, gradients - ends * matrix]
+        buckets = sum(math.ceil(piece / BUCKET) for piece in pieces)
+        depth = buckets if device == "cuda" else min(2, buckets)
+        exchange = depth * nodes * -(-min(BUCKET, max(pieces)) // data)
     buffers = _block_buffers(data, total) if config.train.reproducible else 1
     return {**found, "gradients": buffers * gradients, "exchange": exchange, "passing": 0.0}
 

@@ -1,0 +1,137 @@
+"""What the planner says of memory and of a machine, against what ranks really hold and measure."""
+
+from dataclasses import replace
+
+import pytest
+from machines import machine
+from runs import on, sharded, small, trained
+from text import tiny, write_tokens
+
+from mpilm.comm.base import SelfComm
+from mpilm.comm.threads import run_ranks
+from mpilm.comm.together import AgreedError
+from mpilm.config import Train, replaced, resolve
+from mpilm.mesh.shape import MeshShape
+from mpilm.planner.cost import Setting, step_time
+from mpilm.planner.machine import read, write
+from mpilm.planner.memory import held_bytes
+from mpilm.trainer.calibration import bench, calibrate, compute, network
+from mpilm.trainer.choose import choose_layout
+from mpilm.trainer.machine import look, versions
+from mpilm.trainer.prove import VOCAB_SIZE
+
+WIDE = {"model__d_model": 128, "model__n_layers": 4, "train__global_batch": 16}
+
+
+@pytest.mark.parametrize("changes", [{}, {"model__tie_embeddings": False, "train__optimizer": "sgd"}, {"model__arch": "gpt2"}])
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        (1, on()), (2, on()), (3, on()), (4, on(zero=1)), (4, on(zero=2)), (3, on(zero=2)), (4, on(zero=3)), (2, on(2)),
+        (4, on(2, "interleaved", 1)), (4, on(2, zero=3)), (8, on(4, zero=2)), (4, on(zero=0, shared_memory=False)),
+        (3, on(zero=0, shared_memory=False)),
+    ],
+)  # fmt: skip
+def test_what_a_rank_holds_is_what_was_said(size, layout, changes):
+    config = resolve(small(**WIDE, **layout, **changes))
+
+    def body(comm):
+        model = sharded(config, comm)
+        shape = MeshShape(pipeline=model.pipeline.size, data=model.data.size)
+        said = held_bytes(config, VOCAB_SIZE, model.cut, shape, list(model.stages), "cpu", on_node=True)
+        return said, model.held_bytes()
+
+    found = run_ranks(size, body)
+    for said, held in found:
+        for part in ("weights", "moments", "passing"):
+            assert said[part] == pytest.approx(held[part], rel=0.03, abs=40_000), part
+    for part in ("gradients", "exchange"):  # said of the replica that needs most
+        most = max(held[part] for _, held in found)
+        assert max(said[part] for said, _ in found) == pytest.approx(most, rel=0.03, abs=40_000), part
+
+
+def hurry(monkeypatch):
+    """Measure little: what is right about the numbers is another matter."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(calibrate, "cores_of", lambda node: 1 / node.size)
+    monkeypatch.setattr(bench, "POINT_S", 0.0)
+    for name, value in {
+        "TOKENS": (8, 32), "WIDTHS": (16, 32), "CONTEXTS": (16, 32), "HEADS": (16, 32), "BLOCKS": ((16, 64), (32, 64)),
+        "LOGITS": ((8, 64), (32, 64)), "ELEMENTS": (1 << 10, 1 << 12), "CACHE_BYTES": 1 << 16,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(compute, name, value)
+    monkeypatch.setattr(network, "MESSAGES", (1 << 10, 1 << 12))
+    monkeypatch.setattr(network, "BUCKET", 1 << 10)
+    monkeypatch.setattr(calibrate, "TRAINED", ((16, 64), (32, 64)))
+    monkeypatch.setattr(calibrate, "DISK_BYTES", 1 << 20)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_machine_is_measured_written_and_read(size, monkeypatch, tmp_path):
+    hurry(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    found = run_ranks(size, lambda comm: calibrate.calibrate(comm, "cpu"))
+    assert len({replace(each, made="").step_s for each in found}) == 1  # all ranks have the numbers of all
+    measured = found[0]
+    assert (measured.ranks_per_node, measured.nodes, measured.device) == (size, 1, "cpu")
+    assert {(rates.ranks, rates.dtype) for rates in measured.compute} == {
+        (ranks, dtype) for ranks in {1, size} for dtype in ("float32", "bfloat16")
+    }
+    assert (measured.within is None) == (size == 1)
+    assert measured.across is None
+    if measured.within is not None:
+        assert measured.within.ranks == size
+        assert len(measured.within.shared) == 3
+    assert not list(tmp_path.iterdir())  # what was written to try the disk is gone
+    write(tmp_path / "machine.json", measured)
+    again = read(str(tmp_path / "machine.json"))
+    config = resolve(small(**WIDE))
+    shape = MeshShape(data=size)
+    said = [step_time(Setting(config, 64, each, shape, size, (4,))).total_s for each in (measured, again)]
+    assert said[0] == pytest.approx(said[1], rel=1e-3)
+    assert said[0] > 0
+
+
+def here(**changes):
+    """A machine that says it is this one."""
+    names = versions(SelfComm("world"))
+    return replace(machine(4), **{name: names[name] for name in ("torch", "processor")}, **changes)
+
+
+def chosen(tmp_path, size, measured, config=None):
+    write(tmp_path / "machine.json", measured)
+    config = replaced(config or resolve(small(**WIDE)), parallel__auto=str(tmp_path / "machine.json"))
+
+    def body(comm):
+        used = look(Train(threads=1, device="cpu"), comm)
+        return choose_layout(config, VOCAB_SIZE, used, comm)
+
+    return run_ranks(size, body)
+
+
+def test_ranks_choose_the_layout_that_is_fastest(tmp_path):
+    (config, words), *others = chosen(tmp_path, 4, here())
+    assert all(other == (config, words) for other in others)
+    assert (config.parallel.auto, config.parallel.pipeline, config.parallel.zero) == ("", 1, 0)
+    assert "data 4, pipeline 1, zero 0; a step is predicted to take" in words
+    slow = replace(here().within, exchange=((1.0, 1e-3),), gather=((1.0, 1e-3),), shared=())
+    ((config, _), *_) = chosen(tmp_path, 4, here(within=slow))
+    assert config.parallel.pipeline == 4
+
+
+def test_a_layout_that_was_chosen_trains_to_the_same_bits(tmp_path):
+    write(tmp_path / "machine.json", here())
+    tokens = write_tokens(tmp_path)
+    alone = trained(tiny(tokens, tmp_path / "alone"), 1)
+    assert trained(tiny(tokens, tmp_path / "chosen", parallel__auto=str(tmp_path / "machine.json")), 2) == alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"processor": "another"}, "was measured with processor another, and here it is"),
+     ({"device": "cuda"}, "was measured with device cuda, and here it is cpu"),
+     ({"memory_bytes": 1 << 20}, "no layout of 2 ranks works: data 2, pipeline 1, zero 0: needs")],
+)  # fmt: skip
+def test_a_machine_that_is_not_this_one_is_refused(tmp_path, changes, message):
+    with pytest.raises(AgreedError, match=message):
+        chosen(tmp_path, 2, replace(here(), **changes))
