@@ -199,9 +199,17 @@ class Parallel:
     auto: str = ""
     """A machine.json of doctor --calibrate: take the layout that the planner finds fastest on these ranks, besides what is
     stated; empty: as stated."""
-    shared_memory: bool = True
-    """Add gradients in memory that all ranks see, where they are on one node and sum once a step (ZeRO 0 and 1, on a CPU);
-    false: send them."""
+    reduce: Literal["auto", "shared", "sent"] = "auto"
+    """How gradients are added once a step (ZeRO 0 and 1, on a CPU): shared, in memory that the ranks of a node see, and once
+    between nodes; sent, by messages between all ranks; auto: what is faster, as measured at the start."""
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients travel as. bfloat16: half the bytes; sums stay float32, and what rounding leaves is sent later."""
+    compress: int = 0
+    """For slow networks: send the gradient of a matrix as two thin ones of this rank (PowerSGD), and what that leaves out with
+    the next; 0: whole. Another result, nearly as good."""
+    sync_every: int = 0
+    """For slow networks: replicas train by themselves for so many steps and then meet (DiLoCo); 0: never apart. Another result;
+    it wants more steps, or fewer replicas."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "model.vocab_size", "model.n_kv_heads", "model.head_width", "model.d_ff", "model.router_loss", "model.lora_rank",
-    "parallel.chunks", "train.seed", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay",
+    "parallel.chunks", "parallel.compress",
+    "parallel.sync_every", "train.seed", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay",
     "train.clip_norm", "train.threads", "checkpoint.every", "checkpoint.keep", "run.log_every", "run.eval_every",
     "run.eval_batches", "run.time_limit", "fault.max_bad_steps", "fault.step_timeout", "fault.check_every",
     "generate.max_tokens", "generate.temperature", "generate.top_k", "generate.seed",
@@ -80,6 +81,8 @@ CHOICES = {
     "parallel.schedule": ("1f1b", "gpipe", "interleaved", "zero-bubble"),
     "parallel.balance": ("cost", "measured"),
     "parallel.zero": (0, 1, 2, 3),
+    "parallel.reduce": ("auto", "shared", "sent"),
+    "parallel.wire_dtype": ("float32", "bfloat16"),
 }
 
 
@@ -197,3 +200,38 @@ def _validate_parallel(config: Config) -> None:
             f"--parallel.zero {parallel.zero} sums slices in the fixed order, which costs nothing; "
             "--train.reproducible false goes with --parallel.zero 0 only"
         )
+    if parallel.wire_dtype == "bfloat16" and not config.train.reproducible:
+        raise ConfigError(
+            "--parallel.wire-dtype bfloat16 goes with sums made here; --train.reproducible false lets the MPI library sum, "
+            "which cannot add it"
+        )
+    if parallel.compress:
+        _go_with(f"--parallel.compress {parallel.compress}", config, zeros=(0, 1))
+        if parallel.sync_every:
+            raise ConfigError("--parallel.compress and --parallel.sync-every: between meetings no gradient travels; write one")
+    if parallel.sync_every:
+        _validate_apart(config)
+
+
+def _go_with(setting: str, config: Config, zeros: tuple[int, ...]) -> None:
+    """Refuse what another way to sum gradients cannot be combined with."""
+    if config.parallel.zero not in zeros:
+        fit = " or ".join(map(str, zeros))
+        raise ConfigError(f"{setting} goes with --parallel.zero {fit}, not {config.parallel.zero}")
+    if config.parallel.wire_dtype != "float32":
+        raise ConfigError(f"{setting} sends float32: leave --parallel.wire-dtype {config.parallel.wire_dtype} out")
+
+
+def _validate_apart(config: Config) -> None:
+    """Replicas that are apart cannot be saved or evaluated as one."""
+    every = config.parallel.sync_every
+    _go_with(f"--parallel.sync-every {every}", config, zeros=(0,))
+    for name, steps in (("checkpoint.every", config.checkpoint.every), ("run.eval-every", config.run.eval_every)):
+        if steps % every:
+            near = _nearest_multiple(steps, every)
+            raise ConfigError(
+                f"--{name} {steps}: replicas are together after a multiple of --parallel.sync-every {every} steps only; the "
+                f"nearest: {near}"
+            )
+    if config.fault.elastic:
+        raise ConfigError("--fault.elastic goes on from a step that all replicas have made: leave --parallel.sync-every out")

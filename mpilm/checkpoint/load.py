@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from mpilm.parallel.shard import Piece
 
 SHOWN = 4  # names that a message lists
 TIED_MATRICES = ("head.weight",)  # which a file may hold although it is the embedding again
+OUTER = "outer_momentum"  # of optim/outer.py
 POSITIONS = "embed.positions.weight"
 
 
@@ -51,7 +52,14 @@ def _load(
     names = {name: published_name(name, model.arch) for name in shapes}
     _read_pieces(folder, weights_stem(model), parameters, names, shapes)
     for kind, of in moment_shapes.items():
-        _read_pieces(folder, "optimizer", moments[kind], {name: moment_name(name, kind) for name in of}, of)
+        names = {name: moment_name(name, kind) for name in of}
+        if kind != OUTER or _holds(folder, names.values()):  # of replicas that were not apart there is none: it starts at zero
+            _read_pieces(folder, "optimizer", moments[kind], names, of)
+
+
+def _holds(folder: Path, names: Iterable[str]) -> bool:
+    with open_tensors(folder, "optimizer") as slots:
+        return any(name in slots for name in names)
 
 
 def moment_name(name: str, kind: str) -> str:

@@ -24,7 +24,8 @@ class PeerFailedError(RuntimeError):
 class _World:
     """What the threads share: a board of notes, and whether a rank has failed."""
 
-    def __init__(self, timeout_s: float):
+    def __init__(self, timeout_s: float, ranks_per_node: int):
+        self.ranks_per_node = ranks_per_node
         self.changed = threading.Condition()
         self.board: dict[Any, Any] = {}
         self.taken: dict[Any, int] = defaultdict(int)
@@ -92,10 +93,15 @@ class ThreadComm(Comm):
         return ThreadComm(self._world, tuple(self._group[r] for r in ranks), ranks.index(self.rank), name, path)
 
     def split_node(self, name: str = "node") -> Comm:
-        return self.split(0, self.rank, name)
+        return self.split(self._node(self._group[self.rank]), self.rank, name)
+
+    def _node(self, rank: int) -> int:
+        return rank // self._world.ranks_per_node
 
     def share(self, numel: int) -> list[Tensor] | None:
-        return self._share("share", torch.zeros(numel))()
+        together = len({self._node(rank) for rank in self._group}) == 1
+        parts = self._share("share", torch.zeros(numel))()
+        return parts if together else None
 
     def abort(self, code: int) -> None:
         self._world.fail(f"rank {self.rank} aborted with {code}")
@@ -150,12 +156,15 @@ class ThreadComm(Comm):
         x.copy_(parts[root].view_as(x))
 
 
-def run_ranks(size: int, body: Callable[[Comm], R], timeout_s: float = 60.0) -> list[R]:
+def run_ranks(
+    size: int, body: Callable[[Comm], R], timeout_s: float = 60.0, ranks_per_node: int = 0
+) -> list[R]:  # fmt: skip
     """Call `body(comm)` on `size` ranks, each a thread, and return their results in rank order.
 
-    The exception of the first rank that fails is raised here, with the rank in its notes; the others are released.
+    `ranks_per_node`: as if only so many shared a memory; 0: all. The exception of the first rank that fails is raised here,
+    with the rank in its notes; the others are released.
     """
-    world = _World(timeout_s)
+    world = _World(timeout_s, ranks_per_node or size)
     results: list[Any] = [None] * size
     errors: list[tuple[int, BaseException]] = []
 

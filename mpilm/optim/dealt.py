@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
 from mpilm.optim.exchange import Round, TreeExchange
+from mpilm.optim.wire import wire_of
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.shard import Group, Interval
 from mpilm.parallel.tree import dealt, fold
@@ -25,7 +26,7 @@ class DealtSum:
     Collective over `comm`, the data axis, in every backward: a rank without a microbatch in the last round calls `join`.
     """
 
-    def __init__(self, flat: FlatParameters, model: nn.Module, comm: Comm, microbatches: int):
+    def __init__(self, flat: FlatParameters, model: nn.Module, comm: Comm, microbatches: int, wire_dtype: str = "float32"):
         self.flat, self.comm, self.groups = flat, comm, flat.layout.groups
         self.numbers = dealt(comm.rank, comm.size, microbatches)
         self.rounds = [_round(at, comm.size, microbatches) for at in range(0, microbatches, comm.size)]
@@ -36,7 +37,8 @@ class DealtSum:
         self.sums = self.buffers[0]
         self.largest = max(layout.numel for _, layout in flat.layout.slots.values())
         self.whole = torch.zeros(max(group.stop - group.start for group in self.groups), device=flat.device)
-        self.exchanges = [TreeExchange(comm, flat.layout, comm.size, flat.device) for _ in range(2)]
+        self.wire = wire_of(wire_dtype)
+        self.exchanges = [TreeExchange(comm, flat.layout, comm.size, flat.device, self.wire) for _ in range(2)]
         self.parameters = {name: model.get_parameter(name) for name in flat.layout.slots}
         self.current: int | None = None
         number_of = {name: number for number, group in enumerate(self.groups) for name in group.names}
@@ -48,8 +50,8 @@ class DealtSum:
     def held_bytes(self) -> dict[str, int]:
         """Memory of the partial sums, of one group's gradient and its exchange, and, passing, of one parameter's."""
         sums = sum(buffer.tensor.numel() for buffer in self.buffers)
-        exchange = self.whole.numel() + sum(exchange.workspace.numel() for exchange in self.exchanges)
-        return {"gradients": 4 * sums, "exchange": 4 * exchange, "passing": 4 * self.largest}
+        exchange = self.whole.nbytes + sum(exchange.workspace.nbytes for exchange in self.exchanges) + self.wire.held_bytes
+        return {"gradients": 4 * sums, "exchange": exchange, "passing": 4 * self.largest}
 
     def begin(self, i: int) -> None:
         """From now on gradients belong to this rank's i-th microbatch."""

@@ -7,13 +7,25 @@ a rank, as many as a ring all-reduce.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Request
-from mpilm.parallel.shard import FlatLayout, Interval
+from mpilm.optim.wire import Exact
+from mpilm.parallel.shard import Interval
 from mpilm.parallel.tree import Range, combine
+
+
+class Sliced(Protocol):
+    """How buckets are cut into a slice for each rank of a communicator."""
+
+    def slices(self, bucket: Interval) -> list[int]:
+        """Elements of each rank's slice."""
+
+    @property
+    def longest_slice(self) -> int: ...
 
 
 class Round:
@@ -40,11 +52,11 @@ class Round:
 
 
 class TreeExchange:
-    """Exchanges one bucket at a time; `workspace` holds what comes in, of `most` nodes at most."""
+    """Exchanges one bucket at a time; `workspace` holds what comes in, of `most` nodes at most. `wire`: what travels."""
 
-    def __init__(self, comm: Comm, layout: FlatLayout, most: int, device: torch.device):
-        self.comm, self.layout = comm, layout
-        self.workspace = torch.empty(most * layout.longest_slice, device=device)
+    def __init__(self, comm: Comm, layout: Sliced, most: int, device: torch.device, wire: Exact | None = None):
+        self.comm, self.layout, self.wire = comm, layout, wire or Exact()
+        self.workspace = torch.empty(most * layout.longest_slice, dtype=self.wire.dtype, device=device)
         self.requests: list[Request] = []
 
     def start(self, step: Round, parts: Sequence[Tensor], bucket: Interval) -> None:
@@ -60,7 +72,9 @@ class TreeExchange:
             for i, r in enumerate(sources):
                 self.incoming[step.places[r][j]] = received[i * mine : (i + 1) * mine]
             at += received.numel()
-            x, sends = (parts[j], slices) if j < len(parts) else (self.workspace[:0], none)
+            x, sends = self.workspace[:0], none
+            if j < len(parts):
+                x, sends = self.wire.encode((bucket, j), parts[j]), slices
             receives = [mine if step.counts[r] > j else 0 for r in range(comm.size)]
             self.requests.append(comm.iall_to_all(x, received, sends, receives))
 
@@ -68,4 +82,4 @@ class TreeExchange:
         """Wait; returns this rank's slice of each node that remains."""
         while self.requests:
             self.requests.pop(0).wait()
-        return self.step.results(self.incoming)
+        return self.step.results([x.float() for x in self.incoming])

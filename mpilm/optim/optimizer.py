@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mpilm.config import Train
 from mpilm.optim.elementwise import SGD, AdamW
+from mpilm.optim.outer import OUTER, Outer
 from mpilm.optim.rule import Rule, Shape
 from mpilm.optim.whole import Adafactor, Muon
 from mpilm.parallel.flat import FlatParameters, FlatVector
@@ -30,9 +31,11 @@ def stays_whole(optimizer: str) -> Callable[[str, Shape], bool]:
     return lambda name, shape: optimizer == "adafactor"
 
 
-def moment_shapes(optimizer: str, layouts: Mapping[str, Layout]) -> dict[str, dict[str, Shape]]:
-    """The shapes of all moments of these parameters, by kind and name."""
+def moment_shapes(optimizer: str, layouts: Mapping[str, Layout], outer: bool = False) -> dict[str, dict[str, Shape]]:
+    """The shapes of all moments of these parameters, by kind and name; `outer`: replicas meet now and then (optim/outer.py)."""
     found: dict[str, dict[str, Shape]] = {}
+    if outer:
+        found[OUTER] = {name: layout.shape for name, layout in layouts.items()}
     whole, cut = RULES[optimizer]
     for name, layout in layouts.items():
         for kind, shape in (whole if layout.whole else cut).moments_of(layout.shape).items():
@@ -41,9 +44,11 @@ def moment_shapes(optimizer: str, layouts: Mapping[str, Layout]) -> dict[str, di
 
 
 class Optimizer:
-    """The rules of `train.optimizer` at work on the stages of this rank."""
+    """The rules of `train.optimizer` at work on the stages of this rank, and what brings replicas together that meet only now
+    and then."""
 
-    def __init__(self, flats: Mapping[int, FlatParameters], train: Train):
+    def __init__(self, flats: Mapping[int, FlatParameters], train: Train, outer: Outer | None = None):
+        self.outer = outer
         self.rules = [rule(flats, train) for rule in dict.fromkeys(RULES[train.optimizer])]
 
     def set_step(self, step: int) -> None:
@@ -53,14 +58,18 @@ class Optimizer:
 
     def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
         """One update of what this rank updates; gradients are by stage."""
+        if self.outer is not None:
+            self.outer.begin()
         for rule in self.rules:
             rule.step(gradients, lr)
 
     def pieces(self) -> dict[str, dict[Piece, Tensor]]:
         """The moments of what this rank updates, flat, by kind; all kinds on every rank."""
-        return {kind: pieces for rule in self.rules for kind, pieces in rule.pieces().items()}
+        found = {kind: pieces for rule in self.rules for kind, pieces in rule.pieces().items()}
+        return found if self.outer is None else {OUTER: self.outer.pieces(), **found}
 
     @property
     def held_bytes(self) -> int:
         """Memory of the moments."""
-        return sum(4 * x.numel() for pieces in self.pieces().values() for x in pieces.values())
+        of_rules = sum(4 * x.numel() for rule in self.rules for pieces in rule.pieces().values() for x in pieces.values())
+        return of_rules + (self.outer.held_bytes if self.outer is not None else 0)

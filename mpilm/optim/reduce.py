@@ -13,81 +13,56 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mpilm.comm.base import Comm, Request
+from mpilm.comm.base import Comm
 from mpilm.optim.exchange import Round, TreeExchange
-from mpilm.optim.shared import SharedSum
+from mpilm.optim.sent import Bucket, BucketSum, LibrarySum, Nothing, SentSum, Way
+from mpilm.optim.shared import SharedSum, nodes_of
+from mpilm.optim.wire import wire_of
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.shard import Interval
 from mpilm.parallel.tree import Fold, block, fold_block
 
+MakeWay = Callable[[FlatVector], Way]
 IN_FLIGHT = 2  # buckets under way at once where nothing is to be overlapped
-
-
-class BucketSum:
-    """One bucket's exchange, after which the sum lies in `parts[0]`: this rank's slice of it, or with `gather` all of it."""
-
-    def __init__(self, exchange: TreeExchange, step: Round, gather: bool):
-        self.exchange, self.step, self.gather, self.gathering = exchange, step, gather, Request()
-
-    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
-        self.gathering.wait()
-        self.parts, self.bucket = parts, bucket
-        self.exchange.start(self.step, parts, bucket)
-
-    def finish(self) -> None:
-        (total,) = self.exchange.finish()
-        comm, sums = self.exchange.comm, self.parts[0]
-        slices = self.exchange.layout.slices(self.bucket)
-        if self.gather:
-            self.gathering = comm.iall_gather(total, sums, slices)
-        else:
-            sums.split(slices)[comm.rank].copy_(total)
-
-
-class LibrarySum:
-    """The same by the MPI library's all-reduce."""
-
-    def __init__(self, comm: Comm):
-        self.comm, self.gathering = comm, Request()
-
-    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
-        self.gathering.wait()
-        self.gathering = self.comm.iall_reduce(parts[0])
-
-    def finish(self) -> None:
-        pass
 
 
 class BlockSum:
     """Collects the gradient of each microbatch of this rank's block, and sums them all (ZeRO-0 and 1).
 
     Call `begin` before the backward of this rank's i-th microbatch, `end` after it, and `reduce` after the last one.
-    `overlap`: start a bucket as soon as the last backward is done with it. `shared`: add in memory that all ranks see, where
-    there is some. Collective over `comm`, the data axis.
+    `overlap`: start a bucket as soon as the last backward is done with it. `shared`: add in memory that all ranks of a node
+    see, where there is some. `wire_dtype`: what is sent. `other`: makes another way to sum, from where the sum of this rank's
+    block lies, in which it is one. Collective over `comm`, the data axis.
     """
 
     def __init__(
         self, flat: FlatParameters, model: nn.Module, comm: Comm, microbatches: int, reproducible: bool = True,
-        overlap: bool = False, shared: bool = True,
+        overlap: bool = False, shared: bool = True, wire_dtype: str = "float32",
+        other: MakeWay | None = None,
     ):  # fmt: skip
-        self.flat, self.overlap = flat, overlap
+        self.flat, self.overlap, self.wire = flat, overlap, wire_of(wire_dtype)
         start, stop = block(comm.rank, comm.size, microbatches)
         self.numbers = range(start, stop)
         self.folds = [Fold(0, i == 0, ()) for i in range(stop - start)]
         self.kept = [0]
-        if reproducible:
+        if other is not None:
+            self.folds, _ = fold_block(0, stop - start, stop - start)
+        elif reproducible:
             self.folds, nodes = fold_block(start, stop, microbatches)
             self.kept = list(nodes)
-        shared = shared and reproducible and comm.size > 1 and flat.device.type == "cpu"
-        self.shared = self._share(comm, microbatches) if shared else None
-        if self.shared is None:
-            count = 1 + max(f.buffer for f in self.folds)
-            self.buffers = [FlatVector.zeros([(0, flat.layout.numel)], flat.device) for _ in range(count)]
+        self.count = 1 + max(f.buffer for f in self.folds)
+        self.buckets = flat.layout.buckets
+        shared = shared and reproducible and other is None and comm.size > 1 and flat.device.type == "cpu"
+        way: Way | None = self._share(comm, microbatches) if shared else None
+        self.shared = way is not None
+        if way is None:
+            self.buffers = [FlatVector.zeros([(0, flat.layout.numel)], flat.device) for _ in range(self.count)]
+            if other is not None:
+                way = other(self.buffers[0])
+            else:
+                way = self._send(comm, microbatches, reproducible) if comm.size > 1 else Nothing()
+        self.way: Way = way
         self.views = [{name: flat.parameter(name, buffer) for name in flat.layout.slots} for buffer in self.buffers]
         self.sums = self.buffers[0]
-        self.buckets = flat.layout.buckets if comm.size > 1 and self.shared is None else []
-        depth = len(self.buckets) if overlap else min(IN_FLIGHT, len(self.buckets))
-        self.exchanges = [self._exchange(comm, microbatches, reproducible) for _ in range(depth)]
         self.parameters = {name: model.get_parameter(name) for name in flat.layout.slots}
         self.started = len(self.buckets)
         self.fresh, self.owed = False, dict[str, Tensor]()  # where the first gradients of a buffer have still to be put
@@ -96,33 +71,39 @@ class BlockSum:
         self._watch()
 
     def _share(self, comm: Comm, microbatches: int) -> SharedSum | None:
-        """Put the buffers where all ranks see them; None where there is no such memory. Collective."""
-        numel = self.flat.layout.numel
+        """Put the buffers where all ranks of the node see them; None where there is no such memory. Collective."""
+        nodes, numel = nodes_of(comm), self.flat.layout.numel
+        if nodes is None:
+            return None
         blocks = [fold_block(*block(r, comm.size, microbatches), microbatches) for r in range(comm.size)]
         counts = [1 + max(fold.buffer for fold in folds) for folds, _ in blocks]
-        parts = comm.share(counts[comm.rank] * numel)
-        if parts is None:
+        parts = nodes.node.share(self.count * numel)
+        if not all(comm.all_gather_json(parts is not None)) or parts is None:
             return None
-        buffers = [[part[i * numel : (i + 1) * numel] for i in range(count)] for part, count in zip(parts, counts)]
-        self.buffers = [FlatVector([(0, numel)], buffer) for buffer in buffers[comm.rank]]
-        nodes = [held for _, held in blocks]
-        return SharedSum(comm, self.flat.layout, buffers, nodes, microbatches, gather=self.flat.zero == 0)
+        here = [counts[rank] for rank in nodes.ranks(nodes.across.rank)]
+        buffers = [[part[i * numel : (i + 1) * numel] for i in range(count)] for part, count in zip(parts, here)]
+        self.buffers = [FlatVector([(0, numel)], buffer) for buffer in buffers[nodes.node.rank]]
+        held = [nodes for _, nodes in blocks]
+        return SharedSum(nodes, self.flat.layout, buffers, held, microbatches, self.flat.zero == 0, self.wire)
 
-    def _exchange(self, comm: Comm, microbatches: int, reproducible: bool) -> BucketSum | LibrarySum:
+    def _send(self, comm: Comm, microbatches: int, reproducible: bool) -> SentSum:
+        depth = len(self.buckets) if self.overlap else min(IN_FLIGHT, len(self.buckets))
         if not reproducible:
-            return LibrarySum(comm)
+            return SentSum([LibrarySum(comm) for _ in range(depth)])
         nodes = [list(fold_block(*block(r, comm.size, microbatches), microbatches)[1].values()) for r in range(comm.size)]
-        step = Round(nodes, microbatches)
-        exchange = TreeExchange(comm, self.flat.layout, step.numel, self.flat.device)
-        return BucketSum(exchange, step, gather=self.flat.zero == 0)
+        step, layout = Round(nodes, microbatches), self.flat.layout
+        places: list[Bucket] = [
+            BucketSum(TreeExchange(comm, layout, step.numel, self.flat.device, self.wire), step, gather=self.flat.zero == 0)
+            for _ in range(depth)
+        ]
+        return SentSum(places)
 
     @property
     def held_bytes(self) -> dict[str, int]:
-        """Memory of the partial sums, and of the exchanges beside them."""
-        workspaces = [e.exchange.workspace for e in self.exchanges if isinstance(e, BucketSum)]
+        """Memory of the partial sums, and of what sums them."""
         return {
             "gradients": 4 * sum(b.tensor.numel() for b in self.buffers),
-            "exchange": 4 * sum(w.numel() for w in workspaces),
+            "exchange": self.way.held_bytes + self.wire.held_bytes,
         }
 
     def begin(self, i: int) -> None:
@@ -166,28 +147,17 @@ class BlockSum:
         """Leave the sum over all microbatches of all ranks in `sums`, in the intervals that `flat.summed` names."""
         while self.started < len(self.buckets):
             self._start_next()
-        if not self.buckets:
-            self._add(len(self.folds) - 1, 0, self.flat.layout.numel)
-        if self.shared is not None:
-            self.shared.reduce()
-        for number in range(max(0, len(self.buckets) - len(self.exchanges)), len(self.buckets)):
-            self.exchanges[number % len(self.exchanges)].finish()
-        for exchange in self.exchanges:
-            exchange.gathering.wait()
+        self.way.finish()
 
     def _add(self, i: int, start: int, stop: int) -> None:
         for into, other in self.folds[i].adds:
             self.buffers[into].view(start, stop).add_(self.buffers[other].view(start, stop))
 
     def _start_next(self) -> None:
-        number = self.started
+        bucket = self.buckets[self.started]
         self.started += 1
-        bucket = self.buckets[number]
         self._add(len(self.folds) - 1, *bucket)
-        exchange = self.exchanges[number % len(self.exchanges)]
-        if number >= len(self.exchanges):
-            exchange.finish()
-        exchange.start([self.buffers[b].view(*bucket) for b in self.kept], bucket)
+        self.way.start([self.buffers[b].view(*bucket) for b in self.kept], bucket)
 
     def _watch(self) -> None:
         """Count, for each bucket, the parameters whose gradient it is still waiting for."""

@@ -1,57 +1,150 @@
 """The gradient of a stage summed where it lies: in memory that the ranks of a node have together.
 
-Each rank adds its slice of every bucket, in tree order, straight from the memory of the others; nothing is sent. With a gather
-each then copies the other slices from where they were added.
+Each rank adds its slices of every bucket, in tree order, straight from the memory of the others; on one node nothing is sent.
+Of several nodes, the ranks that have the same place on theirs exchange what is left, so that each slice leaves a node once
+instead of once for each of its ranks. With a gather each then copies the other slices from where they were added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm
-from mpilm.optim.exchange import Round
-from mpilm.parallel.shard import FlatLayout
+from mpilm.optim.exchange import Round, TreeExchange
+from mpilm.optim.sent import BucketSum, SentSum
+from mpilm.optim.wire import Exact
+from mpilm.parallel.shard import FlatLayout, Interval
 from mpilm.parallel.tree import Range
+
+IN_FLIGHT = 2  # buckets on their way between nodes
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The ranks of a communicator as they lie on nodes of equal size, one after the other. `node`: those here; `across`: those
+    with this rank's place on their nodes."""
+
+    node: Comm
+    across: Comm
+
+    def ranks(self, number: int) -> range:
+        """The ranks of a node."""
+        return range(number * self.node.size, (number + 1) * self.node.size)
+
+
+def nodes_of(comm: Comm) -> Nodes | None:
+    """How the ranks lie; None where nodes have one rank each, or unequal numbers, or ranks in turn. Collective."""
+    node = comm.split_node()
+    here = comm.all_gather_json([comm.rank - node.rank, node.rank, node.size])
+    size = node.size
+    expected = [[rank // size * size, rank % size, size] for rank in range(comm.size)]
+    if not all(comm.all_gather_json(size > 1 and here == expected)):
+        return None
+    return Nodes(node, comm.split(node.rank, comm.rank, "across"))
+
+
+class Lane:
+    """The slices of a flat layout that the ranks with one place on their nodes have, one after the other."""
+
+    def __init__(self, layout: FlatLayout, place: int, size: int):
+        self.layout, self.place, self.size = layout, place, size
+
+    def slices(self, bucket: Interval) -> list[int]:
+        return self.layout.slices(bucket)[self.place :: self.size]
+
+    def intervals(self, bucket: Interval) -> list[Interval]:
+        """Where they lie in the flat vector."""
+        return [self.layout.slice(bucket, rank) for rank in range(self.place, self.layout.ranks, self.size)]
+
+    @property
+    def longest_slice(self) -> int:
+        return self.layout.longest_slice
+
+    @property
+    def numel(self) -> int:
+        return sum(sum(self.slices(bucket)) for bucket in self.layout.buckets)
 
 
 class SharedSum:
-    """`buffers[r]`: rank r's vectors; `nodes[r]`: which of them holds which node of the tree. The sum comes to buffer 0 of each
-    rank: its slices of it, or with `gather` all of it. Collective over `comm`."""
+    """`buffers`: the vectors of each rank of this node; `held[r]`: which of its vectors holds which node of the tree, of every
+    rank r. The sum comes to buffer 0 of each rank: its slices of it, or with `gather` all of it. Collective over `nodes`."""
 
     def __init__(
-        self,
-        comm: Comm,
-        layout: FlatLayout,
-        buffers: Sequence[Sequence[Tensor]],
-        nodes: Sequence[Mapping[int, Range]],
-        microbatches: int,
-        gather: bool,
-    ):
-        self.comm, self.layout, self.gather = comm, layout, gather
+        self, nodes: Nodes, layout: FlatLayout, buffers: Sequence[Sequence[Tensor]], held: Sequence[Mapping[int, Range]],
+        microbatches: int, gather: bool, wire: Exact | None = None,
+    ):  # fmt: skip
+        self.nodes, self.layout, self.gather = nodes, layout, gather
         self.sums = [theirs[0] for theirs in buffers]
-        self.round = Round([list(of.values()) for of in nodes], microbatches)
-        held = [(node, buffers[rank][b]) for rank, of in enumerate(nodes) for b, node in of.items()]
-        self.vectors = [vector for _, vector in sorted(held, key=lambda pair: pair[0])]
+        self.mine = self.sums[nodes.node.rank]
+        self.lanes = [Lane(layout, place, nodes.node.size) for place in range(nodes.node.size)]
+        self.lane = self.lanes[nodes.node.rank]
+        near = [self._near(number, held, microbatches) for number in range(nodes.across.size)]
+        here = [(node, vectors[b]) for vectors, of in zip(buffers, self._of(nodes.across.rank, held)) for b, node in of.items()]
+        self.vectors = [vector for _, vector in sorted(here, key=lambda pair: pair[0])]
+        self.near = near[nodes.across.rank]
+        self.far: SentSum | None = None
+        if nodes.across.size > 1:
+            step = Round([of.remaining for of in near], microbatches)
+            self.packed = [torch.empty(self.lane.numel) for _ in self.near.remaining]
+            exchanges = [TreeExchange(nodes.across, self.lane, step.numel, self.mine.device, wire) for _ in range(IN_FLIGHT)]
+            self.far = SentSum([BucketSum(exchange, step, gather) for exchange in exchanges])
 
-    def reduce(self) -> None:
-        """All ranks have their nodes complete when they call this."""
-        self.comm.barrier()
-        mine = self.sums[self.comm.rank]
-        for bucket in self.layout.buckets:
-            start, stop = self.layout.slice(bucket, self.comm.rank)
-            (total,) = self.round.results([vector[start:stop] for vector in self.vectors])
-            if stop > start and total.data_ptr() != mine[start:].data_ptr():
-                mine[start:stop].copy_(total)
-        self.comm.barrier()
+    def _of(self, number: int, held: Sequence[Mapping[int, Range]]) -> list[Mapping[int, Range]]:
+        return [held[rank] for rank in self.nodes.ranks(number)]
+
+    def _near(self, number: int, held: Sequence[Mapping[int, Range]], microbatches: int) -> Round:
+        return Round([list(of.values()) for of in self._of(number, held)], microbatches)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of what goes to other nodes."""
+        return 0 if self.far is None else self.far.held_bytes + sum(x.nbytes for x in self.packed)
+
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None: ...
+
+    def finish(self) -> None:
+        """All ranks have their nodes of the tree complete when they call this."""
+        node = self.nodes.node
+        node.barrier()
+        self._add() if self.far is None else self._add_far(self.far)
+        node.barrier()
         if self.gather:
-            self._gather(mine)
-            self.comm.barrier()  # what was read may now be scaled, or written anew
+            self._gather()
+            node.barrier()  # what was read may now be scaled, or written anew
 
-    def _gather(self, mine: Tensor) -> None:
+    def _results(self, interval: Interval) -> list[Tensor]:
+        return self.near.results([vector[slice(*interval)] for vector in self.vectors])
+
+    def _add(self) -> None:
         for bucket in self.layout.buckets:
-            for rank, theirs in enumerate(self.sums):
-                start, stop = self.layout.slice(bucket, rank)
-                if rank != self.comm.rank and stop > start:
-                    mine[start:stop].copy_(theirs[start:stop])
+            for start, stop in self.lane.intervals(bucket):
+                (total,) = self._results((start, stop))
+                if stop > start and total.data_ptr() != self.mine[start:].data_ptr():
+                    self.mine[start:stop].copy_(total)
+
+    def _add_far(self, far: SentSum) -> None:
+        at, places = 0, []
+        for bucket in self.layout.buckets:
+            for number, (start, stop) in enumerate(self.lane.intervals(bucket)):
+                for packed, result in zip(self.packed, self._results((start, stop))):
+                    packed[at : at + stop - start].copy_(result)
+                if self.gather or number == self.nodes.across.rank:
+                    places.append((at, start, stop))
+                at += stop - start
+            first = at - sum(self.lane.slices(bucket))
+            far.start([packed[first:at] for packed in self.packed], bucket)
+        far.finish()
+        for at, start, stop in places:
+            self.mine[start:stop].copy_(self.packed[0][at : at + stop - start])
+
+    def _gather(self) -> None:
+        for theirs, lane in zip(self.sums, self.lanes):
+            if theirs is self.mine:
+                continue
+            for bucket in self.layout.buckets:
+                for start, stop in lane.intervals(bucket):
+                    self.mine[start:stop].copy_(theirs[start:stop])

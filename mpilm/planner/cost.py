@@ -217,7 +217,7 @@ def reduce_s(setting: Setting, stage: int) -> float:
     data, numel, network = setting.shape.data, setting.numel(stage), setting.data_network
     if data == 1 or network is None or setting.config.parallel.zero >= 2:
         return 0.0
-    on_node = setting.data_within and setting.config.parallel.shared_memory and network.shared
+    on_node = setting.data_within and setting.config.parallel.reduce != "sent" and network.shared
     if on_node and setting.config.train.reproducible:
         return shared_s(network, data, numel)
     adding = numel * at(setting.streams.add, numel) * setting.crowding

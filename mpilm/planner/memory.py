@@ -132,7 +132,7 @@ def _stage_floats(
             passing += max(a + b for a, b in zip(units, [*units[1:], 0]))
         return {**found, "gradients": buffers * gradients / data, "exchange": largest + slices, "passing": passing}
     exchange = 0.0
-    shared = on_node and config.parallel.shared_memory and device == "cpu"
+    shared = on_node and config.parallel.reduce != "sent" and device == "cpu"
     if data > 1 and config.train.reproducible and not shared:
         nodes = _nodes(data, total)
         ends = (first + last) * model.tie_embeddings  # which are exchanged apart from all else

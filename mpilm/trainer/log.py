@@ -18,6 +18,7 @@ from mpilm.data.corpus import unigram_loss
 from mpilm.errors import FileError
 from mpilm.guard.launch import announced_ranks
 from mpilm.mesh.shape import AXES
+from mpilm.optim.reduce import BlockSum
 from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.pipeline.actions import COMPUTE
 from mpilm.parallel.pipeline.execute import Timed
@@ -206,6 +207,7 @@ class RunLog:
         parallel = run.config.parallel
         zero = f", ZeRO-{parallel.zero}" if parallel.zero else ""
         say("  layout   " + " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1 or axis == "data") + zero)
+        self._say_sums()
         if run.chosen:
             say(f"           {run.chosen}")
         if len(run.model.cut) > 1:
@@ -213,6 +215,19 @@ class RunLog:
             idle = even_bubble(parallel.schedule, parallel.pipeline, parallel.chunks, count)
             waiting = f"; {idle:.0%} of a step idle if they are even" if idle is not None else ""
             say(f"           schedule {parallel.schedule}, layers of each stage {','.join(map(str, run.model.cut))}{waiting}")
+
+    def _say_sums(self) -> None:
+        """How gradients are added, where there is anything to say of it."""
+        run, parallel = self.run, self.run.config.parallel
+        if run.mesh.shape.data == 1:
+            return
+        found = [of for of in run.model.gradients.values() if isinstance(of, BlockSum)]
+        ways = ["in memory that the ranks of a node share" if of.shared else "by messages" for of in found[:1]]
+        tried = ", ".join(f"{way} {1000 * seconds:.1f} ms" for way, seconds in run.model.tried.items())
+        ways += [f"({tried})"] if tried else []
+        ways += ["as bfloat16, so that the last bits depend on the layout"] if parallel.wire_dtype == "bfloat16" else []
+        if ways and run.config.train.reproducible:
+            self.display.line(f"           gradients are added {' '.join(ways)}")
 
     def _warn_uneven(self, total: int) -> None:
         ranks = self.run.mesh.shape.data

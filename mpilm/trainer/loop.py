@@ -96,7 +96,7 @@ def _steps(run: Training, log: RunLog, saver: Saver, kept: Kept, carried: Carrie
             kept.forget()
             rewound = leave_out(run, log, saver, done, result)
         kept.keep(run, done, result)
-        if checking:
+        if checking and run.model.met(done):
             refuse_drift(run.model, done)
         _after(run, log, saver, done, result, rewound)
     saver.close()
@@ -110,7 +110,7 @@ def _after(
     settings, steps, activity, loss = run.config.run, run.config.train.steps, run.mesh.activity, None
     (log.again if again else log.step)(done, result)
     saver.look(done, result.heard.busy)
-    stopping = result.heard.wish > 0 and done < steps
+    stopping = result.heard.wish > 0 and done < steps and run.model.met(done)
     saving = stopping or done == steps or rewound or (due(done, run.config.checkpoint.every) and result.updated)
     evaluating = due(done, settings.eval_every) or (settings.eval_every and saving and not stopping)
     if run.batches.eval_samples and evaluating:

@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from mpilm.config import Config, microbatches
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
+from mpilm.optim.compressed import CompressedSum
 from mpilm.optim.dealt import DealtSum
+from mpilm.optim.norm import global_norm
 from mpilm.optim.optimizer import Optimizer, moment_shapes
-from mpilm.optim.reduce import BlockSum
+from mpilm.optim.outer import Outer
+from mpilm.optim.reduce import BlockSum, MakeWay
+from mpilm.optim.sent import Nothing
+from mpilm.optim.way import faster
 from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.layout import of_stage, owned, trained
@@ -31,32 +36,64 @@ class ShardedModel(StagedModel):
 
     def __init__(self, config: Config, mesh: Mesh, cut: Sequence[int], vocab_size: int, device: torch.device, alignment: int):
         self.gradients: dict[int, BlockSum | DealtSum] = {}
+        self.tried: dict[str, float] = {}
+        """Seconds of the ways to sum a gradient, where they have been tried."""
         self._elsewhere: dict[int, FlatLayout] = {}
         super().__init__(config, mesh, cut, vocab_size, device, alignment)
         total = microbatches(config)
         self.numbers = dealt(self.data.rank, self.data.size, total) if self.zero >= 2 else range(*self._block(total))
         """The microbatches of this replica, in the order in which it computes them."""
-        self.optimizer = Optimizer(self.flats, config.train)
         parallel = config.parallel
+        outer = Outer(self.flats, self.data, parallel.sync_every) if self.apart else None
+        self.optimizer = Optimizer(self.flats, config.train, outer)
         actions = schedule(
             parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatches(config, mesh.shape)
         )[self.pipeline.rank]  # fmt: skip
         self.program = lower(actions, len(cut), len(self.numbers))
 
+    @property
+    def apart(self) -> bool:
+        """Whether replicas train by themselves, and meet now and then."""
+        return self.config.parallel.sync_every > 0
+
+    def met(self, done: int) -> bool:
+        """Whether all replicas are at one place after so many steps."""
+        outer = self.optimizer.outer
+        return outer is None or outer.due(done, self.config.train.steps)
+
     def _gradient_sum(self, stage: int, flat: FlatParameters, model: nn.Module) -> BlockSum | DealtSum:
-        total, train = microbatches(self.config), self.config.train
+        total, train, parallel = microbatches(self.config), self.config.train, self.config.parallel
         if self.zero >= 2:
-            self.gradients[stage] = DealtSum(flat, model, self.data, total)
+            self.gradients[stage] = DealtSum(flat, model, self.data, total, parallel.wire_dtype)
         else:
-            overlap = self.device.type == "cuda"
-            shared = self.config.parallel.shared_memory
-            self.gradients[stage] = BlockSum(flat, model, self.data, total, train.reproducible, overlap, shared)
+            overlap, shared = self.device.type == "cuda", self._way(flat) == "shared"
+            self.gradients[stage] = BlockSum(
+                flat, model, self.data, total, train.reproducible, overlap, shared, parallel.wire_dtype, self._other_way(flat)
+            )  # fmt: skip
         return self.gradients[stage]
+
+    def _other_way(self, flat: FlatParameters) -> MakeWay | None:
+        """What sums gradients that are not all sent."""
+        if self.apart:
+            return lambda sums: Nothing()
+        if self.config.parallel.compress and self.data.size > 1:
+            return lambda sums: CompressedSum(self.data, flat, sums, self.config.parallel.compress, self.config.train.seed)
+        return None
+
+    def _way(self, flat: FlatParameters) -> str:
+        """How the replicas add their gradients: as stated, or the faster. Collective."""
+        parallel = self.config.parallel
+        if self._other_way(flat) or parallel.reduce != "auto" or self.device.type != "cpu" or self.data.size == 1:
+            return parallel.reduce
+        way, tried = faster(self.data, flat.layout.numel, self.zero == 0, parallel.wire_dtype)
+        self.tried = self.tried or tried
+        return way
 
     @property
     def moment_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Global shapes of all moments, by kind and parameter."""
-        return moment_shapes(self.config.train.optimizer, {layout.name: layout for layout in owned(trained(self.layouts))})
+        layouts = {layout.name: layout for layout in owned(trained(self.layouts))}
+        return moment_shapes(self.config.train.optimizer, layouts, self.apart)
 
     @property
     def saved_bytes(self) -> int:
@@ -114,6 +151,24 @@ class ShardedModel(StagedModel):
             for part in flat.updated:
                 self.sums[stage].view(*part).mul_(factor)
 
+    def norm(self) -> float:
+        """Of the gradient; where replicas are apart, the largest of theirs. Collective over the mesh."""
+        if not self.apart:
+            return global_norm(self.counted(), self.mesh.world)
+        mine = [self.sums[stage].view(*part) for stage, flat in self.flats.items() for part in flat.updated]
+        largest = torch.tensor([global_norm(mine, self.pipeline)], dtype=torch.float64, device="cpu")
+        self.data.all_reduce(largest, "max")
+        return float(largest)
+
+    def meet(self, done: int) -> None:
+        """After so many steps: bring the replicas together, where it is time. Collective over the mesh."""
+        outer = self.optimizer.outer
+        if outer is not None and outer.due(done, self.config.train.steps):
+            outer.meet()
+            self.publish()
+
     def compute(self, step: int, batch_of: Callable[[int], Batch], target_tokens: int) -> list[Timed]:
         """Forward and backward of this replica's microbatches, and the sums over all replicas. Collective."""
+        if self.apart:  # the mean over this replica's own
+            target_tokens = max(1, target_tokens * len(self.numbers) // microbatches(self.config))
         return self._run(self.program, Feed(batch_of, self.numbers, step, target_tokens, self.token_losses))

@@ -13,7 +13,6 @@ from torch import Tensor
 from mpilm.comm.base import Comm
 from mpilm.config import microbatches
 from mpilm.data.batch import Batch
-from mpilm.optim.norm import global_norm
 from mpilm.optim.rate import learning_rate
 from mpilm.parallel.pipeline.execute import Timed
 from mpilm.trainer.sharded import ShardedModel
@@ -79,7 +78,7 @@ def gradients(model: ShardedModel, source: Source, step: int, say: Said = NOTHIN
     times = model.compute(step, batch_of, max(1, tokens))
     model.ties.add_gradients(model.sums)
     loss, heard = loss_and_said(model.results(), microbatches(model.config), world, say)
-    return loss / max(1, tokens), global_norm(model.counted(), world), heard, times
+    return loss / max(1, tokens), model.norm(), heard, times
 
 
 def update(model: ShardedModel, step: int, norm: float) -> float:
@@ -91,6 +90,7 @@ def update(model: ShardedModel, step: int, norm: float) -> float:
     model.mesh.activity.at("optimizer")
     model.optimizer.step(model.sums, lr)
     model.publish()
+    model.meet(step + 1)
     return lr
 
 

@@ -37,7 +37,7 @@ def cases() -> Iterator[Any]:
                     "model__tie_embeddings": number % 2 == 0,
                     "train__global_batch": 2 * SIZE - (pipeline < SIZE and number % 3 == 0),  # uneven: a replica has one fewer
                     "train__recompute": ("none", "attention", "block")[number % 7 % 3],
-                    "parallel__shared_memory": number % 3 != 1,
+                    "parallel__reduce": "sent" if number % 3 == 1 else "shared",
                 }
                 yield pytest.param(on(pipeline, schedule, zero), changes, id=f"{pipeline} stages, {schedule}, ZeRO-{zero}")
                 number += 1

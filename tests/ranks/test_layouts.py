@@ -46,7 +46,7 @@ def cases():
                 "model__dropout": 0.0 if number % 5 == 0 else 0.1,
                 "train__global_batch": microbatches - (data > 1 and number % 3 == 0),  # uneven: some replicas have one fewer
                 "train__recompute": ("none", "attention", "block")[number % 7 % 3],
-                "parallel__shared_memory": number % 3 != 1,
+                "parallel__reduce": "sent" if number % 3 == 1 else "shared",
                 "train__dtype": "bfloat16" if number % 11 == 3 else "float32",
             }
             said = f"{size} ranks, {pipeline} stages, {name}, ZeRO-{zero}"
@@ -101,7 +101,7 @@ def jobs(draw):
         train__recompute=draw(st.sampled_from(["none", "attention", "block"])),
         train__dtype=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
         train__optimizer=draw(st.sampled_from(list(RULES))),
-        parallel__shared_memory=draw(st.booleans()),
+        parallel__reduce=draw(st.sampled_from(["shared", "sent"])),
     )
     return size, config, draw(st.sampled_from([64, 1024, BUCKET]))
 

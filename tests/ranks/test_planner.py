@@ -28,8 +28,8 @@ WIDE = {"model__d_model": 128, "model__n_layers": 4, "train__global_batch": 16}
     ("size", "layout"),
     [
         (1, on()), (2, on()), (3, on()), (4, on(zero=1)), (4, on(zero=2)), (3, on(zero=2)), (4, on(zero=3)), (2, on(2)),
-        (4, on(2, "interleaved", 1)), (4, on(2, zero=3)), (8, on(4, zero=2)), (4, on(zero=0, shared_memory=False)),
-        (3, on(zero=0, shared_memory=False)),
+        (4, on(2, "interleaved", 1)), (4, on(2, zero=3)), (8, on(4, zero=2)), (4, on(zero=0, reduce="sent")),
+        (3, on(zero=0, reduce="sent")),
     ],
 )  # fmt: skip
 def test_what_a_rank_holds_is_what_was_said(size, layout, changes):

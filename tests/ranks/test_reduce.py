@@ -9,10 +9,13 @@ from text import tiny
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
+from mpilm.comm.trace import Traced
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
+from mpilm.optim import way
 from mpilm.optim.dealt import DealtSum
 from mpilm.optim.reduce import BlockSum
+from mpilm.optim.shared import nodes_of
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.shard import BUCKET
 from mpilm.parallel.tied import Ties
@@ -72,16 +75,16 @@ def oracle(tie, total, add=tree):
 class Part:
     """One rank's part of the sum: a model that is whole, and gradients that are laid out and summed as `zero` says."""
 
-    def __init__(self, comm, tie, total, zero, overlap=False, reproducible=True, shared=True):
+    def __init__(self, comm, tie, total, zero, overlap=False, reproducible=True, shared=True, wire_dtype="float32"):
         self.model, whole = whole_model(shape_of(tie), V, CPU)
         draw(whole, shape_of(tie), seed=0)
         table = resolve_layouts(shape_of(tie), V, (1,))
         self.flat = FlatParameters(table, CPU, zero, comm.rank, comm.size)
         if zero < 2:
-            self.sum = BlockSum(self.flat, self.model, comm, total, reproducible, overlap, shared)
+            self.sum = BlockSum(self.flat, self.model, comm, total, reproducible, overlap, shared, wire_dtype)
             self.numbers = range(*block(comm.rank, comm.size, total))
         else:
-            self.sum = DealtSum(self.flat, self.model, comm, total)
+            self.sum = DealtSum(self.flat, self.model, comm, total, wire_dtype)
             self.numbers = dealt(comm.rank, comm.size, total)
         self.rounds = -(-total // comm.size)
         self.ties = Ties(table, {0: self.flat}, SelfComm("pipeline"))
@@ -105,7 +108,7 @@ class Part:
         return {"gradient": self.flat.pieces(self.sum.sums)}
 
 
-def summed(size, tie, total, zero, steps=1, **options):
+def summed(size, tie, total, zero, steps=1, ranks_per_node=0, **options):
     """The sums, by name, in the last of some steps."""
 
     def body(comm):
@@ -114,7 +117,7 @@ def summed(size, tie, total, zero, steps=1, **options):
             part.step(part.backward)
         return part.held()
 
-    return joined(run_ranks(size, body))
+    return joined(run_ranks(size, body, ranks_per_node=ranks_per_node))
 
 
 def bits(gradients):
@@ -205,3 +208,109 @@ def test_a_rank_holds_few_buffers():
     shards = [theirs[0].tensor.numel() for theirs in buffers(4, 8, zero=2)]
     assert sum(shards) == whole
     assert max(shards) < 0.3 * whole
+
+
+# Several nodes.
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(
+    ("size", "ranks_per_node", "total"), [(4, 2, 8), (4, 2, 7), (6, 2, 8), (6, 3, 12), (6, 3, 11), (8, 4, 8), (8, 2, 13)]
+)
+def test_nodes_add_at_home_and_then_across_to_the_same_bits(size, ranks_per_node, total, tie, zero, bucket):
+    def body(comm):
+        part = Part(comm, tie, total, zero)
+        assert part.sum.shared
+        assert part.sum.way.nodes.across.size == size // ranks_per_node
+        for _ in range(2):
+            part.step(part.backward)
+        return part.held()
+
+    assert differing(joined(run_ranks(size, body, ranks_per_node=ranks_per_node)), bits(oracle(tie, total))) == []
+
+
+@pytest.mark.parametrize(("size", "ranks_per_node"), [(5, 2), (3, 1), (7, 3)])
+def test_nodes_of_unequal_size_send(size, ranks_per_node):
+    """The last node has fewer ranks, or each has one."""
+    run_ranks(size, lambda comm: ask(nodes_of(comm) is None), ranks_per_node=ranks_per_node)
+    assert differing(summed(size, True, 8, 0, ranks_per_node=ranks_per_node), bits(oracle(True, 8))) == []
+
+
+def ask(what):
+    assert what
+
+
+def test_each_slice_leaves_a_node_once():
+    """Of n elements each of r ranks sends n/r to the other nodes, and gathers as many."""
+
+    def body(comm):
+        traced = Traced(comm)
+        part = Part(traced, False, 8, 0)
+        part.step(part.backward)
+        across = part.sum.way.nodes.across
+        assert (
+            across.sent_bytes["all_to_all"] + across.sent_bytes["all_gather"] <= 4 * part.flat.layout.numel * (0.5 + 0.25) * 1.2
+        )
+        assert traced.sent_bytes["all_to_all"] == 0
+        return across.sent_bytes["all_to_all"]
+
+    assert all(count > 0 for count in run_ranks(4, body, ranks_per_node=2))
+
+
+# Fewer bytes.
+
+
+@pytest.mark.parametrize(("zero", "how"), [(0, {"shared": False}), (1, {"shared": False}), (2, {}), (3, {})])
+@pytest.mark.parametrize("size", [2, 3])
+def test_bfloat16_travels_as_half_the_bytes(size, zero, how):
+    def sent(wire_dtype):
+        def body(comm):
+            traced = Traced(comm)
+            part = Part(traced, False, 8, zero, wire_dtype=wire_dtype, **how)
+            part.step(part.backward)
+            return traced.sent_bytes["all_to_all"] + (traced.sent_bytes["all_gather"] if zero == 0 else 0)
+
+        return run_ranks(size, body)
+
+    assert [2 * count for count in sent("bfloat16")] == sent("float32")
+
+
+@pytest.mark.parametrize(
+    ("zero", "how"), [(0, {"shared": False}), (0, {"shared": True}), (1, {"shared": False}), (2, {}), (3, {})]
+)
+@pytest.mark.parametrize(("size", "ranks_per_node"), [(2, 1), (3, 1), (4, 2)])
+def test_what_rounding_loses_comes_in_the_next_steps(size, ranks_per_node, zero, how, bucket):
+    """The sum over many steps of equal gradients is their number times the gradient, but for one rounding."""
+    steps = 16
+
+    def body(comm):
+        part = Part(comm, False, 8, zero, wire_dtype="bfloat16", **how)
+        totals, first = {}, {}
+        for _ in range(steps):
+            part.step(part.backward)
+            for piece, x in part.held()["gradient"].items():
+                totals[piece] = totals.get(piece, 0) + x
+                first.setdefault(piece, x.clone())
+        return {"gradient": totals}, {"gradient": first}
+
+    found = run_ranks(size, body, ranks_per_node=ranks_per_node)
+    totals, once = (joined([theirs[i] for theirs in found]) for i in range(2))
+    exact = oracle(False, 8)
+    for name, want in exact.items():
+        total, alone = (of[f"gradient of {name}"].view(torch.float32).view(want.shape) for of in (totals, once))
+        scale = float(want.abs().max())
+        assert float((alone - want).abs().max()) < 2**-6 * scale
+        assert float((total / steps - want).abs().max()) < (2**-6 / steps + 1e-5) * scale
+    assert differing(once, bits(exact)) != []  # it was rounded
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_the_faster_way_is_found_and_known_to_all(zero, monkeypatch):
+    monkeypatch.setattr(way, "LEAST", 1)
+    found = run_ranks(4, lambda comm: way.faster(comm, 5000, zero == 0, "float32"), ranks_per_node=2)
+    assert all(theirs == found[0] for theirs in found)
+    chosen, tried = found[0]
+    assert set(tried) == {"shared", "sent"}
+    assert tried[chosen] == min(tried.values()) > 0
+    assert run_ranks(3, lambda comm: way.faster(comm, 5000, True, "float32"), ranks_per_node=1) == [("sent", {})] * 3

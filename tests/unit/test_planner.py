@@ -152,7 +152,7 @@ def test_what_travels(zero, passes):
 def test_shared_memory_is_read_and_written_by_all():
     shared = machine(4, within=network(4, shared=flat(PER_ELEMENT)))
     assert talk(4, shared) == pytest.approx(elements(), rel=1e-6)
-    assert talk(4, shared, shared_memory=False) < 1
+    assert talk(4, shared, reduce="sent") < 1
 
 
 def test_replicas_on_several_nodes_talk_across():

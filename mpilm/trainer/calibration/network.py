@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpilm.comm.base import Comm
-from mpilm.optim.shared import SharedSum
+from mpilm.comm.base import Comm, SelfComm
+from mpilm.optim.shared import Nodes, SharedSum
 from mpilm.parallel.layout import Layout
 from mpilm.parallel.shard import BUCKET, FlatLayout
 from mpilm.planner.machine import Curve, Network
@@ -59,11 +59,11 @@ def _shared(bench: Bench, comm: Comm) -> Curve:
     points: list[tuple[float, float]] = []
     for size in (BUCKET // 16, BUCKET, 16 * BUCKET) if bench.device.type == "cpu" else ():
         layout = FlatLayout([Layout("x", (size,), ("data",), False)], ranks=comm.size)
-        parts = comm.share(layout.numel)
+        nodes, parts = Nodes(comm, SelfComm("across")), comm.share(layout.numel)
         if parts is None:
             return ()
         buffers = [[part[: layout.numel]] for part in parts]
-        nodes = [{0: (r, r + 1)} for r in range(comm.size)]
-        reducing = SharedSum(comm, layout, buffers, nodes, comm.size, gather=True)
-        points.append((layout.numel, bench.collective_s(reducing.reduce, comm) / layout.numel))
+        held = [{0: (r, r + 1)} for r in range(comm.size)]
+        summing = SharedSum(nodes, layout, buffers, held, comm.size, gather=True)
+        points.append((layout.numel, bench.collective_s(summing.finish, comm) / layout.numel))
     return tuple(points)
