@@ -215,14 +215,26 @@ def shared_s(network: Network, ranks: int, numel: float) -> float:
 def reduce_s(setting: Setting, stage: int) -> float:
     """The sum of a stage's gradient over the replicas once a step (ZeRO 0 and 1)."""
     data, numel, network = setting.shape.data, setting.numel(stage), setting.data_network
-    if data == 1 or network is None or setting.config.parallel.zero >= 2:
+    parallel = setting.config.parallel
+    if data == 1 or network is None or parallel.zero >= 2:
         return 0.0
+    if parallel.sync_every or parallel.compress:  # by the library's own sum, which moves as much as this exchange
+        part = 1 / parallel.sync_every if parallel.sync_every else _thin(setting)
+        return part * (exchange_s(network, data, numel) + gather_s(network, data, numel))
     on_node = setting.data_within and setting.config.parallel.reduce != "sent" and network.shared
     if on_node and setting.config.train.reproducible:
         return shared_s(network, data, numel)
+    half = 0.5 if parallel.wire_dtype == "bfloat16" else 1.0
     adding = numel * at(setting.streams.add, numel) * setting.crowding
-    gathering = gather_s(network, data, numel) if setting.config.parallel.zero == 0 else 0.0
-    return exchange_s(network, data, numel) + adding + gathering
+    gathering = gather_s(network, data, numel) if parallel.zero == 0 else 0.0
+    return half * (exchange_s(network, data, numel) + gathering) + adding
+
+
+def _thin(setting: Setting) -> float:
+    """The part of a gradient that travels when matrices are compressed."""
+    rank, sides = setting.config.parallel.compress, matrices(setting.model)
+    whole = sum(a * b * alike for a, b, alike in sides)
+    return min(1.0, sum(rank * (a + b) * alike for a, b, alike in sides) / whole)
 
 
 def _exposed_s(setting: Setting, stage: int) -> float:

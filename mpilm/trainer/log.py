@@ -180,6 +180,7 @@ class RunLog:
         crowd = ", more ranks than cores" if run.machine.crowded else ""
         say(f"mpilm {mpilm.__version__}: {world.size} rank{'s' * (world.size > 1)}, {threads}{crowd}, {device}, {train.dtype}")
         say(f"  with     torch {torch.__version__}, {world.mpi_library}")
+        self._warn_threads()
         self._say_layout()
         parameters = self._parameters()
         tied = ", embeddings tied" if model.tie_embeddings else ""
@@ -201,6 +202,15 @@ class RunLog:
             say(f"  note     {note}")
         say()
 
+    def _warn_threads(self) -> None:
+        machine = self.run.machine
+        cores = float(machine.cores)
+        if machine.threads > max(1.0, cores):
+            self.display.line(
+                f"  mind     {machine.threads} threads a rank, which has {cores:.2g} core{'s' * (cores > 1)}: they take turns, "
+                "which is many times slower; leave --train.threads and OMP_NUM_THREADS out"
+            )
+
     def _say_layout(self) -> None:
         run, say = self.run, self.display.line
         sizes = zip(AXES, run.mesh.shape.sizes)
@@ -219,15 +229,22 @@ class RunLog:
     def _say_sums(self) -> None:
         """How gradients are added, where there is anything to say of it."""
         run, parallel = self.run, self.run.config.parallel
-        if run.mesh.shape.data == 1:
+        if run.mesh.shape.data == 1 or not run.config.train.reproducible:
             return
-        found = [of for of in run.model.gradients.values() if isinstance(of, BlockSum)]
-        ways = ["in memory that the ranks of a node share" if of.shared else "by messages" for of in found[:1]]
-        tried = ", ".join(f"{way} {1000 * seconds:.1f} ms" for way, seconds in run.model.tried.items())
-        ways += [f"({tried})"] if tried else []
-        ways += ["as bfloat16, so that the last bits depend on the layout"] if parallel.wire_dtype == "bfloat16" else []
-        if ways and run.config.train.reproducible:
-            self.display.line(f"           gradients are added {' '.join(ways)}")
+        if parallel.sync_every:
+            self.display.line(
+                f"           replicas train by themselves and meet every {parallel.sync_every} steps; loss and norm are of all"
+            )
+        elif parallel.compress:
+            self.display.line(f"           gradients of matrices are compressed to rank {parallel.compress}")
+        else:
+            found = [of for of in run.model.gradients.values() if isinstance(of, BlockSum)]
+            ways = ["in memory that the ranks of a node share" if of.shared else "by messages" for of in found[:1]]
+            tried = ", ".join(f"{way} {1000 * seconds:.1f} ms" for way, seconds in run.model.tried.items())
+            ways += [f"({tried})"] if tried else []
+            ways += ["as bfloat16, so that the last bits depend on the layout"] if parallel.wire_dtype == "bfloat16" else []
+            if ways:
+                self.display.line(f"           gradients are added {' '.join(ways)}")
 
     def _warn_uneven(self, total: int) -> None:
         ranks = self.run.mesh.shape.data

@@ -23,12 +23,14 @@ from mpilm.parallel.compiled import require_compiler
 
 @dataclass(frozen=True)
 class Machine:
-    """`crowded`: the node has more ranks than cores, so that a rank that waits must not spin. `compiles`: torch.compile."""
+    """`crowded`: the node has more ranks than cores, so that a rank that waits must not spin. `compiles`: torch.compile.
+    `cores`: that this rank has for itself."""
 
     device: torch.device
     threads: int
     crowded: bool
     compiles: bool = False
+    cores: Fraction = Fraction(1)
 
 
 def look(train: Train, world: Comm) -> Machine:
@@ -42,7 +44,7 @@ def look(train: Train, world: Comm) -> Machine:
     if train.compile:
         require_compiler()
     _load_libraries(device)
-    return Machine(device, threads, crowded=share < 1, compiles=train.compile)
+    return Machine(device, threads, crowded=share < 1, compiles=train.compile, cores=share)
 
 
 def cores_of(node: Comm) -> Fraction:

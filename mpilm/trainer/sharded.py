@@ -13,7 +13,7 @@ from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
 from mpilm.optim.compressed import CompressedSum
 from mpilm.optim.dealt import DealtSum
-from mpilm.optim.norm import global_norm
+from mpilm.optim.norm import compiled_row_words, global_norm
 from mpilm.optim.optimizer import Optimizer, moment_shapes
 from mpilm.optim.outer import Outer
 from mpilm.optim.reduce import BlockSum, MakeWay
@@ -36,6 +36,7 @@ class ShardedModel(StagedModel):
 
     def __init__(self, config: Config, mesh: Mesh, cut: Sequence[int], vocab_size: int, device: torch.device, alignment: int):
         self.gradients: dict[int, BlockSum | DealtSum] = {}
+        self.row_words = compiled_row_words() if config.train.compile and device.type == "cuda" else None
         self.tried: dict[str, float] = {}
         """Seconds of the ways to sum a gradient, where they have been tried."""
         self._elsewhere: dict[int, FlatLayout] = {}
@@ -154,9 +155,9 @@ class ShardedModel(StagedModel):
     def norm(self) -> float:
         """Of the gradient; where replicas are apart, the largest of theirs. Collective over the mesh."""
         if not self.apart:
-            return global_norm(self.counted(), self.mesh.world)
+            return global_norm(self.counted(), self.mesh.world, self.row_words)
         mine = [self.sums[stage].view(*part) for stage, flat in self.flats.items() for part in flat.updated]
-        largest = torch.tensor([global_norm(mine, self.pipeline)], dtype=torch.float64, device="cpu")
+        largest = torch.tensor([global_norm(mine, self.pipeline, self.row_words)], dtype=torch.float64, device="cpu")
         self.data.all_reduce(largest, "max")
         return float(largest)
 
