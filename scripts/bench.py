@@ -13,6 +13,7 @@
     python scripts/bench.py generate          a text, against transformers' generate
     python scripts/bench.py prepare           text to tokens: 2 ranks against 1, 1 against the tokenizers library alone
     python scripts/bench.py gpu               one GPU: model FLOPs utilisation, against a plain torch loop that is compiled
+    python scripts/bench.py slow              4 ranks on 2 pretend hosts and a slow network: ways to send less (as root)
     python scripts/bench.py plan              2 ranks: what mpilm.plan predicts of every layout, against its measured step
     python scripts/bench.py pipeline          2 ranks: a pipeline's step against what the simulator makes of its own actions
 
@@ -28,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # mpilm, also where it is not installed
 
-from benchmarks import gpu, layouts, planning, saving, speed, tasks, wire
+from benchmarks import gpu, layouts, planning, saving, slow, speed, tasks, wire
 
 COMMANDS = {
     "overhead": speed.overhead,
@@ -50,6 +51,7 @@ COMMANDS = {
     "generate": tasks.generate,
     "prepare": tasks.prepare,
     "prepare-worker": tasks.prepare_worker,
+    "slow": slow.slow,
     "plan": planning.plan,
     "plan-worker": planning.plan_worker,
     "pipeline": layouts.pipeline,

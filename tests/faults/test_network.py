@@ -33,7 +33,7 @@ def test_a_slow_network_that_loses_packets_changes_nothing_but_the_time(tmp_path
         2, command(data, tmp_path / "run", *words), tmp_path, within=hosts("--mbit", 100, "--delay-ms", 5, "--loss", 0.01)
     ) as job:
         assert job.end(120) == 0, job.output
-        lost = re.search(r"hosts-here: [\d,]+ packets carried, ([\d,]+) lost", job.output)
+        lost = re.search(r"hosts-here: [\d,]+ packets, [\d,]+ bytes carried, ([\d,]+) packets lost", job.output)
     assert lost is not None
     assert lost.group(1) != "0"
     assert outcome(tmp_path / "run") == wanted

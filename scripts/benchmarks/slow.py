@@ -1,0 +1,72 @@
+"""A slow network between two pretend hosts: what each way to send less does to the time of a step, the bytes, and the loss."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.measure import ROOT, mpirun, table
+
+RANKS_PER_HOST, MBIT, DELAY_MS, STEPS = 2, 100, 2, 60
+WAYS = {
+    "all ranks to all (reduce sent)": ["--parallel.reduce", "sent"],
+    "nodes at home, then across (reduce shared)": ["--parallel.reduce", "shared"],
+    "the same as bfloat16 (wire-dtype)": ["--parallel.reduce", "shared", "--parallel.wire-dtype", "bfloat16"],
+    "PowerSGD, rank 4 (compress)": ["--parallel.compress", "4"],
+    "DiLoCo, every 10 steps (sync-every)": ["--parallel.sync-every", "10"],
+}
+
+
+def slow(args: argparse.Namespace) -> None:
+    rows: list[tuple[str, ...]] = [("way", "s a step", "times the first", "MB a step", "last loss", "evaluation")]
+    found = {}
+    for way, words in WAYS.items():
+        found[way] = of = run(words)
+        first = found[next(iter(found))]["step_s"]
+        rows.append((way, f"{of['step_s']:.3f}", f"{first / of['step_s']:.2f}", f"{of['bytes'] / 1e6 / STEPS:.2f}",
+                     f"{of['loss']:.4f}", f"{of['eval_loss']:.4f}"))  # fmt: skip
+        print("  ".join(rows[-1]), flush=True)
+    ranks = 2 * RANKS_PER_HOST
+    table(f"{ranks} ranks on 2 hosts, {MBIT} Mbit/s and {DELAY_MS} ms between them, tiny, {STEPS} steps", rows)
+    print("JSON " + json.dumps({"what": "slow link", "mbit": MBIT, "found": found}))
+
+
+def run(words: list[str]) -> dict[str, float]:
+    """Train on two hosts; what a step took, what travelled, and the losses."""
+    with tempfile.TemporaryDirectory() as folder:
+        hosts = [sys.executable, str(ROOT / "scripts" / "hosts-here"), "--slots", str(RANKS_PER_HOST), "--mbit", str(MBIT)]
+        settings = {
+            "train.steps": STEPS, "run.dir": folder, "run.log-every": 1, "run.eval-every": STEPS, "checkpoint.every": 0,
+            "generate.max-tokens": 0, "train.threads": 1,
+        }  # fmt: skip
+        train = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        command = [
+            *hosts,
+            "--delay-ms",
+            str(DELAY_MS),
+            *mpirun(2 * RANKS_PER_HOST),
+            sys.executable,
+            "-m",
+            "mpilm.train",
+            *train,
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*command, *words], env=environment, check=False, capture_output=True, text=True)
+        carried = re.search(r"hosts-here: [\d,]+ packets, ([\d,]+) bytes carried", done.stderr)
+        if done.returncode or carried is None:
+            raise SystemExit(f"{' '.join(words)} failed:\n{done.stdout}\n{done.stderr}")
+        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row and "step_s" in row]
+    return {
+        "step_s": statistics.median(row["step_s"] for row in steps[2:]),
+        "bytes": float(carried.group(1).replace(",", "")),
+        "loss": statistics.mean(row["loss"] for row in steps[-5:]),
+        "eval_loss": next(row["eval_loss"] for row in reversed(rows) if "eval_loss" in row),
+    }
