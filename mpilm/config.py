@@ -182,7 +182,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Parallel:
-    """How the work is shared out. No number of the result depends on it."""
+    """How the work is shared out. The result depends on compress and sync-every alone, and its last bits on wire-dtype."""
 
     pipeline: int = 1
     """Pipeline stages that the layers are partitioned over; data parallel takes what is left of the ranks."""
@@ -316,6 +316,7 @@ FREE_TO_CHANGE = frozenset(
     }
 )  # the corpus and the tokenizer are compared by content, not by where they lie
 FREE_SECTIONS = frozenset({"parallel", "checkpoint", "run", "fault", "generate"})
+NOT_FREE = frozenset({"parallel.compress", "parallel.sync_every"})
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -330,7 +331,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def mathematics(config: Config) -> dict[str, Any]:
     """The settings that the numbers of a run depend on."""
     flat = flatten(resolve(config))
-    return {k: v for k, v in flat.items() if k.split(".")[0] not in FREE_SECTIONS and k not in FREE_TO_CHANGE}
+    free = FREE_TO_CHANGE | {k for k in flat if k.split(".")[0] in FREE_SECTIONS} - NOT_FREE
+    return {k: v for k, v in flat.items() if k not in free}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mpilm.cli import parse, run_alone
-from mpilm.config import Config, Model, Parallel, Train, resolve
+from mpilm.config import Config, Model, Parallel, Train, replaced, resolve
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.size import flops_by_part
 from mpilm.parallel.feasible import cut_by_cost, mesh_shape, replica_microbatches
@@ -121,7 +121,8 @@ def configure(argv: Sequence[str]) -> PlanConfig:
 
 def _whole(config: PlanConfig) -> Config:
     """The training run that is planned for."""
-    return Config(model=config.model, train=config.train, parallel=config.parallel)
+    whole = Config(model=config.model, train=config.train, parallel=config.parallel)
+    return replaced(whole, checkpoint__every=0, run__eval_every=0)  # when that is done is not planned
 
 
 def make(config: PlanConfig) -> Plan:

@@ -2,6 +2,7 @@
 """Measure mpilm against what else one would use, on this machine.
 
     python scripts/bench.py overhead          one rank against a plain torch loop
+    python scripts/bench.py dtype             one rank: bfloat16 against float32
     python scripts/bench.py data-parallel     2 ranks against two independent runs, torch DDP and FSDP2 with gloo, Accelerate
     python scripts/bench.py collectives       sums and gathers, 4 KiB to 256 MiB, against the MPI library's, gloo's, and a copy
     python scripts/bench.py checkpoint        writing and reading against the raw disk, and what a save takes from training
@@ -15,6 +16,7 @@
     python scripts/bench.py gpu               one GPU: model FLOPs utilisation, against a plain torch loop that is compiled
     python scripts/bench.py slow              4 ranks on 2 pretend hosts and a slow network: ways to send less (as root)
     python scripts/bench.py plan              2 ranks: what mpilm.plan predicts of every layout, against its measured step
+    python scripts/bench.py plan-memory       2 ranks: what it says of their memory, against what they use
     python scripts/bench.py pipeline          2 ranks: a pipeline's step against what the simulator makes of its own actions
 
 The sides of a comparison take turns within one call. A round during which other programs used the machine is void and is
@@ -33,6 +35,7 @@ from benchmarks import gpu, layouts, planning, saving, slow, speed, tasks, wire
 
 COMMANDS = {
     "overhead": speed.overhead,
+    "dtype": speed.dtype,
     "data-parallel": speed.data_parallel,
     "data-parallel-worker": speed.data_parallel_worker,
     "collectives": wire.collectives,
@@ -53,6 +56,7 @@ COMMANDS = {
     "prepare-worker": tasks.prepare_worker,
     "slow": slow.slow,
     "plan": planning.plan,
+    "plan-memory": planning.plan_memory,
     "plan-worker": planning.plan_worker,
     "pipeline": layouts.pipeline,
     "pipeline-worker": layouts.pipeline_worker,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +19,6 @@ from mpilm.parallel.shard import Piece
 
 SHOWN = 4  # names that a message lists
 TIED_MATRICES = ("head.weight",)  # which a file may hold although it is the embedding again
-OUTER = "outer_momentum"  # of optim/outer.py
 POSITIONS = "embed.positions.weight"
 
 
@@ -31,14 +30,16 @@ def load(
     moment_shapes: Mapping[str, Mapping[str, Shape]],
     model: Model,
     comm: Comm,
+    optional: Collection[str] = (),
 ) -> None:
     """Fill this rank's pieces, flat float32 tensors on any device, from a verified checkpoint of any layout. Collective over
     `comm`; raises AgreedError on all ranks alike.
 
     `shapes`: every trained parameter of the whole model that has memory of its own; all are compared with the files on every
-    rank. `moments` and their shapes are by kind, and may be empty.
+    rank. `moments` and their shapes are by kind, and may be empty; `optional`: kinds that are left as they are where there are
+    none in the files.
     """
-    together(comm, lambda: _load(folder, parameters, moments, shapes, moment_shapes, model))
+    together(comm, lambda: _load(folder, parameters, moments, shapes, moment_shapes, model, optional))
 
 
 def _load(
@@ -48,12 +49,13 @@ def _load(
     shapes: Mapping[str, Shape],
     moment_shapes: Mapping[str, Mapping[str, Shape]],
     model: Model,
+    optional: Collection[str],
 ) -> None:
     names = {name: published_name(name, model.arch) for name in shapes}
     _read_pieces(folder, weights_stem(model), parameters, names, shapes)
     for kind, of in moment_shapes.items():
         names = {name: moment_name(name, kind) for name in of}
-        if kind != OUTER or _holds(folder, names.values()):  # of replicas that were not apart there is none: it starts at zero
+        if kind not in optional or _holds(folder, names.values()):
             _read_pieces(folder, "optimizer", moments[kind], names, of)
 
 

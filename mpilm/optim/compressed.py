@@ -38,6 +38,11 @@ class CompressedSum:
     def held_bytes(self) -> int:
         return sum(x.nbytes for x in (*self.lost.values(), *self.starts.values()))
 
+    def forget(self) -> None:
+        """What was left out belonged to another state."""
+        for lost in self.lost.values():
+            lost.zero_()
+
     def start(self, parts: Sequence[Tensor], bucket: Interval) -> None: ...
 
     def finish(self) -> None:
@@ -50,12 +55,17 @@ class CompressedSum:
         for (name, matrix), left, mine, total in zip(self.matrices.items(), lefts, rights, totals):
             torch.sub(matrix, left @ mine.T, out=self.lost[name])
             matrix.copy_(left @ total.T)
-            self.starts[name] = total
+            if total.isfinite().all():  # else the step is left out, and must not spoil those to come
+                self.starts[name] = total
+            else:
+                self.lost[name].zero_()
         for view, total in zip(self.rest, totals[len(rights) :]):
             view.copy_(total)
 
     def _summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sums of all ranks' tensors, in one message."""
+        if not tensors:
+            return []
         together = torch.cat([x.reshape(-1) for x in tensors])
         self.comm.all_reduce(together)
         parts = together.split([x.numel() for x in tensors])

@@ -50,8 +50,16 @@ class DealtSum:
     def held_bytes(self) -> dict[str, int]:
         """Memory of the partial sums, of one group's gradient and its exchange, and, passing, of one parameter's."""
         sums = sum(buffer.tensor.numel() for buffer in self.buffers)
-        exchange = self.whole.nbytes + sum(exchange.workspace.nbytes for exchange in self.exchanges) + self.wire.held_bytes
+        exchange = (
+            self.whole.nbytes
+            + sum(exchange.workspace.nbytes for exchange in self.exchanges)
+            + self.wire.owed_bytes(self.flat.layout.numel)
+        )
         return {"gradients": 4 * sums, "exchange": exchange, "passing": 4 * self.largest}
+
+    def forget(self) -> None:
+        """Another state has been loaded."""
+        self.wire.forget()
 
     def begin(self, i: int) -> None:
         """From now on gradients belong to this rank's i-th microbatch."""

@@ -38,7 +38,9 @@ class Outer:
             self.before.setdefault(stage, flat.values.tensor.clone())
 
     def meet(self) -> None:
-        """Leave all replicas at one place. Collective."""
+        """Leave all replicas at one place, unless none has moved since they were. Collective."""
+        if not self.before:
+            return
         for stage, flat in self.flats.items():
             before, momentum = self.before.pop(stage), self.momentum[stage]
             moved = before - flat.values.tensor

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
+from mpilm.optim.compressed import CompressedSum
 from mpilm.optim.exchange import Round, TreeExchange
 from mpilm.optim.sent import Bucket, BucketSum, LibrarySum, Nothing, SentSum, Way
 from mpilm.optim.shared import SharedSum, nodes_of
@@ -103,8 +104,20 @@ class BlockSum:
         """Memory of the partial sums, and of what sums them."""
         return {
             "gradients": 4 * sum(b.tensor.numel() for b in self.buffers),
-            "exchange": self.way.held_bytes + self.wire.held_bytes,
+            "exchange": self.way.held_bytes + self.wire.owed_bytes(self._sent_numel()),
         }
+
+    def _sent_numel(self) -> int:
+        """Elements that this rank sends in a step."""
+        if isinstance(self.way, SharedSum):
+            return self.way.sent_numel
+        return len(self.kept) * self.flat.layout.numel if isinstance(self.way, SentSum) else 0
+
+    def forget(self) -> None:
+        """Another state has been loaded."""
+        self.wire.forget()
+        if isinstance(self.way, CompressedSum):
+            self.way.forget()
 
     def begin(self, i: int) -> None:
         """Let the next backward put its gradients where the tree wants them: into a fresh buffer they are copied as they come,

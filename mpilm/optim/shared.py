@@ -100,6 +100,11 @@ class SharedSum:
         return Round([list(of.values()) for of in self._of(number, held)], microbatches)
 
     @property
+    def sent_numel(self) -> int:
+        """Elements that this rank sends to other nodes."""
+        return 0 if self.far is None else sum(x.numel() for x in self.packed)
+
+    @property
     def held_bytes(self) -> int:
         """Memory of what goes to other nodes."""
         return 0 if self.far is None else self.far.held_bytes + sum(x.nbytes for x in self.packed)

@@ -13,14 +13,16 @@ class Exact:
 
     dtype = torch.float32
 
-    @property
-    def held_bytes(self) -> int:
-        """Memory kept from step to step."""
+    def owed_bytes(self, numel: int) -> int:
+        """Memory kept from step to step, where so many elements are sent in each."""
         return 0
 
     def encode(self, key: Hashable, x: Tensor) -> Tensor:
         """What is sent for x; `key` names the place in the gradient that x is of, and what it is sent for."""
         return x
+
+    def forget(self) -> None:
+        """What is owed belonged to another state."""
 
 
 class Rounded(Exact):
@@ -32,15 +34,17 @@ class Rounded(Exact):
     def __init__(self) -> None:
         self.owed: dict[Hashable, Tensor] = {}
 
-    @property
-    def held_bytes(self) -> int:
-        return sum(x.nbytes for x in self.owed.values())
+    def owed_bytes(self, numel: int) -> int:
+        return 4 * numel
 
     def encode(self, key: Hashable, x: Tensor) -> Tensor:
         wanted = x + self.owed[key] if key in self.owed else x.clone()
         sent = wanted.to(self.dtype)
-        self.owed[key] = wanted.sub_(sent)
+        self.owed[key] = wanted.sub_(sent).nan_to_num_(0.0, 0.0, 0.0)  # a step that is left out must not spoil those to come
         return sent
+
+    def forget(self) -> None:
+        self.owed.clear()
 
 
 def wire_of(dtype: str) -> Exact:

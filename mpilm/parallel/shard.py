@@ -64,7 +64,7 @@ class FlatLayout:
         self.owners = _owners([layout for _, layout in self.slots.values() if layout.whole], ranks)
         cut = {group: dict(self._cut(group)) for group in self.groups}
         self._buckets = {group: list(of) for group, of in cut.items()}
-        self._slices = {bucket: slices for of in cut.values() for bucket, slices in of.items()}
+        self._owner = {bucket: owner for of in cut.values() for bucket, owner in of.items()}
 
     def _padded(self, numel: int) -> int:
         return -(-numel // self.alignment) * self.alignment
@@ -74,16 +74,12 @@ class FlatLayout:
         at, layout = self.slots[name]
         return at, at + self._padded(layout.numel)
 
-    def _cut(self, group: Group) -> Iterator[tuple[Interval, list[int]]]:
-        """The buckets of a group, and the elements of each that each rank owns."""
+    def _cut(self, group: Group) -> Iterator[tuple[Interval, int | None]]:
+        """The buckets of a group, and the rank that owns each, if one does."""
         full = max(self.alignment, BUCKET // self.alignment * self.alignment)
         for (start, stop), owner in self._stretches(group):
             for at in range(start, stop, full):
-                numel = min(full, stop - at)
-                slices = [0] * self.ranks if owner is not None else slice_counts(numel, self.ranks, self.alignment)
-                if owner is not None:
-                    slices[owner] = numel
-                yield (at, at + numel), slices
+                yield (at, min(at + full, stop)), owner
 
     def _stretches(self, group: Group) -> list[tuple[Interval, int | None]]:
         """A group in parts that are one rank's, or everybody's."""
@@ -98,7 +94,7 @@ class FlatLayout:
     @property
     def buckets(self) -> list[Interval]:
         """All buckets, in order."""
-        return list(self._slices)
+        return list(self._owner)
 
     def buckets_of(self, group: Group) -> list[Interval]:
         """The buckets of a group; the last of a stretch may be short."""
@@ -106,22 +102,30 @@ class FlatLayout:
 
     def slices(self, bucket: Interval) -> list[int]:
         """The elements of a bucket that each rank owns, in rank order; some may be none."""
-        return self._slices[bucket]
+        (start, stop), owner = bucket, self._owner[bucket]
+        if owner is None:
+            return slice_counts(stop - start, self.ranks, self.alignment)
+        return [stop - start if rank == owner else 0 for rank in range(self.ranks)]
 
     def slice(self, bucket: Interval, rank: int) -> Interval:
         """Where the elements of a bucket lie that a rank owns."""
-        counts = self._slices[bucket]
-        start = bucket[0] + sum(counts[:rank])
-        return start, start + counts[rank]
+        (start, stop), owner = bucket, self._owner[bucket]
+        if owner is not None:
+            return (stop, stop) if rank > owner else (start, stop if rank == owner else start)
+        each = slice_numel(stop - start, self.ranks, self.alignment)
+        return min(stop, start + rank * each), min(stop, start + (rank + 1) * each)
 
     @property
     def longest_slice(self) -> int:
         """The most elements of a bucket that a rank owns."""
-        return max(max(slices) for slices in self._slices.values())
+        return max(
+            stop - start if owner is not None else min(stop - start, slice_numel(stop - start, self.ranks, self.alignment))
+            for (start, stop), owner in self._owner.items()
+        )
 
     def shard(self, rank: int) -> list[Interval]:
         """What a data rank owns: its slice of every bucket, neighbours joined."""
-        return join(self.slice(bucket, rank) for bucket in self._slices)
+        return join(self.slice(bucket, rank) for bucket in self._owner)
 
     def pieces(self, intervals: Sequence[Interval]) -> dict[Piece, int]:
         """The parts of parameters that lie in sorted intervals, and where; padding left out."""
@@ -164,9 +168,14 @@ def _is_tied(layout: Layout) -> bool:
     return layout.tied_to is not None or bool(layout.uses)
 
 
+def slice_numel(numel: int, parts: int, alignment: int = ALIGNMENT) -> int:
+    """Elements of a slice, but for the last ones."""
+    return -(-numel // (parts * alignment)) * alignment
+
+
 def slice_counts(numel: int, parts: int, alignment: int = ALIGNMENT) -> list[int]:
     """The aligned slices of a bucket, one a rank; the last ones may be short or empty."""
-    each = -(-numel // (parts * alignment)) * alignment
+    each = slice_numel(numel, parts, alignment)
     return [max(0, min(each, numel - r * each)) for r in range(parts)]
 
 
@@ -195,11 +204,11 @@ def join(intervals: Iterable[Interval]) -> list[Interval]:
     return found
 
 
-def holders(name: str, flat: FlatLayout, sharded: bool) -> list[tuple[int, int, list[int]]]:
-    """Ranges of a parameter's elements in their order, and the data ranks that hold each."""
+def holders(name: str, flat: FlatLayout, sharded: bool, one: bool = False) -> list[tuple[int, int, list[int]]]:
+    """Ranges of a parameter's elements in their order, and the data ranks that hold each; `one`: the first of them alone."""
     at, layout = flat.slots[name]
     if not sharded or layout.whole:
-        return [(0, layout.numel, [flat.owners[name]] if sharded else list(range(flat.ranks)))]
+        return [(0, layout.numel, [flat.owners[name]] if sharded else list(range(1 if one else flat.ranks)))]
     (group,) = (group for group in flat.groups if name in group.names)
     return [
         (start - at, stop - at, [rank])

@@ -95,10 +95,8 @@ class Setting:
 
     @property
     def crowding(self) -> float:
-        """How many times longer computing takes than it was measured, where ranks share a core."""
-        if self.machine.device != "cpu":
-            return 1.0
-        return max(1.0, self.rates.threads * self.ranks_per_node / max(self.machine.cores, self.rates.threads))
+        """How many times longer a rank takes than one that was measured: it has another part of the node's cores."""
+        return self.ranks_per_node / self.rates.ranks if self.machine.device == "cpu" else 1.0
 
     def numel(self, stage: int) -> int:
         """Parameters that a stage has gradients for, both uses of a tied matrix counted."""
@@ -116,6 +114,11 @@ class Setting:
     def data_within(self) -> bool:
         """Whether the replicas of a stage are all on one node."""
         return self.ranks_per_node % self.shape.data == 0 or self.shape.size <= self.ranks_per_node
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that the replicas of a stage fill, each of them whole; 1 where they do not."""
+        return self.shape.data // self.ranks_per_node if self.shape.data % self.ranks_per_node == 0 else 1
 
     @property
     def data_network(self) -> Network | None:
@@ -206,10 +209,13 @@ def gather_s(network: Network | None, ranks: int, numel: float) -> float:
     return numel * (ranks - 1) / ranks * at(network.gather, numel) + max(0, messages) * network.latency_s
 
 
-def shared_s(network: Network, ranks: int, numel: float) -> float:
-    """The sum in shared memory, seen on every rank. Each rank reads one slice of all, and then all slices of one."""
-    passes = (2 + (ranks - 1) / ranks * 2) / (2 + (network.ranks - 1) / network.ranks * 2)
-    return numel * at(network.shared, numel) * passes
+def shared_s(network: Network, ranks: int, numel: float, gather: bool) -> float:
+    """The sum in shared memory, of which each rank has its slice, or with `gather` all."""
+
+    def passes(count: int, gathered: bool) -> float:  # of the whole vector through a rank: slices of all, then all slices
+        return 1 + 1 / count + gathered * 2 * (count - 1) / count
+
+    return numel * at(network.shared, numel) * passes(ranks, gather) / passes(network.ranks, True)
 
 
 def reduce_s(setting: Setting, stage: int) -> float:
@@ -221,13 +227,26 @@ def reduce_s(setting: Setting, stage: int) -> float:
     if parallel.sync_every or parallel.compress:  # by the library's own sum, which moves as much as this exchange
         part = 1 / parallel.sync_every if parallel.sync_every else _thin(setting)
         return part * (exchange_s(network, data, numel) + gather_s(network, data, numel))
-    on_node = setting.data_within and setting.config.parallel.reduce != "sent" and network.shared
-    if on_node and setting.config.train.reproducible:
-        return shared_s(network, data, numel)
+    if parallel.reduce != "sent" and setting.config.train.reproducible and setting.machine.within is not None:
+        if setting.data_within and network.shared:
+            return shared_s(network, data, numel, parallel.zero == 0)
+        if setting.nodes > 1 and setting.machine.within.shared:
+            return _by_nodes_s(setting, network, numel)
     half = 0.5 if parallel.wire_dtype == "bfloat16" else 1.0
     adding = numel * at(setting.streams.add, numel) * setting.crowding
     gathering = gather_s(network, data, numel) if parallel.zero == 0 else 0.0
     return half * (exchange_s(network, data, numel) + gathering) + adding
+
+
+def _by_nodes_s(setting: Setting, network: Network, numel: float) -> float:
+    """Within each node in shared memory, and then each rank its part of it across the nodes."""
+    assert setting.machine.within is not None
+    parallel, part = setting.config.parallel, numel / setting.ranks_per_node
+    half = 0.5 if parallel.wire_dtype == "bfloat16" else 1.0
+    gather = parallel.zero == 0
+    across = exchange_s(network, setting.nodes, part) + gather * gather_s(network, setting.nodes, part)
+    leaving = (network.ranks - 1) / max(1, network.ranks - setting.ranks_per_node)  # measured were messages within nodes too
+    return shared_s(setting.machine.within, setting.ranks_per_node, numel, gather) + half * leaving * across
 
 
 def _thin(setting: Setting) -> float:
@@ -240,7 +259,7 @@ def _thin(setting: Setting) -> float:
 def _exposed_s(setting: Setting, stage: int) -> float:
     """What of the sum nobody computes beside: on a GPU it goes on while the last backward does, but for the last bucket."""
     whole = reduce_s(setting, stage)
-    if setting.machine.device != "cuda":
+    if setting.machine.device != "cuda" or setting.config.parallel.compress or setting.config.parallel.sync_every:
         return whole
     last = whole * min(1.0, BUCKET / setting.numel(stage))
     return max(last, whole - action_s(setting, "B", stage))
@@ -251,7 +270,8 @@ def round_s(setting: Setting, kind: str, stage: int) -> float:
     zero, data, network, numel = setting.config.parallel.zero, setting.shape.data, setting.data_network, setting.numel(stage)
     found = 0.0
     if zero >= 2 and kind in ("B", "W"):
-        found += exchange_s(network, data, numel) + numel * at(setting.streams.add, numel / data) * setting.crowding
+        half = 0.5 if setting.config.parallel.wire_dtype == "bfloat16" else 1.0
+        found += half * exchange_s(network, data, numel) + numel * at(setting.streams.add, numel / data) * setting.crowding
     if zero == 3 and kind != "W":
         found += gather_s(network, data, numel) + numel * at(setting.streams.fresh, numel) * setting.crowding
     return found

@@ -21,6 +21,7 @@ def growth(setting: Setting) -> list[tuple[str, str, str]]:
     numel = max(sum(map(setting.numel, theirs)) for theirs in setting.stages)
     buckets = math.ceil(numel / BUCKET)
     total = microbatches(setting.config)
+    zero = setting.config.parallel.zero > 0
     state = 12 * parameter_count(setting.model, setting.vocab_size)
     return [
         ("what", "grows with", "here"),
@@ -30,6 +31,7 @@ def growth(setting: Setting) -> list[tuple[str, str, str]]:
         ("counts of an exchange", "replicas", _bytes(4 * WORD * data)),
         ("messages of a sum", "replicas x buckets", f"{2 * buckets * (data - 1):,}"),
         ("heights of small sums", "log2 of ranks", f"{math.ceil(math.log2(max(2, ranks)))}"),
+        ("places in a checkpoint", "replicas x buckets, with ZeRO", _bytes(4 * WORD * buckets * data * zero)),
         ("shared memory mapped", "ranks of a node", _bytes(4 * numel * min(per_node, data))),
         ("checkpoint written", "1 / ranks", _bytes(state / ranks)),
         ("row of the log", "ranks", _bytes(LOGGED_BYTES * ranks)),

@@ -113,6 +113,8 @@ class Machine:
     made: str
     nodes: int
     ranks_per_node: int
+    gpus: int
+    """Of a node; 1 where ranks compute on its processor."""
     cores: int
     """Of a node, as far as its ranks may use them."""
     memory_bytes: int

@@ -140,7 +140,15 @@ def _stage_floats(
         buckets = sum(math.ceil(piece / BUCKET) for piece in pieces)
         depth = buckets if device == "cuda" else min(2, buckets)
         exchange = depth * nodes * -(-min(BUCKET, max(pieces)) // data)
-    buffers = _block_buffers(data, total) if config.train.reproducible else 1
+    parallel = config.parallel
+    if parallel.sync_every:
+        exchange, found["moments"] = 0.0, found["moments"] + 2 * held  # where replicas were, and the outer momentum
+    elif parallel.compress and data > 1:
+        exchange = gradients
+    elif parallel.wire_dtype == "bfloat16" and data > 1 and not shared:
+        exchange += gradients
+    alone = parallel.sync_every or parallel.compress or not config.train.reproducible
+    buffers = _block_buffers(data, total) if not alone else 1
     return {**found, "gradients": buffers * gradients, "exchange": exchange, "passing": 0.0}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mpilm.config import Config, flatten, replaced, resolve
+from mpilm.config import Config, Parallel, flatten, replaced, resolve
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.size import flops_per_token
@@ -16,6 +16,7 @@ from mpilm.parallel.feasible import cut_by_cost, mesh_shape
 from mpilm.planner.cost import Setting, StepTime, step_time
 from mpilm.planner.machine import Machine
 from mpilm.planner.memory import rank_bytes
+from mpilm.validation import validate
 
 CHUNKS = (2, 4, 8)
 SAME = 1.01  # times the fastest: closer than a prediction is true
@@ -35,7 +36,9 @@ class Job:
     @cached_property
     def stated(self) -> Mapping[str, Any]:
         """Settings of the layout that the user has chosen."""
-        default = flatten(resolve(Config()).parallel)
+        default = flatten(resolve(Config(parallel=Parallel(schedule=self.config.parallel.schedule))).parallel) | {
+            "schedule": "1f1b"
+        }
         mine = flatten(resolve(self.config).parallel)
         return {name: value for name, value in mine.items() if value != default[name]}
 
@@ -155,8 +158,7 @@ def _choices(stated: Mapping[str, Any], name: str, choices: Sequence[Any]) -> Se
 
 def _candidate(job: Job, config: Config, ranks: int) -> Candidate:
     """Raises ConfigError where it cannot be, or has no room."""
-    if config.train.compile and config.parallel.schedule == "zero-bubble":
-        raise ConfigError("zero-bubble takes apart what --train.compile true makes one piece of")
+    validate(config)
     shape = mesh_shape(config, ranks)
     cut = cut_by_cost(config, job.vocab_size)
     setting = Setting(config, job.vocab_size, job.machine, shape, job.on_a_node(ranks), cut)
@@ -169,7 +171,7 @@ def _candidate(job: Job, config: Config, ranks: int) -> Candidate:
 
 def memory_of_rank(machine: Machine, ranks_per_node: int) -> float:
     """What a rank may fill: its part of the node, or a GPU."""
-    return USABLE * machine.memory_bytes / (ranks_per_node if machine.device == "cpu" else 1)
+    return USABLE * machine.memory_bytes / -(-ranks_per_node // machine.gpus)
 
 
 def _fullest(shape: MeshShape) -> Sequence[int]:

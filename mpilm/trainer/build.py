@@ -11,7 +11,7 @@ from mpilm.checkpoint.pretrained import files_of
 from mpilm.checkpoint.save import PARAMETER
 from mpilm.comm.activity import Activity
 from mpilm.comm.base import Comm
-from mpilm.comm.together import same_everywhere, together
+from mpilm.comm.together import AgreedError, same_everywhere, together
 from mpilm.comm.trace import Traced
 from mpilm.config import Config, flatten
 from mpilm.data.batch import Batches
@@ -19,9 +19,11 @@ from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
+from mpilm.errors import ConfigError
 from mpilm.guard.request import StopRequest
 from mpilm.guard.watchdog import PREPARATION
 from mpilm.mesh.mesh import Mesh
+from mpilm.optim.outer import OUTER
 from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.shard import ALIGNMENT
 from mpilm.telemetry.memory import Memory, trim
@@ -30,7 +32,7 @@ from mpilm.trainer.choose import choose_layout
 from mpilm.trainer.elastic import Carried
 from mpilm.trainer.folder import load_start
 from mpilm.trainer.history import History
-from mpilm.trainer.machine import Machine, conditions, look, programs
+from mpilm.trainer.machine import Machine, conditions, look, processor, programs
 from mpilm.trainer.material import Material, open_material
 from mpilm.trainer.run_folder import RunFolder, open_run_folder
 from mpilm.trainer.sharded import ShardedModel
@@ -73,7 +75,7 @@ def build(config: Config, world: Comm, carried: Carried | None = None, activity:
     mesh = Mesh.build(shape, Traced(world, True, activity), activity)
     batches = Batches(material.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
     content = _content(config, material, world)
-    folder = open_run_folder(config, content, conditions(machine, world), world, carried)
+    folder = open_run_folder(config, content, conditions(machine, world, config.parallel), world, carried)
     try:
         return _built(config, machine, mesh, material, batches, content, folder, carried, chosen)
     except BaseException:
@@ -88,7 +90,13 @@ def _built(
     """The model, and the parts together. Collective."""
     world = mesh.world
     vocab_size = config.model.vocab_size or material.tokenizer.vocab_size
-    alignment = ALIGNMENT * max(world.all_gather_json(machine.threads))
+    kinds = world.all_gather_json([machine.threads, processor()])
+    if config.parallel.compress and any(kind != kinds[0] for kind in kinds):
+        raise AgreedError(ConfigError(
+            "--parallel.compress: each rank restores the gradient by itself, and with unequal threads or processors to other "
+            "bits; write --train.threads, and use nodes of one kind"
+        ))  # fmt: skip
+    alignment = ALIGNMENT * max(threads for threads, _ in kinds)
     cut = choose_cut(config, mesh, vocab_size, machine.device)
     memory = Memory(machine.device)  # preparing text may have taken more than training will
     model = ShardedModel(config, mesh, cut, vocab_size, machine.device, alignment)
@@ -128,6 +136,7 @@ def _fill(model: ShardedModel, folder: RunFolder, world: Comm, carried: Carried 
 def restore(model: ShardedModel, checkpoint: Path, updates: int, world: Comm) -> None:
     """Give the model the state of a verified checkpoint, after so many updates. Collective."""
     moments = model.optimizer.pieces()
-    load(checkpoint, model.pieces(), moments, model.shapes, model.moment_shapes, model.config.model, world)
+    load(checkpoint, model.pieces(), moments, model.shapes, model.moment_shapes, model.config.model, world, (OUTER,))
     model.optimizer.set_step(updates)
+    model.forget()
     model.publish()

@@ -29,6 +29,8 @@ def choose_layout(config: Config, vocab_size: int, machine: Machine, world: Comm
 
 def _chosen(config: Config, vocab_size: int, machine: Machine, world: Comm, ranks_per_node: int) -> list[object]:
     """Settings of the layout, recomputation, and words."""
+    if config.model.lora_rank:
+        raise ConfigError("--parallel.auto plans for training whole models: leave it or --model.lora-rank out")
     measured = read(config.parallel.auto, "--parallel.auto")
     _refuse_another(measured, machine, world)
     asked = replaced(config, parallel__auto="")

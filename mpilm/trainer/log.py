@@ -242,7 +242,7 @@ class RunLog:
             ways = ["in memory that the ranks of a node share" if of.shared else "by messages" for of in found[:1]]
             tried = ", ".join(f"{way} {1000 * seconds:.1f} ms" for way, seconds in run.model.tried.items())
             ways += [f"({tried})"] if tried else []
-            ways += ["as bfloat16, so that the last bits depend on the layout"] if parallel.wire_dtype == "bfloat16" else []
+            ways += ["; what is sent, as bfloat16: the last bits depend on the layout"] * (parallel.wire_dtype == "bfloat16")
             if ways:
                 self.display.line(f"           gradients are added {' '.join(ways)}")
 

@@ -78,6 +78,7 @@ def _leaving_together(world: Comm, activity: Activity) -> Iterator[None]:
 def _steps(run: Training, log: RunLog, saver: Saver, kept: Kept, carried: Carried | None) -> None:
     activity = run.mesh.activity
     saver.reserve()
+    unchecked = False
     if carried is not None:  # what belongs to its step may not have been finished
         _after(run, log, saver, carried.done, carried.result(), again=True)
     for step in range(run.folder.step, run.config.train.steps):
@@ -96,8 +97,10 @@ def _steps(run: Training, log: RunLog, saver: Saver, kept: Kept, carried: Carrie
             kept.forget()
             rewound = leave_out(run, log, saver, done, result)
         kept.keep(run, done, result)
-        if checking and run.model.met(done):
+        unchecked = unchecked or checking
+        if unchecked and run.model.met(done):  # replicas that are apart are looked at when they meet
             refuse_drift(run.model, done)
+            unchecked = False
         _after(run, log, saver, done, result, rewound)
     saver.close()
     _forget_stop(run)
@@ -110,7 +113,9 @@ def _after(
     settings, steps, activity, loss = run.config.run, run.config.train.steps, run.mesh.activity, None
     (log.again if again else log.step)(done, result)
     saver.look(done, result.heard.busy)
-    stopping = result.heard.wish > 0 and done < steps and run.model.met(done)
+    stopping = result.heard.wish > 0 and done < steps
+    if stopping:
+        run.model.meet()
     saving = stopping or done == steps or rewound or (due(done, run.config.checkpoint.every) and result.updated)
     evaluating = due(done, settings.eval_every) or (settings.eval_every and saving and not stopping)
     if run.batches.eval_samples and evaluating:

@@ -12,7 +12,7 @@ import torch
 
 import mpilm
 from mpilm.comm.base import Comm
-from mpilm.config import Config, Model, Train, resolve
+from mpilm.config import Config, Model, Parallel, Train, resolve
 from mpilm.data.files import hex_digest
 from mpilm.errors import ConfigError
 from mpilm.model.families import build
@@ -128,10 +128,19 @@ def programs(world: Comm) -> dict[str, str]:
     return {"source": source[:12], **{name: found[name] for name in ("mpilm", "torch", "mpi")}}
 
 
-def conditions(machine: Machine, world: Comm) -> dict[str, str]:
-    """What may change the last bits of a result though no setting has changed."""
-    return {**versions(world), "threads": str(machine.threads), "device": machine.device.type,
-            "compile": str(machine.compiles).lower()}  # fmt: skip
+def conditions(machine: Machine, world: Comm, parallel: Parallel) -> dict[str, str]:
+    """What may change the last bits of a result though no setting that it depends on has changed."""
+    return {
+        **versions(world), "threads": str(machine.threads), "device": machine.device.type,
+        "compile": str(machine.compiles).lower(), "gradients": _gradients(parallel),
+    }  # fmt: skip
+
+
+def _gradients(parallel: Parallel) -> str:
+    """How they come together."""
+    if parallel.sync_every:
+        return f"apart for {parallel.sync_every} steps"
+    return f"compressed to rank {parallel.compress}" if parallel.compress else f"sent as {parallel.wire_dtype}"
 
 
 def processor() -> str:

@@ -117,7 +117,9 @@ def _refuse_not_finite(run: Training, done: int) -> None:
     """A state that has gone bad in this step must not take the place of a good one. Collective."""
     kinds = {"": run.model.pieces(), **{f" ({kind})": of for kind, of in run.model.optimizer.pieces().items()}}
     every = [(f"{piece.name}{kind}", x) for kind, of in kinds.items() for piece, x in of.items()]
-    replicas = run.model.data if not run.model.zero else None  # they hold the same, and look at a part each
+    replicas = (
+        run.model.data if not run.model.zero and not run.model.apart else None
+    )  # they hold the same, and look at a part each
     bad = (name for name, x in (every[replicas.rank :: replicas.size] if replicas else every) if not _is_finite(x))
     found = {rank: name for rank, name in enumerate(run.mesh.world.all_gather_json(next(bad, ""))) if name}
     if found:
@@ -144,7 +146,7 @@ def state_of(run: Training, done: int, eval_loss: float | None) -> State:
         **run.history.words(),
         "content": dict(run.content),
         "layout": dict(zip(AXES, run.mesh.shape.sizes)),
-        "conditions": conditions(run.machine, run.mesh.world),
+        "conditions": conditions(run.machine, run.mesh.world, config.parallel),
         "config": to_dict(config),
     }
     return State(

@@ -84,6 +84,8 @@ class ShardedModel(StagedModel):
     def _way(self, flat: FlatParameters) -> str:
         """How the replicas add their gradients: as stated, or the faster. Collective."""
         parallel = self.config.parallel
+        if parallel.reduce == "auto" and parallel.wire_dtype != "float32":
+            return "shared"  # what is sent is rounded: a stopwatch must not decide that
         if self._other_way(flat) or parallel.reduce != "auto" or self.device.type != "cpu" or self.data.size == 1:
             return parallel.reduce
         way, tried = faster(self.data, flat.layout.numel, self.zero == 0, parallel.wire_dtype)
@@ -112,7 +114,7 @@ class ShardedModel(StagedModel):
         place = {**dict.fromkeys(self.mesh.coordinate, 0), "pipeline": stage % self.pipeline.size}
         return [
             (start, stop, [shape.rank({**place, "data": data}) for data in ranks])
-            for start, stop, ranks in holders(name, flat, self.zero > 0)
+            for start, stop, ranks in holders(name, flat, self.zero > 0, one=self.apart)
         ]
 
     def held_bytes(self) -> dict[str, int]:
@@ -161,12 +163,18 @@ class ShardedModel(StagedModel):
         self.data.all_reduce(largest, "max")
         return float(largest)
 
-    def meet(self, done: int) -> None:
-        """After so many steps: bring the replicas together, where it is time. Collective over the mesh."""
-        outer = self.optimizer.outer
-        if outer is not None and outer.due(done, self.config.train.steps):
-            outer.meet()
+    def meet(self) -> None:
+        """Bring replicas that are apart together. Collective over the mesh."""
+        if self.optimizer.outer is not None:
+            self.optimizer.outer.meet()
             self.publish()
+
+    def forget(self) -> None:
+        """Another state has been loaded: what belonged to the one before is of no use."""
+        if self.optimizer.outer is not None:
+            self.optimizer.outer.before.clear()
+        for gradients in self.gradients.values():
+            gradients.forget()
 
     def compute(self, step: int, batch_of: Callable[[int], Batch], target_tokens: int) -> list[Timed]:
         """Forward and backward of this replica's microbatches, and the sums over all replicas. Collective."""

@@ -64,6 +64,8 @@ def train_step(
     loss, norm, heard, times = gradients(model, source, step, say)
     good = math.isfinite(loss) and math.isfinite(norm) and loss <= highest_loss
     lr = update(model, step, norm) if good else learning_rate(model.config.train, step)
+    if model.met(step + 1):
+        model.meet()
     return StepResult(loss, norm, lr, good, heard, times)
 
 
@@ -90,7 +92,6 @@ def update(model: ShardedModel, step: int, norm: float) -> float:
     model.mesh.activity.at("optimizer")
     model.optimizer.step(model.sums, lr)
     model.publish()
-    model.meet(step + 1)
     return lr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.measure import BENCH, OTHERS_ALLOWED, Load, mpirun, over_all, table
+from benchmarks.speed import training_run
+from mpilm.cli import parse
+from mpilm.config import Config, replaced, resolve
+from mpilm.planner.machine import read
+from mpilm.planner.search import Job, flags, search
+from mpilm.presets import PRESETS as CONFIGS
+from mpilm.presets import VOCABULARIES
 
 PRESETS = {  # changes that make a step of a few seconds of it
     "tiny": {},
@@ -22,6 +30,10 @@ PRESETS = {  # changes that make a step of a few seconds of it
 RANKS = 2
 TRIES = 5  # of a layout in a round, where other programs are at work
 WARM_UP = 2
+MODELS = {
+    "tiny": [],
+    "12 layers of width 384": ["--model.n-layers", "12", "--model.d-model", "384", "--model.n-heads", "6"],
+}
 STEPS = {"tiny": 10}
 CLOSE = 1.03  # times the fastest: as good as that
 
@@ -35,21 +47,42 @@ def plan(args: argparse.Namespace) -> None:
             compare(preset, machine, args.rounds)
 
 
-def job(preset: str, machine: str):  # type: ignore[no-untyped-def]
-    from mpilm.config import replaced, resolve
-    from mpilm.planner.machine import read
-    from mpilm.planner.search import Job
-    from mpilm.presets import PRESETS as CONFIGS
-    from mpilm.presets import VOCABULARIES
+def plan_memory(args: argparse.Namespace) -> None:
+    """What is said of a rank's memory, in every layout of 2 ranks, against what a run of a few steps has used."""
+    with tempfile.TemporaryDirectory() as folder:
+        machine = args.folder or f"{folder}/machine.json"
+        if not Path(machine).exists():
+            subprocess.run(
+                [*mpirun(RANKS), sys.executable, "-m", "mpilm.doctor", "--calibrate", "--output", machine], check=True
+            )
+        rows, ratios = [("model and layout", "predicted MiB", "measured MiB", "predicted / measured (goal: 0.93 .. 1.07)")], []
+        for name, words in MODELS.items():
+            config = replaced_by(words)
+            for each in search(Job(config, 2048, read(machine)), RANKS)[0]:
+                chosen = [] if each.config.parallel == resolve(Config()).parallel else flags(each).split()
+                _, _, printed = training_run(RANKS, 4, *words, *chosen)
+                measured = float(re.findall(r"memory ([\d,]+) MiB", printed)[-1].replace(",", ""))
+                said = each.memory_bytes / 2**20
+                ratios.append(said / measured)
+                rows.append((f"{name}: {each.words}", f"{said:.0f}", f"{measured:.0f}", f"{said / measured:.3f}"))
+                print("  ".join(rows[-1]), flush=True)
+    table(f"memory of a rank, {RANKS} ranks", rows)
+    print(f"  predicted / measured: median {statistics.median(ratios):.3f}, {min(ratios):.3f} .. {max(ratios):.3f}")
+    print("JSON " + json.dumps({"what": "plan memory", "ratios": ratios}))
 
+
+def replaced_by(words: list[str]) -> Config:
+    """The config of a command line."""
+    return resolve(parse(words, Config(), "train", "", CONFIGS))
+
+
+def job(preset: str, machine: str) -> Job:
     config = resolve(replaced(CONFIGS[preset](), **PRESETS.get(preset, {})))
     return Job(config, VOCABULARIES.get(preset, 2048), read(machine))
 
 
 def compare(preset: str, machine: str, wanted: int) -> None:
     """Every layout in turn, each in processes of its own, since models do not go when they are let go."""
-    from mpilm.planner.search import search
-
     found = [each for each in search(job(preset, machine), RANKS)[0] if each.config.train.recompute == "none"]
     times: dict[str, list[float]] = {each.words: [] for each in found}
     for _ in range(wanted):
@@ -69,7 +102,6 @@ def compare(preset: str, machine: str, wanted: int) -> None:
 def plan_worker(args: argparse.Namespace) -> None:
     """One layout."""
     from mpilm.comm.mpi import mpi_world
-    from mpilm.planner.search import search
 
     comm = mpi_world()
     planned = job(args.preset, args.folder)

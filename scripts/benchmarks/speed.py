@@ -58,6 +58,28 @@ def overhead(args: argparse.Namespace) -> None:
     report(f"overhead ({args.preset})", times, {"mpilm / plain torch": (ratios, ">= 0.97")}, void)
 
 
+WIDE = {
+    "model__d_model": 768,
+    "model__n_layers": 6,
+    "model__n_heads": 12,
+    "model__context_length": 512,
+    "train__global_batch": 4,
+}
+
+
+def dtype(args: argparse.Namespace) -> None:
+    """One rank in bfloat16 against itself in float32, on all cores."""
+    from mpilm.comm.base import SelfComm
+
+    with tempfile.TemporaryDirectory() as folder:
+        comm = SelfComm()
+        sides = {name: mpilm_side(configured(f"{folder}/{name}", args.preset, train__dtype=name, **WIDE), comm)
+                 for name in ("float32", "bfloat16")}  # fmt: skip
+        times, void = rounds(sides, args.rounds, comm)
+    ratios = {"bfloat16 / float32": (pairwise(times, "float32", "bfloat16"), ">= 1.5")}
+    report("6 blocks of width 768, 512 tokens at once", times, ratios, void)
+
+
 SETTINGS = {  # of 10 million parameters with a vocabulary of 2,048
     "compute-bound": {"train__global_batch": 16, "train__micro_batch": 2},  # 1,024 tokens a rank and step
     "communication-bound": {"train__global_batch": 2, "train__micro_batch": 1},  # 128

@@ -39,6 +39,25 @@ def test_a_slow_network_that_loses_packets_changes_nothing_but_the_time(tmp_path
     assert outcome(tmp_path / "run") == wanted
 
 
+def test_nodes_add_at_home_and_then_across_to_the_same_bits(tmp_path, data):
+    words = ("--train.steps", 6, "--parallel.reduce", "shared")
+    (tmp_path / "serial").mkdir()
+    wanted = finished(command(data, tmp_path / "serial" / "run", *words), tmp_path / "serial")
+    sent = {}
+    for way in ("shared", "sent"):
+        folder = tmp_path / way
+        folder.mkdir()
+        two_each = [str(ROOT / "scripts" / "hosts-here"), "--slots", "2"]
+        with started(4, command(data, folder / "run", *words, "--parallel.reduce", way), folder, within=two_each) as job:
+            assert job.end(120) == 0, job.output
+            assert ("gradients are added in memory that the ranks of a node share" in job.output) == (way == "shared"), (
+                job.output
+            )
+            sent[way] = int(re.search(r"packets, ([\d,]+) bytes carried", job.output).group(1).replace(",", ""))
+        assert outcome(folder / "run") == wanted
+    assert sent["shared"] < sent["sent"]
+
+
 @pytest.mark.slow
 def test_a_cable_that_is_pulled_for_a_moment(tmp_path, data):
     words = ("--train.steps", 400, "--fault.step-timeout", 60)

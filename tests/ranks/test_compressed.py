@@ -1,19 +1,25 @@
 """Fewer bytes for slow networks: what compressing and training apart do to the numbers, and that nothing is lost for good."""
 
+from dataclasses import replace
+from unittest import mock
+
 import pytest
 import torch
 from runs import differing, joined, newest_tensors, run_threads, sharded, small, stopped, trained
 from text import tiny, write_tokens
 
+from mpilm.checkpoint.format import checkpoints, step_of
 from mpilm.comm.threads import run_ranks
+from mpilm.comm.together import AgreedError
 from mpilm.comm.trace import Traced
-from mpilm.config import microbatches, replaced, resolve
+from mpilm.config import mathematics, microbatches, replaced, resolve
 from mpilm.errors import ConfigError
 from mpilm.optim.compressed import CompressedSum
 from mpilm.optim.outer import MOMENTUM, OUTER, RATE, Outer
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.layout import Layout
-from mpilm.trainer import loop
+from mpilm.trainer import build, loop
+from mpilm.trainer.machine import look
 from mpilm.trainer.prove import RandomTokens
 from mpilm.trainer.step import train_step
 from mpilm.validation import validate
@@ -210,12 +216,112 @@ def test_a_run_apart_is_saved_and_taken_up(size, tmp_path):
 
 def test_a_run_that_was_together_goes_on_apart_and_the_other_way(tmp_path):
     tokens = write_tokens(tmp_path)
-    settings = {"checkpoint__every": 2, "run__eval_every": 2}
+    settings = {"checkpoint__every": 2, "run__eval_every": 2, "checkpoint__allow_change": ("parallel.sync-every",)}
     run_ranks(2, lambda comm: loop.train(tiny(tokens, tmp_path / "run", train__steps=2, **settings), comm))
     run_ranks(
         2, lambda comm: loop.train(tiny(tokens, tmp_path / "run", train__steps=4, parallel__sync_every=2, **settings), comm)
     )
     run_ranks(2, lambda comm: loop.train(tiny(tokens, tmp_path / "run", train__steps=6, **settings), comm))
+
+
+@pytest.mark.parametrize("key", ["parallel__compress", "parallel__sync_every"])
+def test_another_result_is_another_run(tmp_path, key):
+    """The folder that a run finds for itself is another one, and a resume with another value is refused."""
+    assert mathematics(small()) != mathematics(small(checkpoint__every=0, run__eval_every=0, **{key: 4}))
+    assert mathematics(small()) == mathematics(small(parallel__wire_dtype="bfloat16", parallel__zero=1))
+    tokens = write_tokens(tmp_path)
+    trained(tiny(tokens, tmp_path / "run", train__steps=2), 1)
+    changed = tiny(tokens, tmp_path / "run", train__steps=4, checkpoint__every=0, run__eval_every=0, **{key: 4})
+    with pytest.raises(AgreedError, match=key.replace("__", ".")):
+        trained(changed, 1)
+
+
+class Poisoned:
+    """Microbatches of a model that has one bad step: a weight is infinite for as long as it lasts."""
+
+    def __init__(self, config, model, at):
+        self.inner, self.model, self.at = RandomTokens(config), model, at
+
+    def train(self, step, m):
+        for flat in self.model.flats.values():
+            flat.values.tensor[-1] = float("inf") if step == self.at else 1.0
+        return self.inner.train(step, m)
+
+    def target_tokens(self, step):
+        return self.inner.target_tokens(step)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (2, {"parallel__wire_dtype": "bfloat16", "parallel__reduce": "sent"}),
+        (2, {"parallel__wire_dtype": "bfloat16", "parallel__zero": 2}),
+        (2, {"parallel__compress": 2}),
+        (3, {"parallel__compress": 2, "parallel__pipeline": 1}),
+    ],
+)
+def test_a_step_that_is_left_out_spoils_none_that_come(size, changes):
+    config = small(model__d_model=32, model__n_heads=2, **changes)
+
+    def body(comm):
+        model = sharded(config, comm)
+        source = Poisoned(config, model, at=1)
+        return [train_step(model, source, step).updated for step in range(4)]
+
+    assert all(found == [True, False, True, True] for found in run_ranks(size, body))
+
+
+def test_replicas_meet_also_after_a_step_that_is_left_out():
+    config = small(parallel__sync_every=2, checkpoint__every=0, run__eval_every=0, train__steps=100)
+
+    def body(comm):
+        model = sharded(config, comm)
+        source = Poisoned(config, model, at=1)
+        updated = [train_step(model, source, step).updated for step in range(2)]
+        return updated, {"value": {piece: x.clone() for piece, x in model.pieces().items()}}
+
+    found = run_ranks(2, body)
+    assert found[0][0] == found[1][0] == [True, False]
+    joined([values for _, values in found])  # the same on both
+
+
+def test_a_run_that_is_stopped_apart_meets_first(tmp_path):
+    tokens = write_tokens(tmp_path)
+    config = tiny(tokens, tmp_path / "run", train__steps=50, parallel__sync_every=25, checkpoint__every=25, run__eval_every=25)
+    (tmp_path / "run").mkdir()
+
+    def step_and_ask(model, source, step, *more):
+        if step == 2 and model.mesh.rank == 0:
+            (tmp_path / "run" / "stop").touch()
+        return train_step(model, source, step, *more)
+
+    with mock.patch.object(loop, "train_step", step_and_ask), pytest.raises(AgreedError, match="stopped after step"):
+        run_ranks(2, lambda comm: loop.train(config, comm))
+    (folder,) = checkpoints(tmp_path / "run" / "checkpoints")
+    assert step_of(folder) < 25
+
+
+def test_the_inner_moments_of_a_checkpoint_are_one_replicas(tmp_path):
+    config = small(parallel__sync_every=2, checkpoint__every=0, run__eval_every=0)
+    held = run_ranks(3, lambda comm: {name: sharded(config, comm).holders(name) for name in sharded(config, comm).shapes})
+    assert {ranks[0] for of in held[0].values() for _, _, ranks in of} == {0}
+    assert all(len(ranks) == 1 for of in held[0].values() for _, _, ranks in of)
+
+
+def test_ranks_with_unequal_threads_cannot_compress(tmp_path):
+    config = tiny(write_tokens(tmp_path), tmp_path / "run", parallel__compress=2)
+
+    def look_unequal(train, world):
+        return replace(look(train, world), threads=1 + world.rank)
+
+    with mock.patch.object(build, "look", look_unequal), pytest.raises(AgreedError, match="with unequal threads or processors"):
+        run_ranks(2, lambda comm: loop.train(config, comm))
+
+
+def test_where_nothing_is_worth_compressing_all_travels_whole():
+    config = small(parallel__compress=500)
+    left, same = run_threads(2, config), run_threads(2, small(train__reproducible=False))
+    assert left[0] == pytest.approx(same[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from mpilm.trainer.calibration import bench, calibrate, compute, network
 from mpilm.trainer.choose import choose_layout
 from mpilm.trainer.machine import look, versions
 from mpilm.trainer.prove import VOCAB_SIZE
+from mpilm.validation import validate
 
 WIDE = {"model__d_model": 128, "model__n_layers": 4, "train__global_batch": 16}
 
@@ -135,3 +136,32 @@ def test_a_layout_that_was_chosen_trains_to_the_same_bits(tmp_path):
 def test_a_machine_that_is_not_this_one_is_refused(tmp_path, changes, message):
     with pytest.raises(AgreedError, match=message):
         chosen(tmp_path, 2, replace(here(), **changes))
+
+
+def test_what_is_chosen_is_what_may_be(tmp_path):
+    """With replicas that train by themselves there is no ZeRO, however much faster it would be."""
+    dear = replace(here().memory[0], adamw=((1.0, 1e-3),))
+    config = resolve(small(**WIDE, checkpoint__every=0, run__eval_every=0))
+    ((plain, _), *_) = chosen(tmp_path, 4, here(memory=(dear,)), config)
+    assert plain.parallel.zero > 0
+    for changes in ({"parallel__sync_every": 4}, {"parallel__compress": 2}):
+        ((found, _), *_) = chosen(tmp_path, 4, here(memory=(dear,)), replaced(config, **changes))
+        validate(found)
+    with pytest.raises(AgreedError, match="leave it or --model"):
+        chosen(tmp_path, 2, here(), replaced(config, model__lora_rank=2))
+
+
+def test_nodes_with_unequal_numbers_of_ranks_are_not_measured(tmp_path, monkeypatch):
+    hurry(monkeypatch)
+    with pytest.raises(AgreedError, match="nodes have 1 to 2 ranks: start the same number on each"):
+        run_ranks(3, lambda comm: calibrate.calibrate(comm, "cpu"), ranks_per_node=2)
+
+
+def test_several_nodes_are_measured_within_and_across(tmp_path, monkeypatch):
+    hurry(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    found = run_ranks(4, lambda comm: calibrate.calibrate(comm, "cpu"), ranks_per_node=2)[0]
+    assert (found.nodes, found.ranks_per_node) == (2, 2)
+    assert (found.within.ranks, found.across.ranks) == (2, 4)
+    assert found.within.shared
+    assert not found.across.shared

@@ -1,5 +1,6 @@
 """Which rank holds which elements: every element once, cut alike at both ends of a tie, and always at aligned places."""
 
+import tracemalloc
 from itertools import pairwise
 from math import prod
 
@@ -209,3 +210,19 @@ def test_a_shard_is_about_one_part_of_the_whole():
         sizes = [sum(stop - start for start, stop in flat.shard(rank)) for rank in range(ranks)]
         assert sum(sizes) == sum(prod(layout.shape) for layout in table.values())
         assert max(sizes) <= flat.numel / ranks + len(flat.groups) * ALIGNMENT
+
+
+def test_many_ranks_are_no_more_to_keep():
+    """Slices are worked out when they are asked for."""
+    table = resolve({"embed.weight": (4096, 1024), "head.weight": (4096, 1024)}, {})
+
+    def kept(ranks):
+        tracemalloc.start()
+        flat = FlatLayout(table.values(), ranks=ranks)
+        count, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert flat.slice(flat.buckets[1], ranks - 1)[1] <= flat.buckets[1][1]
+        return count
+
+    kept(1)  # what is made once
+    assert kept(100_000) < 2 * kept(10) + 10_000

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -19,7 +18,9 @@ from pathlib import Path
 import torch
 
 from mpilm.comm.base import Comm, SelfComm
+from mpilm.comm.together import AgreedError, on_root
 from mpilm.config import Config, Model, Train, resolve
+from mpilm.errors import ConfigError, FileError
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.size import kept_floats
@@ -41,9 +42,14 @@ DISK_BYTES = 128 << 20
 
 def calibrate(comm: Comm, device: str) -> Machine:
     """Measure this machine with these ranks. Collective."""
-    node = comm.split_node()
     used = look(Train(device=device), comm)  # type: ignore[arg-type]
     comm = comm.with_options(gpu_aware=False, patient=used.crowded)
+    node = comm.split_node()
+    sizes = comm.all_gather_json(node.size)
+    if len(set(sizes)) > 1:
+        raise AgreedError(ConfigError(
+            f"nodes have {min(sizes)} to {max(sizes)} ranks: start the same number on each, as many as a job will have"
+        ))  # fmt: skip
     program = InUse(used.device).program_bytes
     cores = round(sum(node.all_gather_json(float(cores_of(node)))))
     bench = Bench(comm, node, used.device, _progress(comm))
@@ -56,7 +62,7 @@ def calibrate(comm: Comm, device: str) -> Machine:
     found = Machine(
         format=FORMAT, made=time.strftime("%Y-%m-%d %H:%M"), device=used.device.type,
         **{name: said for name, said in versions(comm).items() if name in ("mpilm", "torch", "processor", "mpi")},
-        nodes=max(1, comm.size // node.size), ranks_per_node=max(comm.all_gather_json(node.size)), cores=max(1, cores),
+        nodes=comm.size // node.size, ranks_per_node=node.size, gpus=max(1, _gpus(used.device)), cores=max(1, cores),
         memory_bytes=_memory_bytes(used.device), program_bytes=max(comm.all_gather_json(program)),
         compute=tuple(compute), memory=tuple(memory), within=network(bench, node), across=across(bench, comm, node),
         write_bandwidth=_disk(bench), step_s=1e-9,
@@ -80,6 +86,11 @@ def _threads(count: int) -> Iterator[None]:
 
 def _progress(comm: Comm) -> Callable[[str], None]:
     return (lambda text: print(f"  measuring {text}", file=sys.stderr, flush=True)) if comm.rank == 0 else lambda text: None
+
+
+def _gpus(device: torch.device) -> int:
+    """Of a node, that its ranks share."""
+    return torch.cuda.device_count() if device.type == "cuda" else 0
 
 
 def _memory_bytes(device: torch.device) -> int:
@@ -123,19 +134,21 @@ def _step_of(config: Config, device: torch.device, comm: Comm) -> Callable[[], o
 
 
 def _disk(bench: Bench) -> float:
-    """Bytes a second that rank 0 writes here, and has on the disk."""
+    """Bytes a second that rank 0 writes here, and has on the disk. Collective; raises AgreedError."""
     bench.progress("the disk")
-    rate = 1.0
-    if bench.comm.rank == 0:
+
+    def write() -> float:
         data = torch.randint(0, 255, (DISK_BYTES,), dtype=torch.uint8, device="cpu").numpy().tobytes()
-        folder = tempfile.mkdtemp(prefix="mpilm-calibrate-", dir=".")
-        start_s = time.perf_counter()
-        with open(Path(folder) / "data", "wb", buffering=0) as file:
-            file.write(data)
-            os.fsync(file.fileno())
-        rate = DISK_BYTES / (time.perf_counter() - start_s)
-        shutil.rmtree(folder)
-    return float(bench.comm.broadcast_json(rate))
+        try:
+            with tempfile.TemporaryFile(dir=".", buffering=0) as file:
+                start_s = time.perf_counter()
+                file.write(data)
+                os.fsync(file.fileno())
+                return DISK_BYTES / (time.perf_counter() - start_s)
+        except OSError as error:
+            raise FileError(f"the folder here cannot be written, to measure the disk: {error.strerror}") from None
+
+    return float(bench.comm.broadcast_json(on_root(bench.comm, write)))
 
 
 def _step_s(bench: Bench, machine: Machine) -> float:

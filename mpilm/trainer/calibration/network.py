@@ -15,14 +15,15 @@ from mpilm.trainer.calibration.bench import Bench
 MESSAGES = (1 << 14, 1 << 18, 1 << 22)  # elements
 
 
-def network(bench: Bench, comm: Comm) -> Network | None:
-    """Between the ranks of a node, or of all nodes. Collective over the world; None where there is one rank."""
+def network(bench: Bench, comm: Comm, apart: int = 1) -> Network | None:
+    """Between the ranks of a node, or of all nodes; one speaks with the one that is so many ranks `apart`. Collective over the
+    world; None where there is one rank."""
     if min(bench.comm.all_gather_json(comm.size)) == 1:
         return None
     bench.progress(f"messages between {comm.size} ranks")
     n, rank, device = comm.size, comm.rank, bench.device
-    small = _ping_s(bench, comm, torch.zeros(1, device=device))
-    large = _ping_s(bench, comm, torch.zeros(MESSAGES[-1], device=device))
+    small = _ping_s(bench, comm, apart, torch.zeros(1, device=device))
+    large = _ping_s(bench, comm, apart, torch.zeros(MESSAGES[-1], device=device))
     exchange, gather = [], []
     for size in MESSAGES:
         each = size // n
@@ -39,15 +40,15 @@ def network(bench: Bench, comm: Comm) -> Network | None:
 
 def across(bench: Bench, comm: Comm, node: Comm) -> Network | None:
     """Between all ranks of several nodes."""
-    return network(bench, comm) if min(comm.all_gather_json(comm.size - node.size)) > 0 else None
+    return network(bench, comm, node.size) if min(comm.all_gather_json(comm.size - node.size)) > 0 else None
 
 
-def _ping_s(bench: Bench, comm: Comm, x: Tensor) -> float:
-    """One way between neighbours, all of them at once."""
+def _ping_s(bench: Bench, comm: Comm, apart: int, x: Tensor) -> float:
+    """One way between ranks that are so far apart, all of them at once."""
     y = torch.empty_like(x)
 
     def there_and_back() -> None:
-        requests = [comm.irecv(y, (comm.rank - 1) % comm.size), comm.isend(x, (comm.rank + 1) % comm.size)]
+        requests = [comm.irecv(y, (comm.rank - apart) % comm.size), comm.isend(x, (comm.rank + apart) % comm.size)]
         for request in requests:
             request.wait()
 
@@ -60,8 +61,8 @@ def _shared(bench: Bench, comm: Comm) -> Curve:
     for size in (BUCKET // 16, BUCKET, 16 * BUCKET) if bench.device.type == "cpu" else ():
         layout = FlatLayout([Layout("x", (size,), ("data",), False)], ranks=comm.size)
         nodes, parts = Nodes(comm, SelfComm("across")), comm.share(layout.numel)
-        if parts is None:
-            return ()
+        if not all(bench.comm.all_gather_json(parts is not None)) or parts is None:
+            break
         buffers = [[part[: layout.numel]] for part in parts]
         held = [{0: (r, r + 1)} for r in range(comm.size)]
         summing = SharedSum(nodes, layout, buffers, held, comm.size, gather=True)
