@@ -16,6 +16,7 @@ from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.parallel.pipeline.simulate import simulate
 from mpilm.parallel.shard import BUCKET
 from mpilm.planner.machine import Compute, Machine, Memory, Network, at, on
+from mpilm.planner.memory import RETURNED_BYTES
 
 FAMILY = {"llama": "llama", "qwen": "llama", "mixtral": "llama", "gpt2": "gpt2", "bert": "gpt2"}
 """Whose norms, activations and positions an architecture has: what is calibrated under that name."""
@@ -166,14 +167,22 @@ def block_s(setting: Setting) -> dict[str, float]:
 def ends_s(setting: Setting) -> dict[str, float]:
     """The same of norm, head and loss; and "embed", the backward of the embedding."""
     tokens, vocab_size, width = setting.tokens, setting.vocab_size, setting.model.d_model
-    logits, backward = tokens * vocab_size, linear_s(setting, tokens, (width, vocab_size), backward=True)
+    logits, matrix = tokens * vocab_size, vocab_size * width
+    backward = linear_s(setting, tokens, (width, vocab_size), backward=True) + _given_back_s(setting, matrix)
+    forward = linear_s(setting, tokens, (width, vocab_size), backward=False) + _given_back_s(setting, logits)
     found = {
-        "F": linear_s(setting, tokens, (width, vocab_size), backward=False) + logits * at(setting.rates.loss_forward, logits),
+        "F": forward + logits * at(setting.rates.loss_forward, logits),
         "B": backward + logits * at(setting.rates.loss_backward, logits),
         "W": backward / 2,
-        "embed": vocab_size * width * at(setting.streams.embedding, vocab_size * width),
+        "embed": matrix * at(setting.streams.embedding, matrix),
     }
     return {kind: seconds * setting.slowness for kind, seconds in found.items()}
+
+
+def _given_back_s(setting: Setting, numel: float) -> float:
+    """Of memory that the C library gives back each time, since it is so large, and takes anew."""
+    large = 4 * numel >= RETURNED_BYTES and setting.machine.device == "cpu"
+    return numel * at(setting.streams.fresh, numel) if large else 0.0
 
 
 def action_s(setting: Setting, kind: str, stage: int) -> float:

@@ -63,7 +63,6 @@ def in_words(points: Sequence[Point]) -> list[str]:
                 f"from {before.ranks} to {after.ranks} ranks the speed grows {after.speed(before):.2f} times only: "
                 + _why(before, after)
             )
-            break
     fastest = max(working, key=lambda point: point.candidate.tokens_per_s)  # type: ignore[union-attr]
     if fastest is not working[-1]:
         said.append(f"more than {fastest.ranks} ranks make it slower")

@@ -60,7 +60,7 @@ def plan_memory(args: argparse.Namespace) -> None:
             config = replaced_by(words)
             for each in search(Job(config, 2048, read(machine)), RANKS)[0]:
                 chosen = [] if each.config.parallel == resolve(Config()).parallel else flags(each).split()
-                _, _, printed = training_run(RANKS, 4, *words, *chosen)
+                _, _, printed = training_run(RANKS, 4, "--checkpoint.every", "2", *words, *chosen)
                 measured = float(re.findall(r"memory ([\d,]+) MiB", printed)[-1].replace(",", ""))
                 said = each.memory_bytes / 2**20
                 ratios.append(said / measured)
