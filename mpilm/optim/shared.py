@@ -38,13 +38,13 @@ class Nodes:
 
 def nodes_of(comm: Comm) -> Nodes | None:
     """How the ranks lie; None where nodes have one rank each, or unequal numbers, or ranks in turn. Collective."""
-    node = comm.split_node()
+    node = comm.split_node(f"{comm.name} within the node")
     here = comm.all_gather_json([comm.rank - node.rank, node.rank, node.size])
     size = node.size
     expected = [[rank // size * size, rank % size, size] for rank in range(comm.size)]
     if not all(comm.all_gather_json(size > 1 and here == expected)):
         return None
-    return Nodes(node, comm.split(node.rank, comm.rank, "across"))
+    return Nodes(node, comm.split(node.rank, comm.rank, f"{comm.name} across nodes"))
 
 
 class Lane:
