@@ -242,9 +242,10 @@ class RunLog:
             ways = ["in memory that the ranks of a node share" if of.shared else "by messages" for of in found[:1]]
             tried = ", ".join(f"{way} {1000 * seconds:.1f} ms" for way, seconds in run.model.tried.items())
             ways += [f"({tried})"] if tried else []
-            ways += ["; what is sent, as bfloat16: the last bits depend on the layout"] * (parallel.wire_dtype == "bfloat16")
             if ways:
                 self.display.line(f"           gradients are added {' '.join(ways)}")
+            if parallel.wire_dtype == "bfloat16":
+                self.display.line("           what is sent of them travels as bfloat16: the last bits depend on the layout")
 
     def _warn_uneven(self, total: int) -> None:
         ranks = self.run.mesh.shape.data

@@ -132,15 +132,15 @@ def conditions(machine: Machine, world: Comm, parallel: Parallel) -> dict[str, s
     """What may change the last bits of a result though no setting that it depends on has changed."""
     return {
         **versions(world), "threads": str(machine.threads), "device": machine.device.type,
-        "compile": str(machine.compiles).lower(), "gradients": _gradients(parallel),
+        "compile": str(machine.compiles).lower(), "exchange": _exchange(parallel),
     }  # fmt: skip
 
 
-def _gradients(parallel: Parallel) -> str:
-    """How they come together."""
+def _exchange(parallel: Parallel) -> str:
+    """What travels of gradients."""
     if parallel.sync_every:
         return f"apart for {parallel.sync_every} steps"
-    return f"compressed to rank {parallel.compress}" if parallel.compress else f"sent as {parallel.wire_dtype}"
+    return f"compressed to rank {parallel.compress}" if parallel.compress else parallel.wire_dtype
 
 
 def processor() -> str:

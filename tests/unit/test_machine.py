@@ -92,11 +92,11 @@ def test_gpus_are_dealt_in_turn(monkeypatch):
 
 def test_conditions_name_what_may_change_the_last_bits():
     found = conditions(machine.Machine(torch.device("cpu"), 3, False), SelfComm(), Parallel(compress=4))
-    assert set(found) == {"mpilm", "torch", "python", "mpi", "processor", "threads", "device", "compile", "gradients"}
+    assert set(found) == {"mpilm", "torch", "python", "mpi", "processor", "threads", "device", "compile", "exchange"}
     assert (found["threads"], found["device"], found["torch"]) == ("3", "cpu", torch.__version__)
-    assert (found["compile"], found["gradients"]) == ("false", "compressed to rank 4")
-    for parallel, said in ((Parallel(), "sent as float32"), (Parallel(sync_every=20), "apart for 20 steps")):
-        assert conditions(machine.Machine(torch.device("cpu"), 3, False), SelfComm(), parallel)["gradients"] == said
+    assert (found["compile"], found["exchange"]) == ("false", "compressed to rank 4")
+    for parallel, said in ((Parallel(), "float32"), (Parallel(sync_every=20), "apart for 20 steps")):
+        assert conditions(machine.Machine(torch.device("cpu"), 3, False), SelfComm(), parallel)["exchange"] == said
     assert torch.backends.cpu.get_cpu_capability() in found["processor"]
 
 
