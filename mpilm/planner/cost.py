@@ -15,7 +15,7 @@ from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.parallel.pipeline.simulate import simulate
 from mpilm.parallel.shard import BUCKET
-from mpilm.planner.machine import Compute, Machine, Memory, Network, at, on
+from mpilm.planner.machine import Compute, Curve, Machine, Memory, Network, at, on
 from mpilm.planner.memory import RETURNED_BYTES
 
 FAMILY = {"llama": "llama", "qwen": "llama", "mixtral": "llama", "gpt2": "gpt2", "bert": "gpt2"}
@@ -203,19 +203,20 @@ def action_s(setting: Setting, kind: str, stage: int) -> float:
 
 def exchange_s(network: Network | None, ranks: int, numel: float) -> float:
     """Exchange the slices of a vector: each rank has its own of all ranks then."""
-    if ranks == 1 or network is None or numel <= 0:
-        return 0.0
-    leaving = numel * (ranks - 1) / ranks
-    messages = math.ceil(numel / BUCKET) * (ranks - network.ranks)  # beyond those that were measured with it
-    return leaving * at(network.exchange, numel) + max(0, messages) * network.latency_s
+    return _moved_s(network, network.exchange, ranks, numel) if network is not None else 0.0
 
 
 def gather_s(network: Network | None, ranks: int, numel: float) -> float:
     """Bring the slices of a vector to all ranks."""
-    if ranks == 1 or network is None or numel <= 0:
+    return _moved_s(network, network.gather, ranks, numel) if network is not None else 0.0
+
+
+def _moved_s(network: Network, rates: Curve, ranks: int, numel: float) -> float:
+    """Of all slices but a rank's own, with the messages beyond those that the rates were measured with."""
+    if ranks == 1 or numel <= 0:
         return 0.0
-    messages = math.ceil(numel / BUCKET) * (ranks - network.ranks)
-    return numel * (ranks - 1) / ranks * at(network.gather, numel) + max(0, messages) * network.latency_s
+    messages = math.ceil(numel / BUCKET) * max(0, ranks - network.ranks)
+    return numel * (ranks - 1) / ranks * at(rates, numel) + messages * network.latency_s
 
 
 def shared_s(network: Network, ranks: int, numel: float, gather: bool) -> float:
