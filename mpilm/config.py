@@ -244,6 +244,11 @@ class Run:
     """Steps between evaluations, which every checkpoint has as well; 0: none at all, and no best checkpoint."""
     eval_batches: int = 8
     """Global batches of held-out text an evaluation reads; 0: all of it."""
+    trace_steps: str = ""
+    """Steps to trace, the first and the last, as in 10:12: what each rank did when, in trace.json, for Perfetto and the report;
+    empty: none."""
+    trackers: tuple[str, ...] = ()
+    """Where else rows go, offline and by their own libraries: wandb, mlflow. TensorBoard has them wherever it is installed."""
     time_limit: float = 0.0
     """Seconds after which the run saves and ends with code 75, to be started again; 0: the end of its SLURM job, if any."""
 
@@ -360,6 +365,17 @@ def lora_targets(model: Model) -> tuple[str, ...]:
     there = LORA_TARGETS[model.arch]
     named = tuple(name for name in there if name in model.lora_targets)
     return () if named == there else named
+
+
+def traced_steps(config: Config) -> range:
+    """The steps to trace, counted from 1 as in the log; raises ValueError for what are none."""
+    words = config.run.trace_steps
+    if not words:
+        return range(0)
+    first, last = (int(word) for word in words.split(":"))
+    if not 1 <= first <= last:
+        raise ValueError(words)
+    return range(first, last + 1)
 
 
 def microbatches(config: Config) -> int:

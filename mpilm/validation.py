@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpilm.config import LORA_TARGETS, Config, Data, Model, flatten, mathematics, resolve
+from mpilm.config import LORA_TARGETS, Config, Data, Model, flatten, mathematics, resolve, traced_steps
 from mpilm.errors import ConfigError
 
 POSITIVE = (
@@ -21,6 +21,7 @@ NOT_NEGATIVE = (
     "generate.max_tokens", "generate.temperature", "generate.top_k", "generate.seed",
 )  # fmt: skip
 MOST_THREADS = 1024  # of a rank: more than any node has cores, and many more end a process
+TRACKERS = ("wandb", "mlflow")
 BELOW_ONE = ("model.dropout", "data.eval_fraction", "train.beta1", "train.beta2", "train.momentum")
 
 
@@ -49,6 +50,7 @@ def validate(config: Any) -> None:
         _validate_model(resolve(config).model)
         _validate_train(config)
         _validate_parallel(resolve(config))
+        _validate_run(config)
     if "data.mask_fraction" in flat and not 0 < flat["data.mask_fraction"] < 1:
         raise ConfigError(f"--data.mask-fraction must be above 0 and below 1, not {flat['data.mask_fraction']}")
     if "generate.top_p" in flat and not 0 < flat["generate.top_p"] <= 1:
@@ -211,6 +213,16 @@ def _validate_parallel(config: Config) -> None:
             raise ConfigError("--parallel.compress and --parallel.sync-every: between meetings no gradient travels; write one")
     if parallel.sync_every:
         _validate_apart(config)
+
+
+def _validate_run(config: Config) -> None:
+    try:
+        traced_steps(config)
+    except ValueError:
+        raise ConfigError(f"--run.trace-steps {config.run.trace_steps}: write the first and the last, as in 10:12") from None
+    for name in config.run.trackers:
+        if name not in TRACKERS:
+            raise ConfigError(f"--run.trackers {name}: there is none of that name; there are {', '.join(TRACKERS)}")
 
 
 def _go_with(setting: str, config: Config, zeros: tuple[int, ...]) -> None:

@@ -101,7 +101,7 @@ class Saving:
         self, parent: Path, step: int, state: State, comm: Comm, at: Point = nowhere, ahead: bool = True,
         buffers: Buffers | None = None,
     ):  # fmt: skip
-        self.state, self.comm, self.at = state, comm, at
+        self.step, self.state, self.comm, self.at = step, state, comm, at
         self._began, self.took_s = time.perf_counter(), 0.0  # copying and writing
         self.final = parent / folder_name(step)
         self.temporary = parent / f"{TEMPORARY}{self.final.name}"

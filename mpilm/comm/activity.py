@@ -1,10 +1,12 @@
-"""What this rank is doing: noted by its communicators and by the loop, read by the watchdog from another thread."""
+"""What this rank is doing: noted by its communicators and by the loop, read by the watchdog from another thread; and, for
+whoever asks, how long everything took."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -14,16 +16,27 @@ PACKAGE = Path(__file__).parents[1]
 
 
 class Call(NamedTuple):
-    """Something said to other ranks. `number`: counted on its communicator; `waits_for`: ranks of the world that take part."""
+    """Something said to other ranks. `number`: counted on its communicator; `waits_for`: ranks of the world that take part;
+    `sent_bytes`: that this rank sends, or receives from one."""
 
     op: str
     axis: str
     number: int
     waits_for: Sequence[int]
     detail: str = ""
+    sent_bytes: int = 0
 
     def __str__(self) -> str:
         return f"{self.op} on {self.axis}, call {self.number}{', ' * bool(self.detail)}{self.detail}"
+
+
+class Span(NamedTuple):
+    """Something that took time, in seconds of time.monotonic: a call that was waited for, an action of a schedule, or what a
+    word says."""
+
+    what: object
+    start_s: float
+    end_s: float
 
 
 def nothing(point: str, step: int) -> None:
@@ -41,6 +54,7 @@ class Activity:
         self.longest_s: dict[str, float] = {}
         self.waiting: tuple[Call, float] | None = None
         self.calls: deque[Call] = deque(maxlen=REMEMBERED)
+        self._spans: list[Span] | None = None
         self._at = at
         self._over = False
 
@@ -57,9 +71,27 @@ class Activity:
     def wait(self, call: Call, finish: Callable[[], object]) -> None:
         """Do `finish`, which waits for other ranks."""
         self._rest_if_over()
-        self.waiting = call, time.monotonic()
+        began_s = time.monotonic()
+        self.waiting = call, began_s
         finish()
         self.waiting = None
+        self._note(call, began_s)
+
+    @contextmanager
+    def span(self, what: object) -> Iterator[None]:
+        """What is done meanwhile takes the time that `what` takes; one may lie in another."""
+        began_s = time.monotonic()
+        yield
+        self._note(what, began_s)
+
+    def take(self) -> list[Span]:
+        """All that has ended since the last time it was asked for; the first time begins the keeping."""
+        spans, self._spans = self._spans or [], []
+        return spans
+
+    def _note(self, what: object, began_s: float) -> None:
+        if self._spans is not None:
+            self._spans.append(Span(what, began_s, time.monotonic()))
 
     def end(self) -> None:
         """The end of this process has been decided, from another thread: what comes to life again must not go on."""

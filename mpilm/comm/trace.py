@@ -33,14 +33,16 @@ class Traced(Comm):
         self.sent_bytes: Counter[str] = Counter()
         self._collectives = self._messages = 0
 
-    def _record(self, op: str, x: Tensor, sent: int) -> None:
+    def _record(self, op: str, x: Tensor, sent: int) -> int:
+        """Count a call, and the bytes that it sends."""
         self.calls[op] += 1
         self.sent_bytes[op] += sent * x.element_size()
+        return sent * x.element_size()
 
-    def _agree(self, op: str, *what: Any) -> Call:
+    def _agree(self, op: str, *what: Any, sent: int = 0) -> Call:
         """Count one collective, and compare it over the ranks; messages between two ranks have no place in its order."""
         self._collectives += 1
-        call = Call(op, self.name, self._collectives, self.ranks)
+        call = Call(op, self.name, self._collectives, self.ranks, sent_bytes=sent)
         self.activity.calls.append(call)
         if self.check:
             mine = [self._collectives, op, *map(str, what), f"({place(sys._getframe())})"]
@@ -86,18 +88,18 @@ class Traced(Comm):
         self.inner.abort(code)
 
     def _iall_reduce(self, x: Tensor, op: str) -> Request:
-        self._record("all_reduce", x, x.numel())
-        call = self._agree("all_reduce", op, x.dtype, x.numel())
+        sent = self._record("all_reduce", x, x.numel())
+        call = self._agree("all_reduce", op, x.dtype, x.numel(), sent=sent)
         return self._later(call, self.inner._iall_reduce(x, op))
 
     def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
-        self._record("all_gather", x, x.numel() * (self.size - 1))
-        call = self._agree("all_gather", x.dtype, list(counts))
+        sent = self._record("all_gather", x, x.numel() * (self.size - 1))
+        call = self._agree("all_gather", x.dtype, list(counts), sent=sent)
         return self._later(call, self.inner._iall_gather(x, out, counts))
 
     def _iall_to_all(self, x: Tensor, out: Tensor, send_counts: Counts, receive_counts: Counts) -> Request:
-        self._record("all_to_all", x, x.numel() - send_counts[self.rank])
-        call = self._agree("all_to_all", x.dtype)
+        sent = self._record("all_to_all", x, x.numel() - send_counts[self.rank])
+        call = self._agree("all_to_all", x.dtype, sent=sent)
         if self.check:
             everyone = self.inner.all_gather_json(list(send_counts))
             self._expect([theirs[self.rank] for theirs in everyone], list(receive_counts))
@@ -111,22 +113,22 @@ class Traced(Comm):
                 raise RanksDisagreeError(f"{self.name}: all_to_all brings rank {rank} {came} elements, it expects {wanted}")
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
-        self._record("send", x, x.numel())
-        return self._later(self._message("send", to, tag), self.inner._isend(x, to, tag))
+        sent = self._record("send", x, x.numel())
+        return self._later(self._message("send", to, tag, sent), self.inner._isend(x, to, tag))
 
     def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
-        return self._later(self._message("receive", source, tag), self.inner._irecv(out, source, tag))
+        return self._later(self._message("receive", source, tag, out.nbytes), self.inner._irecv(out, source, tag))
 
-    def _message(self, op: str, peer: int, tag: int) -> Call:
+    def _message(self, op: str, peer: int, tag: int, sent: int) -> Call:
         self.activity.at(f"p2p.{op}")
         self._messages += 1
-        call = Call(op, self.name, self._messages, (self.ranks[peer],), f"tag {tag}")
+        call = Call(op, self.name, self._messages, (self.ranks[peer],), f"tag {tag}", sent)
         self.activity.calls.append(call)
         return call
 
     def _broadcast(self, x: Tensor, root: int) -> None:
-        self._record("broadcast", x, x.numel() if self.rank == root else 0)
-        call = self._agree("broadcast", x.dtype, x.numel(), f"from rank {root}")
+        sent = self._record("broadcast", x, x.numel() if self.rank == root else 0)
+        call = self._agree("broadcast", x.dtype, x.numel(), f"from rank {root}", sent=sent)
         self.activity.wait(call, lambda: self.inner._broadcast(x, root))
 
 

@@ -1,74 +1,98 @@
-"""What rank 0 prints while training: a header, progress, notes. A bar on a terminal, plain lines elsewhere."""
+"""What rank 0 prints while training: a view on a terminal, lines elsewhere, and the same lines in RUN/log.txt."""
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from rich.live import Live
 
-def duration(seconds: float) -> str:
-    """Seconds as 1h02m, 2m31s or 12s."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
-
-
-def mebibytes(count: float) -> str:
-    return f"{count / 2**20:,.0f} MiB"
-
+from mpilm.telemetry.live import Glance
+from mpilm.telemetry.words import duration, slowest
 
 QUIET_S = 3.0
-SLOW = 1.2  # times the median
-
-
-def slowest(rank_busy_s: Sequence[float]) -> str:
-    """The rank that computes longest, where it is clearly slower than most."""
-    middle, most = statistics.median_low(rank_busy_s), max(rank_busy_s)
-    if len(rank_busy_s) < 2 or most <= SLOW * middle:
-        return ""
-    return f"  (rank {rank_busy_s.index(most)} computes {most / middle:.1f} times as long as most)"
+REFRESH_S = 0.5
 
 
 class Display:
-    """Prints on rank 0 and keeps silent on the others.
+    """Prints on rank 0 and keeps silent on the others. `log`: the file that has every line, with its time.
 
     `launched`: started by mpirun or srun, which carry the output away: Open MPI gives ranks a terminal of their own even
     where it then writes to a file, so there is no telling, and lines are right everywhere.
     """
 
-    def __init__(self, speaks: bool, first: int, steps: int, launched: bool):
-        self.speaks, self.steps, self.first = speaks, steps, first
-        self.started = time.monotonic()
-        self.bar = _bar(first, steps) if speaks and steps > first and sys.stdout.isatty() and not launched else None
+    def __init__(self, speaks: bool, glance: Glance, log: Path, launched: bool):
+        self.speaks, self.glance = speaks, glance
+        self.first, self.started = 0, time.monotonic()
+        self._log = open(log, "a", encoding="utf-8") if speaks else None  # noqa: SIM115
+        self._terminal = speaks and sys.stdout.isatty() and not launched
+        self._live: Live | None = None
+        self._drawn = 0.0
 
-    def line(self, text: str = "") -> None:
-        if not self.speaks:
-            return
-        if self.bar is not None:
-            self.bar.console.print(text, markup=False, highlight=False)
+    def begin(self, first: int) -> None:
+        """All that comes before the first step has been said."""
+        self.first, self.started = first, time.monotonic()
+        if self._terminal and self.glance.steps > first:
+            self._live = Live(self.glance, auto_refresh=False)
+            self._live.start()
+
+    def say(self, text: str = "") -> None:
+        """A line, or several, as they are."""
+        if self.speaks:
+            self._write(text)
+            if self._live is not None:
+                self._live.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, flush=True)
+
+    def line(self, text: str) -> None:
+        """Something that has happened, and when."""
+        if self._live is None and not self._terminal and self.speaks:
+            self._write(text)
+            print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
         else:
-            print(text, flush=True)
+            self.say(text)
 
     def step(self, done: int, row: dict[str, Any], logged: bool) -> None:
         """Show that `done` steps are done; `row` holds the numbers of the last one."""
         if not self.speaks:
             return
-        left = (time.monotonic() - self.started) / (done - self.first) * (self.steps - done)
+        if logged:
+            self._step_line(done, row)
+        elif self._live is not None:
+            self.glance.see(row)
+        if self._live is not None and time.monotonic() > self._drawn + REFRESH_S:
+            self._live.refresh()
+            self._drawn = time.monotonic()
+
+    def _step_line(self, done: int, row: dict[str, Any]) -> None:
+        steps = self.glance.steps
+        left = (time.monotonic() - self.started) / (done - self.first) * (steps - done)
         text = f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=done, text=text)
-        elif logged:
-            slow = slowest(row["rank_busy_s"])
-            self.line(f"step {done:>{len(str(self.steps))}}/{self.steps}  {text}  {duration(left)} left{slow}")
+        slow = slowest(row["rank_s"]["compute"])
+        line = f"step {done:>{len(str(steps))}}/{steps}  {text}  {duration(left)} left{f'  ({slow})' if slow else ''}"
+        if self._live is None:
+            self.line(line)
+        else:
+            self._write(line)
+
+    def _write(self, text: str) -> None:
+        """Into the log, where it can be written: a full disk stops checkpoints, not lines."""
+        if self._log is not None:
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            try:
+                self._log.write("".join(f"{now}  {line}".rstrip() + "\n" for line in text.split("\n")))
+                self._log.flush()
+            except OSError:
+                self._log = None
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        if self._live is not None:
+            self._live.refresh()
+            self._live.stop()
+            self._live = None
 
 
 class Counter:
@@ -85,13 +109,3 @@ class Counter:
         if self.speaks and now > self.shown + QUIET_S:
             self.shown = now
             print(f"{self.what}: {self.done:,} of {self.total:,} on rank 0", file=sys.stderr, flush=True)
-
-
-def _bar(first: int, steps: int) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-    bar = Progress(*columns)
-    bar.add_task("train", total=steps, completed=first, text="")
-    bar.start()
-    return bar

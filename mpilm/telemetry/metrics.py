@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl: one JSON object a row, and the same numbers for TensorBoard."""
+"""RUN/metrics.jsonl: one JSON object a row."""
 
 from __future__ import annotations
 
@@ -47,24 +47,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in content[: kept_bytes(content, 2**63)].splitlines()]
 
 
-class TensorBoard:
-    """The numbers of each row as scalars, where the tensorboard package is installed; otherwise nothing."""
+class Tail:
+    """The rows of a metrics file that somebody else is writing, as they come."""
 
-    def __init__(self, folder: Path, step: int):
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError:
-            self._writer = None
-            return
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    def __init__(self, path: Path):
+        self.path, self._at = path, 0
 
-    def write(self, row: dict[str, Any]) -> None:
-        if self._writer is None:
-            return
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and key not in ("step", "time"):
-                self._writer.add_scalar(key, value, row["step"], walltime=row.get("time"))
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+    def read(self) -> tuple[list[dict[str, Any]], bool]:
+        """The whole rows since the last time; and whether they are all there are, since the file has become shorter."""
+        if not self.path.exists():
+            return [], False
+        anew = self.path.stat().st_size < self._at
+        self._at = 0 if anew else self._at
+        with open(self.path, "rb") as file:
+            file.seek(self._at)
+            lines = file.read().splitlines(keepends=True)
+        rows = []
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            self._at += len(line)
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows, anew

@@ -135,7 +135,7 @@ class Carried:
     def result(self) -> StepResult:
         """Of the step after which the run goes on."""
         loss, grad_norm, lr, updated = self.history["result"]
-        return StepResult(loss, grad_norm, lr, updated, NOTHING, [])
+        return StepResult(loss, grad_norm, lr, updated, NOTHING)
 
     def hand_over(self, kinds: Kinds) -> None:
         """Fill these pieces. Collective over the ranks that work, the others being in `give`."""

@@ -19,7 +19,7 @@ from mpilm.comm.base import OPS, REDUCIBLE, Comm
 from mpilm.comm.shared import FOLDER
 from mpilm.comm.together import AgreedError
 from mpilm.errors import RanksDisagreeError
-from mpilm.telemetry.display import mebibytes
+from mpilm.telemetry.words import mebibytes
 from mpilm.trainer.machine import cores_of, versions
 
 ROUNDS = 20

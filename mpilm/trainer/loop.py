@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from mpilm.comm.activity import Activity
+from mpilm.comm.activity import Activity, Span
 from mpilm.comm.base import Comm
 from mpilm.comm.together import AgreedError
 from mpilm.comm.trace import Traced
-from mpilm.config import Config
+from mpilm.config import Config, traced_steps
 from mpilm.errors import PreemptedError
 from mpilm.guard.fault import faults
 from mpilm.guard.request import REASONS
 from mpilm.guard.watchdog import LEAVING, Watchdog
+from mpilm.telemetry.trace import Trace
 from mpilm.trainer.build import Training, build
 from mpilm.trainer.drift import refuse_drift
 from mpilm.trainer.elastic import Carried, Forgetful, Kept
 from mpilm.trainer.held_out import evaluate
 from mpilm.trainer.left_out import leave_out
-from mpilm.trainer.log import RunLog
+from mpilm.trainer.log import RunLog, layout_row
 from mpilm.trainer.memory import is_out_of_memory, out_of_memory
 from mpilm.trainer.saver import Saver
 from mpilm.trainer.step import Said, StepResult, train_step
@@ -44,10 +45,12 @@ def train(
         watchdog.hurried = lambda: run.request.signalled
         log = RunLog(run)
         saver = Saver(run, log)
+        trace = Trace(traced_steps(config), run.mesh, layout_row(run))
         try:
-            _steps(run, log, saver, kept or Forgetful(), carried)
+            _steps(run, log, saver, trace, kept or Forgetful(), carried)
         except AgreedError:
             saver.close()
+            log.traced(trace)
             raise
         except Exception as error:
             if world.lost(error):
@@ -75,21 +78,24 @@ def _leaving_together(world: Comm, activity: Activity) -> Iterator[None]:
         raise agreed
 
 
-def _steps(run: Training, log: RunLog, saver: Saver, kept: Kept, carried: Carried | None) -> None:
+def _steps(run: Training, log: RunLog, saver: Saver, trace: Trace, kept: Kept, carried: Carried | None) -> None:
     activity = run.mesh.activity
     saver.reserve()
     unchecked = False
     if carried is not None:  # what belongs to its step may not have been finished
-        _after(run, log, saver, carried.done, carried.result(), again=True)
+        _after(run, log, saver, carried.done, carried.result(), [], again=True)
     for step in range(run.folder.step, run.config.train.steps):
+        trace.ready(step + 1)
         compiling = run.config.train.compile and step == run.folder.step
         activity.enter("compilation" if compiling else "step", step)  # which takes as long as it takes
         checking = step == run.folder.step or due(step, run.config.fault.check_every)
         run.mesh.check(checking)
         said = Said(run.request.reason(log.needed_s()), saver.busy)
+        trace.keep_after(step, activity.take())
         result = train_step(run.model, run.batches, step, said, run.history.limit(run.config.train))
+        spans, done, rewound = activity.take(), step + 1, False
+        trace.keep(done, spans)
         run.mesh.check(False)
-        done, rewound = step + 1, False
         if result.updated:
             run.history.note(result.loss)
         else:
@@ -101,17 +107,22 @@ def _steps(run: Training, log: RunLog, saver: Saver, kept: Kept, carried: Carrie
         if unchecked and run.model.met(done):  # replicas that are apart are looked at when they meet
             refuse_drift(run.model, done)
             unchecked = False
-        _after(run, log, saver, done, result, rewound)
+        _after(run, log, saver, done, result, spans, rewound)
+        if done in trace.steps and done + 1 not in trace.steps:
+            trace.keep_after(done, activity.take())
+            log.traced(trace)
     saver.close()
+    log.traced(trace)
     _forget_stop(run)
 
 
 def _after(
-    run: Training, log: RunLog, saver: Saver, done: int, result: StepResult, rewound: bool = False, again: bool = False
-) -> None:
+    run: Training, log: RunLog, saver: Saver, done: int, result: StepResult, spans: list[Span], rewound: bool = False,
+    again: bool = False,
+) -> None:  # fmt: skip
     """What belongs to a step besides the step: log, evaluate, save, stop. Collective. `again`: some may have been done."""
     settings, steps, activity, loss = run.config.run, run.config.train.steps, run.mesh.activity, None
-    (log.again if again else log.step)(done, result)
+    log.again(done, result) if again else log.step(done, result, spans)
     saver.look(done, result.heard.busy)
     stopping = result.heard.wish > 0 and done < steps
     if stopping:
@@ -121,7 +132,8 @@ def _after(
     if run.batches.eval_samples and evaluating:
         activity.enter("evaluation", done - 1)
         activity.at("eval")
-        loss = evaluate(run)
+        with activity.span("evaluation"):
+            loss = evaluate(run)
         log.evaluation(done, loss)
     if saving and not (again and saver.is_there(done)):
         saver.begin(done, loss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,9 @@ from mpilm.model.families import build
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
 from mpilm.parallel.compiled import require_compiler
+
+GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bfloat16, FLOP/s
+PRODUCT = 768  # small enough to be gone at once, large enough for the units to be busy
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,22 @@ def choose_device(setting: str, node: Comm) -> torch.device:
     device = torch.device("cuda", node.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)  # before MPI touches a GPU: some libraries fail on any other than the first
     return device
+
+
+def peak_flops(device: torch.device, dtype: str) -> tuple[float | None, str]:
+    """FLOP/s that this rank could reach at most, and where that is known from: of a GPU its maker's number, of a CPU the best
+    of some matrix products, which all ranks of a node should make at the same time. None where neither is known."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((peak for key, peak in GPU_PEAKS.items() if key in name), None) if dtype == "bfloat16" else None
+        return known, "the maker's number"
+    a = torch.ones(PRODUCT, PRODUCT, dtype=getattr(torch, dtype))
+    out, times = torch.empty_like(a), []
+    for _ in range(5):
+        start_s = time.perf_counter()
+        torch.mm(a, a, out=out)
+        times.append(time.perf_counter() - start_s)
+    return 2 * PRODUCT**3 / min(times), f"a product of {PRODUCT} x {PRODUCT} matrices, measured at the start"
 
 
 def versions(world: Comm) -> dict[str, str]:

@@ -11,7 +11,7 @@ from mpilm.checkpoint.assemble import IN_FLIGHT
 from mpilm.checkpoint.format import BLOCK_BYTES
 from mpilm.errors import OutOfMemoryError
 from mpilm.planner.memory import COMPILER_BYTES, FIRST_STEP_BYTES, step_bytes
-from mpilm.telemetry.display import mebibytes
+from mpilm.telemetry.words import mebibytes
 from mpilm.trainer.build import Training
 
 SAVING_BYTES = (IN_FLIGHT + 1) * BLOCK_BYTES

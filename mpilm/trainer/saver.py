@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ class Saver:
     def __init__(self, run: Training, log: RunLog):
         self.run, self.log = run, log
         self._saving: Saving | None = None
+        self._waited_s = 0.0  # what training has waited for it
         self._buffers = Buffers()
         self._pruning: threading.Thread | None = None  # on rank 0: to remove large files takes a while
 
@@ -44,8 +47,15 @@ class Saver:
     def begin(self, done: int, eval_loss: float | None) -> None:
         """Copy the state after `done` steps and begin to write it; the one before is finished first."""
         self.finish()
+        self._waited_s = 0.0
+        with self._waiting(done - 1):
+            self._start(done, eval_loss)
+        if not self.run.config.checkpoint.asynchronous:
+            self.finish()
+        self.log.skip_time(done)
+
+    def _start(self, done: int, eval_loss: float | None) -> None:
         run = self.run
-        run.mesh.activity.enter("checkpoint", done - 1)
         _refuse_not_finite(run, done)
         self._pruned()  # before one looks for room
         try:
@@ -55,9 +65,15 @@ class Saver:
             )  # fmt: skip
         except AgreedError as error:
             self._failed(error)
-        if not run.config.checkpoint.asynchronous:
-            self.finish()
-        self.log.skip_time(done)
+
+    @contextlib.contextmanager
+    def _waiting(self, step: int) -> Iterator[None]:
+        """What is done meanwhile is for a checkpoint, and training stands still."""
+        activity, began_s = self.run.mesh.activity, time.monotonic()
+        activity.enter("checkpoint", step)
+        with activity.span("checkpoint"):
+            yield
+        self._waited_s += time.monotonic() - began_s
 
     def is_there(self, done: int) -> bool:
         """Whether the state after `done` steps has been saved."""
@@ -78,15 +94,16 @@ class Saver:
     def _bring_on(self, go: Callable[[], object]) -> None:
         saving, run, config = self._saving, self.run, self.run.config.checkpoint
         assert saving is not None
-        run.mesh.activity.enter("checkpoint", run.mesh.activity.step)
         try:
-            if not go():
+            with self._waiting(run.mesh.activity.step):
+                there = go()
+            if not there:
                 return
         except AgreedError as error:
             self._saving = None
             return self._failed(error)
         self._saving = None
-        self.log.saved(saving.final, saving.took_s)
+        self.log.saved(saving.final, saving.step, saving.took_s, self._waited_s)
         if run.mesh.rank == 0:
             run.mesh.activity.at("checkpoint.cleanup")
             wanted = run.folder.checkpoints, config.keep, config.keep_best

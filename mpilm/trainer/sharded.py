@@ -22,7 +22,6 @@ from mpilm.optim.way import faster
 from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.layout import of_stage, owned, trained
-from mpilm.parallel.pipeline.execute import Timed
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.parallel.pipeline.stage import Feed
@@ -176,8 +175,8 @@ class ShardedModel(StagedModel):
         for gradients in self.gradients.values():
             gradients.forget()
 
-    def compute(self, step: int, batch_of: Callable[[int], Batch], target_tokens: int) -> list[Timed]:
+    def compute(self, step: int, batch_of: Callable[[int], Batch], target_tokens: int) -> None:
         """Forward and backward of this replica's microbatches, and the sums over all replicas. Collective."""
         if self.apart:  # the mean over this replica's own
             target_tokens = max(1, target_tokens * len(self.numbers) // microbatches(self.config))
-        return self._run(self.program, Feed(batch_of, self.numbers, step, target_tokens, self.token_losses))
+        self._run(self.program, Feed(batch_of, self.numbers, step, target_tokens, self.token_losses))

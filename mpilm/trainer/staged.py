@@ -28,7 +28,7 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.gathered import GatheredParameters, ResidentParameters, gather_shards
 from mpilm.parallel.layout import Layout, frozen, of_stage, owned, resolve, trained
 from mpilm.parallel.pipeline.actions import Action
-from mpilm.parallel.pipeline.execute import Timed, Wire, execute
+from mpilm.parallel.pipeline.execute import Wire, execute
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import forward_only
 from mpilm.parallel.pipeline.stage import Feed, Gradients, ModelStage, NoGradients, token_losses
@@ -172,10 +172,10 @@ class StagedModel:
         parallel = self.config.parallel
         return lower(forward_only(parallel.pipeline, parallel.chunks, count)[self.pipeline.rank], len(self.cut), present)
 
-    def _run(self, program: Sequence[Action], feed: Feed) -> list[Timed]:
+    def _run(self, program: Sequence[Action], feed: Feed) -> None:
         for stage in self.stages.values():
             stage.start(feed)
-        return execute(program, self.stages, self.wire, self.mesh.activity.at)
+        execute(program, self.stages, self.wire, self.mesh.activity)
 
 
 def _pieces(flats: Iterable[FlatParameters]) -> dict[Piece, Tensor]:

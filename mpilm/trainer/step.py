@@ -14,7 +14,6 @@ from mpilm.comm.base import Comm
 from mpilm.config import microbatches
 from mpilm.data.batch import Batch
 from mpilm.optim.rate import learning_rate
-from mpilm.parallel.pipeline.execute import Timed
 from mpilm.trainer.sharded import ShardedModel
 
 WISHES = 8
@@ -43,15 +42,13 @@ NOTHING = Said()
 @dataclass(frozen=True)
 class StepResult:
     """`loss`: mean over the target tokens of the global batch, in nats; `grad_norm`: before clipping. `updated`: whether they
-    were finite and the loss no spike. `heard`: what the ranks have said to each other. All these are the same on all ranks.
-    `times`: of this rank's actions."""
+    were finite and the loss no spike. `heard`: what the ranks have said to each other. The same on all ranks."""
 
     loss: float
     grad_norm: float
     lr: float
     updated: bool
     heard: Said
-    times: list[Timed]
 
 
 def train_step(
@@ -61,37 +58,41 @@ def train_step(
 
     Where the loss or the gradient is not finite, or the loss above `highest_loss`, nothing is updated, on all ranks alike.
     """
-    loss, norm, heard, times = gradients(model, source, step, say)
+    loss, norm, heard = gradients(model, source, step, say)
     good = math.isfinite(loss) and math.isfinite(norm) and loss <= highest_loss
     lr = update(model, step, norm) if good else learning_rate(model.config.train, step)
     if model.met(step + 1):
         model.meet()
-    return StepResult(loss, norm, lr, good, heard, times)
+    return StepResult(loss, norm, lr, good, heard)
 
 
-def gradients(model: ShardedModel, source: Source, step: int, say: Said = NOTHING) -> tuple[float, float, Said, list[Timed]]:
+def gradients(model: ShardedModel, source: Source, step: int, say: Said = NOTHING) -> tuple[float, float, Said]:
     """The loss of a step and the norm of its gradient, which lies in `model.sums`. Collective over the mesh."""
-    tokens, world = source.target_tokens(step), model.mesh.world
+    tokens, world, activity = source.target_tokens(step), model.mesh.world, model.mesh.activity
 
     def batch_of(m: int) -> Batch:
-        model.mesh.activity.at("data.next")
-        return source.train(step, m).to(model.device)
+        activity.at("data.next")
+        with activity.span("data"):
+            return source.train(step, m).to(model.device)
 
-    times = model.compute(step, batch_of, max(1, tokens))
+    model.compute(step, batch_of, max(1, tokens))
     model.ties.add_gradients(model.sums)
-    loss, heard = loss_and_said(model.results(), microbatches(model.config), world, say)
-    return loss / max(1, tokens), model.norm(), heard, times
+    with activity.span("compute"):  # a GPU is waited for
+        losses = {m: float(loss) for m, loss in model.results().items()}
+    loss, heard = loss_and_said(losses, microbatches(model.config), world, say)
+    with activity.span("optimizer"):
+        return loss / max(1, tokens), model.norm(), heard
 
 
 def update(model: ShardedModel, step: int, norm: float) -> float:
     """Clip, and let the optimizer do its step; returns the learning rate. Collective over the mesh."""
-    train = model.config.train
-    if train.clip_norm and norm > train.clip_norm:
-        model.scale(train.clip_norm / norm)
-    lr = learning_rate(train, step)
-    model.mesh.activity.at("optimizer")
-    model.optimizer.step(model.sums, lr)
-    model.publish()
+    train, lr = model.config.train, learning_rate(model.config.train, step)
+    with model.mesh.activity.span("optimizer"):
+        if train.clip_norm and norm > train.clip_norm:
+            model.scale(train.clip_norm / norm)
+        model.mesh.activity.at("optimizer")
+        model.optimizer.step(model.sums, lr)
+        model.publish()
     return lr
 
 

@@ -106,6 +106,7 @@ def pipeline_worker(args: argparse.Namespace) -> None:
 def pipeline_side(config, comm) -> Callable[[int], tuple[float, float]]:  # type: ignore[no-untyped-def]
     """Median seconds of forward, backward and reduction of a step, and the same simulated from the costs of the actions."""
     from mpilm.parallel.feasible import replica_microbatches
+    from mpilm.parallel.pipeline.actions import Action
     from mpilm.parallel.pipeline.lower import lower
     from mpilm.parallel.pipeline.schedules import schedule
     from mpilm.parallel.pipeline.simulate import simulate
@@ -123,9 +124,11 @@ def pipeline_side(config, comm) -> Callable[[int], tuple[float, float]]:  # type
         walls = []
         for step in range(number * STEPS, (number + 1) * STEPS):
             comm.barrier()
-            times = train_step(run.model, run.batches, step).times
-            walls.append(max(comm.all_gather_json(times[-1].end_s - times[0].start_s)))
-            for action, start_s, end_s in times:
+            run.mesh.activity.take()
+            train_step(run.model, run.batches, step)
+            spans = [span for span in run.mesh.activity.take() if isinstance(span.what, Action)]
+            walls.append(max(comm.all_gather_json(spans[-1].end_s - spans[0].start_s)))
+            for action, start_s, end_s in spans:
                 costs.setdefault(f"{action.kind} {action.stage}", []).append(end_s - start_s)
         everyone = comm.all_gather_json({key: statistics.mean(seconds) for key, seconds in costs.items()})
         known = {key: seconds for theirs in everyone for key, seconds in theirs.items()}

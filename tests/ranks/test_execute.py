@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import differing, joined, on, run, run_threads, serial, small
 
+from mpilm.comm.activity import Activity
 from mpilm.comm.base import Request, SelfComm, lay
 from mpilm.comm.threads import PeerFailedError, ThreadComm, run_ranks
 from mpilm.mesh.mesh import Mesh
@@ -106,13 +107,20 @@ class Numbers:
     output, input_gradient = partialmethod(_send, "F"), partialmethod(_send, "B")
 
 
+def carried_out(program, stages, wire):
+    activity = Activity()
+    activity.take()
+    execute(program, stages, wire, activity)
+    return activity.take()
+
+
 def walked(comm, program, steps=1, **options):
     """What the stages of a rank are asked in each step of a program, and how many gradients each has in the end."""
     said, wire, own = [], Wire(comm), {action.stage for action in program}
     stages = {stage: Numbers(stage, comm.size * len(own), said, **options) for stage in own}
     for _ in range(steps):
         said.append([])
-        assert [timed.action for timed in execute(program, stages, wire)] == program
+        assert [span.what for span in carried_out(program, stages, wire)] == program
         assert not any([wire.going, wire.coming, *(stage.received for stage in stages.values())])  # all is sent and used
     return said, [int(stage.gradients) for stage in stages.values()]
 
@@ -242,8 +250,8 @@ def test_times_are_those_of_the_actions_without_the_wait_for_what_they_need():
     (program,) = programs("interleaved", 1, 2, 1)
     assert " ".join(map(str, program)) == "1RECV_F0 0F0 0SEND_F0 1F0 0RECV_B0 1B0 1SEND_B0 1REDUCE 0B0 0REDUCE"
     stages = {stage: Numbers(stage, 2, [[]], hears=hears) for stage in (0, 1)}
-    with mock.patch("mpilm.parallel.pipeline.execute.time", SimpleNamespace(perf_counter=lambda: clock.seconds)):
-        times = execute(program, stages, SlowWire(SelfComm("pipeline")))
-    assert [timed.end_s - timed.start_s for timed in times] == [cost_s[action.kind] for action in program]
-    waits = [timed.start_s - before for timed, before in zip(times, [5.0, *(timed.end_s for timed in times)])]
+    with mock.patch("mpilm.comm.activity.time", SimpleNamespace(monotonic=lambda: clock.seconds)):
+        spans = carried_out(program, stages, SlowWire(SelfComm("pipeline")))
+    assert [span.end_s - span.start_s for span in spans] == [cost_s[action.kind] for action in program]
+    waits = [span.start_s - before for span, before in zip(spans, [5.0, *(span.end_s for span in spans)])]
     assert waits == [100.0 if str(action) in ("1F0", "0B0") else 0.0 for action in program]

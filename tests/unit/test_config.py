@@ -48,7 +48,8 @@ def test_a_config_survives_its_own_dictionary() -> None:
         ({"modle": {}}, "a.toml: unknown key modle; did you mean model?"),
         (
             {"run": {"zzz": 1}},
-            "a.toml: unknown key run.zzz; known here are dir, eval_batches, eval_every, log_every, time_limit",
+            "a.toml: unknown key run.zzz; known here are dir, eval_batches, eval_every, log_every, time_limit, trace_steps, "
+            "trackers",
         ),
         ({"model": 3}, "a.toml: model is a section; write [model] and its keys below it"),
         ({"train": {"steps": "ten"}}, "a.toml: train.steps must be a whole number, not 'ten'"),

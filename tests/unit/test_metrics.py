@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mpilm.telemetry.metrics import Metrics, kept_bytes, read_rows
+from mpilm.telemetry.metrics import Metrics, Tail, kept_bytes, read_rows
 
 ROWS = [json.dumps({"step": step, "loss": 1 / (step + 1)}).encode() + b"\n" for step in (0, 1, 2, 3, 4)]
 WHOLE = b"".join(ROWS)
@@ -51,3 +51,18 @@ def test_floats_come_back_with_every_bit(tmp_path):
 
 def test_rows_without_a_step_belong_to_the_start():
     assert kept_bytes(b'{"event": "note"}\n', 0) == 18
+
+
+def test_a_tail_gives_whole_rows_as_they_come(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.read() == ([], False)  # the run has not begun
+    path.write_bytes(ROWS[0] + ROWS[1][:5])
+    assert tail.read() == ([{"step": 0, "loss": 1.0}], False)
+    path.write_bytes(ROWS[0] + ROWS[1] + ROWS[2])
+    assert [row["step"] for row in tail.read()[0]] == [1, 2]
+    assert tail.read() == ([], False)
+    path.write_bytes(ROWS[0] + ROWS[1])  # taken up again from an earlier step
+    rows, anew = tail.read()
+    assert anew
+    assert [row["step"] for row in rows] == [0, 1]

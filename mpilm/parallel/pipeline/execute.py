@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
+from mpilm.comm.activity import Activity
 from mpilm.comm.base import Comm, Request
 from mpilm.parallel.pipeline.actions import Action, Message
 
@@ -26,14 +26,6 @@ class Stage(Protocol):
     def output(self, microbatch: int) -> Tensor: ...
     def output_gradient(self, microbatch: int) -> Tensor: ...
     def input_gradient(self, microbatch: int) -> Tensor: ...
-
-
-class Timed(NamedTuple):
-    """An action, and when it began and ended in seconds of time.perf_counter; waiting for its message is not counted."""
-
-    action: Action
-    start_s: float
-    end_s: float
 
 
 class Wire:
@@ -70,24 +62,19 @@ def _tag(message: Message) -> int:
     return 2 * message.stage + (message.direction == "B")
 
 
-def execute(
-    program: Sequence[Action], stages: Mapping[int, Stage], wire: Wire, at: Callable[[str], None] = lambda point: None
-) -> list[Timed]:
-    """Carry out the actions in their order. Collective over the pipeline axis, and over the data axis through REDUCE. `at` is
-    told before what computes or reduces, and after a reduction."""
-    times: list[Timed] = []
+def execute(program: Sequence[Action], stages: Mapping[int, Stage], wire: Wire, activity: Activity) -> None:
+    """Carry out the actions in their order. Collective over the pipeline axis, and over the data axis through REDUCE.
+    `activity` is told of each, without the waiting for its message."""
     for action in program:
         if action.kind in ("F", "B", "I"):
             wire.wait(action.message)
-        start_s = time.perf_counter()
-        if action.kind in POINTS:
-            at(POINTS[action.kind])
-        _carry_out(action, stages[action.stage], wire)
-        if action.kind == "REDUCE":
-            at("reduce.after")
-        times.append(Timed(action, start_s, time.perf_counter()))
+        with activity.span(action):
+            if action.kind in POINTS:
+                activity.at(POINTS[action.kind])
+            _carry_out(action, stages[action.stage], wire)
+            if action.kind == "REDUCE":
+                activity.at("reduce.after")
     wire.drain()
-    return times
 
 
 def _carry_out(action: Action, stage: Stage, wire: Wire) -> None:

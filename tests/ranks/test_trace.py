@@ -1,0 +1,166 @@
+"""The trace of all ranks: one file, one clock, every action of the schedule, and the same account as the rows have."""
+
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from runs import on
+from text import tiny, write_tokens
+
+from mpilm.comm.base import SelfComm
+from mpilm.comm.threads import run_ranks
+from mpilm.comm.together import AgreedError
+from mpilm.parallel.feasible import cut_by_cost
+from mpilm.parallel.pipeline.actions import parse
+from mpilm.parallel.pipeline.lower import lower
+from mpilm.parallel.pipeline.schedules import schedule
+from mpilm.telemetry.breakdown import PARTS
+from mpilm.telemetry.clock import Offset, between, clock_offset
+from mpilm.telemetry.metrics import read_rows
+from mpilm.trainer.loop import train
+
+SETTINGS = {"run__trace_steps": "2:3", "model__n_layers": 4, "train__steps": 4}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("data"))
+
+
+def traced(config, size):
+    run_ranks(size, lambda comm: train(config, comm))
+    return json.loads((Path(config.run.dir) / "trace.json").read_text())
+
+
+def spans(trace, category="", **args):
+    """The events of a category, or all, that have these arguments (pid: the rank)."""
+    return [
+        event
+        for event in trace["traceEvents"]
+        if event["ph"] == "X"
+        and (not category or event["cat"] == category)
+        and all({**event["args"], "pid": event["pid"]}[key] == value for key, value in args.items())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"), [(1, on()), (3, on()), (2, on(2)), (4, on(2, "interleaved", zero=1)), (2, on(2, "zero-bubble"))]
+)
+def test_every_action_of_the_schedule_is_there_once_and_in_order(tmp_path, data, size, layout):
+    config = tiny(data, tmp_path / "run", **SETTINGS, **layout)
+    trace = traced(config, size)
+    parallel = config.parallel
+    stages, replicas = parallel.pipeline * parallel.chunks, size // parallel.pipeline
+    assert trace["mpilm"] | {"clock_error_us": 0.0} == {
+        "steps": [2, 3], "ranks": size, "clock_error_us": 0.0,
+        "layout": {"pipeline": parallel.pipeline, "data": replicas, "context": 1, "tensor": 1, "zero": parallel.zero,
+                   "schedule": parallel.schedule, "cut": list(cut_by_cost(config, 256)) if stages > 1 else [4]},
+    }  # fmt: skip
+    most = -(-8 // replicas)
+    programs = [
+        lower(actions, stages, most) for actions in schedule(parallel.schedule, parallel.pipeline, parallel.chunks, most)
+    ]
+    for rank in range(size):
+        for step in (2, 3):
+            events = [event for event in spans(trace, step=step, pid=rank) if "action" in event["args"]]
+            found = [parse(event["name"]) for event in sorted(events, key=lambda event: event["ts"])]
+            assert found == programs[rank // replicas]  # with the third microbatch, which the last of 3 does without
+            assert len(spans(trace, "step", step=step, pid=rank)) == 1
+            assert len(spans(trace, "optimizer", step=step, pid=rank)) == 2  # norm and update
+
+
+def test_messages_are_arrows_between_two_ranks_and_forward_in_time(tmp_path, data):
+    trace = traced(tiny(data, tmp_path / "run", model__tie_embeddings=False, **SETTINGS, **on(2)), 2)
+    ends = {kind: {e["id"]: e for e in trace["traceEvents"] if e["ph"] == kind} for kind in ("s", "f")}
+    assert len(ends["s"]) == 2 * 2 * 8  # steps, directions, microbatches
+    assert ends["s"].keys() == ends["f"].keys()
+    for message, sent in ends["s"].items():
+        assert {sent["pid"], ends["f"][message]["pid"]} == {0, 1}
+        assert sent["ts"] <= ends["f"][message]["ts"] + 2 * trace["mpilm"]["clock_error_us"] + 0.01
+    received = spans(trace, "wait", axis="pipeline")
+    assert {event["args"]["bytes"] for event in received} == {2 * 16 * 32 * 4}
+    assert all(event["args"]["peer"] == 1 - event["pid"] for event in received)
+
+
+@pytest.mark.parametrize(("size", "layout"), [(1, on()), (3, on(zero=3)), (4, on(2)), (2, on(2, "gpipe"))])
+def test_the_rows_account_for_what_the_trace_shows(tmp_path, data, size, layout):
+    """The seconds of each part, computed here from the events alone: every moment belongs to the innermost event."""
+    config = tiny(data, tmp_path / "run", **SETTINGS, **layout)
+    trace = traced(config, size)
+    rows = {row["step"]: row for row in read_rows(Path(config.run.dir) / "metrics.jsonl") if "rank_s" in row}
+    pipelined = config.parallel.pipeline > 1
+    for step in (2, 3):
+        for rank in range(size):
+            (whole,) = spans(trace, "step", step=step, pid=rank)
+            events = [
+                e for e in spans(trace, step=step, pid=rank) if e["cat"] != "step" and e["ts"] < whole["ts"] + whole["dur"]
+            ]
+            found = dict.fromkeys(PARTS, 0.0)
+            edges = sorted({t for e in events for t in (e["ts"], e["ts"] + e["dur"])})
+            for start, stop in pairwise(edges):
+                over = [e for e in events if e["ts"] <= start and stop <= e["ts"] + e["dur"] + 1e-3]
+                if over:
+                    inner = min(over, key=lambda e: e["dur"])
+                    found[part(inner, pipelined)] += (stop - start) / 1e6
+            said = {name: rows[step]["rank_s"][name][rank] for name in PARTS}
+            assert said == pytest.approx(found, rel=0.02, abs=2e-5)
+            assert rank > 0 or sum(said.values()) <= rows[step]["step_s"]
+
+
+def part(event, pipelined):
+    if event["cat"] == "wait":
+        return "bubble" if pipelined and event["args"]["axis"] in ("pipeline", "world") else "communication"
+    return {"forward": "compute", "backward": "compute", "send": "communication", "receive": "communication",
+            "reduce": "communication"}.get(event["cat"], event["cat"])  # fmt: skip
+
+
+def test_a_run_that_is_stopped_writes_what_it_has_traced(tmp_path, data):
+    config = tiny(data, tmp_path / "run", run__trace_steps="1:9", run__time_limit=1e-6)
+    with pytest.raises(AgreedError, match="stopped after step 1 "):
+        run_ranks(2, lambda comm: train(config, comm))
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())
+    assert {event["args"]["step"] for event in spans(trace)} == {1}
+
+
+def test_nothing_is_traced_unless_asked_for(tmp_path, data):
+    run_ranks(2, lambda comm: train(tiny(data, tmp_path / "run"), comm))
+    assert not (tmp_path / "run" / "trace.json").exists()
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, data, capsys):
+    config = tiny(data, tmp_path / "run", **SETTINGS)
+    (tmp_path / "run" / "trace.json").mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").write_text("")  # such that it is a run's
+    with mock.patch("mpilm.trainer.run_folder._refuse_foreign"):
+        run_ranks(3, lambda comm: train(config, comm))
+    assert f"no trace: {tmp_path / 'run' / 'trace.json'} cannot be written: Is a directory" in capsys.readouterr().out
+    assert read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["event"] == "end"
+
+
+# The clock.
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+def test_clocks_that_are_apart_are_brought_together(ranks_per_node):
+    """A clock for each node, hours apart and read by its ranks alone."""
+
+    def body(comm):
+        hours = 3600.0 * (comm.rank // ranks_per_node)
+        found = clock_offset(comm, lambda: time.monotonic() + hours)
+        return found.ahead_s + hours, found.error_s
+
+    for ahead_s, error_s in run_ranks(5, body, ranks_per_node=ranks_per_node):
+        assert abs(ahead_s) <= error_s + 1e-6
+
+
+def test_one_rank_has_its_own_clock():
+    assert clock_offset(SelfComm("world"))[1:] == (0.0, 0.0)
+
+
+def test_between_two_comparisons_clocks_drift_evenly():
+    before, after = Offset(100.0, 5.0, 0.0), Offset(200.0, 6.0, 0.0)
+    assert [between(before, after, at) for at in (100.0, 150.0, 200.0)] == [105.0, 155.5, 206.0]
+    assert between(before, before, 130.0) == 135.0
