@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,15 +61,17 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """RUN/wandb, offline: `wandb sync` sends it when there is a network."""
+    """RUN/wandb, offline: `wandb sync` sends it when there is a network. A run that goes on is the same one there."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
         import wandb
 
         quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True, x_disable_meta=True)
+        key = f"{folder.name}-{zlib.crc32(str(folder.absolute()).encode()):08x}"
         self._run = wandb.init(
-            project="mpilm", name=folder.name, mode="offline", dir=str(folder), config=dict(settings), settings=quiet
-        )
+            project="mpilm", name=folder.name, id=key, resume="allow", mode="offline", dir=str(folder), config=dict(settings),
+            settings=quiet,
+        )  # fmt: skip
 
     def write(self, row: Row) -> None:
         self._run.log(dict(numbers(row)), step=row["step"])

@@ -1,0 +1,161 @@
+"""Every command of README and the pages beside it is run here as it is written, on small stand-ins for what it names.
+
+A command is changed only in what makes it long: fewer steps, a smaller model, a few hundred tokens. What has a test of its own is
+named in ELSEWHERE, and what is no command of ours in NOT_OURS; a new command in the documentation is found and run by itself.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import LAUNCHER, OPEN_MPI
+from machines import machine
+
+from mpilm.planner.machine import write
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BEGINS = r"(mpirun|python|scripts/|sbatch|jobs/|pip|git|source|module|export|touch|pre-commit|tensorboard|[A-Z_]+=)"
+SMALL = {
+    "--train.steps": "2", "--train.global-batch": "8", "--train.micro-batch": "1", "--model.context-length": "32",
+    "--generate.max-tokens": "3", "--run.eval-batches": "1", "--run.trace-steps": "1:2",
+}  # fmt: skip
+SHAPE = ["--model.n-layers", "4", "--model.d-model", "32", "--model.n-heads", "4", "--model.d-ff", "64"]
+ELSEWHERE = {
+    r"python -m pytest .*|mpirun -n 2 pytest|scripts/test": "scripts/test",
+    r"scripts/soak .*": "scripts/soak",
+    r"(MPILM_TORCH_INDEX=\S+ )?scripts/quickstart": "scripts/environment",
+    r"sbatch .*|jobs/chain .*|scripts/slurm-here .*|export MPILM_SRUN_MPI.*": "tests/faults/test_slurm.py",
+    r"scripts/hosts-here .*": "tests/faults/test_network.py",
+    r"mpirun -n 2 python -m mpilm.doctor --calibrate": "tests/ranks/test_planner.py",
+    r"mpirun -n 4 python -m mpilm.doctor": "tests/mpi/test_examine.py",
+    r"mpirun -n 2 python -m mpilm.verify": "tests/faults/test_verify.py",
+    r"mpirun --with-ft ulfm .*": "tests/faults/test_elastic.py",
+    r"mpirun -n 3 python scripts/own_model.py": "tests/mpi/test_data_parallel.py",
+    r"mpirun .* --run.trackers wandb mlflow .*": "tests/unit/test_trackers.py",
+    r"python scripts/bench.py .*": "scripts/bench.py",
+}
+NOT_OURS = r"(git clone|module load|python -m venv|pip install|pre-commit install|tensorboard) .*"
+
+
+def commands():
+    """Each command once, without its comment; what a backslash continues is one line."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        lines = [line for block in re.findall(r"^```\n(.*?)^```", text, re.S | re.M) for line in block.splitlines()]
+        lines += re.findall(r"\| `([^`]*)` \|", text)
+        for line in lines:
+            command = " ".join(re.split(r"\s#\s", line.removeprefix("$ "))[0].split())
+            if re.match(BEGINS + r"\b", command) and not re.match(r"\w+\.py |(jobs|scripts)/ ", command):
+                found.setdefault(command, page.name)
+    return found
+
+
+def tested_elsewhere(command):
+    return next((where for pattern, where in ELSEWHERE.items() if re.fullmatch(pattern, command)), "")
+
+
+HERE = [command for command in commands() if not tested_elsewhere(command) and not re.fullmatch(NOT_OURS, command)]
+
+
+def start(words, folder, limit_s=100):
+    """A command as a shell would start it, in `folder`."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, **OPEN_MPI, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(
+        ["bash", "-c", words], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        said = job.communicate(timeout=limit_s)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        pytest.fail(f"{words} did not end within {limit_s} s; it printed\n{job.communicate()[0]}")
+    assert job.returncode == 0, f"{words}\nended with {job.returncode} and printed\n{said}"
+    return said
+
+
+def shortened(command):
+    """The command on so little that it takes seconds."""
+    command = re.sub(r"bpe:\d+", "bpe:300", command).replace("--generate.prompts", "--generate.max-tokens 3 --generate.prompts")
+    command = re.sub(r"step-0+360", "step-00000002", command).replace("path/to/Qwen3-0.6B", "FOLDER")
+    if "mpilm.generate" in command and "max-tokens" not in command:
+        command += " --generate.max-tokens 3"
+    if "mpilm.train" not in command or "--help" in command:
+        return command
+    words = command.split()
+    for flag, value in SMALL.items():
+        if flag in words:
+            words[words.index(flag) + 1] = value
+        elif flag != "--run.trace-steps":
+            words += [flag, value]
+    if "--model.init-from" not in words:
+        words += SHAPE
+    return " ".join(words + ([] if "--data.path" in words or "--config" in words else ["--data.path", "my_texts/"]))
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """A folder with what the documentation names."""
+    if not LAUNCHER.exists():
+        pytest.skip(f"there is no {LAUNCHER}")
+    folder = tmp_path_factory.mktemp("documented")
+    texts = {f"{n}.txt": "".join(f"line {i} of text {n}: to be or not to be\n" for i in range(600)) for n in range(3)}
+    for name in ("my_texts", "books", "texts"):
+        (folder / name).mkdir()
+        for file, text in texts.items():
+            (folder / name / file).write_text(text)
+    (folder / "book.txt").write_text(texts["0.txt"][:4000])
+    rows(folder / "books.jsonl", [{"text": text[:2000]} for text in texts.values()])
+    rows(folder / "code.jsonl", [{"text": text} for text in texts.values()])
+    rows(folder / "chats.jsonl", [{"prompt": f"What is {i}?", "response": f"{i} is a number."} for i in range(300)])
+    (folder / "prompts.txt").write_text("def main(\nclass A:\n")
+    write(folder / "machine.json", machine())
+    for name in ("scripts", "jobs"):
+        (folder / name).symlink_to(ROOT / name)
+    mine = "--data.path my_texts/ --data.tokenizer bpe:300 --run.dir runs/mine --run.trace-steps 1:2"
+    start(shortened(f"mpirun -n 2 python -m mpilm.train {mine}"), folder)
+    start("python -m mpilm.prepare --data.path my_texts/ --data.tokenizer bpe:300 --output my_tokens", folder)
+    shutil.copytree(folder / "runs/mine", folder / "runs/NAME")
+    shutil.copytree(folder / "runs/mine", folder / "runs/other")
+    checkpoint = folder / "runs/mine/checkpoints/step-00000002"
+    (folder / "FOLDER").mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / file, folder / "FOLDER")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    (folder / "FOLDER" / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def rows(path, values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("command", HERE)
+def test_a_documented_command_works(command, stand_ins, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(stand_ins, folder, symlinks=True)
+    if "--run.dir runs/mine" in command:
+        shutil.rmtree(folder / "runs/mine")
+    start(shortened(command), folder)
+
+
+def test_what_is_tested_elsewhere_is_there():
+    for pattern, where in ELSEWHERE.items():
+        assert (ROOT / where).exists(), where
+        assert any(re.fullmatch(pattern, command) for command in commands()), f"no command is {pattern}"
+
+
+def test_the_pages_are_read():
+    found = commands()
+    assert len(found) > 50
+    assert "mpirun -n 8 python -m mpilm.train --parallel.zero 3" in found
+    assert set(found.values()) >= {"README.md", "cluster.md", "models.md", "look.md"}
