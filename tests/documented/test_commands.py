@@ -1,7 +1,7 @@
 """Every command of README and the pages beside it is run here as it is written, on small stand-ins for what it names.
 
-A command is changed only in what makes it long: fewer steps, a smaller model, a few hundred tokens. What has a test of its own is
-named in ELSEWHERE, and what is no command of ours in NOT_OURS; a new command in the documentation is found and run by itself.
+A command is changed only in what makes it long: fewer steps, a smaller model, a few hundred tokens. What has a test of its own is named
+in ELSEWHERE, and what is no command of ours in NOT_OURS; a new command in the documentation is found and run by itself.
 """
 
 import json
@@ -11,17 +11,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import LAUNCHER, OPEN_MPI
 from machines import machine
 
 from mpilm.planner.machine import write
+from mpilm.trainer.machine import processor
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BEGINS = r"(mpirun|python|scripts/|sbatch|jobs/|pip|git|source|module|export|touch|pre-commit|tensorboard|[A-Z_]+=)"
+BEGINS = r"(mpirun|python|scripts/|sbatch|jobs/|pip|git|source|module|export|touch|pre-commit|[A-Z_]+=)"
 SMALL = {
     "--train.steps": "2", "--train.global-batch": "8", "--train.micro-batch": "1", "--model.context-length": "32",
     "--generate.max-tokens": "3", "--run.eval-batches": "1", "--run.trace-steps": "1:2",
@@ -41,7 +44,7 @@ ELSEWHERE = {
     r"mpirun .* --run.trackers wandb mlflow .*": "tests/unit/test_trackers.py",
     r"python scripts/bench.py .*": "scripts/bench.py",
 }
-NOT_OURS = r"(git clone|module load|python -m venv|pip install|pre-commit install|tensorboard) .*"
+NOT_OURS = r"(git clone|module load|python -m venv|pip install|pre-commit install) .*"
 
 
 def commands():
@@ -58,11 +61,11 @@ def commands():
     return found
 
 
-def tested_elsewhere(command):
+def elsewhere(command):
     return next((where for pattern, where in ELSEWHERE.items() if re.fullmatch(pattern, command)), "")
 
 
-HERE = [command for command in commands() if not tested_elsewhere(command) and not re.fullmatch(NOT_OURS, command)]
+HERE = [command for command in commands() if not elsewhere(command) and not re.fullmatch(NOT_OURS, command)]
 
 
 def start(words, folder, limit_s=100):
@@ -117,7 +120,7 @@ def stand_ins(tmp_path_factory):
     rows(folder / "code.jsonl", [{"text": text} for text in texts.values()])
     rows(folder / "chats.jsonl", [{"prompt": f"What is {i}?", "response": f"{i} is a number."} for i in range(300)])
     (folder / "prompts.txt").write_text("def main(\nclass A:\n")
-    write(folder / "machine.json", machine())
+    write(folder / "machine.json", this_machine())
     for name in ("scripts", "jobs"):
         (folder / name).symlink_to(ROOT / name)
     mine = "--data.path my_texts/ --data.tokenizer bpe:300 --run.dir runs/mine --run.trace-steps 1:2"
@@ -134,6 +137,12 @@ def stand_ins(tmp_path_factory):
     return folder
 
 
+def this_machine():
+    """A calibration, with made-up rates, that this machine would accept."""
+    found = machine(torch=torch.__version__, processor=processor())
+    return replace(found, compute=tuple(replace(found.compute[0], dtype=dtype) for dtype in ("float32", "bfloat16")))
+
+
 def rows(path, values):
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
 
@@ -145,6 +154,9 @@ def test_a_documented_command_works(command, stand_ins, tmp_path):
     shutil.copytree(stand_ins, folder, symlinks=True)
     if "--run.dir runs/mine" in command:
         shutil.rmtree(folder / "runs/mine")
+    if "--output my_tokens" in command:
+        for file in folder.glob("my_tokens*"):
+            file.unlink()
     start(shortened(command), folder)
 
 
