@@ -136,10 +136,18 @@ def _cell_s(timeline: Timeline) -> float:
     return min((s for s in lengths_s if s >= longest_s / 4), default=longest_s) or 1.0
 
 
-def svg(timeline: Timeline, unit: str = "s") -> str:
-    """A self-contained SVG image, for light and dark pages; each cell says what it is when pointed at."""
-    scale = (_widest_label(timeline) * DIGIT_PX + 4) / _cell_s(timeline)  # pixels a second
-    scale = min(scale, WIDEST_PX / max(timeline.step_s, 1e-12))
+def pixels_a_second(timeline: Timeline) -> float:
+    """The scale at which labels fit into their cells, unless the image became too wide."""
+    scale = (_widest_label(timeline) * DIGIT_PX + 4) / _cell_s(timeline)
+    return min(scale, WIDEST_PX / max(timeline.step_s, 1e-12))
+
+
+def svg(timeline: Timeline, unit: str = "s", scale: float = 0.0) -> str:
+    """A self-contained SVG image, for light and dark pages; each cell says what it is when pointed at.
+
+    `scale`: pixels a second, for timelines that are to be compared; 0: what suits this one.
+    """
+    scale = scale or pixels_a_second(timeline)
     bottom = timeline.ranks * (ROW_PX + GAP_PX) + GAP_PX
     notes = legend(timeline, unit)
     width, height = max(640, LEFT_PX + round(timeline.step_s * scale) + 24), bottom + 20 * (3 + len(_kinds(timeline))) + 8
