@@ -23,6 +23,7 @@ from mpilm.telemetry.breakdown import PARTS, breakdown
 from mpilm.telemetry.display import Display
 from mpilm.telemetry.live import Glance
 from mpilm.telemetry.metrics import Metrics
+from mpilm.telemetry.report import page
 from mpilm.telemetry.trace import Trace
 from mpilm.telemetry.trackers import Tracker, open_trackers
 from mpilm.telemetry.words import duration, mebibytes
@@ -153,7 +154,15 @@ class RunLog:
         for sink in self.sinks:
             sink.close()
         if self.speaks:
+            self._report()
             self._summary(took, max(peaks), unigram, text)
+
+    def _report(self) -> None:
+        """The page of what became of the run, which does not fail for it."""
+        try:
+            page.write([self.run.folder.path])
+        except FileError as error:
+            self.display.line(f"no report: {error}")
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.speaks:

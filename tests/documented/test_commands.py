@@ -1,7 +1,7 @@
 """Every command of README and the pages beside it is run here as it is written, on small stand-ins for what it names.
 
-A command is changed only in what makes it long: fewer steps, a smaller model, a few hundred tokens. What has a test of its own is named
-in ELSEWHERE, and what is no command of ours in NOT_OURS; a new command in the documentation is found and run by itself.
+A command is changed only in what makes it long: fewer steps, a smaller model, a few hundred tokens. What has a test of its own
+is named in ELSEWHERE, what is no command of ours in NOT_OURS; a new command in the documentation is found and run by itself.
 """
 
 import json

@@ -13,10 +13,10 @@ import numpy as np
 
 from mpilm.config import Config, flatten, resolve
 from mpilm.mesh.shape import AXES
-from mpilm.telemetry.display import duration
 from mpilm.telemetry.report.charts import short
 from mpilm.telemetry.report.read import Run
 from mpilm.telemetry.report.rows import Row, number
+from mpilm.telemetry.words import duration
 
 MANY = 60  # events, of which the first and the last half are shown
 FEW_SAVES = 6
