@@ -164,7 +164,8 @@ def test_all_that_is_asked_for_is_there(made):
         "3.1000", "at step 40", "3.7500", "8,192", "30%", "500 ms", "Gradient norm", "Learning rate", "Throughput", "MFU",
         "compute", "communication", "optimizer", "checkpoint", "Predicted for the rank that needs most: 300 MiB",
         "it was 310 MiB, +3.3%", "No straggler", "checkpoint saved; took 0.8 s, training waited 0.1 s",
-        "the end of the training", "mpirun -n 2 python -m mpilm.train --run.dir 'a b'", "d_model = 192", "2.13.0", "node0, node1", "bubble",
+        "the end of the training",
+        "mpirun -n 2 python -m mpilm.train --run.dir 'a b'", "d_model = 192", "2.13.0", "node0, node1", "bubble",
     ):  # fmt: skip
         assert words_ in text, f"{words_!r} is not in the report"
     assert "What is not in this report" not in text
@@ -476,7 +477,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 
 def test_a_file_of_a_run_is_refused(made):
-    with pytest.raises(FileError, match="write its folder"):
+    with pytest.raises(FileError, match="is a file; write the folder of a run"):
         page.write([made(whole()) / "metrics.jsonl"])
 
 

@@ -72,13 +72,8 @@ class Run:
 def read_run(folder: str | Path) -> Run:
     """The run in a folder; raises FileError for a folder that is none."""
     path = Path(folder)
-    if not path.exists():
-        raise FileError(f"{folder} does not exist; write the folder of a run, such as runs/NAME")
-    if path.name in (*FILES, "trace.json", "report.html") and path.is_file():
-        raise FileError(f"{folder} is a file of a run; write its folder: {path.parent}")
     try:
-        if not any((path / name).exists() for name in FILES):
-            raise FileError(f"{folder} is not the folder of a run: it has neither {' nor '.join(FILES)}")
+        _refuse_other(path)
     except OSError as error:
         raise FileError(f"{folder} cannot be read: {error.strerror}") from None
     missing: list[str] = []
@@ -86,6 +81,15 @@ def read_run(folder: str | Path) -> Run:
     text, config = _config(path / "config.toml", missing)
     run = Run(path, rows, config, text, _trace(path / "trace.json", missing))
     return replace(run, missing=(*missing, *_gaps(run)))
+
+
+def _refuse_other(path: Path) -> None:
+    if not path.exists():
+        raise FileError(f"{path} does not exist; write the folder of a run, such as runs/NAME")
+    if path.is_file():
+        raise FileError(f"{path} is a file; write the folder of a run, such as {path.parent}")
+    if not any((path / name).exists() for name in FILES):
+        raise FileError(f"{path} is not the folder of a run: it has neither {' nor '.join(FILES)}")
 
 
 def _rows(path: Path, missing: list[str]) -> Rows:

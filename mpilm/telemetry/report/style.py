@@ -4,7 +4,7 @@ CSS = """
 :root { color-scheme: light dark; --page:#fff; --ink:#1c1e21; --soft:#667; --line:#dfe1e6; --fill:#f5f6f8; --warn:#8a5a00;
   --c0:#0072b2; --c1:#d55e00; --c2:#009e73; --c3:#cc79a7; --c4:#e69f00; --c5:#56b4e9; --c6:#b4b8c0 }
 @media (prefers-color-scheme: dark) { :root { --page:#15171c; --ink:#e4e6ea; --soft:#9aa0ac; --line:#30343d; --fill:#1d2027;
-  --warn:#e6b450; --c0:#56b4e9; --c1:#e69f00; --c2:#1fbf92; --c3:#dc95bd; --c4:#f0e442; --c5:#e8743b; --c6:#6b7180 } }
+  --warn:#e6b450; --c0:#56b4e9; --c1:#e69f00; --c2:#1fbf92; --c3:#dc95bd; --c4:#f0e442; --c5:#2a7fbf; --c6:#6b7180 } }
 * { box-sizing: border-box }
 html { -webkit-text-size-adjust: 100% }
 body { margin:0; background:var(--page); color:var(--ink); font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif }
@@ -25,9 +25,9 @@ a { color:var(--c0); text-decoration:none } a:hover { text-decoration:underline 
 .missing { margin:30px 0 0; padding:12px 18px; border-left:3px solid var(--warn); background:var(--fill); max-width:78ch }
 .missing ul { margin:2px 0; padding-left:1.1em }
 .grids { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr)); gap:36px 40px; margin-top:20px }
-figure { margin:0; min-width:0 } figcaption { margin-bottom:12px; min-height:3.1em } figcaption b { font-weight:600 }
+figure { margin:0; min-width:0 } figcaption { margin-bottom:12px } figcaption b { font-weight:600 }
 .wide { grid-column:1/-1 }
-output { display:block; font-size:.85rem; color:var(--soft); font-variant-numeric:tabular-nums; min-height:1.5em }
+output { display:block; margin-top:6px; min-height:1.5em; font-size:.85rem; font-variant-numeric:tabular-nums }
 .plot { position:relative; height:200px; margin:0 8px 26px 54px; touch-action:pan-y; cursor:crosshair }
 .wide .plot { height:320px }
 .plot svg { width:100%; height:100%; display:block; overflow:visible }
@@ -45,8 +45,8 @@ output { display:block; font-size:.85rem; color:var(--soft); font-variant-numeri
 .legend .line { width:18px; height:3px; border-radius:2px } .legend .dots { width:8px; height:8px; border-radius:50% }
 .legend .box { width:13px; height:13px; border-radius:2px } .legend .target { width:2px; height:15px; background:var(--ink) }
 .legend .marked { width:1px; height:14px; border-left:1px dashed var(--soft) }
-.bars { margin-top:20px } .bars figcaption { min-height:0 } .bars .legend { margin-top:14px }
-.bar { display:grid; grid-template-columns:minmax(64px,max-content) 1fr 58px; gap:12px; align-items:center;
+.bars { margin-top:20px } .bars .legend { margin-top:14px }
+.bar { display:grid; grid-template-columns:var(--names) 1fr 58px; gap:12px; align-items:center;
   margin:5px 0; font-size:.85rem }
 .bar > span { font-variant-numeric:tabular-nums; overflow-wrap:anywhere } .bar > span:last-child { color:var(--soft) }
 .bar > div { position:relative; display:flex; height:20px; background:var(--fill); border-radius:2px }
@@ -65,7 +65,8 @@ pre { background:var(--fill); padding:16px 18px; overflow-x:auto; border-radius:
   font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace }
 summary { cursor:pointer; color:var(--c0); margin:14px 0 } code { font:.9em ui-monospace,SFMono-Regular,Menlo,monospace }
 footer { margin-top:72px; color:var(--soft); font-size:.85rem }
-@media (max-width:600px) { main { padding:24px 16px 60px } h2 { margin-top:48px } .wide .plot { height:240px }
+@media (max-width:600px) { .bar { gap:8px; font-size:.8rem; grid-template-columns:min(var(--names),32vw) 1fr 46px }
+  main { padding:24px 16px 60px } h2 { margin-top:48px } .wide .plot { height:240px }
   .plot { margin-left:46px; margin-right:14px } .tiles { grid-template-columns:repeat(2,1fr) } }
 @media print { .grids { display:block } figure { break-inside:avoid } }
 """
@@ -105,7 +106,10 @@ document.querySelectorAll('.plot').forEach(function (plot) {
       return curves[i].name + ' ' + value(point[1]).toLocaleString('en', { maximumSignificantDigits: 4 }) + where;
     }).join(', ');
   };
-  var leave = function () { if (hair) { plot.removeChild(hair); hair = null; } output.textContent = ''; };
+  var leave = function (event) {
+    if (event.pointerType !== 'mouse') return;  // a finger that is lifted leaves the values there
+    if (hair) { plot.removeChild(hair); hair = null; } output.textContent = '';
+  };
   plot.addEventListener('pointermove', show);
   plot.addEventListener('pointerdown', show);
   plot.addEventListener('pointerleave', leave);

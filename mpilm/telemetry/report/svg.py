@@ -11,6 +11,7 @@ from mpilm.telemetry.report.charts import PART_COLORS, Bars, Chart, Series, log_
 
 SIZE = 1000  # the image is SIZE x SIZE, whatever it is stretched to
 COLORS = 7
+WIDEST_NAME = 24  # characters; longer ones are broken
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def curves(chart: Chart, wide: bool = False) -> str:
     image = f'<svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" role="img" aria-label="{label}">'
     return "\n".join([
         f'<figure class="chart{" wide" * wide}" id="plot-{chart.key}">',
-        f"<figcaption><b>{escape(chart.title)}</b>{unit}<output></output></figcaption>",
-        f'<div class="plot" {scale}>{image}', *lines, "</svg>", *words, "</div>", _legend(chart), "</figure>",
+        f"<figcaption><b>{escape(chart.title)}</b>{unit}</figcaption>",
+        f'<div class="plot" {scale}>{image}', *lines, "</svg>", *words, "</div>", _legend(chart), "<output></output></figure>",
     ])  # fmt: skip
 
 
@@ -102,8 +103,9 @@ def bars(chart: Bars) -> str:
     entries = [f'<li><i class="box c{PART_COLORS[part]}"></i>{escape(part)}</li>' for part in chart.parts]
     entries += [f'<li><i class="target"></i>{escape(chart.mark_name)}</li>'] if chart.marks is not None else []
     caption = f"<figcaption><b>{escape(chart.title)}</b> <small>{escape(chart.unit)}</small></figcaption>"
+    longest = min(WIDEST_NAME, max(map(len, chart.names)))
     return "\n".join([
-        f'<figure class="bars" id="plot-{chart.key}">{caption}',
+        f'<figure class="bars" id="plot-{chart.key}" style="--names:{longest}ch">{caption}',
         *rows, f'<ul class="legend">{"".join(entries)}</ul></figure>',
     ])  # fmt: skip
 
