@@ -177,7 +177,7 @@ class RunLog:
         threads = f"{everyone[0]} thread{'s' * (everyone[0] > 1)} each"
         if len(set(everyone)) > 1:
             threads = f"{', '.join(map(str, everyone))} threads (unequal: the last bits depend on who computes what)"
-        crowd = ", more ranks than cores" if run.machine.crowded else ""
+        crowd = ", more ranks than cores" if run.machine.crowded else ", on cores of their own" if run.machine.bound else ""
         say(f"mpilm {mpilm.__version__}: {world.size} rank{'s' * (world.size > 1)}, {threads}{crowd}, {device}, {train.dtype}")
         say(f"  with     torch {torch.__version__}, {world.mpi_library}")
         self._warn_threads()
