@@ -50,6 +50,15 @@ class Round:
             incoming[into].add_(incoming[other])
         return [incoming[position] for _, position in self._remaining]
 
+    def total(self, incoming: Sequence[Tensor], out: Tensor) -> None:
+        """The same where the root alone remains, which comes to `out`: one of `incoming`, or apart from all of them."""
+        for into, other in self.adds[:-1]:
+            incoming[into].add_(incoming[other])
+        for into, other in self.adds[-1:]:
+            torch.add(incoming[into], incoming[other], out=out)
+        if not self.adds:
+            out.copy_(incoming[0])
+
 
 class TreeExchange:
     """Exchanges one bucket at a time; `workspace` holds what comes in, of `most` nodes at most. `wire`: what travels."""

@@ -64,6 +64,7 @@ class BlockSum:
         self.way: Way = way
         self.views = [{name: flat.parameter(name, buffer) for name in flat.layout.slots} for buffer in self.buffers]
         self.sums = self.buffers[0]
+        self.parts = {bucket: [self.buffers[b].view(*bucket) for b in self.kept] for bucket in self.buckets}
         self.parameters = {name: model.get_parameter(name) for name in flat.layout.slots}
         self.started = len(self.buckets)
         self.fresh, self.owed = False, dict[str, Tensor]()  # where the first gradients of a buffer have still to be put
@@ -170,7 +171,7 @@ class BlockSum:
         bucket = self.buckets[self.started]
         self.started += 1
         self._add(len(self.folds) - 1, *bucket)
-        self.way.start([self.buffers[b].view(*bucket) for b in self.kept], bucket)
+        self.way.start(self.parts[bucket], bucket)
 
     def _watch(self) -> None:
         """Count, for each bucket, the parameters whose gradient it is still waiting for."""

@@ -77,21 +77,34 @@ class SharedSum:
         self, nodes: Nodes, layout: FlatLayout, buffers: Sequence[Sequence[Tensor]], held: Sequence[Mapping[int, Range]],
         microbatches: int, gather: bool, wire: Exact | None = None,
     ):  # fmt: skip
-        self.nodes, self.layout, self.gather = nodes, layout, gather
-        self.sums = [theirs[0] for theirs in buffers]
-        self.mine = self.sums[nodes.node.rank]
-        self.lanes = [Lane(layout, place, nodes.node.size) for place in range(nodes.node.size)]
-        self.lane = self.lanes[nodes.node.rank]
+        self.nodes, self.gather = nodes, gather
+        sums = [theirs[0] for theirs in buffers]
+        self.mine = sums[nodes.node.rank]
+        lanes = [Lane(layout, place, nodes.node.size) for place in range(nodes.node.size)]
+        self.lane = lanes[nodes.node.rank]
         near = [self._near(number, held, microbatches) for number in range(nodes.across.size)]
         here = [(node, vectors[b]) for vectors, of in zip(buffers, self._of(nodes.across.rank, held)) for b, node in of.items()]
-        self.vectors = [vector for _, vector in sorted(here, key=lambda pair: pair[0])]
         self.near = near[nodes.across.rank]
+        self.slices = self._slices([vector for _, vector in sorted(here, key=lambda pair: pair[0])])
+        self.others = [pair for theirs, lane in zip(sums, lanes) if lane is not self.lane for pair in self._pairs(theirs, lane)]
         self.far: SentSum | None = None
         if nodes.across.size > 1:
             step = Round([of.remaining for of in near], microbatches)
             self.packed = [torch.empty(self.lane.numel) for _ in self.near.remaining]
             exchanges = [TreeExchange(nodes.across, self.lane, step.numel, self.mine.device, wire) for _ in range(IN_FLIGHT)]
             self.far = SentSum([BucketSum(exchange, step, gather) for exchange in exchanges])
+
+    def _slices(self, vectors: Sequence[Tensor]) -> dict[Interval, list[tuple[list[Tensor], Tensor]]]:
+        """By bucket: the parts that this rank adds, and where the sum belongs. Views made once, as they cost more than a small
+        sum does."""
+        return {
+            bucket: [([x[i:j] for x in vectors], self.mine[i:j]) for i, j in self.lane.intervals(bucket)]
+            for bucket in self.lane.layout.buckets
+        }
+
+    def _pairs(self, theirs: Tensor, lane: Lane) -> list[tuple[Tensor, Tensor]]:
+        """Where the sums of another rank of this node belong, and where they are."""
+        return [(self.mine[i:j], theirs[i:j]) for bucket in lane.layout.buckets for i, j in lane.intervals(bucket)]
 
     def _of(self, number: int, held: Sequence[Mapping[int, Range]]) -> list[Mapping[int, Range]]:
         return [held[rank] for rank in self.nodes.ranks(number)]
@@ -118,38 +131,26 @@ class SharedSum:
         self._add() if self.far is None else self._add_far(self.far)
         node.barrier()
         if self.gather:
-            self._gather()
+            for into, theirs in self.others:
+                into.copy_(theirs)
             node.barrier()  # what was read may now be scaled, or written anew
 
-    def _results(self, interval: Interval) -> list[Tensor]:
-        return self.near.results([vector[slice(*interval)] for vector in self.vectors])
-
     def _add(self) -> None:
-        for bucket in self.layout.buckets:
-            for start, stop in self.lane.intervals(bucket):
-                (total,) = self._results((start, stop))
-                if stop > start and total.data_ptr() != self.mine[start:].data_ptr():
-                    self.mine[start:stop].copy_(total)
+        for parts, into in (pair for pairs in self.slices.values() for pair in pairs):
+            self.near.total(parts, into)
 
     def _add_far(self, far: SentSum) -> None:
-        at, places = 0, []
-        for bucket in self.layout.buckets:
-            for number, (start, stop) in enumerate(self.lane.intervals(bucket)):
-                for packed, result in zip(self.packed, self._results((start, stop))):
-                    packed[at : at + stop - start].copy_(result)
+        at, wanted = 0, []
+        for bucket, slices in self.slices.items():
+            first = at
+            for number, (parts, into) in enumerate(slices):
+                stop = at + into.numel()
+                for packed, result in zip(self.packed, self.near.results(parts)):
+                    packed[at:stop].copy_(result)
                 if self.gather or number == self.nodes.across.rank:
-                    places.append((at, start, stop))
-                at += stop - start
-            first = at - sum(self.lane.slices(bucket))
+                    wanted.append((into, self.packed[0][at:stop]))
+                at = stop
             far.start([packed[first:at] for packed in self.packed], bucket)
         far.finish()
-        for at, start, stop in places:
-            self.mine[start:stop].copy_(self.packed[0][at : at + stop - start])
-
-    def _gather(self) -> None:
-        for theirs, lane in zip(self.sums, self.lanes):
-            if theirs is self.mine:
-                continue
-            for bucket in self.layout.buckets:
-                for start, stop in lane.intervals(bucket):
-                    self.mine[start:stop].copy_(theirs[start:stop])
+        for into, total in wanted:
+            into.copy_(total)

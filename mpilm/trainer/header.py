@@ -60,7 +60,7 @@ def _who(run: Training, everyone: list[int]) -> Iterator[str]:
     threads = f"{everyone[0]} thread{'s' * (everyone[0] > 1)} each"
     if len(set(everyone)) > 1:
         threads = f"{', '.join(map(str, everyone))} threads (unequal: the last bits depend on who computes what)"
-    crowd = ", more ranks than cores" if machine.crowded else ""
+    crowd = ", more ranks than cores" if machine.crowded else ", on cores of their own" if machine.bound else ""
     yield f"mpilm {mpilm.__version__}: {size} rank{'s' * (size > 1)}, {threads}{crowd}, {device}, {run.config.train.dtype}"
     yield f"  with     torch {torch.__version__}, {run.mesh.world.mpi_library}"
     cores = float(machine.cores)

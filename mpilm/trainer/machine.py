@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,22 +25,25 @@ from mpilm.parallel.compiled import require_compiler
 
 GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bfloat16, FLOP/s
 PRODUCT = 768  # small enough to be gone at once, large enough for the units to be busy
+BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")  # by which a user says where threads belong
 
 
 @dataclass(frozen=True)
 class Machine:
     """`crowded`: the node has more ranks than cores, so that a rank that waits must not spin. `compiles`: torch.compile.
-    `cores`: that this rank has for itself."""
+    `cores`: that this rank has for itself. `bound`: whether it keeps to them because `look` has told it so."""
 
     device: torch.device
     threads: int
     crowded: bool
     compiles: bool = False
     cores: Fraction = Fraction(1)
+    bound: bool = False
 
 
-def look(train: Train, world: Comm) -> Machine:
-    """What this rank may use, and torch told so. Collective."""
+def look(train: Train, world: Comm, bind: bool = True) -> Machine:
+    """What this rank may use, and torch told so. `bind`: keep to a part of the node's cores where ranks have them in common.
+    Collective."""
     node = world.split_node()
     share = cores_of(node)
     asked = train.threads or asked_by_environment(os.environ.get("OMP_NUM_THREADS", ""))
@@ -47,14 +52,46 @@ def look(train: Train, world: Comm) -> Machine:
     device = choose_device(train.device, node)
     if train.compile:
         require_compiler()
+    bound = bind and device.type == "cpu" and _bind(node, threads)  # before torch makes threads: they inherit it
     _load_libraries(device)
-    return Machine(device, threads, crowded=share < 1, compiles=train.compile, cores=share)
+    return Machine(device, threads, crowded=share < 1, compiles=train.compile, cores=share, bound=bound)
 
 
 def cores_of(node: Comm) -> Fraction:
     """The cores that this rank has for itself among the ranks of its node. Collective over them."""
     affinities = node.all_gather_json(_cores())
     return core_share(affinities, node.rank, _cgroup_cores(Path("/sys/fs/cgroup/cpu.max")))
+
+
+def _bind(node: Comm, threads: int) -> bool:
+    """Keep this rank, and the threads that it will make, to its own cores; returns whether that was done. Collective."""
+    said = node.all_gather_json([os.getpid(), sorted(_cores(), key=_place)])
+    processes, affinities = {process for process, _ in said}, [cores for _, cores in said]
+    mine = own_cores(affinities, node.rank, threads)
+    if not mine or len(processes) < node.size or any(name in os.environ for name in BINDING):
+        return False
+    with contextlib.suppress(OSError, AttributeError):  # a sandbox, or macOS
+        os.sched_setaffinity(0, mine)
+        return True
+    return False
+
+
+def own_cores(affinities: Sequence[Sequence[int]], rank: int, threads: int) -> Sequence[int]:
+    """An even part of the cores that all ranks of a node may use; none where the launcher has told ranks apart, where there is
+    one, or where the parts are too small for a rank's threads. `affinities`: neighbours in the machine are neighbours."""
+    cores, size = affinities[rank], len(affinities)
+    if size == 1 or len(cores) // size < threads or any(theirs != cores for theirs in affinities):
+        return []
+    return cores[rank * len(cores) // size : (rank + 1) * len(cores) // size]
+
+
+def _place(core: int) -> list[int]:
+    """By which cores are sorted into neighbours: those of a socket, and of them those that are two halves of one."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        return [int((topology / name).read_text()) for name in ("physical_package_id", "core_id")]
+    except (OSError, ValueError):
+        return []
 
 
 def asked_by_environment(value: str) -> int:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from fractions import Fraction
+from itertools import count, repeat
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
 from mpilm.config import Parallel, Train
 from mpilm.errors import ConfigError
-from mpilm.trainer.machine import choose_device, conditions, core_share, look
+from mpilm.trainer.machine import choose_device, conditions, core_share, look, own_cores
 
 FREE = float("inf")
 
@@ -41,6 +42,56 @@ def threads_as_they_were():
 )
 def test_share(affinities, rank, limit, share):
     assert core_share(affinities, rank, limit) == share
+
+
+@pytest.mark.parametrize(
+    ("affinities", "threads", "expected"),
+    [
+        ([[0, 1]] * 2, 1, [[0], [1]]),
+        ([[0, 2, 1, 3]] * 2, 2, [[0, 2], [1, 3]]),
+        ([list(range(8))] * 3, 2, [[0, 1], [2, 3, 4], [5, 6, 7]]),
+        ([list(range(8))] * 2, 1, [[0, 1, 2, 3], [4, 5, 6, 7]]),  # room for others
+        ([[0, 1]] * 2, 2, [[], []]),
+        ([[0, 1]] * 3, 1, [[], [], []]),
+        ([[0], [1]], 1, [[], []]),  # bound by the launcher
+        ([[0, 1], [1, 2]], 1, [[], []]),
+        ([[0, 1, 2, 3]], 2, [[]]),
+    ],
+)
+def test_own_cores(affinities, threads, expected):
+    assert [own_cores(affinities, rank, threads) for rank in range(len(affinities))] == expected
+
+
+def bound(monkeypatch, ranks, processes, environment=(), device="cpu", **options):
+    """What each rank was bound to, on a machine of 4 cores."""
+    told = []
+    monkeypatch.setattr(machine, "_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(machine, "_cgroup_cores", lambda _: FREE)
+    monkeypatch.setattr(machine, "_load_libraries", lambda _: None)
+    monkeypatch.setattr(machine, "choose_device", lambda setting, node: torch.device(device))
+    monkeypatch.setattr(machine, "_place", lambda core: [core % 2])
+    monkeypatch.setattr(os, "getpid", lambda: next(processes))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: told.append(cores))
+    for name in (*machine.BINDING, "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name in environment:
+        monkeypatch.setenv(name, "close")
+    found = run_ranks(ranks, lambda comm: look(Train(threads=1), comm, **options))
+    assert [m.bound for m in found] == [bool(told)] * ranks
+    return sorted(told)
+
+
+def test_ranks_are_bound_to_neighbours_once(monkeypatch):
+    assert bound(monkeypatch, 2, count(100)) == [[0, 2], [1, 3]]
+
+
+def test_ranks_that_are_threads_or_told_otherwise_or_on_gpus_are_not_bound(monkeypatch):
+    assert bound(monkeypatch, 2, repeat(100)) == []
+    assert bound(monkeypatch, 2, count(100), bind=False) == []
+    assert bound(monkeypatch, 2, count(100), device="cuda") == []
+    assert bound(monkeypatch, 5, count(100)) == []
+    for name in machine.BINDING:
+        assert bound(monkeypatch, 2, count(100), [name]) == []
 
 
 @pytest.mark.parametrize(
