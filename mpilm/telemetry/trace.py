@@ -39,10 +39,9 @@ class Trace:
 
     def keep(self, done: int, spans: list[Span]) -> None:
         """What a step was made of."""
-        self._keep(
-            done,
-            [Span("step", min(span.start_s for span in spans), max(span.end_s for span in spans)), *spans] if spans else [],
-        )
+        if spans:
+            whole = Span("step", min(span.start_s for span in spans), max(span.end_s for span in spans))
+            self._keep(done, [whole, *spans])
 
     def keep_after(self, done: int, spans: list[Span]) -> None:
         """What came after a step: how long checkpoint and evaluation took, not what they were made of."""

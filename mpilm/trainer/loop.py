@@ -44,6 +44,7 @@ def train(
         watchdog.write_below(run.folder.path)
         watchdog.hurried = lambda: run.request.signalled
         log = RunLog(run)
+        stack.callback(log.display.close)
         saver = Saver(run, log)
         trace = Trace(traced_steps(config), run.mesh, layout_row(run))
         try:
