@@ -91,7 +91,8 @@ class SharedSum:
         if nodes.across.size > 1:
             step = Round([of.remaining for of in near], microbatches)
             self.packed = [torch.empty(self.lane.numel) for _ in self.near.remaining]
-            exchanges = [TreeExchange(nodes.across, self.lane, step.numel, self.mine.device, wire) for _ in range(IN_FLIGHT)]
+            depth = min(IN_FLIGHT, len(layout.buckets))
+            exchanges = [TreeExchange(nodes.across, self.lane, step.numel, self.mine.device, wire) for _ in range(depth)]
             self.far = SentSum([BucketSum(exchange, step, gather) for exchange in exchanges])
 
     def _slices(self, vectors: Sequence[Tensor]) -> dict[Interval, list[tuple[list[Tensor], Tensor]]]:

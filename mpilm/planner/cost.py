@@ -122,6 +122,13 @@ class Setting:
         return self.shape.data // self.ranks_per_node if self.shape.data % self.ranks_per_node == 0 else 1
 
     @property
+    def together(self) -> int:
+        """Replicas of a stage that share a memory, on each node as many; 1 where they do not."""
+        if self.data_within:
+            return self.shape.data
+        return self.ranks_per_node if self.shape.data % self.ranks_per_node == 0 else 1
+
+    @property
     def data_network(self) -> Network | None:
         return self.machine.within if self.data_within else self.machine.across or self.machine.within
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import chain
 
 from mpilm.config import Config, microbatches
 from mpilm.mesh.shape import MeshShape
@@ -69,18 +70,19 @@ def peak_bytes(program: Sequence[Action], of_stage: Mapping[int, Mapping[str, in
 
 def rank_bytes(
     config: Config, vocab_size: int, cut: Sequence[int], shape: MeshShape, rank: int, program_bytes: int, device: str,
-    on_node: bool,
+    together: int,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that a rank of the pipeline uses, part by part, on the replica that needs most; without building anything.
 
-    `program_bytes`: what the program takes before there is a model. `on_node`: whether its replicas share memory.
+    `program_bytes`: what the program takes before there is a model. `together`: how many of its replicas share a
+    memory, on each node as many; 1 where they do not.
     """
     parallel = config.parallel
     stages = range(rank, len(cut), shape.pipeline)
     count = replica_microbatches(config, shape)
     compute = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, min(count, 3 * len(cut) * shape.pipeline))
     step = step_bytes(config, vocab_size, cut, stages, lower(compute[rank], len(cut)), device)
-    held = held_bytes(config, vocab_size, cut, shape, stages, device, on_node)
+    held = held_bytes(config, vocab_size, cut, shape, stages, device, together)
     if device == "cuda":
         return {"program": program_bytes, **held, **step}
     saved = 4 * (1 + MOMENTS[config.train.optimizer]) * _model_numel(config, vocab_size) / shape.size
@@ -100,19 +102,19 @@ def _model_numel(config: Config, vocab_size: int) -> int:
 
 
 def held_bytes(
-    config: Config, vocab_size: int, cut: Sequence[int], shape: MeshShape, stages: Sequence[int], device: str, on_node: bool
+    config: Config, vocab_size: int, cut: Sequence[int], shape: MeshShape, stages: Sequence[int], device: str, together: int
 ) -> dict[str, int]:
     """Bytes of weights, moments, partial sums of gradients and their exchange, of these stages of a rank; passing: of
     weights and gradients that are whole only while they are used."""
     found = {"weights": 0.0, "moments": 0.0, "gradients": 0.0, "exchange": 0.0, "passing": 0.0}
     for stage in stages:
-        for part, numel in _stage_floats(config, vocab_size, cut, shape, stage, device, on_node).items():
+        for part, numel in _stage_floats(config, vocab_size, cut, shape, stage, device, together).items():
             found[part] = max(found[part], numel) if part == "passing" else found[part] + numel
     return {part: round(4 * numel) for part, numel in found.items()}
 
 
 def _stage_floats(
-    config: Config, vocab_size: int, cut: Sequence[int], shape: MeshShape, stage: int, device: str, on_node: bool
+    config: Config, vocab_size: int, cut: Sequence[int], shape: MeshShape, stage: int, device: str, together: int
 ) -> dict[str, float]:
     model, zero, data, total = config.model, config.parallel.zero, shape.data, microbatches(config)
     first, last = stage == 0, stage == len(cut) - 1
@@ -131,22 +133,22 @@ def _stage_floats(
         if zero == 3:
             passing += max(a + b for a, b in zip(units, [*units[1:], 0]))
         return {**found, "gradients": buffers * gradients / data, "exchange": largest + slices, "passing": passing}
-    exchange = 0.0
-    shared = on_node and config.parallel.reduce != "sent" and device == "cpu"
-    if data > 1 and config.train.reproducible and not shared:
-        nodes = _nodes(data, total)
+    parallel, exchange = config.parallel, 0.0
+    together = together if parallel.reduce != "sent" and config.train.reproducible and device == "cpu" else 1
+    if together < data and config.train.reproducible:
+        most, every = _nodes(data, total, together)
         ends = (first + last) * model.tie_embeddings  # which are exchanged apart from all else
         pieces = [*[matrix] * ends, gradients - ends * matrix]
         buckets = sum(math.ceil(piece / BUCKET) for piece in pieces)
         depth = buckets if device == "cuda" else min(2, buckets)
-        exchange = depth * nodes * -(-min(BUCKET, max(pieces)) // data)
-    parallel = config.parallel
+        rounded = parallel.wire_dtype == "bfloat16"
+        sent = most * gradients / together
+        exchange = depth * every * -(-min(BUCKET, max(pieces)) // data) * (0.5 if rounded else 1)
+        exchange += sent * ((together > 1) + rounded)  # packed up; what rounding has left
     if parallel.sync_every:
         exchange, found["moments"] = 0.0, found["moments"] + 2 * held  # where replicas were, and the outer momentum
     elif parallel.compress and data > 1:
         exchange = gradients
-    elif parallel.wire_dtype == "bfloat16" and data > 1 and not shared:
-        exchange += gradients
     alone = parallel.sync_every or parallel.compress or not config.train.reproducible
     buffers = _block_buffers(data, total) if not alone else 1
     return {**found, "gradients": buffers * gradients, "exchange": exchange, "passing": 0.0}
@@ -160,10 +162,13 @@ def _moments(config: Config, numel: int, blocks: int) -> float:
 
 
 @cache
-def _nodes(data: int, total: int) -> int:
-    """Partial sums that all ranks bring to an exchange; of very many ranks, judged by some."""
-    some = min(data, 256)
-    return sum(len(fold_block(*block(r, data, total), total)[1]) for r in range(some)) * data // some
+def _nodes(data: int, total: int, together: int) -> tuple[int, int]:
+    """Partial sums that ranks bring to an exchange when those that are together have added what they can: the most of any, and
+    all of them; of very many ranks, judged by some."""
+    some = min(data, max(together, 256 // together * together))
+    held = [[*fold_block(*block(r, data, total), total)[1].values()] for r in range(some)]
+    left = [len(combine(sorted(chain(*held[at : at + together])), total)[1]) for at in range(0, some, together)]
+    return max(left), sum(left) * data // some
 
 
 @cache

@@ -182,7 +182,7 @@ def _fullest(shape: MeshShape) -> Sequence[int]:
 def _memory(setting: Setting, rank: int) -> dict[str, int]:
     return rank_bytes(
         setting.config, setting.vocab_size, setting.cut, setting.shape, rank, setting.machine.program_bytes,
-        setting.machine.device, setting.data_within,
+        setting.machine.device, setting.together,
     )  # fmt: skip
 
 

@@ -34,21 +34,36 @@ WIDE = {"model__d_model": 128, "model__n_layers": 4, "train__global_batch": 16}
     ],
 )  # fmt: skip
 def test_what_a_rank_holds_is_what_was_said(size, layout, changes):
-    config = resolve(small(**WIDE, **layout, **changes))
+    said_and_held(resolve(small(**WIDE, **layout, **changes)), size, size)
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize(
+    ("size", "ranks_per_node", "batch"), [(4, 2, 16), (4, 2, 12), (6, 2, 16), (6, 3, 11), (8, 4, 16), (4, 1, 16), (3, 1, 11)]
+)
+def test_what_goes_between_nodes_is_counted(size, ranks_per_node, batch, zero, wire):
+    config = resolve(small(**WIDE | {"train__global_batch": batch}, **on(zero=zero, reduce="shared", wire_dtype=wire)))
+    assert said_and_held(config, size, ranks_per_node) > 500_000
+
+
+def said_and_held(config, size, ranks_per_node):
+    """Compare the two on every rank; returns the most that an exchange needs, in bytes."""
 
     def body(comm):
         model = sharded(config, comm)
         shape = MeshShape(pipeline=model.pipeline.size, data=model.data.size)
-        said = held_bytes(config, VOCAB_SIZE, model.cut, shape, list(model.stages), "cpu", on_node=True)
+        said = held_bytes(config, VOCAB_SIZE, model.cut, shape, list(model.stages), "cpu", min(ranks_per_node, shape.data))
         return said, model.held_bytes()
 
-    found = run_ranks(size, body)
+    found = run_ranks(size, body, ranks_per_node=ranks_per_node)
     for said, held in found:
         for part in ("weights", "moments", "passing"):
             assert said[part] == pytest.approx(held[part], rel=0.03, abs=40_000), part
     for part in ("gradients", "exchange"):  # said of the replica that needs most
         most = max(held[part] for _, held in found)
         assert max(said[part] for said, _ in found) == pytest.approx(most, rel=0.03, abs=40_000), part
+    return most
 
 
 def hurry(monkeypatch):

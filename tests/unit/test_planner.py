@@ -205,6 +205,11 @@ def test_every_layout_is_there_or_has_its_reason():
     assert "each stage needs a layer" in reasons["data 1, pipeline 16, 1f1b, zero 0"]
 
 
+@pytest.mark.parametrize(("ranks_per_node", "expected"), [(1, 1), (2, 2), (3, 1), (4, 4), (5, 1), (8, 8), (16, 8)])
+def test_replicas_are_together_where_each_node_has_as_many(ranks_per_node, expected):
+    assert dataclasses.replace(setting(8), ranks_per_node=ranks_per_node).together == expected
+
+
 def test_what_has_no_room_is_left_out_and_recomputation_is_for_what_needs_it():
     roomy = search(job(2), 2)[0]
     assert all(each.config.train.recompute == "none" for each in roomy)
