@@ -126,8 +126,8 @@ def stand_ins(tmp_path_factory):
     mine = "--data.path my_texts/ --data.tokenizer bpe:300 --run.dir runs/mine --run.trace-steps 1:2"
     start(shortened(f"mpirun -n 2 python -m mpilm.train {mine}"), folder)
     start("python -m mpilm.prepare --data.path my_texts/ --data.tokenizer bpe:300 --output my_tokens", folder)
-    shutil.copytree(folder / "runs/mine", folder / "runs/NAME")
-    shutil.copytree(folder / "runs/mine", folder / "runs/other")
+    for name in ("NAME", "other", "llama-9ab5fe"):
+        shutil.copytree(folder / "runs/mine", folder / "runs" / name)
     checkpoint = folder / "runs/mine/checkpoints/step-00000002"
     (folder / "FOLDER").mkdir()
     for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
