@@ -219,7 +219,9 @@ def _validate_run(config: Config) -> None:
     try:
         traced_steps(config)
     except ValueError:
-        raise ConfigError(f"--run.trace-steps {config.run.trace_steps}: write the first and the last, as in 10:12") from None
+        raise ConfigError(
+            f"--run.trace-steps {config.run.trace_steps}: write the first and the last, counted from 1, as in 10:12"
+        ) from None
     for name in config.run.trackers:
         if name not in TRACKERS:
             raise ConfigError(f"--run.trackers {name}: there is none of that name; there are {', '.join(TRACKERS)}")

@@ -18,7 +18,7 @@ import tyro
 
 from mpilm.cli import parse, run_alone
 from mpilm.config import Config
-from mpilm.errors import ConfigError
+from mpilm.errors import ConfigError, FileError
 from mpilm.settings import merge, read_toml
 from mpilm.telemetry.live import Glance
 from mpilm.telemetry.metrics import Tail
@@ -45,6 +45,8 @@ class WatchConfig:
 def prepare() -> Callable[[], None]:
     config = parse(sys.argv[1:], WatchConfig(), "watch", DESCRIPTION)
     folder = Path(config.folder)
+    if config.folder and not folder.exists():
+        raise FileError(f"{folder}: there is no such folder, or not yet")
     if not (folder / "config.toml").is_file():
         raise ConfigError(
             f"{config.folder or 'no folder'}: a run folder is wanted, with a config.toml: python -m mpilm.watch runs/NAME"
@@ -74,9 +76,14 @@ def watch(folder: Path, interval: float, once: bool) -> None:
 
 def _told(glance: Glance, tail: Tail, folder: Path) -> Glance:
     """The glance with the rows that have come; another one where some have gone, since the run was taken up again."""
-    rows, anew = tail.read()
+    try:
+        rows, anew = tail.read()
+    except OSError as error:
+        raise FileError(f"{tail.path} cannot be read: {error.strerror}") from None
     glance = _glance(folder) if anew else glance
     for row in rows:
+        if row.get("event") == "start":
+            glance.steps = _glance(folder).steps  # which a resume may have changed
         glance.see(row)
     return glance
 

@@ -55,6 +55,10 @@ class Display:
         else:
             self.say(text)
 
+    def note(self, text: str) -> None:
+        """For the log alone."""
+        self._write(text)
+
     def step(self, done: int, row: dict[str, Any], logged: bool) -> None:
         """Show that `done` steps are done; `row` holds the numbers of the last one."""
         if not self.speaks:

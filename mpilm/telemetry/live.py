@@ -20,6 +20,7 @@ CURVE = 48, 4  # columns and rows of the loss curve
 KEPT = 4000  # losses that the curve is drawn of
 EVENTS = 3  # the last ones shown
 SILENT_S = 60.0
+ENDS = {"end": "done", "stopped": "stopped"}
 DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # of a braille character: columns, from below (Unicode 2800)
 
 
@@ -33,7 +34,8 @@ class Glance:
         self.ranks: dict[str, Any] = {}  # the last row that tells of every rank
         self.evaluation: dict[str, Any] = {}
         self.best = math.inf
-        self.ended = False
+        self.ended = ""  # or how
+        self.peaks: list[int] = []  # of memory, by rank
         self.step_s = 0.0
         self.losses: deque[float] = deque(maxlen=KEPT)
         self.events: deque[str] = deque(maxlen=EVENTS)
@@ -42,18 +44,20 @@ class Glance:
         """One more row of metrics.jsonl, or of a step that is not written down."""
         event = row.get("event", "")
         if event == "start":
-            self.start, self.ended = row, False
-        self.ended = self.ended or event == "end"
+            self.start, self.ended = row, ""
+        if event in ENDS:
+            self.ended = ENDS[event]
+            self.peaks = row.get("peak_memory_on_rank_bytes", [])
         if event and event != "end":
             self.events.append(f"{time.strftime('%H:%M:%S', time.localtime(row['time']))}  {_told(row)}")
         if "eval_loss" in row:
             self.evaluation, self.best = row, min(self.best, row["eval_loss"])
-        if "loss" in row:
+        if isinstance(row.get("loss"), float):
             self.row = row
             self.losses.append(row["loss"])
             self.step_s = row.get("step_s", self.step_s)
         if "rank_s" in row:
-            self.ranks = row
+            self.ranks, self.peaks = row, row["memory_bytes"]
 
     def __rich__(self) -> RenderableType:
         return self.view(time.time())
@@ -72,7 +76,9 @@ class Glance:
             ProgressBar(max(1, self.steps), done, width=30),
             self._left(done, now),
         )
-        return Group(self._title(), bar, "", Text("\n".join(curve(self.losses)), style="cyan"), "", table, *self._events())
+        lines = curve(self.losses)
+        drawn: list[RenderableType] = [Text("\n".join(lines), style="cyan"), ""] if any(lines) else []
+        return Group(self._title(), bar, "", *drawn, table, *self._events())
 
     def _title(self) -> Text:
         ranks, layout = self.start.get("ranks"), self.start.get("layout", {})
@@ -83,7 +89,7 @@ class Glance:
 
     def _left(self, done: int, now: float) -> str:
         if self.ended:
-            return "done"
+            return self.ended
         silent_s = now - self.row.get("time", now)
         if silent_s > max(SILENT_S, 20 * self.step_s):
             return f"no word for {duration(silent_s)}"
@@ -112,8 +118,11 @@ class Glance:
         whole = self.ranks.get("step_s") or sum(parts.values())
         yield "time", "   ".join(f"{part} {seconds / whole:.0%}" for part, seconds in parts.items() if seconds > 0.005 * whole)
         yield "slowest", slowest(self.ranks["rank_s"]["compute"]).strip(" ()") or "no rank is clearly slower than most"
-        most, predicted = max(self.ranks["memory_bytes"]), self.start.get("predicted_memory_bytes")
-        yield "memory", mebibytes(most) + " a rank at most" + (f", {mebibytes(predicted)} predicted" if predicted else "")
+        predicted = self.start.get("predicted_memory_bytes")
+        yield (
+            "memory",
+            mebibytes(max(self.peaks)) + " a rank at most" + (f", {mebibytes(predicted)} predicted" if predicted else ""),
+        )
 
     def _events(self) -> list[RenderableType]:
         return ["", *(Text(event, style="dim") for event in self.events)] if self.events else []
@@ -123,17 +132,16 @@ def _told(row: dict[str, Any]) -> str:
     """An event in a few words."""
     match row["event"]:
         case "start":
-            return (
-                f"started on {row['ranks']} ranks, from step {row['step']}"
-                if row["step"]
-                else f"started on {row['ranks']} ranks"
-            )
+            since = f", from step {row['step']}" if row["step"] else ""
+            return f"started on {row['ranks']} rank{'s' * (row['ranks'] > 1)}{since}"
         case "saved":
             return f"saved step {row['step']}"
         case "skipped":
-            return f"step {row['step']} left out: {row['why']}"
+            return f"left out: {row['why']}"
         case "not saved":
             return f"step {row['step']} not saved: {row['why']}"
+        case "stopped":
+            return str(row["why"])
     return f"{row['event']} at step {row.get('step', '?')}"
 
 

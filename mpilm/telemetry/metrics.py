@@ -31,14 +31,21 @@ def kept_bytes(content: bytes, step: int) -> int:
     """The length of the part of a metrics file that belongs to the first `step` steps."""
     at = 0
     for line in content.splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or row.get("step", 0) > step:
+        row = parsed(line)
+        if row is None or row.get("step", 0) > step:
             break
         at += len(line)
     return at
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """A row; None where the line is none, or cut."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step", 0), int)
+    return row if whole else None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -48,27 +55,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Tail:
-    """The rows of a metrics file that somebody else is writing, as they come."""
+    """The rows of a metrics file that somebody else is writing, as they come; what is no row is passed over."""
 
     def __init__(self, path: Path):
-        self.path, self._at = path, 0
+        self.path, self._at, self._last = path, 0, b""
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
-        """The whole rows since the last time; and whether they are all there are, since the file has become shorter."""
+        """The whole rows since the last time; and whether they are all there are, since what was read before has gone."""
         if not self.path.exists():
             return [], False
-        anew = self.path.stat().st_size < self._at
-        self._at = 0 if anew else self._at
         with open(self.path, "rb") as file:
-            file.seek(self._at)
-            lines = file.read().splitlines(keepends=True)
-        rows = []
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
-            self._at += len(line)
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-        return rows, anew
+            file.seek(self._at - len(self._last))
+            anew = file.read(len(self._last)) != self._last
+            if anew:
+                self._at, self._last = 0, b""
+                file.seek(0)
+            lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+        self._at += sum(map(len, lines))
+        self._last = lines[-1] if lines else self._last
+        return [row for row in map(parsed, lines) if row is not None], anew

@@ -53,13 +53,13 @@ class Trace:
 
     def write(self, path: Path) -> str:
         """One file of what all ranks have kept, if there is any; returns what went wrong, on rank 0. Collective."""
-        if self.before is None:
+        if self.before is None or not self.spans:
             return ""
         after, began_s = clock_offset(self.mesh.world), self.mesh.world.broadcast_json(self.before.at_s)
         error_s = max(self.mesh.world.all_gather_json(max(self.before.error_s, after.error_s)))
         lines = [json.dumps(event) for event in self._events(self.before, after, began_s)]
         about = {
-            "steps": [self.steps[0], self.steps[-1]], "ranks": self.mesh.world.size, "layout": self.layout,
+            "steps": [self.spans[0][0], self.spans[-1][0]], "ranks": self.mesh.world.size, "layout": self.layout,
             "clock_error_us": round(1e6 * error_s, 3),
         }  # fmt: skip
         self.before, self.spans = None, []

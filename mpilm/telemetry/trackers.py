@@ -7,6 +7,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,18 +24,19 @@ class Tracker(Protocol):
 
 
 def open_trackers(names: Sequence[str], folder: Path, step: int, settings: Mapping[str, Any]) -> list[Tracker]:
-    """Those asked for, and TensorBoard where it is installed, for a run that goes on from `step`. Raises ConfigError where the
-    library of one is missing."""
+    """Those asked for, and TensorBoard where it is installed, for a run that goes on from `step`."""
     found: list[Tracker] = []
     with contextlib.suppress(ImportError):
         found.append(TensorBoard(folder / "tensorboard", step))
     makers: dict[str, type[WeightsAndBiases | MLflow]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
-    for name in names:
-        try:
-            found.append(makers[name](folder, settings))
-        except ImportError as error:
-            raise ConfigError(f"--run.trackers {name}: {error}; pip install 'mpilm[trackers]'") from None
-    return found
+    return [*found, *(makers[name](folder, settings) for name in names)]
+
+
+def refuse_missing(names: Sequence[str]) -> None:
+    """Raises ConfigError where the library of a tracker is not installed."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--run.trackers: {' and '.join(missing)} cannot be imported; pip install -e '.[trackers]'")
 
 
 def numbers(row: Row) -> Iterator[tuple[str, float]]:

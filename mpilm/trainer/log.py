@@ -127,9 +127,18 @@ class RunLog:
 
     def traced(self, trace: Trace) -> None:
         """Write what was traced, if there is anything; a run does not end for a trace. Collective."""
-        wrong = trace.write(self.run.folder.path / "trace.json")
-        if wrong:
-            self.display.line(f"no trace: {wrong}")
+        path, kept = self.run.folder.path / "trace.json", bool(trace.spans)
+        wrong = trace.write(path)
+        if wrong or kept:
+            self.display.line(f"no trace: {wrong}" if wrong else f"traced {path}")
+
+    def stopped(self, why: str) -> None:
+        """The run ends before its last step, as all ranks know."""
+        self.display.note(why)
+        self._write(
+            {"event": "stopped", "step": self.run.mesh.activity.step + 1, "time": time.time(), "why": why.split("\n", 1)[0]}
+        )
+        self._close()
 
     def failed(self, why: str) -> None:
         """A checkpoint could not be written, and the run goes on."""
@@ -151,18 +160,20 @@ class RunLog:
         self.display.close()
         end = {"event": "end", "step": self.run.config.train.steps, "time": time.time(), "peak_memory_on_rank_bytes": peaks}
         self._write(end)
-        for sink in self.sinks:
-            sink.close()
+        self._close()
         if self.speaks:
-            self._report()
             self._summary(took, max(peaks), unigram, text)
 
-    def _report(self) -> None:
-        """The page of what became of the run, which does not fail for it."""
-        try:
-            page.write([self.run.folder.path])
-        except FileError as error:
-            self.display.line(f"no report: {error}")
+    def _close(self) -> None:
+        """No more rows; and the page of what became of the run, which does not fail for it."""
+        for sink in self.sinks:
+            sink.close()
+        self.sinks = []
+        if self.speaks:
+            try:
+                page.write([self.run.folder.path])
+            except FileError as error:
+                self.display.line(f"no report: {error}")
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.speaks:

@@ -49,9 +49,10 @@ def train(
         trace = Trace(traced_steps(config), run.mesh, layout_row(run))
         try:
             _steps(run, log, saver, trace, kept or Forgetful(), carried)
-        except AgreedError:
+        except AgreedError as error:
             saver.close()
             log.traced(trace)
+            log.stopped(str(error))
             raise
         except Exception as error:
             if world.lost(error):
@@ -113,6 +114,7 @@ def _steps(run: Training, log: RunLog, saver: Saver, trace: Trace, kept: Kept, c
             trace.keep_after(done, activity.take())
             log.traced(trace)
     saver.close()
+    trace.keep_after(run.config.train.steps, activity.take())
     log.traced(trace)
     _forget_stop(run)
 

@@ -123,6 +123,12 @@ def test_a_run_that_is_stopped_writes_what_it_has_traced(tmp_path, data):
         run_ranks(2, lambda comm: train(config, comm))
     trace = json.loads((tmp_path / "run" / "trace.json").read_text())
     assert {event["args"]["step"] for event in spans(trace)} == {1}
+    assert trace["mpilm"]["steps"] == [1, 1]
+    end = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert (end["event"], end["step"]) == ("stopped", 1)
+    assert "stopped after step 1 of 6" in end["why"]
+    assert "stopped after step 1 of 6" in (tmp_path / "run" / "log.txt").read_text()
+    assert "stopped after step 1 of 6" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_nothing_is_traced_unless_asked_for(tmp_path, data):

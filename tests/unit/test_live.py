@@ -63,6 +63,9 @@ def test_a_run_that_is_silent_and_one_that_is_done():
     assert "done" in shown(glance, 9999.0)
     glance.see({**START, "step": 100})  # taken up again
     assert "done" not in shown(glance, 1051.0)
+    glance.see({"event": "stopped", "step": 100, "time": 1100.0, "why": "stopped after step 100, as its stop file asked"})
+    assert "stopped\n" in shown(glance, 9999.0)
+    assert "as its stop file asked" in shown(glance, 9999.0)
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [float("nan"), 2.0]])

@@ -29,7 +29,7 @@ def test_a_cut_last_line_goes(tmp_path, cut):
     assert path.read_bytes() == b"".join(ROWS[:4])
 
 
-@pytest.mark.parametrize("rubbish", [b"\0" * 40 + b"\n", b"{\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize("rubbish", [b"\0" * 40 + b"\n", b"{\n", b"\xff\xfe\n", b"[1, 2]\n", b'{"step": "x"}\n'])
 def test_nothing_after_an_unreadable_line_is_kept(rubbish):
     assert kept_bytes(ROWS[0] + rubbish + ROWS[1], 9) == len(ROWS[0])
 
@@ -66,3 +66,20 @@ def test_a_tail_gives_whole_rows_as_they_come(tmp_path):
     rows, anew = tail.read()
     assert anew
     assert [row["step"] for row in rows] == [0, 1]
+
+
+def test_a_tail_notices_that_rows_have_gone_also_where_the_file_is_longer_then(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(ROWS[0] + ROWS[1])
+    tail = Tail(path)
+    tail.read()
+    path.write_bytes(ROWS[0] + b'{"step": 0, "event": "start", "why": "a resume, the row of which is long"}\n')
+    rows, anew = tail.read()
+    assert anew
+    assert [row["step"] for row in rows] == [0, 0]
+
+
+def test_a_tail_passes_over_what_is_no_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(ROWS[0] + b'[1, 2]\nrubbish\n{"step": "x"}\n' + ROWS[1])
+    assert [row["step"] for row in Tail(path).read()[0]] == [0, 1]

@@ -60,8 +60,8 @@ class Run:
     @property
     def ended(self) -> bool:
         """Whether the last start came to the end of the training."""
-        ends = [row["event"] for row in self.rows.events if row["event"] in ("start", "end")]
-        return ends[-1:] == ["end"]
+        ends = [row["event"] for row in self.rows.events if row["event"] in ("start", "end", "stopped")]
+        return ends[-1:] in (["end"], ["stopped"])
 
     def host(self, rank: int) -> str:
         """Where a rank ran, as far as that was written down."""
@@ -150,7 +150,7 @@ def _gaps(run: Run) -> list[str]:
     if not run.starts:
         said.append("metrics.jsonl has no start row: ranks, layout and versions are not known.")
     elif not run.ended:
-        said.append("There is no end row: the run goes on, or was stopped before its last step.")
+        said.append("There is no end row: the run goes on, or was killed before its last step.")
     samples = run.rows.samples
     if not any("rank_s" in row for row in samples):
         only = " but computing" if any("rank_busy_s" in row for row in samples) else ""

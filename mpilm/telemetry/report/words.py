@@ -177,6 +177,8 @@ def _told(row: Row, later: bool) -> str:
             return f"checkpoint not saved: {why}"
         case "skipped":
             return f"left out{f', from step {since:,}' if isinstance(since, int) and since != row.get('step') else ''}: {why}"
+        case "stopped":
+            return str(why)
         case "end":
             return "the end of the training"
     return ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("time", "step"))
