@@ -81,8 +81,7 @@ def start(words, folder, limit_s=100):
     except subprocess.TimeoutExpired:
         os.killpg(job.pid, signal.SIGKILL)
         pytest.fail(f"{words} did not end within {limit_s} s; it printed\n{job.communicate()[0]}")
-    assert job.returncode == 0, f"{words}\nended with {job.returncode} and printed\n{said}"
-    return said
+    return subprocess.CompletedProcess(words, job.returncode, said)
 
 
 def shortened(command):
@@ -124,8 +123,10 @@ def stand_ins(tmp_path_factory):
     for name in ("scripts", "jobs"):
         (folder / name).symlink_to(ROOT / name)
     mine = "--data.path my_texts/ --data.tokenizer bpe:300 --run.dir runs/mine --run.trace-steps 1:2"
-    start(shortened(f"mpirun -n 2 python -m mpilm.train {mine}"), folder)
-    start("python -m mpilm.prepare --data.path my_texts/ --data.tokenizer bpe:300 --output my_tokens", folder)
+    start(shortened(f"mpirun -n 2 python -m mpilm.train {mine}"), folder).check_returncode()
+    start(
+        "python -m mpilm.prepare --data.path my_texts/ --data.tokenizer bpe:300 --output my_tokens", folder
+    ).check_returncode()
     for name in ("NAME", "other", "llama-9ab5fe"):
         shutil.copytree(folder / "runs/mine", folder / "runs" / name)
     checkpoint = folder / "runs/mine/checkpoints/step-00000002"
@@ -157,7 +158,9 @@ def test_a_documented_command_works(command, stand_ins, tmp_path):
     if "--output my_tokens" in command:
         for file in folder.glob("my_tokens*"):
             file.unlink()
-    start(shortened(command), folder)
+    job = start(shortened(command), folder)
+    assert job.returncode == 0, f"{shortened(command)}\nended with {job.returncode} and printed\n{job.stdout}"
+    assert "Traceback" not in job.stdout
 
 
 def test_what_is_tested_elsewhere_is_there():

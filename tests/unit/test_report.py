@@ -256,7 +256,9 @@ def test_values_of_another_kind(made, key, value):
     rows = whole()
     for row in rows[3:9]:
         row[key] = value
-    report(made(rows))
+    text = report(made(rows)).text
+    assert "3.1000" in text  # of the last row, which is as it should be
+    assert "the end of the training" in text
 
 
 @pytest.mark.parametrize("value", ["x", None, 3, [], {}, [None], {"pipeline": "two"}])
@@ -265,7 +267,9 @@ def test_values_of_another_kind(made, key, value):
 )
 def test_a_start_of_another_kind(made, key, value):
     trace, _ = trace_of()
-    report(made([start() | {key: value}, *whole()[1:]], trace=trace))
+    text = report(made([start() | {key: value}, *whole()[1:]], trace=trace)).text
+    assert "3.1000" in text
+    assert "the end of the training" in text
 
 
 def test_what_is_written_is_text_and_not_markup(made):
@@ -441,7 +445,9 @@ def test_a_trace_of_one_rank_only(made):
 
 @pytest.mark.parametrize("trace", [[], {}, {"traceEvents": 3}, {"traceEvents": []}, {"traceEvents": [3, {"cat": "forward"}]}])
 def test_traces_of_another_kind(made, trace):
-    report(made(whole(), trace=trace))
+    text = report(made(whole(), trace=trace)).text
+    assert "Simulated:" not in text
+    assert "trace.json holds no trace." in text or "trace.json holds no step that all ranks" in text
 
 
 def test_waits_are_a_step_and_rank():
