@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 from torch import Tensor
@@ -64,8 +64,8 @@ class Buffers:
 
 
 def fresh(nbytes: int) -> Tensor:
-    """Memory that begins with a page, as the disk wants it (checkpoint/blocks.py)."""
-    return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
+    """Memory that begins with a page, as the disk wants it (checkpoint/blocks.py); not shared, which is counted apart."""
+    return torch.frombuffer(mmap(-1, max(1, nbytes), flags=MAP_PRIVATE | MAP_ANONYMOUS), dtype=torch.uint8)[:nbytes]
 
 
 def assemble(

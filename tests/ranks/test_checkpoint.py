@@ -52,6 +52,7 @@ from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.model.families import build, tied
 from mpilm.model.huggingface import published_name
 from mpilm.model.rows import Rows
+from mpilm.telemetry.memory import shared_bytes
 
 ONE = SelfComm()
 BLOCKS = st.sampled_from([8, 60, 64, 100, 1 << 10, 1 << 24])  # 60 and 100: some elements lie in two blocks
@@ -233,6 +234,13 @@ def test_no_more_than_a_few_blocks_are_in_memory():
         assert block.number == count
         assert len(drawn) <= count + assemble.IN_FLIGHT
     assert len(drawn) == len(blocks) > 50
+
+
+def test_a_copy_is_no_memory_that_ranks_have_together():
+    """Which would be taken for that of other ranks, and left out of what this one uses."""
+    before = shared_bytes()
+    copy = assemble.fresh(32 << 20).fill_(1)
+    assert shared_bytes() - before < copy.nbytes // 8
 
 
 @pytest.mark.parametrize("size", [1, 3])
