@@ -17,13 +17,16 @@ from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.parallel.shard import BUCKET
 from mpilm.parallel.tree import block, combine, fold, fold_block
 
-# glibc keeps freed blocks below 32 MiB, and those of one microbatch leave holes that the next one's do not fill: measured
-# 1.3 to 1.6 times what is in use, but no more than another microbatch. Of a GPU what torch has given out is counted: no holes.
-HOLES = {"cpu": 1.5, "cuda": 1.0}
+# glibc keeps freed blocks below 32 MiB, and where one microbatch was the next does not quite fit: for each byte in use so many
+# lie in holes, measured (docs/log.md), more where forward and backward of different parts take turns more often. Of a GPU what
+# torch has given out is counted, and no holes.
+HOLES = {"none": 0.42, "gpipe": 0.32, "1f1b": 0.5, "interleaved": 0.65, "zero-bubble": 0.65}
+HOLES_OF_LOGITS = 0.5
 RETURNED_BYTES = 32 << 20
 COMPILER_BYTES = 200 << 20  # of torch.compile, where it is the processor's memory
-FIRST_STEP_BYTES = 14 << 20  # of libraries, buffers of MPI, and the text, that come into memory with the first step
-SAVED_AT_ONCE_BYTES = 48 << 20  # blocks of a checkpoint under way (checkpoint/assemble.py)
+FIRST_STEP_BYTES = 22 << 20  # of libraries, buffers of MPI, and the text, that come into memory with the first step
+SAVED_BLOCK_BYTES = 16 << 20  # of a checkpoint (checkpoint/format.py)
+SAVED_AT_ONCE_BYTES = 3 * SAVED_BLOCK_BYTES  # under way (checkpoint/assemble.py)
 MOMENTS = {"adamw": 2.0, "sgd": 1.0, "adafactor": 0.0, "muon": 1.0}  # a parameter; of muon those of matrices in blocks
 
 
@@ -40,12 +43,14 @@ def step_bytes(
         for stage in stages
     }  # fmt: skip
     received = 4 * tokens * model.d_model * 2 * (last > 0)  # posted ahead: an input and a gradient
-    live = peak_bytes(program, of_stage) + max(of["again"] for of in of_stage.values()) + received
-    logits = round(max(of["logits"] for of in of_stage.values()) * _logits_factor(config, device))
-    largest = {"activations": 4 * tokens * model.d_ff, "logits": 4 * tokens * vocab_size}
-    holes = {name: HOLES[device] if size < RETURNED_BYTES else 1 for name, size in largest.items()}
-    lost = min(live * (holes["activations"] - 1), max(of["activations"] for of in of_stage.values()))
-    return {"activations": round(live + lost), "logits": round(logits * holes["logits"])}
+    live: float = peak_bytes(program, of_stage) + max(of["again"] for of in of_stage.values()) + received
+    logits = max(of["logits"] for of in of_stage.values()) * _logits_factor(config, device)
+    if device == "cpu":
+        largest = {"activations": 4 * tokens * model.d_ff, "logits": 4 * tokens * vocab_size}
+        live += 3 * largest["activations"]  # what a backward makes and lets go again, of the largest block
+        live *= 1 + (largest["activations"] < RETURNED_BYTES) * HOLES[config.parallel.schedule if last else "none"]
+        logits *= 1 + (largest["logits"] < RETURNED_BYTES) * HOLES_OF_LOGITS
+    return {"activations": round(live), "logits": round(logits)}
 
 
 def _logits_factor(config: Config, device: str) -> float:
@@ -85,14 +90,20 @@ def rank_bytes(
     held = held_bytes(config, vocab_size, cut, shape, stages, device, together)
     if device == "cuda":
         return {"program": program_bytes, **held, **step}
-    saved = 4 * (1 + MOMENTS[config.train.optimizer]) * _model_numel(config, vocab_size) / shape.size
+    saved = 4 * (1 + MOMENTS[config.train.optimizer]) * _model_numel(config, vocab_size)
     at_once = max(0, min(SAVED_AT_ONCE_BYTES, held["weights"] + held["moments"]) - sum(step.values()))
     return {
         "program": program_bytes + FIRST_STEP_BYTES + COMPILER_BYTES * config.train.compile,
         **held,
         **step,
-        "checkpoint": round(saved) if config.checkpoint.asynchronous else at_once,
+        "checkpoint": copied_bytes(saved, shape.size) if config.checkpoint.asynchronous else at_once,
     }
+
+
+def copied_bytes(saved: float, ranks: int) -> int:
+    """Of a checkpoint of so many bytes, what a rank copies at most: blocks are whole, so one may have one more."""
+    share = saved / ranks
+    return round(share + (ranks > 1) * min(SAVED_BLOCK_BYTES, share / 3))
 
 
 def _model_numel(config: Config, vocab_size: int) -> int:

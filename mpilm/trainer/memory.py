@@ -10,7 +10,7 @@ import torch
 from mpilm.checkpoint.assemble import IN_FLIGHT
 from mpilm.checkpoint.format import BLOCK_BYTES
 from mpilm.errors import OutOfMemoryError
-from mpilm.planner.memory import COMPILER_BYTES, FIRST_STEP_BYTES, step_bytes
+from mpilm.planner.memory import COMPILER_BYTES, FIRST_STEP_BYTES, copied_bytes, step_bytes
 from mpilm.telemetry.words import mebibytes
 from mpilm.trainer.build import Training
 
@@ -26,7 +26,7 @@ def predicted_memory(run: Training) -> dict[str, int]:
         return {"program": run.memory.program_bytes, **held, **step}  # of the GPU; what is saved is copied from there
     saving = max(0, min(SAVING_BYTES, held["weights"] + held["moments"]) - sum(step.values()))  # between steps
     if config.checkpoint.asynchronous:
-        saving = -(-model.saved_bytes // run.mesh.world.size)  # a copy of what this rank writes, beside the next steps
+        saving = copied_bytes(model.saved_bytes, run.mesh.world.size)  # which is there beside the next steps
     return {
         "program": run.memory.program_bytes + FIRST_STEP_BYTES + COMPILER_BYTES * config.train.compile,
         **held,

@@ -178,7 +178,7 @@ def test_layouts_are_ranked_with_their_parts(tmp_path):
     assert lines[4].startswith("  1  data 4, pipeline 1, zero 0")
     assert "best: no settings: it is the default" in lines
     assert any("244,141 steps, 1e+09 tokens, take" in line for line in lines)
-    assert any("memory of the fullest rank: program 15 MiB, weights 8 MiB, moments 17 MiB" in line for line in lines)
+    assert any("memory of the fullest rank: program 23 MiB, weights 8 MiB, moments 17 MiB" in line for line in lines)
 
 
 def test_numbers_of_ranks_are_compared(tmp_path):
