@@ -17,6 +17,7 @@
     python scripts/bench.py slow              4 ranks on 2 pretend hosts and a slow network: ways to send less (as root)
     python scripts/bench.py plan              2 ranks: what mpilm.plan predicts of every layout, against its measured step
     python scripts/bench.py plan-memory       2 ranks: what it says of their memory, against what they use
+    python scripts/bench.py bubble            2 ranks: what a run says that the stages of a pipeline wait, against the formula
     python scripts/bench.py pipeline          2 ranks: a pipeline's step against what the simulator makes of its own actions
 
 The sides of a comparison take turns within one call. A round during which other programs used the machine is void and is
@@ -58,6 +59,7 @@ COMMANDS = {
     "plan": planning.plan,
     "plan-memory": planning.plan_memory,
     "plan-worker": planning.plan_worker,
+    "bubble": layouts.bubble,
     "pipeline": layouts.pipeline,
     "pipeline-worker": layouts.pipeline_worker,
 }

@@ -12,6 +12,9 @@ import tempfile
 from collections.abc import Callable
 
 from benchmarks.measure import BENCH, STEPS, configured, mpirun, table
+from benchmarks.speed import training_run
+
+EVEN = ["--model.n-layers", "24", "--parallel.pipeline", "2", "--data.tokenizer", "bytes"]  # whose head is small
 
 
 def shards(args: argparse.Namespace) -> None:
@@ -71,6 +74,31 @@ def shards_worker(args: argparse.Namespace) -> None:
     everyone = comm.all_gather_json([sum(held.values()) - held["passing"], after - before])
     if comm.rank == 0:
         print(json.dumps(everyone), flush=True)
+
+
+def bubble(args: argparse.Namespace) -> None:
+    """What the rows of a run say that ranks wait for each other, where both stages have the same work."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for _ in range(args.rounds):
+        for name, count in ((name, count) for name in ("gpipe", "1f1b") for count in (2, 4, 8)):
+            batch = ["--train.micro-batch", "4", "--train.global-batch", str(4 * count)]
+            logged, _, _ = training_run(2, 3 * STEPS, *EVEN, "--parallel.schedule", name, *batch)
+            waits = [waiting(row) for row in logged if "rank_s" in row]
+            found.setdefault((name, count), []).append(statistics.median(waits[STEPS:]))
+            print(name, count, found[name, count][-1], flush=True)
+    rows = [("schedule", "microbatches", "by formula", "measured", "measured / formula (goal: 0.95 .. 1.05)")]
+    for (name, count), measured in found.items():
+        formula = 1 / (count + 1)
+        ratios = [each / formula for each in measured]
+        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})"
+        rows.append((name, str(count), f"{formula:.1%}", f"{statistics.median(measured):.1%}", spread))
+    table("bubble of 2 even stages", rows)
+
+
+def waiting(row: dict) -> float:  # type: ignore[type-arg]
+    """The part of bubble and computing together that is bubble, over all ranks."""
+    bubble_s, compute_s = (sum(row["rank_s"][part]) for part in ("bubble", "compute"))
+    return float(bubble_s / (bubble_s + compute_s))
 
 
 def pipeline(args: argparse.Namespace) -> None:

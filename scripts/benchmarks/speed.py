@@ -193,7 +193,7 @@ def training_run(ranks: int, steps: int, *words: str) -> tuple[list[dict], float
             assert process.stdout is not None
             for line in process.stdout:
                 printed.append(line)
-                if line.startswith("step") and not first:
+                if "  step " in line and not first:
                     first = time.monotonic() - began
         if process.returncode:
             raise SystemExit("".join(printed))
