@@ -36,7 +36,7 @@ def parse(
         if presets is None or name not in presets:
             raise ConfigError(f"--preset {name}: there is none of that name; there are {', '.join(presets or ())}")
         config = presets[name]()
-    values = [(read_toml(path), f"--config {path}") for path in files]
+    values = [(read_toml(path, f"--config {path}"), f"--config {path}") for path in files]
     config = _start(words, config, [toml for toml, _ in values])
     for toml, source in values:
         config = merge(config, _concerning(config, toml), source)

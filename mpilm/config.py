@@ -245,8 +245,8 @@ class Run:
     eval_batches: int = 8
     """Global batches of held-out text an evaluation reads; 0: all of it."""
     trace_steps: str = ""
-    """Steps to trace, the first and the last, as in 10:12: what each rank did when, in trace.json, for Perfetto and the report;
-    empty: none."""
+    """Steps to trace, the first and the last, as in 10:12: what each rank did when, in trace-10-12.json, for Perfetto and the
+    report; empty: none."""
     trackers: tuple[str, ...] = ()
     """Where else rows go, offline and by their own libraries: wandb, mlflow. TensorBoard has them wherever it is installed."""
     time_limit: float = 0.0

@@ -50,7 +50,7 @@ def prepare() -> Callable[[], None]:
             print(f"  note     {text}")
         for plot in png.save(runs, config.png) if config.png else []:
             print(f"plot       {plot}")
-        print(f"report     {path}  ({path.stat().st_size / 2**20:.1f} MiB)")
+        print(f"report     {path}  ({path.stat().st_size / 1024:,.0f} KiB)")
 
     return body
 

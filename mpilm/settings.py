@@ -76,11 +76,11 @@ def _paths(value: Any) -> Any:
     return [str(entry) for entry in flat if entry != ""] if all(type(entry) in (str, int, float) for entry in flat) else value
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    """The values of a TOML file; raises FileError or ConfigError with the file named."""
+def read_toml(path: str | Path, named: str = "") -> dict[str, Any]:
+    """The values of a TOML file; raises FileError or ConfigError with the file named, or what `named` says in its place."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise FileError(f"--config {path}: cannot be read: {error.strerror}") from None
+        raise FileError(f"{named or path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: is not TOML: {error}") from None
+        raise ConfigError(f"{named or path}: is not TOML: {error}") from None

@@ -217,11 +217,13 @@ def _validate_parallel(config: Config) -> None:
 
 def _validate_run(config: Config) -> None:
     try:
-        traced_steps(config)
+        steps = traced_steps(config)
     except ValueError:
         raise ConfigError(
             f"--run.trace-steps {config.run.trace_steps}: write the first and the last, counted from 1, as in 10:12"
         ) from None
+    if steps and steps[0] > config.train.steps:
+        raise ConfigError(f"--run.trace-steps {config.run.trace_steps}: training ends with step {config.train.steps:,}")
     for name in config.run.trackers:
         if name not in TRACKERS:
             raise ConfigError(f"--run.trackers {name}: there is none of that name; there are {', '.join(TRACKERS)}")

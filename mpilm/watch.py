@@ -90,7 +90,7 @@ def _told(glance: Glance, tail: Tail, folder: Path) -> Glance:
 
 def _glance(folder: Path) -> Glance:
     path = folder / "config.toml"
-    config = merge(Config(), read_toml(str(path)), str(path))
+    config = merge(Config(), read_toml(path), str(path))
     return Glance(str(folder), config.train.steps, config.checkpoint.every)
 
 

@@ -11,7 +11,7 @@ class Metrics:
     """Appends rows, each at once on disk for whoever is watching.
 
     `step` is the checkpoint that the run goes on from: rows of later steps, and a cut last line, are taken away; all
-    earlier rows stay byte for byte.
+    before them stays byte for byte.
     """
 
     def __init__(self, path: Path, step: int):
@@ -28,11 +28,11 @@ class Metrics:
 
 
 def kept_bytes(content: bytes, step: int) -> int:
-    """The length of the part of a metrics file that belongs to the first `step` steps."""
+    """The length of the part of a metrics file that belongs to the first `step` steps; a line that is no row stays."""
     at = 0
     for line in content.splitlines(keepends=True):
         row = parsed(line)
-        if row is None or row.get("step", 0) > step:
+        if not line.endswith(b"\n") or (row and row.get("step", 0) > step):
             break
         at += len(line)
     return at
@@ -49,9 +49,9 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics file; a cut last line is left out."""
-    content = path.read_bytes()
-    return [json.loads(line) for line in content[: kept_bytes(content, 2**63)].splitlines()]
+    """The rows of a metrics file; a cut last line, and what is no row, is left out."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [row for row in map(parsed, lines) if row is not None]
 
 
 class Tail:

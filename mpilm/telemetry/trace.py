@@ -1,4 +1,4 @@
-"""RUN/trace.json: what every rank did in some steps, on one clock, in the Chrome trace format, which Perfetto opens."""
+"""RUN/trace-A-B.json: what every rank did in steps A to B, on one clock, in the Chrome trace format, which Perfetto opens."""
 
 from __future__ import annotations
 
@@ -45,25 +45,27 @@ class Trace:
 
     def keep_after(self, done: int, spans: list[Span]) -> None:
         """What came after a step: how long checkpoint and evaluation took, not what they were made of."""
-        self._keep(done, [span for span in spans if isinstance(span.what, str)])
+        if self.spans and self.spans[-1][0] == done:
+            self._keep(done, [span for span in spans if isinstance(span.what, str)])
 
     def _keep(self, done: int, spans: list[Span]) -> None:
         if self.before is not None and done in self.steps:
             self.spans.append((done, spans))
 
-    def write(self, path: Path) -> str:
-        """One file of what all ranks have kept, if there is any; returns what went wrong, on rank 0. Collective."""
+    def write(self, folder: Path) -> str:
+        """One file of what all ranks have kept, if there is any; returns what to say of it, on rank 0. Collective."""
         if self.before is None or not self.spans:
             return ""
+        first, last = self.spans[0][0], self.spans[-1][0]
         after, began_s = clock_offset(self.mesh.world), self.mesh.world.broadcast_json(self.before.at_s)
         error_s = max(self.mesh.world.all_gather_json(max(self.before.error_s, after.error_s)))
         lines = [json.dumps(event) for event in self._events(self.before, after, began_s)]
         about = {
-            "steps": [self.spans[0][0], self.spans[-1][0]], "ranks": self.mesh.world.size, "layout": self.layout,
+            "steps": [first, last], "ranks": self.mesh.world.size, "layout": self.layout,
             "clock_error_us": round(1e6 * error_s, 3),
         }  # fmt: skip
         self.before, self.spans = None, []
-        return _write_all(path, ",\n".join(lines), json.dumps(about), self.mesh.world)
+        return _write_all(folder / f"trace-{first}-{last}.json", ",\n".join(lines), json.dumps(about), self.mesh.world)
 
     def _events(self, before: Offset, after: Offset, began_s: float) -> list[Event]:
         """`began_s`: when the trace begins, by the clock of rank 0."""
@@ -119,7 +121,7 @@ def _events_of(
 
 
 def _write_all(path: Path, mine: str, about: str, world: Comm) -> str:
-    """Rank 0 writes the events of each rank as they come, and so never holds those of all. Collective."""
+    """Rank 0 writes the events of each rank as they come, and so never holds those of all; says how it went. Collective."""
     data = torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8)
     sizes = world.all_gather_json(data.numel())
     if world.rank > 0:
@@ -137,8 +139,8 @@ def _write_all(path: Path, mine: str, about: str, world: Comm) -> str:
     except OSError as error:
         for _ in parts:  # the others wait until theirs has been taken
             pass
-        return f"{path} cannot be written: {error.strerror}"
-    return ""
+        return f"no trace: {path} cannot be written: {error.strerror}"
+    return f"traced {path}"
 
 
 def _received(mine: torch.Tensor, sizes: Sequence[int], world: Comm) -> Iterator[bytes]:

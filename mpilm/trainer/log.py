@@ -127,10 +127,9 @@ class RunLog:
 
     def traced(self, trace: Trace) -> None:
         """Write what was traced, if there is anything; a run does not end for a trace. Collective."""
-        path, kept = self.run.folder.path / "trace.json", bool(trace.spans)
-        wrong = trace.write(path)
-        if wrong or kept:
-            self.display.line(f"no trace: {wrong}" if wrong else f"traced {path}")
+        said = trace.write(self.run.folder.path)
+        if said:
+            self.display.line(said)
 
     def stopped(self, why: str) -> None:
         """The run ends before its last step, as all ranks know."""

@@ -141,7 +141,7 @@ def _refuse_foreign(path: Path, config: Config) -> None:
     if config.checkpoint.resume == "never":
         raise ConfigError(f"--run.dir {path} holds a run, and --checkpoint.resume is never; choose another folder")
     if config.checkpoint.resume == "auto" and not checkpoints(path / "checkpoints"):
-        old = merge(Config(), read_toml(str(path / "config.toml")), str(path / "config.toml"))
+        old = merge(Config(), read_toml(path / "config.toml"), str(path / "config.toml"))
         _refuse_changes(mathematics(old), config, f"the run in {path}")
 
 
@@ -169,7 +169,7 @@ def _began_from(path: Path, asked: str) -> bool:
     """Whether this run was started from the checkpoint asked for and has saved since: the same job submitted again."""
     if not checkpoints(path / "checkpoints") or not (path / "config.toml").is_file():
         return False
-    return read_toml(str(path / "config.toml")).get("checkpoint", {}).get("resume") == asked
+    return read_toml(path / "config.toml").get("checkpoint", {}).get("resume") == asked
 
 
 def _refuse_branch(checkpoint: Path, path: Path) -> None:

@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 def traced(config, size):
     run_ranks(size, lambda comm: train(config, comm))
-    return json.loads((Path(config.run.dir) / "trace.json").read_text())
+    return json.loads((Path(config.run.dir) / "trace-2-3.json").read_text())
 
 
 def spans(trace, category="", **args):
@@ -121,7 +121,7 @@ def test_a_run_that_is_stopped_writes_what_it_has_traced(tmp_path, data):
     config = tiny(data, tmp_path / "run", run__trace_steps="1:9", run__time_limit=1e-6)
     with pytest.raises(AgreedError, match="stopped after step 1 "):
         run_ranks(2, lambda comm: train(config, comm))
-    trace = json.loads((tmp_path / "run" / "trace.json").read_text())
+    trace = json.loads((tmp_path / "run" / "trace-1-1.json").read_text())
     assert {event["args"]["step"] for event in spans(trace)} == {1}
     assert trace["mpilm"]["steps"] == [1, 1]
     end = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
@@ -131,18 +131,27 @@ def test_a_run_that_is_stopped_writes_what_it_has_traced(tmp_path, data):
     assert "stopped after step 1 of 6" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_resume_leaves_the_trace_before_it_and_the_report_draws_its_own(tmp_path, data):
+    for steps, window in ((2, "1:3"), (4, "1:4")):
+        config = tiny(data, tmp_path / "run", **on(2), train__steps=steps, run__trace_steps=window)
+        run_ranks(2, lambda comm, config=config: train(config, comm))
+    found = {path.name for path in (tmp_path / "run").glob("trace*")}
+    assert found == {"trace-1-2.json", "trace-3-4.json"}
+    assert "Step 4 on ranks 0, 1, the first replica" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_nothing_is_traced_unless_asked_for(tmp_path, data):
     run_ranks(2, lambda comm: train(tiny(data, tmp_path / "run"), comm))
-    assert not (tmp_path / "run" / "trace.json").exists()
+    assert not list((tmp_path / "run").glob("trace*"))
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, data, capsys):
     config = tiny(data, tmp_path / "run", **SETTINGS)
-    (tmp_path / "run" / "trace.json").mkdir(parents=True)
+    (tmp_path / "run" / "trace-2-3.json").mkdir(parents=True)
     (tmp_path / "run" / "config.toml").write_text("")  # such that it is a run's
     with mock.patch("mpilm.trainer.run_folder._refuse_foreign"):
         run_ranks(3, lambda comm: train(config, comm))
-    assert f"no trace: {tmp_path / 'run' / 'trace.json'} cannot be written: Is a directory" in capsys.readouterr().out
+    assert f"no trace: {tmp_path / 'run' / 'trace-2-3.json'} cannot be written: Is a directory" in capsys.readouterr().out
     assert read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["event"] == "end"
 
 

@@ -30,8 +30,12 @@ def test_a_cut_last_line_goes(tmp_path, cut):
 
 
 @pytest.mark.parametrize("rubbish", [b"\0" * 40 + b"\n", b"{\n", b"\xff\xfe\n", b"[1, 2]\n", b'{"step": "x"}\n'])
-def test_nothing_after_an_unreadable_line_is_kept(rubbish):
-    assert kept_bytes(ROWS[0] + rubbish + ROWS[1], 9) == len(ROWS[0])
+def test_a_line_that_is_no_row_takes_none_away(tmp_path, rubbish):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(ROWS[0] + rubbish + ROWS[1] + ROWS[2])
+    assert [row["step"] for row in read_rows(path)] == [0, 1, 2]
+    Metrics(path, 1).close()
+    assert path.read_bytes() == ROWS[0] + rubbish + ROWS[1]
 
 
 def test_a_row_is_on_disk_at_once(tmp_path):

@@ -76,7 +76,7 @@ def made(tmp_path):
         if config is not None:
             (folder / "config.toml").write_text(config)
         if trace is not None:
-            (folder / "trace.json").write_text(trace if isinstance(trace, str) else json.dumps(trace))
+            (folder / "trace-7-8.json").write_text(trace if isinstance(trace, str) else json.dumps(trace))
         return folder
 
     return make
@@ -218,8 +218,8 @@ def test_a_file_that_is_missing(made, missing):
 def test_files_that_are_broken(made):
     folder = made(whole(), config="[model\n", trace='{"traceEvents": [{"ph"')
     text = report(folder).text
-    assert "config.toml is not TOML" in text
-    assert "trace.json cannot be read: it is not whole" in text
+    assert "config.toml: is not TOML" in text
+    assert "trace-7-8.json cannot be read: it is not whole" in text
 
 
 def test_an_older_version(made):
@@ -447,7 +447,7 @@ def test_a_trace_of_one_rank_only(made):
 def test_traces_of_another_kind(made, trace):
     text = report(made(whole(), trace=trace)).text
     assert "Simulated:" not in text
-    assert "trace.json holds no trace." in text or "trace.json holds no step that all ranks" in text
+    assert "trace-7-8.json holds no trace." in text or "The newest trace holds no step that all ranks" in text
 
 
 def test_waits_are_a_step_and_rank():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -79,7 +79,7 @@ def read_run(folder: str | Path) -> Run:
     missing: list[str] = []
     rows = _rows(path / "metrics.jsonl", missing)
     text, config = _config(path / "config.toml", missing)
-    run = Run(path, rows, config, text, _trace(path / "trace.json", missing))
+    run = Run(path, rows, config, text, _trace(path, missing))
     return replace(run, missing=(*missing, *_gaps(run)))
 
 
@@ -112,11 +112,10 @@ def _rows(path: Path, missing: list[str]) -> Rows:
 
 def _config(path: Path, missing: list[str]) -> tuple[str, dict[str, Any]]:
     try:
-        values = read_toml(str(path))
+        values = read_toml(path, path.name)
         return path.read_text(encoding="utf-8"), flat(values)
     except (UserError, OSError) as error:
-        reason = re.sub(r"^--config .*?config\.toml: ", "", str(error))
-        missing.append(f"config.toml {reason}." if path.exists() else "There is no config.toml: its settings are not known.")
+        missing.append(f"{error}." if path.exists() else "There is no config.toml: its settings are not known.")
     return "", {}
 
 
@@ -128,16 +127,18 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _trace(path: Path, missing: list[str]) -> Mapping[str, Any] | None:
-    if not path.exists():
+def _trace(folder: Path, missing: list[str]) -> Mapping[str, Any] | None:
+    """The newest trace that there is."""
+    path = max(folder.glob("trace-*.json"), key=os.path.getmtime, default=None)
+    if path is None:
         return None
     try:
         trace = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        missing.append(f"trace.json cannot be read: {getattr(error, 'strerror', None) or 'it is not whole'}.")
+        missing.append(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or 'it is not whole'}.")
         return None
     if not isinstance(trace, dict) or not isinstance(trace.get("traceEvents"), list):
-        missing.append("trace.json holds no trace.")
+        missing.append(f"{path.name} holds no trace.")
         return None
     return trace
 

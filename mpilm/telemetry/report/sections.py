@@ -128,7 +128,7 @@ def pipeline_section(run: Run) -> str:
     if run.trace is None:
         return ""
     if step is None:
-        return paragraph("trace.json holds no step that all ranks of the first replica have traced.", "soft")
+        return paragraph("The newest trace holds no step that all ranks of the first replica have traced.", "soft")
     return "\n".join([_in_words(step), _drawings(step), _waits(run)])
 
 
@@ -149,7 +149,7 @@ def _in_words(step: Traced) -> str:
 
 def _drawings(step: Traced) -> str:
     if not step.drawable:
-        return paragraph(f"Its {len(step.measured.events):,} actions are too many to draw: open trace.json at ui.perfetto.dev.")
+        return paragraph(f"Its {len(step.measured.events):,} actions are too many to draw: open the trace at ui.perfetto.dev.")
     both = [("measured", step.measured), *([("simulated", step.simulated)] if step.simulated is not None else [])]
     scale = pixels_a_second(both[-1][1])
     scale = min(scale, *(4000 / max(each.step_s, 1e-9) for _, each in both)) if len(both) > 1 else scale
