@@ -24,7 +24,7 @@ from mpilm.errors import ConfigError, DataError, FileError
 
 VERIFIED_BYTES = 2**30  # of tokens that are read once more at every start, to know that they are as they were
 SAMPLE_TOKENS = 2**16
-COUNTED_AT_ONCE = 2**22
+COUNTED_AT_ONCE = 1 << 18  # tokens, which bincount makes 64-bit integers of
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mpilm.parallel.tree import block, combine, fold, fold_block
 # glibc keeps freed blocks below 32 MiB, and where one microbatch was the next does not quite fit: for each byte in use so many
 # lie in holes, measured (docs/log.md), more where forward and backward of different parts take turns more often. Of a GPU what
 # torch has given out is counted, and no holes.
-HOLES = {"none": 0.42, "gpipe": 0.32, "1f1b": 0.5, "interleaved": 0.65, "zero-bubble": 0.65}
+HOLES = {"none": 0.42, "gpipe": 0.26, "1f1b": 0.5, "interleaved": 0.65, "zero-bubble": 0.65}
 HOLES_OF_LOGITS = 0.5
 RETURNED_BYTES = 32 << 20
 COMPILER_BYTES = 200 << 20  # of torch.compile, where it is the processor's memory
