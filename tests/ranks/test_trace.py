@@ -85,6 +85,20 @@ def test_messages_are_arrows_between_two_ranks_and_forward_in_time(tmp_path, dat
     assert all(event["args"]["peer"] == 1 - event["pid"] for event in received)
 
 
+@pytest.mark.parametrize(("size", "layout"), [(1, on()), (2, on(zero=3)), (2, on(2, "interleaved"))])
+def test_events_of_a_rank_lie_within_each_other_or_apart(tmp_path, data, size, layout):
+    """Exactly, by the sums that a viewer forms: Perfetto drops an event that ends after the one it began in."""
+    trace = traced(tiny(data, tmp_path / "run", **SETTINGS, **layout), size)
+    for rank in range(size):
+        around: list[float] = []
+        for event in sorted(spans(trace, pid=rank), key=lambda e: (e["ts"], -e["dur"])):
+            while around and around[-1] <= event["ts"]:
+                around.pop()
+            end = event["ts"] + event["dur"]
+            assert not around or end <= around[-1], event
+            around.append(end)
+
+
 @pytest.mark.parametrize(("size", "layout"), [(1, on()), (3, on(zero=3)), (4, on(2)), (2, on(2, "gpipe"))])
 def test_the_rows_account_for_what_the_trace_shows(tmp_path, data, size, layout):
     """The seconds of each part, computed here from the events alone: every moment belongs to the innermost event."""
