@@ -33,7 +33,7 @@ class ReportConfig:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Folders of runs."""
     output: str = ""
-    """The file to write; empty: report.html in the first folder."""
+    """The file to write; empty: report.html in the folder, or of several comparison.html in the first."""
     png: str = ""
     """A folder for the plots as PNG images; empty: none."""
 

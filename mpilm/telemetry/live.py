@@ -20,6 +20,13 @@ CURVE = 48, 4  # columns and rows of the loss curve
 KEPT = 4000  # losses that the curve is drawn of
 EVENTS = 3  # the last ones shown
 SILENT_S = 60.0
+NEEDED = {
+    "start": ("step", "ranks"),
+    "saved": ("step",),
+    "skipped": ("why",),
+    "not saved": ("step", "why"),
+    "stopped": ("why",),
+}
 ENDS = {"end": "done", "stopped": "stopped"}
 DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # of a braille character: columns, from below (Unicode 2800)
 
@@ -41,7 +48,9 @@ class Glance:
         self.events: deque[str] = deque(maxlen=EVENTS)
 
     def see(self, row: dict[str, Any]) -> None:
-        """One more row of metrics.jsonl, or of a step that is not written down."""
+        """One more row of metrics.jsonl, or of a step that is not written down; one that lacks what is shown is passed over."""
+        if not _needed(row) <= row.keys():
+            return
         event = row.get("event", "")
         if event == "start":
             self.start, self.ended = row, ""
@@ -126,6 +135,12 @@ class Glance:
 
     def _events(self) -> list[RenderableType]:
         return ["", *(Text(event, style="dim") for event in self.events)] if self.events else []
+
+
+def _needed(row: dict[str, Any]) -> set[str]:
+    """What a row of its kind must have to be shown."""
+    needed = {"time", *NEEDED.get(str(row.get("event")), ())}
+    return needed | ({"step", "grad_norm", "lr"} if "loss" in row else set()) | ({"step"} if "eval_loss" in row else set())
 
 
 def _told(row: dict[str, Any]) -> str:

@@ -284,7 +284,7 @@ def test_runs_are_compared(made):
     first = made(whole(), "first")
     second = made(whole(4), "second", config=CONFIG.replace("0.003", "0.001"))
     checked = report(first, second)
-    assert (first / page.NAME).exists()
+    assert (first / page.COMPARED).exists()
     assert "train.lr 0.003 0.001" in checked.text
     assert "2 ranks (data 2) 4 ranks (data 4)" in checked.text
     assert "train.dtype float32" not in checked.text.split("Curves")[0]

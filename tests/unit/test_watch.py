@@ -35,7 +35,7 @@ def run(monkeypatch, *words):
     watch.prepare()()
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 3, "lo', "\0\0\0\n"])
+@pytest.mark.parametrize("tail", ["", '{"step": 3, "lo', "\0\0\0\n", '{"event": "start"}\n', '{"loss": 1.5}\n'])
 def test_a_run_that_goes_on_is_shown_and_left_as_it_is(folder, monkeypatch, capsys, tail):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(tail)

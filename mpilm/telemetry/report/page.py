@@ -27,6 +27,7 @@ from mpilm.telemetry.report.svg import COLORS
 from mpilm.telemetry.report.svg import curves as drawn
 
 NAME = "report.html"
+COMPARED = "comparison.html"  # of several runs
 OURS = b"mpilm.report"  # at the beginning of what a report may write over
 BEGINNING = 1024  # bytes
 
@@ -42,7 +43,7 @@ def write(folders: Sequence[str | Path], output: str | Path = "") -> Path:
 
 def save(runs: Sequence[Run], output: str | Path = "") -> Path:
     """The same of runs that have been read."""
-    path = Path(output) if output else runs[0].folder / NAME
+    path = Path(output) if output else runs[0].folder / (NAME if len(runs) == 1 else COMPARED)
     refuse_other(path)
     replace(path, page(runs).encode("utf-8", errors="backslashreplace"))  # a lone surrogate, which JSON may hold
     return path
