@@ -47,6 +47,8 @@ def train(
         stack.callback(log.display.close)
         saver = Saver(run, log)
         trace = Trace(traced_steps(config), run.mesh, layout_row(run))
+        if trace.steps and trace.steps[-1] <= run.folder.step:
+            log.display.line(f"nothing to trace: the steps {config.run.trace_steps} of --run.trace-steps were done before")
         try:
             _steps(run, log, saver, trace, kept or Forgetful(), carried)
         except AgreedError as error:

@@ -154,6 +154,14 @@ def test_a_resume_leaves_the_trace_before_it_and_the_report_draws_its_own(tmp_pa
     assert "Step 4 on ranks 0, 1, the first replica" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_steps_that_were_done_before_cannot_be_traced_and_that_is_said(tmp_path, data, capsys):
+    for steps in (2, 3):
+        config = tiny(data, tmp_path / "run", train__steps=steps, run__trace_steps="1:2" if steps == 3 else "")
+        run_ranks(2, lambda comm, config=config: train(config, comm))
+    assert capsys.readouterr().out.count("nothing to trace: the steps 1:2 of --run.trace-steps were done before") == 1
+    assert "Of the last start. Predicted" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_nothing_is_traced_unless_asked_for(tmp_path, data):
     run_ranks(2, lambda comm: train(tiny(data, tmp_path / "run"), comm))
     assert not list((tmp_path / "run").glob("trace*"))

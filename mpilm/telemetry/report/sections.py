@@ -114,7 +114,8 @@ def _stragglers(run: Run) -> str:
 def memory_section(run: Run, suffix: str) -> str:
     chart, (peak, _) = _memory_bars(run, suffix), peak_bytes(run)
     predicted = number(run.start.get("predicted_memory_bytes"))
-    said = f"Predicted for the rank that needs most: {predicted / 2**20:,.0f} MiB" if predicted > 0 else ""
+    again = "Of the last start. " if len(run.starts) > 1 else ""
+    said = f"{again}Predicted for the rank that needs most: {predicted / 2**20:,.0f} MiB" if predicted > 0 else ""
     if chart is None or peak is None:
         return paragraph(f"The memory that was used was not written down. {said}", "soft")
     most = float(np.nanmax(peak))
