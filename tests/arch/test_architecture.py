@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 LAYERS = {
-    "__init__": 0, "errors": 0, "config": 0, "settings": 0, "validation": 0, "presets": 0, "usage": 0,
+    "__init__": 0, "errors": 0, "formatting": 0, "config": 0, "settings": 0, "validation": 0, "presets": 0, "usage": 0,
     "comm": 1, "model": 1,
     "guard": 2, "mesh": 2, "data": 2,
     "ops": 3,

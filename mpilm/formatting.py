@@ -1,0 +1,51 @@
+"""Numbers, durations and byte counts as people read them."""
+
+from __future__ import annotations
+
+import math
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds as 12s, 2m31s, 1h02m or, from two days on, 9.1 days."""
+    total = round(seconds)
+    if total >= 2 * 86400:
+        return f"{seconds / 86400:.1f} days"
+    if total >= 3600:
+        return f"{total // 3600}h{total % 3600 // 60:02d}m"
+    return f"{total // 60}m{total % 60:02d}s" if total >= 60 else f"{total}s"
+
+
+def format_mebibytes(nbytes: float) -> str:
+    """Return bytes in one unit, so that the parts of a sum compare: 1,234 MiB."""
+    return f"{nbytes / 2**20:,.0f} MiB"
+
+
+def format_bytes(nbytes: float) -> str:
+    """Return bytes in the largest unit that fits: 1.5 GiB, 12.0 MiB, 3.1 KiB, 12 bytes."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= size:
+            return f"{nbytes / size:,.1f} {unit}"
+    return f"{nbytes:,.0f} bytes"
+
+
+def format_number(value: float) -> str:
+    """Return a number for an axis, a tile or a table: 0, 3e-4, 0.25, 1,250, 12.5k, 3.2M."""
+    size = abs(value)
+    if size >= 1e15 or 0 < size < 1e-3:
+        return f"{value:.3g}".replace("e-0", "e-").replace("e+", "e")
+    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"
+    return f"{value:,.4g}" if size < 1000 else f"{value:,.0f}"
+
+
+def round_up_to_tick(at_least: float) -> float:
+    """Return the smallest of 1, 2, 5, 10 times a power of ten that is not below `at_least`."""
+    power = 10.0 ** math.floor(math.log10(at_least))
+    return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= at_least * 0.999)
+
+
+def count_noun(number: int, noun: str) -> str:
+    """Return the number with its noun, in the plural where it is not one: 1 rank, 1,024 ranks, 2 batches."""
+    plural = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number:,} {noun}{plural}"
