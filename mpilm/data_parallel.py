@@ -30,16 +30,16 @@ from mpilm.checkpoint.format import MANIFEST, TEMPORARY, Writer, folder_name, re
 from mpilm.checkpoint.save import prune, remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verify, newest_valid, with_help
 from mpilm.comm.base import Comm
-from mpilm.comm.together import on_root, together
+from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
+from mpilm.engine.hardware import cores_per_rank
+from mpilm.engine.step import total_loss
 from mpilm.errors import ConfigError, DataError, FileError
-from mpilm.guard.launch import Body, run
+from mpilm.launch.run import Body, run
 from mpilm.model.init import key_of
-from mpilm.optim.reduce import BlockSum
+from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.flat import FlatParameters
-from mpilm.parallel.layout import resolve
-from mpilm.parallel.tree import block
-from mpilm.trainer.machine import cores_of
-from mpilm.trainer.step import total_loss
+from mpilm.parallel.layout import resolve_layouts
+from mpilm.parallel.reduce.step import StepReducer
 
 
 def launch(main: Body) -> NoReturn:
@@ -47,7 +47,9 @@ def launch(main: Body) -> NoReturn:
 
     Where a node has more ranks than cores, ranks that wait give their core away.
     """
-    run(lambda: lambda comm: main(comm.with_options(gpu_aware=False, patient=cores_of(comm.split_node()) < 1)))
+    run(
+        lambda: lambda comm: main(comm.with_options(gpu_aware=False, yield_while_waiting=cores_per_rank(comm.split_node()) < 1))
+    )
 
 
 class DataParallel:
@@ -65,9 +67,9 @@ class DataParallel:
         self.extra: Any = None
         """What was saved with the checkpoint that was loaded."""
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        together(comm, lambda: self._refuse(parameters))
+        run_on_all_ranks(comm, lambda: self._refuse(parameters))
         device = next(iter(parameters.values())).device
-        layouts = resolve({name: tuple(p.shape) for name, p in parameters.items()}, {})
+        layouts = resolve_layouts({name: tuple(p.shape) for name, p in parameters.items()}, {})
         self.flat = FlatParameters(layouts, device, rank=comm.rank, ranks=comm.size)
         for name, parameter in parameters.items():
             view = self.flat.parameter(name)
@@ -78,7 +80,7 @@ class DataParallel:
             value = fixed.detach().contiguous()
             comm.broadcast(value)
             fixed.data = value
-        self.sum = BlockSum(self.flat, model, comm, microbatches, overlap=device.type == "cuda")
+        self.sum = StepReducer(self.flat, model, comm, microbatches, overlap=device.type == "cuda")
 
     def _refuse(self, parameters: Mapping[str, Tensor]) -> None:
         if self.comm.size > self.count:
@@ -96,11 +98,11 @@ class DataParallel:
         gradients are the sums over all microbatches of all ranks. Collective: to be run to its end on every rank."""
         self._refuse_others()
         outside = torch.get_rng_state()
-        for i, number in enumerate(range(*block(self.comm.rank, self.comm.size, self.count))):
-            self.sum.begin(i)
+        for i, number in enumerate(range(*block_of_rank(self.comm.rank, self.comm.size, self.count))):
+            self.sum.begin_microbatch(i)
             torch.manual_seed(key_of("microbatch", self.seed, step, number) >> 1)
             yield number
-            self.sum.end(i)
+            self.sum.end_microbatch(i)
         torch.set_rng_state(outside)
         self.sum.reduce()
         for name, parameter in self.sum.parameters.items():
@@ -123,7 +125,7 @@ class DataParallel:
     ) -> None:
         """Write FOLDER/step-NNNNNNNN with the model, the optimizer's state and `extra`, which JSON can hold; the `keep` newest
         stay. It gets its name when it is whole, with a digest of every file. Collective; raises FileError on all ranks."""
-        on_root(self.comm, lambda: self._save(Path(folder), step, optimizer, extra, keep))
+        run_on_root(self.comm, lambda: self._save(Path(folder), step, optimizer, extra, keep))
 
     def load(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Put back the newest checkpoint in FOLDER whose every byte is right; returns its step, 0 where there is none. What was
@@ -132,7 +134,7 @@ class DataParallel:
         path = self.comm.broadcast_json(str(found) if found else None)
         if path is None:
             return 0
-        return together(self.comm, lambda: self._load(Path(path), optimizer))
+        return run_on_all_ranks(self.comm, lambda: self._load(Path(path), optimizer))
 
     def _find(self, folder: Path, verify: Verify) -> Path | None:
         """The newest checkpoint that is whole; newer ones that are not are set aside."""
@@ -155,7 +157,7 @@ class DataParallel:
             tensors, words = _taken_apart(optimizer, self.model)
             writer.data("optimizer.safetensors", save(tensors))
             writer.json("trainer.json", {"step": step, "optimizer": words, "extra": extra})
-            writer.publish(final)
+            writer.all_gather_parameters(final)
         except OSError as error:
             raise FileError(f"checkpoint {final} could not be written: {error.strerror}") from None
         prune(folder, keep, keep_best=False)

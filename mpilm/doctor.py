@@ -14,7 +14,7 @@ from typing import Literal
 
 from mpilm.cli import parse
 from mpilm.errors import ConfigError
-from mpilm.guard.launch import Body, run
+from mpilm.launch.run import Body, run
 
 DESCRIPTION = (
     "Check the ranks that mpirun starts: libraries and versions, cores and binding, every message and collective against known "
@@ -58,12 +58,12 @@ def prepare() -> Body:
 
 
 def _calibrate(comm, config: DoctorConfig) -> None:  # type: ignore[no-untyped-def]
-    from mpilm.comm.together import together
+    from mpilm.comm.collective_errors import run_on_all_ranks
     from mpilm.planner.machine import write
     from mpilm.trainer.calibration.calibrate import calibrate
 
     machine = calibrate(comm, config.device)
-    together(comm, lambda: write(Path(config.output), machine) if comm.rank == 0 else None)
+    run_on_all_ranks(comm, lambda: write(Path(config.output), machine) if comm.rank == 0 else None)
     if comm.rank == 0:
         print(f"{'calibrated':<12}{config.output}: for python -m mpilm.plan --machine {config.output}", flush=True)
 

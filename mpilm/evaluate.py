@@ -13,7 +13,7 @@ from mpilm.cli import parse
 from mpilm.comm.base import Comm
 from mpilm.config import Data
 from mpilm.errors import ConfigError
-from mpilm.guard.launch import Body, run
+from mpilm.launch.run import Body, run
 from mpilm.usage import Compute, Folder, Stages, used
 
 DESCRIPTION = (
@@ -69,10 +69,10 @@ def prepare() -> Body:
     config = used(asked.model, asked.parallel, asked.train, data=asked.data)
 
     def body(comm: Comm) -> None:
-        from mpilm.trainer.evaluation import Asked, evaluate
+        from mpilm.inference.evaluate import EvaluateOptions, evaluate_model
 
-        more = Asked(asked.documents, asked.held_out, asked.model.context_length, asked.run.dir)
-        evaluate(config, more, comm)
+        more = EvaluateOptions(asked.documents, asked.held_out, asked.model.context_length, asked.run.dir)
+        evaluate_model(config, more, comm)
 
     return body
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from mpilm.cli import parse
 from mpilm.comm.base import Comm
 from mpilm.config import Generate
-from mpilm.guard.launch import Body, run
+from mpilm.launch.run import Body, run
 from mpilm.usage import Compute, Folder, Stages, used
 
 DESCRIPTION = (
@@ -36,9 +36,9 @@ def prepare() -> Body:
     config = used(asked.model, asked.parallel, asked.train, generate=asked.generate)
 
     def body(comm: Comm) -> None:
-        from mpilm.trainer.texts import print_texts
+        from mpilm.inference.generate import generate_texts
 
-        print_texts(config, comm)
+        generate_texts(config, comm)
 
     return body
 

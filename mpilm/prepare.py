@@ -18,7 +18,7 @@ from mpilm.data.prepare import Meta, prepare, silent, survey
 from mpilm.data.progress import ProgressLine
 from mpilm.data.stats import table
 from mpilm.errors import ConfigError
-from mpilm.guard.launch import Body, run
+from mpilm.launch.run import Body, run
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def configure(argv: Sequence[str]) -> PrepareConfig:
 
 def command(config: PrepareConfig, comm: Comm) -> None:
     """Do what the config asks for; rank 0 prints. Collective."""
-    comm = comm.with_options(gpu_aware=False, patient=True)  # ranks wait for one that trains the tokenizer
+    comm = comm.with_options(gpu_aware=False, yield_while_waiting=True)  # ranks wait for one that trains the tokenizer
     progress = ProgressLine() if comm.rank == 0 else silent
     if config.stats:
         statistics = survey(config.data, comm, progress)

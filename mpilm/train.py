@@ -13,7 +13,7 @@ from mpilm.checkpoint.pretrained import tokenizer_folder
 from mpilm.cli import parse
 from mpilm.config import Config, Model, replaced, resolve
 from mpilm.errors import ConfigError
-from mpilm.guard.launch import Body, run
+from mpilm.launch.run import Body, run
 from mpilm.presets import PRESETS
 from mpilm.telemetry.trackers import refuse_missing
 
@@ -34,10 +34,10 @@ def prepare() -> Body:
         config = replaced(config, data__tokenizer=tokenizer_folder(model.init_from, model.base))
 
     def body(comm) -> None:  # type: ignore[no-untyped-def]
-        from mpilm.trainer.elastic import survive  # torch is imported only once the settings are known to be right
         from mpilm.trainer.loop import train
+        from mpilm.trainer.recovery.elastic import train_elastic
 
-        (survive if config.fault.elastic else train)(config, comm)
+        (train_elastic if config.fault.elastic else train)(config, comm)
 
     return body
 

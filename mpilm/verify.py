@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from mpilm.cli import parse
 from mpilm.config import Config, Model, Train, resolve
 from mpilm.errors import ConfigError
-from mpilm.guard.launch import Body, run
+from mpilm.launch.run import Body, run
 from mpilm.presets import PRESETS
 from mpilm.validation import validate
 
@@ -46,13 +46,13 @@ def prepare() -> Body:
         raise ConfigError("--train.reproducible false promises no equal bits, so there is nothing to verify")
 
     def body(comm) -> None:  # type: ignore[no-untyped-def]
-        from mpilm.trainer.prove import prove
+        from mpilm.verification.layouts import verify_layouts
 
         def say(text: str) -> None:
             if comm.rank == 0:
                 print(text, flush=True)
 
-        prove(config, comm, asked.self_test, say)
+        verify_layouts(config, comm, asked.self_test, say)
 
     return body
 

@@ -45,7 +45,7 @@ COMMANDS = {
     "checkpoint-worker": saving.checkpoint_worker,
     "guards": speed.guards,
     "guards-worker": speed.guards_worker,
-    "crowded": speed.crowded,
+    "crowded": speed.oversubscribed,
     "start": speed.start,
     "memory": speed.memory,
     "shards": layouts.shards,

@@ -25,7 +25,7 @@ from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.model.families import tied
 from mpilm.model.huggingface import published_name
 from mpilm.model.huggingface_config import published_config
-from mpilm.parallel.shard import Piece
+from mpilm.parallel.flat_layout import ParamSlice
 
 Shapes = dict[str, tuple[int, ...]]
 Sharding = Mapping[str, list[tuple[int, int, list[int]]]]
@@ -94,9 +94,9 @@ def intervals(sharding: Sharding, name: str, rank: int) -> list[tuple[int, int]]
     return found
 
 
-def pieces(tensors: Mapping[str, Tensor], sharding: Sharding, rank: int) -> dict[Piece, Tensor]:
+def pieces(tensors: Mapping[str, Tensor], sharding: Sharding, rank: int) -> dict[ParamSlice, Tensor]:
     return {
-        Piece(name, start, stop): tensor.reshape(-1)[start:stop].clone()
+        ParamSlice(name, start, stop): tensor.reshape(-1)[start:stop].clone()
         for name, tensor in tensors.items()
         for start, stop in intervals(sharding, name, rank)
     }

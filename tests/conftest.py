@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from mpilm.comm.base import Comm
-from mpilm.guard.launch import SIZE_VARIABLES
+from mpilm.launch.run import SIZE_VARIABLES
 
 try:
     from mpi4py import MPI

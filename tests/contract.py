@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import OPS, REDUCIBLE, Comm
-from mpilm.comm.trace import Traced
+from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.errors import RanksDisagreeError
 from mpilm.optim.norm import global_norm
 
@@ -243,7 +243,7 @@ def leaves_a_barrier_when_all_have_come(comm: Comm) -> None:
 def shares_memory(comm: Comm) -> None:
     """Parts of different sizes, zero at first; what one writes the others read after a barrier."""
     counts = [5000 * (rank % 3) + 7 for rank in range(comm.size)]
-    parts = comm.share(counts[comm.rank])
+    parts = comm.allocate_shared(counts[comm.rank])
     assert parts is not None
     assert all(part.numel() >= count and not part.any() for part, count in zip(parts, counts, strict=True))
     comm.barrier()
@@ -253,7 +253,7 @@ def shares_memory(comm: Comm) -> None:
         for rank, count in enumerate(counts):
             assert torch.equal(parts[rank][:count], torch.arange(count, dtype=torch.float32) + rank + turn), (turn, rank)
         comm.barrier()
-    again = comm.share(3)
+    again = comm.allocate_shared(3)
     assert again is not None
     again[comm.rank].fill_(1.0)
     assert parts[comm.rank][0] == comm.rank + 2
@@ -389,7 +389,7 @@ def names_the_odd_rank(comm: Comm, mismatch: str) -> None:
     """A checking communicator raises on all ranks, names the odd one, and has touched no data. At least 2 ranks."""
     usual, odd, named_usual, named_odd = MISMATCHES[mismatch]
     last = comm.size - 1
-    traced = Traced(comm, check=True)
+    traced = InstrumentedComm(comm, check=True)
     traced.barrier()
     x = torch.arange(4.0) + comm.rank
     with pytest.raises(RanksDisagreeError) as caught:
@@ -406,7 +406,7 @@ def names_the_odd_rank(comm: Comm, mismatch: str) -> None:
 
 def names_the_rank_that_expects_other_parts(comm: Comm) -> None:
     """Counts of an exchange differ from rank to rank by design; each pair of them is compared instead."""
-    last, traced = comm.size - 1, Traced(comm, check=True)
+    last, traced = comm.size - 1, InstrumentedComm(comm, check=True)
     sends = [1] * comm.size
     receives = [1] * last + [2] if comm.rank == last else sends
     out = torch.zeros(sum(receives))

@@ -16,23 +16,24 @@ from torch import Tensor, nn
 
 from mpilm.checkpoint.format import checkpoints
 from mpilm.comm.base import Comm
+from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.trace import Traced
 from mpilm.config import Config, Model, microbatches, replaced, resolve
+from mpilm.engine.pipelined import meta_model, resolve_model_layouts
+from mpilm.engine.step import MicrobatchSource, StepResult, total_loss, train_step
+from mpilm.engine.train_model import TrainModel
 from mpilm.mesh.mesh import Mesh
-from mpilm.parallel import shard, tied
+from mpilm.parallel import flat_layout as shard
+from mpilm.parallel import tied
 from mpilm.parallel.feasible import cut_by_cost, mesh_shape
 from mpilm.parallel.flat import FlatParameters
-from mpilm.parallel.shard import ALIGNMENT, Piece
+from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
 from mpilm.trainer import loop
-from mpilm.trainer.prove import VOCAB_SIZE, RandomTokens
-from mpilm.trainer.sharded import ShardedModel
-from mpilm.trainer.staged import meta_model, resolve_layouts
-from mpilm.trainer.step import Source, StepResult, total_loss, train_step
 from mpilm.validation import validate
+from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
 CPU = torch.device("cpu")
-Held = Mapping[str, Mapping[Piece, Tensor]]  # kind -> what a rank updates
+Held = Mapping[str, Mapping[ParamSlice, Tensor]]  # kind -> what a rank updates
 
 SMALL = replaced(
     TINY, model__n_layers=4, model__n_heads=2, model__n_kv_heads=1, model__d_model=16, model__context_length=8,
@@ -85,15 +86,15 @@ def serial(config: Config) -> Config:
     return resolve(replaced(config, **SERIAL, train__recompute="none"))
 
 
-def sharded(config: Config, comm: Comm, check: bool = False, alignment: int = ALIGNMENT) -> ShardedModel:
+def sharded(config: Config, comm: Comm, check: bool = False, alignment: int = ALIGNMENT) -> TrainModel:
     """A model with its initial values. Collective."""
-    mesh = Mesh.build(mesh_shape(config, comm.size), Traced(comm, check))
-    model = ShardedModel(config, mesh, cut_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, CPU, alignment)
-    model.initialise()
+    mesh = Mesh.build(mesh_shape(config, comm.size), InstrumentedComm(comm, check))
+    model = TrainModel(config, mesh, cut_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, CPU, alignment)
+    model.init_parameters()
     return model
 
 
-def evaluated(model: ShardedModel, total: int) -> float:
+def evaluated(model: TrainModel, total: int) -> float:
     """The loss of `total` microbatches that no step sees. Collective."""
     source = RandomTokens(model.config)
     model.forward(total, lambda m: source.train(1000, m))
@@ -111,8 +112,8 @@ def run(config: Config, comm: Comm, steps: int = 2, **options: Any) -> Left:
     return Left(numbers, held(model))
 
 
-def held(model: ShardedModel) -> Held:
-    return {"value": model.pieces(), **model.optimizer.pieces()}
+def held(model: TrainModel) -> Held:
+    return {"value": model.owned_slices(), **model.optimizer.state_slices()}
 
 
 def joined(ranks: Sequence[Held]) -> dict[str, Tensor]:
@@ -161,7 +162,7 @@ def small_buckets(numel: int) -> Iterator[None]:
 def whole_model(shape: Model, vocab_size: int, device: torch.device) -> tuple[nn.Module, FlatParameters]:
     """The whole model on one rank, its parameters views of one flat vector, their values still zero."""
     model = meta_model(shape, vocab_size)
-    flat = FlatParameters(resolve_layouts(shape, vocab_size, (shape.n_layers,)), device)
+    flat = FlatParameters(resolve_model_layouts(shape, vocab_size, (shape.n_layers,)), device)
     flat.install(model)
     return model, flat
 
@@ -193,7 +194,7 @@ def stopped(config: Config, size: int, at: int) -> None:
     """Train as if all ranks had died after step `at`, when all checkpoints before were written."""
     config = replaced(config, checkpoint__asynchronous=False)
 
-    def step_or_die(model: ShardedModel, source: Source, step: int, *more: Any) -> StepResult:
+    def step_or_die(model: TrainModel, source: MicrobatchSource, step: int, *more: Any) -> StepResult:
         if step == at:
             raise KeyboardInterrupt
         return train_step(model, source, step, *more)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpilm.checkpoint.plan import ITEM_BYTES, Block, Key, Range, TensorFile
 from mpilm.comm.base import Comm
-from mpilm.parallel.shard import Piece
+from mpilm.parallel.flat_layout import ParamSlice
 
 TAG = 5  # messages between two ranks go in the order of blocks, so one tag is enough
 IN_FLIGHT = 2  # blocks that a rank sends or receives at a time
@@ -22,7 +22,7 @@ Finish = Callable[[], Tensor | None]
 class Held:
     """What this rank holds, as bytes: the pieces of each kind of tensor, and the headers of all files."""
 
-    def __init__(self, kinds: Mapping[str, Mapping[Piece, Tensor]], files: Iterable[TensorFile]):
+    def __init__(self, kinds: Mapping[str, Mapping[ParamSlice, Tensor]], files: Iterable[TensorFile]):
         self._parts: dict[Key, list[tuple[int, int, Tensor]]] = defaultdict(list)
         for kind, pieces in kinds.items():
             for piece, tensor in pieces.items():

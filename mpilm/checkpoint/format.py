@@ -109,7 +109,7 @@ class Writer:
         digest.update(data)
         self.entries[name] = digest.entry()
 
-    def publish(self, final: Path) -> None:
+    def all_gather_parameters(self, final: Path) -> None:
         """Write the manifest, after which the folder is complete, and give the folder its name, durably."""
         self.at("checkpoint.manifest")
         self.json(MANIFEST, {"format": 1, "files": self.entries})

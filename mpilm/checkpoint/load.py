@@ -11,11 +11,11 @@ from mpilm.checkpoint.format import MANIFEST
 from mpilm.checkpoint.tensors import Shape, find, open_tensors
 from mpilm.checkpoint.verify import with_help
 from mpilm.comm.base import Comm
-from mpilm.comm.together import together
+from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config import Model
 from mpilm.errors import ConfigError
 from mpilm.model.huggingface import match, published_name
-from mpilm.parallel.shard import Piece
+from mpilm.parallel.flat_layout import ParamSlice
 
 SHOWN = 4  # names that a message lists
 TIED_MATRICES = ("head.weight",)  # which a file may hold although it is the embedding again
@@ -24,8 +24,8 @@ POSITIONS = "embed.positions.weight"
 
 def load(
     folder: Path,
-    parameters: Mapping[Piece, Tensor],
-    moments: Mapping[str, Mapping[Piece, Tensor]],
+    parameters: Mapping[ParamSlice, Tensor],
+    moments: Mapping[str, Mapping[ParamSlice, Tensor]],
     shapes: Mapping[str, Shape],
     moment_shapes: Mapping[str, Mapping[str, Shape]],
     model: Model,
@@ -39,13 +39,13 @@ def load(
     rank. `moments` and their shapes are by kind, and may be empty; `optional`: kinds that are left as they are where there are
     none in the files.
     """
-    together(comm, lambda: _load(folder, parameters, moments, shapes, moment_shapes, model, optional))
+    run_on_all_ranks(comm, lambda: _load(folder, parameters, moments, shapes, moment_shapes, model, optional))
 
 
 def _load(
     folder: Path,
-    parameters: Mapping[Piece, Tensor],
-    moments: Mapping[str, Mapping[Piece, Tensor]],
+    parameters: Mapping[ParamSlice, Tensor],
+    moments: Mapping[str, Mapping[ParamSlice, Tensor]],
     shapes: Mapping[str, Shape],
     moment_shapes: Mapping[str, Mapping[str, Shape]],
     model: Model,
@@ -75,7 +75,7 @@ def weights_stem(model: Model) -> str:
 
 
 def _read_pieces(
-    folder: Path, stem: str, pieces: Mapping[Piece, Tensor], names: Mapping[str, str], shapes: Mapping[str, Shape]
+    folder: Path, stem: str, pieces: Mapping[ParamSlice, Tensor], names: Mapping[str, str], shapes: Mapping[str, Shape]
 ) -> None:
     with open_tensors(folder, stem) as slots:
         found = {name: find(slots, names[name], shape, folder, dtypes=("F32",)) for name, shape in shapes.items()}
@@ -84,7 +84,7 @@ def _read_pieces(
 
 
 def load_published(
-    folder: Path, parameters: Mapping[Piece, Tensor], shapes: Mapping[str, Shape], model: Model, comm: Comm
+    folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model, comm: Comm
 ) -> None:
     """Fill this rank's pieces, flat float32 tensors on any device, from a Hugging Face folder: one safetensors file or several
     with an index, in F16, BF16, F32 or F64. Collective over `comm`; raises AgreedError on all ranks alike.
@@ -93,10 +93,10 @@ def load_published(
     A checkpoint is verified first.
     """
     with_help(comm, lambda verify: verify(folder) if (folder / MANIFEST).exists() else None)
-    together(comm, lambda: _load_published(folder, parameters, shapes, model))
+    run_on_all_ranks(comm, lambda: _load_published(folder, parameters, shapes, model))
 
 
-def _load_published(folder: Path, parameters: Mapping[Piece, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
+def _load_published(folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
     _refuse_pickles(folder)
     with open_tensors(folder) as slots:
         found = match(shapes, slots, model.arch, TIED_MATRICES if model.tie_embeddings else ())
@@ -111,14 +111,14 @@ def _load_published(folder: Path, parameters: Mapping[Piece, Tensor], shapes: Ma
 
 
 def load_adapter(
-    folder: Path, parameters: Mapping[Piece, Tensor], shapes: Mapping[str, Shape], model: Model, comm: Comm
+    folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model, comm: Comm
 ) -> None:
     """The same for the adapter that a folder holds, as PEFT or mpilm writes it."""
     with_help(comm, lambda verify: verify(folder) if (folder / MANIFEST).exists() else None)
-    together(comm, lambda: _load_adapter(folder, parameters, shapes, model))
+    run_on_all_ranks(comm, lambda: _load_adapter(folder, parameters, shapes, model))
 
 
-def _load_adapter(folder: Path, parameters: Mapping[Piece, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
+def _load_adapter(folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
     names = {name: published_name(name, model.arch) for name in shapes}
     _refuse_pickles(folder, "adapter_model*.bin")
     with open_tensors(folder, weights_stem(model)) as slots:

@@ -37,7 +37,7 @@ from mpilm.checkpoint.plan import Block, Holders, StoredTensor, TensorFile, inde
 from mpilm.checkpoint.pretrained import base_of
 from mpilm.checkpoint.tensors import Shape
 from mpilm.comm.base import Comm
-from mpilm.comm.together import AgreedError, on_root, together
+from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config import Model
 from mpilm.data.template import Template
 from mpilm.data.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ from mpilm.errors import FileError, UserError
 from mpilm.model.huggingface import published_name
 from mpilm.model.huggingface_adapter import ADAPTER_CONFIG, published_adapter
 from mpilm.model.huggingface_config import published_config
-from mpilm.parallel.shard import Piece
+from mpilm.parallel.flat_layout import ParamSlice
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts models
 PARAMETER = "parameter"
@@ -70,8 +70,8 @@ class State:
     trainer: Mapping[str, Any]  # trainer.json: step, tokens, data, versions, ...
     shapes: Mapping[str, Shape]
     moment_shapes: Mapping[str, Mapping[str, Shape]]
-    parameters: Mapping[Piece, Tensor]
-    moments: Mapping[str, Mapping[Piece, Tensor]]
+    parameters: Mapping[ParamSlice, Tensor]
+    moments: Mapping[str, Mapping[ParamSlice, Tensor]]
     holders: Holders
 
 
@@ -109,7 +109,7 @@ class Saving:
         tensor_files = [file for group in self.files.values() for file in group]
         self.counts = [file.blocks(BLOCK_BYTES) for file in tensor_files]
         at("checkpoint.open")
-        on_root(comm, lambda: _prepare(self.final, self.temporary, sum(file.nbytes for file in tensor_files)))
+        run_on_root(comm, lambda: _prepare(self.final, self.temporary, sum(file.nbytes for file in tensor_files)))
         held = Held({PARAMETER: state.parameters, **state.moments}, tensor_files)
         blocks = assemble(_plan(state, tensor_files, comm), held, comm, buffers.again().take if buffers and ahead else fresh)
         self._digests = torch.zeros(sum(self.counts), 32, dtype=torch.uint8)  # a row a block
@@ -168,14 +168,14 @@ class Saving:
         """The next step towards the end, when no rank is busy: agree that all is written, and what the digests are, and let
         rank 0 write the manifest and give the folder its name; or agree that this is done. Whether it is."""
         try:
-            together(self.comm, self._check)
+            run_on_all_ranks(self.comm, self._check)
             if not self._agreed:
                 self.comm.all_reduce(self._digests.view(torch.int64))  # rows of others are zero: the sum brings them together
                 if self.comm.rank == 0:
                     self._beside(self._publish)
                 self._agreed = True
                 return False
-        except AgreedError:
+        except CollectiveError:
             if self.comm.rank == 0:  # what is half-written only takes the space that the next one needs
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise
@@ -206,7 +206,7 @@ class Saving:
         names = [file for group in self.files.values() for file in group]
         for file, rows in zip(names, self._digests.split(self.counts)):
             self._words.entries[file.name] = manifest_entry(file.nbytes, rows.numpy().tobytes())
-        self._words.publish(self.final)
+        self._words.all_gather_parameters(self.final)
 
 
 def _waited_s() -> float:

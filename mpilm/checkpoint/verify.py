@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpilm.checkpoint.format import BLOCK_BYTES, checkpoints, manifest_entry, read_manifest
 from mpilm.comm.base import Comm, SelfComm
-from mpilm.comm.together import on_root
+from mpilm.comm.collective_errors import run_on_root
 from mpilm.errors import DataError, FileError, UserError
 
 R = TypeVar("R")
@@ -48,7 +48,7 @@ def with_help(comm: Comm, action: Callable[[Verify], R]) -> R | None:
     else:
         while asked := comm.broadcast_json(None):
             _digests(Path(asked[0]), asked[1], comm, quiet=True)
-    return on_root(comm, lambda: _given(result, failure))
+    return run_on_root(comm, lambda: _given(result, failure))
 
 
 def newest_valid(parent: Path, check: Verify = verify) -> tuple[Path | None, dict[Path, str]]:

@@ -1,1 +1,1 @@
-"""The wire: one small interface, three implementations (self, threads, mpi), one recorder."""
+"""Communication between ranks: one interface (base.py) over MPI, over threads, and for a single rank."""

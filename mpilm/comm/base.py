@@ -1,7 +1,7 @@
-"""What ranks can say to each other: a small interface, the guards on it, and the world of one rank.
+"""The communicator interface, its argument checks, and the communicator of one rank.
 
-Buffers are one-dimensional or not, but always contiguous, detached tensors; counts are elements. Collectives must be
-called by every rank of the communicator in the same order. A name such as "data" appears in every message.
+Buffers are contiguous, detached tensors of any shape; counts are elements. Every rank of the communicator must call the
+collectives in the same order. The communicator's name, such as "data", appears in every message.
 """
 
 from __future__ import annotations
@@ -16,78 +16,78 @@ import torch
 from torch import Tensor
 
 Counts = Sequence[int]
-REDUCIBLE = (torch.float32, torch.float64, torch.int32, torch.int64)  # bf16 cannot be added by MPI: move it, add in float32
+REDUCIBLE = (torch.float32, torch.float64, torch.int32, torch.int64)  # MPI cannot add bf16: exchange it, add in float32
 OPS = ("sum", "max", "min")
 
 
 class Request:
-    """Something under way; the buffers belong to it until `wait` returns."""
+    """A pending operation, which owns its buffers until `wait` returns."""
 
     def __init__(self, finish: Callable[[], object] = lambda: None):
         self._finish: Callable[[], object] | None = finish
 
     def wait(self) -> None:
-        """Returns when the buffers may be read and written again; a second call does nothing."""
+        """Return when the buffers may be read and written again. A second call does nothing."""
         finish, self._finish = self._finish, None
         if finish is not None:
             finish()
 
 
 class Comm(ABC):
-    """A group of ranks that talk to each other. Subclasses implement the methods with a leading underscore."""
+    """A group of ranks that exchange messages. Subclasses implement the methods with a leading underscore."""
 
     name: str
     rank: int
     size: int
-    mpi_library = "no MPI"  # what carries the messages, in a few words
-    mpi_details = ""  # where its library lies, and what it lets threads do
-    survives = False  # whether the other ranks can go on when one is lost
-    check = False  # whether every collective first compares the ranks' calls (Traced does)
+    mpi_library = "no MPI"  # name and version of the library that carries the messages
+    mpi_details = ""  # path of that library, and its thread level
+    is_fault_tolerant = False  # the other ranks can continue when one fails
+    checks_calls = False  # every collective first compares the calls of all ranks (InstrumentedComm)
 
-    # Collectives that start and are waited for later.
+    # Non-blocking operations.
 
     def iall_reduce(self, x: Tensor, op: str = "sum") -> Request:
         """Combine x over the ranks, in place. float32, float64, int32 and int64 only."""
-        self._guard("all_reduce", x)
+        self._check_buffers("all_reduce", x)
         if x.dtype not in REDUCIBLE or op not in OPS:
             raise TypeError(f"{self}: all_reduce cannot {op} {x.dtype}; exchange it and add in float32")
         return self._iall_reduce(x, op)
 
     def iall_gather(self, x: Tensor, out: Tensor, counts: Counts | None = None) -> Request:
-        """Lay every rank's x one after the other into the flat `out`; `counts[r]` elements come from rank r.
+        """Concatenate the x of all ranks into the flat `out`; `counts[r]` elements come from rank r.
 
         x may be this rank's own part of `out`.
         """
-        counts = self._counts("all_gather", counts, out.numel())
-        self._guard("all_gather", x, out, (x.numel(), counts[self.rank]), (out.numel(), sum(counts)))
+        counts = self._check_counts("all_gather", counts, out.numel())
+        self._check_buffers("all_gather", x, out, (x.numel(), counts[self.rank]), (out.numel(), sum(counts)))
         return self._iall_gather(x, out, counts)
 
     def iall_to_all(
         self, x: Tensor, out: Tensor, send_counts: Counts | None = None, receive_counts: Counts | None = None
     ) -> Request:
-        """Send the r-th part of the flat x to rank r; part r of `out` comes from rank r."""
-        sends = self._counts("all_to_all", send_counts, x.numel())
-        receives = self._counts("all_to_all", receive_counts, out.numel())
+        """Send part r of the flat x to rank r, and receive part r of `out` from rank r."""
+        sends = self._check_counts("all_to_all", send_counts, x.numel())
+        receives = self._check_counts("all_to_all", receive_counts, out.numel())
         if x.numel() and x.data_ptr() == out.data_ptr():
-            raise ValueError(f"{self}: all_to_all into the buffer that it sends from; give another one")
-        self._guard("all_to_all", x, out, (x.numel(), sum(sends)), (out.numel(), sum(receives)))
+            raise ValueError(f"{self}: all_to_all into the buffer that it sends from; use another one")
+        self._check_buffers("all_to_all", x, out, (x.numel(), sum(sends)), (out.numel(), sum(receives)))
         return self._iall_to_all(x, out, sends, receives)
 
     def isend(self, x: Tensor, to: int, tag: int = 0) -> Request:
         """Send x to one rank. Messages between two ranks with one tag arrive in order.
 
-        Other than to oneself, the send is over only once its receive has begun: a rank cannot run ahead and fill the memory
-        of another, and a program that would hang with long messages hangs with short ones too.
+        A send to another rank completes only after its receive has started. So a fast rank cannot fill the memory of a slow
+        one, and a program that would hang with long messages hangs with short ones too.
         """
-        self._guard("send", x)
-        return self._isend(x, self._peer("send", to), tag)
+        self._check_buffers("send", x)
+        return self._isend(x, self._check_peer("send", to), tag)
 
     def irecv(self, out: Tensor, source: int, tag: int = 0) -> Request:
         """Receive into `out` from one rank."""
-        self._guard("receive", out)
-        return self._irecv(out, self._peer("receive", source), tag)
+        self._check_buffers("receive", out)
+        return self._irecv(out, self._check_peer("receive", source), tag)
 
-    # The same, finished on return.
+    # Blocking operations.
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> None:
         self.iall_reduce(x, op).wait()
@@ -102,21 +102,21 @@ class Comm(ABC):
 
     def broadcast(self, x: Tensor, root: int = 0) -> None:
         """Copy root's x to every rank, in place."""
-        self._guard("broadcast", x)
-        self._broadcast(x, self._peer("broadcast", root))
+        self._check_buffers("broadcast", x)
+        self._broadcast(x, self._check_peer("broadcast", root))
 
     def all_gather_json(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order; values are what JSON can hold. For small and rare things."""
+        """Return the values of all ranks in rank order. For small, rare, JSON-serialisable values."""
         sizes = torch.zeros(self.size, dtype=torch.int64, device="cpu")
-        mine = _encode(value)
-        self.all_gather(torch.tensor([mine.numel()], device="cpu"), sizes)
+        encoded = _encode(value)
+        self.all_gather(torch.tensor([encoded.numel()], device="cpu"), sizes)
         counts = sizes.tolist()
         out = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
-        self.all_gather(mine, out, counts)
+        self.all_gather(encoded, out, counts)
         return [_decode(part) for part in out.split(counts)]
 
     def broadcast_json(self, value: Any, root: int = 0) -> Any:
-        """Root's value, on every rank; values are what JSON can hold. For small and rare things."""
+        """Return root's value on every rank. For small, rare, JSON-serialisable values."""
         data = _encode(value) if self.rank == root else torch.empty(0, dtype=torch.uint8, device="cpu")
         size = torch.tensor([data.numel()], device="cpu")
         self.broadcast(size, root)
@@ -126,33 +126,37 @@ class Comm(ABC):
 
     @abstractmethod
     def barrier(self) -> None:
-        """Returns when every rank has called it."""
+        """Return when every rank has called it."""
 
     @abstractmethod
     def split(self, color: int, key: int, name: str) -> Comm:
-        """The communicator of the ranks that give the same color, ordered by key. Collective."""
+        """Return the communicator of the ranks that pass the same color, ordered by key. Collective."""
 
     @abstractmethod
     def split_node(self, name: str = "node") -> Comm:
-        """The communicator of the ranks that share this rank's memory. Collective."""
+        """Return the communicator of the ranks on this rank's node. Collective."""
 
     @abstractmethod
-    def share(self, numel: int) -> list[Tensor] | None:
-        """Memory that every rank sees: float32, zero, a part for each rank, of as many elements as that rank asks for (or a few
-        more). What a rank has written there another may read after a barrier. None on all ranks where they have no memory
-        together. Collective."""
+    def allocate_shared(self, numel: int) -> list[Tensor] | None:
+        """Allocate zeroed float32 memory that every rank can access; return one tensor for each rank. Collective.
 
-    def with_options(self, gpu_aware: bool, patient: bool) -> Comm:
-        """The same ranks with other ways of moving and waiting, where the implementation has any (see MpiComm)."""
+        Each tensor has at least the number of elements its rank asked for. After a barrier a rank may read what another has
+        written. Returns None on all ranks if they have no common memory.
+        """
+
+    def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> Comm:
+        """Return the same ranks with other transport options, if the implementation has any (MpiComm)."""
         return self
 
-    def lost(self, error: BaseException) -> bool:
-        """Whether an error of this world says that a rank is not there any more."""
+    def is_rank_failure(self, error: BaseException) -> bool:
+        """Return whether `error` means that a peer has failed."""
         return False
 
     def shrink(self) -> None:
-        """Become the communicator of the ranks that are left, in their order. All that was split from it is of no use any more:
-        whoever waits there is woken by an error. Collective over those who are left."""
+        """Shrink to the surviving ranks, keeping their order. Collective over the survivors.
+
+        Communicators split from this one become invalid; pending operations on them raise.
+        """
         raise RuntimeError(f"{self}: {self.mpi_library} does not let ranks survive the loss of another")
 
     @abstractmethod
@@ -180,33 +184,33 @@ class Comm(ABC):
     def __str__(self) -> str:
         return f"{self.name}@rank {self.rank} of {self.size}"
 
-    # Guards. A buffer that MPI would misread gives wrong numbers on every rank without an error, so it is refused here.
+    # Argument checks. MPI would misread such a buffer and return wrong numbers on every rank without an error.
 
-    def _guard(self, op: str, x: Tensor, out: Tensor | None = None, *lengths: tuple[int, int]) -> None:
+    def _check_buffers(self, op: str, x: Tensor, out: Tensor | None = None, *lengths: tuple[int, int]) -> None:
         for tensor in (x,) if out is None else (x, out):
             if tensor.requires_grad:
                 raise ValueError(f"{self}: {op} of a tensor that requires grad, shape {tuple(tensor.shape)}; detach() it")
             if not tensor.is_contiguous():
                 raise ValueError(
                     f"{self}: {op} of a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} "
-                    "that is not contiguous; call contiguous() where the copy is wanted"
+                    "that is not contiguous; call contiguous() if a copy is acceptable"
                 )
         if out is not None and (x.dtype, x.device) != (out.dtype, out.device):
             raise ValueError(f"{self}: {op} from {x.dtype} on {x.device} to {out.dtype} on {out.device}")
-        for have, want in lengths:
-            if have != want:
-                raise ValueError(f"{self}: {op} of a buffer of {have} elements where the counts say {want}")
+        for actual, expected in lengths:
+            if actual != expected:
+                raise ValueError(f"{self}: {op} of a buffer of {actual} elements, but the counts add up to {expected}")
 
-    def _counts(self, op: str, counts: Counts | None, total: int) -> Counts:
+    def _check_counts(self, op: str, counts: Counts | None, total: int) -> Counts:
         if counts is None:
             if total % self.size:
-                raise ValueError(f"{self}: {op} of {total} elements, which do not divide by {self.size} ranks; give the counts")
+                raise ValueError(f"{self}: {op} of {total} elements, which {self.size} ranks do not divide; pass the counts")
             return [total // self.size] * self.size
         if len(counts) != self.size:
             raise ValueError(f"{self}: {op} with {len(counts)} counts for {self.size} ranks")
         return counts
 
-    def _peer(self, op: str, rank: int) -> int:
+    def _check_peer(self, op: str, rank: int) -> int:
         if not 0 <= rank < self.size:
             raise ValueError(f"{self}: {op} with rank {rank}, which does not exist")
         return rank
@@ -220,8 +224,8 @@ def _decode(data: Tensor) -> Any:
     return json.loads(data.numpy().tobytes())
 
 
-def lay(parts: Sequence[Tensor], out: Tensor) -> None:
-    """Put what was received, one part after the other, into `out`."""
+def unpack_into(parts: Sequence[Tensor], out: Tensor) -> None:
+    """Concatenate received parts into `out`; raise RuntimeError if they do not fit."""
     flat = torch.cat([part.reshape(-1) for part in parts])
     if flat.numel() != out.numel() or flat.dtype != out.dtype:
         raise RuntimeError(f"received {flat.numel()} x {flat.dtype} into a buffer of {out.numel()} x {out.dtype}")
@@ -229,7 +233,7 @@ def lay(parts: Sequence[Tensor], out: Tensor) -> None:
 
 
 class SelfComm(Comm):
-    """The world of one rank: nothing travels, the meaning stays."""
+    """A communicator of one rank: every collective is the identity."""
 
     rank, size = 0, 1
 
@@ -247,7 +251,7 @@ class SelfComm(Comm):
     def split_node(self, name: str = "node") -> Comm:
         return SelfComm(name)
 
-    def share(self, numel: int) -> list[Tensor] | None:
+    def allocate_shared(self, numel: int) -> list[Tensor] | None:
         return [torch.zeros(numel)]
 
     def abort(self, code: int) -> None:
@@ -265,23 +269,23 @@ class SelfComm(Comm):
         return self._iall_gather(x, out, receive_counts)
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
-        self._sent[self._message("send", tag)] = x.clone()
+        self._sent[self._next_message("send", tag)] = x.clone()
         return Request()
 
     def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
-        key = self._message("receive", tag)
+        key = self._next_message("receive", tag)
 
         def finish() -> None:
             if key not in self._sent:
-                raise RuntimeError(f"{self}: receive with tag {tag}, and nothing was sent with it")
-            lay([self._sent.pop(key)], out)
+                raise RuntimeError(f"{self}: receive with tag {tag}, but nothing was sent with it")
+            unpack_into([self._sent.pop(key)], out)
 
         return Request(finish)
 
-    def _message(self, way: str, tag: int) -> tuple[int, int]:
-        """The tag, and which message with this tag: a receive takes its place in the order when it starts."""
-        self._messages[way, tag] += 1
-        return tag, self._messages[way, tag]
+    def _next_message(self, direction: str, tag: int) -> tuple[int, int]:
+        """Return the tag and the number of the message: a receive takes its place in the order when it starts."""
+        self._messages[direction, tag] += 1
+        return tag, self._messages[direction, tag]
 
     def _broadcast(self, x: Tensor, root: int) -> None:
         pass

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mpilm.comm.base import Comm
-from mpilm.comm.together import on_root
+from mpilm.comm.collective_errors import run_on_root
 from mpilm.config import Data
 from mpilm.data.encode import Progress
 from mpilm.data.files import hex_digest, touching
@@ -42,14 +42,14 @@ def cached_corpus(data: Data, comm: Comm, eos: bool, progress: Progress) -> Path
     root = Path(comm.broadcast_json(str(cache_folder())))
     sources = agree_on_sources(data, comm)
     before, digests = _digests(root, data.source, sources, comm)
-    key = on_root(comm, lambda: _key(data, sources, digests, eos))
+    key = run_on_root(comm, lambda: _key(data, sources, digests, eos))
     folder = root / "corpora" / comm.broadcast_json(key)
     if comm.broadcast_json(with_ending(folder / PREFIX, ".idx").is_file()):
         return folder / PREFIX
     own = with_ending(folder, f".{comm.broadcast_json(secrets.token_hex(4))}")
     try:
         prepare(data, own / PREFIX, comm, eos=eos, progress=progress, sources=sources)
-        on_root(comm, lambda: _hand_over(own, folder, sources, before))
+        run_on_root(comm, lambda: _hand_over(own, folder, sources, before))
     finally:
         if comm.rank == 0:
             shutil.rmtree(own, ignore_errors=True)
@@ -82,7 +82,7 @@ def _key(data: Data, sources: Sequence[Source], digests: Sequence[str], eos: boo
 def _digests(root: Path, path: str, sources: Sequence[Source], comm: Comm) -> tuple[list[Stat], list[str]]:
     """Stat and digest of every source; only changed ones are read. Collective. Raises FileError."""
     index = root / "files" / f"{hex_digest(str(Path(path).expanduser().resolve()) if path else '')[:32]}.json"
-    found = on_root(comm, lambda: [_stat(source.path) for source in sources])
+    found = run_on_root(comm, lambda: [_stat(source.path) for source in sources])
     stats: list[Stat] = [(size, time) for size, time in comm.broadcast_json(found)]
     known = comm.broadcast_json(_read_index(index) if comm.rank == 0 else {})
     digests = {s.path: known[s.path][2] for s, stat in zip(sources, stats, strict=True) if known.get(s.path, ())[:2] == [*stat]}
@@ -91,7 +91,7 @@ def _digests(root: Path, path: str, sources: Sequence[Source], comm: Comm) -> tu
         fresh = digest_files([Path(source.path) for source in new], [source.size for source in new], comm)
         digests |= {source.path: digest for source, digest in zip(new, fresh, strict=True)}
         rows = {source.path: [*stat, digests[source.path]] for source, stat in zip(sources, stats, strict=True)}
-        on_root(comm, lambda: _write_index(index, rows))
+        run_on_root(comm, lambda: _write_index(index, rows))
     return stats, [digests[source.path] for source in sources]
 
 

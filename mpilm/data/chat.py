@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.comm.base import Comm
-from mpilm.comm.together import together
+from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config import Data
 from mpilm.data.files import writable
 from mpilm.data.gather import gather_rows
@@ -128,7 +128,7 @@ def read_conversations(
 ) -> tuple[Indices, np.ndarray, Indices]:
     """Tokens, which of them are answers, and ends of all conversations of some JSON-lines files. Every rank reads, and encodes
     its share. Collective; raises DataError on all ranks, with file and line."""
-    mine = together(comm, lambda: list(_encoded(sources, tokenizer, template, comm.rank, comm.size)))
+    mine = run_on_all_ranks(comm, lambda: list(_encoded(sources, tokenizer, template, comm.rank, comm.size)))
     lengths = np.array([len(row) for row in mine], dtype=np.int64)
     flat = np.concatenate(mine) if mine else np.empty(0, dtype=np.int64)
     every_length, every = gather_rows(comm, lengths), gather_rows(comm, flat)

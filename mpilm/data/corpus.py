@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
-from mpilm.comm.together import AgreedError, on_root, together
+from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config import Data
 from mpilm.data.cache import cached_corpus
 from mpilm.data.encode import Progress
@@ -60,9 +60,9 @@ def open_corpus(data: Data, comm: Comm, eos: bool = True, progress: Progress = s
     prefix = _prepared_prefix(data.source, comm)
     prepared = prefix or cached_corpus(data, comm, eos, progress)
     meta = _meta(prepared, comm)
-    file = together(comm, lambda: _open(prepared, meta, verify=comm.rank == 0))
-    together(comm, lambda: _compare(file, meta, comm))
-    tokenizer = together(comm, lambda: _tokenizer(data.tokenizer if prefix else "auto", prepared, meta))
+    file = run_on_all_ranks(comm, lambda: _open(prepared, meta, verify=comm.rank == 0))
+    run_on_all_ranks(comm, lambda: _compare(file, meta, comm))
+    tokenizer = run_on_all_ranks(comm, lambda: _tokenizer(data.tokenizer if prefix else "auto", prepared, meta))
     tokens_digest = _digest(file, meta, comm)
     return Corpus(
         tokens=file.tokens,
@@ -71,7 +71,7 @@ def open_corpus(data: Data, comm: Comm, eos: bool = True, progress: Progress = s
         documents=file.documents,
         source=data.source or "the embedded corpus",
         path=file.path,
-        bytes_per_token=meta.source_bytes / meta.tokens if meta else together(comm, lambda: _measure(file, tokenizer)),
+        bytes_per_token=meta.source_bytes / meta.tokens if meta else run_on_all_ranks(comm, lambda: _measure(file, tokenizer)),
     )
 
 
@@ -81,7 +81,7 @@ def _digest(file: TokenFile, meta: Meta | None, comm: Comm) -> str:
         return meta.tokens_digest
     found = digest_files([file.path], [file.tokens.nbytes], comm)[0]
     if meta and found != meta.tokens_digest:
-        raise AgreedError(DataError(f"{file.path}: has been altered: it is not what the .json beside it was written for"))
+        raise CollectiveError(DataError(f"{file.path}: has been altered: it is not what the .json beside it was written for"))
     return found
 
 
@@ -95,7 +95,7 @@ def open_corpora(data: Data, comm: Comm, progress: Progress = silent) -> list[tu
     spec = str(with_ending(corpora[0][0].path.with_suffix(""), ".tokenizer.json")) if made else data.tokenizer
     for other, part in others:
         corpora.append((open_corpus(replace(other, tokenizer=spec), comm, progress=progress), part))
-        together(comm, lambda: _refuse_other(corpora[-1][0], tokenizer, corpora[0][0]))
+        run_on_all_ranks(comm, lambda: _refuse_other(corpora[-1][0], tokenizer, corpora[0][0]))
     return corpora
 
 
@@ -106,14 +106,14 @@ def _refuse_other(corpus: Corpus, tokenizer: Tokenizer, first: Corpus) -> None:
 
 def _prepared_prefix(path: str, comm: Comm) -> Path | None:
     """Where prepared tokens lie, as rank 0 sees it: all ranks must go the same way. Collective."""
-    found = on_root(comm, lambda: prefix_of(path) if path else None)
+    found = run_on_root(comm, lambda: prefix_of(path) if path else None)
     known = comm.broadcast_json(str(found) if found else None)
     return Path(known) if known else None
 
 
 def _meta(prefix: Path, comm: Comm) -> Meta | None:
     """What rank 0 reads beside the tokens. Collective."""
-    found = on_root(comm, lambda: read_meta(prefix))
+    found = run_on_root(comm, lambda: read_meta(prefix))
     values = comm.broadcast_json(asdict(found) if found else None)
     return Meta(**values) if values else None
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
-from mpilm.comm.together import together
+from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.data.files import DIGEST_BYTES, digest_of, touching
 
 BLOCK_BYTES = 16 * 2**20  # digests are of blocks, so that no number of ranks changes the result
@@ -32,7 +32,7 @@ def digest_files(paths: Sequence[Path], sizes: Sequence[int], comm: Comm) -> lis
     """
     blocks = [(path, offset) for path, size in zip(paths, sizes, strict=True) for offset in range(0, size, BLOCK_BYTES)]
     first, last = len(blocks) * comm.rank // comm.size, len(blocks) * (comm.rank + 1) // comm.size
-    mine = together(comm, lambda: b"".join(_digest_blocks(blocks[first:last])))
+    mine = run_on_all_ranks(comm, lambda: b"".join(_digest_blocks(blocks[first:last])))
     rows = np.frombuffer(mine, dtype=np.int64).reshape(-1, DIGEST_BYTES // 8)
     every = np.concatenate(gather_rows(comm, rows))
     ends = np.cumsum([-(-size // BLOCK_BYTES) for size in sizes], dtype=np.int64)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
-from mpilm.comm.together import on_root, together
+from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
 from mpilm.data.encode import Share
 from mpilm.data.files import touching
 from mpilm.data.indexed import Layout, open_shared, place_index, with_ending
@@ -46,8 +46,8 @@ def temporaries(prefix: Path, comm: Comm) -> Iterator[Temporaries]:
     temporary = Temporaries(prefix, comm.broadcast_json(secrets.token_hex(4)), comm.rank)
     mine = [temporary.part, *(temporary.final(ending) for ending in ENDINGS if comm.rank == 0)]
     try:
-        on_root(comm, lambda: _create(temporary.final(".bin")))
-        together(comm, lambda: _see(temporary.final(".bin")))
+        run_on_root(comm, lambda: _create(temporary.final(".bin")))
+        run_on_all_ranks(comm, lambda: _see(temporary.final(".bin")))
         yield temporary
     finally:
         for path in mine:
@@ -111,8 +111,8 @@ def place(
                 os.fsync(file.fileno())
         temporary.part.unlink()
 
-    on_root(comm, lay_out)
-    together(comm, fill)
+    run_on_root(comm, lay_out)
+    run_on_all_ranks(comm, fill)
 
 
 def _runs(sizes: NDArray[np.int64], keep: NDArray[np.bool_]) -> list[tuple[int, int]]:

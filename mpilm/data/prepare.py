@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mpilm.comm.base import Comm
-from mpilm.comm.together import on_root, together
+from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
 from mpilm.config import Data
 from mpilm.data.duplicates import compare_documents
 from mpilm.data.encode import Progress, Share, encode_share
@@ -78,18 +78,18 @@ def prepare(
     FileError when one of the files exists, ConfigError, DataError; on every rank, and nothing is left behind.
     """
     prefix = Path(output).expanduser()
-    on_root(comm, lambda: refuse_existing(prefix))
+    run_on_root(comm, lambda: refuse_existing(prefix))
     sources = agree_on_sources(data, comm) if sources is None else sources
     reading = reading_of(data)
     tokenizer = agree_on_tokenizer(data, sources, comm)
     dtype = token_dtype(tokenizer.vocab_size)
     with temporaries(prefix, comm) as temporary:
-        share = together(comm, lambda: _encode(sources, reading, tokenizer, temporary.part, eos, comm, progress))
+        share = run_on_all_ranks(comm, lambda: _encode(sources, reading, tokenizer, temporary.part, eos, comm, progress))
         documents = compare_documents(share, comm) if drop_duplicates else None
         keep = np.ones(len(share.lengths), bool) if documents is None else ~documents.repeated[documents.number]
         dropped = 0 if documents is None else int(documents.repeated.sum())
         before, total = count(share, keep, comm)
-        together(comm, lambda: _refuse_empty(total.tokens, data))
+        run_on_all_ranks(comm, lambda: _refuse_empty(total.tokens, data))
         place(temporary, share, keep, dtype, before, total, comm)
         size = total.tokens * dtype.itemsize
         digest = digest_files([temporary.final(".bin")], [size], comm)[0]
@@ -98,7 +98,7 @@ def prepare(
             tokens_digest=digest, tokenizer=tokenizer.name, tokenizer_digest=tokenizer.digest, eos=tokenizer.eos,
             eos_written=eos, source_bytes=total.source_bytes, dropped_duplicates=dropped,
         )  # fmt: skip
-        on_root(comm, lambda: _publish(temporary, meta, tokenizer))
+        run_on_root(comm, lambda: _publish(temporary, meta, tokenizer))
     return meta
 
 
@@ -113,9 +113,9 @@ def survey(data: Data, comm: Comm, progress: Progress = silent) -> Statistics:
         with open(os.devnull, "wb") as nowhere:
             return encode_share(mine, reading_of(data), tokenizer, nowhere, dtype, scripts=True, progress=progress)
 
-    share = together(comm, encode)
+    share = run_on_all_ranks(comm, encode)
     documents = compare_documents(share, comm)
-    together(comm, lambda: _refuse_empty(len(documents.lengths), data))
+    run_on_all_ranks(comm, lambda: _refuse_empty(len(documents.lengths), data))
     return Statistics(
         documents=len(documents.lengths),
         tokens=int(documents.lengths.sum()),
@@ -144,7 +144,7 @@ def agree_on_sources(data: Data, comm: Comm) -> list[Source]:
             raise ConfigError(f"--data.path {data.source}: these are prepared tokens; give the text they were made from")
         return discover(data.source)
 
-    found = on_root(comm, find)
+    found = run_on_root(comm, find)
     return [Source(*values) for values in comm.broadcast_json([astuple(source) for source in found or []])]
 
 
@@ -162,7 +162,7 @@ def agree_on_tokenizer(data: Data, sources: Sequence[Source], comm: Comm) -> Tok
         tokenizer = named_tokenizer(spec) if size is None else train_bpe(_sample(sources, reading_of(data)), size)
         return [tokenizer.json, tokenizer.eos, spec]
 
-    return Tokenizer(*comm.broadcast_json(on_root(comm, make)))
+    return Tokenizer(*comm.broadcast_json(run_on_root(comm, make)))
 
 
 def _sample(sources: Sequence[Source], reading: Reading) -> Iterator[str]:

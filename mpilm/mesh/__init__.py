@@ -1,1 +1,1 @@
-"""Who am I: coordinates as pure arithmetic, and one communicator for each set of axes."""
+"""The device mesh: coordinates of ranks as pure arithmetic, and a communicator for each set of axes."""

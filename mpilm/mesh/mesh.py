@@ -1,41 +1,50 @@
-"""The mesh of a run: this rank's coordinate, and a communicator along each axis."""
+"""The mesh of a run: this rank's coordinate, and a communicator for each set of axes in use."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mpilm.comm.activity import Activity
 from mpilm.comm.base import Comm, SelfComm
+from mpilm.comm.progress import Progress
 from mpilm.mesh.shape import AXES, MeshShape
+
+AXIS_SETS = (*((axis,) for axis in AXES), ("data", "context"), ("data", "context", "tensor"))
+"""Sets of axes with a communicator, in the order in which all ranks create them.
+
+Gradients are reduced, and ZeRO shards, over data and context; parameters that are not cut are replicated over tensor too.
+"""
 
 
 class Mesh:
-    """The ranks of `world` in their shape. An axis of size 1 has a communicator like any other."""
+    """The ranks of `world` arranged in `shape`. An axis of size 1 has a communicator like any other."""
 
-    def __init__(self, shape: MeshShape, world: Comm, comms: Mapping[str, Comm], activity: Activity | None = None):
-        self.shape, self.world, self._comms, self.activity = shape, world, comms, activity or Activity()
+    def __init__(self, shape: MeshShape, world: Comm, comms: Mapping[tuple[str, ...], Comm], progress: Progress | None = None):
+        self.shape, self.world, self._comms, self.progress = shape, world, comms, progress or Progress()
         self.rank = world.rank
         self.coordinate = shape.coordinate(world.rank)
 
     @classmethod
-    def build(cls, shape: MeshShape, world: Comm, activity: Activity | None = None) -> Mesh:
-        """Make the communicators, on all ranks in the order of AXES. Collective."""
+    def build(cls, shape: MeshShape, world: Comm, progress: Progress | None = None) -> Mesh:
+        """Create the communicators, on all ranks in the order of AXIS_SETS. Collective."""
         if shape.size != world.size:
             sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape.sizes))
             raise ValueError(f"{world}: a mesh of {sizes} is {shape.size} ranks, not {world.size}")
-        return cls(shape, world, {axis: _along(axis, shape, world) for axis in AXES}, activity)
+        comms: dict[tuple[str, ...], Comm] = {}
+        for axes in AXIS_SETS:
+            used = tuple(axis for axis in axes if getattr(shape, axis) > 1)
+            if axes != used and used in comms:
+                comms[axes] = comms[used]  # the other axes have one rank each
+            elif not used:  # on all ranks alike, so no rank waits in a split that others skip
+                comms[axes] = SelfComm("+".join(axes))
+            else:
+                comms[axes] = world.split(shape.color(world.rank, axes), world.rank, "+".join(axes))
+        return cls(shape, world, comms, progress)
 
-    def comm(self, axis: str) -> Comm:
-        """The ranks that differ from this one along `axis` only, in the order of their index on it."""
-        return self._comms[axis]
+    def comm(self, *axes: str) -> Comm:
+        """Return the communicator of the ranks that differ from this one along `axes` only, in world order."""
+        return self._comms[axes]
 
-    def check(self, whether: bool) -> None:
-        """Compare the ranks' calls, or trust them to be the same (see Traced). To be called by all ranks alike."""
+    def check_calls(self, enabled: bool) -> None:
+        """Let every communicator compare the ranks' calls, or stop it (see InstrumentedComm). Call on all ranks alike."""
         for comm in (self.world, *self._comms.values()):
-            comm.check = whether
-
-
-def _along(axis: str, shape: MeshShape, world: Comm) -> Comm:
-    if getattr(shape, axis) == 1:  # on every rank alike: nobody waits in a split that others leave out
-        return SelfComm(axis)
-    return world.split(shape.color(world.rank, (axis,)), world.rank, axis)
+            comm.checks_calls = enabled

@@ -1,4 +1,4 @@
-"""Where each rank stands: pure arithmetic on four axes, for any number of ranks, with nothing started."""
+"""Coordinates of ranks on the four axes of a mesh: pure arithmetic, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-AXES = ("pipeline", "data", "context", "tensor")  # tensor varies fastest: its ranks talk most and lie closest together
+AXES = ("pipeline", "data", "context", "tensor")  # tensor varies fastest: its ranks communicate most and are closest together
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class MeshShape:
 
     @property
     def size(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return math.prod(self.sizes)
 
     def coordinate(self, rank: int) -> dict[str, int]:
-        """The index of a rank along each axis."""
+        """Return the index of a rank along each axis."""
         if not 0 <= rank < self.size:
             raise ValueError(f"rank {rank} is not in a mesh of {self.size} ranks")
         indices = []
@@ -43,24 +43,24 @@ class MeshShape:
         return dict(zip(AXES, reversed(indices)))
 
     def rank(self, coordinate: Mapping[str, int]) -> int:
-        """The rank that stands at a coordinate."""
+        """Return the rank at a coordinate."""
         rank = 0
         for axis, size in zip(AXES, self.sizes):
             if not 0 <= coordinate[axis] < size:
-                raise ValueError(f"index {coordinate[axis]} is not on the {axis} axis of {size} ranks")
+                raise ValueError(f"index {coordinate[axis]} is out of range on the {axis} axis of {size} ranks")
             rank = rank * size + coordinate[axis]
         return rank
 
     def color(self, rank: int, axes: Collection[str]) -> int:
-        """A number that is equal for ranks that differ along `axes` only: the first rank of the group."""
+        """Return a number equal for ranks that differ along `axes` only: the lowest rank of the group."""
         return self.rank({axis: 0 if axis in axes else index for axis, index in self.coordinate(rank).items()})
 
     def next(self, rank: int, axis: str) -> int:
-        """The neighbour one further along `axis`; the last one's is the first."""
+        """Return the next rank along `axis`; the last one's is the first."""
         return self._shifted(rank, axis, +1)
 
     def previous(self, rank: int, axis: str) -> int:
-        """The neighbour one back along `axis`; the first one's is the last."""
+        """Return the previous rank along `axis`; the first one's is the last."""
         return self._shifted(rank, axis, -1)
 
     def _shifted(self, rank: int, axis: str, by: int) -> int:

@@ -1,1 +1,1 @@
-"""Sum gradients where the layout says; norm, clip, step."""
+"""Optimizers on flat parameters, the exact gradient norm, and the learning-rate schedule."""

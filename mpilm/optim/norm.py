@@ -1,8 +1,8 @@
-"""The norm of a gradient that lies in pieces on many ranks, to the same bits however it is cut.
+"""The norm of a gradient distributed over many ranks, with the same bits however it is divided.
 
 Floating-point sums depend on their order; integer sums do not. Each square, exact in float64, is rounded to a multiple of
-one power of two q, about 2^-51 of the largest square, and the multiples are added as integers, in two words since 64 bits
-would be too few for billions of elements.
+one power of two q, about 2^-51 of the largest square. The multiples are added as integers, in two words: 64 bits would be too
+few for billions of elements.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from mpilm.comm.base import Comm
 
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements; on a CPU the float64 copy of a chunk stays in the core's cache
 MANTISSA = 52
-ROW = 1 << 11  # this many multiples below 2^51 add up to less than 2^63
-LOW_BITS = 31  # of a row's sum, and then of the total, that make the low word
+ROW = 1 << 11  # so many multiples below 2^51 add up to less than 2^63
+LOW_BITS = 31  # in the low word of a row's sum, and then of the total
 
 
-RowWords = Callable[[Tensor, Tensor, Tensor], Tensor]
+RowSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def global_norm(pieces: Sequence[Tensor], comm: Comm, row_words: RowWords | None = None) -> float:
-    """2-norm of all pieces of all ranks of `comm`; inf if an element is not finite. Collective.
+def global_norm(pieces: Sequence[Tensor], comm: Comm, row_sum: RowSum | None = None) -> float:
+    """Return the 2-norm of all pieces of all ranks of `comm`; inf if an element is not finite. Collective.
 
-    `row_words`: `compiled_row_words()`, for a GPU: the same bits, seven times as fast (measured on an H200).
+    `row_sum`: `compile_row_sum()`, for a GPU: the same bits, seven times as fast (measured on an H200).
     """
     largest = _largest(pieces)
     comm.all_reduce(largest, "max")
@@ -35,7 +35,7 @@ def global_norm(pieces: Sequence[Tensor], comm: Comm, row_words: RowWords | None
     if peak == 0.0 or not math.isfinite(peak):
         return peak
     exponent = 2 * math.frexp(peak)[1] - (MANTISSA - 1)  # q = 2^exponent: every square is below 2^51 q
-    total = sum(_multiples(piece, exponent, row_words) for piece in pieces)
+    total = sum(_sum_of_squares(piece, exponent, row_sum) for piece in pieces)
     words = torch.tensor([total >> LOW_BITS, total % 2**LOW_BITS], device="cpu")
     comm.all_reduce(words)
     high, low = words.tolist()
@@ -43,35 +43,35 @@ def global_norm(pieces: Sequence[Tensor], comm: Comm, row_words: RowWords | None
 
 
 def _largest(pieces: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude, nan if there is one (an all-reduce by maximum may drop a nan, so it travels as inf)."""
+    """Return the largest magnitude, or inf if an element is nan: an all-reduce by maximum may drop a nan."""
     ends = [end.abs() for piece in pieces if piece.numel() for end in torch.aminmax(piece)]
     peak = torch.stack(ends).max() if ends else torch.zeros((), device="cpu")
     return torch.where(peak.isnan(), math.inf, peak).to("cpu", torch.float64)
 
 
-def compiled_row_words() -> RowWords:
-    """What reads each element once, where torch compiles it."""
-    return torch.compile(_row_words, dynamic=False)
+def compile_row_sum() -> RowSum:
+    """Return the fused version of `_row_sum`: one pass over memory."""
+    return torch.compile(_row_sum, dynamic=False)
 
 
-def _row_words(rows: Tensor, shift: Tensor, of_shifts: Tensor) -> Tensor:  # (R, ROW), (), () -> (2,)
+def _row_sum(rows: Tensor, shift: Tensor, shift_sum: Tensor) -> Tensor:  # (R, ROW), (), () -> (2,)
     wide = rows.double()
-    sums = torch.addcmul(shift, wide, wide).view(torch.int64).sum(1) - of_shifts
+    sums = torch.addcmul(shift, wide, wide).view(torch.int64).sum(1) - shift_sum
     return torch.stack(((sums >> LOW_BITS).sum(), (sums % 2**LOW_BITS).sum()))
 
 
-def _multiples(piece: Tensor, exponent: int, row_words: RowWords | None = None) -> int:
-    """The sum of the squares as a number of q's.
+def _sum_of_squares(piece: Tensor, exponent: int, row_sum: RowSum | None = None) -> int:
+    """Return the sum of the squares in units of q.
 
-    Adding C = 1.5 2^52 q to a square rounds it to a multiple of q; the integer then stands in the low bits of the sum.
+    Adding C = 1.5 2^52 q to a square rounds it to a multiple of q; the integer is then in the low bits of the sum.
     """
     shift = torch.tensor(1.5 * math.ldexp(1.0, MANTISSA + exponent), dtype=torch.float64, device=piece.device)
-    row_of_shifts = _wrapped(ROW * int(shift.view(torch.int64)))
+    shift_sum = _wrap_int64(ROW * int(shift.view(torch.int64)))
     total = 0
-    if row_words is not None:
-        whole = piece.numel() // ROW * ROW
-        high, low = row_words(piece[:whole].view(-1, ROW), shift, torch.tensor(row_of_shifts, device=piece.device)).tolist()
-        total, piece = (high << LOW_BITS) + low, piece[whole:]
+    if row_sum is not None:
+        full = piece.numel() // ROW * ROW
+        high, low = row_sum(piece[:full].view(-1, ROW), shift, torch.tensor(shift_sum, device=piece.device)).tolist()
+        total, piece = (high << LOW_BITS) + low, piece[full:]
     size = min(CHUNK[piece.device.type], piece.numel())
     padded = torch.zeros(-(-size // ROW) * ROW, dtype=torch.float64, device=piece.device)
     for chunk in piece.split(CHUNK[piece.device.type]):
@@ -79,11 +79,11 @@ def _multiples(piece: Tensor, exponent: int, row_words: RowWords | None = None) 
         squares[: chunk.numel()].copy_(chunk)
         squares[chunk.numel() :] = 0.0
         torch.addcmul(shift, squares, squares, out=squares)  # x^2 is exact in float64: fused or not, one rounding
-        rows = squares.view(torch.int64).view(-1, ROW).sum(1) - row_of_shifts  # both wrap around; the difference is right
+        rows = squares.view(torch.int64).view(-1, ROW).sum(1) - shift_sum  # both wrap around; the difference is exact
         total += (int((rows >> LOW_BITS).sum()) << LOW_BITS) + int((rows % 2**LOW_BITS).sum())
     return total
 
 
-def _wrapped(value: int) -> int:
-    """The integer as 64 bits with a sign hold it."""
+def _wrap_int64(value: int) -> int:
+    """Return the integer as a signed 64-bit word holds it."""
     return (value + 2**63) % 2**64 - 2**63

@@ -1,4 +1,4 @@
-"""The optimizers there are, each made of rules that share the parameters out among them."""
+"""The optimizers of train.optimizer, each a pair of parameter optimizers that divide the parameters between them."""
 
 from __future__ import annotations
 
@@ -7,69 +7,71 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from mpilm.config import Train
+from mpilm.optim.base import ParameterOptimizer
 from mpilm.optim.elementwise import SGD, AdamW
-from mpilm.optim.outer import OUTER, Outer
-from mpilm.optim.rule import Rule, Shape
-from mpilm.optim.whole import Adafactor, Muon
+from mpilm.optim.matrix import Adafactor, Muon
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.layout import Layout
-from mpilm.parallel.shard import Piece
+from mpilm.parallel.flat_layout import ParamSlice
+from mpilm.parallel.layout import ParamLayout, Shape
+from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
 
-RULES: Mapping[str, tuple[type[Rule], type[Rule]]] = {
+OPTIMIZERS: Mapping[str, tuple[type[ParameterOptimizer], type[ParameterOptimizer]]] = {
     "adamw": (AdamW, AdamW),
     "sgd": (SGD, SGD),
     "adafactor": (Adafactor, Adafactor),
     "muon": (Muon, AdamW),
 }
-"""Of each optimizer, the rule of parameters that stay whole, and that of the others."""
+"""Name -> the optimizer of unsharded parameters, and that of all others."""
 
 
-def stays_whole(optimizer: str) -> Callable[[str, Shape], bool]:
-    """Whether a parameter of this name and shape is updated as a whole: with Muon, the matrices of blocks."""
+def needs_full_parameter(optimizer: str) -> Callable[[str, Shape], bool]:
+    """Return the predicate of the parameters that are updated as a whole: with Muon, the matrices of blocks."""
     if optimizer == "muon":
         return lambda name, shape: name.startswith("blocks.") and len(shape) == 2
     return lambda name, shape: optimizer == "adafactor"
 
 
-def moment_shapes(optimizer: str, layouts: Mapping[str, Layout], outer: bool = False) -> dict[str, dict[str, Shape]]:
-    """The shapes of all moments of these parameters, by kind and name; `outer`: replicas meet now and then (optim/outer.py)."""
-    found: dict[str, dict[str, Shape]] = {}
-    if outer:
-        found[OUTER] = {name: layout.shape for name, layout in layouts.items()}
-    whole, cut = RULES[optimizer]
+def moment_shapes(optimizer: str, layouts: Mapping[str, ParamLayout], local_sgd: bool = False) -> dict[str, dict[str, Shape]]:
+    """Return the shapes of all moments of these parameters, by name and parameter.
+
+    `local_sgd`: replicas synchronize through an outer optimizer (parallel/reduce/diloco.py).
+    """
+    shapes: dict[str, dict[str, Shape]] = {}
+    if local_sgd:
+        shapes[OUTER_MOMENTUM] = {name: layout.shape for name, layout in layouts.items()}
+    unsharded, divisible = OPTIMIZERS[optimizer]
     for name, layout in layouts.items():
-        for kind, shape in (whole if layout.whole else cut).moments_of(layout.shape).items():
-            found.setdefault(kind, {})[name] = shape
-    return found
+        for state, shape in (unsharded if layout.unsharded else divisible).state_shapes(layout.shape).items():
+            shapes.setdefault(state, {})[name] = shape
+    return shapes
 
 
 class Optimizer:
-    """The rules of `train.optimizer` at work on the stages of this rank, and what brings replicas together that meet only now
-    and then."""
+    """Updates the stages of this rank, and holds the outer optimizer of local SGD if replicas synchronize only now and then."""
 
-    def __init__(self, flats: Mapping[int, FlatParameters], train: Train, outer: Outer | None = None):
-        self.outer = outer
-        self.rules = [rule(flats, train) for rule in dict.fromkeys(RULES[train.optimizer])]
+    def __init__(self, flats: Mapping[int, FlatParameters], train: Train, diloco: DiLoCo | None = None):
+        self.diloco = diloco
+        self.optimizers = [optimizer(flats, train) for optimizer in dict.fromkeys(OPTIMIZERS[train.optimizer])]
 
     def set_step(self, step: int) -> None:
-        """Say how many steps the moments have seen."""
-        for rule in self.rules:
-            rule.set_step(step)
+        """Set the number of updates that the moments have seen."""
+        for optimizer in self.optimizers:
+            optimizer.set_step(step)
 
     def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
-        """One update of what this rank updates; gradients are by stage."""
-        if self.outer is not None:
-            self.outer.begin()
-        for rule in self.rules:
-            rule.step(gradients, lr)
+        """Update the parameters that this rank owns; gradients are by stage."""
+        if self.diloco is not None:
+            self.diloco.begin_step()
+        for optimizer in self.optimizers:
+            optimizer.step(gradients, lr)
 
-    def pieces(self) -> dict[str, dict[Piece, Tensor]]:
-        """The moments of what this rank updates, flat, by kind; all kinds on every rank."""
-        found = {kind: pieces for rule in self.rules for kind, pieces in rule.pieces().items()}
-        return found if self.outer is None else {OUTER: self.outer.pieces(), **found}
+    def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
+        """Return the flat moments of the parameter slices that this rank updates, by name; all names on every rank."""
+        slices = {state: items for optimizer in self.optimizers for state, items in optimizer.state_slices().items()}
+        return slices if self.diloco is None else {OUTER_MOMENTUM: self.diloco.owned_slices(), **slices}
 
     @property
     def held_bytes(self) -> int:
         """Memory of the moments."""
-        of_rules = sum(4 * x.numel() for rule in self.rules for pieces in rule.pieces().values() for x in pieces.values())
-        return of_rules + (self.outer.held_bytes if self.outer is not None else 0)
+        moments = (x for optimizer in self.optimizers for items in optimizer.state_slices().values() for x in items.values())
+        return sum(4 * x.numel() for x in moments) + (self.diloco.held_bytes if self.diloco is not None else 0)

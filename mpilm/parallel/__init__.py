@@ -1,1 +1,1 @@
-"""From a plain model to one that is shared out: layouts of parameters, schedules of actions."""
+"""From a plain model to a parallel one: the plan and layout tables, and what is applied to the model from outside."""

@@ -8,7 +8,7 @@ from mpilm.config import Config, microbatches, replaced, resolve
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.size import flops_by_part
-from mpilm.parallel.partition import partition, stated
+from mpilm.parallel.pipeline.partition import partition_layers, validate_partition
 from mpilm.parallel.pipeline.schedules import refusal
 from mpilm.validation import validate
 
@@ -44,7 +44,7 @@ def _works(config: Config, ranks: int) -> bool:
 def _check_cut(config: Config) -> None:
     parallel = resolve(config).parallel
     if parallel.cut:
-        stated(parallel.cut, config.model.n_layers, parallel.pipeline * parallel.chunks)
+        validate_partition(parallel.cut, config.model.n_layers, parallel.pipeline * parallel.chunks)
 
 
 def _refused(config: Config, ranks: int) -> tuple[str, list[Advice]] | None:
@@ -129,6 +129,6 @@ def cut_by_cost(config: Config, vocab_size: int) -> tuple[int, ...]:
     parallel, model = resolve(config).parallel, resolve(config).model
     stages = parallel.pipeline * parallel.chunks
     if parallel.cut:
-        return stated(parallel.cut, model.n_layers, stages)
+        return validate_partition(parallel.cut, model.n_layers, stages)
     parts = flops_by_part(model, vocab_size)
-    return partition(model.n_layers, stages, parts["embed"], parts["head"], parts["block"])
+    return partition_layers(model.n_layers, stages, parts["embed"], parts["head"], parts["block"])

@@ -1,4 +1,4 @@
-"""The one table that initialisation, gradient sums, clipping, checkpoints and memory reports read."""
+"""The layout table: the facts about each parameter that initialisation, reduction, clipping and checkpoints read."""
 
 from __future__ import annotations
 
@@ -6,73 +6,110 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from mpilm.mesh.shape import MeshShape
+from mpilm.parallel.plan import Cut
+
+Shape = tuple[int, ...]
+REDUCE_AXES = ("data", "context")  # axes whose ranks see different tokens, so that their gradients are partial sums
+
 
 @dataclass(frozen=True)
-class Layout:
-    """What there is to know of one parameter.
-
-    `sum_over`: mesh axes over which its gradient is partial. `tied_to`: the parameter whose value this one always has; each
-    of the two has a gradient of its own; `uses`: those tied to this one. `decays`: whether weight decay applies. `stage`: the
-    part of the pipeline that has it. `whole`: its optimizer wants all of it at once, so that ZeRO gives it to one rank uncut.
-    `frozen`: it is not trained, and has no gradient.
-    """
+class ParamLayout:
+    """Layout of one parameter, the same on all ranks."""
 
     name: str
-    shape: tuple[int, ...]
-    sum_over: tuple[str, ...]
-    decays: bool
-    tied_to: str | None = None
+    shape: Shape  # global
     stage: int = 0
-    uses: tuple[str, ...] = ()
-    whole: bool = False
-    frozen: bool = False
+    cut: Cut | None = None  # None: replicated within its stage
+    parts: int = 1  # ranks on the axis of the cut
+    tied_to: str | None = None  # the parameter whose value this one always has; each of the two has its own gradient
+    tied_copies: tuple[str, ...] = ()  # the parameters tied to this one
+    unsharded: bool = False  # its optimizer needs the full parameter, so ZeRO assigns it to one rank undivided
+    frozen: bool = False  # not trained: it has no gradient
+
+    @property
+    def local_shape(self) -> Shape:
+        """Shape on one rank of its stage, before ZeRO."""
+        if self.cut is None or self.parts == 1:
+            return self.shape
+        return tuple(size // self.parts if dim == self.cut.dim else size for dim, size in enumerate(self.shape))
 
     @property
     def numel(self) -> int:
-        return prod(self.shape)
+        """Elements on one rank of its stage, before ZeRO."""
+        return prod(self.local_shape)
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies: to matrices only."""
+        return len(self.shape) >= 2
+
+    @property
+    def is_tied(self) -> bool:
+        return self.tied_to is not None or bool(self.tied_copies)
+
+    @property
+    def replica_axes(self) -> tuple[str, ...]:
+        """The mesh axes whose ranks hold the same values."""
+        return tuple(axis for axis in (*REDUCE_AXES, "tensor") if self.cut is None or axis != self.cut.axis)
+
+    def is_counted_at(self, coordinate: Mapping[str, int]) -> bool:
+        """Return whether the ranks at this coordinate count it in sums over all ranks: one of those that replicate it does.
+
+        The reduce axes are left to ZeRO's division of the flat vector (FlatParameters.unique).
+        """
+        return all(coordinate[axis] == 0 for axis in self.replica_axes if axis not in REDUCE_AXES)
 
 
-def resolve(
-    shapes: Mapping[str, tuple[int, ...]],
+def resolve_layouts(
+    shapes: Mapping[str, Shape],
     tied: Mapping[str, str],
     stage_of: Callable[[str], int] = lambda name: 0,
-    whole: Callable[[str, tuple[int, ...]], bool] = lambda name, shape: False,
-    frozen: Callable[[str], bool] = lambda name: False,
-) -> dict[str, Layout]:
-    """The layout of each named parameter of a model, in the order in which forward uses them.
+    cut_of: Callable[[str], Cut | None] = lambda name: None,
+    mesh: MeshShape = MeshShape(),  # noqa: B008 - frozen
+    is_unsharded: Callable[[str, Shape], bool] = lambda name, shape: False,
+    is_frozen: Callable[[str], bool] = lambda name: False,
+) -> dict[str, ParamLayout]:
+    """Return the layout of each named parameter of a model, in the order in which forward uses them.
 
-    `tied` maps a parameter to the one whose value it has; `whole` says of a name and a shape whether ZeRO leaves it uncut,
-    `frozen` of a name whether it is not trained. Raises ValueError for a tie between parameters that do not exist or differ in
-    shape.
+    `tied`: parameter -> the one whose value it has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError if
+    tied parameters do not exist or differ in shape.
     """
     for name, owner in tied.items():
         if shapes.get(name) is None or shapes.get(name) != shapes.get(owner):
             raise ValueError(f"{name} {shapes.get(name)} cannot be tied to {owner} {shapes.get(owner)}")
-    uses = {owner: tuple(name for name in tied if tied[name] == owner) for owner in tied.values()}
-    return {
-        name: Layout(
-            name, tuple(shape), ("data",), len(shape) >= 2, tied.get(name), stage_of(name), uses.get(name, ()),
-            whole(name, tuple(shape)), frozen(name),
+    layouts = {}
+    for name, shape in shapes.items():
+        cut = cut_of(name)
+        layouts[name] = ParamLayout(
+            name=name,
+            shape=tuple(shape),
+            stage=stage_of(name),
+            cut=cut,
+            parts=1 if cut is None else getattr(mesh, cut.axis),
+            tied_to=tied.get(name),
+            tied_copies=tuple(copy for copy, owner in tied.items() if owner == name),
+            unsharded=is_unsharded(name, tuple(shape)),
+            frozen=is_frozen(name),
         )
-        for name, shape in shapes.items()
-    }  # fmt: skip
+    return layouts
 
 
-def owned(layouts: Mapping[str, Layout]) -> list[Layout]:
-    """The parameters that are optimized, saved and counted: those whose value is their own."""
+def select_owned(layouts: Mapping[str, ParamLayout]) -> list[ParamLayout]:
+    """Return the parameters that are optimized, saved and counted: those not tied to another."""
     return [layout for layout in layouts.values() if layout.tied_to is None]
 
 
-def of_stage(layouts: Mapping[str, Layout], stage: int) -> dict[str, Layout]:
-    """The parameters of one pipeline stage."""
+def select_stage(layouts: Mapping[str, ParamLayout], stage: int) -> dict[str, ParamLayout]:
+    """Return the parameters of one pipeline stage."""
     return {name: layout for name, layout in layouts.items() if layout.stage == stage}
 
 
-def trained(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-    """The parameters that have gradients."""
+def select_trained(layouts: Mapping[str, ParamLayout]) -> dict[str, ParamLayout]:
+    """Return the parameters that have gradients."""
     return {name: layout for name, layout in layouts.items() if not layout.frozen}
 
 
-def frozen(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-    """Those that stay as they are."""
+def select_frozen(layouts: Mapping[str, ParamLayout]) -> dict[str, ParamLayout]:
+    """Return the parameters that are not trained."""
     return {name: layout for name, layout in layouts.items() if layout.frozen}

@@ -1,26 +1,81 @@
-"""Where each parameter of a model goes: the first column of its plan. Pure."""
+"""The parallel plan: for each family, the pipeline stage of every module and the cut of every parameter. Pure."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import accumulate
 
-PLACES = {"embed": "first", "blocks": "block", "norm": "last", "head": "last"}
-"""Top-level module of any family -> the pipeline stage that has it; blocks are shared out by the cut."""
+STAGES = {"embed": "first", "blocks": "block", "norm": "last", "head": "last"}
+"""Top-level module of any family -> its pipeline stage; blocks are divided among the stages."""
 
 
-def stage_of(name: str, cut: Sequence[int]) -> int:
-    """The stage of the parameter or module `name`; `cut` holds the number of blocks of each stage."""
+@dataclass(frozen=True)
+class Cut:
+    """A division of one tensor dim among the ranks of one mesh axis."""
+
+    dim: int
+    axis: str = "tensor"
+    fused: int = 1  # matrices stored side by side along dim, each divided by itself (GPT-2's q, k and v)
+
+
+COLUMN, ROW, VOCABULARY = Cut(0), Cut(1), Cut(0)  # of weights stored (out, in), as nn.Linear does
+LLAMA = {
+    "embed.weight": VOCABULARY,
+    "head.weight": VOCABULARY,
+    "blocks.*.attn.[qkv].weight": COLUMN,
+    "blocks.*.attn.[qkv].bias": COLUMN,
+    "blocks.*.attn.o.weight": ROW,
+    "blocks.*.mlp.*gate.weight": COLUMN,
+    "blocks.*.mlp.*up.weight": COLUMN,
+    "blocks.*.mlp.*down.weight": ROW,
+    "blocks.*.attn.[qkv].lora.b.weight": COLUMN,  # an adapter is cut where its host is: b with its output, a with its input
+    "blocks.*.attn.o.lora.a.weight": ROW,
+    "blocks.*.mlp.gate.lora.b.weight": COLUMN,
+    "blocks.*.mlp.up.lora.b.weight": COLUMN,
+    "blocks.*.mlp.down.lora.a.weight": ROW,
+}
+GPT2 = {  # Conv1D stores (in, out)
+    "embed.tokens.weight": VOCABULARY,
+    "head.weight": VOCABULARY,
+    "blocks.*.attn.qkv.weight": Cut(1, fused=3),
+    "blocks.*.attn.qkv.bias": Cut(0, fused=3),
+    "blocks.*.attn.o.weight": Cut(0),
+    "blocks.*.mlp.up.weight": Cut(1),
+    "blocks.*.mlp.up.bias": Cut(0),
+    "blocks.*.mlp.down.weight": Cut(0),
+    "blocks.*.attn.qkv.lora.b.weight": Cut(0, fused=3),
+    "blocks.*.attn.o.lora.a.weight": ROW,
+    "blocks.*.mlp.up.lora.b.weight": COLUMN,
+    "blocks.*.mlp.down.lora.a.weight": ROW,
+}
+BERT = LLAMA | {
+    "embed.tokens.weight": VOCABULARY,
+    "head.bias": VOCABULARY,
+    "blocks.*.mlp.up.bias": COLUMN,
+}
+CUTS: Mapping[str, Mapping[str, Cut]] = {"llama": LLAMA, "qwen": LLAMA, "mixtral": LLAMA, "gpt2": GPT2, "bert": BERT}
+"""Family -> name pattern -> cut. Parameters that match no pattern are replicated."""
+
+
+def stage_of(name: str, blocks_per_stage: Sequence[int]) -> int:
+    """Return the pipeline stage of the parameter or module `name`."""
     module, number = re.match(r"(\w+)(?:\.(\d+))?", name).groups()  # type: ignore[union-attr]
-    match PLACES[module]:
+    match STAGES[module]:
         case "first":
             return 0
         case "last":
-            return len(cut) - 1
-    return next(stage for stage, stop in enumerate(accumulate(cut)) if int(number) < stop)
+            return len(blocks_per_stage) - 1
+    return next(stage for stage, stop in enumerate(accumulate(blocks_per_stage)) if int(number) < stop)
 
 
-def unit_of(name: str) -> str:
-    """The module whose parameters are exchanged together, and with ZeRO-3 gathered together: a block, or what stands beside."""
+def cut_of(name: str, family: str) -> Cut | None:
+    """Return the cut of a parameter; None if it is replicated."""
+    return next((cut for pattern, cut in CUTS[family].items() if fnmatchcase(name, pattern)), None)
+
+
+def fsdp_unit(name: str) -> str:
+    """Return the module whose parameters are reduced, and under ZeRO-3 gathered, together: a block or a top-level module."""
     return re.match(r"\w+(\.\d+)?", name).group()  # type: ignore[union-attr]

@@ -1,7 +1,6 @@
-"""One matrix with two uses, on two stages or one: gradients go to the owner, values come back.
+"""Tied parameters: one matrix with two uses, on two stages or one. Gradients go to the owner, values come back.
 
-Each use has a gradient of its own, summed over all microbatches by itself; then the sums are added, in the same order wherever
-the uses are.
+Each use has its own gradient, summed over all microbatches; then the sums are added, in the same order wherever the uses are.
 """
 
 from __future__ import annotations
@@ -13,64 +12,61 @@ from torch import Tensor
 
 from mpilm.comm.base import Comm
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.layout import Layout
-from mpilm.parallel.shard import BUCKET, intersect
+from mpilm.parallel.flat_layout import BUCKET, intersect_intervals
+from mpilm.parallel.layout import ParamLayout
 
-TAG = 1 << 14  # above the tags of activations
+FIRST_TAG = 1 << 14  # above the tags of activations
 
 
-class Ties:
-    """The ties of a model whose stages `flats` (by number) are on this rank. Collective over `comm`, the pipeline axis.
+class TiedParameters:
+    """The ties of a model with these `layouts`; `flats`: the stages on this rank. Collective over `comm`, the pipeline axis."""
 
-    `layouts`: of the whole model.
-    """
-
-    def __init__(self, layouts: Mapping[str, Layout], flats: Mapping[int, FlatParameters], comm: Comm):
+    def __init__(self, layouts: Mapping[str, ParamLayout], flats: Mapping[int, FlatParameters], comm: Comm):
         self.comm, self.flats = comm, flats
-        self.ties = [(layout, layouts[layout.tied_to]) for layout in layouts.values() if layout.tied_to]
-        self.sharing = all(flat.zero < 3 for flat in flats.values())
+        self.pairs = [(layout, layouts[layout.tied_to]) for layout in layouts.values() if layout.tied_to]
+        self.can_alias = all(flat.zero < 3 for flat in flats.values())
 
     def add_gradients(self, sums: Mapping[int, FlatVector]) -> None:
-        """Add the summed gradient of each use to that of its owner; `sums` are by stage."""
-        for number, (use, owner) in enumerate(self.ties):
-            if self._one_memory(use, owner):
-                for into, other in zip(self._held(owner, sums), self._held(use, sums)):
-                    into.add_(other)
+        """Add the summed gradient of each copy to that of its owner; `sums` are by stage."""
+        for number, (copy, owner) in enumerate(self.pairs):
+            if self._aliases(copy, owner):
+                for total, other in zip(self._local_parts(owner, sums), self._local_parts(copy, sums)):
+                    total.add_(other)
             else:
-                self._pass(TAG + number, use, owner, sums, Tensor.add_)
+                self._transfer(FIRST_TAG + number, copy, owner, sums, Tensor.add_)
 
     def copy_values(self) -> None:
-        """Give each use that has a memory of its own the values that its owner's optimizer has written."""
+        """Give each copy with memory of its own the values that its owner's optimizer has written."""
         values = {stage: flat.values for stage, flat in self.flats.items()}
-        for number, (use, owner) in enumerate(self.ties):
-            if not self._one_memory(use, owner):
-                self._pass(TAG + number, owner, use, values, Tensor.copy_)
+        for number, (copy, owner) in enumerate(self.pairs):
+            if not self._aliases(copy, owner):
+                self._transfer(FIRST_TAG + number, owner, copy, values, Tensor.copy_)
 
-    def _one_memory(self, use: Layout, owner: Layout) -> bool:
-        return self.sharing and use.stage == owner.stage
+    def _aliases(self, copy: ParamLayout, owner: ParamLayout) -> bool:
+        return self.can_alias and copy.stage == owner.stage
 
-    def _held(self, layout: Layout, vectors: Mapping[int, FlatVector]) -> Iterator[Tensor]:
-        """What this rank sums or updates of a parameter, in parts; nothing where its stage is elsewhere."""
+    def _local_parts(self, layout: ParamLayout, vectors: Mapping[int, FlatVector]) -> Iterator[Tensor]:
+        """Yield what this rank reduces or updates of a parameter; nothing if its stage is on another rank."""
         if layout.stage in self.flats:
             flat = self.flats[layout.stage]
-            for start, stop in intersect(flat.summed, [flat.layout.slot(layout.name)]):
+            for start, stop in intersect_intervals(flat.reduced, [flat.layout.padded_span(layout.name)]):
                 for at in range(start, stop, BUCKET):
                     yield vectors[layout.stage].view(at, min(at + BUCKET, stop))
 
-    def _pass(
+    def _transfer(
         self,
         tag: int,
-        source: Layout,
-        target: Layout,
+        source: ParamLayout,
+        target: ParamLayout,
         vectors: Mapping[int, FlatVector],
-        put: Callable[[Tensor, Tensor], Tensor],
+        combine: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        """Send what is held of `source` to the rank of the same data coordinate that has `target`."""
+        """Send the parts of `source` to the rank with `target` that has the same coordinate on the other axes."""
         to, origin = target.stage % self.comm.size, source.stage % self.comm.size
-        sent = [self.comm.isend(part, to, tag) for part in self._held(source, vectors)]
-        for part in self._held(target, vectors):
-            came = torch.empty_like(part)
-            self.comm.irecv(came, origin, tag).wait()
-            put(part, came)
-        for request in sent:
+        sends = [self.comm.isend(part, to, tag) for part in self._local_parts(source, vectors)]
+        for part in self._local_parts(target, vectors):
+            received = torch.empty_like(part)
+            self.comm.irecv(received, origin, tag).wait()
+            combine(part, received)
+        for request in sends:
             request.wait()

@@ -11,10 +11,10 @@ from mpilm.config import Config, Model
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.size import attention_flops, block_numel, ends_numel, kept_floats, matrices
 from mpilm.parallel.feasible import replica_microbatches
+from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.parallel.pipeline.simulate import simulate
-from mpilm.parallel.shard import BUCKET
 from mpilm.planner.machine import Compute, Curve, Machine, Memory, Network, at, on
 from mpilm.planner.memory import RETURNED_BYTES
 

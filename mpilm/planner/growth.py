@@ -6,7 +6,7 @@ import math
 
 from mpilm.config import microbatches
 from mpilm.model.size import parameter_count
-from mpilm.parallel.shard import BUCKET
+from mpilm.parallel.flat_layout import BUCKET
 from mpilm.planner.cost import Setting
 
 WORD = 8  # bytes of a number in a list

@@ -10,12 +10,12 @@ from itertools import chain
 from mpilm.config import Config, microbatches
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.size import activation_bytes, block_numel, ends_numel
+from mpilm.ops.tree import block_of_rank, plan_accumulation, plan_block_accumulation, plan_merges
 from mpilm.parallel.feasible import replica_microbatches
+from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
-from mpilm.parallel.shard import BUCKET
-from mpilm.parallel.tree import block, combine, fold, fold_block
 
 # glibc keeps freed blocks below 32 MiB, and where one microbatch was the next does not quite fit: for each byte in use so many
 # lie in holes, measured (docs/log.md), more where forward and backward of different parts take turns more often. Of a GPU what
@@ -177,8 +177,8 @@ def _nodes(data: int, total: int, together: int) -> tuple[int, int]:
     """Partial sums that ranks bring to an exchange when those that are together have added what they can: the most of any, and
     all of them; of very many ranks, judged by some."""
     some = min(data, max(together, 256 // together * together))
-    held = [[*fold_block(*block(r, data, total), total)[1].values()] for r in range(some)]
-    left = [len(combine(sorted(chain(*held[at : at + together])), total)[1]) for at in range(0, some, together)]
+    held = [[*plan_block_accumulation(*block_of_rank(r, data, total), total)[1].values()] for r in range(some)]
+    left = [len(plan_merges(sorted(chain(*held[at : at + together])), total)[1]) for at in range(0, some, together)]
     return max(left), sum(left) * data // some
 
 
@@ -186,12 +186,14 @@ def _nodes(data: int, total: int, together: int) -> tuple[int, int]:
 def _block_buffers(data: int, total: int) -> int:
     """Gradient buffers of the rank that needs most: all blocks are as long as the first, or one shorter."""
     ranks = {0, total % data, data - 1} if total >= data else {0}
-    return max(1 + max(f.buffer for f in fold_block(*block(r, data, total), total)[0]) for r in ranks if r < data)
+    return max(
+        1 + max(f.buffer for f in plan_block_accumulation(*block_of_rank(r, data, total), total)[0]) for r in ranks if r < data
+    )
 
 
 @cache
 def _dealt_buffers(data: int, total: int) -> int:
     """The same where each round of microbatches is summed at once; a round that is no subtree leaves several nodes."""
     rounds = [[(m, m + 1) for m in range(at, min(at + data, total))] for at in range(0, total, data)]
-    remaining = [node for leaves in rounds for node, _ in combine(leaves, total)[1]]
-    return 1 + max(f.buffer for f in fold(remaining, total)[0])
+    remaining = [node for leaves in rounds for node, _ in plan_merges(leaves, total)[1]]
+    return 1 + max(f.buffer for f in plan_accumulation(remaining, total)[0])

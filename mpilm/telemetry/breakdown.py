@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mpilm.comm.activity import Call, Span
+from mpilm.comm.progress import CommCall, Span
 from mpilm.parallel.pipeline.actions import COMPUTE, Action
 
 PARTS = ("compute", "bubble", "communication", "data", "optimizer")
@@ -18,7 +18,7 @@ def part_of(what: object, pipelined: bool) -> str:
     """
     if isinstance(what, Action):
         return "compute" if what.kind in COMPUTE else "communication"
-    if isinstance(what, Call):
+    if isinstance(what, CommCall):
         return "bubble" if what.axis == "pipeline" or (pipelined and what.axis == "world") else "communication"
     return str(what)
 

@@ -103,7 +103,7 @@ class Counter:
     """Now and then a line on standard error that says how many of `total` are done; silent for the first seconds."""
 
     def __init__(self, what: str, total: int, speaks: bool):
-        self.what, self.total, self.speaks = what, total, speaks
+        self.event, self.total, self.speaks = what, total, speaks
         self.done, self.shown = 0, time.monotonic()
 
     def __call__(self, _: Any = None) -> None:
@@ -112,4 +112,4 @@ class Counter:
         now = time.monotonic()
         if self.speaks and now > self.shown + QUIET_S:
             self.shown = now
-            print(f"{self.what}: {self.done:,} of {self.total:,} on rank 0", file=sys.stderr, flush=True)
+            print(f"{self.event}: {self.done:,} of {self.total:,} on rank 0", file=sys.stderr, flush=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mpilm.comm.activity import Call, Span
 from mpilm.comm.base import Comm
+from mpilm.comm.progress import CommCall, Span
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.telemetry.clock import Offset, between, clock_offset
@@ -46,7 +46,7 @@ class Trace:
     def keep_after(self, done: int, spans: list[Span]) -> None:
         """What came after a step: how long checkpoint and evaluation took, not what they were made of."""
         if self.spans and self.spans[-1][0] == done:
-            self._keep(done, [span for span in spans if isinstance(span.what, str)])
+            self._keep(done, [span for span in spans if isinstance(span.event, str)])
 
     def _keep(self, done: int, spans: list[Span]) -> None:
         if self.before is not None and done in self.steps:
@@ -104,9 +104,9 @@ def _events_of(
     rank: int, step: int, replica: str, stages: int, span: Span, microseconds: Callable[[float], float]
 ) -> list[Event]:
     """The event of a span and, where it sends a message to another stage or needs one, an end of the arrow between the two."""
-    what = span.what
-    if isinstance(what, Call):
-        peer = {"peer": what.waits_for[0]} if len(what.waits_for) == 1 else {}
+    what = span.event
+    if isinstance(what, CommCall):
+        peer = {"peer": what.peers[0]} if len(what.peers) == 1 else {}
         said = {"axis": what.axis, "call": what.number, "bytes": what.sent_bytes, **peer}
         return [_event(rank, step, span, what.op, "wait", microseconds, **said)]
     if not isinstance(what, Action):

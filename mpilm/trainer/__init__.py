@@ -1,1 +1,1 @@
-"""Build, step, loop, evaluate."""
+"""Training runs: built, looped, logged, saved, recovered."""

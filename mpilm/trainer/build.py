@@ -1,142 +1,110 @@
-"""From a config and a world to everything a run is made of: a straight list of constructions."""
+"""Construction of a run from a config and a world: a straight list of steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from mpilm.checkpoint.load import load
 from mpilm.checkpoint.pretrained import files_of
 from mpilm.checkpoint.save import PARAMETER
-from mpilm.comm.activity import Activity
 from mpilm.comm.base import Comm
-from mpilm.comm.together import AgreedError, same_everywhere, together
-from mpilm.comm.trace import Traced
+from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
+from mpilm.comm.instrumented import InstrumentedComm
+from mpilm.comm.progress import Progress
 from mpilm.config import Config, flatten
 from mpilm.data.batch import Batches
 from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
 from mpilm.data.prepare import silent
 from mpilm.data.progress import ProgressLine
+from mpilm.engine.hardware import Hardware, detect_hardware, numerics_environment, processor_name, software_fingerprint
+from mpilm.engine.train_model import TrainModel
+from mpilm.engine.weights import load_checkpoint_state, load_initial_weights
 from mpilm.errors import ConfigError
-from mpilm.guard.request import StopRequest
-from mpilm.guard.watchdog import PREPARATION
+from mpilm.launch.stop_request import StopRequest
+from mpilm.launch.watchdog import PREPARATION
 from mpilm.mesh.mesh import Mesh
-from mpilm.optim.outer import OUTER
 from mpilm.parallel.feasible import mesh_shape
-from mpilm.parallel.shard import ALIGNMENT
+from mpilm.parallel.flat_layout import ALIGNMENT
 from mpilm.telemetry.memory import Memory, trim
-from mpilm.trainer.balance import choose_cut
-from mpilm.trainer.choose import choose_layout
-from mpilm.trainer.elastic import Carried
-from mpilm.trainer.folder import load_start
-from mpilm.trainer.history import History
-from mpilm.trainer.machine import Machine, conditions, look, processor, programs
+from mpilm.trainer.auto_layout import choose_layout, partition_model
 from mpilm.trainer.material import Material, open_material
+from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
+from mpilm.trainer.run import Run
 from mpilm.trainer.run_folder import RunFolder, open_run_folder
-from mpilm.trainer.sharded import ShardedModel
 
 
-@dataclass(frozen=True)
-class Training:
-    """The parts of a run on one rank. `content`: digests of what was read, by setting; `chosen`: how the layout was."""
-
-    config: Config
-    machine: Machine
-    mesh: Mesh
-    material: Material
-    batches: Batches
-    folder: RunFolder
-    content: Mapping[str, str]
-    model: ShardedModel
-    request: StopRequest
-    history: History
-    memory: Memory
-    chosen: str = ""
-
-
-def build(config: Config, world: Comm, carried: Carried | None = None, activity: Activity | None = None) -> Training:
-    """Everything `config` asks for, with the state of the checkpoint it goes on from, or the one that ranks have carried over.
-    Collective."""
-    same_everywhere(world, "settings", flatten(config))
-    same_everywhere(world, "programs", programs(world))
+def build_run(config: Config, world: Comm, recovered: RecoveredState | None = None, progress: Progress | None = None) -> Run:
+    """Build everything `config` asks for, in the state of a checkpoint or of `recovered` if the run resumes. Collective."""
+    check_same_on_all_ranks(world, "settings", flatten(config))
+    check_same_on_all_ranks(world, "programs", software_fingerprint(world))
     if not config.parallel.auto:
-        together(world, lambda: mesh_shape(config, world.size))  # refused before anything is read
-    machine = together(world, lambda: look(config.train, world))
-    world = world.with_options(config.train.gpu_aware_mpi, machine.crowded)
-    activity = activity or Activity()
-    waiting = world.with_options(gpu_aware=False, patient=True)  # for rank 0, which may train a tokenizer on all cores
-    activity.enter(PREPARATION, 0)
-    material = open_material(config, waiting, ProgressLine() if world.rank == 0 else silent)
-    activity.enter("start", 0)
-    config, chosen = choose_layout(config, config.model.vocab_size or material.tokenizer.vocab_size, machine, world)
-    shape = together(world, lambda: mesh_shape(config, world.size))
-    mesh = Mesh.build(shape, Traced(world, True, activity), activity)
-    batches = Batches(material.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
-    content = _content(config, material, world)
-    folder = open_run_folder(config, content, conditions(machine, world, config.parallel), world, carried)
+        run_on_all_ranks(world, lambda: mesh_shape(config, world.size))  # refused before anything is read
+    hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
+    world = world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed)
+    progress = progress or Progress()
+    progress.enter(PREPARATION, 0)
+    yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)  # rank 0 may train a tokenizer on all cores
+    data = open_material(config, yielding, ProgressLine() if world.rank == 0 else silent)
+    progress.enter("start", 0)
+    vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
+    config, layout_note = choose_layout(config, vocab_size, hardware, world)
+    shape = run_on_all_ranks(world, lambda: mesh_shape(config, world.size))
+    mesh = Mesh.build(shape, InstrumentedComm(world, True, progress), progress)
+    content = _digest_content(config, data, world)
+    environment = numerics_environment(hardware, world, config.parallel)
+    folder = open_run_folder(config, content, environment, world, recovered)
     try:
-        return _built(config, machine, mesh, material, batches, content, folder, carried, chosen)
+        alignment = _common_alignment(config, mesh.world, hardware)
+        blocks_per_stage = partition_model(config, mesh, vocab_size, hardware.device)
+        memory = Memory(hardware.device)  # from here on: preparation may have used more than training will
+        model = TrainModel(config, mesh, blocks_per_stage, vocab_size, hardware.device, alignment)
+        _load_or_init(model, folder, mesh.world, recovered)
+        trim()
     except BaseException:
         folder.release()
         raise
+    batches = Batches(data.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
+    stop_request = StopRequest(folder.path / "stop", config.run.time_limit, asks=world.rank == 0)
+    return Run(
+        config, hardware, mesh, data, batches, folder, content, model, stop_request, folder.bad_steps, memory, layout_note
+    )
 
 
-def _built(
-    config: Config, machine: Machine, mesh: Mesh, material: Material, batches: Batches, content: Mapping[str, str],
-    folder: RunFolder, carried: Carried | None, chosen: str,
-) -> Training:  # fmt: skip
-    """The model, and the parts together. Collective."""
-    world = mesh.world
-    vocab_size = config.model.vocab_size or material.tokenizer.vocab_size
-    kinds = world.all_gather_json([machine.threads, processor()])
-    if config.parallel.compress and any(kind != kinds[0] for kind in kinds):
-        raise AgreedError(ConfigError(
-            "--parallel.compress: each rank restores the gradient by itself, and with unequal threads or processors to other "
-            "bits; write --train.threads, and use nodes of one kind"
-        ))  # fmt: skip
-    alignment = ALIGNMENT * max(threads for threads, _ in kinds)
-    cut = choose_cut(config, mesh, vocab_size, machine.device)
-    memory = Memory(machine.device)  # preparing text may have taken more than training will
-    model = ShardedModel(config, mesh, cut, vocab_size, machine.device, alignment)
-    _fill(model, folder, world, carried)
-    trim()
-    request = StopRequest(folder.path / "stop", config.run.time_limit, asks=world.rank == 0)
-    return Training(
-        config, machine, mesh, material, batches, folder, content, model, request, folder.history, memory, chosen
-    )  # fmt: skip
+def _common_alignment(config: Config, world: Comm, hardware: Hardware) -> int:
+    """Return the alignment of flat vectors for the largest thread count of all ranks. Collective."""
+    environments = world.all_gather_json([hardware.threads, processor_name()])
+    if config.parallel.compress and any(other != environments[0] for other in environments):
+        raise CollectiveError(
+            ConfigError(
+                "--parallel.compress: each rank decompresses the gradient itself, and with unequal threads or processors the "
+                "bits would differ; set --train.threads, and use nodes of one kind"
+            )
+        )
+    return ALIGNMENT * max(threads for threads, _ in environments)
 
 
-def _content(config: Config, material: Material, world: Comm) -> dict[str, str]:
-    """Digests of what the result depends on besides the settings. Collective."""
-    content = {**material.content, "model.init_from": ""}
+def _digest_content(config: Config, data: Material, world: Comm) -> Mapping[str, str]:
+    """Return digests of what the result depends on beside the settings. Collective."""
+    content = {**data.content, "model.init_from": ""}
     if config.model.init_from:
         files = files_of(Path(config.model.init_from).expanduser(), config.model.base)
-        sizes = together(world, lambda: [path.stat().st_size for path in files])
+        sizes = run_on_all_ranks(world, lambda: [path.stat().st_size for path in files])
         content["model.init_from"] = hex_digest(*digest_files(files, sizes, world))
     return content
 
 
-def _fill(model: ShardedModel, folder: RunFolder, world: Comm, carried: Carried | None) -> None:
-    """Give the model the state to go on from, the weights to start with, or random ones. Collective."""
-    shape, goes_on = model.config.model, carried is not None or folder.checkpoint is not None
-    if shape.init_from and (shape.lora_rank or not goes_on):
-        load_start(model, world)
-    elif not goes_on:
-        model.initialise()
-    if carried is not None:
-        carried.hand_over({PARAMETER: model.pieces(), **model.optimizer.pieces()})
-        model.optimizer.set_step(folder.step - len(folder.history.skipped))
-        model.publish()
+def _load_or_init(model: TrainModel, folder: RunFolder, world: Comm, recovered: RecoveredState | None) -> None:
+    """Give the model the state to resume from, the weights to start with, or random ones. Collective."""
+    shape, resumes = model.config.model, recovered is not None or folder.checkpoint is not None
+    updates = folder.step - len(folder.bad_steps.skipped)
+    if shape.init_from and (shape.lora_rank or not resumes):
+        load_initial_weights(model, world)
+    elif not resumes:
+        model.init_parameters()
+    if recovered is not None:
+        recovered.restore_into({PARAMETER: model.owned_slices(), **model.optimizer.state_slices()})
+        model.optimizer.set_step(updates)
+        model.all_gather_parameters()
     elif folder.checkpoint is not None:
-        restore(model, folder.checkpoint, folder.step - len(folder.history.skipped), world)
-
-
-def restore(model: ShardedModel, checkpoint: Path, updates: int, world: Comm) -> None:
-    """Give the model the state of a verified checkpoint, after so many updates. Collective."""
-    moments = model.optimizer.pieces()
-    load(checkpoint, model.pieces(), moments, model.shapes, model.moment_shapes, model.config.model, world, (OUTER,))
-    model.optimizer.set_step(updates)
-    model.forget()
-    model.publish()
+        load_checkpoint_state(model, folder.checkpoint, updates, world)

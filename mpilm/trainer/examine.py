@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import OPS, REDUCIBLE, Comm
-from mpilm.comm.shared import FOLDER
-from mpilm.comm.together import AgreedError
+from mpilm.comm.collective_errors import CollectiveError
+from mpilm.comm.shared_memory import SHM_FOLDER
+from mpilm.engine.hardware import cores_per_rank, software_versions
 from mpilm.errors import RanksDisagreeError
 from mpilm.telemetry.words import mebibytes
-from mpilm.trainer.machine import cores_of, versions
 
 ROUNDS = 20
 SLOW = 3.0  # times the median of the ranks
@@ -55,14 +55,14 @@ def examine(comm: Comm, nbytes: int) -> None:
     told = Examination(comm)
     _who(told)
     node = _cores(told)
-    comm = told.comm = comm.with_options(gpu_aware=False, patient=cores_of(node) < 1)
+    comm = told.comm = comm.with_options(gpu_aware=False, yield_while_waiting=cores_per_rank(node) < 1)
     _messages(told)
     _collectives(told, nbytes)
     _speed(told, nbytes)
     _clocks(told)
     _shared(told, node)
     if told.wrong:
-        raise AgreedError(RanksDisagreeError(
+        raise CollectiveError(RanksDisagreeError(
             f"this MPI gives wrong answers ({', '.join(told.wrong)}): do not train with it. Another MPI module, or the mpich "
             "wheel (pip install mpich), may do; is mpi4py built for the library above?"
         ))  # fmt: skip
@@ -70,7 +70,7 @@ def examine(comm: Comm, nbytes: int) -> None:
 
 
 def _who(told: Examination) -> None:
-    found = versions(told.comm)
+    found = software_versions(told.comm)
     told.say("ranks", f"{told.comm.size}, on {_counted(told.comm.all_gather_json(socket.gethostname()))}")
     told.say("library", f"{found['mpi']}{', ' * bool(told.comm.mpi_details)}{told.comm.mpi_details}")
     told.say("programs", f"python {found['python']}, torch {found['torch']}, mpilm {found['mpilm']}")
@@ -88,7 +88,7 @@ def _counted(values: list[str]) -> str:
 
 def _cores(told: Examination) -> Comm:
     node = told.comm.split_node()
-    shares = told.comm.all_gather_json(float(cores_of(node)))
+    shares = told.comm.all_gather_json(float(cores_per_rank(node)))
     told.say("cores", f"{min(shares):.2g} .. {max(shares):.2g} a rank")
     if min(shares) < 1:
         told.mind("more ranks than cores: ranks that wait give their core away, which costs time; start fewer for speed")
@@ -209,7 +209,7 @@ def _clocks(told: Examination) -> None:
 
 def _shared(told: Examination, node: Comm) -> None:
     """Memory that the ranks of a node have together, for the sum of gradients."""
-    parts = node.share(1000)
+    parts = node.allocate_shared(1000)
     right = True
     if parts is not None:
         parts[node.rank].fill_(node.rank + 1)
@@ -217,12 +217,12 @@ def _shared(told: Examination, node: Comm) -> None:
         right = all(bool((part[:1000] == rank + 1).all()) for rank, part in enumerate(parts))
         node.barrier()
     told.check("shared", right, f"{node.size} ranks on the node of rank 0" if parts is not None else "none: gradients are sent")
-    if os.path.isdir(FOLDER):
-        free = min(told.comm.all_gather_json(shutil.disk_usage(FOLDER).free))
-        told.say(FOLDER, f"{mebibytes(free)} free")
+    if os.path.isdir(SHM_FOLDER):
+        free = min(told.comm.all_gather_json(shutil.disk_usage(SHM_FOLDER).free))
+        told.say(SHM_FOLDER, f"{mebibytes(free)} free")
         if free < SMALL_SHM:
             told.mind(
-                f"{FOLDER} is small (a container's default is 64 MiB), and MPI itself may die there of SIGBUS: enlarge it, for "
+                f"{SHM_FOLDER} is small (a container's default is 64 MiB), and MPI itself may die there of SIGBUS: enlarge it, for "
                 "docker with --shm-size 2g"
             )
 

@@ -3,161 +3,175 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
-from mpilm.comm.activity import Activity, Span
 from mpilm.comm.base import Comm
-from mpilm.comm.together import AgreedError
-from mpilm.comm.trace import Traced
+from mpilm.comm.collective_errors import CollectiveError
+from mpilm.comm.instrumented import InstrumentedComm
+from mpilm.comm.progress import Progress
 from mpilm.config import Config, traced_steps
-from mpilm.errors import PreemptedError
-from mpilm.guard.fault import faults
-from mpilm.guard.request import REASONS
-from mpilm.guard.watchdog import LEAVING, Watchdog
+from mpilm.data.corpus import unigram_loss
+from mpilm.engine.step import StepFlags, train_step
+from mpilm.errors import FileError
+from mpilm.inference.generate import generate
+from mpilm.launch.watchdog import EXITING, Watchdog
+from mpilm.telemetry.report import page
 from mpilm.telemetry.trace import Trace
-from mpilm.trainer.build import Training, build
-from mpilm.trainer.drift import refuse_drift
-from mpilm.trainer.elastic import Carried, Forgetful, Kept
-from mpilm.trainer.held_out import evaluate
-from mpilm.trainer.left_out import leave_out
-from mpilm.trainer.log import RunLog, layout_row
-from mpilm.trainer.memory import is_out_of_memory, out_of_memory
+from mpilm.trainer.build import build_run
+from mpilm.trainer.describe import describe_run, layout_row
+from mpilm.trainer.hooks import (
+    BadStepRecovery,
+    CallChecks,
+    Checkpointing,
+    CheckpointPolling,
+    Evaluation,
+    Hook,
+    InMemoryCheckpointing,
+    Logging,
+    ReplicaCheck,
+    StepEvent,
+    Stopping,
+    Tracing,
+)
+from mpilm.trainer.log import RunLog
+from mpilm.trainer.memory import is_out_of_memory, out_of_memory_error
+from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint, RecoveredState
+from mpilm.trainer.run import Run
 from mpilm.trainer.saver import Saver
-from mpilm.trainer.step import Said, StepResult, train_step
 
 
 def train(
-    config: Config, world: Comm, kept: Kept | None = None, carried: Carried | None = None, activity: Activity | None = None
+    config: Config,
+    world: Comm,
+    in_memory: InMemoryCheckpoint | None = None,
+    recovered: RecoveredState | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Train, evaluate, save and show, to the last step or until the run is asked to stop. Collective.
+    """Train, evaluate, save and log, to the last step or until the run is asked to stop. Collective.
 
-    `kept`: takes the state of every step; `carried`: the state to go on from (trainer/elastic.py).
+    `in_memory`: receives the state of every step; `recovered`: the state to resume from (trainer/recovery/elastic.py).
     """
-    activity = activity or Activity(faults(world.rank))
+    progress = progress or Progress()
     with contextlib.ExitStack() as stack:
-        watchdog = Watchdog(activity, world, config.fault.step_timeout)
+        watchdog = Watchdog(progress, world, config.fault.step_timeout)
         stack.callback(watchdog.close)
-        run = build(config, world, carried, activity)
+        run = build_run(config, world, recovered, progress)
         stack.callback(run.folder.release)
-        stack.enter_context(run.request.listening())
-        stack.enter_context(_leaving_together(world, activity))
+        stack.enter_context(run.stop_request.listening())
+        stack.enter_context(_exit_together(world, progress))
         watchdog.write_below(run.folder.path)
-        watchdog.hurried = lambda: run.request.signalled
-        log = RunLog(run)
+        watchdog.is_signalled = lambda: run.stop_request.signalled
+        log = RunLog.open(run, describe_run(run))
         stack.callback(log.display.close)
-        saver = Saver(run, log)
-        trace = Trace(traced_steps(config), run.mesh, layout_row(run))
-        if trace.steps and trace.steps[-1] <= run.folder.step:
-            log.display.line(f"nothing to trace: the steps {config.run.trace_steps} of --run.trace-steps were done before")
+        checkpoints = Saver(run, log)
+        tracing = Tracing(run, log, Trace(traced_steps(config), run.mesh, layout_row(run)))
         try:
-            _steps(run, log, saver, trace, kept or Forgetful(), carried)
-        except AgreedError as error:
-            saver.close()
-            log.traced(trace)
-            log.stopped(str(error))
+            run_steps(run, log, checkpoints, tracing, in_memory, recovered)
+        except CollectiveError as error:
+            checkpoints.close()
+            tracing.write()
+            log.log_stop(str(error))
+            _write_report(run, log)
             raise
         except Exception as error:
-            if world.lost(error):
-                saver.abandon()
+            if world.is_rank_failure(error):
+                checkpoints.abandon()
             if is_out_of_memory(error):
-                raise out_of_memory(run, error) from error
+                raise out_of_memory_error(run, error) from error
             raise
-        run.mesh.activity.enter("end", config.train.steps)
-        log.finish()
+        progress.enter("end", config.train.steps)
+        _finish(run, log)
+
+
+def run_steps(
+    run: Run,
+    log: RunLog,
+    checkpoints: Saver,
+    tracing: Tracing,
+    in_memory: InMemoryCheckpoint | None,
+    recovered: RecoveredState | None,
+) -> None:
+    """Run the remaining steps and their hooks. Collective."""
+    reporting: list[Hook] = [
+        Logging(log),  # first: it measures the time since the previous step
+        CheckpointPolling(checkpoints),  # before a new checkpoint begins
+        Evaluation(run, log),  # before saving: a checkpoint stores its evaluation loss
+        Checkpointing(run, checkpoints),
+        Stopping(run, checkpoints),  # last: it raises
+    ]
+    hooks: list[Hook] = [
+        tracing,  # the step's own spans, before any hook adds others
+        CallChecks(run),  # ends with the step: what follows is not compared
+        BadStepRecovery(run, log, checkpoints, in_memory),  # before the state is copied, compared or saved
+        InMemoryCheckpointing(run, in_memory),  # before anything that another rank's loss may interrupt
+        ReplicaCheck(run),  # before the state is logged and saved
+        *reporting,
+    ]
+    checkpoints.reserve()
+    if recovered is not None:  # ranks may have been lost before all hooks of its step had run
+        for hook in reporting:
+            hook.after_step(StepEvent(recovered.done, recovered.result(), [], recovered=True))
+    for step in run.remaining_steps:
+        compiles = run.config.train.compile and step == run.folder.step
+        run.progress.enter("compilation" if compiles else "step", step)
+        for hook in hooks:
+            hook.before_step(step)
+        flags = StepFlags(run.stop_request.reason(log.next_step_s()), checkpoints.busy)
+        result = train_step(run.model, run.batches, step, flags, run.bad_steps.spike_threshold(run.config.train))
+        event = StepEvent(step + 1, result, run.progress.drain_spans())
+        for hook in hooks:
+            hook.after_step(event)
+    for hook in reversed(hooks):
+        hook.finish()
 
 
 @contextlib.contextmanager
-def _leaving_together(world: Comm, activity: Activity) -> Iterator[None]:
-    """Wait for each other before the watchdog is let go: nobody watches MPI_Finalize, and a rank that hangs when all is done
-    would keep the others there. Collective, unless something else than an AgreedError is raised."""
-    agreed: AgreedError | None = None
+def _exit_together(world: Comm, progress: Progress) -> Iterator[None]:
+    """Wait for all ranks before the watchdog is closed. Collective, unless an error other than a CollectiveError is raised.
+
+    Nothing watches MPI_Finalize, where a hanging rank would keep the others.
+    """
+    failure: CollectiveError | None = None
     try:
         yield
-    except AgreedError as error:
-        agreed = error
-    activity.enter(LEAVING, activity.step)
-    activity.at("leaving")
-    Traced(world, activity=activity).barrier()
-    if agreed is not None:
-        raise agreed
+    except CollectiveError as error:
+        failure = error
+    exit_barrier(world, progress)
+    if failure is not None:
+        raise failure
 
 
-def _steps(run: Training, log: RunLog, saver: Saver, trace: Trace, kept: Kept, carried: Carried | None) -> None:
-    activity = run.mesh.activity
-    saver.reserve()
-    unchecked = False
-    if carried is not None:  # what belongs to its step may not have been finished
-        _after(run, log, saver, carried.done, carried.result(), [], again=True)
-    for step in range(run.folder.step, run.config.train.steps):
-        trace.ready(step + 1)
-        compiling = run.config.train.compile and step == run.folder.step
-        activity.enter("compilation" if compiling else "step", step)  # which takes as long as it takes
-        checking = step == run.folder.step or due(step, run.config.fault.check_every)
-        run.mesh.check(checking)
-        said = Said(run.request.reason(log.needed_s()), saver.busy)
-        trace.keep_after(step, activity.take())
-        result = train_step(run.model, run.batches, step, said, run.history.limit(run.config.train))
-        spans, done, rewound = activity.take(), step + 1, False
-        trace.keep(done, spans)
-        run.mesh.check(False)
-        if result.updated:
-            run.history.note(result.loss)
-        else:
-            activity.enter("diagnosis", step)
-            kept.forget()
-            rewound = leave_out(run, log, saver, done, result)
-        kept.keep(run, done, result)
-        unchecked = unchecked or checking
-        if unchecked and run.model.met(done):  # replicas that are apart are looked at when they meet
-            refuse_drift(run.model, done)
-            unchecked = False
-        _after(run, log, saver, done, result, spans, rewound)
-        if done in trace.steps and done + 1 not in trace.steps:
-            trace.keep_after(done, activity.take())
-            log.traced(trace)
-    saver.close()
-    trace.keep_after(run.config.train.steps, activity.take())
-    log.traced(trace)
-    _forget_stop(run)
+def exit_barrier(world: Comm, progress: Progress) -> None:
+    """Enter the exit phase and wait for all ranks. Collective."""
+    progress.enter(EXITING, progress.step)
+    InstrumentedComm(world, progress=progress).barrier()
 
 
-def _after(
-    run: Training, log: RunLog, saver: Saver, done: int, result: StepResult, spans: list[Span], rewound: bool = False,
-    again: bool = False,
-) -> None:  # fmt: skip
-    """What belongs to a step besides the step: log, evaluate, save, stop. Collective. `again`: some may have been done."""
-    settings, steps, activity, loss = run.config.run, run.config.train.steps, run.mesh.activity, None
-    log.again(done, result) if again else log.step(done, result, spans)
-    saver.look(done, result.heard.busy)
-    stopping = result.heard.wish > 0 and done < steps
-    if stopping:
-        run.model.meet()
-    saving = stopping or done == steps or rewound or (due(done, run.config.checkpoint.every) and result.updated)
-    evaluating = due(done, settings.eval_every) or (settings.eval_every and saving and not stopping)
-    if run.batches.eval_samples and evaluating:
-        activity.enter("evaluation", done - 1)
-        activity.at("eval")
-        with activity.span("evaluation"):
-            loss = evaluate(run)
-        log.evaluation(done, loss)
-    if saving and not (again and saver.is_there(done)):
-        saver.begin(done, loss)
-    if stopping:
-        saver.close()
-        _stop(run, done, result.heard.wish)
+def _finish(run: Run, log: RunLog) -> None:
+    """Log the end of a complete run, with a sample of what the model writes, and write the report. Collective."""
+    took_s, unigram = time.perf_counter() - log.started, ""
+    corpora = [(samples.corpus, samples.boundary) for samples in run.data.corpora]
+    if log.is_root and log.eval_loss is not None and corpora:  # it reads the whole corpus, so before other ranks wait
+        unigram = f"; a unigram model of this corpus scores {unigram_loss(corpora):.4f}"
+    peaks = log.gather_peak_memory()
+    log.log_end(took_s, peaks, unigram, _sample_text(run))
+    _write_report(run, log)
 
 
-def _forget_stop(run: Training) -> None:
-    if run.mesh.rank == 0:
-        run.request.done()
+def _sample_text(run: Run) -> str:
+    """Return a text that the model writes. Collective: it may be distributed over many ranks."""
+    settings, tokenizer = run.config.generate, run.data.tokenizer
+    if not settings.max_tokens or run.config.model.arch == "bert":
+        return ""
+    tokens = tokenizer.encode(settings.prompt).tolist() if settings.prompt else [tokenizer.eos]
+    return settings.prompt + tokenizer.decode(generate(run.model, {0: tokens}, settings, tokenizer.eos)[0])
 
 
-def due(done: int, every: int) -> bool:
-    return every > 0 and done % every == 0
-
-
-def _stop(run: Training, done: int, wish: int) -> None:
-    _forget_stop(run)
-    raise AgreedError(PreemptedError(
-        f"stopped after step {done} of {run.config.train.steps}, as {REASONS[wish]} asked; saved, and the same command goes on"
-    ))  # fmt: skip
+def _write_report(run: Run, log: RunLog) -> None:
+    """Write report.html on rank 0. Errors here never fail the run."""
+    if log.is_root:
+        try:
+            page.write([run.folder.path])
+        except FileError as error:
+            log.log_line(f"no report: {error}")

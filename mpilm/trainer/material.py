@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpilm.comm.base import Comm
-from mpilm.comm.together import together
-from mpilm.config import Config
+from mpilm.comm.collective_errors import run_on_all_ranks
+from mpilm.config import Config, Model
 from mpilm.data.chat import Conversations, read_conversations, refuse_nothing
 from mpilm.data.corpus import Corpus, open_corpora
 from mpilm.data.encode import Progress
@@ -20,7 +20,6 @@ from mpilm.data.stream import Stream, TextStream
 from mpilm.data.template import Template, find_template
 from mpilm.data.tokenizer import Tokenizer, named_tokenizer
 from mpilm.errors import ConfigError
-from mpilm.trainer.folder import refuse_more_ids
 
 LOOKED_AT = 10**7  # tokens
 
@@ -40,18 +39,18 @@ class Material:
 
 def open_material(config: Config, comm: Comm, progress: Progress) -> Material:
     """Read, or prepare, what `config` names. Collective; raises AgreedError."""
-    template = together(comm, lambda: _template(config.data.tokenizer))
+    template = run_on_all_ranks(comm, lambda: _template(config.data.tokenizer))
     return _conversations(config, template, comm) if config.data.format == "chat" else _texts(config, template, comm, progress)
 
 
 def _texts(config: Config, template: Template | None, comm: Comm, progress: Progress) -> Material:
     data = config.data
     opened = open_corpora(data, comm, progress=progress)
-    tokenizer = together(comm, lambda: _fitting(config, opened[0][0].tokenizer))
-    corpora = together(comm, lambda: [
+    tokenizer = run_on_all_ranks(comm, lambda: _fitting(config, opened[0][0].tokenizer))
+    corpora = run_on_all_ranks(comm, lambda: [
         CorpusSamples(corpus, config.model.context_length, data.eval_fraction) for corpus, _ in opened
     ])  # fmt: skip
-    together(comm, lambda: _refuse_endless([corpus for corpus, _ in opened], data.packing))
+    run_on_all_ranks(comm, lambda: _refuse_endless([corpus for corpus, _ in opened], data.packing))
     objective = objective_of(config.model, data, tokenizer)
     samples = Mixture(corpora, [part for _, part in opened]) if len(corpora) > 1 else corpora[0]
     stream = TextStream(samples, objective, data.packing, tokenizer.eos)
@@ -88,13 +87,13 @@ def _of_corpus(samples: CorpusSamples, tokenizer: str, part: float) -> list[str]
 def _conversations(config: Config, template: Template | None, comm: Comm) -> Material:
     data = config.data
     sources = agree_on_sources(data, comm)
-    together(comm, lambda: _refuse_other_files(data.source, [source.format for source in sources]))
-    tokenizer = together(comm, lambda: _fitting(config, named_tokenizer(data.tokenizer)))
+    run_on_all_ranks(comm, lambda: _refuse_other_files(data.source, [source.format for source in sources]))
+    tokenizer = run_on_all_ranks(comm, lambda: _fitting(config, named_tokenizer(data.tokenizer)))
     tokens, answer, ends = read_conversations(sources, tokenizer, template, comm)
     stream = Conversations(
         tokens, answer, ends, config.model.context_length, data.eval_fraction, tokenizer.eos, data.too_long, data.packing
     )
-    together(comm, lambda: refuse_nothing(stream, data))
+    run_on_all_ranks(comm, lambda: refuse_nothing(stream, data))
     counts = stream.counts
     said = [
         f"{data.source}: {counts.conversations:,} conversations, {counts.cut:,} of them cut at the context and "
@@ -123,3 +122,13 @@ def _fitting(config: Config, tokenizer: Tokenizer) -> Tokenizer:
     tokenizer = tokenizer.with_mask() if config.model.arch == "bert" else tokenizer
     refuse_more_ids(tokenizer, config.model)
     return tokenizer
+
+
+def refuse_more_ids(tokenizer: Tokenizer, model: Model) -> None:
+    """Raise ConfigError where the embedding has fewer rows than the tokenizer has ids."""
+    rows = model.vocab_size
+    if rows and tokenizer.vocab_size > rows:
+        whose = f"{model.init_from} has" if model.init_from else f"--model.vocab-size {rows} makes"
+        raise ConfigError(
+            f"--data.tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, but {whose} {rows} rows for them"
+        )

@@ -1,4 +1,4 @@
-"""What a rank will use of its memory, said before the first step."""
+"""The memory that a rank will use, predicted before the first step, and the message when memory runs out."""
 
 from __future__ import annotations
 
@@ -10,38 +10,34 @@ import torch
 from mpilm.checkpoint.assemble import IN_FLIGHT
 from mpilm.checkpoint.format import BLOCK_BYTES
 from mpilm.errors import OutOfMemoryError
+from mpilm.formatting import format_mebibytes
 from mpilm.planner.memory import COMPILER_BYTES, FIRST_STEP_BYTES, copied_bytes, step_bytes
-from mpilm.telemetry.words import mebibytes
-from mpilm.trainer.build import Training
+from mpilm.trainer.run import Run
 
 SAVING_BYTES = (IN_FLIGHT + 1) * BLOCK_BYTES
 
 
-def predicted_memory(run: Training) -> dict[str, int]:
-    """Bytes this rank will use, part by part."""
-    config, model, device = run.config, run.model, run.machine.device.type
-    step = step_bytes(config, model.vocab_size, model.cut, list(model.stages), model.program, device)
+def predict_memory(run: Run) -> dict[str, int]:
+    """Return the bytes that this rank will use, by part."""
+    config, model, device = run.config, run.model, run.hardware.device.type
+    step = step_bytes(config, model.vocab_size, model.blocks_per_stage, list(model.stages), model.program, device)
     held = model.held_bytes()
     if device == "cuda":
-        return {"program": run.memory.program_bytes, **held, **step}  # of the GPU; what is saved is copied from there
+        return {"program": run.memory.program_bytes, **held, **step}  # of the GPU; checkpoints are copied to the host
     saving = max(0, min(SAVING_BYTES, held["weights"] + held["moments"]) - sum(step.values()))  # between steps
     if config.checkpoint.asynchronous:
-        saving = copied_bytes(model.saved_bytes, run.mesh.world.size)  # which is there beside the next steps
-    return {
-        "program": run.memory.program_bytes + FIRST_STEP_BYTES + COMPILER_BYTES * config.train.compile,
-        **held,
-        **step,
-        "checkpoint": saving,
-    }
+        saving = copied_bytes(model.saved_bytes, run.mesh.world.size)  # the copy exists beside the next steps
+    program = run.memory.program_bytes + FIRST_STEP_BYTES + COMPILER_BYTES * config.train.compile
+    return {"program": program, **held, **step, "checkpoint": saving}
 
 
-def listed(parts: Mapping[str, int]) -> str:
-    """The parts of a prediction in words; those that are nothing are left out."""
-    return ", ".join(f"{part} {mebibytes(nbytes)}" for part, nbytes in parts.items() if nbytes)
+def list_parts(parts: Mapping[str, int]) -> str:
+    """Return the parts of a prediction as text, without empty ones."""
+    return ", ".join(f"{part} {format_mebibytes(nbytes)}" for part, nbytes in parts.items() if nbytes)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no more memory, of the host or of a GPU."""
+    """Return whether an error means that the host or a GPU has run out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):
@@ -49,12 +45,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's, on a CPU
 
 
-def out_of_memory(run: Training, error: BaseException) -> OutOfMemoryError:
-    """That error in words that help."""
-    parts, activity = predicted_memory(run), run.mesh.activity
-    asked = "".join(f" ({line[:200]})" for line in str(error).strip().splitlines()[:1])
+def out_of_memory_error(run: Run, error: BaseException) -> OutOfMemoryError:
+    """Wrap an out-of-memory error with the predicted memory and what to change."""
+    parts, progress = predict_memory(run), run.progress
+    detail = "".join(f" ({line[:200]})" for line in str(error).strip().splitlines()[:1])
     return OutOfMemoryError(
-        f"there is no more memory in {activity.phase} {activity.step + 1}, with {mebibytes(run.memory.used_bytes)} in "
-        f"use{asked}; predicted were {mebibytes(sum(parts.values()))}: {listed(parts)}. A smaller --train.micro-batch, "
-        "--train.recompute block, more pipeline stages or --parallel.zero 3 need less; fewer ranks on a node leave more to each"
+        f"out of memory in {progress.phase} {progress.step + 1}, with {format_mebibytes(run.memory.used_bytes)} in "
+        f"use{detail}; predicted: {format_mebibytes(sum(parts.values()))}: {list_parts(parts)}. A smaller --train.micro-batch, "
+        "--train.recompute block, more pipeline stages or --parallel.zero 3 need less; fewer ranks a node leave more for each"
     )

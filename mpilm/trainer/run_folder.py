@@ -1,4 +1,4 @@
-"""The run folder: found or made, compared with what is asked for now, and never written over."""
+"""The run folder: found or created, compared with the present settings, never overwritten."""
 
 from __future__ import annotations
 
@@ -15,37 +15,34 @@ from mpilm.checkpoint.verify import Verify, newest_valid, with_help
 from mpilm.comm.base import Comm
 from mpilm.config import Config, flatten, mathematics, to_dict
 from mpilm.errors import ConfigError, DataError, FileError
-from mpilm.guard.lock import NAME, FolderLock
+from mpilm.launch.lock import NAME, FolderLock
 from mpilm.model.init import key_of
 from mpilm.settings import merge, read_toml
-from mpilm.trainer.elastic import Carried
-from mpilm.trainer.history import History
+from mpilm.trainer.recovery.bad_steps import BadStepTracker
+from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 
-NO_SHAPE = ("model.dropout", "model.router_loss", "model.lora_alpha", "model.init_from")
-DATA_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by content
+NOT_SHAPE = ("model.dropout", "model.router_loss", "model.lora_alpha", "model.init_from")
+CONTENT_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by content
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`checkpoint`: the verified one to go on from, None for a fresh start; `history`: of the run until there; `notes`: what
-    the user should know of it. `lock`: on rank 0."""
+    """The folder of a run, and the state it resumes from."""
 
     path: Path
-    checkpoint: Path | None
+    checkpoint: Path | None  # the verified one to resume from; None for a fresh start
     step: int
-    history: History
-    notes: tuple[str, ...]
-    lock: FolderLock | None = field(default=None, compare=False)
-
-    logged: int = -1
-    """The step up to which all has been written down; -1: `step`."""
+    bad_steps: BadStepTracker
+    notes: tuple[str, ...]  # for the header
+    lock: FolderLock | None = field(default=None, compare=False)  # on rank 0
+    logged: int = -1  # the step up to which everything has been logged; -1: `step`
 
     def __post_init__(self) -> None:
         if self.logged < 0:
             object.__setattr__(self, "logged", self.step)
 
     def release(self) -> None:
-        """Let another job have the folder."""
+        """Let another job use the folder."""
         if self.lock is not None:
             self.lock.release()
 
@@ -55,41 +52,56 @@ class RunFolder:
 
 
 def open_run_folder(
-    config: Config, content: Mapping[str, str], present: Mapping[str, str], comm: Comm, carried: Carried | None = None
+    config: Config,
+    content: Mapping[str, str],
+    environment: Mapping[str, str],
+    comm: Comm,
+    recovered: RecoveredState | None = None,
 ) -> RunFolder:
-    """Find what to go on from, refuse what does not fit, and write config.toml. Collective; rank 0 looks and writes.
+    """Find the state to resume from, refuse what does not match, and write config.toml. Collective; rank 0 reads and writes.
 
-    `content`: digests of the corpus and the tokenizer by DATA_KEYS. `present`: versions, threads, device, to be compared
-    with those that the checkpoint was made with. `carried`: what this run goes on from, in the place of a checkpoint.
+    `content`: digests of the corpus and the tokenizer by CONTENT_KEYS. `environment`: versions, threads and device, compared
+    with those of the checkpoint. `recovered`: the state to resume from instead of a checkpoint.
     """
-    found = with_help(comm, lambda verify: _open(config, content, present, carried, verify))
+    opened = with_help(comm, lambda verify: _open(config, content, environment, recovered, verify))
     values = None
-    if found:
-        words = found.history.words()
-        values = [str(found.path), str(found.checkpoint or ""), found.step, words, found.notes, found.logged]
-    path, checkpoint, step, history, notes, logged = comm.broadcast_json(values)
-    lock = found.lock if found else None
+    if opened:
+        state = opened.bad_steps.state_dict()
+        values = [str(opened.path), str(opened.checkpoint or ""), opened.step, state, opened.notes, opened.logged]
+    path, checkpoint, step, state, notes, logged = comm.broadcast_json(values)
+    lock = opened.lock if opened else None
     checkpoint = Path(checkpoint) if checkpoint else None
-    return RunFolder(Path(path), checkpoint, step, History.of(history), tuple(notes), lock, logged)
+    return RunFolder(Path(path), checkpoint, step, BadStepTracker.from_state(state), tuple(notes), lock, logged)
 
 
 def _open(
-    config: Config, content: Mapping[str, str], present: Mapping[str, str], carried: Carried | None, verify: Verify
+    config: Config,
+    content: Mapping[str, str],
+    environment: Mapping[str, str],
+    recovered: RecoveredState | None,
+    verify: Verify,
 ) -> RunFolder:
-    if carried is not None:
-        path, lock = carried.folder, _lock(carried.folder)
+    if recovered is not None:
+        path, lock, done = recovered.folder, _lock(recovered.folder), recovered.done
         remove_leftovers(path / "checkpoints")
-        return RunFolder(path, None, carried.done, History.of(carried.history), (carried.note,), lock, carried.done - 1)
+        return RunFolder(path, None, done, BadStepTracker.from_state(recovered.trainer), (recovered.note,), lock, done - 1)
     path = _choose_path(config)
-    _refuse_foreign(path, config)
+    _check_is_same_run(path, config)
     lock = _lock(path)
     try:
-        return _take(path, lock, config, content, present, verify)
+        checkpoint, broken, notes = _choose_checkpoint(path, config, content, environment, verify)
+        step = step_of(checkpoint) if checkpoint else 0
+        assert step is not None
+        if step > config.train.steps:
+            raise ConfigError(f"{checkpoint} is at step {step}, past --train.steps {config.train.steps}; ask for more steps")
+        notes += _prepare_folder(path, config, broken)
     except BaseException:
         lock.release()
         with contextlib.suppress(OSError):
-            path.rmdir()  # where nothing else has come into it
+            path.rmdir()  # if it is still empty
         raise
+    bad_steps = BadStepTracker.from_state(read_json(checkpoint / "trainer.json") if checkpoint else {})
+    return RunFolder(path, checkpoint, step, bad_steps, tuple(notes), lock)
 
 
 def _lock(path: Path) -> FolderLock:
@@ -100,40 +112,31 @@ def _lock(path: Path) -> FolderLock:
         raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None
 
 
-def _take(
-    path: Path, lock: FolderLock, config: Config, content: Mapping[str, str], present: Mapping[str, str], verify: Verify
-) -> RunFolder:
-    """Choose a checkpoint and write config.toml, in a folder that is this job's."""
-    checkpoint, broken, notes = _choose_checkpoint(path, config, content, present, verify)
-    step = step_of(checkpoint) if checkpoint else 0
-    assert step is not None
-    if step > config.train.steps:
-        raise ConfigError(f"{checkpoint} is at step {step}, past --train.steps {config.train.steps}; ask for more steps")
+def _prepare_folder(path: Path, config: Config, broken: Mapping[Path, str]) -> list[str]:
+    """Write config.toml and set broken checkpoints aside, in a folder that this job has locked; return notes."""
     try:
-        write_config(path / "config.toml", config)  # first: it is what makes the folder a run's
+        write_config(path / "config.toml", config)  # first: it marks the folder as a run's
         (path / "checkpoints").mkdir(exist_ok=True)
         remove_leftovers(path / "checkpoints")
         aside = set_aside([*broken, *incomplete(path / "checkpoints")])
-        notes += [*broken.values(), *(f"set aside as {folder}" for folder in aside)]
     except OSError as error:
         raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None
-    history = History.of(read_json(checkpoint / "trainer.json") if checkpoint else {})
-    return RunFolder(path, checkpoint, step, history, tuple(notes), lock)
+    return [*broken.values(), *(f"set aside as {folder}" for folder in aside)]
 
 
 def _choose_path(config: Config) -> Path:
     if config.run.dir != "auto":
         return Path(config.run.dir)
-    decides = mathematics(config) | {key: flatten(config)[key] for key in DATA_KEYS}
-    path = Path("runs") / f"{config.model.arch}-{key_of(sorted(decides.items())) & 0xFFFFFF:06x}"
+    key = mathematics(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
+    path = Path("runs") / f"{config.model.arch}-{key_of(sorted(key.items())) & 0xFFFFFF:06x}"
     if config.checkpoint.resume != "never":
         return path
     copies = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
     return path if not path.exists() else next(copy for copy in copies if not copy.exists())
 
 
-def _refuse_foreign(path: Path, config: Config) -> None:
-    """A folder that holds something else, or a run that is not to be resumed, is left alone."""
+def _check_is_same_run(path: Path, config: Config) -> None:
+    """Refuse a folder that holds something else, or a run that must not be resumed."""
     if not path.exists() or (path.is_dir() and all(NAME in item.name for item in path.iterdir())):
         return
     if not (path / "config.toml").is_file():
@@ -142,86 +145,86 @@ def _refuse_foreign(path: Path, config: Config) -> None:
         raise ConfigError(f"--run.dir {path} holds a run, and --checkpoint.resume is never; choose another folder")
     if config.checkpoint.resume == "auto" and not checkpoints(path / "checkpoints"):
         old = merge(Config(), read_toml(path / "config.toml"), str(path / "config.toml"))
-        _refuse_changes(mathematics(old), config, f"the run in {path}")
+        _check_same_result(mathematics(old), config, f"the run in {path}")
 
 
 def _choose_checkpoint(
-    path: Path, config: Config, content: Mapping[str, str], present: Mapping[str, str], verify: Verify
+    path: Path, config: Config, content: Mapping[str, str], environment: Mapping[str, str], verify: Verify
 ) -> tuple[Path | None, dict[Path, str], list[str]]:
-    """The verified checkpoint to go on from, the broken ones with what is wrong with them, and notes."""
-    asked = config.checkpoint.resume
-    if asked == "never":
+    """Return the verified checkpoint to resume from, the broken ones with their problems, and notes."""
+    resume = config.checkpoint.resume
+    if resume == "never":
         return None, {}, []
-    if asked == "auto" or _began_from(path, asked):
+    if resume == "auto" or _has_continued_from(path, resume):
         checkpoint, broken = newest_valid(path / "checkpoints", verify)
     else:
-        checkpoint, broken = Path(asked), {}
-        _refuse_branch(checkpoint, path)
+        checkpoint, broken = Path(resume), {}
+        _check_is_newest(checkpoint, path)
         verify(checkpoint)
     if checkpoint is None and broken:
-        raise DataError(
-            f"no checkpoint in {path} is whole:\n  " + "\n  ".join(broken.values()) + "\nChoose another --run.dir to start anew"
-        )
-    return checkpoint, broken, _compare(checkpoint, config, content, present) if checkpoint else []
+        problems = "\n  ".join(broken.values())
+        raise DataError(f"no checkpoint in {path} is complete:\n  {problems}\nChoose another --run.dir to start anew")
+    return checkpoint, broken, _compare_with_checkpoint(checkpoint, config, content, environment) if checkpoint else []
 
 
-def _began_from(path: Path, asked: str) -> bool:
-    """Whether this run was started from the checkpoint asked for and has saved since: the same job submitted again."""
+def _has_continued_from(path: Path, resume: str) -> bool:
+    """Return whether this run started from the given checkpoint and has saved since: the same job was submitted again."""
     if not checkpoints(path / "checkpoints") or not (path / "config.toml").is_file():
         return False
-    return read_toml(path / "config.toml").get("checkpoint", {}).get("resume") == asked
+    return read_toml(path / "config.toml").get("checkpoint", {}).get("resume") == resume
 
 
-def _refuse_branch(checkpoint: Path, path: Path) -> None:
+def _check_is_newest(checkpoint: Path, path: Path) -> None:
     if step_of(checkpoint) is None or not checkpoint.is_dir():
         raise FileError(f"--checkpoint.resume {checkpoint} is not a checkpoint folder (.../checkpoints/step-NNNNNNNN)")
     newest = checkpoints(path / "checkpoints")[-1:]
     if newest and newest[0].resolve() != checkpoint.resolve():
         raise ConfigError(
-            f"--run.dir {path} already holds {newest[0].name}; to go on from {checkpoint} choose another --run.dir, "
-            "to go on from the newest write --checkpoint.resume auto"
+            f"--run.dir {path} already holds {newest[0].name}; to resume from {checkpoint} choose another --run.dir, "
+            "to resume from the newest write --checkpoint.resume auto"
         )
 
 
-def _compare(checkpoint: Path, config: Config, content: Mapping[str, str], present: Mapping[str, str]) -> list[str]:
-    """Refuse what must not differ; returns notes on what may."""
-    trainer = read_json(checkpoint / "trainer.json")
+def _compare_with_checkpoint(
+    checkpoint: Path, config: Config, content: Mapping[str, str], environment: Mapping[str, str]
+) -> list[str]:
+    """Refuse differences that the result depends on; return notes on the others."""
     source = str(checkpoint / "trainer.json")
-    _refuse_changes(
-        mathematics(merge(Config(), trainer["config"], source)) | trainer["content"], config, str(checkpoint), content
-    )
-    old = trainer["conditions"]
-    changed = [f"{key} was {old[key]}, is {now}" for key, now in present.items() if key in old and old[key] != now]
+    trainer = read_json(checkpoint / "trainer.json")
+    old = mathematics(merge(Config(), trainer["config"], source)) | trainer["content"]
+    _check_same_result(old, config, str(checkpoint), content)
+    before = trainer["conditions"]
+    changed = [f"{key} was {before[key]}, is {now}" for key, now in environment.items() if before.get(key, now) != now]
     return [f"the last bits may differ from those of an uninterrupted run: {'; '.join(changed)}"] if changed else []
 
 
-def _refuse_changes(old: Mapping[str, Any], config: Config, what: str, content: Mapping[str, str] | None = None) -> None:
-    """Raise ConfigError naming each setting on which the numbers depend and that differs from the old run's."""
+def _check_same_result(old: Mapping[str, Any], config: Config, what: str, content: Mapping[str, str] | None = None) -> None:
+    """Raise ConfigError naming each setting that the result depends on and that differs from the old run's."""
     new = mathematics(config) | dict(content or {})
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
     changed = [k for k in new if k in old and old[k] != new[k] and k not in allowed]
     if changed:
-        rows = "".join(f"\n  {key}: was {_shown(key, old[key])}, now {_shown(key, new[key])}" for key in changed)
+        rows = "".join(f"\n  {key}: was {_format_value(key, old[key])}, now {_format_value(key, new[key])}" for key in changed)
         raise ConfigError(
             f"{what} was made with other settings, and the result depends on them:{rows}\n"
-            "Choose another --run.dir for another run" + _how_to_allow(changed)
+            "Choose another --run.dir for another run" + _suggest_change(changed)
         )
 
 
-def _how_to_allow(changed: list[str]) -> str:
-    if any(key not in NO_SHAPE and (key.startswith("model.") or key == "data.tokenizer") for key in changed):
-        return "; a model of another shape cannot go on from it."
+def _suggest_change(changed: list[str]) -> str:
+    if any(key not in NOT_SHAPE and (key.startswith("model.") or key == "data.tokenizer") for key in changed):
+        return "; a model of another shape cannot resume from it."
     if "train.optimizer" in changed:
         return ", which may start from a checkpoint of this one (--model.init-from): its moments fit no other optimizer."
     return ", or allow the change: --checkpoint.allow-change " + " ".join(changed)
 
 
-def _shown(key: str, value: Any) -> str:
-    return f"content {str(value)[:12]}" if key in DATA_KEYS else repr(value)
+def _format_value(key: str, value: Any) -> str:
+    return f"content {str(value)[:12]}" if key in CONTENT_KEYS else repr(value)
 
 
 def write_config(path: Path, config: Config) -> None:
-    """The resolved config as TOML, replaced whole or not at all."""
+    """Write the resolved config as TOML, atomically."""
     import tomli_w
 
     temporary = path.with_name(f".{path.name}.tmp")

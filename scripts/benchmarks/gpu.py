@@ -78,19 +78,19 @@ def both(config: Config, vocab_size: int, device: str) -> dict[str, Callable[[],
 
     from benchmarks.plain import torch_loop
     from mpilm.comm.base import SelfComm
+    from mpilm.engine.step import train_step
+    from mpilm.engine.train_model import TrainModel
     from mpilm.mesh.mesh import Mesh
     from mpilm.mesh.shape import MeshShape
     from mpilm.parallel.feasible import cut_by_cost
-    from mpilm.trainer.prove import RandomTokens
-    from mpilm.trainer.sharded import ShardedModel
-    from mpilm.trainer.step import train_step
+    from mpilm.verification.layouts import RandomTokens
 
     source = RandomTokens(config, vocab_size)
 
     def mpilm_loop() -> Callable[[int], object]:
         mesh = Mesh.build(MeshShape(), SelfComm("world"))
-        model = ShardedModel(config, mesh, cut_by_cost(config, vocab_size), vocab_size, torch.device(device), 16)
-        model.initialise()
+        model = TrainModel(config, mesh, cut_by_cost(config, vocab_size), vocab_size, torch.device(device), 16)
+        model.init_parameters()
         return lambda number: train_step(model, source, number)
 
     return {"mpilm": mpilm_loop, "plain torch loop": lambda: torch_loop(config, source, vocab_size, device=device)}

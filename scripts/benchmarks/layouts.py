@@ -40,25 +40,25 @@ def shards_worker(args: argparse.Namespace) -> None:
 
     from mpilm.comm.mpi import mpi_world
     from mpilm.config import Parallel, Train, replaced, resolve
+    from mpilm.engine.hardware import detect_hardware
+    from mpilm.engine.step import train_step
+    from mpilm.engine.train_model import TrainModel
     from mpilm.mesh.mesh import Mesh
     from mpilm.parallel.feasible import cut_by_cost, mesh_shape
     from mpilm.presets import PRESETS
     from mpilm.telemetry.memory import proportional_bytes, trim
-    from mpilm.trainer.machine import look
-    from mpilm.trainer.prove import VOCAB_SIZE, RandomTokens
-    from mpilm.trainer.sharded import ShardedModel
-    from mpilm.trainer.step import train_step
+    from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
     comm = mpi_world()
     config = replaced(PRESETS["llama-100m"](), model__context_length=16, model__n_layers=16, model__tie_embeddings=False)
     train = Train(global_batch=8, micro_batch=1, threads=1, device="cpu")
     config = resolve(dataclasses.replace(config, train=train, parallel=Parallel(pipeline=args.pipeline, zero=args.zero)))
-    look(config.train, comm)
+    detect_hardware(config.train, comm)
     mesh = Mesh.build(mesh_shape(config, comm.size), comm)
 
-    def trained(config) -> ShardedModel:  # type: ignore[no-untyped-def]
-        model = ShardedModel(config, mesh, cut_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, torch.device("cpu"), 16)
-        model.initialise()
+    def trained(config) -> TrainModel:  # type: ignore[no-untyped-def]
+        model = TrainModel(config, mesh, cut_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, torch.device("cpu"), 16)
+        model.init_parameters()
         for step in range(2):
             train_step(model, RandomTokens(config), step)
         trim()
@@ -135,15 +135,15 @@ def pipeline_worker(args: argparse.Namespace) -> None:
 
 def pipeline_side(config, comm) -> Callable[[int], tuple[float, float]]:  # type: ignore[no-untyped-def]
     """Median seconds of forward, backward and reduction of a step, and the same simulated from the costs of the actions."""
+    from mpilm.engine.step import train_step
     from mpilm.parallel.feasible import replica_microbatches
     from mpilm.parallel.pipeline.actions import Action
     from mpilm.parallel.pipeline.lower import lower
     from mpilm.parallel.pipeline.schedules import schedule
     from mpilm.parallel.pipeline.simulate import simulate
-    from mpilm.trainer.build import build
-    from mpilm.trainer.step import train_step
+    from mpilm.trainer.build import build_run
 
-    run = build(config, comm)
+    run = build_run(config, comm)
     run.mesh.check(False)
     parallel, stages = config.parallel, len(run.model.cut)
     actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatches(config, run.mesh.shape))

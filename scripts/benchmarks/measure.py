@@ -90,10 +90,10 @@ def configured(folder: str, preset: str, **changes: object):  # type: ignore[no-
 
 def mpilm_side(config, comm) -> Callable[[int], None]:  # type: ignore[no-untyped-def]
     """One step of mpilm, as the training loop makes it."""
-    from mpilm.trainer.build import build
-    from mpilm.trainer.step import train_step
+    from mpilm.engine.step import train_step
+    from mpilm.trainer.build import build_run
 
-    run = build(config, comm)
+    run = build_run(config, comm)
     run.mesh.check(False)
     return lambda step: train_step(run.model, run.batches, step) and None
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from mpilm.config import Config
+from mpilm.engine.step import MicrobatchSource
 from mpilm.model.families import build, initial_std
 from mpilm.model.init import initial_value
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
-from mpilm.optim.rate import learning_rate
-from mpilm.trainer.step import Source
+from mpilm.optim.schedule import learning_rate
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -39,7 +39,7 @@ def unsharded_gradients(model: Any) -> Iterator[None]:
 
 def torch_loop(
     config: Config,
-    source: Source,
+    source: MicrobatchSource,
     vocab_size: int,
     wrap: Callable[[nn.Module], Any] = lambda model: model,
     without_exchange: Callable[[Any], AbstractContextManager[object]] = lambda wrapped: wrapped.no_sync(),

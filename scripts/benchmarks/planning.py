@@ -127,18 +127,18 @@ def turn(step: Callable[[], object], steps: int, comm, everyone: Callable[..., f
 
 
 def side(config, vocab_size: int, cut, comm) -> Callable[[], object]:  # type: ignore[no-untyped-def]
+    from mpilm.engine.hardware import detect_hardware
+    from mpilm.engine.step import train_step
+    from mpilm.engine.train_model import TrainModel
     from mpilm.mesh.mesh import Mesh
     from mpilm.parallel.feasible import mesh_shape
-    from mpilm.trainer.machine import look
-    from mpilm.trainer.prove import RandomTokens
-    from mpilm.trainer.sharded import ShardedModel
-    from mpilm.trainer.step import train_step
+    from mpilm.verification.layouts import RandomTokens
 
-    machine = look(config.train, comm)
-    model = ShardedModel(config, Mesh.build(mesh_shape(config, comm.size), comm), cut, vocab_size, machine.device, 16)
+    machine = detect_hardware(config.train, comm)
+    model = TrainModel(config, Mesh.build(mesh_shape(config, comm.size), comm), cut, vocab_size, machine.device, 16)
     for flat in model.flats.values():
         flat.values.tensor.normal_(0.0, 0.02)
-    model.publish()
+    model.all_gather_parameters()
     source, steps = RandomTokens(config, vocab_size), iter(range(10**6))
     return lambda: train_step(model, source, next(steps))
 

@@ -44,11 +44,12 @@ def checkpoint_worker(args: argparse.Namespace) -> None:
     from mpilm.checkpoint.save import save
     from mpilm.checkpoint.verify import with_help
     from mpilm.comm.mpi import mpi_world
-    from mpilm.trainer.build import build, restore
+    from mpilm.engine.weights import load_checkpoint_state
+    from mpilm.trainer.build import build_run
     from mpilm.trainer.saver import Saver, state_of
 
     comm = mpi_world()
-    run = build(configured(f"{args.folder}/run", "llama-100m", **SHAPE), comm)
+    run = build_run(configured(f"{args.folder}/run", "llama-100m", **SHAPE), comm)
     run.mesh.check(False)
     saver = Saver(run, Quiet())  # type: ignore[arg-type]
     saver.reserve()
@@ -59,7 +60,7 @@ def checkpoint_worker(args: argparse.Namespace) -> None:
 
     def read(path: Path) -> None:
         with_help(comm, lambda check: check(path))
-        restore(run.model, path, 1, comm)
+        load_checkpoint_state(run.model, path, 1, comm)
 
     for number in range(TURNS):
         load = Load(everyone)
@@ -103,11 +104,11 @@ def show(found: dict[str, list[float]], nbytes: int) -> None:
 def stall(run, saver, comm, first: int) -> dict[str, float]:  # type: ignore[no-untyped-def]
     """A step, and how long a save keeps the next one waiting. What its writing takes from the steps beside it is less than
     their own spread."""
-    from mpilm.trainer.step import Said, train_step
+    from mpilm.engine.step import StepFlags, train_step
 
     def step(number: int) -> float:
         def body() -> None:
-            result = train_step(run.model, run.batches, number, Said(0, saver.busy))
+            result = train_step(run.model, run.batches, number, StepFlags(0, saver.busy))
             saver.look(number + 1, result.heard.busy)
 
         return timed(comm, body)

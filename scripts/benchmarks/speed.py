@@ -140,13 +140,13 @@ def guards_worker(args: argparse.Namespace) -> None:
     from unittest import mock
 
     from mpilm.comm.mpi import mpi_world
-    from mpilm.guard.watchdog import Watchdog
+    from mpilm.engine.step import train_step
+    from mpilm.launch.watchdog import Watchdog
     from mpilm.trainer import build as built
-    from mpilm.trainer.drift import refuse_drift
-    from mpilm.trainer.step import train_step
+    from mpilm.trainer.recovery.replica_check import check_replicas_equal
 
     comm = mpi_world()
-    run = built.build(configured(f"{args.folder}/guarded", args.preset, train__threads=1), comm)
+    run = built.build_run(configured(f"{args.folder}/guarded", args.preset, train__threads=1), comm)
     watchdog = Watchdog(run.mesh.activity, comm, 0.0)
 
     def guarded(step: int) -> None:
@@ -156,7 +156,7 @@ def guards_worker(args: argparse.Namespace) -> None:
         train_step(run.model, run.batches, step)
         run.mesh.check(False)
         if checking:
-            refuse_drift(run.model, step + 1)
+            check_replicas_equal(run.model, step + 1)
 
     with mock.patch.object(built, "Traced", lambda inner, *more: inner):
         bare = mpilm_side(configured(f"{args.folder}/bare", args.preset, train__threads=1), comm)

@@ -23,8 +23,8 @@ def generate(args: argparse.Namespace) -> None:
     from mpilm.comm.base import SelfComm
     from mpilm.config import Generate
     from mpilm.data.tokenizer import bytes_tokenizer
-    from mpilm.trainer.folder import configured, open_folder
-    from mpilm.trainer.write import write
+    from mpilm.inference.generate import generate
+    from mpilm.inference.load import config_from_folder, load_model
     from mpilm.usage import Compute, Folder, Stages, used
 
     torch.set_num_threads(1)
@@ -39,9 +39,9 @@ def generate(args: argparse.Namespace) -> None:
         theirs.save_pretrained(folder)
         (Path(folder) / "tokenizer.json").write_text(bytes_tokenizer().json)
         config = used(Folder(folder), Stages(), Compute(device="cpu", threads=1))
-        ours = open_folder(configured(config), SelfComm()).model
+        ours = load_model(config_from_folder(config), SelfComm()).model
         settings = Generate(max_tokens=WRITTEN, temperature=0.0)
-        written = write(ours, {0: prompt}, settings, stop=-1)[0]
+        written = generate(ours, {0: prompt}, settings, stop=-1)[0]
 
         def transformers_generate(_: int) -> None:
             found = theirs.generate(
@@ -50,7 +50,7 @@ def generate(args: argparse.Namespace) -> None:
             assert found[0, len(prompt) :].tolist() == written
 
         sides = {
-            "mpilm": lambda _: write(ours, {0: prompt}, settings, stop=-1) and None,
+            "mpilm": lambda _: generate(ours, {0: prompt}, settings, stop=-1) and None,
             "transformers": transformers_generate,
         }
         times, void = rounds(sides, args.rounds, SelfComm())
@@ -65,7 +65,7 @@ def prepare_worker(args: argparse.Namespace) -> None:
     from mpilm.data.prepare import prepare as make_tokens
     from mpilm.data.tokenizer import load_tokenizer
 
-    comm = mpi_world().with_options(gpu_aware=False, patient=True)
+    comm = mpi_world().with_options(gpu_aware=False, yield_while_waiting=True)
     folder = Path(args.folder)
     data = Data(path=(str(folder / "texts"),), tokenizer=str(folder / "tokenizer.json"))
     library = load_tokenizer(folder / "tokenizer.json")._library

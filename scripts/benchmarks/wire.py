@@ -124,15 +124,15 @@ def gradient_sum(numel: int, comm, zero: int, shared: bool) -> Callable[[], obje
     import torch
     from torch import nn
 
-    from mpilm.optim.reduce import BlockSum
     from mpilm.parallel.flat import FlatParameters
-    from mpilm.parallel.layout import resolve
+    from mpilm.parallel.layout import resolve_layouts
+    from mpilm.parallel.reduce.step import StepReducer
 
     model = nn.Module()
     model.weight = nn.Parameter(torch.empty(0))
-    flat = FlatParameters(resolve({"weight": (numel,)}, {}), torch.device("cpu"), zero, comm.rank, comm.size)
+    flat = FlatParameters(resolve_layouts({"weight": (numel,)}, {}), torch.device("cpu"), zero, comm.rank, comm.size)
     flat.install(model)
-    total = BlockSum(flat, model, comm, comm.size, shared=shared)
+    total = StepReducer(flat, model, comm, comm.size, shared=shared)
     total.begin(0)
     total.end(0)
 

@@ -19,8 +19,8 @@ import torch
 from helpers import LAUNCHER, OPEN_MPI
 from machines import machine
 
+from mpilm.engine.hardware import processor_name
 from mpilm.planner.machine import write
-from mpilm.trainer.machine import processor
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -140,7 +140,7 @@ def stand_ins(tmp_path_factory):
 
 def this_machine():
     """A calibration, with made-up rates, that this machine would accept."""
-    found = machine(torch=torch.__version__, processor=processor())
+    found = machine(torch=torch.__version__, processor=processor_name())
     return replace(found, compute=tuple(replace(found.compute[0], dtype=dtype) for dtype in ("float32", "bfloat16")))
 
 

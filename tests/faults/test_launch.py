@@ -21,7 +21,7 @@ def job(folder: Path, body: str, prepare: str = "pass", ranks: int = RANKS, **va
         "import os, sys, time",
         "from pathlib import Path",
         "from mpilm.errors import *",
-        "from mpilm.guard.launch import run, together",
+        "from mpilm.launch.run import run, together",
         "def main(comm):",
         f"    Path({str(folder)!r}, f'{{os.getpid()}}.pid').touch()",
         "    print(f'hello from {comm.rank} of {comm.size}', flush=True)",
@@ -135,7 +135,7 @@ def test_help_and_wrong_flags_are_printed_once(tmp_path: Path, leave: str, code:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_help_on_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
     prepare = f"""
-        from mpilm.guard.launch import RANK_VARIABLES
+        from mpilm.launch.run import RANK_VARIABLES
         import os
         if next(os.environ[name] for name in RANK_VARIABLES if name in os.environ) == "{rank}":
             raise SystemExit("usage: train [-h]\\n", 0)

@@ -10,11 +10,11 @@ from helpers import mpirun
 from runs import small
 
 from mpilm.comm.base import SelfComm
-from mpilm.comm.together import AgreedError
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config import replaced
-from mpilm.parallel.shard import Piece
-from mpilm.trainer import prove
-from mpilm.trainer.machine import Machine
+from mpilm.engine.hardware import Hardware
+from mpilm.parallel.flat_layout import ParamSlice
+from mpilm.verification import layouts as prove
 
 CONFIG, DISAGREE = 78, 88
 SMALL = (
@@ -64,7 +64,7 @@ def test_compiled_blocks_have_the_same_bits_in_every_layout():
 def test_compiled_steps_are_those_that_are_not(arch):
     plain = small(model__arch=arch, model__dropout=0.0)
     compiled = replaced(plain, train__compile=True)
-    cpu = Machine(torch.device("cpu"), 1, False)
+    cpu = Hardware(torch.device("cpu"), 1, False)
     row = prove._compare(*(prove.run_layout(config, SelfComm(), cpu, False) for config in (compiled, plain)), SelfComm())
     assert max(row.loss, row.gradient, row.weight) < prove.CUDA_TOLERANCE  # as where other kernels add in another order
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
@@ -104,17 +104,17 @@ def test_where_no_layout_can_be_run_nothing_is_proved():
 
 def test_nan_is_no_difference_that_a_gpu_may_have(monkeypatch):
     """A GPU is allowed small differences; nan is not small, though no comparison with it is true."""
-    whole = {Piece(name, 0, 2): torch.ones(2) for name in ("norm.weight", "embed.weight")}
-    spoilt = {**whole, Piece("embed.weight", 0, 2): torch.tensor([1.0, float("nan")])}
+    whole = {ParamSlice(name, 0, 2): torch.ones(2) for name in ("norm.weight", "embed.weight")}
+    spoilt = {**whole, ParamSlice("embed.weight", 0, 2): torch.tensor([1.0, float("nan")])}
     outcomes = iter([whole, *[spoilt] * 4])  # the serial run comes first
 
     def run_layout(*_):
-        return prove.Outcome([1.0], [1.0], [whole], next(outcomes))
+        return prove.LayoutOutcome([1.0], [1.0], [whole], next(outcomes))
 
     monkeypatch.setattr(prove, "run_layout", run_layout)
-    monkeypatch.setattr(prove, "look", lambda train, world: Machine(torch.device("cuda"), 1, False))
-    with pytest.raises(AgreedError, match="4 of 4 layouts differ"):
-        prove.prove(small(), SelfComm(), False, lambda line: None)
+    monkeypatch.setattr(prove, "look", lambda train, world: Hardware(torch.device("cuda"), 1, False))
+    with pytest.raises(CollectiveError, match="4 of 4 layouts differ"):
+        prove.verify_layouts(small(), SelfComm(), False, lambda line: None)
 
 
 @pytest.mark.parametrize(

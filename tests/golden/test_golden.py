@@ -22,10 +22,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])] if __name__ == "__main__
 from text import tiny, write_tokens  # noqa: E402
 
 from mpilm.comm.threads import run_ranks  # noqa: E402
-from mpilm.trainer.build import build  # noqa: E402
-from mpilm.trainer.held_out import evaluate  # noqa: E402
-from mpilm.trainer.machine import processor  # noqa: E402
-from mpilm.trainer.step import train_step  # noqa: E402
+from mpilm.engine.hardware import processor_name
+from mpilm.engine.step import train_step, validation_loss
+from mpilm.trainer.build import build_run
 
 STEPS = 40
 CURVES = {
@@ -39,8 +38,10 @@ def curve(name, ranks, folder):
     config = tiny(write_tokens(folder / "data"), folder / "run", train__steps=STEPS, **CURVES[name])
 
     def body(comm):
-        run = build(config, comm)
-        return [train_step(run.model, run.batches, step).loss for step in range(STEPS)] + [evaluate(run)]
+        run = build_run(config, comm)
+        return [train_step(run.model, run.batches, step).loss for step in range(STEPS)] + [
+            validation_loss(run.model, run.batches, config.run.eval_batches)
+        ]
 
     results = run_ranks(ranks, body)
     assert all(result == results[0] for result in results)
@@ -48,7 +49,7 @@ def curve(name, ranks, folder):
 
 
 def header():
-    return {"torch": torch.__version__, "processor": processor()}
+    return {"torch": torch.__version__, "processor": processor_name()}
 
 
 def read(name):

@@ -22,8 +22,8 @@ from checkpoints import (
 from mpilm.checkpoint.format import TEMPORARY, checkpoints
 from mpilm.checkpoint.verify import verify
 from mpilm.comm.base import Comm, SelfComm
-from mpilm.comm.together import AgreedError
-from mpilm.comm.trace import Traced
+from mpilm.comm.collective_errors import CollectiveError
+from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.errors import FileError
 
 SHAPES = {"embed.weight": (4000, 16), "blocks.0.attn.q.weight": (16, 16), "norm.weight": (16,)}
@@ -35,7 +35,9 @@ def test_the_bytes_are_those_of_one_rank_and_any_layout_reads_them(world: Comm, 
     shapes = draw_shapes(random) | ({"norm.weight": (5000,)} if seed % 2 else {})
     values = draw_tensors(shapes)
     with small_files(random.choice([60, 1000, 1 << 24]), random.choice([500, 5_000_000_000])):
-        together = saved(shared / "together", values, draw_sharding(random, shapes, world.size), Traced(world, check=True))
+        together = saved(
+            shared / "together", values, draw_sharding(random, shapes, world.size), InstrumentedComm(world, check=True)
+        )
         alone = saved(shared / f"alone-{world.rank}", values, held_by_all(shapes, 1), SelfComm())
         assert contents(together) == contents(alone)
         verify(together)
@@ -69,7 +71,7 @@ def test_a_rank_that_cannot_write_is_told_of_on_all(world: Comm, shared: Path) -
         older = saved(shared, values, sharding, world)
         before = contents(older)
         limited = files_no_longer_than(50_000) if world.rank == bad else contextlib.nullcontext()
-        with limited, pytest.raises(AgreedError, match=r"step-00000008 could not be written: File too large") as caught:
+        with limited, pytest.raises(CollectiveError, match=r"step-00000008 could not be written: File too large") as caught:
             saved(shared, values, sharding, world, step=8)
         assert isinstance(caught.value.error, FileError)
         assert world.size == 1 or f"(on rank {bad})" in str(caught.value)

@@ -7,10 +7,10 @@ import torch
 from contract import CONTRACT, MISMATCHES, in_step, names_the_odd_rank, names_the_rank_that_expects_other_parts
 from torch import Tensor
 
-from mpilm.comm import shared
+from mpilm.comm import shared_memory as shared
 from mpilm.comm.base import Comm
-from mpilm.comm.mpi import MpiComm, library, mpi_world
-from mpilm.comm.trace import Traced
+from mpilm.comm.instrumented import InstrumentedComm
+from mpilm.comm.mpi import MpiComm, mpi_library_name, mpi_world
 
 
 class Staged(MpiComm):
@@ -37,7 +37,7 @@ def test_mpi_keeps_the_contract(world: Comm, name: str) -> None:
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_patient_waiting_keeps_the_contract(world: MpiComm, name: str) -> None:
-    patient = world.with_options(gpu_aware=False, patient=True)
+    patient = world.with_options(gpu_aware=False, yield_while_waiting=True)
     CONTRACT[name](patient)
     assert in_step(patient, name)
 
@@ -50,7 +50,7 @@ def test_staging_keeps_the_contract(staged: Staged, name: str) -> None:
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_tracing_changes_nothing(world: Comm, name: str) -> None:
-    traced = Traced(world, check=True)
+    traced = InstrumentedComm(world, check=True)
     CONTRACT[name](traced)
     assert in_step(traced, name)
 
@@ -94,7 +94,7 @@ def leftovers() -> list[str]:
 
 
 def test_shared_memory_has_no_name_left(world: Comm) -> None:
-    assert world.share(1 << 20) is not None
+    assert world.allocate_shared(1 << 20) is not None
     world.barrier()
     assert leftovers() == []
 
@@ -105,16 +105,16 @@ def test_where_there_is_no_shared_memory_all_ranks_hear_it(world: Comm, lack: st
         monkeypatch.setattr(shared, "FOLDER", "/no/such/folder")
     elif lack == "another container" and world.rank == world.size - 1:
         monkeypatch.setattr(shared, "_mapped", lambda path, nbytes: None)
-    assert world.share(1 << 44 if lack == "no room" else 10) is None
+    assert world.allocate_shared(1 << 44 if lack == "no room" else 10) is None
     world.barrier()
     assert leftovers() == []
 
 
 def test_options_belong_to_the_parts_as_well(world: MpiComm) -> None:
-    part = world.with_options(gpu_aware=True, patient=True).split(0, world.rank, "part")
+    part = world.with_options(gpu_aware=True, yield_while_waiting=True).split(0, world.rank, "part")
     assert isinstance(part, MpiComm)
-    assert (part.gpu_aware, part.patient) == (True, True)
-    assert (world.gpu_aware, world.patient) == (False, False)
+    assert (part.gpu_aware, part.yield_while_waiting) == (True, True)
+    assert (world.gpu_aware, world.yield_while_waiting) == (False, False)
 
 
 def test_messages_of_two_worlds_do_not_meet(world: MpiComm) -> None:
@@ -139,4 +139,4 @@ def test_a_message_too_long_for_mpi_is_refused(world: Comm) -> None:
 
 
 def test_the_library_is_named() -> None:
-    assert library().split()[0] in ("MPICH", "Open", "Intel", "MVAPICH")
+    assert mpi_library_name().split()[0] in ("MPICH", "Open", "Intel", "MVAPICH")

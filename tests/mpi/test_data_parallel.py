@@ -19,7 +19,7 @@ def test_the_example_learns_the_same_on_any_ranks(
     example["main"](SelfComm("world"))
     alone = capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["own_model.py", str(shared / "together")])
-    example["main"](world.with_options(gpu_aware=False, patient=True))
+    example["main"](world.with_options(gpu_aware=False, yield_while_waiting=True))
     assert capsys.readouterr().out == (alone if world.rank == 0 else "")
     assert alone.count("\n") == 8
     assert int(alone.split()[-2].rstrip("%")) > 80

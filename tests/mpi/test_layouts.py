@@ -12,13 +12,13 @@ from text import tiny, write_tokens
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.config import Config
-from mpilm.guard.launch import announced_ranks
+from mpilm.launch.run import launcher_world_size
 from mpilm.model.size import parameter_count
 from mpilm.parallel.pipeline.schedules import SCHEDULES
 from mpilm.trainer.loop import train
-from mpilm.trainer.prove import VOCAB_SIZE
+from mpilm.verification.layouts import VOCAB_SIZE
 
-SIZE = announced_ranks() or 1  # of the world, known while tests are collected
+SIZE = launcher_world_size() or 1  # of the world, known while tests are collected
 
 
 def layers(pipeline: int, schedule: str) -> int:
@@ -51,7 +51,9 @@ def alone(config: Config, steps: int) -> tuple[list[float], dict[str, torch.Tens
 
 def assert_serial(world: Comm, config: Config, steps: int = 2) -> None:
     """The numbers, and the weights and moments that the ranks hold, are those of the serial run, and none is missing."""
-    left = run(config, world.with_options(gpu_aware=False, patient=True), steps)  # there may be more ranks than cores
+    left = run(
+        config, world.with_options(gpu_aware=False, yield_while_waiting=True), steps
+    )  # there may be more ranks than cores
     numbers, tensors = alone(serial(config), steps)
     held = world.all_gather_json([[piece.name, piece.start, piece.stop] for piece in left.held["value"]])
     assert left.numbers == numbers

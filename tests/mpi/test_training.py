@@ -8,11 +8,10 @@ from text import tiny, write_tokens
 from torch import Tensor
 
 from mpilm.comm.base import Comm, SelfComm
+from mpilm.engine.step import train_step, validation_loss
 from mpilm.telemetry.metrics import read_rows
-from mpilm.trainer.build import build
-from mpilm.trainer.held_out import evaluate
+from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
-from mpilm.trainer.step import train_step
 
 
 @pytest.fixture
@@ -27,10 +26,10 @@ def shared(world: Comm, shared: Path) -> Path:
 @pytest.mark.parametrize("tie", [True, False])
 def test_the_ranks_compute_what_one_computes(world: Comm, shared: Path, tie: bool) -> None:
     def outcome(comm: Comm, name: str) -> tuple[list[float], dict[str, Tensor]]:
-        run = build(tiny(shared / "tokens", shared / name, model__tie_embeddings=tie, train__steps=4), comm)
+        run = build_run(tiny(shared / "tokens", shared / name, model__tie_embeddings=tie, train__steps=4), comm)
         results = [train_step(run.model, run.batches, step) for step in range(4)]
         numbers = [number for result in results for number in (result.loss, result.grad_norm)]
-        return [*numbers, evaluate(run)], joined([held(run.model)])
+        return [*numbers, validation_loss(run)], joined([held(run.model)])
 
     together, alone = outcome(world, "together"), outcome(SelfComm(), f"alone-{world.rank}")
     assert together[0] == alone[0]
@@ -40,7 +39,7 @@ def test_the_ranks_compute_what_one_computes(world: Comm, shared: Path, tie: boo
 def test_the_librarys_sum_is_close(world: Comm, shared: Path) -> None:
     def losses(reproducible: bool) -> list[float]:
         folder = shared / f"run-{reproducible}"
-        run = build(tiny(shared / "tokens", folder, train__reproducible=reproducible), world)
+        run = build_run(tiny(shared / "tokens", folder, train__reproducible=reproducible), world)
         return [train_step(run.model, run.batches, step).loss for step in range(3)]
 
     assert losses(False) == pytest.approx(losses(True), rel=1e-5)

@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mpilm.checkpoint.pretrained import base_of, shape_of, tokenizer_folder
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.config import Config, resolve
+from mpilm.engine.step import train_step
 from mpilm.errors import ConfigError, FileError
+from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.rows import Rows
-from mpilm.optim.rate import learning_rate
-from mpilm.trainer.build import build
-from mpilm.trainer.folder import configured, open_folder
+from mpilm.optim.schedule import learning_rate
+from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
-from mpilm.trainer.step import train_step
 from mpilm.usage import Compute, Folder, Stages, used
 
 WHERE = {"llama": (), "gpt2": ("o",), "qwen2": ("q", "v"), "qwen3": (), "mixtral": (), "bert": ("down", "q")}
@@ -71,8 +71,8 @@ def theirs(base, family):
 
 def logits(folder, tokens, base=""):
     """What our model in a folder makes of tokens, without a training run."""
-    config = configured(used(Folder(str(folder), base), Stages(), Compute()))
-    model = open_folder(config, SelfComm()).model.stages[0].model
+    config = config_from_folder(used(Folder(str(folder), base), Stages(), Compute()))
+    model = load_model(config, SelfComm()).model.stages[0].model
     with torch.no_grad():
         return model(tokens, Rows(torch.arange(tokens.shape[1])))
 
@@ -122,8 +122,8 @@ def test_an_adapter_of_peft_is_read(tmp_path, bases, tokens, family):
 def test_it_is_pefts_training_loop(tmp_path, data, bases, family):
     config = job(data, tmp_path / "run", bases[family], train__steps=50, train__lr=0.02, train__clip_norm=0.5)
     settings = config.train
-    run = build(config, SelfComm())
-    state = run.model.pieces()
+    run = build_run(config, SelfComm())
+    state = run.model.owned_slices()
     start = job(data, tmp_path / "start", bases[family], train__steps=1, train__lr=0.0, train__min_lr=0.0)
     run_ranks(1, lambda comm: train(start, comm))
     checkpoint = tmp_path / "start" / "checkpoints" / "step-00000001"
@@ -279,10 +279,12 @@ def test_targets_in_any_order_are_the_same():
 def test_tensors_that_no_adapter_here_has(adapter, tokens):
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 32)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(AgreedError, match=re.escape("the adapter that llama may have, base_model.model.lm_head.lora_A.weight")):
+    with pytest.raises(
+        CollectiveError, match=re.escape("the adapter that llama may have, base_model.model.lm_head.lora_A.weight")
+    ):
         logits(adapter, tokens)
 
 
 def test_an_adapter_of_another_shape(adapter, tokens):
-    with pytest.raises(AgreedError, match=r"q_proj.lora_A.weight has shape \(2, \d+\), this model needs \(3, \d+\)"):
+    with pytest.raises(CollectiveError, match=r"q_proj.lora_A.weight has shape \(2, \d+\), this model needs \(3, \d+\)"):
         logits(changed(adapter, r=3), tokens)

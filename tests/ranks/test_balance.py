@@ -9,14 +9,14 @@ from runs import on, small
 from mpilm.comm.threads import run_ranks
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.feasible import mesh_shape
-from mpilm.trainer import balance
+from mpilm.trainer import auto_layout as balance
 
 CPU = torch.device("cpu")
 V = 61
 
 
 def cuts(size, config):
-    return run_ranks(size, lambda comm: balance.choose_cut(config, Mesh.build(mesh_shape(config, size), comm), V, CPU))
+    return run_ranks(size, lambda comm: balance.partition_model(config, Mesh.build(mesh_shape(config, size), comm), V, CPU))
 
 
 def cut_of(size, seconds, **changes):
@@ -60,7 +60,7 @@ def test_all_chunks_of_a_slow_rank_are_small():
 
 
 def test_what_was_stated_is_not_measured():
-    assert cut_of(2, None, **on(2, cut=(11, 1))) == (11, 1)
+    assert cut_of(2, None, **on(2, blocks_per_stage=(11, 1))) == (11, 1)
     assert cut_of(2, None) == (12,)
 
 

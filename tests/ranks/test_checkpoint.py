@@ -43,9 +43,9 @@ from mpilm.checkpoint.plan import StoredTensor, plan_blocks, tensor_files
 from mpilm.checkpoint.save import Saving, reserve, save
 from mpilm.checkpoint.verify import newest_valid, verify, with_help
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
+from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
-from mpilm.comm.trace import Traced
 from mpilm.config import Model
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError
@@ -217,7 +217,7 @@ def test_replicas_send_nothing(tmp_path):
     values = draw_tensors(SHAPES)
 
     def body(comm):
-        traced = Traced(comm, check=True)
+        traced = InstrumentedComm(comm, check=True)
         with small_files(200):
             saved(tmp_path, values, held_by_all(SHAPES, 3), traced)
         return traced.calls["send"]
@@ -295,7 +295,7 @@ def test_a_full_disk_on_one_rank_is_told_to_all(tmp_path, size, after):
     def body(comm):
         if comm.rank == size - 1:
             bad.add(threading.get_ident())
-        with pytest.raises(AgreedError) as caught:
+        with pytest.raises(CollectiveError) as caught:
             saved(tmp_path, values, sharding, comm, step=8)
         assert isinstance(caught.value.error, FileError)
         return str(caught.value)
@@ -327,7 +327,7 @@ def test_an_error_of_any_call_is_told_to_all(tmp_path, monkeypatch, call):
         return real(path, *arguments, **keywords)
 
     def body(comm):
-        with pytest.raises(AgreedError, match=r"step-00000008 could not be written: Disk quota exceeded") as caught:
+        with pytest.raises(CollectiveError, match=r"step-00000008 could not be written: Disk quota exceeded") as caught:
             saved(tmp_path, values, held_by_all(SHAPES, 2), comm, step=8)
         assert isinstance(caught.value.error, FileError)
 
@@ -344,7 +344,7 @@ def test_a_folder_that_not_all_ranks_see(tmp_path):
 
     def body(comm):
         parent = tmp_path / ("here" if comm.rank == 0 else "elsewhere")
-        with pytest.raises(AgreedError, match=r"not all ranks see its folder.*\(on rank 1\)"):
+        with pytest.raises(CollectiveError, match=r"not all ranks see its folder.*\(on rank 1\)"):
             saved(parent, values, held_by_all(SHAPES, 2), comm)
 
     with small_files(64):
@@ -357,7 +357,7 @@ def test_a_step_that_is_there_is_not_written_over(tmp_path):
     before = contents(folder)
 
     def body(comm):
-        with pytest.raises(AgreedError, match="is there already, written by another job"):
+        with pytest.raises(CollectiveError, match="is there already, written by another job"):
             saved(tmp_path, draw_tensors({"norm.weight": (3,)}), held_by_all({"norm.weight": (3,)}, 2), comm)
 
     run_ranks(2, body)
@@ -387,7 +387,7 @@ def test_ranks_share_the_reading(tmp_path, size, monkeypatch):
         assert run_ranks(size, newest)[0] == (older, {newer: altered})
         path.write_bytes(content[:-1])
         assert "bytes, the manifest says" in run_ranks(size, newest)[0][1][newer]
-        with pytest.raises(AgreedError, match=r"model\.safetensors has"):
+        with pytest.raises(CollectiveError, match=r"model\.safetensors has"):
             run_ranks(size, lambda comm: with_help(comm, lambda verify: verify(newer)))
 
 
@@ -398,7 +398,7 @@ def test_a_rank_that_cannot_read_its_share(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(verify_module, "_digest", unreadable)
-    with pytest.raises(AgreedError, match="cannot be read: Input/output error") as caught:
+    with pytest.raises(CollectiveError, match="cannot be read: Input/output error") as caught:
         run_ranks(3, lambda comm: with_help(comm, lambda verify: newest_valid(tmp_path, verify)))
     assert isinstance(caught.value.error, FileError)
     assert folder.exists()
@@ -446,7 +446,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_the_same_words_on_every_ran
     folder = saved(tmp_path, draw_tensors(SHAPES), held_by_all(SHAPES, 1), ONE)
 
     def body(comm, shapes):
-        with pytest.raises(AgreedError) as caught:
+        with pytest.raises(CollectiveError) as caught:
             load(folder, {}, {}, shapes, {}, Model(), comm)  # not even a rank that holds nothing lets it pass
         assert isinstance(caught.value.error, ConfigError)
         return str(caught.value)
@@ -473,7 +473,7 @@ def test_an_error_of_one_reader_is_told_to_all(tmp_path, monkeypatch):
     def body(comm):
         if comm.rank == 1:
             bad.add(threading.get_ident())
-        with pytest.raises(AgreedError, match=r"cannot be read: Stale file handle \(on rank 1\)") as caught:
+        with pytest.raises(CollectiveError, match=r"cannot be read: Stale file handle \(on rank 1\)") as caught:
             loads_the_same(folder, draw_tensors(SHAPES), held_by_all(SHAPES, 2), comm)
         assert isinstance(caught.value.error, FileError)
 
@@ -495,7 +495,7 @@ def test_half_precision_is_no_training_state(tmp_path):
     data = tensors.pack_header({"model.norm.weight": (4,)}).replace(b'"F32"', b'"F16"').replace(b"[0, 16]", b"[0, 8]")
     length = len(data) - 8
     (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + data[8:] + bytes(8))
-    with pytest.raises(AgreedError, match=r"model.norm.weight is of dtype F16; F32 can be read"):
+    with pytest.raises(CollectiveError, match=r"model.norm.weight is of dtype F16; F32 can be read"):
         load(folder, {}, {}, shapes, {}, Model(), ONE)
 
 

@@ -8,8 +8,8 @@ import torch
 from contract import CONTRACT, MISMATCHES, in_step, names_the_odd_rank, names_the_rank_that_expects_other_parts
 
 from mpilm.comm.base import Comm, SelfComm
+from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.threads import PeerFailedError, run_ranks
-from mpilm.comm.trace import Traced
 from mpilm.errors import RanksDisagreeError
 
 SIZES = (1, 2, 3, 4, 8)
@@ -36,7 +36,7 @@ def test_the_world_of_one_keeps_the_contract(name: str) -> None:
 @pytest.mark.parametrize("name", CONTRACT)
 def test_tracing_changes_nothing(name: str, size: int) -> None:
     def body(comm: Comm) -> bool:
-        traced = Traced(comm, check=True)
+        traced = InstrumentedComm(comm, check=True)
         CONTRACT[name](traced)
         return in_step(traced, name)
 
@@ -88,7 +88,7 @@ def test_a_receive_with_nothing_sent_is_refused_on_one_rank() -> None:
 
 def test_counters_are_exact() -> None:
     def body(comm: Comm) -> tuple[dict[str, int], dict[str, int]]:
-        traced = Traced(comm)
+        traced = InstrumentedComm(comm)
         counts = [1, 2, 0]
         traced.all_reduce(torch.zeros(5))
         traced.all_reduce(torch.zeros(3, dtype=torch.int64), "max")
@@ -130,7 +130,7 @@ def test_checking_allows_messages_between_two_ranks() -> None:
     """They are no collectives: one rank may send more than another, and the order of the collectives still agrees."""
 
     def body(comm: Comm) -> float:
-        traced = Traced(comm, check=True)
+        traced = InstrumentedComm(comm, check=True)
         if comm.rank == 0:
             traced.isend(torch.ones(1), 1).wait()
         if comm.rank == 1:
@@ -144,7 +144,10 @@ def test_checking_allows_messages_between_two_ranks() -> None:
 
 def test_parts_and_nodes_are_checked_too() -> None:
     def body(comm: Comm) -> None:
-        for part in (Traced(comm, check=True).split(0, comm.rank, "part"), Traced(comm, check=True).split_node()):
+        for part in (
+            InstrumentedComm(comm, check=True).split(0, comm.rank, "part"),
+            InstrumentedComm(comm, check=True).split_node(),
+        ):
             part.all_reduce(torch.zeros(1 if comm.rank else 2))
 
     with pytest.raises(RanksDisagreeError, match="part: the ranks do not make the same call"):

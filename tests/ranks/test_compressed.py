@@ -9,27 +9,27 @@ from runs import differing, joined, newest_tensors, run_threads, sharded, small,
 from text import tiny, write_tokens
 
 from mpilm.checkpoint.format import checkpoints, step_of
+from mpilm.comm.collective_errors import CollectiveError
+from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
-from mpilm.comm.trace import Traced
 from mpilm.config import mathematics, microbatches, replaced, resolve
+from mpilm.engine.hardware import detect_hardware
+from mpilm.engine.step import train_step
 from mpilm.errors import ConfigError
-from mpilm.optim.compressed import CompressedSum
-from mpilm.optim.outer import MOMENTUM, OUTER, RATE, Outer
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.layout import Layout
+from mpilm.parallel.layout import ParamLayout
+from mpilm.parallel.reduce.diloco import OUTER_BETA, OUTER_LR, OUTER_MOMENTUM, DiLoCo
+from mpilm.parallel.reduce.powersgd import PowerSGDReducer
 from mpilm.trainer import build, loop
-from mpilm.trainer.machine import look
-from mpilm.trainer.prove import RandomTokens
-from mpilm.trainer.step import train_step
 from mpilm.validation import validate
+from mpilm.verification.layouts import RandomTokens
 
 CPU = torch.device("cpu")
 SHAPES = {"a": (24, 40), "b": (40,), "c": (3, 2)}
 
 
 def flat_of(shapes=SHAPES):
-    return FlatParameters({name: Layout(name, shape, ("data",), len(shape) > 1) for name, shape in shapes.items()}, CPU)
+    return FlatParameters({name: ParamLayout(name, shape) for name, shape in shapes.items()}, CPU)
 
 
 def low_rank(rank, number):
@@ -44,7 +44,7 @@ def compressed(size, rank, steps, gradient):
     def body(comm):
         flat = flat_of()
         sums = FlatVector.zeros([(0, flat.layout.numel)], CPU)
-        way = CompressedSum(comm, flat, sums, rank, seed=0)
+        way = PowerSGDReducer(comm, flat, sums, rank, seed=0)
         found = []
         for step in range(steps):
             flat.parameter("a", sums).copy_(gradient(comm.rank, step))
@@ -88,7 +88,7 @@ def test_what_is_left_out_comes_later(size):
 
 def test_thin_matrices_are_fewer_bytes():
     def body(comm, rank):
-        traced = Traced(comm)
+        traced = InstrumentedComm(comm)
         config = small(model__d_model=64, parallel__compress=rank, parallel__reduce="sent")
         model = sharded(config, traced)
         train_step(model, RandomTokens(config), 0)
@@ -104,22 +104,22 @@ def test_thin_matrices_are_fewer_bytes():
 def test_a_meeting_is_a_step_of_the_outer_optimizer():
     def body(comm):
         flat = flat_of()
-        outer = Outer({0: flat}, comm, every=2)
+        outer = DiLoCo({0: flat}, comm, every=2)
         x = flat.values.tensor.fill_(1.0)
         places = []
         for meeting in range(2):
-            outer.begin()
+            outer.begin_microbatch()
             x.sub_(0.1 * (comm.rank + 1) * (meeting + 1))
-            outer.meet()
+            outer.sync_replicas()
             places.append(float(x[0]))
-        return places, float(outer.pieces()[next(iter(outer.pieces()))][0])
+        return places, float(outer.owned_slices()[next(iter(outer.owned_slices()))][0])
 
     found = run_ranks(3, body)
     assert all(theirs == found[0] for theirs in found)
     moved, momentum, place, want = [0.2, 0.4], 0.0, 1.0, []
     for delta in moved:
-        momentum = MOMENTUM * momentum + delta
-        place -= RATE * (delta + MOMENTUM * momentum)
+        momentum = OUTER_BETA * momentum + delta
+        place -= OUTER_LR * (delta + OUTER_BETA * momentum)
         want.append(place)
     assert found[0][0] == pytest.approx(want)
     assert found[0][1] == pytest.approx(momentum)
@@ -137,8 +137,8 @@ def test_between_meetings_each_replica_is_a_run_of_its_own(pipeline):
         model = sharded(config, comm)
         for step in range(2):
             train_step(model, RandomTokens(config), step)
-        assert not model.met(2)
-        return model.data.rank, model.pieces()
+        assert not model.are_replicas_in_sync(2)
+        return model.data.rank, model.owned_slices()
 
     class Half:
         """The microbatches of one replica."""
@@ -160,7 +160,7 @@ def test_between_meetings_each_replica_is_a_run_of_its_own(pipeline):
             model = sharded(resolve(alone), comm)
             for step in range(2):
                 train_step(model, Half(r, each), step)
-            return {"value": model.pieces()}
+            return {"value": model.owned_slices()}
 
         return joined(run_ranks(1, one))
 
@@ -178,8 +178,8 @@ def test_replicas_are_one_after_a_meeting_and_at_the_end():
         model, seen = sharded(config, comm), []
         for step in range(3):
             train_step(model, RandomTokens(config), step)
-            seen.append({"value": {piece: x.clone() for piece, x in model.pieces().items()}})
-            assert model.met(step + 1) == (step > 0)
+            seen.append({"value": {piece: x.clone() for piece, x in model.owned_slices().items()}})
+            assert model.are_replicas_in_sync(step + 1) == (step > 0)
         return seen
 
     found = run_ranks(4, body)
@@ -207,7 +207,9 @@ def test_a_run_apart_is_saved_and_taken_up(size, tmp_path):
     once = trained(tiny(tokens, tmp_path / "whole", **settings), size)
     part = tiny(tokens, tmp_path / "part", **settings)
     stopped(part, size, at=2)
-    assert any(OUTER.encode() in content for name, content in newest_tensors(part).items() if name.startswith("optimizer"))
+    assert any(
+        OUTER_MOMENTUM.encode() in content for name, content in newest_tensors(part).items() if name.startswith("optimizer")
+    )
     again = trained(part, size)
     assert again.keys() == once.keys()
     if size == 1:
@@ -232,7 +234,7 @@ def test_another_result_is_another_run(tmp_path, key):
     tokens = write_tokens(tmp_path)
     trained(tiny(tokens, tmp_path / "run", train__steps=2), 1)
     changed = tiny(tokens, tmp_path / "run", train__steps=4, checkpoint__every=0, run__eval_every=0, **{key: 4})
-    with pytest.raises(AgreedError, match=key.replace("__", ".")):
+    with pytest.raises(CollectiveError, match=key.replace("__", ".")):
         trained(changed, 1)
 
 
@@ -278,7 +280,7 @@ def test_replicas_meet_also_after_a_step_that_is_left_out():
         model = sharded(config, comm)
         source = Poisoned(config, model, at=1)
         updated = [train_step(model, source, step).updated for step in range(2)]
-        return updated, {"value": {piece: x.clone() for piece, x in model.pieces().items()}}
+        return updated, {"value": {piece: x.clone() for piece, x in model.owned_slices().items()}}
 
     found = run_ranks(2, body)
     assert found[0][0] == found[1][0] == [True, False]
@@ -295,7 +297,7 @@ def test_a_run_that_is_stopped_apart_meets_first(tmp_path):
             (tmp_path / "run" / "stop").touch()
         return train_step(model, source, step, *more)
 
-    with mock.patch.object(loop, "train_step", step_and_ask), pytest.raises(AgreedError, match="stopped after step"):
+    with mock.patch.object(loop, "train_step", step_and_ask), pytest.raises(CollectiveError, match="stopped after step"):
         run_ranks(2, lambda comm: loop.train(config, comm))
     (folder,) = checkpoints(tmp_path / "run" / "checkpoints")
     assert step_of(folder) < 25
@@ -312,9 +314,12 @@ def test_ranks_with_unequal_threads_cannot_compress(tmp_path):
     config = tiny(write_tokens(tmp_path), tmp_path / "run", parallel__compress=2)
 
     def look_unequal(train, world):
-        return replace(look(train, world), threads=1 + world.rank)
+        return replace(detect_hardware(train, world), threads=1 + world.rank)
 
-    with mock.patch.object(build, "look", look_unequal), pytest.raises(AgreedError, match="with unequal threads or processors"):
+    with (
+        mock.patch.object(build, "look", look_unequal),
+        pytest.raises(CollectiveError, match="with unequal threads or processors"),
+    ):
         run_ranks(2, lambda comm: loop.train(config, comm))
 
 

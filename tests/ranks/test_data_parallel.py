@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.data_parallel import DataParallel
 from mpilm.errors import ConfigError
 
@@ -153,12 +153,12 @@ def test_an_optimizer_with_fewer_parameters_is_another_one(tmp_path):
     run_ranks(1, lambda comm: train(comm, 2, "adam", tmp_path, save_at=(2,)))
     model = net()
     parallel = DataParallel(model, SelfComm("world"), COUNT)
-    with pytest.raises(AgreedError, match=r"the state of an optimizer that has \w+.\w+, which this one has not"):
+    with pytest.raises(CollectiveError, match=r"the state of an optimizer that has \w+.\w+, which this one has not"):
         parallel.load(tmp_path, torch.optim.AdamW([model.last.weight, model.last.bias]))
 
 
 def test_a_model_in_which_nothing_is_to_be_trained():
-    with pytest.raises(AgreedError, match="the model has no parameters that require a gradient"):
+    with pytest.raises(CollectiveError, match="the model has no parameters that require a gradient"):
         DataParallel(net().requires_grad_(False), SelfComm("world"), COUNT)
 
 
@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_makes_room_for_another(tmp_path):
     assert again[0] == []
     (tmp_path / "step-00000002" / "model.safetensors").unlink()
     (tmp_path / "step-00000004" / "model.safetensors").unlink()
-    with pytest.raises(AgreedError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(CollectiveError, match=r"no checkpoint in .* is whole"):
         train(SelfComm("world"), 4, "sgd", tmp_path)
 
 
@@ -210,15 +210,15 @@ def test_old_checkpoints_go(tmp_path):
 
 
 def test_what_cannot_work(tmp_path):
-    with pytest.raises(AgreedError, match="8 ranks, but a step has only 7 microbatches; start 7 ranks or fewer"):
+    with pytest.raises(CollectiveError, match="8 ranks, but a step has only 7 microbatches; start 7 ranks or fewer"):
         run_ranks(8, lambda comm: DataParallel(net(), comm, COUNT))
-    with pytest.raises(AgreedError, match=r"parameter unused is torch\.float64; sums are made in float32"):
+    with pytest.raises(CollectiveError, match=r"parameter unused is torch\.float64; sums are made in float32"):
         DataParallel(net().double(), SelfComm("world"), COUNT)
     train(SelfComm("world"), 2, "sgd", tmp_path, save_at=(2,))
     model = nn.Linear(2, 2)
-    with pytest.raises(AgreedError, match="is a checkpoint of another model"):
+    with pytest.raises(CollectiveError, match="is a checkpoint of another model"):
         DataParallel(model, SelfComm("world"), COUNT).load(tmp_path)
     (tmp_path / "file").write_text("x")
     parallel = DataParallel(model, SelfComm("world"), COUNT)
-    with pytest.raises(AgreedError, match="could not be written"):
+    with pytest.raises(CollectiveError, match="could not be written"):
         parallel.save(tmp_path / "file" / "run", 1)

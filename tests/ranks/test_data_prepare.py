@@ -14,8 +14,8 @@ import mpilm.data.pieces as pieces
 import mpilm.data.place as place
 import mpilm.data.sources as sources
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.config import Data
 from mpilm.data.corpus import open_corpus
 from mpilm.data.indexed import with_ending
@@ -143,7 +143,7 @@ def test_an_error_on_one_rank_ends_all_and_leaves_nothing(tmp_path, text, size):
     seen = []
 
     def body(comm):
-        with pytest.raises(AgreedError) as caught:
+        with pytest.raises(CollectiveError) as caught:
             prepare(text, tmp_path / "o" / "x", comm)
         seen.append(caught.value.error)
 
@@ -160,7 +160,7 @@ def refusal(size, action):
     errors = []
 
     def body(comm):
-        with pytest.raises(AgreedError) as caught:
+        with pytest.raises(CollectiveError) as caught:
             action(comm)
         errors.append(caught.value.error)
 

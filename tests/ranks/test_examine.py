@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mpilm.comm.base import Request
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import ThreadComm, run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.errors import RanksDisagreeError
 from mpilm.trainer.examine import examine
 
@@ -70,7 +70,7 @@ def lying(op):
 def test_what_is_wrong_is_named(op, capsys):
     def body(comm):
         comm.__class__ = lying(op)
-        with pytest.raises(AgreedError, match=rf"this MPI gives wrong answers \({op}\): do not train with it") as caught:
+        with pytest.raises(CollectiveError, match=rf"this MPI gives wrong answers \({op}\): do not train with it") as caught:
             examine(comm, 1 << 16)
         assert isinstance(caught.value.error, RanksDisagreeError)
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from runs import differing, joined, on, run, run_threads, serial, small
 
-from mpilm.comm.activity import Activity
-from mpilm.comm.base import Request, SelfComm, lay
+from mpilm.comm.base import Request, SelfComm, unpack_into
+from mpilm.comm.progress import Progress
 from mpilm.comm.threads import PeerFailedError, ThreadComm, run_ranks
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
+from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.pipeline.actions import Action, Message
-from mpilm.parallel.pipeline.execute import Wire, execute
+from mpilm.parallel.pipeline.execute import StageMessenger, execute
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only
-from mpilm.parallel.tree import block
 
 COMPUTE = {**SCHEDULES, "forward only": forward_only}
 
@@ -54,7 +54,7 @@ class Unbuffered(ThreadComm):
                 if world.failed or not there:
                     raise PeerFailedError(world.failed or f"nobody is at the other end of {key}")
                 if "arrived" not in ends:
-                    lay([ends["from"]], ends["to"])
+                    unpack_into([ends["from"]], ends["to"])
                 ends["arrived"] = True
 
         return Request(finish)
@@ -108,15 +108,15 @@ class Numbers:
 
 
 def carried_out(program, stages, wire):
-    activity = Activity()
-    activity.take()
-    execute(program, stages, wire, activity)
-    return activity.take()
+    progress = Progress()
+    progress.take()
+    execute(program, stages, wire, progress)
+    return progress.take()
 
 
 def walked(comm, program, steps=1, **options):
     """What the stages of a rank are asked in each step of a program, and how many gradients each has in the end."""
-    said, wire, own = [], Wire(comm), {action.stage for action in program}
+    said, wire, own = [], StageMessenger(comm), {action.stage for action in program}
     stages = {stage: Numbers(stage, comm.size * len(own), said, **options) for stage in own}
     for _ in range(steps):
         said.append([])
@@ -159,7 +159,7 @@ def test_a_stage_meets_its_replicas_once_when_all_its_gradients_are_there(name, 
 
     def body(comm):
         mesh = Mesh.build(MeshShape(pipeline=pipeline, data=data), comm)
-        start, stop = block(mesh.coordinate["data"], data, total)
+        start, stop = block_of_rank(mesh.coordinate["data"], data, total)
         program = programs(name, pipeline, chunks, count, stop - start)[mesh.coordinate["pipeline"]]
         return walked(mesh.comm("pipeline"), program, present=stop - start, data=mesh.comm("data"))
 
@@ -190,7 +190,7 @@ def test_no_memory_of_a_model_is_used_again_while_its_message_is_under_way(size,
     config = small(**layout, model__dropout=0.0)
     left = run_ranks(size, lambda comm: run(config, unbuffered(comm), steps=1), timeout_s=30.0)
     numbers, tensors = alone(serial(config))
-    assert [theirs.numbers for theirs in left] == [numbers] * size
+    assert [theirs.microbatch_ids for theirs in left] == [numbers] * size
     assert differing(joined([theirs.held for theirs in left]), tensors) == []
 
 
@@ -201,7 +201,7 @@ def test_a_channel_has_one_send_under_way():
         said.append(f"send {x:g}")
         return Request(lambda: said.append(f"sent {x:g}"))
 
-    wire = Wire(SimpleNamespace(size=4, isend=isend))
+    wire = StageMessenger(SimpleNamespace(size=4, isend=isend))
     for stage, way, microbatch in [(1, "F", 0), (1, "B", 1), (2, "F", 2), (1, "F", 3), (1, "F", 4), (2, "F", 5)]:
         wire.send(Message(stage, way, microbatch), torch.tensor(float(microbatch)))
     assert said == ["send 0", "send 1", "send 2", "sent 0", "send 3", "sent 3", "send 4", "sent 2", "send 5"]
@@ -210,7 +210,7 @@ def test_a_channel_has_one_send_under_way():
 
 
 def test_messages_find_their_receives_in_any_order_of_the_channels():
-    wire, messages = Wire(SelfComm("pipeline")), [Message(stage, way, 0) for stage in (1, 2) for way in "FB"]
+    wire, messages = StageMessenger(SelfComm("pipeline")), [Message(stage, way, 0) for stage in (1, 2) for way in "FB"]
     buffers = [torch.tensor(-1), torch.tensor(-1), torch.tensor(-1), torch.tensor(-1)]
     for number in (3, 1, 0, 2):
         wire.post(messages[number], buffers[number])
@@ -242,15 +242,15 @@ def test_times_are_those_of_the_actions_without_the_wait_for_what_they_need():
     def hears(action):
         clock.seconds += cost_s[action.kind]
 
-    class SlowWire(Wire):
+    class SlowWire(StageMessenger):
         def wait(self, message):
             clock.seconds += 100.0 if message in self.coming else 0.0
             super().wait(message)
 
     (program,) = programs("interleaved", 1, 2, 1)
-    assert " ".join(map(str, program)) == "1RECV_F0 0F0 0SEND_F0 1F0 0RECV_B0 1B0 1SEND_B0 1REDUCE 0B0 0REDUCE"
+    assert " ".join_round(map(str, program)) == "1RECV_F0 0F0 0SEND_F0 1F0 0RECV_B0 1B0 1SEND_B0 1REDUCE 0B0 0REDUCE"
     stages = {stage: Numbers(stage, 2, [[]], hears=hears) for stage in (0, 1)}
-    with mock.patch("mpilm.comm.activity.time", SimpleNamespace(monotonic=lambda: clock.seconds)):
+    with mock.patch("mpilm.comm.progress.time", SimpleNamespace(monotonic=lambda: clock.seconds)):
         spans = carried_out(program, stages, SlowWire(SelfComm("pipeline")))
     assert [span.end_s - span.start_s for span in spans] == [cost_s[action.kind] for action in program]
     waits = [span.start_s - before for span, before in zip(spans, [5.0, *(span.end_s for span in spans)])]

@@ -10,16 +10,16 @@ from text import tiny, write_tokens
 
 from mpilm.comm.threads import run_ranks
 from mpilm.config import Generate
+from mpilm.engine.step import train_step
+from mpilm.inference.generate import generate
 from mpilm.model.size import parameter_count
-from mpilm.optim.optimizer import RULES
-from mpilm.parallel.layout import of_stage, owned
+from mpilm.optim.optimizer import OPTIMIZERS
+from mpilm.parallel.flat_layout import ALIGNMENT, BUCKET
+from mpilm.parallel.layout import select_owned, select_stage
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import SCHEDULES, schedule
 from mpilm.parallel.pipeline.simulate import simulate
-from mpilm.parallel.shard import ALIGNMENT, BUCKET
-from mpilm.trainer.prove import VOCAB_SIZE, RandomTokens
-from mpilm.trainer.step import train_step
-from mpilm.trainer.write import write
+from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
 SIZES = [1, 2, 3, 4, 6, 8]
 
@@ -100,7 +100,7 @@ def jobs(draw):
         train__micro_batch=micro_batch,
         train__recompute=draw(st.sampled_from(["none", "attention", "block"])),
         train__dtype=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
-        train__optimizer=draw(st.sampled_from(list(RULES))),
+        train__optimizer=draw(st.sampled_from(list(OPTIMIZERS))),
         parallel__reduce=draw(st.sampled_from(["shared", "sent"])),
     )
     return size, config, draw(st.sampled_from([64, 1024, BUCKET]))
@@ -119,7 +119,7 @@ def test_so_has_every_family(family, size, layout, recompute):
     assert_serial(size, small(**layout, **FAMILIES[family], train__recompute=recompute))
 
 
-@pytest.mark.parametrize("optimizer", [name for name in RULES if name != "adamw"])
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adamw"])
 @pytest.mark.parametrize(
     ("size", "layout", "tie"),
     [
@@ -181,7 +181,7 @@ def test_a_model_in_training_writes_the_same_on_all_ranks(size, layout, tie):
     def written(comm, config):
         model = sharded(config, comm)
         train_step(model, RandomTokens(config), 0)
-        return write(model, {0: [1, 2, 3]}, Generate(max_tokens=9, temperature=1.0), stop=-1)
+        return generate(model, {0: [1, 2, 3]}, Generate(max_tokens=9, temperature=1.0), stop=-1)
 
     config = small(**layout, model__tie_embeddings=tie)
     (expected,) = run_ranks(1, lambda comm: written(comm, serial(config)))
@@ -221,7 +221,7 @@ def test_a_run_goes_on_on_another_layout(tmp_path, data, uninterrupted, first, t
     assert trained(job(data, tmp_path / "run", **then[1]), then[0]) == uninterrupted
 
 
-@pytest.mark.parametrize("optimizer", [name for name in RULES if name != "adamw"])
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adamw"])
 def test_so_it_does_with_every_optimizer(tmp_path, data, optimizer):
     own = {"train__optimizer": optimizer}
     whole = trained(job(data, tmp_path / "whole", **own), 1)
@@ -234,7 +234,7 @@ def test_so_it_does_with_every_optimizer(tmp_path, data, optimizer):
 
 def alive(stages):
     """Microbatches of which a rank holds something for backward, counted for each stage."""
-    return sum(len({*stage._graphs, *stage.store._owed, *stage.store._kept}) for stage in stages.values())
+    return sum(len({*stage._graphs, *stage.weight_grads._owed, *stage.weight_grads._kept}) for stage in stages.values())
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def watch(thing, name, look):
 
 def whole_bytes(model):
     """Memory of parameters that are whole for a while; pages that were given back read as zeros."""
-    units = [unit for stage in model.stages.values() for unit in stage.presence.units]
+    units = [unit for stage in model.stages.values() for unit in stage.parameters.units]
     return sum(unit.memory.bytes for unit in units if unit.coming is not None or unit.whole.any())
 
 
@@ -291,7 +291,7 @@ def test_zero_3_lets_parameters_go_and_holds_two_units_at_most(size, layout, rec
         model = sharded(config, comm)
         seen = []
         for stage in model.stages.values():
-            for unit in stage.presence.units:
+            for unit in stage.parameters.units:
                 watch(unit, "fetch", lambda: seen.append(whole_bytes(model)))
             for name in ("forward", "backward", "backward_input", "backward_weight"):
                 watch(stage, name, lambda: gone.append(whole_bytes(model)))
@@ -299,10 +299,10 @@ def test_zero_3_lets_parameters_go_and_holds_two_units_at_most(size, layout, rec
         assert whole_bytes(model) == 0
         train_step(model, RandomTokens(config), 0)
         evaluated(model, 1)
-        write(model, {0: [1, 2, 3]}, Generate(max_tokens=2), stop=-1)
+        generate(model, {0: [1, 2, 3]}, Generate(max_tokens=2), stop=-1)
         assert gone
         assert not any(gone)
-        assert max(seen) <= max(stage.presence.held_bytes for stage in model.stages.values())
+        assert max(seen) <= max(stage.parameters.held_bytes for stage in model.stages.values())
 
     run_ranks(size, body)
 
@@ -315,14 +315,14 @@ def test_a_rank_holds_its_shard_of_what_is_sharded(size, pipeline, zero):
     def body(comm):
         model = sharded(config, comm)
         ((stage, flat),) = model.flats.items()
-        moments = [sum(x.numel() for x in of.values()) for of in model.optimizer.pieces().values()]
+        moments = [sum(x.numel() for x in of.values()) for of in model.optimizer.state_slices().values()]
         assert moments[0] == moments[1]
         held = {1: moments[0], 2: model.sums[stage].tensor.numel(), 3: flat.values.tensor.numel()}  # from which ZeRO on
         for sharded_from, numel in held.items():
             if zero >= sharded_from:
                 assert numel <= flat.layout.numel / model.data.size + len(flat.layout.groups) * ALIGNMENT
             else:
-                assert numel >= sum(layout.numel for layout in owned(of_stage(model.layouts, stage)))
+                assert numel >= sum(layout.numel for layout in select_owned(select_stage(model.layouts, stage)))
         return model.held_numel
 
     copy = VOCAB_SIZE * config.model.d_model if pipeline > 1 or zero == 3 else 0  # of the embedding, for the head

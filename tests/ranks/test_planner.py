@@ -8,18 +8,18 @@ from runs import on, sharded, small, trained
 from text import tiny, write_tokens
 
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.config import Train, replaced, resolve
+from mpilm.engine.hardware import detect_hardware, software_versions
 from mpilm.mesh.shape import MeshShape
 from mpilm.planner.cost import Setting, step_time
 from mpilm.planner.machine import read, write
 from mpilm.planner.memory import held_bytes
+from mpilm.trainer.auto_layout import choose_layout
 from mpilm.trainer.calibration import bench, calibrate, compute, network
-from mpilm.trainer.choose import choose_layout
-from mpilm.trainer.machine import look, versions
-from mpilm.trainer.prove import VOCAB_SIZE
 from mpilm.validation import validate
+from mpilm.verification.layouts import VOCAB_SIZE
 
 WIDE = {"model__d_model": 128, "model__n_layers": 4, "train__global_batch": 16}
 
@@ -110,7 +110,7 @@ def test_a_machine_is_measured_written_and_read(size, monkeypatch, tmp_path):
 
 def here(**changes):
     """A machine that says it is this one."""
-    names = versions(SelfComm("world"))
+    names = software_versions(SelfComm("world"))
     return replace(machine(4), **{name: names[name] for name in ("torch", "processor")}, **changes)
 
 
@@ -119,7 +119,7 @@ def chosen(tmp_path, size, measured, config=None):
     config = replaced(config or resolve(small(**WIDE)), parallel__auto=str(tmp_path / "machine.json"))
 
     def body(comm):
-        used = look(Train(threads=1, device="cpu"), comm)
+        used = detect_hardware(Train(threads=1, device="cpu"), comm)
         return choose_layout(config, VOCAB_SIZE, used, comm)
 
     return run_ranks(size, body)
@@ -149,7 +149,7 @@ def test_a_layout_that_was_chosen_trains_to_the_same_bits(tmp_path):
      ({"memory_bytes": 1 << 20}, "no layout of 2 ranks works: data 2, pipeline 1, zero 0: needs")],
 )  # fmt: skip
 def test_a_machine_that_is_not_this_one_is_refused(tmp_path, changes, message):
-    with pytest.raises(AgreedError, match=message):
+    with pytest.raises(CollectiveError, match=message):
         chosen(tmp_path, 2, replace(here(), **changes))
 
 
@@ -162,13 +162,13 @@ def test_what_is_chosen_is_what_may_be(tmp_path):
     for changes in ({"parallel__sync_every": 4}, {"parallel__compress": 2}):
         ((found, _), *_) = chosen(tmp_path, 4, here(memory=(dear,)), replaced(config, **changes))
         validate(found)
-    with pytest.raises(AgreedError, match="leave it or --model"):
+    with pytest.raises(CollectiveError, match="leave it or --model"):
         chosen(tmp_path, 2, here(), replaced(config, model__lora_rank=2))
 
 
 def test_nodes_with_unequal_numbers_of_ranks_are_not_measured(tmp_path, monkeypatch):
     hurry(monkeypatch)
-    with pytest.raises(AgreedError, match="nodes have 1 to 2 ranks: start the same number on each"):
+    with pytest.raises(CollectiveError, match="nodes have 1 to 2 ranks: start the same number on each"):
         run_ranks(3, lambda comm: calibrate.calibrate(comm, "cpu"), ranks_per_node=2)
 
 

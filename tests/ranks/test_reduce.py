@@ -8,19 +8,19 @@ from runs import CPU, differing, joined, small_buckets, whole_model
 from text import tiny
 
 from mpilm.comm.base import SelfComm
+from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.trace import Traced
+from mpilm.engine.pipelined import draw_values, resolve_model_layouts
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
-from mpilm.optim import way
-from mpilm.optim.dealt import DealtSum
-from mpilm.optim.reduce import BlockSum
-from mpilm.optim.shared import nodes_of
+from mpilm.ops.tree import block_of_rank, strided_assignment
 from mpilm.parallel.flat import FlatParameters
-from mpilm.parallel.shard import BUCKET
-from mpilm.parallel.tied import Ties
-from mpilm.parallel.tree import block, dealt
-from mpilm.trainer.staged import draw, resolve_layouts
+from mpilm.parallel.flat_layout import BUCKET
+from mpilm.parallel.reduce import build as way
+from mpilm.parallel.reduce.rounds import RoundReducer
+from mpilm.parallel.reduce.shared_memory import detect_topology
+from mpilm.parallel.reduce.step import StepReducer
+from mpilm.parallel.tied import TiedParameters
 
 V = 29
 SIZES = [1, 2, 3, 4, 5, 6, 8]
@@ -53,7 +53,7 @@ def tree(leaves):
 def leaves(tie, total):
     """The gradients of each microbatch by torch alone."""
     model, flat = whole_model(shape_of(tie), V, CPU)
-    draw(flat, shape_of(tie), seed=0)
+    draw_values(flat, shape_of(tie), seed=0)
     found = []
     for microbatch in range(total):
         model.zero_grad(set_to_none=True)
@@ -77,35 +77,35 @@ class Part:
 
     def __init__(self, comm, tie, total, zero, overlap=False, reproducible=True, shared=True, wire_dtype="float32"):
         self.model, whole = whole_model(shape_of(tie), V, CPU)
-        draw(whole, shape_of(tie), seed=0)
-        table = resolve_layouts(shape_of(tie), V, (1,))
+        draw_values(whole, shape_of(tie), seed=0)
+        table = resolve_model_layouts(shape_of(tie), V, (1,))
         self.flat = FlatParameters(table, CPU, zero, comm.rank, comm.size)
         if zero < 2:
-            self.sum = BlockSum(self.flat, self.model, comm, total, reproducible, overlap, shared, wire_dtype)
-            self.numbers = range(*block(comm.rank, comm.size, total))
+            self.sum = StepReducer(self.flat, self.model, comm, total, reproducible, overlap, shared, wire_dtype)
+            self.microbatch_ids = range(*block_of_rank(comm.rank, comm.size, total))
         else:
-            self.sum = DealtSum(self.flat, self.model, comm, total, wire_dtype)
-            self.numbers = dealt(comm.rank, comm.size, total)
+            self.sum = RoundReducer(self.flat, self.model, comm, total, wire_dtype)
+            self.microbatch_ids = strided_assignment(comm.rank, comm.size, total)
         self.rounds = -(-total // comm.size)
-        self.ties = Ties(table, {0: self.flat}, SelfComm("pipeline"))
+        self.ties = TiedParameters(table, {0: self.flat}, SelfComm("pipeline"))
 
     def step(self, work):
         """`work(i)` makes the gradients of this rank's i-th microbatch."""
         for i in range(self.rounds):
-            if i < len(self.numbers):
-                self.sum.begin(i)
+            if i < len(self.microbatch_ids):
+                self.sum.begin_microbatch(i)
                 work(i)
-                self.sum.end(i)
+                self.sum.end_microbatch(i)
             else:
-                self.sum.join(i, lambda name: None)
+                self.sum.join_round(i, lambda name: None)
         self.sum.reduce()
         self.ties.add_gradients({0: self.sum.sums})
 
     def backward(self, i):
-        backward(self.model, self.numbers[i])
+        backward(self.model, self.microbatch_ids[i])
 
     def held(self):
-        return {"gradient": self.flat.pieces(self.sum.sums)}
+        return {"gradient": self.flat.owned_slices(self.sum.sums)}
 
 
 def summed(size, tie, total, zero, steps=1, ranks_per_node=0, **options):
@@ -158,10 +158,10 @@ def test_gradients_that_are_delivered_apart_in_any_order(size, total, zero, buck
         part = Part(comm, True, total, zero)
 
         def deliver(i):
-            m = part.numbers[i]
+            m = part.microbatch_ids[i]
             names = list(of[m])
             for name in names[m % len(names) :] + names[: m % len(names)]:
-                part.sum.deliver(name, of[m][name].clone())
+                part.sum.accumulate(name, of[m][name].clone())
 
         part.step(deliver)
         return part.held()
@@ -171,10 +171,10 @@ def test_gradients_that_are_delivered_apart_in_any_order(size, total, zero, buck
 
 def test_a_gradient_that_does_not_come_is_missed():
     part = Part(SelfComm(), True, 2, zero=2)
-    part.sum.begin(0)
-    part.sum.deliver("head.weight", torch.zeros(V, 16))
+    part.sum.begin_microbatch(0)
+    part.sum.accumulate("head.weight", torch.zeros(V, 16))
     with pytest.raises(RuntimeError, match=r"backward left no gradient for some of norm.weight"):
-        part.sum.end(0)
+        part.sum.end_microbatch(0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
@@ -222,7 +222,7 @@ def test_nodes_add_at_home_and_then_across_to_the_same_bits(size, ranks_per_node
     def body(comm):
         part = Part(comm, tie, total, zero)
         assert part.sum.shared
-        assert part.sum.way.nodes.across.size == size // ranks_per_node
+        assert part.sum.reducer.nodes.across.size == size // ranks_per_node
         for _ in range(2):
             part.step(part.backward)
         return part.held()
@@ -233,7 +233,7 @@ def test_nodes_add_at_home_and_then_across_to_the_same_bits(size, ranks_per_node
 @pytest.mark.parametrize(("size", "ranks_per_node"), [(5, 2), (3, 1), (7, 3)])
 def test_nodes_of_unequal_size_send(size, ranks_per_node):
     """The last node has fewer ranks, or each has one."""
-    run_ranks(size, lambda comm: ask(nodes_of(comm) is None), ranks_per_node=ranks_per_node)
+    run_ranks(size, lambda comm: ask(detect_topology(comm) is None), ranks_per_node=ranks_per_node)
     assert differing(summed(size, True, 8, 0, ranks_per_node=ranks_per_node), bits(oracle(True, 8))) == []
 
 
@@ -245,10 +245,10 @@ def test_each_slice_leaves_a_node_once():
     """Of n elements each of r ranks sends n/r to the other nodes, and gathers as many."""
 
     def body(comm):
-        traced = Traced(comm)
+        traced = InstrumentedComm(comm)
         part = Part(traced, False, 8, 0)
         part.step(part.backward)
-        across = part.sum.way.nodes.across
+        across = part.sum.reducer.nodes.across
         assert (
             across.sent_bytes["all_to_all"] + across.sent_bytes["all_gather"] <= 4 * part.flat.layout.numel * (0.5 + 0.25) * 1.2
         )
@@ -266,7 +266,7 @@ def test_each_slice_leaves_a_node_once():
 def test_bfloat16_travels_as_half_the_bytes(size, zero, how):
     def sent(wire_dtype):
         def body(comm):
-            traced = Traced(comm)
+            traced = InstrumentedComm(comm)
             part = Part(traced, False, 8, zero, wire_dtype=wire_dtype, **how)
             part.step(part.backward)
             return traced.sent_bytes["all_to_all"] + (traced.sent_bytes["all_gather"] if zero == 0 else 0)
@@ -308,9 +308,9 @@ def test_what_rounding_loses_comes_in_the_next_steps(size, ranks_per_node, zero,
 @pytest.mark.parametrize("zero", [0, 1])
 def test_the_faster_way_is_found_and_known_to_all(zero, monkeypatch):
     monkeypatch.setattr(way, "LEAST", 1)
-    found = run_ranks(4, lambda comm: way.faster(comm, 5000, zero == 0, "float32"), ranks_per_node=2)
+    found = run_ranks(4, lambda comm: way.fastest_method(comm, 5000, zero == 0, "float32"), ranks_per_node=2)
     assert all(theirs == found[0] for theirs in found)
     chosen, tried = found[0]
     assert set(tried) == {"shared", "sent"}
     assert tried[chosen] == min(tried.values()) > 0
-    assert run_ranks(3, lambda comm: way.faster(comm, 5000, True, "float32"), ranks_per_node=1) == [("sent", {})] * 3
+    assert run_ranks(3, lambda comm: way.fastest_method(comm, 5000, True, "float32"), ranks_per_node=1) == [("sent", {})] * 3

@@ -9,8 +9,8 @@ from text import TINY, tiny, write_tokens
 
 from mpilm.checkpoint.format import folder_name
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.config import replaced, resolve
 from mpilm.data.corpus import open_corpus
 from mpilm.errors import ConfigError, DataError, FileError
@@ -63,7 +63,7 @@ def snapshot(folder):
 def refused(config, kind=ConfigError, content=None):
     """The message with which `config` is refused, with nothing changed on disk."""
     before = snapshot(Path(config.run.dir).parent)
-    with pytest.raises(AgreedError) as caught:
+    with pytest.raises(CollectiveError) as caught:
         opened(config, content)
     assert type(caught.value.error) is kind
     assert snapshot(Path(config.run.dir).parent) == before
@@ -91,7 +91,7 @@ def test_every_rank_hears_the_same(run):
     changed = replaced(run, train__seed=5)
 
     def body(comm):
-        with pytest.raises(AgreedError, match=r"train\.seed: was 0, now 5"):
+        with pytest.raises(CollectiveError, match=r"train\.seed: was 0, now 5"):
             look(changed, content_of(run), HERE, comm)
 
     run_ranks(3, body)

@@ -15,20 +15,19 @@ from text import text, tiny, write_text, write_tokens
 from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.config import Data
 from mpilm.data.prepare import prepare
 from mpilm.data.tokenizer import bytes_tokenizer
+from mpilm.inference.evaluate import EvaluateOptions, cut_windows, evaluate_model, group_windows
 from mpilm.model.init import initial_value
 from mpilm.telemetry.metrics import read_rows
-from mpilm.trainer.evaluation import Asked, evaluate
 from mpilm.trainer.loop import train
-from mpilm.trainer.score import microbatches, windows
 from mpilm.usage import Compute, Folder, Stages, used
 
 T = 16
-ALL = Asked(documents=False, held_out=False, context_length=0, run_dir="auto")
+ALL = EvaluateOptions(documents=False, held_out=False, context_length=0, run_dir="auto")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def scored(folder, path, out, size=1, pipeline=1, micro_batch=3, **asked):
         config = dataclasses.replace(
             config, train=dataclasses.replace(config.train, micro_batch=micro_batch, global_batch=micro_batch)
         )
-        evaluate(config, dataclasses.replace(ALL, run_dir=str(out), **asked), comm)
+        evaluate_model(config, dataclasses.replace(ALL, run_dir=str(out), **asked), comm)
 
     run_ranks(size, body)
     return json.loads((out / "evaluation.json").read_text())
@@ -73,7 +72,7 @@ def scored(folder, path, out, size=1, pipeline=1, micro_batch=3, **asked):
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 9), st.booleans())
 def test_windows_predict_every_token_but_the_first_once(lengths, context, ahead):
     segments = np.cumsum([3, *lengths])
-    cut = windows(segments, context, ahead)
+    cut = cut_windows(segments, context, ahead)
     predicted = [(d, t) for a, b, d in zip(cut.start, cut.stop, cut.document) for t in range(a + ahead, b)]
     assert predicted == [(d, t) for d, (a, b) in enumerate(pairwise(segments.tolist())) for t in range(a + ahead, b)]
     assert all(0 < b - a - ahead <= context for a, b in zip(cut.start, cut.stop))
@@ -82,7 +81,7 @@ def test_windows_predict_every_token_but_the_first_once(lengths, context, ahead)
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 3), max_size=30), st.integers(1, 5))
 def test_windows_of_one_size_are_read_together(sizes, most):
-    groups = microbatches(np.array(sizes, dtype=np.int64), most)
+    groups = group_windows(np.array(sizes, dtype=np.int64), most)
     assert [n for first, stop in groups for n in range(first, stop)] == list(range(len(sizes)))
     assert all(1 <= stop - first <= most and len(set(sizes[first:stop])) == 1 for first, stop in groups)
 
@@ -147,13 +146,13 @@ def test_documents_are_scored_by_themselves(folders, tmp_path):
 
 def test_a_text_of_one_token_is_refused(folders, tmp_path):
     (tmp_path / "x.txt").write_text("x")
-    with pytest.raises(AgreedError, match="1 tokens are too few"):
+    with pytest.raises(CollectiveError, match="1 tokens are too few"):
         scored(folders["llama"], tmp_path / "x.txt", tmp_path / "out")
 
 
 def test_another_tokenizer_with_more_ids_is_refused(folders, tmp_path):
     (tmp_path / "x.txt").write_text("some text")
-    with pytest.raises(AgreedError, match="has no \\[MASK\\] token"):
+    with pytest.raises(CollectiveError, match="has no \\[MASK\\] token"):
         scored(without_mask(folders["bert"], tmp_path), tmp_path / "x.txt", tmp_path / "out")
 
 
@@ -195,8 +194,8 @@ def test_the_held_out_part_of_a_run(tmp_path, family, prepared):
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
 
     def body(comm):
-        asked = Asked(documents=False, held_out=True, context_length=0, run_dir="auto")
-        evaluate(used(Folder(str(checkpoint)), Stages(), Compute(device="cpu", threads=1)), asked, comm)
+        asked = EvaluateOptions(documents=False, held_out=True, context_length=0, run_dir="auto")
+        evaluate_model(used(Folder(str(checkpoint)), Stages(), Compute(device="cpu", threads=1)), asked, comm)
 
     run_ranks(2, body)
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -211,13 +210,13 @@ def test_the_held_out_part_of_a_run(tmp_path, family, prepared):
 
 def test_tokens_of_another_tokenizer_are_refused(folders, tmp_path):
     prepare(Data(path=(str(write_text(tmp_path)),), tokenizer="bpe:257"), tmp_path / "tokens", SelfComm("world"))
-    with pytest.raises(AgreedError, match="was made into tokens with another tokenizer than that of"):
+    with pytest.raises(CollectiveError, match="was made into tokens with another tokenizer than that of"):
         scored(folders["llama"], tmp_path / "tokens", tmp_path / "out")
 
 
 def test_more_stages_than_layers(folders, tmp_path):
     (tmp_path / "x.txt").write_text("some text")
-    with pytest.raises(AgreedError, match=r"--parallel\.pipeline 5: the model has 4 layers, at least one a rank"):
+    with pytest.raises(CollectiveError, match=r"--parallel\.pipeline 5: the model has 4 layers, at least one a rank"):
         scored(folders["llama"], tmp_path / "x.txt", tmp_path / "out", size=5, pipeline=5)
 
 

@@ -11,8 +11,8 @@ from runs import on
 from text import tiny, write_tokens
 
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.parallel.feasible import cut_by_cost
 from mpilm.parallel.pipeline.actions import parse
 from mpilm.parallel.pipeline.lower import lower
@@ -133,7 +133,7 @@ def part(event, pipelined):
 
 def test_a_run_that_is_stopped_writes_what_it_has_traced(tmp_path, data):
     config = tiny(data, tmp_path / "run", run__trace_steps="1:9", run__time_limit=1e-6)
-    with pytest.raises(AgreedError, match="stopped after step 1 "):
+    with pytest.raises(CollectiveError, match="stopped after step 1 "):
         run_ranks(2, lambda comm: train(config, comm))
     trace = json.loads((tmp_path / "run" / "trace-1-1.json").read_text())
     assert {event["args"]["step"] for event in spans(trace)} == {1}

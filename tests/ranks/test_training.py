@@ -25,24 +25,24 @@ from mpilm.checkpoint.format import folder_name
 from mpilm.checkpoint.pretrained import shape_of
 from mpilm.checkpoint.save import save
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.config import Data, replaced
 from mpilm.data.batch import Batches
 from mpilm.data.prepare import prepare
 from mpilm.data.tokenizer import bytes_tokenizer
+from mpilm.engine import hardware as machine
+from mpilm.engine.step import total_loss, train_step, validation_loss
 from mpilm.errors import NonFiniteError, RanksDisagreeError
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
-from mpilm.optim.rate import learning_rate
+from mpilm.optim.schedule import learning_rate
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.telemetry.metrics import read_rows
-from mpilm.trainer import loop, machine
-from mpilm.trainer.build import build
-from mpilm.trainer.held_out import evaluate
+from mpilm.trainer import loop
+from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
 from mpilm.trainer.saver import state_of
-from mpilm.trainer.step import total_loss, train_step
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def outcome(config, size):
     """Losses, norms and evaluation, on which all ranks agree, and the bits of weights and moments."""
 
     def body(comm):
-        run = build(config, comm)
+        run = build_run(config, comm)
         results = [train_step(run.model, run.batches, step) for step in range(config.train.steps)]
         numbers = [number for result in results for number in (result.loss, result.grad_norm)]
-        return [*numbers, evaluate(run)], held(run.model)
+        return [*numbers, validation_loss(run)], held(run.model)
 
     left = run_ranks(size, body)
     numbers = left[0][0]
@@ -99,7 +99,7 @@ def test_it_is_the_plain_training_loop(tmp_path, data, family):
     changes = {"train__steps": 50, "model__dropout": 0.0, "train__clip_norm": 0.5, "model__router_loss": 0.0}
     config = tiny(data, tmp_path / "run", **changes, **FAMILIES[family])
     settings = config.train
-    run = build(config, SelfComm())
+    run = build_run(config, SelfComm())
     write_published(tmp_path / "start", run.model.stages[0].model, config.model, run.model.vocab_size)
     auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
     reference = auto.from_pretrained(tmp_path / "start")
@@ -138,7 +138,7 @@ def test_a_run_starts_from_a_folder(tmp_path, data, family, size, layout):
     write_published(tmp_path / "start", model, config.model, 300)
     config = replaced(config, model__init_from=str(tmp_path / "start"))
     run_ranks(size, lambda comm: train(config, comm))
-    run = build(tiny(data, tmp_path / "other", **shape), SelfComm())
+    run = build_run(tiny(data, tmp_path / "other", **shape), SelfComm())
     batches = [run.batches.train(0, m) for m in range(8)]
     with torch.no_grad():
         losses = [float(loss_sum(model(batch.tokens, Rows(batch.positions)), batch.targets)) for batch in batches]
@@ -153,14 +153,14 @@ def test_a_run_starts_from_a_folder(tmp_path, data, family, size, layout):
 def test_evaluation_is_the_mean_over_the_held_out_text(tmp_path, data):
     """All of it, without dropout, and the last microbatch smaller than the others."""
     config = tiny(data, tmp_path / "run", run__eval_batches=0, train__micro_batch=4, data__eval_fraction=0.031)
-    run = build(config, SelfComm())
+    run = build_run(config, SelfComm())
     rows = [run.batches.evaluation(i) for i in range(run.batches.eval_microbatches())]
     assert rows[-1].tokens.shape[0] < 4
     with torch.no_grad():
         logits = [run.model.stages[0].model(batch.tokens, Rows(batch.positions)).flatten(0, 1) for batch in rows]
     targets = torch.cat([batch.targets.flatten() for batch in rows])
     expected = float(torch.nn.functional.cross_entropy(torch.cat(logits).double(), targets))
-    assert evaluate(run) == pytest.approx(expected, rel=1e-6)
+    assert validation_loss(run) == pytest.approx(expected, rel=1e-6)
 
 
 def test_losses_are_added_in_the_order_of_microbatches():
@@ -184,7 +184,7 @@ def poisoned(at, name, value=math.nan):
                 parameter.register_hook(partial(poison, stage))
 
     def poison(stage, gradient):
-        here = stage.feed.step, stage.feed.numbers[stage.in_backward]
+        here = stage.inputs.step, stage.inputs.numbers[stage.in_backward]
         return gradient * value if here == at else gradient
 
     plain = ModelStage.__init__
@@ -223,12 +223,12 @@ def test_a_state_that_is_not_finite_ends_the_run_and_nothing_is_saved(tmp_path, 
     """With bad weights every loss is bad; with bad moments one loss is still good, and the weights after it are not."""
 
     def broken(config, comm, *more):
-        run = build(config, comm)
+        run = build_run(config, comm)
         if comm.rank == 1 or not run.model.zero:
-            pieces = run.model.pieces() if what == "weights" else run.model.optimizer.pieces()["exp_avg"]
+            pieces = run.model.owned_slices() if what == "weights" else run.model.optimizer.state_slices()["exp_avg"]
             for values in pieces.values():
                 values.fill_(math.nan)
-        run.model.publish()
+        run.model.all_gather_parameters()
         return run
 
     said = {
@@ -236,7 +236,7 @@ def test_a_state_that_is_not_finite_ends_the_run_and_nothing_is_saved(tmp_path, 
         "moments": r"after step 1 \S+ is not finite \(on rank \d\), although loss and gradient were; nothing is saved",
     }[what]
     config = tiny(data, tmp_path / "run", fault__max_bad_steps=3, checkpoint__every=1, **layout)
-    with mock.patch.object(loop, "build", broken), pytest.raises(AgreedError, match=said) as caught:
+    with mock.patch.object(loop, "build", broken), pytest.raises(CollectiveError, match=said) as caught:
         run_ranks(size, lambda comm: train(config, comm))
     assert isinstance(caught.value.error, NonFiniteError)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
@@ -272,7 +272,7 @@ def test_a_loss_that_leaps_is_left_out(tmp_path, data, size, layout, way, capsys
     kept = [*range(24), 28, 29] if way == "rewind" else [step for step in range(30) if step not in (25, 27)]
     with nonsense(25, 27):
         left = trained(config, size)
-        by_hand = build(tiny(data, tmp_path / "hand", **SPIKED), SelfComm())
+        by_hand = build_run(tiny(data, tmp_path / "hand", **SPIKED), SelfComm())
         for step in kept:
             train_step(by_hand.model, by_hand.batches, step)
         save(tmp_path / "hand", 30, state_of(by_hand, 30, None), SelfComm())
@@ -299,7 +299,7 @@ def test_a_leap_is_what_the_setting_says(tmp_path, data):
         far = replaced(config, train__on_spike="skip", train__spike_factor=1e6, run__dir=str(tmp_path / "far"))
         assert trained(far, 1) == ignored
         near = replaced(config, train__on_spike="skip", fault__max_bad_steps=1, run__dir=str(tmp_path / "near"))
-        with pytest.raises(AgreedError, match=r"not finite, or spikes: 2, and --fault.max-bad-steps allows 1") as caught:
+        with pytest.raises(CollectiveError, match=r"not finite, or spikes: 2, and --fault.max-bad-steps allows 1") as caught:
             trained(near, 1)
         assert isinstance(caught.value.error, NonFiniteError)
 
@@ -318,12 +318,12 @@ def test_a_replica_that_drifts_is_named(tmp_path, data, size, layout, said):
     def step_and_drift(model, source, step, *more):
         result = train_step(model, source, step, *more)
         if (model.mesh.rank, step) == (1, 2):
-            flat = next(flat for flat in model.flats.values() if name in flat.layout.slots)
+            flat = next(flat for flat in model.flats.values() if name in flat.layout.spans)
             flat.parameter(name).view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
         return result
 
     config = tiny(data, tmp_path / "run", fault__check_every=2, **layout)
-    with mock.patch.object(loop, "train_step", step_and_drift), pytest.raises(AgreedError, match=said) as caught:
+    with mock.patch.object(loop, "train_step", step_and_drift), pytest.raises(CollectiveError, match=said) as caught:
         run_ranks(size, lambda comm: train(config, comm))
     assert isinstance(caught.value.error, RanksDisagreeError)
     assert f"after step 5: {name}" in str(caught.value) or f"after step 3: {name}" in str(caught.value)
@@ -331,7 +331,7 @@ def test_a_replica_that_drifts_is_named(tmp_path, data, size, layout, said):
 
 def test_ranks_with_other_programs_do_not_train(tmp_path, data):
     versions = iter(["2.12.0", "2.13.0", "2.13.0"])
-    said = pytest.raises(AgreedError, match=r"the ranks were started with different programs:\n  torch: ")
+    said = pytest.raises(CollectiveError, match=r"the ranks were started with different programs:\n  torch: ")
     with (
         said,
         mock.patch.object(machine, "versions", side_effect=lambda _: {"mpilm": 1, "torch": next(versions), "mpi": 0}),
@@ -465,15 +465,15 @@ def test_a_mixture_is_taken_up_again_where_it_stopped(tmp_path, mixed, capsys):
     stopped(config, 3, at=3)
     assert trained(config, 2) == whole
     other = replaced(config, data__path=(*mixed[:3], "3"), train__steps=7)
-    with pytest.raises(AgreedError, match=r"data\.path: was content"):
+    with pytest.raises(CollectiveError, match=r"data\.path: was content"):
         trained(other, 1)
 
 
 def test_corpora_of_different_tokenizers_do_not_mix(tmp_path, mixed):
     prepare(Data(path=(mixed[2],), tokenizer="bpe:300"), tmp_path / "b", SelfComm())
     config = tiny((mixed[0], "1", str(tmp_path / "b"), "1"), tmp_path / "run", data__tokenizer="auto")
-    with pytest.raises(AgreedError, match=r"was made with another one|was made with another tokenizer"):
-        build(config, SelfComm())
+    with pytest.raises(CollectiveError, match=r"was made with another one|was made with another tokenizer"):
+        build_run(config, SelfComm())
 
 
 # Conversations.
@@ -529,7 +529,7 @@ def test_conversations_give_the_same_bits_on_any_ranks(tmp_path, chats, size, la
 def test_the_loss_of_a_conversation_is_that_of_its_answers(tmp_path, chats):
     """Against transformers, one conversation at a time, and the labels as its own documentation makes them."""
     config = chat(chats, tmp_path / "run", model__dropout=0.0, data__eval_fraction=0.0, data__packing="documents")
-    run = build(config, SelfComm())
+    run = build_run(config, SelfComm())
     reference = AutoModelForCausalLM.from_pretrained(chats / "model")
     numbers = np.arange(run.batches.stream.train_samples)
     losses, count = 0.0, 0

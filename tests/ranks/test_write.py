@@ -13,14 +13,13 @@ from tokenizers import models
 from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.config import Generate
+from mpilm.inference import generate as write_module
+from mpilm.inference.generate import GeneratedSequence, generate, generate_texts
+from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.init import initial_value
-from mpilm.trainer import write as write_module
-from mpilm.trainer.folder import configured, open_folder
-from mpilm.trainer.texts import print_texts
-from mpilm.trainer.write import Text, write
 from mpilm.usage import Compute, Folder, Stages, used
 
 V = 97
@@ -49,9 +48,9 @@ def folders(tmp_path_factory):
 def texts(folder, size, settings, pipeline=1, prompts=PROMPTS, stop=-1):
     def body(comm):
         config = used(Folder(str(folder)), Stages(pipeline), Compute(device="cpu", threads=1), generate=settings)
-        model = open_folder(configured(config), comm).model
+        model = load_model(config_from_folder(config), comm).model
         mine = {n: prompts[n] for n in list(prompts)[model.data.rank :: model.data.size]}
-        return write(model, mine, settings, stop)
+        return generate(model, mine, settings, stop)
 
     everyone = run_ranks(size, body)
     found = {}
@@ -74,22 +73,24 @@ def test_texts_do_not_depend_on_the_ranks(folders, family):
 @pytest.mark.parametrize("family", DECODERS)
 def test_the_cache_changes_nothing(folders, family, settings, monkeypatch):
     with_cache = texts(folders[family], 1, settings)
-    batch, lengths = Text.batch, []
+    batch, lengths = GeneratedSequence.batch, []
 
     def without_cache(self, device):
-        self.read = 0
+        self.cached = 0
         found = batch(self, device)
         lengths.append(found.tokens.shape[1])
         return found
 
-    monkeypatch.setattr(write_module.Text, "batch", without_cache)
+    monkeypatch.setattr(write_module.GeneratedSequence, "batch", without_cache)
     assert texts(folders[family], 1, settings) == with_cache
     assert max(lengths) == 16  # the last tokens of the context, once there are more
 
 
 def test_with_the_cache_only_what_is_new_is_read(folders, monkeypatch):
-    batch, read = Text.batch, []
-    monkeypatch.setattr(write_module.Text, "batch", lambda self, device: read.append(batch(self, device)) or read[-1])
+    batch, read = GeneratedSequence.batch, []
+    monkeypatch.setattr(
+        write_module.GeneratedSequence, "batch", lambda self, device: read.append(batch(self, device)) or read[-1]
+    )
     texts(folders["llama"], 1, GREEDY, prompts={0: [1, 2, 3]})
     assert [len(found.tokens[0]) for found in read] == [3] + [1] * 11
     assert [found.positions.tolist() for found in read[1:]] == [[i] for i in range(3, 14)]
@@ -130,8 +131,8 @@ def test_the_seed_and_the_number_decide(folders):
 
 def test_each_text_is_reported_when_it_is_done(folders):
     config = used(Folder(str(folders["llama"])), Stages(1), Compute(device="cpu", threads=1))
-    model, done = open_folder(configured(config), SelfComm("world")).model, []
-    write(model, PROMPTS, GREEDY, -1, done.append)
+    model, done = load_model(config_from_folder(config), SelfComm("world")).model, []
+    generate(model, PROMPTS, GREEDY, -1, done.append)
     assert sorted(done) == list(PROMPTS)
 
 
@@ -151,9 +152,9 @@ def test_a_chat_model_is_asked_through_its_template(folders, tmp_path, capsys):
     words = {"eos_token": "</s>", "chat_template": "{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>"}
     settings = replace(GREEDY, prompt="abc", chat=True)
     config = used(Folder(str(folder)), Stages(), Compute(device="cpu", threads=1), generate=settings)
-    with pytest.raises(AgreedError, match="there is no chat template beside the tokenizer"):
-        print_texts(config, SelfComm("world"))
+    with pytest.raises(CollectiveError, match="there is no chat template beside the tokenizer"):
+        generate_texts(config, SelfComm("world"))
     (folder / "tokenizer_config.json").write_text(json.dumps(words))
-    run_ranks(2, lambda comm: print_texts(config, comm))
+    run_ranks(2, lambda comm: generate_texts(config, comm))
     written = texts(folder, 1, GREEDY, prompts={0: [26, 0, 1, 2, 27]}, stop=28)[0]
     assert capsys.readouterr().out == tokenizer.decode(written, skip_special_tokens=False) + "\n"

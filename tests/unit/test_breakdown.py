@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpilm.comm.activity import Activity, Call, Span
+from mpilm.comm.progress import CommCall, Progress, Span
 from mpilm.parallel.pipeline.actions import parse
 from mpilm.telemetry.breakdown import PARTS, breakdown
 
 FORWARD, REDUCE, SEND = parse("0F0"), parse("0REDUCE"), parse("0SEND_F0")
-RECEIVE = Call("receive", "pipeline", 1, (1,))
-GATHER = Call("all_gather", "data", 2, (0, 1))
-MEETING = Call("all_reduce", "world", 3, (0, 1))
+RECEIVE = CommCall("receive", "pipeline", 1, (1,))
+GATHER = CommCall("all_gather", "data", 2, (0, 1))
+MEETING = CommCall("all_reduce", "world", 3, (0, 1))
 
 
 def test_each_second_counts_for_the_innermost_span():
@@ -43,19 +43,19 @@ def test_one_after_the_other_they_add_up(parts):
 
 
 def test_spans_are_kept_once_somebody_asks():
-    activity = Activity()
-    with activity.span("data"):
+    progress = Progress()
+    with progress.span("data"):
         pass
-    assert activity.take() == []
-    with activity.span("outer"), activity.span("inner"):
-        activity.wait(RECEIVE, lambda: None)
-    assert [span.what for span in activity.take()] == [RECEIVE, "inner", "outer"]
-    assert activity.take() == []
+    assert progress.drain_spans() == []
+    with progress.span("outer"), progress.span("inner"):
+        progress.wait(RECEIVE, lambda: None)
+    assert [span.event for span in progress.drain_spans()] == [RECEIVE, "inner", "outer"]
+    assert progress.drain_spans() == []
 
 
 def test_what_raises_took_no_time():
-    activity = Activity()
-    activity.take()
-    with pytest.raises(ZeroDivisionError), activity.span("data"):
+    progress = Progress()
+    progress.drain_spans()
+    with pytest.raises(ZeroDivisionError), progress.span("data"):
         raise ZeroDivisionError
-    assert activity.take() == []
+    assert progress.drain_spans() == []

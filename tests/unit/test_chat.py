@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.config import Config, Data, replaced
 from mpilm.data.chat import Conversations, conversation, read_conversations, refuse_nothing
 from mpilm.data.sources import discover
@@ -210,7 +210,7 @@ def test_every_answer_is_learnt_once_or_counted(lengths, context, packing, fract
 )
 def test_a_line_that_is_none_is_named_on_all_ranks(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text(lines({"prompt": "a", "response": "b"}) + line + "\n")
-    with pytest.raises(AgreedError) as caught:
+    with pytest.raises(CollectiveError) as caught:
         run_ranks(2, lambda comm: read(tmp_path / "a.jsonl", comm))
     assert f"{tmp_path / 'a.jsonl'}: {message}" in str(caught.value)
 

@@ -7,12 +7,12 @@ import torch
 from runs import whole_model
 from text import tiny
 
+from mpilm.engine.pipelined import draw_values
 from mpilm.errors import ConfigError
 from mpilm.model.cache import Cache
 from mpilm.model.rows import Rows
-from mpilm.parallel import compiled
+from mpilm.parallel import compile as compiled
 from mpilm.trainer.memory import is_out_of_memory
-from mpilm.trainer.staged import draw
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def calls(monkeypatch):
 def test_each_block_is_and_a_text_that_goes_on_is_not(calls):
     config = tiny("", "", model__n_layers=3)
     model, flat = whole_model(config.model, 29, torch.device("cpu"))
-    draw(flat, config.model, seed=0)
+    draw_values(flat, config.model, seed=0)
     tokens = torch.randint(0, 29, (1, 5), generator=torch.Generator().manual_seed(0))
     plain = model(tokens, Rows(torch.arange(5)))
     compiled.compile_blocks(model)

@@ -9,12 +9,13 @@ from runs import whole_model
 from text import tiny
 from torch import nn
 
+from mpilm.engine.pipelined import draw_values
 from mpilm.model.layers import Conv1D
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
-from mpilm.parallel.deferred import Store, defer
-from mpilm.parallel.recompute import recompute
-from mpilm.trainer.staged import autocast_of, draw
+from mpilm.parallel.activation_checkpoint import checkpoint_activations
+from mpilm.parallel.apply import make_autocast
+from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
 
 V, CPU = 29, torch.device("cpu")
 MICROBATCHES = range(4)
@@ -26,14 +27,14 @@ class Whole:
     def __init__(self, again="none", first=True, **shape):
         config = tiny("", "", **{f"model__{key}": value for key, value in shape.items()})
         self.model, flat = whole_model(config.model, V, CPU)
-        draw(flat, config.model, seed=0)
+        draw_values(flat, config.model, seed=0)
         self.again = again
         if not first:
             self.embedding = self.model.embed.weight.detach().clone()
             self.model.embed = None
 
     def apart(self, model):
-        recompute(model, self.again)
+        checkpoint_activations(model, self.again)
 
     def input(self, m):
         tokens = torch.randint(0, V, (2, 8), generator=torch.Generator().manual_seed(m))
@@ -87,7 +88,7 @@ CASES = {
 def forward(case, model, m, dtype):
     x = case.input(m)
     x.requires_grad_(x.is_floating_point())
-    with autocast_of(dtype, CPU)():
+    with make_autocast(dtype, CPU)():
         return x, case.result(model, x, m)
 
 
@@ -112,9 +113,9 @@ def first_half(case, model, store, m, y):
 
 
 def deferred(case):
-    model, store = copy.deepcopy(case.model), Store()
+    model, store = copy.deepcopy(case.model), WeightGradQueue()
     case.apart(model)
-    defer(model, store)
+    split_backward(model, store)
     return model, store
 
 
@@ -163,7 +164,7 @@ def test_a_forward_alone_owes_nothing():
 
 
 def test_what_is_owed_is_let_go_one_after_the_other():
-    store, alive = Store(), []
+    store, alive = WeightGradQueue(), []
     store.current = 7
     for i in range(4):
         x, gradient = torch.full((3, 2), float(i)), torch.ones(3, 5)
@@ -209,11 +210,11 @@ def test_a_backward_that_is_over_leaves_the_store_alone_with_what_it_needs():
     ids=["with a bias", "the whole model", "of an input without gradient"],
 )
 def test_any_linear_layer_can_be_done_in_halves(model, needs_gradient):
-    store, x = Store(), torch.randn(3, 4, 6, requires_grad=needs_gradient)
+    store, x = WeightGradQueue(), torch.randn(3, 4, 6, requires_grad=needs_gradient)
     expected = model(x)
     expected.square().sum().backward()
     plain = {name: parameter.grad for name, parameter in model.named_parameters()}
-    defer(model, store)
+    split_backward(model, store)
     model.zero_grad(set_to_none=True)
     y = model(x)
     y.square().sum().backward()

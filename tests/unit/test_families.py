@@ -12,17 +12,17 @@ from text import tiny
 
 from mpilm.checkpoint.load import load_published
 from mpilm.comm.base import SelfComm
-from mpilm.comm.together import AgreedError
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config import Config, Model, resolve
+from mpilm.engine.pipelined import resolve_model_layouts
 from mpilm.errors import ConfigError
 from mpilm.model.families import build, initial_std
 from mpilm.model.huggingface import NAMES, OLD_WORDS, published_name
 from mpilm.model.huggingface_config import kind_of, published_config, read_config
 from mpilm.model.init import initial_value
 from mpilm.model.rows import Rows
-from mpilm.parallel.cut import keep_stage
-from mpilm.parallel.layout import owned
-from mpilm.trainer.staged import resolve_layouts
+from mpilm.parallel.apply import prune_to_stage
+from mpilm.parallel.layout import select_owned
 
 V, T = 61, 16
 FAMILIES = {
@@ -55,7 +55,7 @@ def shape_of(family: str, **changes) -> Model:
 def random_model(shape: Model):
     """All parameters drawn, norms and biases too, and large enough for logits of some size."""
     model, flat = whole_model(shape, V, torch.device("cpu"))
-    for layout in owned(resolve_layouts(shape, V, (shape.n_layers,))):
+    for layout in select_owned(resolve_model_layouts(shape, V, (shape.n_layers,))):
         mean = 1.0 if layout.name.endswith("norm.weight") else 0.0
         flat.parameter(layout.name).copy_(initial_value(1, layout.name, layout.shape, 0.2) + mean)
     return model
@@ -75,8 +75,8 @@ def read(folder):
 
     shape, vocab_size = read_config(json.loads((folder / "config.json").read_text()), "config.json")
     model, flat = whole_model(shape, vocab_size, torch.device("cpu"))
-    shapes = {layout.name: layout.shape for layout in owned(resolve_layouts(shape, vocab_size, (shape.n_layers,)))}
-    load_published(folder, flat.pieces(flat.values), shapes, shape, SelfComm("world"))
+    shapes = {layout.name: layout.shape for layout in select_owned(resolve_model_layouts(shape, vocab_size, (shape.n_layers,)))}
+    load_published(folder, flat.owned_slices(flat.values), shapes, shape, SelfComm("world"))
     return model, shape
 
 
@@ -137,7 +137,7 @@ def test_stages_give_what_the_whole_gives(family, cut):
     names: list[str] = []
     y = tokens()
     for number, stage in enumerate(stages):
-        keep_stage(stage, number, cut)
+        prune_to_stage(stage, number, cut)
         names += [name for name, _ in stage.named_parameters()]
         y = logits(stage, y)
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
@@ -302,14 +302,14 @@ def test_old_words_and_buffers_and_copies_are_known(tmp_path):
 def test_what_does_not_fit_is_named(tmp_path, change, message):
     write_published(tmp_path, random_model(shape_of("gpt2")), shape_of("gpt2"), V)
     resave(tmp_path, change)
-    with pytest.raises(AgreedError, match=message):
+    with pytest.raises(CollectiveError, match=message):
         read(tmp_path)
 
 
 def test_pickles_are_refused_with_the_way_to_convert(tmp_path):
     write_published(tmp_path, random_model(shape_of("gpt2")), shape_of("gpt2"), V)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(AgreedError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
+    with pytest.raises(CollectiveError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
         read(tmp_path)
 
 
@@ -318,8 +318,8 @@ def test_a_longer_table_of_positions_is_cut(tmp_path):
     write_published(tmp_path, model, shape, V)
     short = replace(shape, context_length=T)
     cut, flat = whole_model(short, V, torch.device("cpu"))
-    shapes = {layout.name: layout.shape for layout in owned(resolve_layouts(short, V, (2,)))}
-    load_published(tmp_path, flat.pieces(flat.values), shapes, short, SelfComm("world"))
+    shapes = {layout.name: layout.shape for layout in select_owned(resolve_model_layouts(short, V, (2,)))}
+    load_published(tmp_path, flat.owned_slices(flat.values), shapes, short, SelfComm("world"))
     assert torch.equal(logits(cut, tokens()), logits(model, tokens()))
 
 

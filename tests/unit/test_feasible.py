@@ -12,9 +12,9 @@ from mpilm.config import microbatches, replaced, resolve
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.size import flops_by_part
+from mpilm.ops.tree import block_of_rank, strided_assignment
 from mpilm.parallel.feasible import cut_by_cost, mesh_shape, replica_microbatches
 from mpilm.parallel.pipeline.schedules import SCHEDULES
-from mpilm.parallel.tree import block, dealt
 from mpilm.validation import validate
 
 
@@ -45,7 +45,7 @@ def fits(config, ranks):
     data, rest = divmod(ranks, parallel.pipeline)
     if rest or data > total or (parallel.zero and data == 1):
         return False
-    longest = max(len(range(*block(rank, data, total))) for rank in range(data))
+    longest = max(len(range(*block_of_rank(rank, data, total))) for rank in range(data))
     if parallel.schedule == "interleaved":
         return parallel.chunks > 1 and longest % parallel.pipeline == 0
     return parallel.chunks == 1
@@ -80,7 +80,7 @@ def test_a_layout_is_refused_exactly_when_it_does_not_fit(job):
 @pytest.mark.parametrize("total", [1, 2, 7, 8, 24, 25])
 def test_the_program_has_as_many_microbatches_as_the_replica_with_the_most(data, total):
     config = config_of(train__global_batch=3 * total, train__micro_batch=3)
-    for of_rank in (lambda rank: range(*block(rank, data, total)), lambda rank: dealt(rank, data, total)):
+    for of_rank in (lambda rank: range(*block_of_rank(rank, data, total)), lambda rank: strided_assignment(rank, data, total)):
         longest = max(len(of_rank(rank)) for rank in range(data))
         assert replica_microbatches(config, MeshShape(data=data)) == longest
         assert replica_microbatches(config, MeshShape(data=data, pipeline=3)) == longest

@@ -6,35 +6,35 @@ from runs import CPU, whole_model
 from text import tiny
 from torch import nn
 
+from mpilm.engine.pipelined import resolve_model_layouts
 from mpilm.model.families import build
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.layout import of_stage, resolve
-from mpilm.parallel.shard import ALIGNMENT, intersect
-from mpilm.trainer.staged import resolve_layouts
+from mpilm.parallel.flat_layout import ALIGNMENT, intersect_intervals
+from mpilm.parallel.layout import resolve_layouts, select_stage
 
 SHAPES = {"embed": (5, 3), "norm": (3,), "mlp": (7, 3), "head": (5, 3)}
 TIED = {"head": "embed"}
 
 
 def test_every_offset_is_aligned_and_nothing_overlaps():
-    flat = FlatParameters(resolve(SHAPES, {}), CPU)
+    flat = FlatParameters(resolve_layouts(SHAPES, {}), CPU)
     buffer = flat.values.tensor
-    for number, (name, (at, layout)) in enumerate(flat.layout.slots.items(), start=1):
+    for number, (name, (at, layout)) in enumerate(flat.layout.spans.items(), start=1):
         view = flat.parameter(name)
         assert at % ALIGNMENT == 0
         assert view.shape == layout.shape
         assert view.data_ptr() == buffer.data_ptr() + 4 * at
         assert not view.any()  # what was written to the others is not here
         view.fill_(number)
-    assert buffer.count_nonzero() == sum(layout.numel for _, layout in flat.layout.slots.values())
+    assert buffer.count_nonzero() == sum(layout.numel for _, layout in flat.layout.spans.values())
     assert buffer.numel() == flat.layout.numel == 16 + 16 + 32 + 16
 
 
 def test_a_tied_use_shares_its_owners_memory_and_has_a_gradient_of_its_own():
-    flat = FlatParameters(resolve(SHAPES, TIED), CPU)
+    flat = FlatParameters(resolve_layouts(SHAPES, TIED), CPU)
     assert flat.parameter("head").data_ptr() == flat.parameter("embed").data_ptr()
     assert flat.values.intervals == [(16, 80)]
-    gradient = FlatVector.zeros(flat.summed, CPU)
+    gradient = FlatVector.zeros(flat.reduced, CPU)
     use, owner = (flat.parameter(name, gradient) for name in ("head", "embed"))
     assert use.shape == owner.shape == (5, 3)
     assert use.data_ptr() == gradient.tensor.data_ptr()
@@ -43,11 +43,11 @@ def test_a_tied_use_shares_its_owners_memory_and_has_a_gradient_of_its_own():
 
 @pytest.mark.parametrize(("zero", "stages"), [(0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
 def test_a_tied_use_has_a_copy_where_its_owner_is_not_whole_on_this_rank(zero, stages):
-    table = resolve(SHAPES, TIED, lambda name: int(stages == 2 and name in ("mlp", "head")))
-    flat = FlatParameters(of_stage(table, stages - 1), CPU, zero, rank=0, ranks=1)
-    assert not flat.shares
+    table = resolve_layouts(SHAPES, TIED, lambda name: int(stages == 2 and name in ("mlp", "head")))
+    flat = FlatParameters(select_stage(table, stages - 1), CPU, zero, rank=0, ranks=1)
+    assert not flat.aliases_owner
     assert flat.values.intervals[0][0] == 0
-    assert all(start >= flat.layout.uses_numel for start, _ in flat.updated)  # its owner's optimizer updates it
+    assert all(start >= flat.layout.tied_copies_numel for start, _ in flat.owned)  # its owner's optimizer updates it
 
 
 def test_a_vector_with_holes_gives_views_of_what_it_holds():
@@ -61,36 +61,36 @@ def test_a_vector_with_holes_gives_views_of_what_it_holds():
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 16), (15, 17), (40, 49), (40, 66), (48, 64), (50, 52), (79, 81), (90, 91)])
 def test_what_a_rank_does_not_hold_is_refused(start, stop):
-    with pytest.raises(IndexError, match=f"elements {start} to {stop} of a flat vector are not held here"):
+    with pytest.raises(IndexError, match=f"elements {start} to {stop} of a flat vector are not on this rank"):
         FlatVector([(16, 48), (64, 80)], torch.zeros(48)).view(start, stop)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_who_holds_sums_updates_and_counts_what(zero, ranks):
-    table = resolve({**SHAPES, "wide": (40, 10)}, TIED)
+    table = resolve_layouts({**SHAPES, "wide": (40, 10)}, TIED)
     flats = [FlatParameters(table, CPU, zero, rank, ranks) for rank in range(ranks)]
-    uses, end = flats[0].layout.uses_numel, flats[0].layout.numel
+    uses, end = flats[0].layout.tied_copies_numel, flats[0].layout.numel
     everything = [(0, end)]
     for flat in flats:
-        held = flat.shard if zero == 3 else intersect(everything, [(uses, end)])
+        held = flat.shard if zero == 3 else intersect_intervals(everything, [(uses, end)])
         assert flat.values.intervals == held
         assert flat.values.tensor.numel() == sum(stop - start for start, stop in held)
-        assert flat.summed == (flat.shard if zero else everything)
-        assert flat.updated == intersect(flat.summed, [(uses, end)])
-    counted = sorted(interval for flat in flats for interval in flat.counted)
+        assert flat.reduced == (flat.shard if zero else everything)
+        assert flat.owned == intersect_intervals(flat.reduced, [(uses, end)])
+    counted = sorted(interval for flat in flats for interval in flat.unique)
     assert [i for start, stop in counted for i in range(start, stop)] == list(range(uses, end))
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_pieces_are_what_this_rank_updates(zero):
-    table = resolve({**SHAPES, "wide": (40, 10)}, TIED)
+    table = resolve_layouts({**SHAPES, "wide": (40, 10)}, TIED)
     owned = {name: layout.numel for name, layout in table.items() if not layout.tied_to}
     seen = {name: torch.zeros(numel) for name, numel in owned.items()}
     for rank in range(3):
         flat = FlatParameters(table, CPU, zero, rank, ranks=3)
-        vector = FlatVector.zeros(flat.summed, CPU)
-        for piece, view in flat.pieces(vector).items():
+        vector = FlatVector.zeros(flat.reduced, CPU)
+        for piece, view in flat.owned_slices(vector).items():
             assert view.untyped_storage().data_ptr() == vector.tensor.untyped_storage().data_ptr()
             assert view.shape == (piece.numel,)
             seen[piece.name][piece.start : piece.stop] += 1
@@ -113,12 +113,12 @@ def test_installed_parameters_are_views_of_the_vector(tie):
     shared = parameters["head.weight"].data_ptr() == parameters["embed.weight"].data_ptr()
     assert shared == tie
     assert parameters["head.weight"] is not parameters["embed.weight"]  # each use has a gradient of its own
-    assert flat.layout.slots["head.weight"][1].tied_to == ("embed.weight" if tie else None)
+    assert flat.layout.spans["head.weight"][1].tied_to == ("embed.weight" if tie else None)
 
 
 def test_the_stages_of_a_model_are_all_of_it():
     shape = tiny("", "", model__n_layers=3).model
-    table = resolve_layouts(shape, 11, (2, 1))
-    stages = [FlatParameters(of_stage(table, stage), CPU) for stage in range(2)]
-    assert [len(flat.layout.slots) for flat in stages] == [1 + 2 * 9, 9 + 2]
-    assert {name for flat in stages for name in flat.layout.slots} == table.keys()
+    table = resolve_model_layouts(shape, 11, (2, 1))
+    stages = [FlatParameters(select_stage(table, stage), CPU) for stage in range(2)]
+    assert [len(flat.layout.spans) for flat in stages] == [1 + 2 * 9, 9 + 2]
+    assert {name for flat in stages for name in flat.layout.spans} == table.keys()

@@ -33,14 +33,14 @@ from mpilm.checkpoint.save import State, prune, remove_leftovers, save
 from mpilm.checkpoint.tensors import pack_header
 from mpilm.checkpoint.verify import newest_valid, verify
 from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.comm.together import AgreedError
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError, UserError
 from mpilm.model.families import build, initial_std, tied
 from mpilm.model.init import initial_value
 from mpilm.model.rows import Rows
-from mpilm.parallel.shard import Piece
+from mpilm.parallel.flat_layout import ParamSlice
 
 FILES = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
@@ -81,7 +81,7 @@ def shapes_of(tensors):
 
 def pieces(values):
     """Each tensor as one piece that shares its memory."""
-    return {Piece(name, 0, value.numel()): value.view(-1) for name, value in values.items()}
+    return {ParamSlice(name, 0, value.numel()): value.view(-1) for name, value in values.items()}
 
 
 def written(parent, step=7, loss=1.5, tie=True, seed=0):
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(stored, changes,
     _, state = parts(**changes)
 
     def body(comm):
-        with pytest.raises(AgreedError, match=message) as caught:
+        with pytest.raises(CollectiveError, match=message) as caught:
             load(stored, {}, {}, state.shapes, {}, state.model, comm)
         assert isinstance(caught.value.error, ConfigError)
 

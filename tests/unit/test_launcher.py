@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from mpilm.comm import launcher
+from mpilm.comm import abort as launcher
 
-ASK = "from mpilm.comm.launcher import launcher; print(launcher())"
+ASK = "from mpilm.comm.abort import launcher; print(launcher())"
 STUCK = """
 import time
 from mpilm.comm import launcher
@@ -37,7 +37,7 @@ def test_the_launcher_is_found_above_this_process(tmp_path):
 
 
 def test_what_is_no_launcher_is_left_alone(tmp_path):
-    assert under("slurmstepd", ASK, tmp_path).stdout.split()[1] == str(launcher.launcher())
+    assert under("slurmstepd", ASK, tmp_path).stdout.split()[1] == str(launcher.find_launcher())
 
 
 def test_the_launcher_does_not_wait_for_the_one_who_waits_for_it(tmp_path):

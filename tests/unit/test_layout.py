@@ -3,38 +3,38 @@
 import pytest
 from text import TINY, tiny
 
-from mpilm.parallel.layout import Layout, of_stage, owned, resolve
-from mpilm.parallel.plan import stage_of, unit_of
-from mpilm.trainer.staged import resolve_layouts
+from mpilm.engine.pipelined import resolve_model_layouts
+from mpilm.parallel.layout import ParamLayout, resolve_layouts, select_owned, select_stage
+from mpilm.parallel.plan import fsdp_unit, stage_of
 
 SHAPES = {"embed": (5, 3), "norm": (3,), "mlp": (7, 3), "head": (5, 3)}
 
 
 def test_resolve_says_what_decays_and_what_is_tied():
-    table = resolve(SHAPES, {"head": "embed"})
+    table = resolve_layouts(SHAPES, {"head": "embed"})
     assert list(table) == list(SHAPES)
     assert {name: layout.decays for name, layout in table.items()} == {"embed": True, "norm": False, "mlp": True, "head": True}
-    assert table["head"] == Layout("head", (5, 3), ("data",), True, tied_to="embed")
-    assert table["embed"] == Layout("embed", (5, 3), ("data",), True, uses=("head",))
-    assert [layout.name for layout in owned(table)] == ["embed", "norm", "mlp"]
-    assert [layout.numel for layout in owned(table)] == [15, 3, 21]
+    assert table["head"] == ParamLayout("head", (5, 3), tied_to="embed")
+    assert table["embed"] == ParamLayout("embed", (5, 3), tied_copies=("head",))
+    assert [layout.name for layout in select_owned(table)] == ["embed", "norm", "mlp"]
+    assert [layout.numel for layout in select_owned(table)] == [15, 3, 21]
 
 
 @pytest.mark.parametrize("tied", [{"head": "none"}, {"none": "embed"}, {"head": "norm"}])
 def test_impossible_ties_are_refused(tied):
     with pytest.raises(ValueError, match="cannot be tied to"):
-        resolve(SHAPES, tied)
+        resolve_layouts(SHAPES, tied)
 
 
 def test_stages_have_their_parameters_in_the_order_of_the_model():
-    table = resolve(SHAPES, {"head": "embed"}, lambda name: int(name in ("mlp", "head")))
-    assert [list(of_stage(table, stage)) for stage in range(3)] == [["embed", "norm"], ["mlp", "head"], []]
-    assert of_stage(table, 1)["head"].tied_to == "embed"  # although its owner is elsewhere
+    table = resolve_layouts(SHAPES, {"head": "embed"}, lambda name: int(name in ("mlp", "head")))
+    assert [list(select_stage(table, stage)) for stage in range(3)] == [["embed", "norm"], ["mlp", "head"], []]
+    assert select_stage(table, 1)["head"].tied_to == "embed"  # although its owner is elsewhere
 
 
 @pytest.mark.parametrize("cut", [(3,), (1, 2), (2, 1), (1, 1, 1)])
 def test_blocks_go_where_the_cut_says_the_embedding_first_norm_and_head_last(cut):
-    table = resolve_layouts(tiny("", "", model__n_layers=3).model, 11, cut)
+    table = resolve_model_layouts(tiny("", "", model__n_layers=3).model, 11, cut)
     stage_of_block = [stage for stage, layers in enumerate(cut) for _ in range(layers)]
     for name, layout in table.items():
         if name.startswith("blocks."):
@@ -53,11 +53,13 @@ def test_numbers_of_blocks_are_read_as_numbers():
      ("head.weight", "head"), ("norm.weight", "norm")],
 )  # fmt: skip
 def test_a_unit_is_a_block_or_what_stands_beside(name, unit):
-    assert unit_of(name) == unit
+    assert fsdp_unit(name) == unit
 
 
 def test_only_matrices_decay():
-    table = resolve_layouts(tiny("", "").model, 11, (TINY.model.n_layers,))
-    decaying = {layout.name for layout in owned(table) if layout.decays}
-    assert {layout.name for layout in owned(table)} - decaying == {name for name in table if name.endswith("norm.weight")}
+    table = resolve_model_layouts(tiny("", "").model, 11, (TINY.model.n_layers,))
+    decaying = {layout.name for layout in select_owned(table) if layout.decays}
+    assert {layout.name for layout in select_owned(table)} - decaying == {
+        name for name in table if name.endswith("norm.weight")
+    }
     assert len(decaying) == 1 + 7 * TINY.model.n_layers

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mpilm.errors import ConfigError
-from mpilm.guard import lock
-from mpilm.guard.lock import NAME, FolderLock
+from mpilm.launch import lock
+from mpilm.launch.lock import NAME, FolderLock
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_one_has_it_until_it_is_released(tmp_path):
 
 
 TAKE_AND_GO = (
-    "import os, sys, pathlib; from mpilm.guard.lock import FolderLock; FolderLock(pathlib.Path(sys.argv[1])); os._exit(9)"
+    "import os, sys, pathlib; from mpilm.launch.lock import FolderLock; FolderLock(pathlib.Path(sys.argv[1])); os._exit(9)"
 )
 
 

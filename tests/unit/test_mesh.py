@@ -59,7 +59,7 @@ def test_what_is_no_mesh_is_refused() -> None:
         MeshShape(data=0)
     with pytest.raises(ValueError, match="rank 4 is not in a mesh of 4 ranks"):
         MeshShape(data=4).coordinate(4)
-    with pytest.raises(ValueError, match="index 2 is not on the tensor axis of 2 ranks"):
+    with pytest.raises(ValueError, match="index 2 is out of range on the tensor axis of 2 ranks"):
         MeshShape(tensor=2).rank({"pipeline": 0, "data": 0, "context": 0, "tensor": 2})
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpilm.comm.threads import run_ranks
+from mpilm.engine.pipelined import draw_values, resolve_model_layouts
 from mpilm.model.attention import Core
 from mpilm.model.families import build, initial_std
 from mpilm.model.huggingface import published_name
@@ -22,9 +23,8 @@ from mpilm.model.init import initial_value, key_of
 from mpilm.model.layers import Dropout, Rotary
 from mpilm.model.loss import IGNORED, loss_sum
 from mpilm.model.rows import Rows
-from mpilm.parallel.cut import keep_stage
-from mpilm.parallel.layout import owned
-from mpilm.trainer.staged import draw, resolve_layouts
+from mpilm.parallel.apply import prune_to_stage
+from mpilm.parallel.layout import select_owned
 
 V = 53
 SHAPES = [{"n_kv_heads": 4, "tie_embeddings": False}, {"n_kv_heads": 2, "tie_embeddings": True}, {"n_kv_heads": 1}]
@@ -33,8 +33,8 @@ SHAPES = [{"n_kv_heads": 4, "tie_embeddings": False}, {"n_kv_heads": 2, "tie_emb
 def model_of(dtype=torch.float32, **shape):
     config = tiny("", "", **{f"model__{key}": value for key, value in shape.items()})
     model, flat = whole_model(config.model, V, torch.device("cpu"))
-    draw(flat, config.model, config.train.seed)
-    for layout in owned(resolve_layouts(config.model, V, (config.model.n_layers,))):
+    draw_values(flat, config.model, config.train.seed)
+    for layout in select_owned(resolve_model_layouts(config.model, V, (config.model.n_layers,))):
         noise = initial_value(1, layout.name, layout.shape, 0.05)  # norms other than one, logits of some size
         flat.parameter(layout.name).add_(noise)
     return (model if dtype == torch.float32 else model.to(dtype)), config.model
@@ -212,7 +212,7 @@ def test_a_stage_keeps_the_names_and_the_numbers(cut):
     names = dict(model.named_parameters())
     stages = [copy.deepcopy(model) for _ in cut]
     for number, stage in enumerate(stages):
-        keep_stage(stage, number, cut)
+        prune_to_stage(stage, number, cut)
         assert all(torch.equal(parameter, names[name]) for name, parameter in stage.named_parameters())
     assert sorted(name for stage in stages for name, _ in stage.named_parameters()) == sorted(names)
     assert [len(stage.blocks) for stage in stages] == list(cut)

@@ -119,5 +119,5 @@ def test_the_bits_do_not_depend_on_the_chunks(monkeypatch):
 @pytest.mark.parametrize("count", [1, 2047, 2048, 5000, 200_000])
 def test_whole_rows_at_once_are_the_same_bits(count, compiled):
     x = noise(count)
-    words = norm_module.compiled_row_words() if compiled else norm_module._row_words
+    words = norm_module.compile_row_sum() if compiled else norm_module._row_sum
     assert global_norm([x, x[:7]], SelfComm(), words) == global_norm([x, x[:7]], SelfComm())

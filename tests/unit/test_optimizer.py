@@ -6,10 +6,10 @@ from runs import CPU, differing, joined
 
 from mpilm.config import Train
 from mpilm.optim.elementwise import AdamW
-from mpilm.optim.optimizer import RULES, Optimizer, moment_shapes, stays_whole
-from mpilm.optim.rate import learning_rate
+from mpilm.optim.optimizer import OPTIMIZERS, Optimizer, moment_shapes, needs_full_parameter
+from mpilm.optim.schedule import learning_rate
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.layout import resolve
+from mpilm.parallel.layout import resolve_layouts
 
 SHAPES = {"embed": (13, 8), "blocks.0.norm": (8,), "blocks.0.up": (24, 8), "blocks.0.down": (8, 24), "norm": (5,)}
 
@@ -20,13 +20,15 @@ def train(**changes):
 
 def parts(settings, zero=0, rank=0, ranks=1):
     """Parameters, their optimizer, and the vector in which it finds their gradients."""
-    flat = FlatParameters(resolve(SHAPES, {}, whole=stays_whole(settings.optimizer)), CPU, zero, rank, ranks)
-    return flat, Optimizer({0: flat}, settings), FlatVector.zeros(flat.summed, CPU)
+    flat = FlatParameters(
+        resolve_layouts(SHAPES, {}, is_is_unsharded=needs_full_parameter(settings.optimizer)), CPU, zero, rank, ranks
+    )
+    return flat, Optimizer({0: flat}, settings), FlatVector.zeros(flat.reduced, CPU)
 
 
 def fill(flat, vector, values):
     """Give each parameter's part of a vector its values, as far as they are held here."""
-    for piece, view in flat.pieces(vector).items():
+    for piece, view in flat.owned_slices(vector).items():
         view.copy_(values[piece.name].flatten()[piece.start : piece.stop])
 
 
@@ -60,7 +62,7 @@ def torchs(settings, parameters):
     }[settings.optimizer]()
 
 
-CASES = [(name, decay, 0.9) for name in RULES for decay in (0.1, 0.0)] + [("sgd", 0.1, 0.0), ("muon", 0.1, 0.0)]
+CASES = [(name, decay, 0.9) for name in OPTIMIZERS for decay in (0.1, 0.0)] + [("sgd", 0.1, 0.0), ("muon", 0.1, 0.0)]
 
 
 @pytest.mark.parametrize(("name", "decay", "momentum"), CASES)
@@ -85,7 +87,7 @@ def test_it_is_torchs_with_decay_on_matrices_only(name, decay, momentum):
     state = {name: each.state[p] for each in reference for name, p in theirs.items() if p in each.state}
     for name, parameter in theirs.items():
         torch.testing.assert_close(flat.parameter(name), parameter.detach(), rtol=1e-5, atol=1e-6)
-    for kind, shapes in moment_shapes(settings.optimizer, {n: layout for n, (_, layout) in flat.layout.slots.items()}).items():
+    for kind, shapes in moment_shapes(settings.optimizer, {n: layout for n, (_, layout) in flat.layout.spans.items()}).items():
         assert {piece.name for piece in moments[kind]} == set(shapes)
         for piece, moment in moments[kind].items():
             wanted = state.get(piece.name, {}).get(kind)
@@ -117,7 +119,7 @@ def test_what_is_updated_as_a_whole_has_torchs_bits(name):
         assert torch.equal(flat.parameter(name), parameter)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_decay_alone(name):
     """Without a gradient a matrix shrinks by lr x decay, a vector stays."""
     flat, optimizer, gradients = parts(train(optimizer=name, weight_decay=0.25))
@@ -129,7 +131,7 @@ def test_decay_alone(name):
 
 
 def test_moments_of_a_matrix_take_the_room_that_is_said():
-    table = resolve({"embed": (13, 8), "norm": (5,)}, {}, whole=stays_whole("adafactor"))
+    table = resolve_layouts({"embed": (13, 8), "norm": (5,)}, {}, is_is_unsharded=needs_full_parameter("adafactor"))
     assert moment_shapes("adafactor", table) == {
         "row_var": {"embed": (13, 1)}, "col_var": {"embed": (1, 8)}, "variance": {"norm": (5,)},
     }  # fmt: skip
@@ -145,11 +147,11 @@ def updated(settings, zero, ranks, steps=3):
         for _ in range(steps):
             fill(flat, vector, randoms(generator))
             optimizer.step({0: vector}, 0.1)
-        found[rank] = {"value": flat.pieces(flat.values), **optimizer.pieces()}
+        found[rank] = {"value": flat.owned_slices(flat.values), **optimizer.state_slices()}
     return joined(list(found.values()))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("zero", [1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 30])
 def test_an_update_in_shards_has_the_bits_of_the_whole_one(name, zero, ranks):
@@ -158,7 +160,7 @@ def test_an_update_in_shards_has_the_bits_of_the_whole_one(name, zero, ranks):
     assert differing(updated(settings, zero, ranks), updated(settings, zero=0, ranks=1)) == []
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_that_are_put_back_go_on_where_they_were(name):
     settings = train(optimizer=name)
 
@@ -168,9 +170,9 @@ def test_moments_that_are_put_back_go_on_where_they_were(name):
         fill(flat, flat.values, randoms(generator))
         for step in range(6):
             if interrupted and step == 3:
-                kept = {kind: {p: x.clone() for p, x in of.items()} for kind, of in optimizer.pieces().items()}
+                kept = {kind: {p: x.clone() for p, x in of.items()} for kind, of in optimizer.state_slices().items()}
                 optimizer = Optimizer({0: flat}, settings)
-                for kind, of in optimizer.pieces().items():
+                for kind, of in optimizer.state_slices().items():
                     for piece, moment in of.items():
                         moment.copy_(kept[kind][piece])
                 optimizer.set_step(3)
@@ -183,11 +185,11 @@ def test_moments_that_are_put_back_go_on_where_they_were(name):
 
 def test_muon_leaves_embeddings_and_vectors_to_adamw():
     flat, muon, vector = parts(train(optimizer="muon"))
-    plain = FlatParameters(resolve(SHAPES, {}), CPU)
+    plain = FlatParameters(resolve_layouts(SHAPES, {}), CPU)
     adamw = AdamW({0: plain}, train())
     generator = torch.Generator().manual_seed(4)
     values, gradients = randoms(generator), randoms(generator)
-    for of, target in ((flat, vector), (plain, (other := FlatVector.zeros(plain.summed, CPU)))):
+    for of, target in ((flat, vector), (plain, (other := FlatVector.zeros(plain.reduced, CPU)))):
         fill(of, of.values, values)
         fill(of, target, gradients)
     muon.step({0: vector}, 0.1)

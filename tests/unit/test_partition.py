@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpilm.errors import ConfigError
-from mpilm.parallel.partition import partition, stated
+from mpilm.parallel.pipeline.partition import partition_layers, validate_partition
 
 SECONDS = st.floats(0, 8, width=16)
 
@@ -38,7 +38,7 @@ def test_no_cut_is_better(data):
         costs = stage_costs(cut, first_s, last_s, each_s, speeds)
         return max(costs), sum(cost**2 for cost in costs)
 
-    cut = partition(layers, stages, first_s, last_s, each_s, speeds)
+    cut = partition_layers(layers, stages, first_s, last_s, each_s, speeds)
     assert len(cut) == stages
     assert min(cut) >= 1
     assert sum(cut) == layers
@@ -65,18 +65,18 @@ def test_no_cut_is_better(data):
 )
 def test_cuts(arguments, cut):
     if arguments[4:5] == (0.0,):  # layers that cost nothing: any cut, but always the same one
-        assert partition(*arguments) == partition(*arguments)
+        assert partition_layers(*arguments) == partition_layers(*arguments)
     else:
-        assert partition(*arguments) == cut
+        assert partition_layers(*arguments) == cut
 
 
 def test_rounding_decides_nothing():
-    assert partition(12, 4, layer_s=0.1) == partition(12, 4, layer_s=1e-9) == (3, 3, 3, 3)
+    assert partition_layers(12, 4, layer_s=0.1) == partition_layers(12, 4, layer_s=1e-9) == (3, 3, 3, 3)
 
 
 def test_the_largest_sizes_take_no_time():
     start_s = time.process_time()
-    cut = partition(128, 64, first_s=0.3, last_s=2.7)
+    cut = partition_layers(128, 64, first_s=0.3, last_s=2.7)
     assert time.process_time() - start_s < 5
     assert (sum(cut), len(cut), max(cut[:-1]), cut[-1]) == (128, 64, 3, 1)
 
@@ -84,11 +84,11 @@ def test_the_largest_sizes_take_no_time():
 @pytest.mark.parametrize(("layers", "stages"), [(3, 4), (0, 1), (3, 0)])
 def test_more_stages_than_layers(layers, stages):
     with pytest.raises(ConfigError, match=f"{layers} layers cannot be cut into {stages} stages"):
-        partition(layers, stages)
+        partition_layers(layers, stages)
 
 
 def test_a_stated_cut():
-    assert stated([3, 5], 8, 2) == (3, 5)
+    assert validate_partition([3, 5], 8, 2) == (3, 5)
 
 
 @pytest.mark.parametrize(
@@ -102,5 +102,5 @@ def test_a_stated_cut():
 )
 def test_a_stated_cut_that_does_not_fit(cut, message):
     with pytest.raises(ConfigError) as caught:
-        stated(cut, 8, 2)
+        validate_partition(cut, 8, 2)
     assert str(caught.value).startswith(message)

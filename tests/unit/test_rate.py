@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mpilm.config import Train
-from mpilm.optim.rate import learning_rate
+from mpilm.optim.schedule import learning_rate
 
 
 def train(**changes):

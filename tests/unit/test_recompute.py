@@ -8,10 +8,11 @@ from runs import whole_model
 from text import tiny
 from torch import nn
 
+from mpilm.engine.pipelined import draw_values
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
-from mpilm.parallel.recompute import recompute
-from mpilm.trainer.staged import autocast_of, draw
+from mpilm.parallel.activation_checkpoint import checkpoint_activations
+from mpilm.parallel.apply import make_autocast
 
 V, CPU, LAYERS = 29, torch.device("cpu"), 3
 HOW = ["none", "attention", "block"]
@@ -24,14 +25,14 @@ SHAPES = [
 def model_of(how, **shape):
     config = tiny("", "", model__n_layers=LAYERS, **{f"model__{key}": value for key, value in shape.items()})
     model, flat = whole_model(config.model, V, CPU)
-    draw(flat, config.model, seed=0)
-    recompute(model, how)
+    draw_values(flat, config.model, seed=0)
+    checkpoint_activations(model, how)
     return model
 
 
 def loss_of(model, dtype="float32", keys=(3, 4)):
     x = torch.randint(0, V, (2, 16), generator=torch.Generator().manual_seed(0))
-    with autocast_of(dtype, CPU)():
+    with make_autocast(dtype, CPU)():
         return loss_sum(model(x, Rows(torch.arange(16), list(keys), share=0.1)), x.roll(-1, 1))
 
 
@@ -104,7 +105,7 @@ def test_only_what_is_named_is_computed_again_and_only_in_backward(how, dropout)
         block.attn.core = Core(block.attn.core)
         block.mlp.register_forward_pre_hook(lambda *_: calls.update(["mlp"]))
         block.register_forward_pre_hook(lambda *_: calls.update(["hook of a block"]))
-    recompute(model, how)
+    checkpoint_activations(model, how)
     with torch.no_grad():
         loss_of(model)
     assert calls == {"core": LAYERS, "mlp": LAYERS, "hook of a block": LAYERS}

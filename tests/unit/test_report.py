@@ -116,7 +116,7 @@ class Checked(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.ids, self.words = [], [], []
-        self.feed(text)
+        self.inputs(text)
         self.close()
         assert not self.open, f"never closed: {self.open}"
         twice = {each for each in self.ids if self.ids.count(each) > 1}

@@ -6,12 +6,13 @@ from runs import whole_model
 from text import tiny
 
 from mpilm.config import resolve
+from mpilm.engine.pipelined import resolve_model_layouts
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
 from mpilm.model.size import activation_bytes, flops_per_token, parameter_count
-from mpilm.parallel.layout import owned
+from mpilm.parallel.apply import make_autocast
+from mpilm.parallel.layout import select_owned
 from mpilm.presets import PRESETS, VOCABULARIES
-from mpilm.trainer.staged import autocast_of, resolve_layouts
 
 V, CPU = 300, torch.device("cpu")
 
@@ -27,7 +28,7 @@ def kept_bytes(model, flat, batch, length, dtype):
 
     x = torch.randint(0, V, (batch, length), generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with autocast_of(dtype, CPU)():
+        with make_autocast(dtype, CPU)():
             logits = model(x, Rows(torch.arange(length), list(range(batch))))
         loss = loss_sum(logits, x)
     assert loss.requires_grad
@@ -91,7 +92,7 @@ def test_those_of_adapters_are_no_more(family, dtype, targets):
 @each_family
 def test_parameters_of_every_family(family):
     shape = family_of(family, model__n_layers=3).model
-    assert parameter_count(shape, V) == sum(layout.numel for layout in owned(resolve_layouts(shape, V, (3,))))
+    assert parameter_count(shape, V) == sum(layout.numel for layout in select_owned(resolve_model_layouts(shape, V, (3,))))
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -99,7 +100,7 @@ def test_parameters_of_every_family(family):
 @pytest.mark.parametrize("layers", [1, 3])
 def test_parameters(tie, kv_heads, layers):
     shape = tiny("", "", model__tie_embeddings=tie, model__n_kv_heads=kv_heads, model__n_layers=layers).model
-    assert parameter_count(shape, V) == sum(layout.numel for layout in owned(resolve_layouts(shape, V, (layers,))))
+    assert parameter_count(shape, V) == sum(layout.numel for layout in select_owned(resolve_model_layouts(shape, V, (layers,))))
 
 
 @pytest.mark.parametrize(

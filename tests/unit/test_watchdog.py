@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from mpilm.comm.activity import Activity, Call
 from mpilm.comm.base import SelfComm
-from mpilm.guard import watchdog
-from mpilm.guard.watchdog import LEARNED, SHORTEST_S, UNKNOWN_S, Watchdog, report
+from mpilm.comm.progress import CommCall, Progress
+from mpilm.launch import watchdog
+from mpilm.launch.watchdog import FIRST_TIMEOUT_S, MIN_TIMEOUT_S, TIMEOUT_FACTOR, Watchdog, format_report
 
 PROCESSES = [["a", 11], ["a", 12], ["b", 13]]
 
@@ -27,7 +27,7 @@ def test_those_who_are_behind_are_named():
     """Ranks 0 and 2 have come to call 7 on the data axis, rank 1 is at call 6 and computes."""
     call = ["all_reduce", "data", 7, [0, 1, 2], "", 30.0]
     found = {0: words(0, call, {"data": 7}), 1: words(1, None, {"data": 6}), 2: words(2, call, {"data": 7})}
-    said = report(found, PROCESSES, {})
+    said = format_report(found, PROCESSES, {})
     assert "step 4 has lasted 31 s, and 30 s is the limit" in said
     assert "The others wait for rank 1." in said
     assert "rank 0 on a (process 11): waits 30 s for rank 1 in all_reduce on data (call 7); step 4, at data/batch.py:9" in said
@@ -41,7 +41,7 @@ def test_ranks_that_wait_for_each_other():
         1: words(1, ["receive", "pipeline", 9, [0], "tag 2", 13.0]),
         2: words(2, ["barrier", "world", 2, [0, 1, 2], "", 14.0], {"world": 2}),
     }
-    said = report(found, PROCESSES, {})
+    said = format_report(found, PROCESSES, {})
     assert "All ranks wait for each other: a message is lost, or they do not make the same calls." in said
     assert "waits 12 s for rank 1 in receive on pipeline (call 3, tag 5)" in said
     assert "waits 13 s for rank 0 in receive on pipeline (call 9, tag 2)" in said
@@ -50,7 +50,7 @@ def test_ranks_that_wait_for_each_other():
 
 def test_ranks_that_say_nothing():
     found = {0: words(0, ["barrier", "world", 2, [0, 1, 2], "", 14.0], {"world": 2})}
-    said = report(found, PROCESSES, {1: "the process is not there any more", 2: ""})
+    said = format_report(found, PROCESSES, {1: "the process is not there any more", 2: ""})
     assert "Missing: ranks 1, 2." in said
     assert "rank 1 on a (process 12): no word from it; the process is not there any more\n" in said
     assert "rank 2 on b (process 13): no word from it\n" in said
@@ -63,37 +63,37 @@ def quick(monkeypatch):
 
 
 def test_the_limit_is_stated_or_learned():
-    activity = Activity()
+    progress = Progress()
     for stated, known, wanted in (
-        (0.0, None, UNKNOWN_S),
-        (0.0, 0.1, SHORTEST_S),
-        (0.0, 100.0, LEARNED * 100.0),
+        (0.0, None, FIRST_TIMEOUT_S),
+        (0.0, 0.1, MIN_TIMEOUT_S),
+        (0.0, 100.0, TIMEOUT_FACTOR * 100.0),
         (7.0, 100.0, 7.0),
     ):
-        activity.phase, activity.longest_s = "step", {} if known is None else {"step": known}
-        dog = Watchdog(activity, SelfComm("world"), stated)
+        progress.phase, progress.longest_s = "step", {} if known is None else {"step": known}
+        dog = Watchdog(progress, SelfComm("world"), stated)
         dog.close()
         assert dog.limit_s() == wanted
-    activity.phase = "evaluation"
-    assert dog.limit_s() == UNKNOWN_S  # what is stated is of steps
-    activity.phase = watchdog.PREPARATION
+    progress.phase = "evaluation"
+    assert dog.limit_s() == FIRST_TIMEOUT_S  # what is stated is of steps
+    progress.phase = watchdog.PREPARATION
     assert dog.limit_s() == math.inf
 
 
 def test_it_barks_past_the_limit_and_not_before(quick, monkeypatch):
     ends = []
-    monkeypatch.setattr(Watchdog, "_end", lambda self: (ends.append(self.activity.step), self._closed.set()))
+    monkeypatch.setattr(Watchdog, "_end", lambda self: (ends.append(self.progress.step), self._closed.set()))
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: ends.append(code))
-    activity = Activity()
-    dog = Watchdog(activity, SelfComm("world"), 2.0)
+    progress = Progress()
+    dog = Watchdog(progress, SelfComm("world"), 2.0)
     for step in range(5):
-        activity.enter("step", step)
+        progress.enter("step", step)
         time.sleep(0.05)
     assert ends == []
     deadline = time.monotonic() + 30
     while len(ends) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert ends == [4, watchdog.CODE]
+    assert ends == [4, watchdog.EXIT_CODE]
     dog.close()
 
 
@@ -102,12 +102,12 @@ def test_it_ends_the_rank_also_where_it_cannot_report(quick, monkeypatch):
     monkeypatch.setattr(Watchdog, "_words", lambda self, limit_s: self._closed.set() or 1 / 0)
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: ends.append(code))
     monkeypatch.setattr(watchdog.threading, "excepthook", lambda arguments: None)
-    Watchdog(Activity(), SelfComm("world"), 0.0).activity.longest_s["start"] = 0.0
+    Watchdog(Progress(), SelfComm("world"), 0.0).progress.longest_s["start"] = 0.0
     monkeypatch.setattr(watchdog, "SHORTEST_S", 0.0)
     deadline = time.monotonic() + 30
     while not ends and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert ends == [watchdog.CODE]
+    assert ends == [watchdog.EXIT_CODE]
 
 
 def test_while_a_run_starts_every_rank_speaks_for_itself(quick, monkeypatch, capsys):
@@ -116,11 +116,11 @@ def test_while_a_run_starts_every_rank_speaks_for_itself(quick, monkeypatch, cap
     monkeypatch.setattr(watchdog, "UNKNOWN_S", 0.0)
     monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: (ends.append(code), dog._closed.set()))
-    dog = Watchdog(Activity(), SelfComm("world"), 5.0)
+    dog = Watchdog(Progress(), SelfComm("world"), 5.0)
     deadline = time.monotonic() + 30
     while not ends and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert ends[0] == watchdog.CODE
+    assert ends[0] == watchdog.EXIT_CODE
     said = capsys.readouterr().err
     assert said.startswith("mpilm: watchdog: start 1 has lasted 0 s, and 0 s is the limit")
     assert f"process {os.getpid()}): waits for nobody; start 1, at" in said
@@ -128,17 +128,17 @@ def test_while_a_run_starts_every_rank_speaks_for_itself(quick, monkeypatch, cap
 
 def test_its_thread_is_gone_once_it_is_closed():
     """It holds the run: tensors that a thread frees while Python ends crash the process, in the place of its exit code."""
-    dog = Watchdog(Activity(), SelfComm("world"), 0.0)
+    dog = Watchdog(Progress(), SelfComm("world"), 0.0)
     assert dog._thread.is_alive()
     dog.close()
     assert not dog._thread.is_alive()
 
 
 def test_what_is_waited_for_is_forgotten_when_it_has_come():
-    activity, call, seen = Activity(), Call("barrier", "world", 1, (0, 1)), []
-    activity.wait(call, lambda: seen.append(activity.waiting))
+    progress, call, seen = Progress(), CommCall("barrier", "world", 1, (0, 1)), []
+    progress.wait(call, lambda: seen.append(progress.waiting))
     assert seen[0][0] == call
-    assert activity.waiting is None
+    assert progress.waiting is None
 
 
 def test_a_crash_on_the_way_out_does_not_take_the_place_of_the_exit_code():

@@ -1,4 +1,4 @@
-"""The interpreter of a program: walks the list, holds no scheduling logic."""
+"""The interpreter of a pipeline program: it walks the list of actions and contains no scheduling logic."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mpilm.comm.activity import Activity
 from mpilm.comm.base import Comm, Request
+from mpilm.comm.progress import Progress
 from mpilm.parallel.pipeline.actions import Action, Message
-
-POINTS = {"F": "forward", "B": "backward", "I": "backward", "REDUCE": "reduce.before"}
 
 
 class Stage(Protocol):
-    """What a part of the model can do with a microbatch, and the memory of what it sends and receives."""
+    """A stage of the model: computation on a microbatch, and the buffers of its messages."""
 
     def forward(self, microbatch: int) -> None: ...
     def backward(self, microbatch: int) -> None: ...
@@ -28,56 +26,54 @@ class Stage(Protocol):
     def input_gradient(self, microbatch: int) -> Tensor: ...
 
 
-class Wire:
-    """Messages between stages over `comm`, the pipeline axis, on which stage s is rank s modulo the number of ranks.
+class StageMessenger:
+    """Messages between stages over `comm`, the pipeline axis, where stage s is on rank s modulo its size.
 
-    One send is under way on a channel at a time: the next one waits for it.
+    Each channel has one send in flight: the next send waits for it.
     """
 
     def __init__(self, comm: Comm):
         self.comm = comm
-        self.going: dict[tuple[int, str], Request] = {}
-        self.coming: dict[Message, Request] = {}
+        self.sends: dict[tuple[int, str], Request] = {}
+        self.receives: dict[Message, Request] = {}
 
     def send(self, message: Message, tensor: Tensor) -> None:
-        if message.channel in self.going:
-            self.going[message.channel].wait()
-        self.going[message.channel] = self.comm.isend(tensor, message.stage % self.comm.size, _tag(message))
+        if message.channel in self.sends:
+            self.sends[message.channel].wait()
+        self.sends[message.channel] = self.comm.isend(tensor, message.stage % self.comm.size, _tag(message))
 
-    def post(self, message: Message, buffer: Tensor) -> None:
+    def post_receive(self, message: Message, buffer: Tensor) -> None:
         source = message.stage + (1 if message.direction == "B" else -1)
-        self.coming[message] = self.comm.irecv(buffer, source % self.comm.size, _tag(message))
+        self.receives[message] = self.comm.irecv(buffer, source % self.comm.size, _tag(message))
 
     def wait(self, message: Message | None) -> None:
-        """Returns when a message for which a receive was posted is there; there is none at the ends of the pipeline."""
-        if message in self.coming:
-            self.coming.pop(message).wait()
+        """Return when a message has arrived. At the ends of the pipeline no receive was posted."""
+        if message in self.receives:
+            self.receives.pop(message).wait()
 
     def drain(self) -> None:
-        while self.going:
-            self.going.popitem()[1].wait()
+        while self.sends:
+            self.sends.popitem()[1].wait()
 
 
 def _tag(message: Message) -> int:
     return 2 * message.stage + (message.direction == "B")
 
 
-def execute(program: Sequence[Action], stages: Mapping[int, Stage], wire: Wire, activity: Activity) -> None:
-    """Carry out the actions in their order. Collective over the pipeline axis, and over the data axis through REDUCE.
-    `activity` is told of each, without the waiting for its message."""
+def execute(program: Sequence[Action], stages: Mapping[int, Stage], messenger: StageMessenger, progress: Progress) -> None:
+    """Execute the actions in order. Collective over the pipeline axis, and over the reduce axes through REDUCE.
+
+    `progress` records each action without the wait for its message.
+    """
     for action in program:
         if action.kind in ("F", "B", "I"):
-            wire.wait(action.message)
-        with activity.span(action):
-            if action.kind in POINTS:
-                activity.at(POINTS[action.kind])
-            _carry_out(action, stages[action.stage], wire)
-            if action.kind == "REDUCE":
-                activity.at("reduce.after")
-    wire.drain()
+            messenger.wait(action.message)
+        with progress.span(action):
+            _execute_action(action, stages[action.stage], messenger)
+    messenger.drain()
 
 
-def _carry_out(action: Action, stage: Stage, wire: Wire) -> None:
+def _execute_action(action: Action, stage: Stage, messenger: StageMessenger) -> None:
     if action.kind == "REDUCE":
         return stage.reduce()
     m, message = action.microbatch, action.message
@@ -93,10 +89,10 @@ def _carry_out(action: Action, stage: Stage, wire: Wire) -> None:
         case "I":
             stage.backward_input(m)
         case "SEND_F":
-            wire.send(message, stage.output(m))
+            messenger.send(message, stage.output(m))
         case "SEND_B":
-            wire.send(message, stage.input_gradient(m))
+            messenger.send(message, stage.input_gradient(m))
         case "RECV_F":
-            wire.post(message, stage.input(m))
+            messenger.post_receive(message, stage.input(m))
         case "RECV_B":
-            wire.post(message, stage.output_gradient(m))
+            messenger.post_receive(message, stage.output_gradient(m))

@@ -1,4 +1,4 @@
-"""A part of the model as the interpreter sees it. With one stage the part is the whole model."""
+"""One pipeline stage of the model, as the interpreter runs it. With one stage it is the whole model."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from mpilm.comm.progress import Progress
 from mpilm.data.batch import Batch
 from mpilm.model.cache import Cache
 from mpilm.model.init import key_of
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
-from mpilm.parallel.deferred import Store
-from mpilm.parallel.given import backward_from
+from mpilm.parallel.autograd import backward_with
+from mpilm.parallel.pipeline.split_backward import WeightGradQueue
 
 
-class Gradients(Protocol):
-    """What collects the gradients of this rank's microbatches and sums them (mpilm/optim)."""
+class GradientReducer(Protocol):
+    """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce)."""
 
-    def begin(self, i: int) -> None: ...
-    def deliver(self, name: str, gradient: Tensor) -> None: ...
-    def end(self, i: int) -> None: ...
-    def join(self, i: int, begin_backward: Callable[[str], None]) -> None: ...
+    def begin_microbatch(self, i: int) -> None: ...
+    def accumulate(self, name: str, gradient: Tensor) -> None: ...
+    def end_microbatch(self, i: int) -> None: ...
+    def join_round(self, i: int, begin_backward: Callable[[str], None]) -> None: ...
     def reduce(self) -> None: ...
 
 
-class Presence(Protocol):
-    """What brings the parameters where they are needed, for ranks that have a microbatch and for those that have none."""
+class ParameterProvider(Protocol):
+    """Provides full parameters before a module runs (nothing to do, or ZeRO-3's all-gather; parallel/fsdp.py).
+
+    Ranks without a microbatch must join.
+    """
 
     @property
     def held_bytes(self) -> int: ...
@@ -42,81 +46,76 @@ class Presence(Protocol):
     def join_backward(self) -> None: ...
 
 
-class NoGradients:
-    """In the place of Gradients where nothing goes backward."""
+class NullReducer:
+    """The GradientReducer of forward-only runs: does nothing."""
 
-    def begin(self, i: int) -> None: ...
-    def deliver(self, name: str, gradient: Tensor) -> None: ...
-    def end(self, i: int) -> None: ...
-    def join(self, i: int, begin_backward: Callable[[str], None]) -> None: ...
+    def begin_microbatch(self, i: int) -> None: ...
+    def accumulate(self, name: str, gradient: Tensor) -> None: ...
+    def end_microbatch(self, i: int) -> None: ...
+    def join_round(self, i: int, begin_backward: Callable[[str], None]) -> None: ...
     def reduce(self) -> None: ...
 
 
 def token_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """The sum of the token losses of a microbatch."""
+    """Return the sum of the token losses of a microbatch."""
     return loss_sum(logits, batch.targets)
 
 
 @dataclass(frozen=True)
-class Feed:
-    """What the microbatches 0, 1, ... of a program are on this replica.
+class StepInputs:
+    """The microbatches of one program on this replica."""
 
-    `numbers`: their numbers in the global batch; a program may have more microbatches than this replica. `step`: what dropout
-    is keyed by; None: no dropout and no gradients. `target_tokens`: what losses are divided by before backward.
-    `result`: what the last stage makes of its logits. `caches`: by number, of microbatches that go on where they stopped.
-    """
-
-    batch_of: Callable[[int], Batch]
-    numbers: Sequence[int]
-    step: int | None = None
-    target_tokens: int = 1
-    result: Callable[[Tensor, Batch], Tensor] = token_losses
-    caches: Mapping[int, Cache] | None = None
+    fetch: Callable[[int], Batch]  # the batch of a microbatch of the global batch
+    microbatch_ids: Sequence[int]  # the global numbers of this replica's microbatches; a program may have more of them
+    step: int | None = None  # keys dropout; None: neither dropout nor gradients
+    target_tokens: int = 1  # divides the losses before backward
+    output_fn: Callable[[Tensor, Batch], Tensor] = token_losses  # applied to the logits by the last stage
+    kv_caches: Mapping[int, Cache] | None = None  # by global number, for decoding
 
 
-class Pool:
-    """Buffers that are used again: after the first step nothing is allocated."""
+class BufferPool:
+    """Buffers that are reused: nothing is allocated after the first step."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
 
-    def take(self, shape: tuple[int, ...]) -> Tensor:
+    def acquire(self, shape: tuple[int, ...]) -> Tensor:
         free = self._free[shape]
         return free.pop() if free else torch.empty(shape, device=self.device)
 
-    def give(self, buffer: Tensor) -> None:
+    def release(self, buffer: Tensor) -> None:
         self._free[tuple(buffer.shape)].append(buffer)
 
 
-class ModelStage:
-    """Runs microbatches through `model`, one stage of a pipeline; activations are (B, T, `width`), float32.
+@dataclass(frozen=True)
+class StageParts:
+    """The parts of a stage after parallelize() (parallel/apply.py)."""
 
-    `store`: where the model's weight gradients are deferred to, with a schedule that has W. Dropout is keyed by (seed, step,
-    sample), so the masks do not depend on who computes.
+    model: nn.Module
+    is_first: bool
+    is_last: bool
+    reducer: GradientReducer
+    parameters: ParameterProvider
+    weight_grads: WeightGradQueue  # used by schedules with W
+    autocast: Callable[[], AbstractContextManager[object]]
+
+
+class ModelStage:
+    """Runs microbatches through one stage; activations are (B, T, `width`), float32.
+
+    Dropout is keyed by (seed, step, sample), so the masks do not depend on the rank.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        ends: tuple[bool, bool],
-        gradients: Gradients,
-        presence: Presence,
-        store: Store,
-        width: int,
-        seed: int,
-        autocast: Callable[[], AbstractContextManager[object]],
-        device: torch.device,
-    ):
-        self.model, self.gradients, self.presence, self.store = model, gradients, presence, store
-        self.first, self.last = ends
-        self.width, self.seed, self.autocast, self.pool = width, seed, autocast, Pool(device)
+    def __init__(self, parts: StageParts, width: int, seed: int, device: torch.device, progress: Progress):
+        self.parts, self.model, self.reducer, self.parameters = parts, parts.model, parts.reducer, parts.parameters
+        self.weight_grads = parts.weight_grads
+        self.width, self.seed, self.device, self.progress, self.pool = width, seed, device, progress, BufferPool(device)
 
-    def start(self, feed: Feed) -> None:
-        """Say what the microbatches of the next program are."""
-        self.feed = feed
-        self.results: dict[int, Tensor] = {}
-        """What the last stage has made of each microbatch, by its number in the global batch."""
+    def start(self, inputs: StepInputs) -> None:
+        """Set the microbatches of the next program."""
+        self.inputs = inputs
+        self.results: dict[int, Tensor] = {}  # outputs of the last stage, by global number of the microbatch
         self._batches: dict[int, Batch] = {}
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
@@ -124,19 +123,19 @@ class ModelStage:
         self._output_gradients: dict[int, Tensor] = {}
         self._input_gradients: dict[int, Tensor] = {}
 
-    # Memory of what is received and sent.
+    # Buffers of messages.
 
     def input(self, microbatch: int) -> Tensor:
-        """Where the input of a microbatch is to be received."""
-        self._inputs[microbatch] = self.pool.take(self._shape(microbatch))
+        """Return the buffer that receives the input of a microbatch."""
+        self._inputs[microbatch] = self.pool.acquire(self._activation_shape(microbatch))
         return self._inputs[microbatch]
 
     def output(self, microbatch: int) -> Tensor:
         return self._outputs.pop(microbatch)
 
     def output_gradient(self, microbatch: int) -> Tensor:
-        """Where the gradient of the output is to be received."""
-        self._output_gradients[microbatch] = self.pool.take(self._shape(microbatch))
+        """Return the buffer that receives the gradient of the output."""
+        self._output_gradients[microbatch] = self.pool.acquire(self._activation_shape(microbatch))
         return self._output_gradients[microbatch]
 
     def input_gradient(self, microbatch: int) -> Tensor:
@@ -145,91 +144,97 @@ class ModelStage:
     # Computation.
 
     def forward(self, microbatch: int) -> None:
-        if not self._present(microbatch):
-            return self.presence.join_forward()
-        training, batch = self.feed.step is not None, self._batch(microbatch)
-        x = batch.tokens if self.first else self._inputs[microbatch].detach().requires_grad_(training)
-        with torch.set_grad_enabled(training), self.autocast():
-            y = self.model(x.view_as(x), self._rows(microbatch))  # autocast treats a leaf in a way of its own
-            if self.last:
-                y = self.feed.result(y, batch)
-        if self.last:
-            self.results[self.feed.numbers[microbatch]] = y.detach()  # not .item(): a GPU would have to finish first
+        if not self._exists(microbatch):
+            return self.parameters.join_forward()
+        training, batch = self.inputs.step is not None, self._batch(microbatch)
+        x = batch.tokens if self.parts.is_first else self._inputs[microbatch].detach().requires_grad_(training)
+        with torch.set_grad_enabled(training), self.parts.autocast():
+            y = self.model(x.view_as(x), self._sequence_info(microbatch))  # a view: autocast caches copies of leaves
+            if self.parts.is_last:
+                y = self.inputs.output_fn(y, batch)
+        if self.parts.is_last:
+            self.results[self.inputs.microbatch_ids[microbatch]] = y.detach()  # not .item(): that would synchronize a GPU
         else:
             self._outputs[microbatch] = y.detach()
         if training:
             self._graphs[microbatch] = x, y
         else:
-            self._let_go(microbatch)
+            self._release_buffers(microbatch)
 
     def backward(self, microbatch: int) -> None:
-        if not self._present(microbatch):
-            self.gradients.join(microbatch, self.presence.begin_backward)
-            return self.presence.end_backward()
-        self.gradients.begin(microbatch)
+        if not self._exists(microbatch):
+            self.reducer.join_round(microbatch, self.parameters.begin_backward)
+            return self.parameters.end_backward()
+        self.reducer.begin_microbatch(microbatch)
         self._backward(microbatch)
-        self._let_go(microbatch)
-        self.gradients.end(microbatch)
+        self._release_buffers(microbatch)
+        self.reducer.end_microbatch(microbatch)
 
     def backward_input(self, microbatch: int) -> None:
-        """The half that the stage before is waiting for; what the other half needs goes to the store."""
-        if not self._present(microbatch):
-            return self.presence.join_backward()
-        self.store.current = microbatch
+        """Compute the gradient of the input, for which the previous stage waits; queue what the weight gradients need."""
+        if not self._exists(microbatch):
+            return self.parameters.join_backward()
+        self.weight_grads.microbatch = microbatch
         for parameter in self.model.parameters():
             parameter.grad = None
         self._backward(microbatch)
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                self.store.keep(name, parameter.grad)
+                self.weight_grads.push_completed(name, parameter.grad)
                 parameter.grad = None
 
     def backward_weight(self, microbatch: int) -> None:
-        if not self._present(microbatch):
-            return self.gradients.join(microbatch, lambda name: None)
-        self.in_backward = microbatch
-        self.gradients.begin(microbatch)
-        for name, gradient in self.store.gradients(microbatch):
-            self.gradients.deliver(name, gradient)
-        self._let_go(microbatch)  # not earlier: what was received may itself be owed
-        self.gradients.end(microbatch)
+        """Compute the queued weight gradients."""
+        if not self._exists(microbatch):
+            return self.reducer.join_round(microbatch, lambda name: None)
+        self.backward_microbatch = microbatch
+        self.reducer.begin_microbatch(microbatch)
+        for name, gradient in self.weight_grads.pop_gradients(microbatch):
+            self.reducer.accumulate(name, gradient)
+        self._release_buffers(microbatch)  # not earlier: a queued product may use a received buffer
+        self.reducer.end_microbatch(microbatch)
 
     def reduce(self) -> None:
-        self.gradients.reduce()
+        self.reducer.reduce()
 
     def _backward(self, microbatch: int) -> None:
-        self.in_backward = microbatch
+        self.backward_microbatch = microbatch
         x, y = self._graphs.pop(microbatch)
-        if self.last:
-            (y / self.feed.target_tokens).backward()
+        if self.parts.is_last:
+            (y / self.inputs.target_tokens).backward()
         else:
-            backward_from(y, self._output_gradients[microbatch])
-        self.presence.end_backward()
-        if not self.first:
+            backward_with(y, self._output_gradients[microbatch])
+        self.parameters.end_backward()
+        if not self.parts.is_first:
             assert x.grad is not None
             self._input_gradients[microbatch] = x.grad
 
-    def _let_go(self, microbatch: int) -> None:
+    def _release_buffers(self, microbatch: int) -> None:
         del self._batches[microbatch]
         for buffers in (self._inputs, self._output_gradients):
             if microbatch in buffers:
-                self.pool.give(buffers.pop(microbatch))
+                self.pool.release(buffers.pop(microbatch))
 
-    def _present(self, microbatch: int) -> bool:
-        return microbatch < len(self.feed.numbers)
+    def _exists(self, microbatch: int) -> bool:
+        return microbatch < len(self.inputs.microbatch_ids)
 
     def _batch(self, microbatch: int) -> Batch:
         if microbatch not in self._batches:
-            self._batches[microbatch] = self.feed.batch_of(self.feed.numbers[microbatch])
+            self._batches[microbatch] = self.fetch_batch(self.inputs.microbatch_ids[microbatch])
         return self._batches[microbatch]
 
-    def _shape(self, microbatch: int) -> tuple[int, ...]:
+    def fetch_batch(self, number: int) -> Batch:
+        """Read a microbatch of the global batch."""
+        with self.progress.span("data"):
+            return self.inputs.fetch(number).to(self.device)
+
+    def _activation_shape(self, microbatch: int) -> tuple[int, ...]:
         return (*self._batch(microbatch).tokens.shape, self.width)
 
-    def _rows(self, microbatch: int) -> Rows:
-        batch = self._batch(microbatch)
-        if self.feed.step is None:
-            cache = None if self.feed.caches is None else self.feed.caches[self.feed.numbers[microbatch]]
+    def _sequence_info(self, microbatch: int) -> Rows:
+        batch, inputs = self._batch(microbatch), self.inputs
+        if inputs.step is None:
+            cache = None if inputs.kv_caches is None else inputs.kv_caches[inputs.microbatch_ids[microbatch]]
             return Rows(batch.positions, documents=batch.documents, cache=cache)
-        keys = [key_of("dropout", self.seed, self.feed.step, sample) for sample in batch.samples.tolist()]
-        return Rows(batch.positions, keys, batch.documents, share=batch.target_tokens / self.feed.target_tokens)
+        keys = [key_of("dropout", self.seed, inputs.step, sample) for sample in batch.samples.tolist()]
+        return Rows(batch.positions, keys, batch.documents, share=batch.target_tokens / inputs.target_tokens)

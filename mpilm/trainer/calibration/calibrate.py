@@ -18,23 +18,23 @@ from pathlib import Path
 import torch
 
 from mpilm.comm.base import Comm, SelfComm
-from mpilm.comm.together import AgreedError, on_root
+from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config import Config, Model, Train, resolve
+from mpilm.engine.hardware import cores_per_rank, detect_hardware, software_versions
+from mpilm.engine.step import train_step
+from mpilm.engine.train_model import TrainModel
 from mpilm.errors import ConfigError, FileError
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.size import kept_floats
-from mpilm.parallel.shard import ALIGNMENT
+from mpilm.parallel.flat_layout import ALIGNMENT
 from mpilm.planner.cost import Setting, step_time
 from mpilm.planner.machine import FORMAT, Compute, Curve, Machine
 from mpilm.telemetry.memory import Memory as InUse
 from mpilm.trainer.calibration.bench import Bench
 from mpilm.trainer.calibration.compute import computing
 from mpilm.trainer.calibration.network import across, network
-from mpilm.trainer.machine import cores_of, look, versions
-from mpilm.trainer.prove import RandomTokens
-from mpilm.trainer.sharded import ShardedModel
-from mpilm.trainer.step import train_step
+from mpilm.verification.layouts import RandomTokens
 
 TRAINED, SMALL_VOCABULARY = ((128, 128), (512, 192), (1024, 512)), 2048  # tokens and width of models that are trained
 DISK_BYTES = 128 << 20
@@ -42,26 +42,26 @@ DISK_BYTES = 128 << 20
 
 def calibrate(comm: Comm, device: str) -> Machine:
     """Measure this machine with these ranks. Collective."""
-    used = look(Train(device=device), comm, bind=False)  # type: ignore[arg-type] # one rank alone measures all cores
-    comm = comm.with_options(gpu_aware=False, patient=used.crowded)
+    used = detect_hardware(Train(device=device), comm, bind=False)  # type: ignore[arg-type] # one rank alone measures all cores
+    comm = comm.with_options(gpu_aware=False, yield_while_waiting=used.oversubscribed)
     node = comm.split_node()
     sizes = comm.all_gather_json(node.size)
     if len(set(sizes)) > 1:
-        raise AgreedError(ConfigError(
+        raise CollectiveError(ConfigError(
             f"nodes have {min(sizes)} to {max(sizes)} ranks: start the same number on each, as many as a job will have"
         ))  # fmt: skip
     program = InUse(used.device).program_bytes
-    cores = round(sum(node.all_gather_json(float(cores_of(node)))))
+    cores = round(sum(node.all_gather_json(float(cores_per_rank(node)))))
     bench = Bench(comm, node, used.device, _progress(comm))
     compute, memory = computing(bench, used.threads, node.size)
-    alone = replace(bench, comm=comm.with_options(gpu_aware=False, patient=True), alone=True)
+    alone = replace(bench, comm=comm.with_options(gpu_aware=False, yield_while_waiting=True), alone=True)
     if node.size > 1 and used.device.type == "cpu":
         with _threads(cores if node.rank == 0 else 1):
             more, also = computing(alone, cores, 1)
         compute, memory = [*compute, *more], [*memory, *also]
     found = Machine(
         format=FORMAT, made=time.strftime("%Y-%m-%d %H:%M"), device=used.device.type,
-        **{name: said for name, said in versions(comm).items() if name in ("mpilm", "torch", "processor", "mpi")},
+        **{name: said for name, said in software_versions(comm).items() if name in ("mpilm", "torch", "processor", "mpi")},
         nodes=comm.size // node.size, ranks_per_node=node.size, gpus=max(1, _gpus(used.device)), cores=max(1, cores),
         memory_bytes=_memory_bytes(used.device), program_bytes=max(comm.all_gather_json(program)),
         compute=tuple(compute), memory=tuple(memory), within=network(bench, node), across=across(bench, comm, node),
@@ -127,8 +127,8 @@ def _small(tokens: int, width: int, dtype: str, batch: int = 2) -> Config:
 
 def _step_of(config: Config, device: torch.device, comm: Comm) -> Callable[[], object]:
     mesh = Mesh.build(MeshShape(data=comm.size), comm)
-    model = ShardedModel(config, mesh, (config.model.n_layers,), SMALL_VOCABULARY, device, ALIGNMENT)
-    model.initialise()
+    model = TrainModel(config, mesh, (config.model.n_layers,), SMALL_VOCABULARY, device, ALIGNMENT)
+    model.init_parameters()
     source, steps = RandomTokens(config, SMALL_VOCABULARY), iter(range(1 << 30))
     return lambda: train_step(model, source, next(steps))
 
@@ -148,7 +148,7 @@ def _disk(bench: Bench) -> float:
         except OSError as error:
             raise FileError(f"the folder here cannot be written, to measure the disk: {error.strerror}") from None
 
-    return float(bench.comm.broadcast_json(on_root(bench.comm, write)))
+    return float(bench.comm.broadcast_json(run_on_root(bench.comm, write)))
 
 
 def _step_s(bench: Bench, machine: Machine) -> float:

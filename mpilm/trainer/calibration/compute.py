@@ -18,12 +18,12 @@ from mpilm.model.rows import Rows
 from mpilm.model.size import attention_flops, block_numel, kept_floats, matrices
 from mpilm.optim.elementwise import EPS
 from mpilm.optim.norm import global_norm
+from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.flat import set_parameter
-from mpilm.parallel.gathered import Fleeting
-from mpilm.parallel.layout import Layout
+from mpilm.parallel.fsdp import ReleasableBuffer
+from mpilm.parallel.layout import ParamLayout
 from mpilm.planner.machine import Compute, Curve, Memory, on
 from mpilm.trainer.calibration.bench import Bench
-from mpilm.trainer.staged import autocast_of
 
 TOKENS = (128, 512, 2048)
 WIDTHS = (128, 384, 1024, 2048)
@@ -71,7 +71,7 @@ def _pair(points: Sequence[tuple[float, Times]]) -> tuple[Curve, Curve]:
 
 def _times(bench: Bench, dtype: str, forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Times:
     """Of a computation and its backward, the gradients new each time."""
-    autocast = autocast_of(dtype, bench.device)
+    autocast = make_autocast(dtype, bench.device)
 
     def ahead() -> Tensor:
         with autocast():
@@ -154,7 +154,7 @@ def _block(bench: Bench, shape: Model) -> nn.Module:
         block = build(shape, 128).get_submodule("blocks.0")
     for name, parameter in list(block.named_parameters()):
         values = torch.full(parameter.shape, 0.01, device=bench.device)
-        set_parameter(block, name, values, Layout(name, tuple(parameter.shape), (), True))
+        set_parameter(block, name, values, ParamLayout(name, tuple(parameter.shape)))
     return block
 
 
@@ -202,12 +202,12 @@ def _streaming(bench: Bench, threads: int, ranks: int) -> Memory:
         return backward
 
     def fresh(size: int) -> Callable[[], object]:
-        memory = Fleeting(size, bench.device)
+        memory = ReleasableBuffer(size, bench.device)
 
         def touch() -> None:
-            memory.take()
+            memory.acquire()
             memory.tensor.fill_(0.0)
-            memory.give_back()
+            memory.release()
 
         return touch
 

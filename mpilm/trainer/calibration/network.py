@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm, SelfComm
-from mpilm.optim.shared import Nodes, SharedSum
-from mpilm.parallel.layout import Layout
-from mpilm.parallel.shard import BUCKET, FlatLayout
+from mpilm.parallel.flat_layout import BUCKET, FlatLayout
+from mpilm.parallel.layout import ParamLayout
+from mpilm.parallel.reduce.shared_memory import NodeTopology, SharedMemoryReducer
 from mpilm.planner.machine import Curve, Network
 from mpilm.trainer.calibration.bench import Bench
 
@@ -59,12 +59,12 @@ def _shared(bench: Bench, comm: Comm) -> Curve:
     """The sum in shared memory, where there is some."""
     points: list[tuple[float, float]] = []
     for size in (BUCKET // 16, BUCKET, 16 * BUCKET) if bench.device.type == "cpu" else ():
-        layout = FlatLayout([Layout("x", (size,), ("data",), False)], ranks=comm.size)
-        nodes, parts = Nodes(comm, SelfComm("across")), comm.share(layout.numel)
+        layout = FlatLayout([ParamLayout("x", (size,))], ranks=comm.size)
+        nodes, parts = NodeTopology(comm, SelfComm("across")), comm.allocate_shared(layout.numel)
         if not all(bench.comm.all_gather_json(parts is not None)) or parts is None:
             break
         buffers = [[part[: layout.numel]] for part in parts]
         held = [{0: (r, r + 1)} for r in range(comm.size)]
-        summing = SharedSum(nodes, layout, buffers, held, comm.size, gather=True)
+        summing = SharedMemoryReducer(nodes, layout, buffers, held, comm.size, gather=True)
         points.append((layout.numel, bench.collective_s(summing.finish, comm) / layout.numel))
     return tuple(points)

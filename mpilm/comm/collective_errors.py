@@ -1,0 +1,62 @@
+"""Errors raised on all ranks alike: an error raised on one rank alone would leave the others waiting for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from mpilm.comm.base import Comm
+from mpilm.errors import ConfigError, UserError, from_code
+
+R = TypeVar("R")
+
+
+class CollectiveError(Exception):
+    """A UserError that every rank raises: rank 0 prints it, and all ranks exit with its code."""
+
+    def __init__(self, error: UserError):
+        super().__init__(str(error))
+        self.error = error
+
+
+def run_on_all_ranks(comm: Comm, action: Callable[[], R]) -> R:
+    """Run `action` on every rank and return its result. Collective.
+
+    If it raises a UserError on any rank, all ranks raise that error as a CollectiveError. For actions that may fail on one
+    rank alone, such as opening a file.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except UserError as error:
+        failure = [error.code, str(error)]
+    failures = comm.all_gather_json(failure)
+    failed = [rank for rank, failure in enumerate(failures) if failure]
+    if failed:
+        code, message = failures[failed[0]]
+        where = "" if len(failed) == comm.size else f" (on rank{'s' * (len(failed) > 1)} {', '.join(map(str, failed))})"
+        raise CollectiveError(from_code(code, message + where))
+    return result  # type: ignore[return-value]
+
+
+def run_on_root(comm: Comm, action: Callable[[], R]) -> R | None:
+    """Run `action` on rank 0 alone; all ranks raise its UserError. Returns None on the other ranks. Collective."""
+    result, failure = None, None
+    if comm.rank == 0:
+        try:
+            result = action()
+        except UserError as error:
+            failure = [error.code, str(error)]
+    failure = comm.broadcast_json(failure)
+    if failure:
+        raise CollectiveError(from_code(*failure))
+    return result
+
+
+def check_same_on_all_ranks(comm: Comm, what: str, settings: Mapping[str, Any]) -> None:
+    """Raise on all ranks if a setting differs between them, naming each with its values. Collective."""
+    everyone = comm.all_gather_json(dict(settings))
+    keys = [key for key in everyone[0] if any(other.get(key) != everyone[0][key] for other in everyone)]
+    if keys:
+        rows = "".join(f"\n  {k}: " + ", ".join(f"{s.get(k)!r} on rank {r}" for r, s in enumerate(everyone)) for k in keys)
+        raise CollectiveError(ConfigError(f"the ranks were started with different {what}:{rows}"))

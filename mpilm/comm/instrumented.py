@@ -1,0 +1,142 @@
+"""A communicator around a communicator that records calls and can check that all ranks make the same ones."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from mpilm.comm.base import Comm, Counts, Request
+from mpilm.comm.progress import CommCall, Progress, locate_caller
+from mpilm.errors import RanksDisagreeError
+
+
+class InstrumentedComm(Comm):
+    """Passes every operation on to `inner` and records it in `progress`. `calls` and `sent_bytes` count by operation.
+
+    While `checks_calls` is true, each collective first compares its operation, dtype, counts and position in the order of
+    calls over the ranks, and raises RanksDisagreeError on all of them before any data is touched: plain MPI returns garbage
+    without an error. `world_ranks`: world ranks of this communicator's ranks.
+    """
+
+    def __init__(
+        self,
+        inner: Comm,
+        checks_calls: bool = False,
+        progress: Progress | None = None,
+        world_ranks: Sequence[int] | None = None,
+    ):
+        self.inner, self.checks_calls = inner, checks_calls
+        self.name, self.rank, self.size = inner.name, inner.rank, inner.size
+        self.mpi_library = inner.mpi_library
+        self.progress = progress or Progress()
+        self.world_ranks = range(inner.size) if world_ranks is None else world_ranks
+        self.calls: Counter[str] = Counter()
+        self.sent_bytes: Counter[str] = Counter()
+        self._collective_count = self._message_count = 0
+
+    def _count_bytes(self, op: str, x: Tensor, sent_numel: int) -> int:
+        """Count a call and the bytes it sends; return the bytes."""
+        self.calls[op] += 1
+        self.sent_bytes[op] += sent_numel * x.element_size()
+        return sent_numel * x.element_size()
+
+    def _record_collective(self, op: str, *arguments: Any, sent: int = 0) -> CommCall:
+        """Record a collective and compare it over the ranks. Messages between two ranks have no place in this order."""
+        self._collective_count += 1
+        call = CommCall(op, self.name, self._collective_count, self.world_ranks, sent_bytes=sent)
+        self.progress.calls.append(call)
+        if self.checks_calls:
+            signature = [self._collective_count, op, *map(str, arguments), f"({locate_caller(sys._getframe())})"]
+            self.progress.wait(call, lambda: self._compare(signature))
+        return call
+
+    def _compare(self, signature: Sequence[Any]) -> None:
+        groups: dict[str, list[int]] = {}
+        calls = set[str]()
+        for rank, other in enumerate(self.inner.all_gather_json(signature)):
+            groups.setdefault(f"call {other[0]}: {' '.join(map(str, other[1:]))}", []).append(rank)
+            calls.add(str(other[:-1]))
+        if len(calls) > 1:  # call sites are not compared: two lines may make the same call
+            table = "".join(f"\n  {_ranks(ranks)}: {call}" for call, ranks in sorted(groups.items(), key=lambda g: len(g[1])))
+            raise RanksDisagreeError(f"{self.name}: the ranks do not make the same call:{table}")
+
+    def _record_wait(self, call: CommCall, request: Request) -> Request:
+        return Request(partial(self.progress.wait, call, request.wait))
+
+    def barrier(self) -> None:
+        self.progress.wait(self._record_collective("barrier"), self.inner.barrier)
+
+    def split(self, color: int, key: int, name: str) -> Comm:
+        self._record_collective("split", name)
+        return self._instrument(self.inner.split(color, key, name))
+
+    def split_node(self, name: str = "node") -> Comm:
+        self._record_collective("split_node", name)
+        return self._instrument(self.inner.split_node(name))
+
+    def _instrument(self, inner: Comm) -> Comm:
+        world_ranks = inner.all_gather_json(self.world_ranks[self.rank])
+        return InstrumentedComm(inner, self.checks_calls, self.progress, world_ranks)
+
+    def allocate_shared(self, numel: int) -> list[Tensor] | None:
+        self._record_collective("allocate_shared")
+        return self.inner.allocate_shared(numel)
+
+    def is_rank_failure(self, error: BaseException) -> bool:
+        return self.inner.is_rank_failure(error)
+
+    def abort(self, code: int) -> None:
+        self.inner.abort(code)
+
+    def _iall_reduce(self, x: Tensor, op: str) -> Request:
+        sent = self._count_bytes("all_reduce", x, x.numel())
+        call = self._record_collective("all_reduce", op, x.dtype, x.numel(), sent=sent)
+        return self._record_wait(call, self.inner._iall_reduce(x, op))
+
+    def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
+        sent = self._count_bytes("all_gather", x, x.numel() * (self.size - 1))
+        call = self._record_collective("all_gather", x.dtype, list(counts), sent=sent)
+        return self._record_wait(call, self.inner._iall_gather(x, out, counts))
+
+    def _iall_to_all(self, x: Tensor, out: Tensor, send_counts: Counts, receive_counts: Counts) -> Request:
+        sent = self._count_bytes("all_to_all", x, x.numel() - send_counts[self.rank])
+        call = self._record_collective("all_to_all", x.dtype, sent=sent)
+        if self.checks_calls:
+            everyone = self.inner.all_gather_json(list(send_counts))
+            self._check_receive_counts([counts[self.rank] for counts in everyone], list(receive_counts))
+        return self._record_wait(call, self.inner._iall_to_all(x, out, send_counts, receive_counts))
+
+    def _check_receive_counts(self, actual: list[int], expected: list[int]) -> None:
+        mismatches = self.inner.all_gather_json(None if actual == expected else [actual, expected])
+        for rank, mismatch in enumerate(mismatches):
+            if mismatch is not None:
+                actual, expected = mismatch
+                raise RanksDisagreeError(f"{self.name}: all_to_all brings rank {rank} {actual} elements, it expects {expected}")
+
+    def _isend(self, x: Tensor, to: int, tag: int) -> Request:
+        sent = self._count_bytes("send", x, x.numel())
+        return self._record_wait(self._record_message("send", to, tag, sent), self.inner._isend(x, to, tag))
+
+    def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
+        call = self._record_message("receive", source, tag, out.nbytes)
+        return self._record_wait(call, self.inner._irecv(out, source, tag))
+
+    def _record_message(self, op: str, peer: int, tag: int, nbytes: int) -> CommCall:
+        self._message_count += 1
+        call = CommCall(op, self.name, self._message_count, (self.world_ranks[peer],), f"tag {tag}", nbytes)
+        self.progress.calls.append(call)
+        return call
+
+    def _broadcast(self, x: Tensor, root: int) -> None:
+        sent = self._count_bytes("broadcast", x, x.numel() if self.rank == root else 0)
+        call = self._record_collective("broadcast", x.dtype, x.numel(), f"from rank {root}", sent=sent)
+        self.progress.wait(call, lambda: self.inner._broadcast(x, root))
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -1,0 +1,101 @@
+"""Progress of one rank: the current phase, the call it waits for, and the time of everything it does.
+
+Communicators and the training loop record it; the watchdog reads it from another thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+RECENT_CALLS = 32
+PACKAGE = Path(__file__).parents[1]
+
+
+class CommCall(NamedTuple):
+    """One communication call."""
+
+    op: str
+    axis: str  # name of the communicator
+    number: int  # counted on that communicator
+    peers: Sequence[int]  # world ranks that take part
+    detail: str = ""
+    sent_bytes: int = 0  # bytes that this rank sends, or receives from one peer
+
+    def __str__(self) -> str:
+        return f"{self.op} on {self.axis}, call {self.number}{', ' * bool(self.detail)}{self.detail}"
+
+
+class Span(NamedTuple):
+    """A period of time.monotonic() spent on an event: a CommCall, an action of a schedule, or a named activity."""
+
+    event: object
+    start_s: float
+    end_s: float
+
+
+class Progress:
+    """The state of one rank, written by its main thread."""
+
+    def __init__(self) -> None:
+        self.step, self.phase, self.since = 0, "start", time.monotonic()
+        self.longest_s: dict[str, float] = {}  # longest duration of each phase so far
+        self.waiting: tuple[CommCall, float] | None = None  # the pending call, and when it began
+        self.calls: deque[CommCall] = deque(maxlen=RECENT_CALLS)
+        self._spans: list[Span] | None = None
+        self._is_aborting = False
+
+    def enter(self, phase: str, step: int) -> None:
+        """Begin a phase of the run, which ends the previous one."""
+        self._park_if_aborting()
+        duration_s = time.monotonic() - self.since
+        self.longest_s[self.phase] = max(duration_s, self.longest_s.get(self.phase, 0.0))
+        self.step, self.phase, self.since = step, phase, time.monotonic()
+
+    def wait(self, call: CommCall, finish: Callable[[], object]) -> None:
+        """Call `finish`, which waits for other ranks, and record its duration."""
+        self._park_if_aborting()
+        start_s = time.monotonic()
+        self.waiting = call, start_s
+        finish()
+        self.waiting = None
+        self._record(call, start_s)
+
+    @contextmanager
+    def span(self, event: object) -> Iterator[None]:
+        """Record the duration of the block as a span of `event`. Spans may nest."""
+        start_s = time.monotonic()
+        yield
+        self._record(event, start_s)
+
+    def drain_spans(self) -> list[Span]:
+        """Return the spans that ended since the last call; the first call starts the recording."""
+        spans, self._spans = self._spans or [], []
+        return spans
+
+    def _record(self, event: object, start_s: float) -> None:
+        if self._spans is not None:
+            self._spans.append(Span(event, start_s, time.monotonic()))
+
+    def park(self) -> None:
+        """Called by the watchdog when the process is about to abort: a call that unblocks after this must not return."""
+        self._is_aborting = True
+
+    def _park_if_aborting(self) -> None:
+        while self._is_aborting:
+            time.sleep(1.0)
+
+
+def locate_caller(frame: FrameType | None) -> str:
+    """Return file, line and function of the innermost frame of this package outside comm/ and launch/."""
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if PACKAGE in path.parents and path.parent.name not in ("comm", "launch"):
+            return f"{path.relative_to(PACKAGE)}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "code outside mpilm"

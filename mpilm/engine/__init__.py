@@ -1,0 +1,1 @@
+"""A model in training on a mesh: its stages, its optimizer, one step."""

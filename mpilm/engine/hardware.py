@@ -1,0 +1,221 @@
+"""The hardware of this rank: its device, its cores and threads, and its peak FLOP rate."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+import mpilm
+from mpilm.comm.base import Comm
+from mpilm.config import Config, Model, Parallel, Train, resolve
+from mpilm.data.files import hex_digest
+from mpilm.errors import ConfigError
+from mpilm.model.families import build
+from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
+from mpilm.parallel.compile import require_compiler
+
+GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bfloat16, FLOP/s
+PROBE_SIZE = 768  # of the timed matrix product: it takes little time, yet keeps the units busy
+BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")  # the user places threads
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The resources of one rank."""
+
+    device: torch.device
+    threads: int
+    oversubscribed: bool  # the node has more ranks than cores, so a waiting rank must not spin
+    compiles: bool = False  # uses torch.compile
+    cores: Fraction = Fraction(1)  # cores per rank
+    is_bound: bool = False  # detect_hardware has bound it to its own cores
+
+
+def detect_hardware(train: Train, world: Comm, bind: bool = True) -> Hardware:
+    """Return the resources of this rank, and configure torch for them. Collective.
+
+    `bind`: restrict the rank to a slice of the node's cores if ranks share them.
+    """
+    node = world.split_node()
+    cores = cores_per_rank(node)
+    stated = train.threads or parse_omp_threads(os.environ.get("OMP_NUM_THREADS", ""))
+    threads = stated or max(1, int(cores))
+    torch.set_num_threads(threads)
+    device = choose_device(train.device, node)
+    if train.compile:
+        require_compiler()
+    is_bound = bind and device.type == "cpu" and _bind_cores(node, threads)  # before torch starts threads, which inherit it
+    _load_libraries(device)
+    return Hardware(device, threads, cores < 1, train.compile, cores, is_bound)
+
+
+def cores_per_rank(node: Comm) -> Fraction:
+    """Return the cores that this rank has among the ranks of its node. Collective over `node`."""
+    affinities = node.all_gather_json(_allowed_cores())
+    return fair_share(affinities, node.rank, _read_cgroup_cores(Path("/sys/fs/cgroup/cpu.max")))
+
+
+def _bind_cores(node: Comm, threads: int) -> bool:
+    """Bind this rank, and the threads it will start, to its own cores; return whether it did. Collective."""
+    everyone = node.all_gather_json([os.getpid(), sorted(_allowed_cores(), key=_core_position)])
+    processes, affinities = {pid for pid, _ in everyone}, [cores for _, cores in everyone]
+    cores = slice_affinity(affinities, node.rank, threads)
+    if not cores or len(processes) < node.size or any(name in os.environ for name in BINDING_VARIABLES):
+        return False
+    with contextlib.suppress(OSError, AttributeError):  # a sandbox, or macOS
+        os.sched_setaffinity(0, cores)
+        return True
+    return False
+
+
+def slice_affinity(affinities: Sequence[Sequence[int]], rank: int, threads: int) -> Sequence[int]:
+    """Return this rank's even slice of the node's cores.
+
+    Empty if the launcher has already pinned the ranks, if the node has one rank, or if slices would be smaller than the thread
+    count. `affinities`: the cores of each rank; neighbours in the list are neighbours on the chip.
+    """
+    cores, size = affinities[rank], len(affinities)
+    if size == 1 or len(cores) // size < threads or any(other != cores for other in affinities):
+        return []
+    return cores[rank * len(cores) // size : (rank + 1) * len(cores) // size]
+
+
+def _core_position(core: int) -> list[int]:
+    """Return a sort key that groups the cores of a socket, and the two hardware threads of a core."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        return [int((topology / name).read_text()) for name in ("physical_package_id", "core_id")]
+    except (OSError, ValueError):
+        return []
+
+
+def parse_omp_threads(value: str) -> int:
+    """Return the threads that OMP_NUM_THREADS asks for (the first of a list), or 0 for none; raise ConfigError."""
+    first = value.split(",")[0].strip()
+    if first and not (first.isdigit() and int(first) > 0):
+        raise ConfigError(
+            f"OMP_NUM_THREADS={value} is not a number of threads; write for example OMP_NUM_THREADS=1 or unset it"
+        )
+    return int(first or 0)
+
+
+def _load_libraries(device: torch.device) -> None:
+    """Make torch load its math libraries, so that the program's own memory is known before the model is allocated."""
+    model = build(resolve(Config(model=Model(n_layers=1, n_heads=4, d_model=128, context_length=128))).model, 128).to(device)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    tokens = torch.zeros(2, 128, dtype=torch.int64, device=device)
+    loss_sum(model(tokens, Rows(tokens[0])), tokens).backward()
+
+
+def _allowed_cores() -> list[int]:
+    """Return the numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))  # macOS does not bind
+
+
+def fair_share(affinities: list[list[int]], rank: int, limit: float) -> Fraction:
+    """Return the cores of a rank if each core is shared equally by the ranks of the node that may use it.
+
+    `limit`: cores that all ranks of the node may use together (a cgroup's quota).
+    """
+    users = {core: sum(core in other for other in affinities) for core in affinities[rank]}
+    share = sum((Fraction(1, n) for n in users.values()), Fraction(0))
+    return min(share, Fraction(limit).limit_denominator(1000) / len(affinities)) if limit < 1e6 else share
+
+
+def _read_cgroup_cores(file: Path) -> float:
+    """Return the cores that a container's quota allows; infinity without a quota."""
+    try:
+        quota, period = file.read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return float("inf")
+
+
+def choose_device(setting: str, node: Comm) -> torch.device:
+    """Return this rank's GPU, assigned round-robin within the node, or the CPU. Raises ConfigError if a GPU is missing."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--train.device cuda: torch sees no GPU here; write cpu, or install a CUDA build of torch")
+    if setting == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", node.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)  # before MPI touches a GPU: some libraries fail on any but the first
+    return device
+
+
+def measure_peak_flops(device: torch.device, dtype: str) -> tuple[float | None, str]:
+    """Return this rank's peak FLOP/s, or None if it is unknown, and its source.
+
+    A GPU's peak is the vendor's number; a CPU's is the best of a few matrix products, which all ranks of a node should time at
+    once.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((peak for key, peak in GPU_PEAKS.items() if key in name), None) if dtype == "bfloat16" else None
+        return known, "the vendor's number"
+    a = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=getattr(torch, dtype))
+    out, times = torch.empty_like(a), []
+    for _ in range(5):
+        start_s = time.perf_counter()
+        torch.mm(a, a, out=out)
+        times.append(time.perf_counter() - start_s)
+    return 2 * PROBE_SIZE**3 / min(times), f"a product of {PROBE_SIZE} x {PROBE_SIZE} matrices, measured at the start"
+
+
+def software_versions(world: Comm) -> dict[str, str]:
+    """Return the versions of the programs in use, and the processor."""
+    return {
+        "mpilm": mpilm.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "mpi": world.mpi_library,
+        "processor": processor_name(),
+    }
+
+
+def software_fingerprint(world: Comm) -> dict[str, str]:
+    """Return what must be equal on all ranks: library versions, and a digest of this package's source, of which nodes may have
+    copies."""
+    files = sorted(Path(mpilm.__file__).parent.rglob("*.py"))
+    source = hex_digest(*(part for path in files for part in (path.name.encode(), path.read_bytes())))
+    versions = software_versions(world)
+    return {"source": source[:12], **{name: versions[name] for name in ("mpilm", "torch", "mpi")}}
+
+
+def numerics_environment(hardware: Hardware, world: Comm, parallel: Parallel) -> dict[str, str]:
+    """Return what may change the last bits of a result although no setting that decides it has changed."""
+    return {
+        **software_versions(world),
+        "threads": str(hardware.threads),
+        "device": hardware.device.type,
+        "compile": str(hardware.compiles).lower(),
+        "exchange": _describe_exchange(parallel),
+    }
+
+
+def _describe_exchange(parallel: Parallel) -> str:
+    """Return how gradients are exchanged (stored in trainer.json, where 0.1.0 wrote these words)."""
+    if parallel.sync_every:
+        return f"apart for {parallel.sync_every} steps"
+    return f"compressed to rank {parallel.compress}" if parallel.compress else parallel.wire_dtype
+
+
+def processor_name() -> str:
+    """Return the processor's name and the vector instructions torch uses on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

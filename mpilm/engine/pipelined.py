@@ -1,0 +1,221 @@
+"""A model whose stages are distributed over the pipeline axis: this rank's parameters, and forward passes.
+
+What depends on the layout is in this file and train_model.py; what is computed, on which data and how often, is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mpilm.config import Config, Model, Train
+from mpilm.data.batch import Batch
+from mpilm.mesh.mesh import Mesh
+from mpilm.mesh.shape import MeshShape
+from mpilm.model.cache import Cache
+from mpilm.model.families import build, initial_std, tied
+from mpilm.model.init import initial_value
+from mpilm.model.lora import is_frozen
+from mpilm.ops.tree import block_of_rank
+from mpilm.optim.optimizer import needs_full_parameter
+from mpilm.parallel.apply import parallelize
+from mpilm.parallel.compile import compiled_token_losses
+from mpilm.parallel.flat import FlatParameters
+from mpilm.parallel.flat_layout import ParamSlice
+from mpilm.parallel.fsdp import all_gather_shards
+from mpilm.parallel.layout import (
+    REDUCE_AXES,
+    ParamLayout,
+    resolve_layouts,
+    select_frozen,
+    select_owned,
+    select_stage,
+    select_trained,
+)
+from mpilm.parallel.pipeline.actions import Action
+from mpilm.parallel.pipeline.execute import StageMessenger, execute
+from mpilm.parallel.pipeline.lower import lower
+from mpilm.parallel.pipeline.schedules import forward_only
+from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, NullReducer, StepInputs, token_losses
+from mpilm.parallel.plan import cut_of, stage_of
+from mpilm.parallel.tied import TiedParameters
+
+
+class PipelinedModel:
+    """The stages of a model on this rank. Parameters are zero until they are initialised or loaded.
+
+    `blocks_per_stage`: the cut of the model into stages. `alignment`: of the flat vectors, in elements, the same on all ranks.
+    `build_reducer`: makes the gradient reducer of a stage; by default the model only runs forward. The constructor is
+    collective over the mesh, as are the methods that say so.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        blocks_per_stage: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+        alignment: int,
+        build_reducer: Callable[[int, FlatParameters, nn.Module], GradientReducer] = lambda *_: NullReducer(),
+    ):
+        self.config, self.mesh, self.blocks_per_stage, self.device = config, mesh, tuple(blocks_per_stage), device
+        self.vocab_size, self.alignment = vocab_size, alignment
+        self.pipeline, self.data, self.reduce_comm = mesh.comm("pipeline"), mesh.comm("data"), mesh.comm(*REDUCE_AXES)
+        self.zero = config.parallel.zero
+        self.layouts = resolve_model_layouts(config.model, vocab_size, blocks_per_stage, config.train.optimizer, mesh.shape)
+        self.flats: dict[int, FlatParameters] = {}  # trained parameters, by stage
+        self.frozen: dict[int, FlatParameters] = {}  # frozen parameters, of stages that have any
+        self.stages: dict[int, ModelStage] = {}
+        for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):
+            parts, self.flats[stage], frozen = parallelize(
+                meta_model(config.model, vocab_size),
+                stage,
+                blocks_per_stage,
+                select_stage(self.layouts, stage),
+                config,
+                self.reduce_comm,
+                device,
+                alignment,
+                partial(build_reducer, stage),
+            )
+            if frozen is not None:
+                self.frozen[stage] = frozen
+            self.stages[stage] = ModelStage(parts, config.model.d_model, config.train.seed, device, mesh.progress)
+        self.tied = TiedParameters(select_trained(self.layouts), self.flats, self.pipeline)
+        self.messenger = StageMessenger(self.pipeline)
+        self.token_losses = compiled_token_losses() if config.train.compile else token_losses
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shapes of the parameters that are optimized and saved, in the order of the model."""
+        return {layout.name: layout.shape for layout in select_owned(select_trained(self.layouts))}
+
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shapes of the frozen parameters."""
+        return {layout.name: layout.shape for layout in select_owned(select_frozen(self.layouts))}
+
+    @property
+    def flat_parameters(self) -> list[FlatParameters]:
+        """The flat vectors of this rank's stages, trained and frozen."""
+        return [*self.flats.values(), *self.frozen.values()]
+
+    @property
+    def held_numel(self) -> int:
+        """Parameters that this rank holds permanently: those of its stages, or with ZeRO-3 its shard of them."""
+        slices = (item for flat in self.flat_parameters for item in flat.layout.param_slices(flat.values.intervals))
+        return sum(item.numel for item in slices)
+
+    # Values.
+
+    def init_parameters(self) -> None:
+        """Draw every parameter from (seed, name, shape). Collective."""
+        for flat in self.frozen.values():
+            draw_values(flat, self.config.model, self.config.train.seed)
+        self.sync_frozen_parameters()
+        self.init_trained_parameters()
+
+    def init_trained_parameters(self) -> None:
+        """Draw the trained parameters. Collective."""
+        for flat in self.flats.values():
+            draw_values(flat, self.config.model, self.config.train.seed)
+        self.all_gather_parameters()
+
+    def all_gather_parameters(self) -> None:
+        """Bring what each rank has updated to all ranks that use it. Collective."""
+        self.tied.copy_values()
+        if self.zero in (1, 2):
+            for flat in self.flats.values():
+                all_gather_shards(flat, self.reduce_comm)
+
+    def sync_frozen_parameters(self) -> None:
+        """Copy tied frozen parameters to their other uses, once. Collective."""
+        TiedParameters(select_frozen(self.layouts), self.frozen, self.pipeline).copy_values()
+
+    def owned_slices(self) -> dict[ParamSlice, Tensor]:
+        """Return the slices of trained parameters that this rank updates."""
+        return _owned_slices(self.flats.values())
+
+    def frozen_slices(self) -> dict[ParamSlice, Tensor]:
+        """Return this rank's slices of frozen parameters, to be filled before `sync_frozen_parameters`."""
+        return _owned_slices(self.frozen.values())
+
+    # Computation.
+
+    def forward(
+        self,
+        total: int,
+        fetch: Callable[[int], Batch],
+        output_fn: Callable[[Tensor, Batch], Tensor] = token_losses,
+    ) -> Mapping[int, Tensor]:
+        """Run `total` microbatches forward, divided over the replicas, without dropout; return `results()`. Collective."""
+        ids = range(*block_of_rank(self.data.rank, self.data.size, total))
+        self._run(self._forward_program(-(-total // self.data.size), len(ids)), StepInputs(fetch, ids, output_fn=output_fn))
+        return self.results()
+
+    def results(self) -> Mapping[int, Tensor]:
+        """Return the outputs of this rank's microbatches, by number; empty on ranks without the last stage."""
+        return {m: x for stage in self.stages.values() for m, x in stage.results.items()}
+
+    def next_logits(self, batches: Mapping[int, Batch], kv_caches: Mapping[int, Cache]) -> Mapping[int, Tensor]:
+        """Return the logits (V,) of the token after each of this replica's sequences, by number, on ranks with the last stage.
+
+        `kv_caches`: of each sequence, on this rank. Collective over the pipeline axis.
+        """
+        ids = list(batches)
+        inputs = StepInputs(batches.__getitem__, ids, output_fn=lambda logits, _: logits[0, -1].float(), kv_caches=kv_caches)
+        self._run(self._forward_program(len(ids), len(ids)), inputs)
+        return self.results()
+
+    def _forward_program(self, count: int, present: int) -> list[Action]:
+        parallel = self.config.parallel
+        actions = forward_only(parallel.pipeline, parallel.chunks, count)[self.pipeline.rank]
+        return lower(actions, len(self.blocks_per_stage), present)
+
+    def _run(self, program: Sequence[Action], inputs: StepInputs) -> None:
+        for stage in self.stages.values():
+            stage.start(inputs)
+        execute(program, self.stages, self.messenger, self.mesh.progress)
+
+
+def _owned_slices(flats: Iterable[FlatParameters]) -> dict[ParamSlice, Tensor]:
+    return {item: x for flat in flats for item, x in flat.owned_slices(flat.values).items()}
+
+
+def meta_model(shape: Model, vocab_size: int) -> nn.Module:
+    """Return the whole model without memory."""
+    with torch.device("meta"):
+        return build(shape, vocab_size)
+
+
+def draw_values(flat: FlatParameters, shape: Model, seed: int) -> None:
+    """Draw the initial values, from (seed, name, shape), of what this rank owns of a stage."""
+    name, values = "", torch.empty(0)
+    for item, out in flat.owned_slices(flat.values).items():
+        if name != item.name:
+            name, full_shape = item.name, flat.layout.spans[item.name][1].shape
+            values = initial_value(seed, name, full_shape, initial_std(name, shape)).flatten()
+        out.copy_(values[item.start : item.stop])
+
+
+def resolve_model_layouts(
+    shape: Model,
+    vocab_size: int,
+    blocks_per_stage: Sequence[int],
+    optimizer: str = Train.optimizer,
+    mesh: MeshShape = MeshShape(),  # noqa: B008 - frozen
+) -> dict[str, ParamLayout]:
+    """Return the layout of every parameter of the model divided into these stages."""
+    return resolve_layouts(
+        {name: tuple(p.shape) for name, p in meta_model(shape, vocab_size).named_parameters()},
+        tied(shape),
+        partial(stage_of, blocks_per_stage=blocks_per_stage),
+        partial(cut_of, family=shape.arch),
+        mesh,
+        needs_full_parameter(optimizer),
+        partial(is_frozen, model=shape),
+    )

@@ -1,0 +1,125 @@
+"""One training step, and the validation loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mpilm.comm.base import Comm
+from mpilm.config import microbatches
+from mpilm.data.batch import Batch, Batches
+from mpilm.engine.pipelined import PipelinedModel
+from mpilm.engine.train_model import TrainModel
+from mpilm.optim.schedule import learning_rate
+
+STOP_REASON_COUNT = 8  # length of the one-hot stop reason in reduce_loss_and_flags
+
+
+class MicrobatchSource(Protocol):
+    """The training data by step and microbatch (data/batch.py)."""
+
+    def train(self, step: int, m: int) -> Batch: ...
+    def target_tokens(self, step: int) -> int: ...
+
+
+class StepFlags(NamedTuple):
+    """Flags that ranks agree on each step, sent along with the losses."""
+
+    stop_reason: int = 0  # agreed: the highest (launch/stop_request.py; 0: none), below STOP_REASON_COUNT
+    checkpoint_pending: bool = False  # agreed: whether any rank is still writing a checkpoint
+
+
+NO_FLAGS = StepFlags()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The outcome of a step, the same on all ranks."""
+
+    loss: float  # mean over the target tokens of the global batch, in nats
+    grad_norm: float  # before clipping
+    lr: float
+    updated: bool  # loss and gradient were finite and the loss no spike
+    flags: StepFlags
+
+
+def train_step(
+    model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS, max_loss: float = math.inf
+) -> StepResult:
+    """Forward, backward, reduce gradients, clip, update. Collective over the mesh.
+
+    If the loss or the gradient is not finite, or the loss above `max_loss`, no rank updates anything.
+    """
+    loss, norm, flags = forward_backward(model, source, step, flags)
+    updated = math.isfinite(loss) and math.isfinite(norm) and loss <= max_loss
+    lr = optimizer_step(model, step, norm) if updated else learning_rate(model.config.train, step)
+    if model.are_replicas_in_sync(step + 1):
+        model.sync_replicas()
+    return StepResult(loss, norm, lr, updated, flags)
+
+
+def forward_backward(
+    model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS
+) -> tuple[float, float, StepFlags]:
+    """Return the loss of a step, the norm of its gradient (left in `model.sums`) and the agreed flags. Collective over the
+    mesh."""
+    tokens, progress = max(1, source.target_tokens(step)), model.mesh.progress
+    model.forward_backward(step, partial(source.train, step), tokens)
+    with progress.span("compute"):  # waits for a GPU
+        losses = {m: float(loss) for m, loss in model.results().items()}
+    loss, flags = reduce_loss_and_flags(losses, microbatches(model.config), model.mesh.world, flags)
+    with progress.span("optimizer"):
+        return loss / tokens, model.gradient_norm(), flags
+
+
+def optimizer_step(model: TrainModel, step: int, norm: float) -> float:
+    """Clip the gradient, update the parameters, and return the learning rate. Collective over the mesh."""
+    train, lr = model.config.train, learning_rate(model.config.train, step)
+    with model.mesh.progress.span("optimizer"):
+        if train.clip_norm and norm > train.clip_norm:
+            model.scale_gradients(train.clip_norm / norm)
+        model.optimizer.step(model.sums, lr)
+        model.all_gather_parameters()
+    return lr
+
+
+def validation_loss(model: PipelinedModel, batches: Batches, eval_batches: int) -> float:
+    """Return the mean loss per token, in nats, over so many global batches of held-out text (0: all). Collective over the mesh.
+
+    The number is the same on every layout.
+    """
+    total = batches.eval_microbatches(eval_batches)
+    losses = model.forward(total, batches.evaluation)
+    return total_loss(losses, total, model.mesh.world) / max(1, batches.eval_targets(eval_batches))
+
+
+def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm) -> float:
+    """Return the sum of the losses of all microbatches, each computed on one rank, in the order of their numbers.
+
+    Collective.
+    """
+    return reduce_loss_and_flags(losses, total, comm, NO_FLAGS)[0]
+
+
+def reduce_loss_and_flags(
+    losses: Mapping[int, Tensor | float], total: int, comm: Comm, flags: StepFlags
+) -> tuple[float, StepFlags]:
+    """Return the total loss and the agreed flags, in a single all-reduce. Collective.
+
+    The vector holds the loss of each microbatch, a one-hot stop reason, and whether a checkpoint is pending. Each loss comes
+    from one rank and meets only zeros, so the sum is exact.
+    """
+    packed = torch.zeros(total + STOP_REASON_COUNT + 1, dtype=torch.float64, device="cpu")
+    for microbatch, loss in losses.items():
+        packed[microbatch] = float(loss)
+    packed[total + flags.stop_reason] = 1.0
+    packed[-1] = flags.checkpoint_pending
+    comm.all_reduce(packed)
+    agreed = StepFlags(int(packed[total:-1].nonzero().max()), bool(packed[-1]))
+    return sum(packed[:total].tolist()), agreed

@@ -1,0 +1,188 @@
+"""A model in training: a PipelinedModel with gradient reducers and an optimizer for what this rank owns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from mpilm.config import Config, microbatches
+from mpilm.data.batch import Batch
+from mpilm.engine.pipelined import PipelinedModel
+from mpilm.mesh.mesh import Mesh
+from mpilm.ops.tree import block_of_rank, strided_assignment
+from mpilm.optim.norm import compile_row_sum, global_norm
+from mpilm.optim.optimizer import Optimizer, moment_shapes
+from mpilm.parallel.feasible import replica_microbatches
+from mpilm.parallel.flat import FlatParameters, FlatVector
+from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
+from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_stage, select_trained
+from mpilm.parallel.pipeline.lower import lower
+from mpilm.parallel.pipeline.schedules import schedule
+from mpilm.parallel.pipeline.stage import StepInputs
+from mpilm.parallel.reduce.build import build_reducer
+from mpilm.parallel.reduce.diloco import DiLoCo
+from mpilm.parallel.reduce.rounds import RoundReducer
+from mpilm.parallel.reduce.step import StepReducer
+
+
+class TrainModel(PipelinedModel):
+    """A PipelinedModel that trains, sharded over the reduce axes as `parallel.zero` says."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        blocks_per_stage: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+        alignment: int,
+    ):
+        self.reducers: dict[int, StepReducer | RoundReducer] = {}
+        self.reduce_timings: dict[str, float] = {}  # seconds of each method of reduction that was timed
+        comm = mesh.comm(*REDUCE_AXES)
+
+        def build(stage: int, flat: FlatParameters, model: nn.Module) -> StepReducer | RoundReducer:
+            self.reducers[stage] = build_reducer(flat, model, comm, config, self.reduce_timings)
+            return self.reducers[stage]
+
+        super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment, build)
+        self.row_sum = compile_row_sum() if config.train.compile and device.type == "cuda" else None
+        total, parallel, data = microbatches(config), config.parallel, self.data
+        self.microbatch_ids = (
+            strided_assignment(data.rank, data.size, total)
+            if self.zero >= 2
+            else range(*block_of_rank(data.rank, data.size, total))
+        )
+        """The microbatches of this replica, in the order in which it computes them."""
+        diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
+        self.optimizer = Optimizer(self.flats, config.train, diloco)
+        actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatches(config, mesh.shape))
+        self.program = lower(actions[self.pipeline.rank], len(blocks_per_stage), len(self.microbatch_ids))
+
+    @property
+    def is_local_sgd(self) -> bool:
+        """Whether replicas train independently and synchronize every few steps."""
+        return self.config.parallel.sync_every > 0
+
+    def are_replicas_in_sync(self, done: int) -> bool:
+        """Return whether all replicas have the same weights after `done` steps."""
+        diloco = self.optimizer.diloco
+        return diloco is None or diloco.is_due(done, self.config.train.steps)
+
+    def sync_replicas(self) -> None:
+        """Synchronize replicas that train independently. Collective over the mesh."""
+        if self.optimizer.diloco is not None:
+            self.optimizer.diloco.sync()
+            self.all_gather_parameters()
+
+    def reset_residuals(self) -> None:
+        """Discard what belongs to the previous state after another one has been loaded."""
+        if self.optimizer.diloco is not None:
+            self.optimizer.diloco.anchors.clear()
+        for reducer in self.reducers.values():
+            reducer.reset_residuals()
+
+    # What is saved, and by which ranks it is held.
+
+    @property
+    def moment_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Global shapes of all moments, by name and parameter."""
+        layouts = {layout.name: layout for layout in select_owned(select_trained(self.layouts))}
+        return moment_shapes(self.config.train.optimizer, layouts, self.is_local_sgd)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of all tensors of a checkpoint."""
+        of_moments = [shape for shapes in self.moment_shapes.values() for shape in shapes.values()]
+        return 4 * sum(map(prod, [*self.shapes.values(), *of_moments]))
+
+    @cached_property
+    def _flat_layouts(self) -> dict[int, FlatLayout]:
+        """The flat layouts of all stages, those of other ranks included."""
+        return {
+            stage: FlatLayout(
+                select_trained(select_stage(self.layouts, stage)).values(),
+                self.alignment,
+                per_module=self.zero >= 2,
+                ranks=self.reduce_comm.size,
+            )
+            for stage in range(len(self.blocks_per_stage))
+        }
+
+    def shard_owners(self, name: str) -> list[tuple[int, int, list[int]]]:
+        """Return ranges of a parameter's elements and the world ranks that update each. Pure, the same on all ranks."""
+        layout, shape = self.layouts[name], self.mesh.shape
+        fixed = {**dict.fromkeys(self.mesh.coordinate, 0), "pipeline": layout.stage % self.pipeline.size}
+        owners = shard_owners(name, self._flat_layouts[layout.stage], self.zero > 0, first_only=self.is_local_sgd)
+        places = [
+            {**fixed, "data": data, "context": context} for data in range(shape.data) for context in range(shape.context)
+        ]  # of the ranks of the reduce axes, in the order of their communicator
+        return [(start, stop, [shape.rank(places[rank]) for rank in ranks]) for start, stop, ranks in owners]
+
+    def held_bytes(self) -> dict[str, int]:
+        """Return this rank's bytes of weights, moments, partial gradient sums and their exchange.
+
+        passing: weights and gradients that are full only while they are used.
+        """
+        weights = 4 * sum(flat.values.tensor.numel() for flat in self.flat_parameters)
+        held = {"weights": weights, "moments": self.optimizer.held_bytes, "gradients": 0, "exchange": 0, "passing": 0}
+        for stage, reducer in self.reducers.items():
+            held["passing"] = max(held["passing"], self.stages[stage].parameters.held_bytes)
+            for part, count in reducer.held_bytes.items():
+                held[part] += count
+        return held
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of gradients in memory that other ranks of the node map too."""
+        return sum(reducer.shared_bytes for reducer in self.reducers.values())
+
+    # Gradients.
+
+    @property
+    def sums(self) -> dict[int, FlatVector]:
+        """The summed gradients, by stage."""
+        return {stage: reducer.sums for stage, reducer in self.reducers.items()}
+
+    def gradient_slices(self) -> dict[ParamSlice, Tensor]:
+        """Return the summed gradient of the parameter slices that this rank updates."""
+        return {item: x for stage, flat in self.flats.items() for item, x in flat.owned_slices(self.sums[stage]).items()}
+
+    def unique_gradient_shards(self) -> list[Tensor]:
+        """Return parts of the summed gradients that over all ranks contain every parameter once."""
+        return [
+            self.sums[stage].view(*interval)
+            for stage, flat in self.flats.items()
+            for interval in intersect_intervals(flat.unique, self._counted_intervals(flat))
+        ]
+
+    def _counted_intervals(self, flat: FlatParameters) -> list[tuple[int, int]]:
+        """Return the intervals of parameters that this rank counts among the ranks that replicate them."""
+        spans = flat.layout.spans.items()
+        counted = (name for name, (_, layout) in spans if layout.is_counted_at(self.mesh.coordinate))
+        return merge_intervals(flat.layout.padded_span(name) for name in counted)
+
+    def scale_gradients(self, factor: float) -> None:
+        for stage, flat in self.flats.items():
+            for interval in flat.owned:
+                self.sums[stage].view(*interval).mul_(factor)
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the gradient; of replicas that train independently, the largest. Collective over the mesh."""
+        if not self.is_local_sgd:
+            return global_norm(self.unique_gradient_shards(), self.mesh.world, self.row_sum)
+        own = [self.sums[stage].view(*interval) for stage, flat in self.flats.items() for interval in flat.owned]
+        largest = torch.tensor([global_norm(own, self.pipeline, self.row_sum)], dtype=torch.float64, device="cpu")
+        self.data.all_reduce(largest, "max")
+        return float(largest)
+
+    def forward_backward(self, step: int, fetch: Callable[[int], Batch], target_tokens: int) -> None:
+        """Run this replica's microbatches forward and backward and reduce the gradients over all replicas. Collective."""
+        if self.is_local_sgd:  # the mean over this replica's own tokens
+            target_tokens = max(1, target_tokens * len(self.microbatch_ids) // microbatches(self.config))
+        self._run(self.program, StepInputs(fetch, self.microbatch_ids, step, target_tokens, self.token_losses))
+        self.tied.add_gradients(self.sums)

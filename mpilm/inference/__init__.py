@@ -1,0 +1,1 @@
+"""Trained models in use: loaded from a folder, generating text, scoring text."""

@@ -1,0 +1,259 @@
+"""Evaluation of a model on a text: every token is scored once, window by window, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpilm.checkpoint.format import read_json, step_of
+from mpilm.comm.base import Comm
+from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
+from mpilm.config import Config, Data
+from mpilm.data.batch import Batch
+from mpilm.data.corpus import Corpus, open_corpus
+from mpilm.data.files import touching, write_durably
+from mpilm.data.indexed import document_starts, prefix_of
+from mpilm.data.objective import Masked, Objective, objective_of
+from mpilm.data.order import key_of
+from mpilm.data.prepare import silent
+from mpilm.data.progress import ProgressLine
+from mpilm.data.tokenizer import Tokenizer
+from mpilm.engine.pipelined import PipelinedModel
+from mpilm.errors import ConfigError, DataError, NonFiniteError
+from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
+from mpilm.model.loss import IGNORED
+from mpilm.settings import merge
+from mpilm.telemetry.display import Counter
+
+MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of the evaluate command."""
+
+    documents: bool  # score each document by itself, and write the scores
+    held_out: bool  # only the text that the run has held out
+    context_length: int  # 0: the model's
+    run_dir: str  # folder of the results; auto: the run of the checkpoint
+
+
+@dataclass(frozen=True)
+class EvalWindows:
+    """Windows of a text, read one by one. Causal windows share the token at which one ends and the next begins."""
+
+    start: np.ndarray  # first token
+    stop: np.ndarray  # the one after the last
+    document: np.ndarray  # number of the document
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+def cut_windows(segments: np.ndarray, length: int, causal: bool) -> EvalWindows:
+    """Cut each segment [segments[i], segments[i + 1]) into windows of `length` read tokens, the last one shorter.
+
+    A causal window has one token more, with which the next one begins; a window of one token predicts nothing.
+    """
+    starts, stops, documents = [], [], []
+    for number, (first, end) in enumerate(pairwise(segments.tolist())):
+        begin = np.arange(first, end - causal, length, dtype=np.int64)
+        starts.append(begin)
+        stops.append(np.minimum(begin + length + causal, end))
+        documents.append(np.full(len(begin), number))
+    return EvalWindows(np.concatenate(starts), np.concatenate(stops), np.concatenate(documents))
+
+
+def group_windows(sizes: np.ndarray, max_rows: int) -> list[tuple[int, int]]:
+    """Return microbatches as ranges of windows: at most `max_rows` adjacent windows of one size."""
+    ends = [0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)]
+    return [(at, min(at + max_rows, end)) for first, end in pairwise(ends) for at in range(first, end, max_rows)]
+
+
+class WindowBatches:
+    """Batches of the windows of a corpus."""
+
+    def __init__(self, corpus: Corpus, windows: EvalWindows, objective: Objective, groups: Sequence[tuple[int, int]]):
+        self.corpus, self.windows, self.objective, self.groups = corpus, windows, objective, groups
+
+    def __call__(self, m: int) -> Batch:
+        numbers = np.arange(*self.groups[m])
+        rows = np.stack([self._row(n) for n in numbers.tolist()])
+        inputs, targets = self.objective(rows, [key_of(MASK_KEY, n) for n in numbers.tolist()])
+        tokens, target_ids = (torch.from_numpy(np.ascontiguousarray(x)) for x in (inputs, targets))
+        count = int(np.count_nonzero(targets != IGNORED))
+        return Batch(tokens, target_ids, torch.arange(tokens.shape[1]), torch.from_numpy(numbers), count)
+
+    def _row(self, number: int) -> np.ndarray:
+        row = self.corpus.read(int(self.windows.start[number]), int(self.windows.stop[number]))
+        return row if self.objective.looks_ahead else np.append(row, 0)  # an objective ignores the last token
+
+
+def row_scores(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the sum of losses, correct predictions and targets of each row, (B, 3) float64."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="none")
+    correct = logits.argmax(dim=-1) == batch.targets
+    counted = batch.targets != IGNORED
+    return torch.stack([x.double().sum(dim=1) for x in (losses.view_as(batch.targets), correct, counted)], dim=1)
+
+
+def score_windows(
+    model: PipelinedModel, corpus: Corpus, windows: EvalWindows, objective: Objective, rows: int, verbose: bool
+) -> np.ndarray:
+    """Return the scores of each window, (windows, 3), the same on all ranks; `rows` windows at a time. Collective."""
+    groups = group_windows(windows.stop - windows.start, rows)
+    batches = WindowBatches(corpus, windows, objective, groups)
+    counter = Counter("batches", -(-len(groups) // model.data.size), verbose)
+
+    def fetch(m: int) -> Batch:
+        counter()
+        return batches(m)
+
+    table = torch.zeros(len(windows), 3, dtype=torch.float64)
+    for m, scores in model.forward(len(groups), fetch, row_scores).items():
+        table[slice(*groups[m])] = scores.cpu()
+    model.mesh.world.all_reduce(table)  # each row meets only zeros: exact
+    return table.numpy()
+
+
+def summarize_scores(table: np.ndarray, tokens: int, nbytes: float, masked: bool) -> dict[str, Any]:
+    """Return the contents of evaluation.json from the scores of all windows, (windows, 3)."""
+    loss, correct, targets = (math.fsum(column) for column in table.T.tolist())
+    mean = loss / targets
+    result = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+    if not masked:  # the loss of some tokens does not give the bits of the whole text
+        result["bits_per_byte"] = loss / math.log(2) / nbytes
+    accuracy = {"masked_accuracy" if masked else "accuracy": correct / targets}
+    return {**result, **accuracy, "tokens": tokens, "targets": int(targets)}
+
+
+def score_documents(segments: np.ndarray, windows: EvalWindows, table: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Yield a row for each document, also for those too short to predict anything."""
+    sums = np.zeros((len(segments) - 1, 3))
+    np.add.at(sums, windows.document, table)
+    for number, ((loss, correct, targets), tokens) in enumerate(zip(sums.tolist(), np.diff(segments).tolist())):
+        scores = {"loss": loss / targets, "accuracy": correct / targets} if targets else {"loss": None, "accuracy": None}
+        yield {"document": number, "tokens": tokens, "targets": int(targets), **scores}
+
+
+# The command.
+
+
+def evaluate_model(config: Config, options: EvaluateOptions, world: Comm) -> None:
+    """Score a text, print the result and write it. Collective."""
+    config, data = run_on_all_ranks(world, lambda: _resolve_inputs(config, options))
+    tokenizer = run_on_all_ranks(world, lambda: load_tokenizer(config.data, config.model))
+    model = load_model(config, world).model
+    yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
+    progress = ProgressLine() if world.rank == 0 else silent
+    corpus = open_corpus(data, yielding, eos=options.held_out, progress=progress)
+    objective = objective_of(config.model, config.data, tokenizer)
+    run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, options))
+    segments = run_on_all_ranks(world, lambda: _find_segments(data, options, corpus))
+    windows = cut_windows(segments, config.model.context_length, objective.looks_ahead)
+    run_on_all_ranks(world, lambda: _check_not_empty(windows, corpus))
+    table = score_windows(model, corpus, windows, objective, config.train.micro_batch, world.rank == 0)
+    run_on_root(world, lambda: _write_results(config, options, corpus, segments, windows, table))
+
+
+def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, Data]:
+    """Return the config, with the folder's tokenizer unless another is named, and the data to open."""
+    training_only = [key for key in ("format", "packing", "too_long") if getattr(config.data, key) != getattr(Data(), key)]
+    if training_only:
+        flag = training_only[0].replace("_", "-")
+        raise ConfigError(f"--data.{flag} is for training; evaluate reads running text, window by window")
+    if not options.held_out:
+        resolved = config_from_folder(config, options.context_length)
+        is_prepared = config.data.source and prefix_of(config.data.source)  # prepared tokens name their tokenizer
+        return resolved, config.data if is_prepared else resolved.data
+    folder = Path(config.model.init_from).expanduser()
+    if config.data != Data():
+        raise ConfigError("--held-out true scores what the run has held out of its own text; omit the --data settings")
+    config = config_from_folder(config, options.context_length)
+    if not (folder / "trainer.json").is_file():
+        raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
+    data = merge(Data(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
+    for is_refused, reason in (
+        (data.format == "chat", "the run was trained on conversations, and only running text can be scored"),
+        (len(data.path) > 1, "the run has mixed several corpora; score each with --data.path"),
+        (not data.eval_fraction, "the run has held out nothing (its data.eval-fraction is 0)"),
+    ):
+        if is_refused:
+            raise ConfigError(f"--held-out true: {reason}")
+    return config, data
+
+
+def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, config: Config, options: EvaluateOptions) -> None:
+    """Raise ConfigError if the tokens do not match the model, or the text is not what the run has held out."""
+    folder = config.model.init_from
+    if corpus.tokenizer.with_mask().digest != tokenizer.with_mask().digest:
+        raise ConfigError(
+            f"--data.path {corpus.source} was tokenized with another tokenizer than that of {folder}; pass the text itself"
+        )
+    if options.held_out:
+        trainer = read_json(Path(folder).expanduser() / "trainer.json")
+        if trainer["content"]["data.path"] != corpus.fingerprint:
+            raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
+    if isinstance(objective, Masked) and objective.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, which a bert model needs")
+
+
+def _find_segments(data: Data, options: EvaluateOptions, corpus: Corpus) -> np.ndarray:
+    """Return the boundaries of the parts that are scored separately."""
+    total = len(corpus.tokens)
+    first = total - int(total * data.eval_fraction) if options.held_out else 0
+    if not options.documents:
+        return np.array([first, total])
+    starts = document_starts(corpus.path)
+    return np.concatenate([[first], starts[starts > first]])
+
+
+def _check_not_empty(windows: EvalWindows, corpus: Corpus) -> None:
+    if not len(windows):
+        raise DataError(f"--data.path {corpus.source}: {len(corpus.tokens)} tokens are too few to predict anything")
+
+
+def _write_results(
+    config: Config,
+    options: EvaluateOptions,
+    corpus: Corpus,
+    segments: np.ndarray,
+    windows: EvalWindows,
+    table: np.ndarray,
+) -> None:
+    tokens = int(segments[-1] - segments[0])
+    result = summarize_scores(table, tokens, corpus.bytes_per_token * tokens, config.model.arch == "bert")
+    if not math.isfinite(result["loss"]):
+        raise NonFiniteError(f"the loss is {result['loss']}: weights in {config.model.init_from} are not finite")
+    folder = _results_folder(config.model.init_from, options.run_dir)
+    with touching(folder, "write"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_durably(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+    for name, value in result.items():
+        print(f"{name:<16}{value:,}" if isinstance(value, int) else f"{name:<16}{value:.8g}")
+    print(f"written to      {folder / 'evaluation.json'}")
+    if options.documents:
+        lines = (json.dumps(row) + "\n" for row in score_documents(segments, windows, table))
+        write_durably(folder / "documents.jsonl", "".join(lines).encode())
+        print(f"documents       {folder / 'documents.jsonl'}", flush=True)
+
+
+def _results_folder(init_from: str, run_dir: str) -> Path:
+    """Return the run that the checkpoint belongs to, or a folder for the results of other models."""
+    if run_dir != "auto":
+        return Path(run_dir)
+    model = Path(init_from).expanduser().resolve()
+    if step_of(model) is not None and (model.parents[1] / "config.toml").is_file():
+        return Path(os.path.relpath(model.parents[1]))
+    return Path("runs") / f"evaluation-{model.name}"

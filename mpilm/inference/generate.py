@@ -1,0 +1,197 @@
+"""Text generation: sequences sampled token by token, several in flight if the model is distributed; the generate command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpilm.comm.base import Comm
+from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
+from mpilm.config import Config, Generate
+from mpilm.data.batch import Batch
+from mpilm.data.files import touching, writable
+from mpilm.data.template import Template, find_template
+from mpilm.data.tokenizer import Tokenizer
+from mpilm.engine.pipelined import PipelinedModel
+from mpilm.errors import ConfigError, DataError
+from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
+from mpilm.model.cache import Cache
+from mpilm.model.sample import choose
+from mpilm.telemetry.display import Counter
+
+
+@dataclass
+class GeneratedSequence:
+    """A sequence being generated."""
+
+    tokens: list[int]
+    prompt_length: int
+    window: int  # tokens that the model attends to
+    capacity: int  # tokens that the whole sequence can have
+    generator: torch.Generator
+    cache: Cache = field(init=False)
+    cached: int = 0  # tokens whose keys and values are in the cache
+
+    def next_batch(self, device: torch.device) -> Batch:
+        """Return what the model reads next: the last token, or the whole window if the cache is empty or full."""
+        if not 0 < self.cached < self.window:
+            self.cache = Cache(min(self.window, self.capacity))
+            self.cached = max(0, len(self.tokens) - self.window)
+            positions = torch.arange(len(self.tokens) - self.cached)
+        else:
+            positions = torch.tensor([self.cached])
+        tokens = torch.tensor(self.tokens[self.cached :])
+        self.cached = min(len(self.tokens), self.window)
+        return Batch(tokens[None], tokens[None], positions, tokens[:1], len(tokens)).to(device)
+
+
+def generate(
+    model: PipelinedModel,
+    prompts: Mapping[int, list[int]],
+    settings: Generate,
+    eos: int,
+    on_done: Callable[[int], None] = lambda number: None,
+) -> dict[int, list[int]]:
+    """Return the tokens that follow each prompt (not empty; by number), at most max-tokens, up to `eos`.
+
+    The model attends to the last context-length tokens. A text depends only on its prompt, its number and the settings.
+    Collective over the pipeline axis, whose ranks pass the same prompts; with ZeRO-3 over the whole mesh.
+    """
+    in_flight = 2 * len(model.blocks_per_stage) if len(model.blocks_per_stage) > 1 else 1  # so that no stage idles long
+    numbers, generated = list(prompts), dict[int, list[int]]()
+    for first in range(0, len(numbers), in_flight):
+        group = numbers[first : first + in_flight]
+        sequences = {number: _begin_sequence(prompts[number], number, settings, model) for number in group}
+        _generate_group(model, sequences, settings, eos, on_done)
+        generated |= {number: sequence.tokens[sequence.prompt_length :] for number, sequence in sequences.items()}
+    return generated
+
+
+def _begin_sequence(prompt: list[int], number: int, settings: Generate, model: PipelinedModel) -> GeneratedSequence:
+    generator = torch.Generator().manual_seed((settings.seed + number) % 2**63)
+    capacity = len(prompt) + settings.max_tokens
+    return GeneratedSequence(list(prompt), len(prompt), model.config.model.context_length, capacity, generator)
+
+
+@torch.no_grad()
+def _generate_group(
+    model: PipelinedModel,
+    sequences: Mapping[int, GeneratedSequence],
+    settings: Generate,
+    eos: int,
+    on_done: Callable[[int], None],
+) -> None:
+    active = dict(sequences) if settings.max_tokens else {}
+    while active:
+        batches = {number: sequence.next_batch(model.device) for number, sequence in active.items()}
+        logits = model.next_logits(batches, {number: sequence.cache for number, sequence in active.items()})
+        for number, token in zip(list(active), _sample_tokens(model, active, logits, settings)):
+            sequence = active[number]
+            if token != eos:
+                sequence.tokens.append(token)
+            if token == eos or len(sequence.tokens) - sequence.prompt_length == settings.max_tokens:
+                del active[number]
+                on_done(number)
+
+
+def _sample_tokens(
+    model: PipelinedModel, active: Mapping[int, GeneratedSequence], logits: Mapping[int, Tensor], settings: Generate
+) -> list[int]:
+    """Sample the next token of each sequence on the rank with the logits, and broadcast them along the pipeline."""
+    tokens = torch.zeros(len(active), dtype=torch.int64)
+    for place, (number, sequence) in enumerate(active.items()):
+        if number in logits:
+            tokens[place] = choose(logits[number].cpu(), settings, sequence.generator)
+    model.pipeline.broadcast(tokens, (len(model.blocks_per_stage) - 1) % model.pipeline.size)
+    return tokens.tolist()
+
+
+# The command.
+
+
+def generate_texts(config: Config, world: Comm) -> None:
+    """Print a prompt and its continuation; for a file of prompts, a JSON object each: prompt, text. Collective."""
+    config = run_on_all_ranks(world, lambda: config_from_folder(config))
+    settings = config.generate
+    tokenizer = run_on_all_ranks(world, lambda: load_tokenizer(config.data, config.model))
+    template = run_on_all_ranks(world, lambda: _load_template(config))
+    prompts: list[str] = world.broadcast_json(run_on_root(world, lambda: _read_prompts(settings)))
+    model = load_model(config, world).model
+    own = range(model.data.rank, len(prompts), model.data.size)
+    tokens = run_on_all_ranks(world, lambda: {n: _encode(prompts[n], tokenizer, template) for n in own})
+    counter = Counter("texts", len(tokens), world.rank == 0 and len(prompts) > 1)
+    generated = generate(model, tokens, settings, tokenizer.eos, counter)
+    texts = {n: tokenizer.decode(ids) for n, ids in generated.items()} if model.pipeline.rank == 0 else {}
+    everyone = world.all_gather_json([[n, text] for n, text in texts.items()])
+    if world.rank == 0:
+        in_order = sorted(pair for pairs in everyone for pair in pairs)
+        _print_texts(prompts, [text for _, text in in_order], bool(settings.prompts), settings.chat)
+
+
+def _load_template(config: Config) -> Template | None:
+    """Return the chat template of a chat; raise ConfigError if the model cannot generate or has no template."""
+    if config.model.arch == "bert":
+        raise ConfigError(f"{config.model.init_from} is a bert model: it fills masks and cannot continue a text")
+    if not config.generate.chat:
+        return None
+    template = find_template(config.data.tokenizer)
+    if template is None:
+        raise ConfigError(f"--generate.chat true: no chat template beside the tokenizer in {config.data.tokenizer}")
+    return template
+
+
+def _read_prompts(settings: Generate) -> list[str]:
+    if not settings.prompts:
+        return [settings.prompt]
+    if settings.prompt:
+        raise ConfigError("--generate.prompt and --generate.prompts exclude each other; remove one of them")
+    source = "standard input" if settings.prompts == "-" else settings.prompts
+    if settings.prompts == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        path = Path(settings.prompts).expanduser()
+        with touching(path):
+            data = path.read_bytes()
+    try:
+        lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise DataError(f"--generate.prompts {source}: byte {error.start} is not UTF-8") from None
+    lines = lines[:-1] if lines[-1] == "" else lines
+    if not lines:
+        raise DataError(f"--generate.prompts {source}: contains no prompts")
+    if not source.endswith(".jsonl"):
+        return lines
+    return [_parse_prompt(line, f"{source}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse_prompt(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"--generate.prompts {where} is not JSON: {error}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise DataError(f'--generate.prompts {where} is not an object with a "prompt" that is a string')
+    if not writable(value["prompt"]):
+        raise DataError(f"--generate.prompts {where} contains half a surrogate pair, which is not text")
+    return value["prompt"]
+
+
+def _encode(prompt: str, tokenizer: Tokenizer, template: Template | None) -> list[int]:
+    if template is not None:
+        return tokenizer.encode_marked(template.prompt(prompt))[0].tolist()
+    return tokenizer.encode(prompt).tolist() or [tokenizer.eos]
+
+
+def _print_texts(prompts: Sequence[str], texts: Sequence[str], as_json: bool, is_chat: bool) -> None:
+    for prompt, text in zip(prompts, texts, strict=True):
+        if as_json:
+            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+        else:
+            print(text if is_chat else prompt + text)
+    sys.stdout.flush()

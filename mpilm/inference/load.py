@@ -1,0 +1,78 @@
+"""A trained model loaded from its folder and distributed over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mpilm.checkpoint.pretrained import refuse_other_shape, shape_of, tokenizer_folder
+from mpilm.comm.base import Comm
+from mpilm.comm.collective_errors import check_same_on_all_ranks, run_on_all_ranks
+from mpilm.config import Config, Data, Model, flatten, resolve
+from mpilm.data.tokenizer import Tokenizer, named_tokenizer
+from mpilm.engine.hardware import Hardware, detect_hardware
+from mpilm.engine.pipelined import PipelinedModel
+from mpilm.engine.weights import load_initial_weights
+from mpilm.errors import ConfigError
+from mpilm.mesh.mesh import Mesh
+from mpilm.mesh.shape import MeshShape
+from mpilm.parallel.feasible import cut_by_cost
+from mpilm.parallel.flat_layout import ALIGNMENT
+from mpilm.trainer.material import refuse_more_ids
+from mpilm.validation import validate
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model for inference."""
+
+    config: Config  # with the shape of the folder
+    hardware: Hardware
+    model: PipelinedModel
+
+
+def config_from_folder(config: Config, context_length: int = 0) -> Config:
+    """Return the config with the shape of the folder in model.init-from, and its tokenizer unless another is named.
+
+    Raises ConfigError, FileError or DataError.
+    """
+    folder = config.model.init_from
+    if not folder:
+        raise ConfigError("--model.init-from is required: the folder of a checkpoint, RUN/checkpoints/step-NNNNNNNN")
+    shape = replace(shape_of(folder, config.model.base), init_from=folder, base=config.model.base)
+    shape = replace(shape, context_length=context_length or shape.context_length)
+    refuse_other_shape(shape)
+    data = config.data
+    if data.tokenizer == "auto":
+        data = replace(data, tokenizer=tokenizer_folder(folder, shape.base))
+    config = resolve(replace(config, model=shape, data=data))
+    validate(config)
+    return config
+
+
+def load_model(config: Config, world: Comm) -> LoadedModel:
+    """Load the model of a config from `config_from_folder`, on all ranks: pipelines of parallel.pipeline ranks. Collective."""
+    check_same_on_all_ranks(world, "settings", flatten(config))
+    shape = run_on_all_ranks(world, lambda: _mesh_shape(config, world.size))
+    hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
+    world = world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed)
+    vocab_size = config.model.vocab_size
+    blocks_per_stage = run_on_all_ranks(world, lambda: cut_by_cost(config, vocab_size))
+    model = PipelinedModel(config, Mesh.build(shape, world), blocks_per_stage, vocab_size, hardware.device, ALIGNMENT)
+    load_initial_weights(model, world)
+    return LoadedModel(config, hardware, model)
+
+
+def load_tokenizer(data: Data, model: Model) -> Tokenizer:
+    """Return the tokenizer of a config from `config_from_folder`; raise ConfigError if its ids exceed the model's rows."""
+    tokenizer = named_tokenizer(data.tokenizer)
+    refuse_more_ids(tokenizer, model)
+    return tokenizer
+
+
+def _mesh_shape(config: Config, ranks: int) -> MeshShape:
+    pipeline = config.parallel.pipeline
+    if ranks % pipeline:
+        raise ConfigError(f"--parallel.pipeline {pipeline} does not divide {ranks} ranks")
+    if pipeline > config.model.n_layers:
+        raise ConfigError(f"--parallel.pipeline {pipeline}: the model has {config.model.n_layers} layers, at least one a rank")
+    return MeshShape(pipeline=pipeline, data=ranks // pipeline)

@@ -1,0 +1,171 @@
+"""Start and end of every command: find the world, run, and exit on all ranks alike."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from mpilm.comm.base import Comm, SelfComm
+from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks
+from mpilm.errors import ConfigError, LostRankError, PreemptedError, UserError
+
+Body = Callable[[Comm], None]
+ROOT_FIRST_S = 0.5  # delay of the other ranks when a terminal interrupts all of them
+START_TIMEOUT_S = 1800.0  # for all ranks to start; thousands take minutes
+FAULT_VARIABLE = "MPILM_FAULT"  # set by tests (mpilm/testing/faults.py)
+SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
+RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "SLURM_PROCID")
+
+
+def run(parse: Callable[[], Body]) -> NoReturn:
+    """Run a command on every rank and exit.
+
+    `parse` validates the arguments without communication and returns the function to call with the world.
+    """
+    faulthandler.enable()  # a fatal signal prints the stack of this rank
+    body: Body | None = None
+    failure: BaseException | None = None
+    try:
+        body = parse()
+    except (UserError, SystemExit) as error:
+        failure = error
+    except KeyboardInterrupt:
+        os._exit(130)
+    faulthandler.dump_traceback_later(START_TIMEOUT_S, exit=True)  # if some ranks never start, or hang before they meet
+    comm = connect_world()
+    _exit_with_launcher()
+    if FAULT_VARIABLE in os.environ:
+        from mpilm.testing.faults import install_faults
+
+        install_faults(os.environ[FAULT_VARIABLE], comm.rank)
+    try:
+        code = _run_body(comm, body, failure)
+    except BaseException as error:  # of any kind: the other ranks must not wait for this one
+        _abort_job(comm, error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "mpilm.comm.mpi" in sys.modules:
+        sys.modules["mpilm.comm.mpi"].finalize(code)
+    sys.exit(code)
+
+
+def _run_body(comm: Comm, body: Body | None, failure: BaseException | None) -> int:
+    """Return the exit code of a command that ends in an orderly way on every rank."""
+    try:
+        printed = _printed_text(failure) if isinstance(failure, SystemExit) else None
+        ending = next((text for text in comm.all_gather_json(printed) if text), None)
+        run_on_all_ranks(comm, lambda: _raise(failure if not isinstance(failure, SystemExit) else None))
+        faulthandler.cancel_dump_traceback_later()  # all ranks have started
+        if ending is not None:  # --help or an unreadable flag, on one rank at least: printed once, and all ranks exit
+            text, code = ending
+            if comm.rank == 0:
+                print(text, end="", file=sys.stderr if code else sys.stdout, flush=True)
+            _wait_before_exit(comm)
+            return int(code)
+        assert body is not None
+        body(comm)
+        return 0
+    except CollectiveError as error:
+        if comm.rank == 0:
+            prefix = "" if isinstance(error.error, PreemptedError) else "error: "
+            print(f"mpilm: {prefix}{error}", file=sys.stderr, flush=True)
+        _wait_before_exit(comm)
+        return error.error.code
+
+
+def _wait_before_exit(comm: Comm) -> None:
+    """Wait until the message is printed. Collective.
+
+    Every rank then exits with its own code: when the first one exits with a code other than 0, a launcher ends the others
+    (srun with SIGTERM).
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    comm.barrier()
+
+
+def _printed_text(stop: SystemExit) -> list[str | int]:
+    """Return text and exit code of the parser's SystemExit(text, code), or of any other as Python reads it."""
+    if len(stop.args) == 2:
+        return list(stop.args)
+    return [stop.code + "\n", 1] if isinstance(stop.code, str) else ["", stop.code or 0]
+
+
+def _raise(failure: BaseException | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _abort_job(comm: Comm, error: BaseException) -> NoReturn:
+    """Print an error raised on this rank alone and end the job; the other ranks would wait for ever."""
+    if isinstance(error, BrokenPipeError) and comm.size == 1:
+        os._exit(141)  # the reader of the output has exited, as in `| head`
+    code = error.code if isinstance(error, UserError) else 1
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        code = 130
+        time.sleep(ROOT_FIRST_S if comm.rank else 0)  # a terminal interrupts all ranks: one message is enough
+    if comm.is_rank_failure(error):
+        error = LostRankError(f"another rank has failed ({error}); the same command resumes from the newest checkpoint")
+        code = error.code
+    where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
+    if isinstance(error, UserError):
+        text = f"mpilm: error on {where}: {error}\n"
+    elif isinstance(error, KeyboardInterrupt):
+        text = f"mpilm: interrupted ({where}); checkpoints are complete, and the same command resumes from the newest\n"
+    else:
+        text = f"mpilm: {where} failed:\n" + "".join(traceback.format_exception(error))
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    if comm.size > 1:
+        comm.abort(code or 1)
+    os._exit(code or 1)
+
+
+def _exit_with_launcher() -> None:
+    """Let the kernel kill this rank when its parent dies: an orphan would wait, or train, for ever (prctl(2),
+    PR_SET_PDEATHSIG)."""
+    if launcher_world_size() is None:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def launcher_world_size() -> int | None:
+    """Return the number of ranks that a launcher says it has started; None without a known launcher."""
+    return next((int(os.environ[v]) for v in SIZE_VARIABLES if os.environ.get(v, "").isdigit()), None)
+
+
+def connect_world() -> Comm:
+    """Return MPI's world, or one rank if no MPI is installed and no launcher was used.
+
+    Exits when the launcher belongs to another MPI than the library: each rank would train by itself.
+    """
+    announced = launcher_world_size() or 1
+    try:
+        from mpilm.comm.mpi import mpi_library_name, mpi_world
+    except (ImportError, RuntimeError) as error:
+        if announced > 1:
+            raise SystemExit(f"mpilm: error: started as {announced} ranks, but no MPI library can be loaded: {error}") from None
+        return SelfComm("world")
+    comm = mpi_world()
+    if announced != comm.size and comm.size == 1:
+        mismatch = ConfigError(
+            f"the launcher started {announced} ranks, but {mpi_library_name()} sees a world of 1: mpirun belongs "
+            "to another MPI than the library that Python loads; use the mpirun that came with it (in a virtual environment: its "
+            "bin/mpirun), or the type that srun --mpi=list names for it (pmi2 for MPICH, pmix for Open MPI)"
+        )
+        if next((os.environ[v] for v in RANK_VARIABLES if v in os.environ), "0") == "0":
+            print(f"mpilm: error: {mismatch}", file=sys.stderr, flush=True)
+        raise SystemExit(mismatch.code)
+    return comm

@@ -1,0 +1,233 @@
+"""A watchdog that ends a job that hangs and reports which rank waits for which.
+
+A thread on every rank checks how long the current phase has lasted. A rank past its limit writes a snapshot of its state; the
+lowest of these ranks reports on all of them and ends the job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpilm.comm.base import Comm
+from mpilm.comm.progress import Progress, locate_caller
+
+EXIT_CODE = 86
+TICK_S = 1.0
+SUSPENDED_S = 10.0  # a tick later than this: the machine slept, or the job was suspended and resumed
+TIMEOUT_FACTOR = 20  # times the longest phase of its kind so far
+MIN_TIMEOUT_S = 60.0  # of a learned limit
+FIRST_TIMEOUT_S = 3600.0  # of a phase that has not run before
+SIGNALLED_TIMEOUT_S = 5.0  # of a step, after a signal has asked the run to stop
+GRACE_S = 5.0  # for other ranks to reach their limits
+PREPARATION = "preparation"  # of the corpus: it may take days, and prints its progress
+EXITING = "exiting"  # only the exit barrier is left
+
+Snapshot = Mapping[str, Any]  # state of a rank, as written to its file
+
+
+class Watchdog:
+    """Watches `progress` from construction to `close`. Collective: the constructor gathers host and process of every rank.
+
+    `step_timeout_s`: limit of a step; 0: learned. Until `write_below` is called every rank reports for itself.
+    """
+
+    def __init__(self, progress: Progress, world: Comm, step_timeout_s: float):
+        self.progress, self.world, self.step_timeout_s = progress, world, step_timeout_s
+        self.processes = world.all_gather_json([socket.gethostname(), os.getpid()])
+        self.stamp = world.broadcast_json(time.strftime("%Y%m%d-%H%M%S"))
+        self.folder: Path | None = None
+        self.is_signalled: Callable[[], bool] = lambda: False
+        self.main_thread = threading.current_thread().ident
+        self._closed = threading.Event()
+        with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # signals are not available everywhere
+            faulthandler.register(signal.SIGUSR2, all_threads=True)  # works even if the interpreter lock is held
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def write_below(self, folder: Path) -> None:
+        """Set the folder, seen by all ranks, for the snapshots."""
+        self.folder = folder / "watchdog" / self.stamp
+
+    def close(self) -> None:
+        """Stop watching and join the thread: it refers to the run, whose tensors must not be freed while Python exits."""
+        self._closed.set()
+        self._thread.join()
+
+    def limit_s(self) -> float:
+        """Return the time limit of the current phase."""
+        phase, longest_s = self.progress.phase, self.progress.longest_s.get(self.progress.phase)
+        if phase == "step" and longest_s is not None and self.is_signalled():  # srun -K1: a rank has died, this one must go
+            return min(max(SIGNALLED_TIMEOUT_S, 3 * longest_s), self.step_timeout_s or math.inf)
+        if phase == EXITING:
+            return max(self.step_timeout_s, MIN_TIMEOUT_S)
+        if self.step_timeout_s and phase == "step":
+            return self.step_timeout_s
+        if phase == PREPARATION:
+            return math.inf
+        return FIRST_TIMEOUT_S if longest_s is None else max(MIN_TIMEOUT_S, TIMEOUT_FACTOR * longest_s)
+
+    def _watch(self) -> None:
+        last_tick = time.monotonic()
+        while not self._closed.wait(TICK_S):
+            now = time.monotonic()
+            if now - last_tick > TICK_S + SUSPENDED_S:
+                self.progress.since += now - last_tick
+            last_tick = now
+            if now - self.progress.since > self.limit_s():
+                try:
+                    self._report_and_abort()
+                finally:
+                    os._exit(EXIT_CODE)  # even if the report failed
+
+    def _report_and_abort(self) -> None:
+        self.progress.park()
+        limit_s = self.limit_s()
+        snapshot = self._take_snapshot(limit_s)
+        grace_s = GRACE_S + 0.05 * limit_s
+        if self.folder is None:
+            sys.stderr.write(format_report({self.world.rank: snapshot}, self.processes, {}))
+            return time.sleep(grace_s)  # the other ranks report too
+        self._write(self.folder, snapshot)
+        snapshots = self._gather_snapshots(self.folder, grace_s)
+        if min(snapshots) != self.world.rank:
+            return time.sleep(2 * grace_s)  # the lowest of these ranks reports and ends the job
+        missing = [rank for rank in range(self.world.size) if rank not in snapshots]
+        states = {rank: self._inspect_process(rank) for rank in missing}
+        sys.stdout.flush()
+        sys.stderr.write(format_report(snapshots, self.processes, states) + f"  details in {self.folder}\n")
+        sys.stderr.flush()
+        _ignore_crashes()
+        if self.world.size > 1:
+            self.world.abort(EXIT_CODE)
+
+    def _take_snapshot(self, limit_s: float) -> dict[str, Any]:
+        """Return what this rank is doing."""
+        progress, now, frames = self.progress, time.monotonic(), sys._current_frames()
+        call, since = progress.waiting or (None, now)
+        return {
+            "rank": self.world.rank,
+            "step": progress.step + 1,
+            "phase": progress.phase,
+            "lasted_s": now - progress.since,
+            "limit_s": limit_s,
+            "waiting": None if call is None else [*call[:3], list(call.peers), call.detail, now - since],
+            "reached": {call.axis: call.number for call in list(progress.calls) if call.op not in ("send", "receive")},
+            "calls": [str(call) for call in list(progress.calls)],
+            "at": locate_caller(frames.get(self.main_thread or 0)),
+            "stacks": {
+                thread.name: traceback.format_stack(frames[thread.ident])
+                for thread in threading.enumerate()
+                if thread.ident in frames and thread.ident != threading.get_ident()
+            },
+        }
+
+    def _write(self, folder: Path, snapshot: Snapshot) -> None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            path = _snapshot_path(folder, self.world.rank)
+            path.with_suffix(".tmp").write_text(json.dumps(snapshot, indent=1))
+            path.with_suffix(".tmp").rename(path)
+
+    def _gather_snapshots(self, folder: Path, grace_s: float) -> dict[int, Snapshot]:
+        """Return the snapshots that appear within `grace_s`, by rank."""
+        end, snapshots = time.monotonic() + grace_s, dict[int, Snapshot]()
+        while len(snapshots) < self.world.size and time.monotonic() < end:
+            for rank in range(self.world.size):
+                if rank not in snapshots and _snapshot_path(folder, rank).exists():
+                    snapshots[rank] = json.loads(_snapshot_path(folder, rank).read_text())
+            time.sleep(0.1)
+        return snapshots or {self.world.rank: {"rank": self.world.rank, "step": self.progress.step + 1}}
+
+    def _inspect_process(self, rank: int) -> str:
+        """Describe the process of a rank that has written no snapshot, if it runs on this host."""
+        host, pid = self.processes[rank]
+        if host != socket.gethostname():
+            return ""
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "its process no longer exists"
+        if state in "Tt":
+            return "its process has been stopped (SIGSTOP, a debugger)"
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGUSR2)  # it prints its stack
+            time.sleep(0.5)
+        return f"its process exists (state {state}) but does not respond: probably native code holds the interpreter lock"
+
+
+def _ignore_crashes() -> None:
+    """Let a thread that crashes from here on sleep instead: MPI_Abort unloads libraries that other threads may still use, and a
+    crash would replace the exit code."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT):
+            libc.signal(int(number), ctypes.cast(libc.pause, ctypes.c_void_p))
+
+
+def _snapshot_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:04d}.json"
+
+
+def format_report(snapshots: Mapping[int, Snapshot], processes: Sequence[Sequence[Any]], states: Mapping[int, str]) -> str:
+    """Return the report: the verdict, then a line for each rank. `states`: of ranks without a snapshot."""
+    first = snapshots[min(snapshots)]
+    lines = [
+        f"mpilm: watchdog: {_describe_phase(first)} has lasted {first.get('lasted_s', 0):.0f} s; the limit is "
+        f"{first.get('limit_s', 0):.0f} s (--fault.step-timeout; 0 learns it from the run). {_verdict(snapshots, states)}"
+    ]
+    for rank, (host, pid) in enumerate(processes):
+        name = f"  rank {rank} on {host} (process {pid})"
+        if rank in states:
+            lines.append(f"{name}: no response" + f"; {states[rank]}" * bool(states[rank]))
+        elif rank in snapshots:
+            lines.append(f"{name}: {_describe_rank(snapshots[rank], snapshots)}")
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(snapshots: Mapping[int, Snapshot], states: Mapping[int, str]) -> str:
+    if states:
+        return f"Missing: {_name_ranks(list(states))}."
+    busy = [rank for rank, snapshot in snapshots.items() if not snapshot.get("waiting")]
+    if busy:
+        return f"The others wait for {_name_ranks(busy)}."
+    return "All ranks wait for each other: a message was lost, or they do not make the same calls."
+
+
+def _describe_phase(snapshot: Snapshot) -> str:
+    return "the exit barrier" if snapshot.get("phase") == EXITING else f"{snapshot.get('phase')} {snapshot.get('step')}"
+
+
+def _describe_rank(snapshot: Snapshot, snapshots: Mapping[int, Snapshot]) -> str:
+    place = f"{_describe_phase(snapshot)}, at {snapshot.get('at')}"
+    if not snapshot.get("waiting"):
+        return f"waits for no other rank; {place}"
+    op, axis, number, peers, detail, since_s = snapshot["waiting"]
+    others = [r for r in peers if r != snapshot["rank"]]
+    behind = [r for r in others if _calls_reached(snapshots.get(r), axis, op) < number]
+    peers_text = _name_ranks(behind or others)
+    return f"waits {since_s:.0f} s for {peers_text} in {op} on {axis} (call {number}{', ' * bool(detail)}{detail}); {place}"
+
+
+def _calls_reached(snapshot: Snapshot | None, axis: str, op: str) -> float:
+    """Return how many calls on an axis a rank has reached; its two ends do not count point-to-point messages alike."""
+    if snapshot is None or op in ("send", "receive"):
+        return -1
+    return float(snapshot.get("reached", {}).get(axis, 0))
+
+
+def _name_ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -1,0 +1,1 @@
+"""Communication operators that add in one fixed order."""

@@ -1,0 +1,97 @@
+"""The fixed binary tree in whose order the M microbatch gradients of a step are added. Pure arithmetic.
+
+Floating-point sums depend on their order, so the order must not depend on the ranks that add. Node (level k, index j) covers
+the microbatches [j 2^k, min((j+1) 2^k, M)); its value is left + right, or left alone if it has no right child. A TreeNode below
+is always such a range. A rank folds its contiguous block of microbatches into as few nodes as possible; the ranks then complete
+the tree from all their nodes, which gives the same bits for any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TreeNode = tuple[int, int]  # first microbatch, and the one after the last
+Interval = tuple[int, int]  # elements of a flat vector: the first, and the one after the last
+
+
+def block_of_rank(rank: int, ranks: int, total: int) -> TreeNode:
+    """Return the contiguous range of microbatches of one rank; the first ranks get one more if the total does not divide."""
+    each, remainder = divmod(total, ranks)
+    start = rank * each + min(rank, remainder)
+    return start, start + each + (rank < remainder)
+
+
+def strided_assignment(rank: int, ranks: int, total: int) -> range:
+    """Return the microbatches of one rank if they are assigned round-robin, so that each round can be reduced at once."""
+    return range(rank, total, ranks)
+
+
+def are_siblings(left: TreeNode, right: TreeNode, total: int) -> bool:
+    """Return whether two nodes are the two children of one node."""
+    size = left[1] - left[0]
+    power_of_two = size & (size - 1) == 0
+    return left[1] == right[0] and power_of_two and left[0] % (2 * size) == 0 and right[1] == min(left[0] + 2 * size, total)
+
+
+@dataclass(frozen=True)
+class AccumulateOp:
+    """How to accumulate one more node."""
+
+    buffer: int  # the buffer that receives it
+    overwrite: bool  # the buffer holds nothing yet: copy instead of adding
+    merges: tuple[tuple[int, int], ...]  # additions of buffers (to, from) that follow
+
+
+def plan_accumulation(nodes: Sequence[TreeNode], total: int) -> tuple[list[AccumulateOp], dict[int, TreeNode]]:
+    """Return how to accumulate adjacent nodes in order, and the node that each buffer holds in the end.
+
+    A right node is added straight into its sibling's buffer. Buffers are numbered from 0 and reused: at most
+    1 + log2(len(nodes)) if the nodes have one size and together form a subtree.
+    """
+    stack: list[tuple[TreeNode, int]] = []
+    ops: list[AccumulateOp] = []
+    for node in nodes:
+        covered = node
+        into_sibling = bool(stack) and are_siblings(stack[-1][0], covered, total)
+        if into_sibling:
+            (first, _), top = stack.pop()
+            covered = (first, covered[1])
+        else:
+            used = {buffer for _, buffer in stack}
+            top = next(b for b in range(len(stack) + 1) if b not in used)
+        buffer, merges = top, []
+        while stack and are_siblings(stack[-1][0], covered, total):
+            (first, _), into = stack.pop()
+            merges.append((into, top))
+            covered, top = (first, covered[1]), into
+        stack.append((covered, top))
+        ops.append(AccumulateOp(buffer, not into_sibling, tuple(merges)))
+    return ops, {buffer: node for node, buffer in stack}
+
+
+def plan_block_accumulation(start: int, stop: int, total: int) -> tuple[list[AccumulateOp], dict[int, TreeNode]]:
+    """Return how a rank accumulates its block of microbatches in order."""
+    return plan_accumulation([(leaf, leaf + 1) for leaf in range(start, stop)], total)
+
+
+def plan_merges(nodes: Sequence[TreeNode], total: int) -> tuple[list[tuple[int, int]], list[tuple[TreeNode, int]]]:
+    """Return the additions (to, from) possible among adjacent nodes, and the nodes that remain, each with its position.
+
+    Additions are pairs of positions in `nodes`.
+    """
+    stack: list[tuple[TreeNode, int]] = []
+    merges: list[tuple[int, int]] = []
+    for position, node in enumerate(nodes):
+        covered, top = node, position
+        while stack and are_siblings(stack[-1][0], covered, total):
+            (first, _), into = stack.pop()
+            merges.append((into, top))
+            covered, top = (first, covered[1]), into
+        stack.append((covered, top))
+    return merges, stack
+
+
+def utilization(ranks: int, total: int) -> float:
+    """Return the fraction of the ranks' time in use when blocks of microbatches are uneven: 1.0 if the total divides."""
+    return total / (ranks * -(-total // ranks))

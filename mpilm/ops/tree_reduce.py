@@ -1,0 +1,111 @@
+"""Reduce-scatter of one bucket that adds in tree order.
+
+Ranks exchange slices (all-to-all), and each adds what it received. Followed by an all-gather of the sums this moves
+2 (p-1)/p n elements a rank, as many as a ring all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mpilm.comm.base import Comm, Request
+from mpilm.ops.tree import Interval, TreeNode, plan_merges
+
+
+class Sliceable(Protocol):
+    """A layout that divides buckets into one slice for each rank of a communicator."""
+
+    def slices(self, bucket: Interval) -> list[int]:
+        """Return the number of elements of each rank's slice."""
+
+    @property
+    def longest_slice(self) -> int: ...
+
+
+class GradientEncoding:
+    """The format in which gradients are sent: here float32, unchanged."""
+
+    dtype = torch.float32
+
+    def residual_bytes(self, numel: int) -> int:
+        """Return the memory kept from step to step if so many elements are sent in each."""
+        return 0
+
+    def encode(self, key: Hashable, x: Tensor) -> Tensor:
+        """Return the tensor to send for x; `key` names its place in the gradient and the message."""
+        return x
+
+    def reset_residuals(self) -> None:
+        """Discard the residuals: they belong to a state that has been replaced."""
+
+
+class TreeReduction:
+    """The additions of one exchange: which tree nodes each rank contributes, and which remain."""
+
+    def __init__(self, nodes: Sequence[Sequence[TreeNode]], microbatches: int):
+        in_order = sorted(node for contributed in nodes for node in contributed)
+        position = {node: i for i, node in enumerate(in_order)}
+        self.counts = [len(contributed) for contributed in nodes]
+        self.positions = [[position[node] for node in contributed] for contributed in nodes]
+        self.merges, self._remaining = plan_merges(in_order, microbatches)
+        self.node_count = len(in_order)
+
+    @property
+    def remaining(self) -> list[TreeNode]:
+        """The nodes that remain after the additions: the root alone if the nodes cover the tree."""
+        return [node for node, _ in self._remaining]
+
+    def merge(self, incoming: Sequence[Tensor]) -> list[Tensor]:
+        """Add in tree order, in place; return the tensors of the nodes that remain."""
+        for into, other in self.merges:
+            incoming[into].add_(incoming[other])
+        return [incoming[position] for _, position in self._remaining]
+
+    def merge_into(self, incoming: Sequence[Tensor], out: Tensor) -> None:
+        """Do the same if the root alone remains, and write it to `out`: one of `incoming`, or disjoint from all of them."""
+        for into, other in self.merges[:-1]:
+            incoming[into].add_(incoming[other])
+        for into, other in self.merges[-1:]:
+            torch.add(incoming[into], incoming[other], out=out)
+        if not self.merges:
+            out.copy_(incoming[0])
+
+
+class TreeReduceScatter:
+    """Reduce-scatters one bucket at a time; its workspace holds at most `max_nodes` incoming slices."""
+
+    def __init__(
+        self, comm: Comm, layout: Sliceable, max_nodes: int, device: torch.device, encoding: GradientEncoding | None = None
+    ):
+        self.comm, self.layout, self.encoding = comm, layout, encoding or GradientEncoding()
+        self.workspace = torch.empty(max_nodes * layout.longest_slice, dtype=self.encoding.dtype, device=device)
+        self.requests: list[Request] = []
+
+    def start(self, reduction: TreeReduction, parts: Sequence[Tensor], bucket: Interval) -> None:
+        """Send the slices of this rank's nodes (`parts`) of a bucket: one all-to-all for the j-th node of all ranks."""
+        comm, self.reduction = self.comm, reduction
+        slices = self.layout.slices(bucket)
+        own_numel, no_sends = slices[comm.rank], [0] * comm.size
+        self.incoming = [self.workspace[:0]] * reduction.node_count
+        offset = 0
+        for j in range(max(reduction.counts)):
+            sources = [r for r in range(comm.size) if reduction.counts[r] > j]
+            received = self.workspace[offset : offset + own_numel * len(sources)]
+            for i, r in enumerate(sources):
+                self.incoming[reduction.positions[r][j]] = received[i * own_numel : (i + 1) * own_numel]
+            offset += received.numel()
+            x, sends = self.workspace[:0], no_sends
+            if j < len(parts):
+                x, sends = self.encoding.encode((bucket, j), parts[j]), slices
+            receives = [own_numel if reduction.counts[r] > j else 0 for r in range(comm.size)]
+            self.requests.append(comm.iall_to_all(x, received, sends, receives))
+
+    def finish(self) -> list[Tensor]:
+        """Wait and add; return this rank's slice of each node that remains."""
+        while self.requests:
+            self.requests.pop(0).wait()
+        return self.reduction.merge([x.float() for x in self.incoming])

@@ -1,0 +1,18 @@
+"""The learning-rate schedule: a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from mpilm.config import Train
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """Return the learning rate of step `step`, counted from 0: linear warm-up, then the schedule down to min-lr."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.lr_schedule == "constant":
+        return train.lr
+    progress = min(1.0, (step + 1 - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
+    remaining = 1.0 - progress if train.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return train.min_lr + (train.lr - train.min_lr) * remaining

@@ -1,0 +1,94 @@
+"""Activation checkpointing: backward recomputes what forward did not keep (Chen et al., arXiv 1604.06174; Korthikanti et al.,
+2205.05198).
+
+Applied from outside: it wraps a block's forward, or its attention core. Dropout masks have keys, so the recomputation equals
+the first computation bit for bit.
+
+torch.utils.checkpoint does the same for programs that draw random numbers as they go. It imports the compiler, which takes
+80 MiB and 3 s on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpilm.parallel.autograd import backward_with
+
+
+class Checkpointed(nn.Module):
+    """A module that keeps only the inputs of `inner`."""
+
+    def __init__(self, inner: Any):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Any) -> Any:
+        return _checkpoint(self.inner, *inputs)
+
+
+def checkpoint_activations(model: nn.Module, part: str) -> None:
+    """Recompute a part ("none", "attention", "block") of each block of `model` in its backward."""
+    blocks = model.get_submodule("blocks").children() if part != "none" else ()
+    for block in blocks:
+        if part == "block":  # inside the module's hooks: recomputation does not gather its parameters again
+            block.forward = partial(_checkpoint, block.forward)
+        else:
+            block.attn.core = Checkpointed(block.attn.core)  # type: ignore[union-attr]
+
+
+def _checkpoint(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return CheckpointFunction.apply(function, torch.empty(0, requires_grad=True), *inputs)
+
+
+class CheckpointFunction(torch.autograd.Function):
+    """function(*inputs), of which only the inputs are kept.
+
+    `anchor` requires a gradient, so that backward runs for the parameters even if no input requires one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], anchor: Tensor, *inputs: Any) -> Tensor:
+        ctx.function = function
+        ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+        device = inputs[ctx.tensors[0]].device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        inputs, gradients = list(ctx.others), [None] * len(ctx.others)
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            for i, x in zip(ctx.tensors, ctx.saved_tensors):
+                needed = ctx.needs_input_grad[2 + i]
+                inputs[i] = GradCapture.apply(x.detach().requires_grad_(), gradients, i) if needed else x.detach()
+            y = ctx.function(*inputs)
+        if y.requires_grad:
+            backward_with(y, gradient)
+        return None, None, *gradients
+
+
+class GradCapture(torch.autograd.Function):
+    """Identity on x that stores its gradient at index `i` of `gradients`, unchanged.
+
+    A leaf would change it: its .grad has the leaf's strides, and autocast makes one copy of a leaf for all matrices that it is
+    multiplied with, not one for each, so that sums come in another order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradients: list[Tensor | None], i: int) -> Tensor:
+        ctx.gradients, ctx.i = gradients, i
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.gradients[ctx.i] = gradient
+        return None, None, None

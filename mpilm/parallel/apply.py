@@ -1,0 +1,89 @@
+"""The one function that turns a plain model into a stage of a parallel one, and the reason for its order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from mpilm.comm.base import Comm
+from mpilm.config import Config
+from mpilm.parallel.activation_checkpoint import checkpoint_activations
+from mpilm.parallel.compile import compile_blocks
+from mpilm.parallel.flat import FlatParameters
+from mpilm.parallel.fsdp import ReplicatedParameters, ShardedParameters
+from mpilm.parallel.layout import ParamLayout, select_frozen, select_trained
+from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
+from mpilm.parallel.pipeline.stage import GradientReducer, StageParts
+from mpilm.parallel.plan import stage_of
+
+ReducerBuilder = Callable[[FlatParameters, nn.Module], GradientReducer]
+
+
+def parallelize(
+    model: nn.Module,
+    stage: int,
+    blocks_per_stage: Sequence[int],
+    layouts: Mapping[str, ParamLayout],
+    config: Config,
+    comm: Comm,
+    device: torch.device,
+    alignment: int,
+    build_reducer: ReducerBuilder,
+) -> tuple[StageParts, FlatParameters, FlatParameters | None]:
+    """Turn `model`, a whole model on the meta device, into stage `stage`; return its parts, its trained and frozen parameters.
+
+    Collective over `comm`, the reduce axes. `layouts`: of this stage. The order, and why:
+
+    1. Prune other stages' modules: absent modules are never sharded, wrapped or compiled.
+    2. Allocate the flat parameters: their sizes follow from step 1 alone.
+    3. Compile blocks: the compiled function is what recomputation repeats.
+    4. Checkpoint activations: it wraps forwards, compiled or not, inside all module hooks.
+    5. Split backward: it replaces the forwards of linear layers within the blocks that steps 3 and 4 have wrapped.
+    6. Install the parameters, replicated or sharded: the hooks that gather them must be outermost, so that recomputation within
+       a block finds its parameters gathered.
+    7. Register the reducer: its hooks belong to the parameters that step 6 has installed.
+    """
+    parallel, is_last = config.parallel, stage == len(blocks_per_stage) - 1
+    prune_to_stage(model, stage, blocks_per_stage)
+    shard = comm.rank, comm.size, alignment
+    flat, frozen = FlatParameters(select_trained(layouts), device, parallel.zero, *shard), None
+    if select_frozen(layouts):  # ZeRO-1 and 2 shard gradients and moments, which these do not have
+        frozen = FlatParameters(select_frozen(layouts), device, 3 if parallel.zero == 3 else 0, *shard)
+    flats = [flat] if frozen is None else [flat, frozen]
+    if config.train.compile:
+        compile_blocks(model)
+    checkpoint_activations(model, config.train.recompute)
+    weight_grads = WeightGradQueue()
+    if parallel.schedule == "zero-bubble":
+        split_backward(model, weight_grads)
+    if parallel.zero == 3:
+        parameters: ReplicatedParameters = ShardedParameters(flats, model, comm)
+    else:
+        parameters = ReplicatedParameters()
+        for each in flats:
+            each.install(model)
+    reducer = build_reducer(flat, model)
+    autocast = make_autocast(config.train.dtype, device)
+    return StageParts(model, stage == 0, is_last, reducer, parameters, weight_grads, autocast), flat, frozen
+
+
+def prune_to_stage(model: nn.Module, stage: int, blocks_per_stage: Sequence[int]) -> None:
+    """Remove the modules of other stages from `model`. Parameter names stay the serial ones."""
+    for name, child in list(model.named_children()):
+        if isinstance(child, nn.ModuleDict):
+            for key in list(child):
+                if stage_of(f"{name}.{key}", blocks_per_stage) != stage:
+                    del child[key]
+        elif next(child.parameters(), None) is not None and stage_of(name, blocks_per_stage) != stage:
+            setattr(model, name, None)
+
+
+def make_autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Return the context in which forward computes: torch's autocast to bfloat16, or none for float32."""
+    if dtype == "bfloat16":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext

@@ -1,0 +1,48 @@
+"""Blocks and loss through torch.compile, applied from outside.
+
+Blocks are compiled one by one, not the model as a whole: fusion must not depend on where the model is cut into stages. All
+blocks are one function of their parameters, so one compilation serves all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mpilm.data.batch import Batch
+from mpilm.errors import ConfigError
+from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block of `model` when it first runs, once for each input shape."""
+    for block in model.get_submodule("blocks").children():
+        block.forward = _compile_forward(block.forward)  # inside the module's hooks, as in activation_checkpoint.py
+
+
+def _compile_forward(forward: Callable[[Tensor, Rows], Tensor]) -> Callable[[Tensor, Rows], Tensor]:
+    """Return the compiled forward. Decoding with a KV cache is not compiled: its length changes at every token."""
+    compiled = torch.compile(forward, dynamic=False)
+    return lambda x, rows: (compiled if rows.cache is None else forward)(x, rows)
+
+
+def compiled_token_losses() -> Callable[[Tensor, Batch], Tensor]:
+    """Return the compiled sum of a microbatch's token losses, which makes no float32 copy of the logits."""
+    loss_of_logits = torch.compile(loss_sum, dynamic=False)
+    return lambda logits, batch: loss_of_logits(logits, batch.targets)
+
+
+def require_compiler() -> None:
+    """Raise ConfigError if no C++ compiler is installed."""
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
+    if not shutil.which(name):
+        raise ConfigError(
+            f"--train.compile true: torch needs a C++ compiler, and {name} is not found; install one, name it in CXX, "
+            "or write --train.compile false"
+        )

@@ -1,0 +1,192 @@
+"""Parameters that are full only while they are used (ZeRO-3; Rajbhandari et al., arXiv 1910.02054, section 5.3).
+
+Each FSDP unit of the model (a block, the embedding, ...) is all-gathered before its forward and before its backward, while the
+unit before it computes, and released afterwards. What autograd has saved of a unit's parameters are views of the released
+memory; they see the values of the next gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap
+
+import torch
+from torch import Tensor, nn
+
+from mpilm.comm.base import Comm, Request
+from mpilm.parallel.flat import FlatParameters, set_parameter
+from mpilm.parallel.plan import fsdp_unit
+
+GATHERS_IN_FLIGHT = 2
+
+
+class ReleasableBuffer:
+    """A float32 tensor whose memory is released between uses and reappears at the same address with other values.
+
+    On a CPU it releases pages to the kernel (MADV_DONTNEED): malloc mostly keeps what is freed.
+    """
+
+    def __init__(self, numel: int, device: torch.device):
+        self.nbytes = 4 * numel
+        self._pages = None
+        if device.type == "cpu":
+            self._pages = mmap(-1, self.nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+            self.tensor = torch.frombuffer(self._pages, dtype=torch.float32)
+        else:
+            self.tensor = torch.empty(numel, device=device)
+
+    def acquire(self) -> None:
+        if self._pages is None:
+            self.tensor.untyped_storage().resize_(self.nbytes)
+
+    def release(self) -> None:
+        if self._pages is None:
+            self.tensor.untyped_storage().resize_(0)
+        else:
+            self._pages.madvise(MADV_DONTNEED)
+
+
+class FSDPUnit:
+    """The parameters of one module, either gathered in full or released."""
+
+    def __init__(self, name: str, flats: Sequence[FlatParameters], comm: Comm):
+        self.name, self.comm = name, comm
+        groups = [(flat, group) for flat in flats for group in flat.layout.groups if fsdp_unit(group.names[0]) == name]
+        *offsets, numel = accumulate((group.stop - group.start for _, group in groups), initial=0)
+        self.parts = [(flat, group, at - group.start) for (flat, group), at in zip(groups, offsets)]
+        """Groups of flat vectors, and the shift from a position there to one in `full`."""
+        self.buffer = ReleasableBuffer(numel, flats[0].device)
+        self.full = self.buffer.tensor  # the groups, one after the other
+        self.pending: list[Request] | None = None
+
+    def install(self, model: nn.Module) -> None:
+        """Make the parameters views of the gathered buffer.
+
+        `.data` bypasses autograd's version counter, so that a later gather is not seen as an in-place change.
+        """
+        for flat, group, shift in self.parts:
+            for name in group.names:
+                at, layout = flat.layout.spans[name]
+                part = self.full[at + shift : at + shift + layout.numel].view(layout.local_shape)
+                set_parameter(model, name, part.data, layout)
+        self.reshard()
+
+    def prefetch(self) -> None:
+        """Start the all-gather, unless it has been started. Collective over the reduce axes."""
+        if self.pending is not None:
+            return
+        self.buffer.acquire()
+        self.pending = []
+        for flat, group, shift in self.parts:
+            for bucket in flat.layout.buckets_of(group):
+                start, stop = flat.layout.slice(bucket, self.comm.rank)
+                own = flat.values.view(start, stop) if stop > start else self.full[:0]
+                out = self.full[bucket[0] + shift : bucket[1] + shift]
+                self.pending.append(self.comm.iall_gather(own, out, flat.layout.slices(bucket)))
+
+    def unshard(self) -> None:
+        """Return when the parameters are full. Collective over the reduce axes."""
+        self.prefetch()
+        for request in self.pending or ():
+            request.wait()
+
+    def reshard(self) -> None:
+        """Release the full parameters."""
+        if self.pending is not None:
+            self.unshard()
+        self.pending = None
+        self.buffer.release()
+
+
+class ReplicatedParameters:
+    """Parameters that are always full on every rank that uses them. Does nothing."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of parameters that are full only while they are used."""
+        return 0
+
+    def end_backward(self) -> None: ...
+
+    def join_forward(self) -> None: ...
+
+    def begin_backward(self, name: str) -> None: ...
+
+    def join_backward(self) -> None: ...
+
+
+class ShardedParameters(ReplicatedParameters):
+    """Gathers the parameters of a stage's model, whose shards lie in `flats`, by hooks on its modules.
+
+    Every rank of the reduce axes must call the model, or a `join_` method in its place, the same number of times.
+    """
+
+    def __init__(self, flats: Sequence[FlatParameters], model: nn.Module, comm: Comm):
+        names = dict.fromkeys(fsdp_unit(name) for name, _ in model.named_parameters())
+        self.units = [FSDPUnit(name, flats, comm) for name in names]  # in the order of forward
+        self.backward_unit = len(self.units)
+        for number, unit in enumerate(self.units):
+            unit.install(model)
+            module = model.get_submodule(unit.name)
+            module.register_forward_pre_hook(lambda *_, number=number: self._unshard(number, number + 1))
+            module.register_forward_hook(lambda _module, _inputs, output, number=number: self._leave(number, output))
+
+    @property
+    def held_bytes(self) -> int:
+        """The most memory of full parameters at one time: of a unit in use and the next one."""
+        sizes = [unit.buffer.nbytes for unit in self.units]
+        return max(sum(pair) for pair in zip(sizes, [*sizes[1:], 0]))
+
+    def _unshard(self, number: int, following: int) -> None:
+        self.units[number].unshard()
+        if 0 <= following < len(self.units):
+            self.units[following].prefetch()
+
+    def _leave(self, number: int, output: Tensor) -> None:
+        self.units[number].reshard()
+        if output.requires_grad:
+            output.register_hook(lambda _: self._begin_unit_backward(number))
+
+    def _begin_unit_backward(self, number: int) -> None:
+        """Gather a unit for its backward; the backward of the units after it has ended."""
+        self.backward_unit = number
+        for unit in self.units[number + 1 :]:
+            unit.reshard()
+        self._unshard(number, number - 1)
+
+    def end_backward(self) -> None:
+        self.backward_unit = len(self.units)
+        for unit in self.units:
+            unit.reshard()
+
+    def join_forward(self) -> None:
+        """Join the gathers of a forward without a microbatch."""
+        for number in range(len(self.units)):
+            self._unshard(number, number + 1)
+            self.units[number].reshard()
+
+    def begin_backward(self, name: str) -> None:
+        """Join the gathers of a backward up to the unit of this parameter, units without trained parameters included."""
+        number = [unit.name for unit in self.units].index(fsdp_unit(name))
+        for passed in reversed(range(number, self.backward_unit)):
+            self._begin_unit_backward(passed)
+
+    def join_backward(self) -> None:
+        """Join the gathers of a backward without a microbatch."""
+        for number in reversed(range(len(self.units))):
+            self._begin_unit_backward(number)
+        self.end_backward()
+
+
+def all_gather_shards(flat: FlatParameters, comm: Comm) -> None:
+    """Gather the shards that the ranks of the reduce axes have updated into every rank's values (ZeRO-1 and 2). Collective."""
+    pending: list[Request] = []
+    first = flat.values.intervals[0][0]
+    for bucket in [bucket for bucket in flat.layout.buckets if bucket[0] >= first]:
+        own = flat.values.view(*flat.layout.slice(bucket, comm.rank))
+        pending.append(comm.iall_gather(own, flat.values.view(*bucket), flat.layout.slices(bucket)))
+        if len(pending) > GATHERS_IN_FLIGHT:
+            pending.pop(0).wait()
+    for request in pending:
+        request.wait()

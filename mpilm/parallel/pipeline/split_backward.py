@@ -1,0 +1,91 @@
+"""Backward in two halves: gradients of inputs first, gradients of weight matrices later (zero bubble; Qi et al.,
+arXiv 2401.10241, section 2).
+
+Applied from outside: each Linear and Conv1D of a model puts what its weight gradient needs into a queue. The products are those
+that autograd would have computed, with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpilm.model.layers import Conv1D
+
+
+class PendingWeightGrad(NamedTuple):
+    """The product that a weight gradient still needs."""
+
+    name: str
+    transposed: bool  # the weight is stored (in, out)
+    x: Tensor  # input (N, in)
+    gradient: Tensor  # gradient of the output (N, out)
+
+
+class WeightGradQueue:
+    """The pending weight gradients of each microbatch, and the small gradients that the first half has completed."""
+
+    def __init__(self) -> None:
+        self.microbatch = -1
+        self._pending: dict[int, list[PendingWeightGrad]] = defaultdict(list)
+        self._completed: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+
+    def push_pending(self, name: str, transposed: bool, x: Tensor, gradient: Tensor) -> None:
+        self._pending[self.microbatch].append(PendingWeightGrad(name, transposed, x, gradient))
+
+    def push_completed(self, name: str, gradient: Tensor) -> None:
+        self._completed[self.microbatch].append((name, gradient))
+
+    def pop_gradients(self, microbatch: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield the gradients of a microbatch in float32, one after the other, and free what they needed."""
+        yield from self._completed.pop(microbatch, [])
+        pending = self._pending.pop(microbatch, [])[::-1]
+        while pending:
+            name, transposed, x, gradient = pending.pop()
+            product = (gradient.t() @ x).float()
+            yield name, product.t() if transposed else product
+
+
+def split_backward(model: nn.Module, queue: WeightGradQueue) -> None:
+    """Let every Linear and Conv1D of `model` put its weight gradient into `queue`."""
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            name = f"{path}.weight" if path else "weight"
+            module.forward = partial(_forward, module, name, queue)  # type: ignore[method-assign]
+
+
+def _forward(module: nn.Linear | Conv1D, name: str, queue: WeightGradQueue, x: Tensor) -> Tensor:
+    transposed = isinstance(module, Conv1D)
+    weight: Tensor = module.weight.t() if transposed else module.weight
+    bias: Tensor | None = module.bias
+    if not (torch.is_grad_enabled() and x.requires_grad and weight.requires_grad):  # backward has no second half
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return DeferredLinear.apply(x, weight.detach(), bias, name, transposed, queue)
+
+
+class DeferredLinear(torch.autograd.Function):
+    """x W^T + b, whose backward puts the gradient of W into a queue."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, transposed: bool, queue: WeightGradQueue
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.name, ctx.transposed, ctx.queue, ctx.has_bias = name, transposed, queue, bias is not None
+        return F.linear(x, weight, bias)  # (B, T, in) -> (B, T, out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flat = gradient.flatten(0, -2)
+        ctx.queue.push_pending(ctx.name, ctx.transposed, x.detach().flatten(0, -2), flat)
+        return (flat @ weight).view(x.shape), None, flat.sum(0) if ctx.has_bias else None, None, None, None

@@ -1,0 +1,66 @@
+"""Local SGD with an outer optimizer: replicas train independently and synchronize every few steps.
+
+DiLoCo (Douillard et al., arXiv 2311.08105). Between synchronizations each replica steps with its own gradient. Then the mean
+distance that all replicas have moved is the gradient of an outer optimizer, SGD with Nesterov momentum, with the paper's
+settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mpilm.comm.base import Comm
+from mpilm.parallel.flat import FlatParameters
+from mpilm.parallel.flat_layout import ParamSlice
+
+OUTER_MOMENTUM = "outer_momentum"  # its name in checkpoints
+OUTER_LR, OUTER_BETA = 0.7, 0.9
+MAX_MESSAGE_NUMEL = 1 << 26
+
+
+class DiLoCo:
+    """Synchronizes replicas every `every` steps, and at the last step of a run. Collective over `comm`, the reduce axes."""
+
+    def __init__(self, flats: Mapping[int, FlatParameters], comm: Comm, every: int):
+        self.flats, self.comm, self.every = flats, comm, every
+        self.momentum = {stage: torch.zeros_like(flat.values.tensor) for stage, flat in flats.items()}
+        self.anchors: dict[int, Tensor] = {}  # the weights at the last synchronization
+
+    def is_due(self, done: int, steps: int) -> bool:
+        """Return whether replicas synchronize after `done` of `steps` steps."""
+        return done % self.every == 0 or done == steps
+
+    def begin_step(self) -> None:
+        """Copy the common weights before the first update since a synchronization."""
+        for stage, flat in self.flats.items():
+            self.anchors.setdefault(stage, flat.values.tensor.clone())
+
+    def sync(self) -> None:
+        """Bring all replicas to the same weights, unless none has been updated since the last time. Collective."""
+        if not self.anchors:
+            return
+        for stage, flat in self.flats.items():
+            anchor, momentum = self.anchors.pop(stage), self.momentum[stage]
+            delta = anchor - flat.values.tensor
+            for part in delta.split(MAX_MESSAGE_NUMEL):
+                self.comm.all_reduce(part)
+            delta.div_(self.comm.size)
+            momentum.mul_(OUTER_BETA).add_(delta)
+            torch.sub(anchor, delta.add_(momentum, alpha=OUTER_BETA), alpha=OUTER_LR, out=flat.values.tensor)
+
+    def owned_slices(self) -> dict[ParamSlice, Tensor]:
+        """Return the outer momentum of the parameter slices that this rank updates."""
+        slices = {}
+        for stage, flat in self.flats.items():
+            for item, values in flat.owned_slices(flat.values).items():
+                at = values.storage_offset() - flat.values.tensor.storage_offset()
+                slices[item] = self.momentum[stage][at : at + item.numel]
+        return slices
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the outer momentum and of the anchors."""
+        return 2 * sum(x.nbytes for x in self.momentum.values())

@@ -1,0 +1,128 @@
+"""Reduction across ranks by messages, bucket by bucket, with several buckets in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mpilm.comm.base import Comm, Request
+from mpilm.ops.tree import Interval
+from mpilm.ops.tree_reduce import TreeReduceScatter, TreeReduction
+
+BUCKETS_IN_FLIGHT = 2  # unless the reduction overlaps with backward
+
+
+class CrossRankReducer(Protocol):
+    """Reduces the tree nodes that ranks have accumulated to one sum."""
+
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
+        """Begin with a bucket: this rank's nodes (`parts`) are complete; the sum goes to the first of them."""
+
+    def finish(self) -> None:
+        """Return when this rank has all the sums it needs."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory used beside the gradients."""
+
+
+class NoReduction:
+    """The reduction of a single rank, whose sum is complete."""
+
+    held_bytes = 0
+
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class BucketReducer(Protocol):
+    """Reduces one bucket at a time."""
+
+    gathering: Request
+
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None: ...
+
+    def finish(self) -> None: ...
+
+    @property
+    def held_bytes(self) -> int: ...
+
+
+class TreeBucketReducer:
+    """Reduces a bucket in tree order. The sum goes to `parts[0]`: this rank's slice, or with `gather` all of it."""
+
+    def __init__(self, reduce_scatter: TreeReduceScatter, reduction: TreeReduction, gather: bool):
+        self.reduce_scatter, self.reduction, self.gather, self.gathering = reduce_scatter, reduction, gather, Request()
+
+    @property
+    def held_bytes(self) -> int:
+        return self.reduce_scatter.workspace.nbytes
+
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
+        self.gathering.wait()
+        self.parts, self.bucket = parts, bucket
+        self.reduce_scatter.start(self.reduction, parts, bucket)
+
+    def finish(self) -> None:
+        (total,) = self.reduce_scatter.finish()
+        comm, sums, encoding = self.reduce_scatter.comm, self.parts[0], self.reduce_scatter.encoding
+        slices = self.reduce_scatter.layout.slices(self.bucket)
+        if not self.gather:
+            sums.split(slices)[comm.rank].copy_(total)
+            return
+        sent = encoding.encode((self.bucket, "sum"), total)
+        out = sums if sent.dtype == sums.dtype else torch.empty_like(sums, dtype=sent.dtype)
+        self.gathering = _chain(comm.iall_gather(sent, out, slices), lambda: None if out is sums else sums.copy_(out))
+
+
+def _chain(request: Request, action: Callable[[], object]) -> Request:
+    def finish() -> None:
+        request.wait()
+        action()
+
+    return Request(finish)
+
+
+class AllReduceBucketReducer:
+    """Reduces a bucket by the MPI library's all-reduce, in whatever order that adds."""
+
+    held_bytes = 0
+
+    def __init__(self, comm: Comm):
+        self.comm, self.gathering = comm, Request()
+
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
+        self.gathering.wait()
+        self.gathering = self.comm.iall_reduce(parts[0])
+
+    def finish(self) -> None:
+        pass
+
+
+class MessageReducer:
+    """Reduces buckets one after the other, one in flight for each of `slots`."""
+
+    def __init__(self, slots: Sequence[BucketReducer]):
+        self.spans, self.started = slots, 0
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(slot.held_bytes for slot in self.spans)
+
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
+        slot = self.spans[self.started % len(self.spans)]
+        if self.started >= len(self.spans):
+            slot.finish()
+        slot.start(parts, bucket)
+        self.started += 1
+
+    def finish(self) -> None:
+        for number in range(max(0, self.started - len(self.spans)), self.started):
+            self.spans[number % len(self.spans)].finish()
+        for slot in self.spans:
+            slot.gathering.wait()
+        self.started = 0

@@ -1,0 +1,73 @@
+"""Gradient compression by low-rank approximation: a matrix is sent as two thin ones.
+
+PowerSGD (Vogels et al., arXiv 1905.13727, algorithms 1 and 2). One step of power iteration approximates the sum M of all ranks'
+matrices (a, b): P = M Q, orthogonalized, then Q = M^T P. The update uses P Q^T, and Q starts the next step. Each rank adds the
+error of its own matrix to its next gradient. Vectors, and matrices that would not get smaller, are sent uncompressed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpilm.comm.base import Comm
+from mpilm.model.init import initial_value
+from mpilm.ops.tree import Interval
+from mpilm.parallel.flat import FlatParameters, FlatVector
+
+
+class PowerSGDReducer:
+    """Reduces `sums`, this rank's gradient, in place. Collective over `comm`; all ranks get the bits of MPI's all-reduce."""
+
+    def __init__(self, comm: Comm, flat: FlatParameters, sums: FlatVector, rank: int, seed: int):
+        self.comm = comm
+        views = {name: flat.parameter(name, sums) for name in flat.layout.spans}
+        self.matrices = {name: view for name, view in views.items() if _is_compressible(view, rank)}
+        self.uncompressed = [view for name, view in views.items() if name not in self.matrices]
+        self.errors = {name: torch.zeros_like(view) for name, view in self.matrices.items()}
+        self.q = {
+            name: initial_value(seed, f"compress.{name}", (view.shape[1], rank), 1.0).to(flat.device)
+            for name, view in self.matrices.items()
+        }
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(x.nbytes for x in (*self.errors.values(), *self.q.values()))
+
+    def reset_residuals(self) -> None:
+        """Discard the errors: they belong to a state that has been replaced."""
+        for error in self.errors.values():
+            error.zero_()
+
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None: ...
+
+    def finish(self) -> None:
+        for name, matrix in self.matrices.items():
+            matrix.add_(self.errors[name])
+        p = self._all_reduce([matrix @ self.q[name] for name, matrix in self.matrices.items()])
+        p = [torch.linalg.qr(x).Q for x in p]
+        own_q = [matrix.T @ x for matrix, x in zip(self.matrices.values(), p)]
+        totals = self._all_reduce([*own_q, *self.uncompressed])
+        for (name, matrix), left, own, total in zip(self.matrices.items(), p, own_q, totals):
+            torch.sub(matrix, left @ own.T, out=self.errors[name])
+            matrix.copy_(left @ total.T)
+            if total.isfinite().all():  # otherwise the step is skipped, and must not spoil later ones
+                self.q[name] = total
+            else:
+                self.errors[name].zero_()
+        for view, total in zip(self.uncompressed, totals[len(own_q) :]):
+            view.copy_(total)
+
+    def _all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums of all ranks' tensors, in one message."""
+        if not tensors:
+            return []
+        packed = torch.cat([x.reshape(-1) for x in tensors])
+        self.comm.all_reduce(packed)
+        return [part.view(x.shape) for part, x in zip(packed.split([x.numel() for x in tensors]), tensors)]
+
+
+def _is_compressible(view: Tensor, rank: int) -> bool:
+    return view.dim() == 2 and rank * sum(view.shape) < view.numel()

@@ -1,0 +1,178 @@
+"""Reduction across ranks in memory that the ranks of a node share.
+
+Each rank adds its slices of every bucket, in tree order, straight from the memory of the others; on one node nothing is sent.
+Across nodes, ranks with equal local rank exchange partial sums, so each slice leaves a node once, not once per local rank. For
+an all-reduce each rank then copies the other slices from where they were added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpilm.comm.base import Comm
+from mpilm.ops.tree import Interval, TreeNode
+from mpilm.ops.tree_reduce import GradientEncoding, TreeReduceScatter, TreeReduction
+from mpilm.parallel.flat_layout import FlatLayout
+from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, MessageReducer, TreeBucketReducer
+
+
+@dataclass(frozen=True)
+class NodeTopology:
+    """The ranks of a communicator on nodes of equal size, one node after the other."""
+
+    intra_node: Comm  # the ranks of this node
+    inter_node: Comm  # the ranks with this rank's local rank
+
+    def ranks(self, node: int) -> range:
+        """Return the ranks of a node."""
+        return range(node * self.intra_node.size, (node + 1) * self.intra_node.size)
+
+
+def detect_topology(comm: Comm) -> NodeTopology | None:
+    """Return the topology; None for one rank a node, unequal nodes, or ranks that alternate between nodes. Collective."""
+    intra_node = comm.split_node(f"{comm.name} within the node")
+    size = intra_node.size
+    actual = comm.all_gather_json([comm.rank - intra_node.rank, intra_node.rank, size])
+    expected = [[rank // size * size, rank % size, size] for rank in range(comm.size)]
+    if not all(comm.all_gather_json(size > 1 and actual == expected)):
+        return None
+    return NodeTopology(intra_node, comm.split(intra_node.rank, comm.rank, f"{comm.name} across nodes"))
+
+
+class LocalRankSlices:
+    """The slices of a flat layout owned by the ranks with one local rank, one after the other."""
+
+    def __init__(self, layout: FlatLayout, local_rank: int, local_size: int):
+        self.layout, self.local_rank, self.local_size = layout, local_rank, local_size
+
+    def slices(self, bucket: Interval) -> list[int]:
+        return self.layout.slices(bucket)[self.local_rank :: self.local_size]
+
+    def intervals(self, bucket: Interval) -> list[Interval]:
+        """Return their positions in the flat vector."""
+        return [self.layout.slice(bucket, rank) for rank in range(self.local_rank, self.layout.ranks, self.local_size)]
+
+    @property
+    def longest_slice(self) -> int:
+        return self.layout.longest_slice
+
+    @property
+    def numel(self) -> int:
+        return sum(sum(self.slices(bucket)) for bucket in self.layout.buckets)
+
+
+class SharedMemoryReducer:
+    """Reduces in shared memory; the sum goes to buffer 0 of each rank: its slices, or with `gather` all of it.
+
+    `buffers`: the flat vectors of each rank of this node. `nodes_held`: for each rank of the communicator, the tree node that
+    each of its buffers holds. Collective over the topology's communicators.
+    """
+
+    def __init__(
+        self,
+        topology: NodeTopology,
+        layout: FlatLayout,
+        buffers: Sequence[Sequence[Tensor]],
+        nodes_held: Sequence[Mapping[int, TreeNode]],
+        microbatches: int,
+        gather: bool,
+        encoding: GradientEncoding | None = None,
+    ):
+        self.topology, self.gather = topology, gather
+        local_rank, local_size = topology.intra_node.rank, topology.intra_node.size
+        sums = [vectors[0] for vectors in buffers]
+        self.own_sums = sums[local_rank]
+        slices = [LocalRankSlices(layout, r, local_size) for r in range(local_size)]
+        self.own_slices = slices[local_rank]
+        by_node = [
+            TreeReduction([list(nodes_held[rank].values()) for rank in topology.ranks(node)], microbatches)
+            for node in range(topology.inter_node.size)
+        ]
+        self.intra_reduction = by_node[topology.inter_node.rank]
+        held_here = [nodes_held[rank] for rank in topology.ranks(topology.inter_node.rank)]
+        vectors_by_node = sorted(
+            ((node, vectors[b]) for vectors, held in zip(buffers, held_here) for b, node in held.items()),
+            key=lambda pair: pair[0],
+        )
+        self.views = self._make_views([vector for _, vector in vectors_by_node])
+        self.copies = [
+            (self.own_sums[i:j], other_sums[i:j])
+            for other_sums, other in zip(sums, slices)
+            if other is not self.own_slices
+            for bucket in layout.buckets
+            for i, j in other.intervals(bucket)
+        ]
+        """The place of each slice added by another rank of the node, and its source."""
+        self.inter_node: MessageReducer | None = None
+        if topology.inter_node.size > 1:
+            reduction = TreeReduction([each.remaining for each in by_node], microbatches)
+            self.packed = [torch.empty(self.own_slices.numel) for _ in self.intra_reduction.remaining]
+            self.inter_node = MessageReducer(
+                [
+                    TreeBucketReducer(
+                        TreeReduceScatter(
+                            topology.inter_node, self.own_slices, reduction.node_count, self.own_sums.device, encoding
+                        ),
+                        reduction,
+                        gather,
+                    )
+                    for _ in range(min(BUCKETS_IN_FLIGHT, len(layout.buckets)))
+                ]
+            )
+
+    def _make_views(self, vectors: Sequence[Tensor]) -> dict[Interval, list[tuple[list[Tensor], Tensor]]]:
+        """Return, by bucket, the parts that this rank adds and the place of their sum.
+
+        Views are made once: making them takes longer than a small addition.
+        """
+        return {
+            bucket: [([x[i:j] for x in vectors], self.own_sums[i:j]) for i, j in self.own_slices.intervals(bucket)]
+            for bucket in self.own_slices.layout.buckets
+        }
+
+    @property
+    def sent_numel(self) -> int:
+        """Elements that this rank sends to other nodes."""
+        return 0 if self.inter_node is None else sum(x.numel() for x in self.packed)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the messages to other nodes."""
+        return 0 if self.inter_node is None else self.inter_node.held_bytes + sum(x.nbytes for x in self.packed)
+
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None: ...
+
+    def finish(self) -> None:
+        """Reduce all buckets; every rank calls this once its tree nodes are complete."""
+        node = self.topology.intra_node
+        node.barrier()
+        if self.inter_node is None:
+            for parts, total in (pair for pairs in self.views.values() for pair in pairs):
+                self.intra_reduction.merge_into(parts, total)
+        else:
+            self._reduce_across_nodes(self.inter_node)
+        node.barrier()
+        if self.gather:
+            for out, source in self.copies:
+                out.copy_(source)
+            node.barrier()  # the sums may be scaled or overwritten from here on
+
+    def _reduce_across_nodes(self, inter_node: MessageReducer) -> None:
+        at, results = 0, []
+        for bucket, slices in self.views.items():
+            first = at
+            for number, (parts, total) in enumerate(slices):
+                stop = at + total.numel()
+                for packed, partial_sum in zip(self.packed, self.intra_reduction.merge(parts)):
+                    packed[at:stop].copy_(partial_sum)
+                if self.gather or number == self.topology.inter_node.rank:
+                    results.append((total, self.packed[0][at:stop]))
+                at = stop
+            inter_node.start([packed[first:at] for packed in self.packed], bucket)
+        inter_node.finish()
+        for total, result in results:
+            total.copy_(result)

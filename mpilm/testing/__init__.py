@@ -1,0 +1,1 @@
+"""Support for tests of mpilm: faults injected into a running job."""

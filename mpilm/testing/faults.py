@@ -1,0 +1,160 @@
+"""Fault injection: kill, stop, slow down or mislead a rank at a named point of the program.
+
+The environment variable MPILM_FAULT describes the faults, separated by semicolons:
+
+    MPILM_FAULT="kind=sleep rank=1 step=7 point=checkpoint.write value=80"
+
+`rank` and `step` may be omitted (any). `after`: how often the point is passed first; `value`: seconds to sleep. Every fault
+prints a line when it fires. The code under test contains no fault points: `install_faults` wraps the functions in POINTS.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import importlib
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+POINTS: Mapping[str, Sequence[str]] = {
+    "data.next": ["mpilm.parallel.pipeline.stage:ModelStage.fetch_batch"],
+    "forward": ["mpilm.parallel.pipeline.stage:ModelStage.forward"],
+    "backward": [
+        "mpilm.parallel.pipeline.stage:ModelStage.backward",
+        "mpilm.parallel.pipeline.stage:ModelStage.backward_input",
+    ],
+    "p2p.send": ["mpilm.comm.instrumented:InstrumentedComm._isend"],
+    "p2p.receive": ["mpilm.comm.instrumented:InstrumentedComm._irecv"],
+    "reduce.before": ["mpilm.parallel.pipeline.stage:ModelStage.reduce"],
+    "reduce.after": ["mpilm.parallel.pipeline.stage:ModelStage.reduce"],
+    "optimizer": ["mpilm.optim.optimizer:Optimizer.step"],
+    "eval": ["mpilm.trainer.hooks:validation_loss"],
+    "checkpoint.open": ["mpilm.checkpoint.save:AsyncSave.__init__"],
+    "checkpoint.write": ["mpilm.checkpoint.save:BlockWriter.write"],
+    "checkpoint.fsync": ["mpilm.checkpoint.save:BlockWriter.sync"],
+    "checkpoint.manifest": ["mpilm.checkpoint.format:Writer.write_manifest"],
+    "checkpoint.rename": ["mpilm.checkpoint.format:Writer.publish"],
+    "checkpoint.cleanup": ["mpilm.checkpoint.manager:CheckpointManager.start_pruning"],
+    "recover.agree": ["mpilm.trainer.recovery.elastic:agree_on_survivors"],
+    "recover.give": ["mpilm.trainer.recovery.memory_checkpoint:RecoveredState.broadcast_range"],
+    "leaving": ["mpilm.trainer.loop:exit_barrier"],
+}
+"""Point -> the functions (module:qualified name) before which it lies; reduce.after lies behind its function."""
+
+
+def _loop_forever(value: float) -> None:
+    while True:
+        pass
+
+
+def _hold_interpreter_lock(value: float) -> None:
+    """Sleep with the interpreter lock held; for ever if `value` is 0 (a read resumes after a signal, a sleep would end)."""
+    libc = ctypes.PyDLL(None)
+    if value:
+        libc.usleep(int(1e6 * value))
+    else:
+        libc.read(os.pipe()[0], ctypes.create_string_buffer(1), ctypes.c_size_t(1))
+
+
+def _raise_value_error(value: float) -> None:
+    raise ValueError("injected by MPILM_FAULT")
+
+
+def _raise_os_error(number: int, value: float) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+def _exhaust_memory(value: float) -> None:
+    """Limit the address space of the rank to its present size and allocate more."""
+    import torch
+
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now, now))
+    torch.empty(1 << 30)
+
+
+KINDS: Mapping[str, Callable[[float], object]] = {
+    "kill": lambda value: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda value: os.kill(os.getpid(), signal.SIGSTOP),
+    "segv": lambda value: os.kill(os.getpid(), signal.SIGSEGV),
+    "usr1": lambda value: os.kill(os.getpid(), signal.SIGUSR1),
+    "hold": _hold_interpreter_lock,
+    "loop": _loop_forever,
+    "sleep": time.sleep,
+    "raise": _raise_value_error,
+    "exit": lambda value: sys.exit(3),
+    "os_exit": lambda value: os._exit(3),
+    "memory": _exhaust_memory,
+    **{
+        name.lower(): functools.partial(_raise_os_error, getattr(errno, name))
+        for name in ("ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS")
+    },
+}
+
+
+@dataclass
+class InjectedFault:
+    """A fault that fires once, when its point has been passed `after` times on its rank in its step."""
+
+    kind: str
+    point: str
+    rank: int | None = None
+    step: int | None = None
+    after: int = 0
+    value: float = 0.0
+    passed: int = field(default=0, init=False)
+
+    def maybe_fire(self, rank: int, step: int) -> None:
+        if self.rank not in (None, rank) or self.step not in (None, step):
+            return
+        self.passed += 1
+        if self.passed == self.after + 1:
+            os.write(2, f"fault: {self.kind} at {self.point} of step {step} on rank {rank}\n".encode())
+            KINDS[self.kind](self.value)
+
+
+def install_faults(description: str, rank: int) -> None:
+    """Wrap the functions at the points of the described faults, in this process. `rank`: its world rank at the start."""
+    from mpilm.comm.progress import Progress
+
+    step = [0]
+    _wrap(Progress, "enter", lambda progress, phase, number: step.__setitem__(0, number))
+    for fault in [_parse_fault(text) for text in description.split(";") if text.strip()]:
+        for target in POINTS[fault.point]:
+            module, _, name = target.partition(":")
+            owner: Any = importlib.import_module(module)
+            *outer, attribute = name.split(".")
+            for part in outer:
+                owner = getattr(owner, part)
+            _wrap(owner, attribute, lambda *_, fault=fault: fault.maybe_fire(rank, step[0]), fault.point.endswith(".after"))
+
+
+def _wrap(owner: Any, attribute: str, notify: Callable[..., object], after: bool = False) -> None:
+    function = getattr(owner, attribute)
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        if not after:
+            notify(*arguments)
+        result = function(*arguments, **options)
+        if after:
+            notify(*arguments)
+        return result
+
+    setattr(owner, attribute, wrapper)
+
+
+def _parse_fault(text: str) -> InjectedFault:
+    values = dict(part.split("=", 1) for part in text.split())
+    if values["kind"] not in KINDS or values["point"] not in POINTS:
+        raise ValueError(f"MPILM_FAULT: {text}")
+    numbers = {key: int(values[key]) for key in ("rank", "step", "after") if key in values}
+    return InjectedFault(values["kind"], values["point"], **numbers, value=float(values.get("value", 0)))

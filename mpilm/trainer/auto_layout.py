@@ -1,0 +1,134 @@
+"""The layout chosen at the start: by the planner (parallel.auto), and the number of blocks in each stage."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mpilm.comm.base import Comm
+from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
+from mpilm.config import Config, replaced, to_dict
+from mpilm.engine.hardware import Hardware, software_versions
+from mpilm.engine.pipelined import meta_model, resolve_model_layouts
+from mpilm.errors import ConfigError
+from mpilm.mesh.mesh import Mesh
+from mpilm.model.loss import loss_sum
+from mpilm.model.rows import Rows
+from mpilm.parallel.apply import make_autocast, prune_to_stage
+from mpilm.parallel.feasible import cut_by_cost
+from mpilm.parallel.flat import FlatParameters
+from mpilm.parallel.layout import select_stage
+from mpilm.parallel.pipeline.partition import partition_layers
+from mpilm.planner.machine import Machine as Measured
+from mpilm.planner.machine import read
+from mpilm.planner.search import Job, adopted, search
+
+CHOSEN_SETTINGS = ("pipeline", "schedule", "chunks", "zero")
+MEASURE_S = 0.5  # for each part: long compared with a scheduler's time slice, so that sharing a core shows
+PARTS = (0, 1, 0)  # one block divided into three stages: the embedding; the block; norm, head and loss
+
+
+def choose_layout(config: Config, vocab_size: int, hardware: Hardware, world: Comm) -> tuple[Config, str]:
+    """Return the config with the layout that the planner predicts to be fastest, and a note; unchanged without parallel.auto.
+
+    Collective; raises CollectiveError if machine.json describes another machine, or no layout works.
+    """
+    if not config.parallel.auto:
+        return config, ""
+    ranks_per_node = max(world.all_gather_json(world.split_node().size))
+    choice = run_on_root(world, lambda: _plan_layout(config, vocab_size, hardware, world, ranks_per_node))
+    settings, recompute, note = world.broadcast_json(choice)
+    changes = {f"parallel__{name}": value for name, value in settings.items()}
+    return replaced(config, parallel__auto="", train__recompute=recompute, **changes), note
+
+
+def _plan_layout(config: Config, vocab_size: int, hardware: Hardware, world: Comm, ranks_per_node: int) -> list[object]:
+    """Return the settings of the layout, recomputation, and a note."""
+    if config.model.lora_rank:
+        raise ConfigError("--parallel.auto plans for training full models: remove it or --model.lora-rank")
+    profile = read(config.parallel.auto, "--parallel.auto")
+    _check_same_machine(profile, hardware, world)
+    base = replaced(config, parallel__auto="")
+    found, rejected = search(Job(base, vocab_size, profile, ranks_per_node), world.size)
+    if not found:
+        raise ConfigError(f"--parallel.auto: no layout of {world.size} ranks works: {rejected[0].words}: {rejected[0].reason}")
+    best = adopted(base, found[0])
+    note = (
+        f"chosen among {len(found)} by {config.parallel.auto} (--parallel.auto): {found[0].words}; predicted step time "
+        f"{found[0].time.total_s:.3g} s"
+    )
+    settings = to_dict(best.parallel)
+    return [{name: settings[name] for name in CHOSEN_SETTINGS}, best.train.recompute, note]
+
+
+def _check_same_machine(profile: Measured, hardware: Hardware, world: Comm) -> None:
+    here = {**software_versions(world), "device": hardware.device.type}
+    for name in ("processor", "device", "torch"):
+        if getattr(profile, name) != here[name]:
+            raise ConfigError(
+                f"--parallel.auto {profile.source} was measured with {name} {getattr(profile, name)}, but this machine has "
+                f"{here[name]}: calibrate here (mpirun -n {world.size} python -m mpilm.doctor --calibrate)"
+            )
+
+
+def partition_model(config: Config, mesh: Mesh, vocab_size: int, device: torch.device) -> tuple[int, ...]:
+    """Return the number of blocks in each stage, the same on all ranks. Collective over the mesh; raises CollectiveError.
+
+    With `parallel.balance measured` all ranks time a block, the embedding and the head at once, as in training; a stage is as
+    fast as the slowest of its replicas.
+    """
+    parallel = config.parallel
+    if parallel.balance == "cost" or parallel.cut or parallel.pipeline == 1:
+        return run_on_all_ranks(mesh.world, lambda: cut_by_cost(config, vocab_size))
+    own_s = [_time_part(config, vocab_size, device, part, mesh.world) for part in range(3)]
+    everyone = mesh.world.all_gather_json(own_s)
+    embed_s, block_s, head_s = (statistics.median(part) for part in zip(*everyone))
+    slowest_s = [0.0] * parallel.pipeline
+    for rank, (_, rank_block_s, _) in enumerate(everyone):
+        index = mesh.shape.coordinate(rank)["pipeline"]
+        slowest_s[index] = max(slowest_s[index], rank_block_s)
+    speeds = [block_s / slowest_s[stage % parallel.pipeline] for stage in range(parallel.pipeline * parallel.chunks)]
+    counts = partition_layers(config.model.n_layers, len(speeds), embed_s / block_s, head_s / block_s, 1.0, speeds)
+    return tuple(mesh.world.broadcast_json(list(counts)))
+
+
+def _time_part(config: Config, vocab_size: int, device: torch.device, part: int, world: Comm) -> float:
+    """Return the mean seconds of forward and backward of one microbatch through a part of the model. Collective."""
+    shape = replace(config.model, n_layers=1, lora_rank=0)
+    model = meta_model(shape, vocab_size)
+    prune_to_stage(model, part, PARTS)
+    flat = FlatParameters(select_stage(resolve_model_layouts(shape, vocab_size, PARTS), part), device)
+    flat.values.tensor.fill_(0.01)
+    flat.install(model)
+    rows, length = config.train.micro_batch, shape.context_length
+    tokens = torch.arange(rows * length, device=device).remainder(vocab_size).view(rows, length)
+    x = tokens if part == 0 else torch.ones(rows, length, shape.d_model, device=device).requires_grad_()
+    compute = _forward_backward(model, x, tokens, part, config, device)
+    compute()
+    world.barrier()
+    start_s, calls = time.perf_counter(), 0
+    while time.perf_counter() < start_s + MEASURE_S:
+        compute()
+        calls += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return (time.perf_counter() - start_s) / calls
+
+
+def _forward_backward(
+    model: nn.Module, x: Tensor, tokens: Tensor, part: int, config: Config, device: torch.device
+) -> Callable[[], None]:
+    info = Rows(torch.arange(tokens.shape[1], device=device), keys=list(range(len(tokens))), share=1 / tokens.numel())
+    autocast = make_autocast(config.train.dtype, device)
+
+    def compute() -> None:
+        with autocast():
+            y = model(x, info)
+        (loss_sum(y, tokens) if part == 2 else y.sum()).backward()
+
+    return compute

@@ -1,0 +1,220 @@
+"""Hooks: what happens around a training step. trainer/loop.py states their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpilm.comm.collective_errors import CollectiveError
+from mpilm.comm.progress import Span
+from mpilm.engine.step import StepResult, validation_loss
+from mpilm.errors import PreemptedError
+from mpilm.launch.stop_request import REASONS
+from mpilm.telemetry.trace import Trace
+from mpilm.trainer.log import RunLog
+from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
+from mpilm.trainer.recovery.replica_check import check_replicas_equal
+from mpilm.trainer.recovery.skip import skip_step
+from mpilm.trainer.run import Run
+from mpilm.trainer.saver import Saver
+
+
+@dataclass
+class StepEvent:
+    """A completed step, as hooks see it."""
+
+    done: int  # steps completed
+    result: StepResult
+    spans: list[Span]  # what this rank spent the step on
+    rewound: bool = False  # set by BadStepRecovery: a checkpoint's state was restored
+    recovered: bool = False  # the step was done before ranks were lost; some hooks may have run already
+    eval_loss: float | None = None  # set by Evaluation
+
+
+class Hook:
+    """Called around each step, on all ranks in the same order, so hooks may be collective."""
+
+    def before_step(self, step: int) -> None: ...
+
+    def after_step(self, event: StepEvent) -> None: ...
+
+    def finish(self) -> None:
+        """Called after the last step."""
+
+
+def is_due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+class Tracing(Hook):
+    """Records the spans of the steps to trace, and writes them after the last of these."""
+
+    def __init__(self, run: Run, log: RunLog, trace: Trace):
+        self.run, self.log, self.trace = run, log, trace
+        if trace.steps and trace.steps[-1] <= run.folder.step:
+            log.log_line(f"nothing to trace: the steps {run.config.run.trace_steps} of --run.trace-steps are already completed")
+
+    def before_step(self, step: int) -> None:
+        self.trace.keep_after(step, self.run.progress.drain_spans())
+        if step in self.trace.steps and step + 1 not in self.trace.steps:
+            self.write()
+        self.trace.ready(step + 1)
+        self.run.progress.drain_spans()
+
+    def after_step(self, event: StepEvent) -> None:
+        self.trace.keep(event.done, event.spans)
+
+    def finish(self) -> None:
+        self.trace.keep_after(self.run.config.train.steps, self.run.progress.drain_spans())
+        self.write()
+
+    def write(self) -> None:
+        self.log.log_line(self.trace.write(self.run.folder.path))
+
+
+class CallChecks(Hook):
+    """Lets all ranks compare their communication calls in the first step and in every check-every-th."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def before_step(self, step: int) -> None:
+        self.run.mesh.check_calls(is_checked(self.run, step))
+
+    def after_step(self, event: StepEvent) -> None:
+        self.run.mesh.check_calls(False)
+
+
+def is_checked(run: Run, step: int) -> bool:
+    """Return whether calls and replicas are compared in a step."""
+    return step == run.folder.step or is_due(step, run.config.fault.check_every)
+
+
+class BadStepRecovery(Hook):
+    """Skips or rewinds steps that changed nothing; records the losses of the others."""
+
+    def __init__(self, run: Run, log: RunLog, checkpoints: Saver, in_memory: InMemoryCheckpoint | None):
+        self.run, self.log, self.checkpoints, self.in_memory = run, log, checkpoints, in_memory
+
+    def after_step(self, event: StepEvent) -> None:
+        if event.result.updated:
+            return self.run.bad_steps.record(event.result.loss)
+        self.run.progress.enter("diagnosis", event.done - 1)
+        if self.in_memory is not None:
+            self.in_memory.discard()
+        event.rewound = skip_step(self.run, self.log, self.checkpoints, event.done, event.result)
+
+
+class InMemoryCheckpointing(Hook):
+    """Copies the state to another rank, if the run survives the loss of ranks."""
+
+    def __init__(self, run: Run, in_memory: InMemoryCheckpoint | None):
+        self.run, self.in_memory = run, in_memory
+
+    def after_step(self, event: StepEvent) -> None:
+        if self.in_memory is not None:
+            result = event.result
+            values = [result.loss, result.grad_norm, result.lr, result.updated]
+            trainer = {**self.run.bad_steps.state_dict(), "result": values}
+            self.in_memory.save(self.run.model, self.run.folder.path, event.done, trainer)
+
+
+class ReplicaCheck(Hook):
+    """Compares the weights of replicas after checked steps; replicas of local SGD once they are in sync."""
+
+    def __init__(self, run: Run):
+        self.run, self.pending = run, False
+
+    def after_step(self, event: StepEvent) -> None:
+        self.pending = self.pending or is_checked(self.run, event.done - 1)
+        if self.pending and self.run.model.are_replicas_in_sync(event.done):
+            check_replicas_equal(self.run.model, event.done)
+            self.pending = False
+
+
+class Logging(Hook):
+    """Logs the step."""
+
+    def __init__(self, log: RunLog):
+        self.log = log
+
+    def after_step(self, event: StepEvent) -> None:
+        if event.recovered:
+            self.log.log_recovered_step(event.done, event.result)
+        else:
+            self.log.log_step(event.done, event.result, event.spans)
+
+
+class CheckpointPolling(Hook):
+    """Publishes a checkpoint once no rank is writing it any more."""
+
+    def __init__(self, checkpoints: Saver):
+        self.checkpoints = checkpoints
+
+    def after_step(self, event: StepEvent) -> None:
+        self.checkpoints.poll(event.done, event.result.flags.checkpoint_pending)
+
+
+class Evaluation(Hook):
+    """Evaluates every eval-every steps, and before a checkpoint is saved."""
+
+    def __init__(self, run: Run, log: RunLog):
+        self.run, self.log = run, log
+
+    def after_step(self, event: StepEvent) -> None:
+        run, every = self.run, self.run.config.run.eval_every
+        stops = stops_early(run, event)
+        if stops:
+            run.model.sync_replicas()
+        is_wanted = is_due(event.done, every) or (every and saves_checkpoint(run, event) and not stops)
+        if run.batches.eval_samples and is_wanted:
+            run.progress.enter("evaluation", event.done - 1)
+            with run.progress.span("evaluation"):
+                event.eval_loss = validation_loss(run.model, run.batches, run.config.run.eval_batches)
+            self.log.log_evaluation(event.done, event.eval_loss)
+
+
+class Checkpointing(Hook):
+    """Starts to save a checkpoint every checkpoint.every steps, after the last one, before a stop and after a rewind."""
+
+    def __init__(self, run: Run, checkpoints: Saver):
+        self.run, self.checkpoints = run, checkpoints
+
+    def after_step(self, event: StepEvent) -> None:
+        if saves_checkpoint(self.run, event) and not (event.recovered and self.checkpoints.exists(event.done)):
+            self.checkpoints.begin(event.done, event.eval_loss)
+
+    def finish(self) -> None:
+        self.checkpoints.close()
+
+
+class Stopping(Hook):
+    """Ends the run early if the ranks have agreed to, once the checkpoint is written."""
+
+    def __init__(self, run: Run, checkpoints: Saver):
+        self.run, self.checkpoints = run, checkpoints
+
+    def after_step(self, event: StepEvent) -> None:
+        if stops_early(self.run, event):
+            self.checkpoints.close()
+            self.finish()
+            raise CollectiveError(
+                PreemptedError(
+                    f"stopped after step {event.done} of {self.run.config.train.steps}, requested by "
+                    f"{REASONS[event.result.flags.stop_reason]}; saved, and the same command resumes"
+                )
+            )
+
+    def finish(self) -> None:
+        if self.run.mesh.rank == 0:
+            self.run.stop_request.done()
+
+
+def stops_early(run: Run, event: StepEvent) -> bool:
+    """Return whether the ranks have agreed to stop after a step that is not the last."""
+    return event.result.flags.stop_reason > 0 and event.done < run.config.train.steps
+
+
+def saves_checkpoint(run: Run, event: StepEvent) -> bool:
+    """Return whether a checkpoint is saved after a step."""
+    regular = is_due(event.done, run.config.checkpoint.every) and event.result.updated
+    return stops_early(run, event) or event.done == run.config.train.steps or event.rewound or regular

@@ -1,0 +1,1 @@
+"""Recovery from bad steps, failing memory and lost ranks."""

@@ -1,0 +1,117 @@
+"""Training that survives the loss of ranks, with an MPI that is fault tolerant (ULFM).
+
+The survivors shrink the world, reassemble the state of the last complete step from what they hold, divide the same work anew,
+and continue. W. Bland et al., Post-failure recovery of MPI communication capability, 2013, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from mpilm.comm.base import Comm
+from mpilm.comm.collective_errors import CollectiveError
+from mpilm.comm.progress import Progress
+from mpilm.config import Config, replaced
+from mpilm.errors import ConfigError, LostRankError, from_code
+from mpilm.trainer.loop import train
+from mpilm.trainer.recovery.memory_checkpoint import (
+    CMD_BROADCAST,
+    InMemoryCheckpoint,
+    RecoveredState,
+    latest_complete_step,
+)
+
+RESUME_HINT = "the same command resumes from the newest checkpoint"
+
+
+def train_elastic(config: Config, world: Comm) -> None:
+    """Train, and continue with the surviving ranks if some are lost. Collective; `world` shrinks."""
+    if not world.is_fault_tolerant:
+        raise CollectiveError(
+            ConfigError(
+                f"--fault.elastic needs an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm, not "
+                f"{world.mpi_library} as it was started here"
+            )
+        )
+    in_memory, progress, recovered = InMemoryCheckpoint(), Progress(), None
+    members = world.all_gather_json(f"rank {world.rank} ({socket.gethostname()}, process {os.getpid()})")
+    own_name = members[world.rank]
+    while True:
+        try:
+            working = _working_ranks(config, world)
+            if working is None:
+                return _idle_spare(world, recovered)
+            train(_without_zero_if_single_replica(config, working.size), working, in_memory, recovered, progress)
+            world.broadcast_json(None)
+            return
+        except CollectiveError as error:
+            world.broadcast_json([error.error.code, str(error.error)])
+            raise
+        except Exception as error:
+            if not world.is_rank_failure(error):
+                raise
+        world.shrink()
+        recovered, members = agree_on_survivors(config, world, in_memory, progress, own_name, members)
+
+
+def _working_ranks(config: Config, world: Comm) -> Comm | None:
+    """Return the ranks that train, as many as pipelines of this length need; None on the others. Collective."""
+    length = config.parallel.pipeline
+    count = max(1, world.size // length) * length
+    if count >= world.size:
+        return world
+    working = world.split(int(world.rank >= count), world.rank, "world")
+    return working if world.rank < count else None
+
+
+def _without_zero_if_single_replica(config: Config, ranks: int) -> Config:
+    single = ranks == config.parallel.pipeline
+    return replaced(config, parallel__zero=0) if single and config.parallel.zero else config
+
+
+def _idle_spare(world: Comm, recovered: RecoveredState | None) -> None:
+    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed."""
+    yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
+    while (command := yielding.broadcast_json(None)) == CMD_BROADCAST:
+        assert recovered is not None
+        recovered.broadcast_ranges()
+    if command:
+        raise CollectiveError(from_code(*command))
+
+
+def agree_on_survivors(
+    config: Config, world: Comm, in_memory: InMemoryCheckpoint, progress: Progress, own_name: str, members: list[str]
+) -> tuple[RecoveredState, list[str]]:
+    """Return the state from which the ranks of a shrunk world resume, and their names. Collective.
+
+    Repeats until no rank is lost on the way. Raises CollectiveError if too few ranks or not all of the state is left.
+    """
+    while True:
+        try:
+            survivors = world.all_gather_json(own_name)
+            inventories = [[s.done, dict(s.trainer), s.inventory()] for s in in_memory.snapshots]
+            everyone = world.all_gather_json(inventories)
+        except Exception as error:
+            if not world.is_rank_failure(error):
+                raise
+            world.shrink()
+            continue
+        lost = ", ".join(name for name in members if name not in survivors)
+        pipeline = config.parallel.pipeline
+        if world.size < pipeline:
+            raise CollectiveError(
+                LostRankError(
+                    f"{lost} lost, and {world.size} ranks are too few for --parallel.pipeline {pipeline}; {RESUME_HINT}"
+                )
+            )
+        found = latest_complete_step(everyone, in_memory.model)
+        if found is None:
+            raise CollectiveError(
+                LostRankError(f"{lost} lost, together with a part of the state that no other rank holds; {RESUME_HINT}")
+            )
+        done, trainer, ranges = found
+        spares = world.size % pipeline
+        note = f"{lost} lost; {world.size} ranks continue after step {done}{f', {spares} of them as spares' * bool(spares)}"
+        state = RecoveredState(world, done, trainer, ranges, in_memory.snapshots, note, progress, in_memory.folder)
+        return state, survivors

@@ -1,0 +1,114 @@
+"""Recovery from a step that changed nothing, because it was not finite or a spike: find the cause, then skip or rewind."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpilm.checkpoint.format import read_json, step_of
+from mpilm.checkpoint.verify import newest_valid, with_help
+from mpilm.comm.collective_errors import CollectiveError, run_on_root
+from mpilm.engine.step import MicrobatchSource, StepResult, forward_backward
+from mpilm.engine.train_model import TrainModel
+from mpilm.engine.weights import load_checkpoint_state
+from mpilm.errors import NonFiniteError
+from mpilm.parallel.pipeline.stage import ModelStage
+from mpilm.trainer.log import RunLog
+from mpilm.trainer.recovery.bad_steps import BadStepTracker
+from mpilm.trainer.run import Run
+from mpilm.trainer.saver import Saver
+
+
+def skip_step(run: Run, log: RunLog, checkpoints: Saver, done: int, result: StepResult) -> bool:
+    """Report where step `done` went wrong and skip it, or rewind; return whether a checkpoint's state was restored.
+
+    Collective. Raises CollectiveError once there are too many bad steps.
+    """
+    cause = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}"
+    is_spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+    if is_spike:
+        cause += f" (a spike: above {run.bad_steps.spike_threshold(run.config.train):.4f})"
+    else:
+        cause += f" ({locate_nonfinite(run.model, run.batches, done - 1)})"
+    rewound_to = _rewind(run, checkpoints, done) if is_spike and run.config.train.on_spike == "rewind" else None
+    if rewound_to is None:
+        run.bad_steps.skip(done)
+    _check_bad_step_budget(run, cause)
+    log.step_skipped(done, cause, done if rewound_to is None else rewound_to + 1)
+    return rewound_to is not None
+
+
+def _rewind(run: Run, checkpoints: Saver, done: int) -> int | None:
+    """Restore the newest checkpoint's state; return its step, or None if there is no checkpoint yet. Collective."""
+    checkpoints.finish()
+    folder, world = run.folder.checkpoints, run.mesh.world
+    path = with_help(world, lambda verify: newest_valid(folder, verify)[0])
+    name = world.broadcast_json(path.name if path else "")
+    if not name:
+        return None
+    step = step_of(folder / name)
+    assert step is not None
+    trainer = world.broadcast_json(run_on_root(world, lambda: read_json(folder / name / "trainer.json")))
+    before = BadStepTracker.from_state(trainer)
+    load_checkpoint_state(run.model, folder / name, step - len(before.skipped), world)
+    run.bad_steps.rewind(before, step, done)
+    return step
+
+
+def _check_bad_step_budget(run: Run, cause: str) -> None:
+    bad, allowed = len(run.bad_steps.bad), run.config.fault.max_bad_steps
+    if bad > allowed:
+        spikes = " or spikes" * (run.config.train.on_spike != "ignore")
+        raise CollectiveError(
+            NonFiniteError(
+                f"{cause}; steps that were not finite{spikes}: {bad}, and --fault.max-bad-steps allows {allowed}. The newest "
+                "checkpoint is from before; a lower --train.lr or a longer --train.warmup-steps may help"
+            )
+        )
+
+
+def locate_nonfinite(model: TrainModel, source: MicrobatchSource, step: int) -> str:
+    """Repeat a step and name the rank, microbatch and tensor that are not finite. Collective; overwrites the gradient sums."""
+    found: list[tuple[int, str]] = []
+    with contextlib.ExitStack() as stack:
+        for stage in model.stages.values():
+            stack.enter_context(_watch_gradients(stage, found))
+        forward_backward(model, source, step)
+    losses = [(m, "loss") for m, loss in model.results().items() if not torch.isfinite(loss).all()]
+    everyone = model.mesh.world.all_gather_json(min(losses or found, default=None))
+    bad = [(rank, *first) for rank, first in enumerate(everyone) if first is not None]
+    if not bad:
+        return "not reproduced on recomputation: suspect a CPU or memory fault"
+    names = [f"rank {rank}, microbatch {m}: {name}" for rank, m, name in sorted(bad, key=lambda item: item[1])]
+    return "; ".join(names[:3]) + (f"; and {len(names) - 3} more ranks" if len(names) > 3 else "")
+
+
+@contextlib.contextmanager
+def _watch_gradients(stage: ModelStage, found: list[tuple[int, str]]) -> Iterator[None]:
+    """Record each gradient of a stage that is not finite, with its microbatch."""
+
+    def check(name: str, gradient: Tensor) -> None:
+        if not torch.isfinite(gradient).all():
+            found.append((stage.inputs.microbatch_ids[stage.backward_microbatch], f"gradient of {name}"))
+
+    def checked(microbatch: int) -> Iterator[tuple[str, Tensor]]:
+        for name, gradient in pop_gradients(microbatch):
+            check(name, gradient)
+            yield name, gradient
+
+    pop_gradients, hooks = stage.weight_grads.pop_gradients, list[Any]()
+    for name, parameter in stage.model.named_parameters():
+        if parameter.requires_grad:
+            hooks.append(parameter.register_hook(lambda gradient, name=name: check(name, gradient)))
+    stage.weight_grads.pop_gradients = checked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del stage.weight_grads.pop_gradients
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,202 @@
+"""Comparison of every layout of these ranks with the serial run: the same losses, gradients and weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpilm.comm.base import Comm, SelfComm
+from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
+from mpilm.comm.instrumented import InstrumentedComm
+from mpilm.config import Config, Parallel, flatten, resolve
+from mpilm.data.batch import Batch
+from mpilm.engine.hardware import Hardware, detect_hardware
+from mpilm.engine.step import forward_backward, optimizer_step
+from mpilm.engine.train_model import TrainModel
+from mpilm.errors import ConfigError, RanksDisagreeError
+from mpilm.formatting import count_noun
+from mpilm.mesh.mesh import Mesh
+from mpilm.mesh.shape import MeshShape
+from mpilm.model.init import key_of
+from mpilm.parallel.feasible import cut_by_cost, mesh_shape
+from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
+from mpilm.parallel.pipeline.schedules import SCHEDULES
+from mpilm.validation import validate
+
+VOCAB_SIZE = 331
+CUDA_TOLERANCE = 1e-4  # relative to the largest element: GPU kernels may add in another order each time
+
+Slices = Mapping[ParamSlice, Tensor]
+
+
+class RandomTokens:
+    """A MicrobatchSource of random tokens, for models that need not learn anything."""
+
+    def __init__(self, config: Config, vocab_size: int = VOCAB_SIZE):
+        self.config, self.vocab_size = config, vocab_size
+
+    def train(self, step: int, m: int) -> Batch:
+        rows, length = self.config.train.micro_batch, self.config.model.context_length
+        generator = np.random.Generator(np.random.Philox(key=key_of("verify", self.config.train.seed, step, m)))
+        tokens = torch.from_numpy(generator.integers(0, self.vocab_size, (rows, length + 1), dtype=np.int64))
+        samples = (step * self.config.train.global_batch + m * rows) + torch.arange(rows)
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(length), samples, rows * length)
+
+    def target_tokens(self, step: int) -> int:
+        return self.config.train.global_batch * self.config.model.context_length
+
+
+@dataclass(frozen=True)
+class LayoutOutcome:
+    """The results of a few steps, as far as this rank has them."""
+
+    numbers: list[float]  # loss and gradient norm of each step
+    gradients: list[Slices]  # of each step
+    weights: Slices  # after the last step
+
+
+@dataclass(frozen=True)
+class LayoutDifference:
+    """The largest differences of a layout from the serial run, over all ranks."""
+
+    loss: float
+    gradient: float
+    weight: float
+    bits_equal: bool
+
+
+def list_layouts(config: Config, ranks: int) -> Iterator[tuple[Parallel, str]]:
+    """Yield all layouts of so many ranks, each with the reason why it cannot run this model, or ""."""
+    for pipeline in (p for p in range(1, ranks + 1) if ranks % p == 0):
+        schedules = tuple(SCHEDULES) if pipeline > 1 or ranks == 1 else ("1f1b",)
+        for schedule in schedules:
+            for zero in (0, 1, 2, 3) if ranks > pipeline else (0,):
+                parallel = Parallel(pipeline=pipeline, schedule=schedule, zero=zero)  # type: ignore[arg-type]
+                yield resolve(replace(config, parallel=parallel)).parallel, _why_invalid(config, parallel, ranks)
+
+
+def _why_invalid(config: Config, parallel: Parallel, ranks: int) -> str:
+    try:
+        changed = resolve(replace(config, parallel=parallel))
+        validate(changed)
+        mesh_shape(changed, ranks)
+        cut_by_cost(changed, VOCAB_SIZE)
+        return ""
+    except ConfigError as error:
+        return str(error)
+
+
+def layout_label(parallel: Parallel, ranks: int) -> str:
+    """Return the layout as columns of a table."""
+    schedule = parallel.schedule if parallel.pipeline > 1 or ranks == 1 else "-"
+    return f"{ranks // parallel.pipeline:>4}  {parallel.pipeline:>8}  {schedule:<11}  {parallel.zero:>4}"
+
+
+def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Callable[[str], None]) -> None:
+    """Run every layout and compare it with the serial run. Collective; raises CollectiveError if one differs.
+
+    `self_test`: one rank flips the lowest bit of one gradient element, which the comparison must find.
+    """
+    check_same_on_all_ranks(world, "settings", flatten(config))
+    hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
+    world = InstrumentedComm(world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed))
+    tolerance = CUDA_TOLERANCE if hardware.device.type == "cuda" else 0.0
+    serial = run_layout(replace(config, parallel=resolve(Config()).parallel), SelfComm("world"), hardware)
+    print_line(f"{'data':>4}  {'pipeline':>8}  {'schedule':<11}  {'ZeRO':>4}  {'loss':>9}  {'gradient':>9}  {'weight':>9}")
+    failed = ran = 0
+    for parallel, reason in list_layouts(config, world.size):
+        label = layout_label(parallel, world.size)
+        if reason:
+            print_line(f"{label}  not run: {reason}")
+            continue
+        outcome = run_layout(replace(config, parallel=parallel), world, hardware, self_test)
+        difference = _compare(outcome, serial, world)
+        largest = max(difference.loss, difference.gradient, difference.weight)
+        passed = difference.bits_equal or largest <= tolerance
+        ran, failed = ran + 1, failed + (not passed)
+        verdict = "equal bits" if difference.bits_equal else f"within {tolerance:g}" if passed else "DIFFERENT"
+        numbers = f"{difference.loss:>9.2g}  {difference.gradient:>9.2g}  {difference.weight:>9.2g}"
+        print_line(f"{label}  {numbers}  {verdict}")
+    if not ran:
+        raise CollectiveError(
+            ConfigError(f"no layout of {world.size} ranks can run this model and batch, so nothing was verified")
+        )
+    if failed and self_test:
+        raise CollectiveError(RanksDisagreeError(f"the flipped bit was found on {failed} of {ran} layouts, as it must be"))
+    if failed:
+        expected = f"a relative difference of at most {tolerance:g}" if tolerance else "equal bits"
+        raise CollectiveError(RanksDisagreeError(f"{failed} of {ran} layouts differ from the serial run; expected: {expected}"))
+    counts = f"{count_noun(ran, 'layout')} of {count_noun(world.size, 'rank')}, {count_noun(config.train.steps, 'step')} each"
+    print_line(f"{counts}: " + (f"within {tolerance:g}" if tolerance else "bitwise identical, as guaranteed"))
+
+
+def run_layout(config: Config, world: Comm, hardware: Hardware, flip_bit: bool = False) -> LayoutOutcome:
+    """Train for `train.steps` on one layout. Collective over `world`."""
+    mesh = Mesh.build(MeshShape(config.parallel.pipeline, world.size // config.parallel.pipeline), world)
+    alignment = ALIGNMENT * hardware.threads
+    model = TrainModel(config, mesh, cut_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, hardware.device, alignment)
+    model.init_parameters()
+    source, numbers, gradients = RandomTokens(config), list[float](), []
+    for step in range(config.train.steps):
+        loss, norm, _ = forward_backward(model, source, step)
+        if flip_bit and step == 0:
+            _flip_one_gradient_bit(model, world)
+        numbers += [loss, norm]
+        gradients.append(_clone(model.gradient_slices()))
+        optimizer_step(model, step, norm)
+    return LayoutOutcome(numbers, gradients, _clone(model.owned_slices()))
+
+
+def _flip_one_gradient_bit(model: TrainModel, world: Comm) -> None:
+    """Flip the lowest bit of a gradient element on the last rank that updates any: with many shards of a small model some ranks
+    update nothing. Collective."""
+    slices = model.gradient_slices().values()
+    updating = [rank for rank, count in enumerate(world.all_gather_json(len(slices))) if count]
+    if world.rank == updating[-1]:
+        max(slices, key=torch.numel)[:1].view(torch.int32).bitwise_xor_(1)
+
+
+def _clone(slices: Slices) -> Slices:
+    return {item: x.clone() for item, x in slices.items()}
+
+
+def _compare(outcome: LayoutOutcome, serial: LayoutOutcome, world: Comm) -> LayoutDifference:
+    """Return the largest differences over all ranks. Collective."""
+    pairs = list(zip(outcome.numbers, serial.numbers))
+    loss, equal = max(_nan_to_inf(abs(a - b) / abs(b)) for a, b in pairs), all(a == b for a, b in pairs)
+    gradient = 0.0
+    for own, reference in zip(outcome.gradients, serial.gradients):
+        gradient, equal = max(gradient, _difference(own, reference)), equal and _bits_equal(own, reference)
+    weight = _difference(outcome.weights, serial.weights)
+    equal = equal and _bits_equal(outcome.weights, serial.weights)
+    largest = torch.tensor([loss, gradient, weight, float(not equal)], dtype=torch.float64)
+    world.all_reduce(largest, "max")
+    loss, gradient, weight, differs = largest.tolist()
+    return LayoutDifference(loss, gradient, weight, bits_equal=not differs)
+
+
+def _pairs(own: Slices, serial: Slices) -> Iterator[tuple[Tensor, Tensor]]:
+    full = {item.name: x for item, x in serial.items()}
+    for item, x in own.items():
+        yield x, full[item.name][item.start : item.stop]
+
+
+def _difference(own: Slices, serial: Slices) -> float:
+    """Return the largest difference of an element, relative to the largest element of all parameters."""
+    scale = max(float(x.abs().max()) for x in serial.values())
+    return max((_nan_to_inf(float((a - b).abs().max()) / scale) for a, b in _pairs(own, serial)), default=0.0)
+
+
+def _nan_to_inf(difference: float) -> float:
+    """Replace nan, for which every comparison is false, by a value larger than any tolerance."""
+    return math.inf if math.isnan(difference) else difference
+
+
+def _bits_equal(own: Slices, serial: Slices) -> bool:
+    """Return whether all bits are the same, the sign of zeros included."""
+    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in _pairs(own, serial))
