@@ -39,7 +39,7 @@ from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.execute import StageMessenger, execute
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import forward_only
-from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, NullReducer, StepInputs, token_losses
+from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StepInputs, token_losses
 from mpilm.parallel.plan import cut_of, stage_of
 from mpilm.parallel.tied import TiedParameters
 
@@ -60,7 +60,7 @@ class PipelinedModel:
         vocab_size: int,
         device: torch.device,
         alignment: int,
-        build_reducer: Callable[[int, FlatParameters, nn.Module], GradientReducer] = lambda *_: NullReducer(),
+        build_reducer: Callable[[int, FlatParameters, nn.Module], GradientReducer] = lambda *_: GradientReducer(),
     ):
         self.config, self.mesh, self.blocks_per_stage, self.device = config, mesh, tuple(blocks_per_stage), device
         self.vocab_size, self.alignment = vocab_size, alignment
@@ -147,10 +147,7 @@ class PipelinedModel:
     # Computation.
 
     def forward(
-        self,
-        total: int,
-        fetch: Callable[[int], Batch],
-        output_fn: Callable[[Tensor, Batch], Tensor] = token_losses,
+        self, total: int, fetch: Callable[[int], Batch], output_fn: Callable[[Tensor, Batch], Tensor] = token_losses
     ) -> Mapping[int, Tensor]:
         """Run `total` microbatches forward, divided over the replicas, without dropout; return `results()`. Collective."""
         ids = range(*block_of_rank(self.data.rank, self.data.size, total))

@@ -33,13 +33,7 @@ class TrainModel(PipelinedModel):
     """A PipelinedModel that trains, sharded over the reduce axes as `parallel.zero` says."""
 
     def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        blocks_per_stage: Sequence[int],
-        vocab_size: int,
-        device: torch.device,
-        alignment: int,
+        self, config: Config, mesh: Mesh, blocks_per_stage: Sequence[int], vocab_size: int, device: torch.device, alignment: int
     ):
         self.reducers: dict[int, StepReducer | RoundReducer] = {}
         self.reduce_timings: dict[str, float] = {}  # seconds of each method of reduction that was timed

@@ -225,12 +225,7 @@ def _check_not_empty(windows: EvalWindows, corpus: Corpus) -> None:
 
 
 def _write_results(
-    config: Config,
-    options: EvaluateOptions,
-    corpus: Corpus,
-    segments: np.ndarray,
-    windows: EvalWindows,
-    table: np.ndarray,
+    config: Config, options: EvaluateOptions, corpus: Corpus, segments: np.ndarray, windows: EvalWindows, table: np.ndarray
 ) -> None:
     tokens = int(segments[-1] - segments[0])
     result = summarize_scores(table, tokens, corpus.bytes_per_token * tokens, config.model.arch == "bert")

@@ -48,8 +48,7 @@ class RunLog:
         live = Glance(str(folder.path), run.config.train.steps, run.config.checkpoint.every)
         in_launcher = launcher_world_size() is not None
         display = run_on_root(
-            run.mesh.world,
-            lambda: _writing(folder.path, lambda: Display(True, live, folder.path / "log.txt", in_launcher)),
+            run.mesh.world, lambda: _writing(folder.path, lambda: Display(True, live, folder.path / "log.txt", in_launcher))
         )
         log = cls(run, description, display or Display(False, live, folder.path, True), live)
         for line in header_lines(run, description):

@@ -75,11 +75,7 @@ def open_run_folder(
 
 
 def _open(
-    config: Config,
-    content: Mapping[str, str],
-    environment: Mapping[str, str],
-    recovered: RecoveredState | None,
-    verify: Verify,
+    config: Config, content: Mapping[str, str], environment: Mapping[str, str], recovered: RecoveredState | None, verify: Verify
 ) -> RunFolder:
     if recovered is not None:
         path, lock, done = recovered.folder, _lock(recovered.folder), recovered.done

@@ -332,10 +332,7 @@ def test_a_replica_that_drifts_is_named(tmp_path, data, size, layout, said):
 def test_ranks_with_other_programs_do_not_train(tmp_path, data):
     versions = iter(["2.12.0", "2.13.0", "2.13.0"])
     said = pytest.raises(CollectiveError, match=r"the ranks were started with different programs:\n  torch: ")
-    with (
-        said,
-        mock.patch.object(machine, "versions", side_effect=lambda _: {"mpilm": 1, "torch": next(versions), "mpi": 0}),
-    ):
+    with said, mock.patch.object(machine, "versions", side_effect=lambda _: {"mpilm": 1, "torch": next(versions), "mpi": 0}):
         run_ranks(3, lambda comm: train(tiny(data, tmp_path / "run"), comm))
     assert not (tmp_path / "run").exists()
 

@@ -18,15 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mpilm.checkpoint.format as format_module
 from mpilm.checkpoint import format
 from mpilm.checkpoint import tensors as tensors_module
-from mpilm.checkpoint.format import (
-    MANIFEST,
-    TEMPORARY,
-    Digest,
-    checkpoints,
-    folder_name,
-    read_manifest,
-    step_of,
-)
+from mpilm.checkpoint.format import MANIFEST, TEMPORARY, Digest, checkpoints, folder_name, read_manifest, step_of
 from mpilm.checkpoint.load import load
 from mpilm.checkpoint.pretrained import shape_of
 from mpilm.checkpoint.save import State, prune, remove_leftovers, save

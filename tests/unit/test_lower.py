@@ -44,26 +44,10 @@ def lowered(draw):
     ("compute", "stages", "program"),
     [
         ("0F0 0B0 0F1 0B1", 1, "0F0 0B0 0F1 0B1 0REDUCE"),
-        (
-            "0F0 0F1 0B0 0B1",
-            2,
-            "0F0 0SEND_F0 0RECV_B0 0F1 0SEND_F1 0RECV_B1 0B0 0B1 0REDUCE",
-        ),
-        (
-            "1F0 1B0 1F1 1B1",
-            2,
-            "1RECV_F0 1F0 1RECV_F1 1B0 1SEND_B0 1F1 1B1 1SEND_B1 1REDUCE",
-        ),
-        (
-            "1F0 1I0 1W0",
-            3,
-            "1RECV_F0 1RECV_B0 1F0 1SEND_F0 1I0 1SEND_B0 1W0 1REDUCE",
-        ),
-        (
-            "0F0 2F0 2B0 0B0",
-            4,
-            "2RECV_F0 0F0 0SEND_F0 2RECV_B0 2F0 2SEND_F0 0RECV_B0 2B0 2SEND_B0 2REDUCE 0B0 0REDUCE",
-        ),
+        ("0F0 0F1 0B0 0B1", 2, "0F0 0SEND_F0 0RECV_B0 0F1 0SEND_F1 0RECV_B1 0B0 0B1 0REDUCE"),
+        ("1F0 1B0 1F1 1B1", 2, "1RECV_F0 1F0 1RECV_F1 1B0 1SEND_B0 1F1 1B1 1SEND_B1 1REDUCE"),
+        ("1F0 1I0 1W0", 3, "1RECV_F0 1RECV_B0 1F0 1SEND_F0 1I0 1SEND_B0 1W0 1REDUCE"),
+        ("0F0 2F0 2B0 0B0", 4, "2RECV_F0 0F0 0SEND_F0 2RECV_B0 2F0 2SEND_F0 0RECV_B0 2B0 2SEND_B0 2REDUCE 0B0 0REDUCE"),
         ("1F0 1F1", 3, "1RECV_F0 1RECV_F1 1F0 1SEND_F0 1F1 1SEND_F1"),  # forward only: nothing to reduce
         ("", 2, ""),
     ],

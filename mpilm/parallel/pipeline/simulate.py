@@ -68,11 +68,7 @@ class Timeline:
 
 
 def simulate(
-    programs: Sequence[Program],
-    costs: Costs,
-    transfer_s: float = 0.0,
-    present: int | None = None,
-    blocking: bool = False,
+    programs: Sequence[Program], costs: Costs, transfer_s: float = 0.0, present: int | None = None, blocking: bool = False
 ) -> Timeline:
     """The timeline of lowered programs, one a rank. `costs` gives the seconds of (kind, stage); REDUCE may be left out.
 
@@ -82,10 +78,7 @@ def simulate(
     """
     cost = _cost_function(costs)
     walk = _Walk(
-        programs,
-        lambda action: 0.0 if action.absent(present) else cost(action.kind, action.stage),
-        transfer_s,
-        blocking,
+        programs, lambda action: 0.0 if action.absent(present) else cost(action.kind, action.stage), transfer_s, blocking
     )
     while any(walk.advance(rank) for rank in range(len(programs))):
         pass

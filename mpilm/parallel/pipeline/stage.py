@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,36 +17,13 @@ from mpilm.model.init import key_of
 from mpilm.model.loss import loss_sum
 from mpilm.model.rows import Rows
 from mpilm.parallel.autograd import backward_with
+from mpilm.parallel.fsdp import ReplicatedParameters
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue
 
 
-class GradientReducer(Protocol):
-    """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce)."""
-
-    def begin_microbatch(self, i: int) -> None: ...
-    def accumulate(self, name: str, gradient: Tensor) -> None: ...
-    def end_microbatch(self, i: int) -> None: ...
-    def join_round(self, i: int, begin_backward: Callable[[str], None]) -> None: ...
-    def reduce(self) -> None: ...
-
-
-class ParameterProvider(Protocol):
-    """Provides full parameters before a module runs (nothing to do, or ZeRO-3's all-gather; parallel/fsdp.py).
-
-    Ranks without a microbatch must join.
-    """
-
-    @property
-    def held_bytes(self) -> int: ...
-
-    def end_backward(self) -> None: ...
-    def join_forward(self) -> None: ...
-    def begin_backward(self, name: str) -> None: ...
-    def join_backward(self) -> None: ...
-
-
-class NullReducer:
-    """The GradientReducer of forward-only runs: does nothing."""
+class GradientReducer:
+    """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce). This one, for forward-only runs,
+    does nothing."""
 
     def begin_microbatch(self, i: int) -> None: ...
     def accumulate(self, name: str, gradient: Tensor) -> None: ...
@@ -96,7 +72,7 @@ class StageParts:
     is_first: bool
     is_last: bool
     reducer: GradientReducer
-    parameters: ParameterProvider
+    parameters: ReplicatedParameters
     weight_grads: WeightGradQueue  # used by schedules with W
     autocast: Callable[[], AbstractContextManager[object]]
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mpilm.comm.base import Comm
 from mpilm.model.init import initial_value
-from mpilm.ops.tree import Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
+from mpilm.parallel.reduce.messages import CrossRankReducer
 
 
-class PowerSGDReducer:
+class PowerSGDReducer(CrossRankReducer):
     """Reduces `sums`, this rank's gradient, in place. Collective over `comm`; all ranks get the bits of MPI's all-reduce."""
 
     def __init__(self, comm: Comm, flat: FlatParameters, sums: FlatVector, rank: int, seed: int):
@@ -40,8 +40,6 @@ class PowerSGDReducer:
         """Discard the errors: they belong to a state that has been replaced."""
         for error in self.errors.values():
             error.zero_()
-
-    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None: ...
 
     def finish(self) -> None:
         for name, matrix in self.matrices.items():

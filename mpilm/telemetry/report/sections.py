@@ -10,15 +10,7 @@ import numpy as np
 from mpilm.parallel.pipeline.draw import pixels_a_second, svg
 from mpilm.telemetry.report import words
 from mpilm.telemetry.report.charts import Bars
-from mpilm.telemetry.report.ranks import (
-    FEW,
-    SHOWN,
-    mean_parts,
-    peak_bytes,
-    predicted_bytes,
-    shown_ranks,
-    stragglers,
-)
+from mpilm.telemetry.report.ranks import FEW, SHOWN, mean_parts, peak_bytes, predicted_bytes, shown_ranks, stragglers
 from mpilm.telemetry.report.read import Run
 from mpilm.telemetry.report.rows import number
 from mpilm.telemetry.report.svg import bars
