@@ -35,7 +35,7 @@ from mpilm.engine.hardware import cores_per_rank
 from mpilm.engine.step import total_loss
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.launch.run import Body, run
-from mpilm.model.init import key_of
+from mpilm.model.init import hash_key
 from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import resolve_layouts
@@ -100,7 +100,7 @@ class DataParallel:
         outside = torch.get_rng_state()
         for i, number in enumerate(range(*block_of_rank(self.comm.rank, self.comm.size, self.count))):
             self.sum.begin_microbatch(i)
-            torch.manual_seed(key_of("microbatch", self.seed, step, number) >> 1)
+            torch.manual_seed(hash_key("microbatch", self.seed, step, number) >> 1)
             yield number
             self.sum.end_microbatch(i)
         torch.set_rng_state(outside)

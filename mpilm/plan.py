@@ -17,7 +17,7 @@ from pathlib import Path
 from mpilm.cli import parse, run_alone
 from mpilm.config import Config, Model, Parallel, Train, replaced, resolve
 from mpilm.errors import ConfigError, FileError
-from mpilm.model.size import flops_by_part
+from mpilm.model.flops import flops_by_part
 from mpilm.parallel.feasible import cut_by_cost, mesh_shape, replica_microbatches
 from mpilm.parallel.pipeline.draw import svg, text
 from mpilm.parallel.pipeline.lower import lower

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mpilm.config import Config, microbatches, replaced, resolve
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.size import flops_by_part
+from mpilm.model.flops import flops_by_part
 from mpilm.parallel.pipeline.partition import partition_layers, validate_partition
 from mpilm.parallel.pipeline.schedules import refusal
 from mpilm.validation import validate

@@ -18,7 +18,7 @@ from mpilm.config import LORA_TARGETS, microbatches
 from mpilm.engine.hardware import measure_peak_flops, processor_name, software_versions
 from mpilm.formatting import count_noun, format_mebibytes
 from mpilm.mesh.shape import AXES
-from mpilm.model.size import flops_per_token
+from mpilm.model.flops import flops_per_token
 from mpilm.ops.tree import utilization
 from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.pipeline.schedules import even_bubble
@@ -57,7 +57,7 @@ def describe_run(run: Run) -> RunDescription:
         "microbatches": microbatches(config),
         "parameters": trained + frozen,
         "parameters_trained": trained,
-        "parameters_on_rank": world.all_gather_json(run.model.held_numel),
+        "parameters_on_rank": world.all_gather_json(run.model.local_numel),
         "predicted_memory_bytes": sum(predicted.values()),
         "predicted_memory_on_rank_bytes": [sum(parts.values()) for parts in predictions],
         "flops_per_token": flops_per_token(config.model, run.model.vocab_size),

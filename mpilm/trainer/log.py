@@ -39,7 +39,7 @@ class RunLog:
         self.eval_loss: float | None = None
         self.started = self.last = time.perf_counter()
         self.last_done, self.spent_s = run.folder.logged, dict.fromkeys(PARTS, 0.0)
-        self.step_s, self.save_s = 0.0, sum(run.model.held_bytes().values()) / ASSUMED_WRITE_RATE
+        self.step_s, self.save_s = 0.0, sum(run.model.memory_bytes().values()) / ASSUMED_WRITE_RATE
 
     @classmethod
     def open(cls, run: Run, description: RunDescription) -> RunLog:

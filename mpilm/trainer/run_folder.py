@@ -16,7 +16,7 @@ from mpilm.comm.base import Comm
 from mpilm.config import Config, flatten, mathematics, to_dict
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.launch.lock import NAME, FolderLock
-from mpilm.model.init import key_of
+from mpilm.model.init import hash_key
 from mpilm.settings import merge, read_toml
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
@@ -124,7 +124,7 @@ def _choose_path(config: Config) -> Path:
     if config.run.dir != "auto":
         return Path(config.run.dir)
     key = mathematics(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
-    path = Path("runs") / f"{config.model.arch}-{key_of(sorted(key.items())) & 0xFFFFFF:06x}"
+    path = Path("runs") / f"{config.model.arch}-{hash_key(sorted(key.items())) & 0xFFFFFF:06x}"
     if config.checkpoint.resume != "never":
         return path
     copies = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))

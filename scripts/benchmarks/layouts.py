@@ -70,7 +70,7 @@ def shards_worker(args: argparse.Namespace) -> None:
     comm.barrier()
     model = trained(config)
     after = proportional_bytes()
-    held = model.held_bytes()
+    held = model.memory_bytes()
     everyone = comm.all_gather_json([sum(held.values()) - held["passing"], after - before])
     if comm.rank == 0:
         print(json.dumps(everyone), flush=True)

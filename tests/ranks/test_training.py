@@ -35,7 +35,7 @@ from mpilm.engine import hardware as machine
 from mpilm.engine.step import total_loss, train_step, validation_loss
 from mpilm.errors import NonFiniteError, RanksDisagreeError
 from mpilm.model.loss import loss_sum
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.schedule import learning_rate
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.telemetry.metrics import read_rows
@@ -141,7 +141,7 @@ def test_a_run_starts_from_a_folder(tmp_path, data, family, size, layout):
     run = build_run(tiny(data, tmp_path / "other", **shape), SelfComm())
     batches = [run.batches.train(0, m) for m in range(8)]
     with torch.no_grad():
-        losses = [float(loss_sum(model(batch.tokens, Rows(batch.positions)), batch.targets)) for batch in batches]
+        losses = [float(loss_sum(model(batch.tokens, SequenceInfo(batch.positions)), batch.targets)) for batch in batches]
     row = next(row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row.get("step") == 1)
     assert row["loss"] == pytest.approx(sum(losses) / run.batches.target_tokens(0), rel=1e-6)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
@@ -157,7 +157,7 @@ def test_evaluation_is_the_mean_over_the_held_out_text(tmp_path, data):
     rows = [run.batches.evaluation(i) for i in range(run.batches.eval_microbatches())]
     assert rows[-1].tokens.shape[0] < 4
     with torch.no_grad():
-        logits = [run.model.stages[0].model(batch.tokens, Rows(batch.positions)).flatten(0, 1) for batch in rows]
+        logits = [run.model.stages[0].model(batch.tokens, SequenceInfo(batch.positions)).flatten(0, 1) for batch in rows]
     targets = torch.cat([batch.targets.flatten() for batch in rows])
     expected = float(torch.nn.functional.cross_entropy(torch.cat(logits).double(), targets))
     assert validation_loss(run) == pytest.approx(expected, rel=1e-6)
@@ -540,7 +540,7 @@ def test_the_loss_of_a_conversation_is_that_of_its_answers(tmp_path, chats):
         losses += float(torch.nn.functional.cross_entropy(logits[begin - 1 :], torch.tensor(ids[begin:]), reduction="sum"))
         count += len(ids) - begin
     examples = run.batches.stream.train(numbers, 0)
-    rows = Rows(torch.from_numpy(examples.positions), documents=torch.from_numpy(examples.documents))
+    rows = SequenceInfo(torch.from_numpy(examples.positions), documents=torch.from_numpy(examples.documents))
     with torch.no_grad():
         ours = loss_sum(run.model.stages[0].model(torch.from_numpy(examples.read), rows), torch.from_numpy(examples.targets))
     assert examples.target_tokens == count
