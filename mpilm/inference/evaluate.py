@@ -34,7 +34,7 @@ from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
 from mpilm.model.loss import IGNORE_INDEX
 from mpilm.settings import merge
-from mpilm.telemetry.display import Counter
+from mpilm.telemetry.display import ProgressCounter
 
 MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text
 
@@ -114,7 +114,7 @@ def score_windows(
     """Return the scores of each window, (windows, 3), the same on all ranks; `rows` windows at a time. Collective."""
     groups = group_windows(windows.stop - windows.start, rows)
     batches = WindowBatches(corpus, windows, objective, groups)
-    counter = Counter("batches", -(-len(groups) // model.data.size), verbose)
+    counter = ProgressCounter("batches", -(-len(groups) // model.data.size), verbose)
 
     def fetch(m: int) -> Batch:
         counter()

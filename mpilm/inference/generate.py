@@ -23,7 +23,7 @@ from mpilm.errors import ConfigError, DataError
 from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
 from mpilm.model.sample import sample_token
 from mpilm.model.sequence_info import KVCache
-from mpilm.telemetry.display import Counter
+from mpilm.telemetry.display import ProgressCounter
 
 
 @dataclass
@@ -125,7 +125,7 @@ def generate_texts(config: Config, world: Comm) -> None:
     model = load_model(config, world).model
     own = range(model.data.rank, len(prompts), model.data.size)
     tokens = run_on_all_ranks(world, lambda: {n: _encode(prompts[n], tokenizer, template) for n in own})
-    counter = Counter("texts", len(tokens), world.rank == 0 and len(prompts) > 1)
+    counter = ProgressCounter("texts", len(tokens), world.rank == 0 and len(prompts) > 1)
     generated = generate(model, tokens, settings, tokenizer.eos, counter)
     texts = {n: tokenizer.decode(ids) for n, ids in generated.items()} if model.pipeline.rank == 0 else {}
     everyone = world.all_gather_json([[n, text] for n, text in texts.items()])

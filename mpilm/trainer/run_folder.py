@@ -15,7 +15,7 @@ from mpilm.checkpoint.verify import Verify, newest_valid, with_help
 from mpilm.comm.base import Comm
 from mpilm.config import Config, flatten, mathematics, to_dict
 from mpilm.errors import ConfigError, DataError, FileError
-from mpilm.launch.lock import NAME, FolderLock
+from mpilm.launch.lock import LOCK_NAME, FolderLock
 from mpilm.model.init import hash_key
 from mpilm.settings import merge, read_toml
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
@@ -133,7 +133,7 @@ def _choose_path(config: Config) -> Path:
 
 def _check_is_same_run(path: Path, config: Config) -> None:
     """Refuse a folder that holds something else, or a run that must not be resumed."""
-    if not path.exists() or (path.is_dir() and all(NAME in item.name for item in path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(LOCK_NAME in item.name for item in path.iterdir())):
         return
     if not (path / "config.toml").is_file():
         raise ConfigError(f"--run.dir {path} exists and is not a run folder; choose another")

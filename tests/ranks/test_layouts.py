@@ -259,7 +259,7 @@ def test_a_rank_keeps_as_many_microbatches_as_the_simulator_says(size, layout):
     actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, 8 // replicas)
     timeline = simulate([lower(each, parallel.pipeline * parallel.chunks) for each in actions], lambda kind, stage: 1.0)
     most = run_ranks(size, body)
-    assert most == [(rank, timeline.peak_live(rank)) for rank, _ in most]
+    assert most == [(rank, timeline.peak_in_flight(rank)) for rank, _ in most]
 
 
 def watch(thing, name, look):

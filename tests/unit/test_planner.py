@@ -13,7 +13,7 @@ from mpilm.errors import ConfigError, FileError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import attention_flops_per_token, block_matrices, flops_per_token, parameter_count
 from mpilm.parallel.feasible import cut_by_cost
-from mpilm.parallel.pipeline.schedules import even_bubble
+from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.planner import cost
 from mpilm.planner.cost import Setting, step_time
 from mpilm.planner.growth import growth
@@ -85,7 +85,7 @@ def test_uneven_replicas_wait_for_the_fullest():
 )
 def test_the_bubble_of_even_stages_is_that_of_the_formula(schedule, pipeline, chunks):
     said = step_time(setting(pipeline, pipeline=pipeline, schedule=schedule, chunks=chunks))
-    assert said.bubble_s / said.total_s == pytest.approx(even_bubble(schedule, pipeline, chunks, 32), abs=0.002)
+    assert said.bubble_s / said.total_s == pytest.approx(analytic_bubble(schedule, pipeline, chunks, 32), abs=0.002)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero-bubble"])

@@ -30,7 +30,7 @@ from mpilm.model.flops import saved_floats_per_token
 from mpilm.parallel.flat_layout import ALIGNMENT
 from mpilm.planner.cost import Setting, step_time
 from mpilm.planner.machine import FORMAT, Compute, Curve, Machine
-from mpilm.telemetry.memory import Memory as InUse
+from mpilm.telemetry.memory import MemoryMeter as InUse
 from mpilm.trainer.calibration.bench import Bench
 from mpilm.trainer.calibration.compute import computing
 from mpilm.trainer.calibration.network import across, network
