@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import tyro
 
-from mpilm.cli import parse, run_alone
+from mpilm.config.parse import parse
 from mpilm.errors import ConfigError
+from mpilm.launch.local import run_local
 from mpilm.telemetry.report import page, png
 from mpilm.telemetry.report.read import read_run
 
@@ -56,4 +57,4 @@ def prepare() -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    run_alone(prepare)
+    run_local(prepare)

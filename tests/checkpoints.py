@@ -20,7 +20,7 @@ from mpilm.checkpoint.load import load
 from mpilm.checkpoint.save import State
 from mpilm.checkpoint.tensors import find, open_tensors
 from mpilm.comm.base import Comm
-from mpilm.config import Model
+from mpilm.config.schema import ModelConfig
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.model.families import tied_parameters
 from mpilm.model.hf.config import hf_config
@@ -144,7 +144,7 @@ def read_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
             find(slots, name, tuple(tensor.shape), path).read(tensor)
 
 
-def write_published(folder: Path, model: nn.Module, shape: Model, vocab_size: int) -> None:
+def write_published(folder: Path, model: nn.Module, shape: ModelConfig, vocab_size: int) -> None:
     """A Hugging Face folder with a whole model."""
     own = {name: p.detach().contiguous() for name, p in model.named_parameters() if name not in tied_parameters(shape)}
     folder.mkdir(exist_ok=True)

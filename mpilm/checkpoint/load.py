@@ -12,7 +12,7 @@ from mpilm.checkpoint.tensors import Shape, find, open_tensors
 from mpilm.checkpoint.verify import with_help
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
-from mpilm.config import Model
+from mpilm.config.schema import ModelConfig
 from mpilm.errors import ConfigError
 from mpilm.model.hf.names import hf_name, match_keys
 from mpilm.parallel.flat_layout import ParamSlice
@@ -28,7 +28,7 @@ def load(
     moments: Mapping[str, Mapping[ParamSlice, Tensor]],
     shapes: Mapping[str, Shape],
     moment_shapes: Mapping[str, Mapping[str, Shape]],
-    model: Model,
+    model: ModelConfig,
     comm: Comm,
     optional: Collection[str] = (),
 ) -> None:
@@ -48,7 +48,7 @@ def _load(
     moments: Mapping[str, Mapping[ParamSlice, Tensor]],
     shapes: Mapping[str, Shape],
     moment_shapes: Mapping[str, Mapping[str, Shape]],
-    model: Model,
+    model: ModelConfig,
     optional: Collection[str],
 ) -> None:
     names = {name: hf_name(name, model.arch) for name in shapes}
@@ -69,7 +69,7 @@ def moment_name(name: str, kind: str) -> str:
     return f"{name}.{kind}"
 
 
-def weights_stem(model: Model) -> str:
+def weights_stem(model: ModelConfig) -> str:
     """What the files of the parameters that are trained are called."""
     return "adapter_model" if model.lora_rank else "model"
 
@@ -84,7 +84,7 @@ def _read_pieces(
 
 
 def load_published(
-    folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model, comm: Comm
+    folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: ModelConfig, comm: Comm
 ) -> None:
     """Fill this rank's pieces, flat float32 tensors on any device, from a Hugging Face folder: one safetensors file or several
     with an index, in F16, BF16, F32 or F64. Collective over `comm`; raises AgreedError on all ranks alike.
@@ -96,7 +96,9 @@ def load_published(
     run_on_all_ranks(comm, lambda: _load_published(folder, parameters, shapes, model))
 
 
-def _load_published(folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
+def _load_published(
+    folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: ModelConfig
+) -> None:
     _refuse_pickles(folder)
     with open_tensors(folder) as slots:
         found = match_keys(shapes, slots, model.arch, TIED_MATRICES if model.tie_embeddings else ())
@@ -111,14 +113,16 @@ def _load_published(folder: Path, parameters: Mapping[ParamSlice, Tensor], shape
 
 
 def load_adapter(
-    folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model, comm: Comm
+    folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: ModelConfig, comm: Comm
 ) -> None:
     """The same for the adapter that a folder holds, as PEFT or mpilm writes it."""
     with_help(comm, lambda verify: verify(folder) if (folder / MANIFEST).exists() else None)
     run_on_all_ranks(comm, lambda: _load_adapter(folder, parameters, shapes, model))
 
 
-def _load_adapter(folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
+def _load_adapter(
+    folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: ModelConfig
+) -> None:
     names = {name: hf_name(name, model.arch) for name in shapes}
     _refuse_pickles(folder, "adapter_model*.bin")
     with open_tensors(folder, weights_stem(model)) as slots:

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from mpilm.checkpoint.format import MANIFEST, checkpoints, read_json
-from mpilm.config import Model, lora_targets
+from mpilm.config.schema import ModelConfig, order_lora_targets
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.hf.adapter import ADAPTER_CONFIG, add_hf_adapter, read_base_model
 from mpilm.model.hf.config import read_hf_config
@@ -15,7 +15,7 @@ OURS_TO_SET = ("dropout", "router_loss", "base")  # no part of a published shape
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")  # to be set, unless the folder holds some
 
 
-def shape_of(folder: str | Path, base: str = "") -> Model:
+def shape_of(folder: str | Path, base: str = "") -> ModelConfig:
     """The shape that the config.json of a folder describes, its vocabulary included; of a folder with an adapter, that of its
     model with the adapter. Raises FileError, DataError or ConfigError naming --model.init-from."""
     path = Path(folder).expanduser()
@@ -32,7 +32,7 @@ def shape_of(folder: str | Path, base: str = "") -> Model:
     return replace(shape, vocab_size=vocab_size)
 
 
-def started(model: Model, folder: str | Path) -> Model:
+def started(model: ModelConfig, folder: str | Path) -> ModelConfig:
     """`model` with the shape of a folder, and what is the user's to set as it was."""
     ours = _to_set(folder)
     return replace(shape_of(folder, model.base), **{name: getattr(model, name) for name in ours}, init_from=str(folder))
@@ -67,12 +67,12 @@ def _to_set(folder: str | Path) -> tuple[str, ...]:
     return OURS_TO_SET if has_adapter(folder) else OURS_TO_SET + ADAPTERS
 
 
-def refuse_other_shape(model: Model) -> None:
+def refuse_other_shape(model: ModelConfig) -> None:
     """A model that starts from a folder has its shape: raise ConfigError naming settings that ask for another one. The context
     may be shorter; where positions are not learned, longer too."""
     shape = shape_of(model.init_from, model.base)
-    model = replace(model, lora_targets=lora_targets(model))
-    for item in fields(Model):
+    model = replace(model, lora_targets=order_lora_targets(model))
+    for item in fields(ModelConfig):
         asked, there, flag = getattr(model, item.name), getattr(shape, item.name), f"--model.{item.name.replace('_', '-')}"
         if item.name in (*_to_set(model.init_from), "init_from") or asked == there:
             continue

@@ -38,7 +38,7 @@ from mpilm.checkpoint.pretrained import base_of
 from mpilm.checkpoint.tensors import Shape
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
-from mpilm.config import Model
+from mpilm.config.schema import ModelConfig
 from mpilm.data.template import Template
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import FileError, UserError
@@ -64,7 +64,7 @@ class State:
     where its parameter is whole.
     """
 
-    model: Model
+    model: ModelConfig
     tokenizer: Tokenizer
     template: Template | None
     trainer: Mapping[str, Any]  # trainer.json: step, tokens, data, versions, ...

@@ -10,7 +10,7 @@ from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.progress import Progress
-from mpilm.config import Config, traced_steps
+from mpilm.config.schema import Config, trace_step_range
 from mpilm.data.corpus import unigram_loss
 from mpilm.engine.step import StepFlags, train_step
 from mpilm.errors import FileError
@@ -65,7 +65,7 @@ def train(
         log = RunLog.open(run, describe_run(run))
         stack.callback(log.display.close)
         checkpoints = Saver(run, log)
-        tracing = Tracing(run, log, Trace(traced_steps(config), run.mesh, layout_row(run)))
+        tracing = Tracing(run, log, Trace(trace_step_range(config), run.mesh, layout_row(run)))
         try:
             run_steps(run, log, checkpoints, tracing, in_memory, recovered)
         except CollectiveError as error:

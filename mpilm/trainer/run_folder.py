@@ -13,11 +13,11 @@ from mpilm.checkpoint.format import checkpoints, incomplete, read_json, step_of
 from mpilm.checkpoint.save import remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verify, newest_valid, with_help
 from mpilm.comm.base import Comm
-from mpilm.config import Config, flatten, mathematics, to_dict
+from mpilm.config.parse import merge_settings, read_toml
+from mpilm.config.schema import Config, flatten, result_settings, to_dict
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.launch.lock import LOCK_NAME, FolderLock
 from mpilm.model.init import hash_key
-from mpilm.settings import merge, read_toml
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 
@@ -123,7 +123,7 @@ def _prepare_folder(path: Path, config: Config, broken: Mapping[Path, str]) -> l
 def _choose_path(config: Config) -> Path:
     if config.run.dir != "auto":
         return Path(config.run.dir)
-    key = mathematics(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
+    key = result_settings(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
     path = Path("runs") / f"{config.model.arch}-{hash_key(sorted(key.items())) & 0xFFFFFF:06x}"
     if config.checkpoint.resume != "never":
         return path
@@ -140,8 +140,8 @@ def _check_is_same_run(path: Path, config: Config) -> None:
     if config.checkpoint.resume == "never":
         raise ConfigError(f"--run.dir {path} holds a run, and --checkpoint.resume is never; choose another folder")
     if config.checkpoint.resume == "auto" and not checkpoints(path / "checkpoints"):
-        old = merge(Config(), read_toml(path / "config.toml"), str(path / "config.toml"))
-        _check_same_result(mathematics(old), config, f"the run in {path}")
+        old = merge_settings(Config(), read_toml(path / "config.toml"), str(path / "config.toml"))
+        _check_same_result(result_settings(old), config, f"the run in {path}")
 
 
 def _choose_checkpoint(
@@ -187,7 +187,7 @@ def _compare_with_checkpoint(
     """Refuse differences that the result depends on; return notes on the others."""
     source = str(checkpoint / "trainer.json")
     trainer = read_json(checkpoint / "trainer.json")
-    old = mathematics(merge(Config(), trainer["config"], source)) | trainer["content"]
+    old = result_settings(merge_settings(Config(), trainer["config"], source)) | trainer["content"]
     _check_same_result(old, config, str(checkpoint), content)
     before = trainer["conditions"]
     changed = [f"{key} was {before[key]}, is {now}" for key, now in environment.items() if before.get(key, now) != now]
@@ -196,7 +196,7 @@ def _compare_with_checkpoint(
 
 def _check_same_result(old: Mapping[str, Any], config: Config, what: str, content: Mapping[str, str] | None = None) -> None:
     """Raise ConfigError naming each setting that the result depends on and that differs from the old run's."""
-    new = mathematics(config) | dict(content or {})
+    new = result_settings(config) | dict(content or {})
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
     changed = [k for k in new if k in old and old[k] != new[k] and k not in allowed]
     if changed:

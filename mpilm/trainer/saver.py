@@ -14,7 +14,7 @@ from mpilm.checkpoint.assemble import Buffers
 from mpilm.checkpoint.format import folder_name
 from mpilm.checkpoint.save import Saving, State, prune, reserve
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config import to_dict
+from mpilm.config.schema import to_dict
 from mpilm.engine.hardware import numerics_environment
 from mpilm.errors import FileError, NonFiniteError
 from mpilm.mesh.shape import AXES

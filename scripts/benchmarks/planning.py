@@ -15,12 +15,12 @@ from pathlib import Path
 
 from benchmarks.measure import BENCH, OTHERS_ALLOWED, Load, mpirun, over_all, table
 from benchmarks.speed import training_run
-from mpilm.cli import parse
-from mpilm.config import Config, replaced, resolve
+from mpilm.config.parse import parse
+from mpilm.config.presets import PRESETS as CONFIGS
+from mpilm.config.presets import VOCABULARIES
+from mpilm.config.schema import Config, override, resolve_config
 from mpilm.planner.machine import read
 from mpilm.planner.search import Job, flags, search
-from mpilm.presets import PRESETS as CONFIGS
-from mpilm.presets import VOCABULARIES
 
 PRESETS = {  # changes that make a step of a few seconds of it
     "tiny": {},
@@ -56,7 +56,7 @@ def plan_memory(args: argparse.Namespace) -> None:
         for name, words in MODELS.items():
             config = replaced_by(words)
             for each in search(Job(config, 2048, read(machine)), RANKS)[0]:
-                chosen = [] if each.config.parallel == resolve(Config()).parallel else flags(each).split()
+                chosen = [] if each.config.parallel == resolve_config(Config()).parallel else flags(each).split()
                 _, _, printed = training_run(RANKS, 4, "--checkpoint.every", "2", *words, *chosen)
                 measured = float(re.findall(r"memory ([\d,]+) MiB", printed)[-1].replace(",", ""))
                 said = each.memory_bytes / 2**20
@@ -70,11 +70,11 @@ def plan_memory(args: argparse.Namespace) -> None:
 
 def replaced_by(words: list[str]) -> Config:
     """The config of a command line."""
-    return resolve(parse(words, Config(), "train", "", CONFIGS))
+    return resolve_config(parse(words, Config(), "train", "", CONFIGS))
 
 
 def job(preset: str, machine: str) -> Job:
-    config = resolve(replaced(CONFIGS[preset](), **PRESETS.get(preset, {})))
+    config = resolve_config(override(CONFIGS[preset](), **PRESETS.get(preset, {})))
     return Job(config, VOCABULARIES.get(preset, 2048), read(machine))
 
 
@@ -128,11 +128,11 @@ def side(config, vocab_size: int, cut, comm) -> Callable[[], object]:  # type: i
     from mpilm.engine.step import train_step
     from mpilm.engine.train_model import TrainModel
     from mpilm.mesh.mesh import Mesh
-    from mpilm.parallel.feasible import mesh_shape
+    from mpilm.parallel.layout_check import resolve_mesh_shape
     from mpilm.verification.layouts import RandomTokens
 
     machine = detect_hardware(config.train, comm)
-    model = TrainModel(config, Mesh.build(mesh_shape(config, comm.size), comm), cut, vocab_size, machine.device, 16)
+    model = TrainModel(config, Mesh.build(resolve_mesh_shape(config, comm.size), comm), cut, vocab_size, machine.device, 16)
     for flat in model.flats.values():
         flat.values.tensor.normal_(0.0, 0.02)
     model.all_gather_parameters()

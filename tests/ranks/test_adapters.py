@@ -18,7 +18,8 @@ from mpilm.checkpoint.pretrained import base_of, shape_of, tokenizer_folder
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Config, resolve
+from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
+from mpilm.config.schema import Config, resolve_config
 from mpilm.engine.step import train_step
 from mpilm.errors import ConfigError, FileError
 from mpilm.inference.load import config_from_folder, load_model
@@ -26,7 +27,6 @@ from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.schedule import learning_rate
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
-from mpilm.usage import Compute, Folder, Stages, used
 
 WHERE = {"llama": (), "gpt2": ("o",), "qwen2": ("q", "v"), "qwen3": (), "mixtral": (), "bert": ("down", "q")}
 PEFT_WORDS = {
@@ -71,7 +71,7 @@ def theirs(base, family):
 
 def logits(folder, tokens, base=""):
     """What our model in a folder makes of tokens, without a training run."""
-    config = config_from_folder(used(Folder(str(folder), base), Stages(), Compute()))
+    config = config_from_folder(to_config(ModelFolder(str(folder), base), InferenceParallel(), InferenceCompute()))
     model = load_model(config, SelfComm()).model.stages[0].model
     with torch.no_grad():
         return model(tokens, SequenceInfo(torch.arange(tokens.shape[1])))
@@ -271,9 +271,9 @@ def test_an_adapter_without_a_tokenizer_has_its_models(adapter, bases):
 
 def test_targets_in_any_order_are_the_same():
     every = tiny("", "", model__lora_rank=2, model__lora_targets=("down", "v", "q", "k", "o", "gate", "up", "q")).model
-    assert resolve(Config(model=every)).model.lora_targets == ()
+    assert resolve_config(Config(model=every)).model.lora_targets == ()
     some = replace(every, lora_targets=("v", "q", "v"))
-    assert resolve(Config(model=some)).model.lora_targets == ("q", "v")
+    assert resolve_config(Config(model=some)).model.lora_targets == ("q", "v")
 
 
 def test_tensors_that_no_adapter_here_has(adapter, tokens):

@@ -46,7 +46,7 @@ from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Model
+from mpilm.config.schema import ModelConfig
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.model.families import build_model, tied_parameters
@@ -447,7 +447,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_the_same_words_on_every_ran
 
     def body(comm, shapes):
         with pytest.raises(CollectiveError) as caught:
-            load(folder, {}, {}, shapes, {}, Model(), comm)  # not even a rank that holds nothing lets it pass
+            load(folder, {}, {}, shapes, {}, ModelConfig(), comm)  # not even a rank that holds nothing lets it pass
         assert isinstance(caught.value.error, ConfigError)
         return str(caught.value)
 
@@ -496,7 +496,7 @@ def test_half_precision_is_no_training_state(tmp_path):
     length = len(data) - 8
     (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + data[8:] + bytes(8))
     with pytest.raises(CollectiveError, match=r"model.norm.weight is of dtype F16; F32 can be read"):
-        load(folder, {}, {}, shapes, {}, Model(), ONE)
+        load(folder, {}, {}, shapes, {}, ModelConfig(), ONE)
 
 
 def test_the_manifest_says_json_what_it_says(tmp_path):

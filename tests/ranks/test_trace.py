@@ -13,7 +13,7 @@ from text import tiny, write_tokens
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.parallel.feasible import cut_by_cost
+from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.actions import parse_action
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
@@ -57,7 +57,7 @@ def test_trace_has_every_action_of_the_schedule_in_order(tmp_path, data, size, l
     assert trace["mpilm"] | {"clock_error_us": 0.0} == {
         "steps": [2, 3], "ranks": size, "clock_error_us": 0.0,
         "layout": {"pipeline": parallel.pipeline, "data": replicas, "context": 1, "tensor": 1, "zero": parallel.zero,
-                   "schedule": parallel.schedule, "cut": list(cut_by_cost(config, 256)) if stages > 1 else [4]},
+                   "schedule": parallel.schedule, "cut": list(partition_by_cost(config, 256)) if stages > 1 else [4]},
     }  # fmt: skip
     count = -(-8 // replicas)
     compute = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, count)

@@ -27,7 +27,7 @@ from mpilm.checkpoint.save import save
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Data, replaced
+from mpilm.config.schema import DataConfig, override
 from mpilm.data.batch import Batches
 from mpilm.data.prepare import prepare
 from mpilm.data.tokenizer import bytes_tokenizer
@@ -136,7 +136,7 @@ def test_a_run_starts_from_a_folder(tmp_path, data, family, size, layout):
     for p in model.parameters():
         p.data.normal_(0.0, 0.1)
     write_published(tmp_path / "start", model, config.model, 300)
-    config = replaced(config, model__init_from=str(tmp_path / "start"))
+    config = override(config, model__init_from=str(tmp_path / "start"))
     run_ranks(size, lambda comm: train(config, comm))
     run = build_run(tiny(data, tmp_path / "other", **shape), SelfComm())
     batches = [run.batches.train(0, m) for m in range(8)]
@@ -285,7 +285,7 @@ def test_a_loss_that_leaps_is_left_out(tmp_path, data, size, layout, way, capsys
         assert saved["bad"] == [26, 28]
         assert saved["skipped"] == [step + 1 for step in range(30) if step not in kept]
         shutil.rmtree(folder)
-        assert trained(replaced(config, parallel__pipeline=1, parallel__zero=0), 1 if size > 1 else 3) == left
+        assert trained(override(config, parallel__pipeline=1, parallel__zero=0), 1 if size > 1 else 3) == left
         for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[3:]:
             shutil.rmtree(path)
         if way == "rewind":  # from 24, which knows nothing of what comes
@@ -296,9 +296,9 @@ def test_a_leap_is_what_the_setting_says(tmp_path, data):
     with nonsense(25, 27):
         config = tiny(data, tmp_path / "run", **SPIKED)
         ignored = trained(config, 1)
-        far = replaced(config, train__on_spike="skip", train__spike_factor=1e6, run__dir=str(tmp_path / "far"))
+        far = override(config, train__on_spike="skip", train__spike_factor=1e6, run__dir=str(tmp_path / "far"))
         assert trained(far, 1) == ignored
-        near = replaced(config, train__on_spike="skip", fault__max_bad_steps=1, run__dir=str(tmp_path / "near"))
+        near = override(config, train__on_spike="skip", fault__max_bad_steps=1, run__dir=str(tmp_path / "near"))
         with pytest.raises(CollectiveError, match=r"not finite, or spikes: 2, and --fault.max-bad-steps allows 1") as caught:
             trained(near, 1)
         assert isinstance(caught.value.error, NonFiniteError)
@@ -425,7 +425,7 @@ def test_one_checkpoint_starts_a_branch(tmp_path, data, uninterrupted):
     start = tmp_path / "run" / "checkpoints" / folder_name(4)
     branch = tiny(data, tmp_path / "branch", checkpoint__resume=str(start))
     assert trained(branch, 1) == uninterrupted[0]
-    assert trained(replaced(branch, run__dir=str(tmp_path / "other"), **on(2)), 2) == uninterrupted[0]
+    assert trained(override(branch, run__dir=str(tmp_path / "other"), **on(2)), 2) == uninterrupted[0]
     assert start.exists()
 
 
@@ -461,13 +461,13 @@ def test_a_mixture_is_taken_up_again_where_it_stopped(tmp_path, mixed, capsys):
     config = tiny(mixed, tmp_path / "stopped", **changes)
     stopped(config, 3, at=3)
     assert trained(config, 2) == whole
-    other = replaced(config, data__path=(*mixed[:3], "3"), train__steps=7)
+    other = override(config, data__path=(*mixed[:3], "3"), train__steps=7)
     with pytest.raises(CollectiveError, match=r"data\.path: was content"):
         trained(other, 1)
 
 
 def test_corpora_of_different_tokenizers_do_not_mix(tmp_path, mixed):
-    prepare(Data(path=(mixed[2],), tokenizer="bpe:300"), tmp_path / "b", SelfComm())
+    prepare(DataConfig(path=(mixed[2],), tokenizer="bpe:300"), tmp_path / "b", SelfComm())
     config = tiny((mixed[0], "1", str(tmp_path / "b"), "1"), tmp_path / "run", data__tokenizer="auto")
     with pytest.raises(CollectiveError, match=r"was made with another one|was made with another tokenizer"):
         build_run(config, SelfComm())

@@ -16,7 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from mpilm.checkpoint.load import load_published
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config import Config, Model, resolve
+from mpilm.config.schema import Config, ModelConfig, resolve_config
 from mpilm.engine.pipelined import resolve_model_layouts
 from mpilm.errors import ConfigError
 from mpilm.model.families import build_model
@@ -51,12 +51,12 @@ CLASSES = {
 }
 
 
-def settings_of(family: str, **changes) -> Model:
-    base = Model(n_layers=2, n_heads=4, d_model=32, context_length=T)
-    return resolve(Config(model=replace(base, **FAMILIES[family], **changes))).model
+def settings_of(family: str, **changes) -> ModelConfig:
+    base = ModelConfig(n_layers=2, n_heads=4, d_model=32, context_length=T)
+    return resolve_config(Config(model=replace(base, **FAMILIES[family], **changes))).model
 
 
-def random_model(settings: Model):
+def random_model(settings: ModelConfig):
     """All parameters drawn, norms and biases too, and large enough for logits of some size."""
     model, flat = whole_model(settings, V, torch.device("cpu"))
     for layout in select_owned(resolve_model_layouts(settings, V, (settings.n_layers,))):

@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 
 from mpilm.checkpoint.pretrained import shape_of
-from mpilm.cli import parse
-from mpilm.config import Config, Model, resolve
+from mpilm.config.parse import parse
+from mpilm.config.presets import PRESETS
+from mpilm.config.schema import Config, ModelConfig, resolve_config
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.hf.config import hf_config
-from mpilm.presets import PRESETS
 
-SHAPE = resolve(Config(model=Model(arch="gpt2", n_layers=3, n_heads=2, d_model=24, context_length=32))).model
-ROTARY = resolve(Config(model=Model(n_layers=3, n_heads=2, d_model=24, context_length=32, tie_embeddings=False))).model
+SHAPE = resolve_config(Config(model=ModelConfig(arch="gpt2", n_layers=3, n_heads=2, d_model=24, context_length=32))).model
+ROTARY = resolve_config(
+    Config(model=ModelConfig(n_layers=3, n_heads=2, d_model=24, context_length=32, tie_embeddings=False))
+).model
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def written(path, shape, **changes):
 
 
 def configured(*words):
-    return resolve(parse([str(word) for word in words], Config(), "train", "", PRESETS)).model
+    return resolve_config(parse([str(word) for word in words], Config(), "train", "", PRESETS)).model
 
 
 def test_the_shape_is_the_folders(folder):
@@ -47,7 +49,7 @@ def test_a_file_may_name_it_too(folder, tmp_path):
     assert configured("--config", file, "--model.dropout", 0.5).dropout == 0.5
     other = written(tmp_path / "other", replace(SHAPE, n_layers=5))
     assert configured("--config", file, "--model.init-from", other).n_layers == 5
-    assert configured("--config", file, "--model.init-from", "").n_layers == Model().n_layers
+    assert configured("--config", file, "--model.init-from", "").n_layers == ModelConfig().n_layers
 
 
 def test_what_is_the_users_to_set(folder, tmp_path):

@@ -218,7 +218,7 @@ def test_a_file_that_is_missing(made, missing):
 def test_files_that_are_broken(made):
     folder = made(whole(), config="[model\n", trace='{"traceEvents": [{"ph"')
     text = report(folder).text
-    assert "config.toml: is not TOML" in text
+    assert "config.toml: is not valid TOML" in text
     assert "trace-7-8.json cannot be read: it is not whole" in text
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from mpilm.config.parse import read_toml
 from mpilm.errors import FileError, UserError
-from mpilm.settings import read_toml
 from mpilm.telemetry.report.rows import Row, Rows, nothing, number, read_rows
 
 FILES = ("metrics.jsonl", "config.toml")  # each makes a folder a run

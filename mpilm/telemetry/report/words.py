@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.config import Config, flatten, resolve
+from mpilm.config.schema import Config, flatten, resolve_config
 from mpilm.formatting import format_duration
 from mpilm.mesh.shape import AXES
 from mpilm.telemetry.report.charts import short
@@ -186,7 +186,7 @@ def _told(row: Row, later: bool) -> str:
 
 def not_default(run: Run) -> list[tuple[str, str, str]]:
     """Settings of the run that are not what they are by default: name, value, default."""
-    defaults = flatten(resolve(Config()))
+    defaults = flatten(resolve_config(Config()))
     return [
         (key, shown(value), shown(defaults[key]) if key in defaults else "unknown here")
         for key, value in run.config.items()
