@@ -13,10 +13,10 @@ from mpilm.comm.progress import Progress
 from mpilm.config.schema import Config, trace_step_range
 from mpilm.data.corpus import unigram_loss
 from mpilm.engine.step import StepFlags, train_step
-from mpilm.errors import FileError
+from mpilm.errors import UserError
 from mpilm.inference.generate import generate
 from mpilm.launch.watchdog import EXITING, Watchdog
-from mpilm.telemetry.report import page
+from mpilm.report.page import write_report
 from mpilm.telemetry.trace import Trace
 from mpilm.trainer.build import build_run
 from mpilm.trainer.describe import describe_run, layout_row
@@ -172,6 +172,6 @@ def _write_report(run: Run, log: RunLog) -> None:
     """Write report.html on rank 0. Errors here never fail the run."""
     if log.is_root:
         try:
-            page.write([run.folder.path])
-        except FileError as error:
+            write_report([run.folder.path])
+        except UserError as error:
             log.log_line(f"no report: {error}")

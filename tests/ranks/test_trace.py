@@ -156,7 +156,7 @@ def test_trace_steps_already_done_prints_a_note(tmp_path, data, capsys):
         config = tiny(data, tmp_path / "run", train__steps=steps, run__trace_steps="1:2" if steps == 3 else "")
         run_ranks(2, lambda comm, config=config: train(config, comm))
     assert capsys.readouterr().out.count("nothing to trace: the steps 1:2 of --run.trace-steps were done before") == 1
-    assert "Of the last start. Predicted" in (tmp_path / "run" / "report.html").read_text()
+    assert "Last start only. Predicted" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_trace_not_requested_writes_no_file(tmp_path, data):
