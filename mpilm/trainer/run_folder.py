@@ -14,7 +14,7 @@ from mpilm.checkpoint.save import remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verify, newest_valid, with_help
 from mpilm.comm.base import Comm
 from mpilm.config.parse import merge_settings, read_toml
-from mpilm.config.schema import Config, flatten, result_settings, to_dict
+from mpilm.config.schema import OLD_NAMES, Config, flatten, result_settings, to_dict
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.launch.lock import LOCK_NAME, FolderLock
 from mpilm.model.init import hash_key
@@ -123,7 +123,9 @@ def _prepare_folder(path: Path, config: Config, broken: Mapping[Path, str]) -> l
 def _choose_path(config: Config) -> Path:
     if config.run.dir != "auto":
         return Path(config.run.dir)
-    key = result_settings(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
+    first_names = {new: old for old, new in OLD_NAMES.items()}  # a renamed setting must not change the name of the folder
+    settings = result_settings(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
+    key = {first_names.get(name, name): value for name, value in settings.items()}
     path = Path("runs") / f"{config.model.arch}-{hash_key(sorted(key.items())) & 0xFFFFFF:06x}"
     if config.checkpoint.resume != "never":
         return path
