@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from mpilm.checkpoint.pretrained import refuse_other_shape, started, tokenizer_folder
+from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_folder, with_pretrained_shape
 from mpilm.comm.base import Comm
 from mpilm.config.parse import parse
 from mpilm.config.presets import PRESETS
@@ -19,12 +19,14 @@ from mpilm.telemetry.trackers import check_trackers_installed
 
 
 def main() -> Body:
-    config = resolve_config(parse(sys.argv[1:], Config(), "train", __doc__ or "", PRESETS, started, refuse_other_shape))
+    config = resolve_config(
+        parse(sys.argv[1:], Config(), "train", __doc__ or "", PRESETS, with_pretrained_shape, check_pretrained_shape)
+    )
     if config.model.lora_rank and not config.model.init_from:
         raise ConfigError("--model.lora-rank needs a model to adapt: name it with --model.init-from FOLDER")
     check_trackers_installed(config.run.trackers)
     if config.model.init_from and config.data.tokenizer == "auto":
-        config = override(config, data__tokenizer=tokenizer_folder(config.model.init_from, config.model.base))
+        config = override(config, data__tokenizer=find_tokenizer_folder(config.model.init_from, config.model.base))
 
     def body(comm: Comm) -> None:
         from mpilm.trainer.loop import train

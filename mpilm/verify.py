@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from mpilm.checkpoint.pretrained import refuse_other_shape, started
+from mpilm.checkpoint.pretrained import check_pretrained_shape, with_pretrained_shape
 from mpilm.comm.base import Comm
 from mpilm.config.check import check_config
 from mpilm.config.parse import parse
@@ -36,7 +36,9 @@ class VerifyArguments:
 
 def main() -> Body:
     presets = {name: lambda make=make: VerifyArguments(make().model, make().train) for name, make in PRESETS.items()}
-    arguments = parse(sys.argv[1:], VerifyArguments(), "verify", __doc__ or "", presets, started, refuse_other_shape)
+    arguments = parse(
+        sys.argv[1:], VerifyArguments(), "verify", __doc__ or "", presets, with_pretrained_shape, check_pretrained_shape
+    )
     config = resolve_config(Config(model=arguments.model, train=arguments.train))
     check_config(config)
     if not config.train.reproducible:

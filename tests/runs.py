@@ -14,7 +14,7 @@ import torch
 from text import TINY
 from torch import Tensor, nn
 
-from mpilm.checkpoint.format import checkpoints
+from mpilm.checkpoint.format import list_checkpoints
 from mpilm.comm.base import Comm
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.threads import run_ranks
@@ -183,7 +183,7 @@ def trained(config: Config, size: int) -> dict[str, bytes]:
 
 
 def newest_tensors(config: Config) -> dict[str, bytes]:
-    return tensors_of(checkpoints(Path(config.run.dir) / "checkpoints")[-1])
+    return tensors_of(list_checkpoints(Path(config.run.dir) / "checkpoints")[-1])
 
 
 def tensors_of(folder: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpilm.checkpoint.format import read_json, step_of
+from mpilm.checkpoint.format import checkpoint_step, read_json
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
 from mpilm.config.parse import merge_settings
@@ -251,6 +251,6 @@ def _results_folder(init_from: str, run_dir: str) -> Path:
     if run_dir != "auto":
         return Path(run_dir)
     model = Path(init_from).expanduser().resolve()
-    if step_of(model) is not None and (model.parents[1] / "config.toml").is_file():
+    if checkpoint_step(model) is not None and (model.parents[1] / "config.toml").is_file():
         return Path(os.path.relpath(model.parents[1]))
     return Path("runs") / f"evaluation-{model.name}"

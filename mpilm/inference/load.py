@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mpilm.checkpoint.pretrained import refuse_other_shape, shape_of, tokenizer_folder
+from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_folder, read_pretrained_config
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import check_same_on_all_ranks, run_on_all_ranks
 from mpilm.config.check import check_config
@@ -38,12 +38,12 @@ def config_from_folder(config: Config, context_length: int = 0) -> Config:
     folder = config.model.init_from
     if not folder:
         raise ConfigError("--model.init-from is required: the folder of a checkpoint, RUN/checkpoints/step-NNNNNNNN")
-    shape = replace(shape_of(folder, config.model.base), init_from=folder, base=config.model.base)
+    shape = replace(read_pretrained_config(folder, config.model.base), init_from=folder, base=config.model.base)
     shape = replace(shape, context_length=context_length or shape.context_length)
-    refuse_other_shape(shape)
+    check_pretrained_shape(shape)
     data = config.data
     if data.tokenizer == "auto":
-        data = replace(data, tokenizer=tokenizer_folder(folder, shape.base))
+        data = replace(data, tokenizer=find_tokenizer_folder(folder, shape.base))
     config = resolve_config(replace(config, model=shape, data=data))
     check_config(config)
     return config

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpilm.checkpoint.pretrained import files_of
-from mpilm.checkpoint.save import PARAMETER
+from mpilm.checkpoint.format import PARAMETER
+from mpilm.checkpoint.pretrained import list_pretrained_files
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
 from mpilm.comm.instrumented import InstrumentedComm
@@ -88,7 +88,7 @@ def _digest_content(config: Config, data: Material, world: Comm) -> Mapping[str,
     """Return digests of what the result depends on beside the settings. Collective."""
     content = {**data.content, "model.init_from": ""}
     if config.model.init_from:
-        files = files_of(Path(config.model.init_from).expanduser(), config.model.base)
+        files = list_pretrained_files(Path(config.model.init_from).expanduser(), config.model.base)
         sizes = run_on_all_ranks(world, lambda: [path.stat().st_size for path in files])
         content["model.init_from"] = hex_digest(*digest_files(files, sizes, world))
     return content

@@ -146,7 +146,7 @@ def pipeline_side(config, comm) -> Callable[[int], tuple[float, float]]:  # type
     from mpilm.trainer.build import build_run
 
     run = build_run(config, comm)
-    run.mesh.check(False)
+    run.mesh.check_calls(False)
     parallel, stages = config.parallel, len(run.model.cut)
     actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatch_count(config, run.mesh.shape))
     programs = [lower(theirs, stages) for theirs in actions]

@@ -94,7 +94,7 @@ def mpilm_side(config, comm) -> Callable[[int], None]:  # type: ignore[no-untype
     from mpilm.trainer.build import build_run
 
     run = build_run(config, comm)
-    run.mesh.check(False)
+    run.mesh.check_calls(False)
     return lambda step: train_step(run.model, run.batches, step) and None
 
 

@@ -152,9 +152,9 @@ def guards_worker(args: argparse.Namespace) -> None:
     def guarded(step: int) -> None:
         checking = step % STEPS == 0  # ten times as often as --fault.check-every asks by default
         run.mesh.activity.enter("step", step)
-        run.mesh.check(checking)
+        run.mesh.check_calls(checking)
         train_step(run.model, run.batches, step)
-        run.mesh.check(False)
+        run.mesh.check_calls(False)
         if checking:
             check_replicas_equal(run.model, step + 1)
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import write_published
+from checkpoints import write_hf_model
 from helpers import refusal, refusal_in_process
 from runs import FAMILIES, small, whole_model
 from text import write_text
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "gpt2"
     shape = small(**FAMILIES["gpt2"], model__context_length=16).model
     model, _ = whole_model(shape, 257, torch.device("cpu"))
-    write_published(path, model, shape, 257)
+    write_hf_model(path, model, shape, 257)
     (path / "tokenizer.json").write_text(bytes_tokenizer().json)
     return path
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpilm.checkpoint.format import checkpoints
+from mpilm.checkpoint.format import list_checkpoints
 from mpilm.comm.threads import run_ranks
 from mpilm.config.parse import merge_settings, read_toml
 from mpilm.config.schema import Config, override
@@ -41,7 +41,7 @@ def test_old_run_resumes_to_the_same_bits(tmp_path, ranks, changes):
     expected = json.loads((OLD / "expected.json").read_text())
     rows = read_metrics(run / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
-    newest = checkpoints(run / "checkpoints")[-1]
+    newest = list_checkpoints(run / "checkpoints")[-1]
     assert newest.name == "step-00000008"
     assert losses == pytest.approx(expected["losses"], rel=1e-4)
     if (expected["torch"], expected["processor"]) == (torch.__version__, processor_name()):

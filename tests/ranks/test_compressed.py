@@ -8,7 +8,7 @@ import torch
 from runs import differing, joined, newest_tensors, run_threads, sharded, small, stopped, trained
 from text import tiny, write_tokens
 
-from mpilm.checkpoint.format import checkpoints, step_of
+from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.threads import run_ranks
@@ -299,8 +299,8 @@ def test_a_run_that_is_stopped_apart_meets_first(tmp_path):
 
     with mock.patch.object(loop, "train_step", step_and_ask), pytest.raises(CollectiveError, match="stopped after step"):
         run_ranks(2, lambda comm: loop.train(config, comm))
-    (folder,) = checkpoints(tmp_path / "run" / "checkpoints")
-    assert step_of(folder) < 25
+    (folder,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoint_step(folder) < 25
 
 
 def test_the_inner_moments_of_a_checkpoint_are_one_replicas(tmp_path):

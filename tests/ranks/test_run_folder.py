@@ -7,7 +7,7 @@ import pytest
 from runs import on
 from text import TINY, tiny, write_tokens
 
-from mpilm.checkpoint.format import folder_name
+from mpilm.checkpoint.format import checkpoint_name
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
@@ -82,7 +82,7 @@ def test_a_new_folder_holds_the_resolved_settings(tmp_path):
 
 def test_goes_on_from_the_newest(run):
     found = opened(run)
-    assert (found.step, found.checkpoint) == (4, Path(run.run.dir) / "checkpoints" / folder_name(4))
+    assert (found.step, found.checkpoint) == (4, Path(run.run.dir) / "checkpoints" / checkpoint_name(4))
 
 
 def test_every_rank_hears_the_same(run):
@@ -101,7 +101,7 @@ def test_every_changed_setting_is_named(run):
     said = refused(override(run, train__lr=0.5, train__global_batch=32, model__dropout=0.2, run__log_every=9))
     for row in ("train.lr: was 0.003, now 0.5", "train.global_batch: was 16, now 32", "model.dropout: was 0.1, now 0.2"):
         assert f"\n  {row}\n" in said
-    assert folder_name(4) in said
+    assert checkpoint_name(4) in said
     assert "log_every" not in said
 
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_is_not_there(run, tmp_path, name):
 
 
 def test_a_checkpoint_asked_for_by_name(run, tmp_path):
-    older, newest = (Path(run.run.dir) / "checkpoints" / folder_name(step) for step in (2, 4))
+    older, newest = (Path(run.run.dir) / "checkpoints" / checkpoint_name(step) for step in (2, 4))
     assert opened(override(run, checkpoint__resume=str(newest))).step == 4
     assert "already holds step-00000004" in refused(override(run, checkpoint__resume=str(older)))
     assert opened(override(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(older))).step == 2
@@ -192,8 +192,8 @@ def test_without_a_whole_checkpoint_nothing_starts_anew(run):
         (folder / "config.json").unlink()
     said = refused(run, DataError)
     assert "no checkpoint in" in said
-    assert folder_name(2) in said
-    assert folder_name(4) in said
+    assert checkpoint_name(2) in said
+    assert checkpoint_name(4) in said
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
@@ -213,7 +213,7 @@ def test_notes_on_what_may_change_the_last_bits(run):
 
 @pytest.mark.parametrize("damage", ["altered weights", "no manifest"])
 def test_a_broken_checkpoint_is_set_aside_and_written_again(run, damage):
-    newest = Path(run.run.dir, "checkpoints", folder_name(4))
+    newest = Path(run.run.dir, "checkpoints", checkpoint_name(4))
     whole = (newest / "model.safetensors").read_bytes()
     if damage == "no manifest":
         (newest / "manifest.json").unlink()
@@ -230,7 +230,7 @@ def test_a_broken_checkpoint_is_set_aside_and_written_again(run, damage):
 
 def test_the_same_job_submitted_again_goes_on(run, tmp_path):
     """Started from a checkpoint of another run, with the same words each time."""
-    began = Path(run.run.dir, "checkpoints", folder_name(2))
+    began = Path(run.run.dir, "checkpoints", checkpoint_name(2))
     branch = override(run, run__dir=str(tmp_path / "branch"), checkpoint__resume=str(began), train__steps=3)
     run_ranks(1, lambda comm: train(branch, comm))
     assert opened(branch).step == 3

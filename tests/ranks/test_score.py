@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_published
+from checkpoints import write_hf_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import FAMILIES, small, whole_model
@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
             mean = 1.0 if name.endswith("norm.weight") else 0.0
             p.data.copy_(initial_value(2, name, tuple(p.shape), 0.1) + mean)
         made[family] = tmp_path_factory.mktemp(family)
-        write_published(made[family], model, shape, tokenizer.vocab_size)
+        write_hf_model(made[family], model, shape, tokenizer.vocab_size)
         (made[family] / "tokenizer.json").write_text(tokenizer.json)
     return made
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import write_published
+from checkpoints import write_hf_model
 from runs import FAMILIES, small, whole_model
 from tokenizers import Tokenizer as Library
 from tokenizers import models
@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
             mean = 1.0 if name.endswith("norm.weight") else 0.0
             p.data.copy_(initial_value(2, name, tuple(p.shape), 0.3) + mean)
         made[family] = tmp_path_factory.mktemp(family.replace(" ", "-"))
-        write_published(made[family], model, shape, V)
+        write_hf_model(made[family], model, shape, V)
         (made[family] / "tokenizer.json").write_text("{}")  # named, and never read
     return made
 
