@@ -36,7 +36,7 @@ def test_save_over_mpi_writes_the_bytes_of_one_rank_and_any_sharding_reads_them(
     values = draw_tensors(shapes)
     with small_files(random.choice([60, 1000, 1 << 24]), random.choice([500, 5_000_000_000])):
         sharding = draw_sharding(random, shapes, world.size)
-        together = save_tensors(shared / "together", values, sharding, InstrumentedComm(world, check=True))
+        together = save_tensors(shared / "together", values, sharding, InstrumentedComm(world, checks_calls=True))
         alone = save_tensors(shared / f"alone-{world.rank}", values, replicate(shapes, 1), SelfComm())
         assert read_files(together) == read_files(alone)
         verify_checkpoint(together)
