@@ -97,7 +97,7 @@ def sharded(config: Config, comm: Comm, check: bool = False, alignment: int = AL
 def evaluated(model: TrainModel, total: int) -> float:
     """The loss of `total` microbatches that no step sees. Collective."""
     source = RandomTokens(model.config)
-    model.forward(total, lambda m: source.train(1000, m))
+    model.forward(total, lambda m: source.training_batch(1000, m))
     return total_loss(model.results(), total, model.mesh.world)
 
 
@@ -172,7 +172,7 @@ def whole_model(shape: ModelConfig, vocab_size: int, device: torch.device) -> tu
 
 def whole_batch(source: Any, step: int, total: int) -> tuple[Tensor, Tensor]:
     """Tokens and targets of all microbatches of a step, in one."""
-    batches = [source.train(step, m) for m in range(total)]
+    batches = [source.training_batch(step, m) for m in range(total)]
     return torch.cat([batch.tokens for batch in batches]), torch.cat([batch.targets for batch in batches])
 
 

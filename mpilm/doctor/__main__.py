@@ -28,7 +28,7 @@ Megabytes = Annotated[int, Range("from 1 to 1024", lambda value: 1 <= value <= 1
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorArguments:
     """The checks to run, and the calibration."""
 
     megabytes: Megabytes = 16  # Size of the largest messages.
@@ -39,7 +39,7 @@ class DoctorConfig:
 
 
 def main() -> Body:
-    config = parse(sys.argv[1:], DoctorConfig(), "doctor", __doc__ or "")
+    config = parse(sys.argv[1:], DoctorArguments(), "doctor", __doc__ or "")
 
     def body(comm: Comm) -> None:
         from mpilm.doctor.calibrate import write_calibration

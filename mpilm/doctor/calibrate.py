@@ -21,7 +21,7 @@ import torch
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
-from mpilm.data.files import touching
+from mpilm.data.files import file_errors
 from mpilm.doctor.measure import Bench, measure_network, measure_rates, time_collective
 from mpilm.engine.hardware import cores_per_rank, detect_hardware, software_versions
 from mpilm.engine.step import train_step
@@ -148,7 +148,7 @@ def _write_bandwidth(bench: Bench) -> float:
 
     def write() -> float:
         data = torch.randint(0, 255, (DISK_BYTES,), dtype=torch.uint8, device="cpu").numpy().tobytes()
-        with touching(Path.cwd(), "write"), tempfile.TemporaryFile(dir=".", buffering=0) as file:
+        with file_errors(Path.cwd(), "write"), tempfile.TemporaryFile(dir=".", buffering=0) as file:
             start_s = time.perf_counter()
             file.write(data)
             os.fsync(file.fileno())

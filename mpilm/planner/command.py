@@ -14,7 +14,7 @@ from typing import Any
 from mpilm.config.check import check_config
 from mpilm.config.presets import PRESETS, VOCABULARIES
 from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, microbatch_count, override, resolve_config
-from mpilm.data.files import touching
+from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import count_noun, format_bytes, format_duration, format_mebibytes
 from mpilm.model.flops import flops_by_part, parameter_count
@@ -121,7 +121,7 @@ def draw_schedule(config: PlanConfig, run: Config, ranks: int) -> str:
         + ("" if even is None else f"; by formula, if all stages were equal: {100 * even:.2f}%"),
     ]
     if config.svg:
-        with touching(f"--svg {config.svg}", "write"):
+        with file_errors(f"--svg {config.svg}", "write"):
             Path(config.svg).write_text(draw_svg(timeline, unit=""), encoding="utf-8")
         lines.append(f"{config.svg}: the drawing as an SVG image")
     return "\n".join(lines)

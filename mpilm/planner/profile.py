@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import mpilm
-from mpilm.data.files import touching
+from mpilm.data.files import file_errors
 from mpilm.errors import FileError
 
 FORMAT = 1
@@ -119,7 +119,7 @@ def write_profile(path: Path, profile: MachineProfile) -> None:
     """Write a profile as JSON, one key a line and five digits a number; raises FileError."""
     content = json.loads(json.dumps(asdict(profile)), parse_float=lambda digits: float(f"{float(digits):.5g}"))
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items() if key != "source")
-    with touching(path, "write"):
+    with file_errors(path, "write"):
         path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 

@@ -146,8 +146,8 @@ def test_between_meetings_each_replica_is_a_run_of_its_own(pipeline):
         def __init__(self, r, each):
             self.inner, self.first = RandomTokens(config), r * each
 
-        def train(self, step, m):
-            return self.inner.train(step, m + self.first)
+        def training_batch(self, step, m):
+            return self.inner.training_batch(step, m + self.first)
 
         def target_tokens(self, step):
             return self.inner.target_tokens(step) // 2
@@ -244,10 +244,10 @@ class Poisoned:
     def __init__(self, config, model, at):
         self.inner, self.model, self.at = RandomTokens(config), model, at
 
-    def train(self, step, m):
+    def training_batch(self, step, m):
         for flat in self.model.flats.values():
             flat.values.tensor[-1] = float("inf") if step == self.at else 1.0
-        return self.inner.train(step, m)
+        return self.inner.training_batch(step, m)
 
     def target_tokens(self, step):
         return self.inner.target_tokens(step)
