@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mpilm.checkpoint.format import list_checkpoints
 from mpilm.comm.base import Comm
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.threads import run_ranks
 from mpilm.config.check import check_config
 from mpilm.config.schema import Config, ModelConfig, microbatch_count, override, resolve_config
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
@@ -29,6 +28,7 @@ from mpilm.parallel import tied
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
 from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 

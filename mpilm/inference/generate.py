@@ -19,9 +19,8 @@ from mpilm.data.chat import ChatTemplate, find_chat_template
 from mpilm.data.files import file_errors, is_valid_utf8
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
-from mpilm.errors import ConfigError, DataError
+from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
-from mpilm.model.sample import sample_token
 from mpilm.model.sequence_info import KVCache
 from mpilm.telemetry.display import ProgressCounter
 
@@ -110,6 +109,22 @@ def _sample_tokens(
             tokens[place] = sample_token(logits[number].cpu(), settings, sequence.generator)
     model.pipeline.broadcast(tokens, (len(model.blocks_per_stage) - 1) % model.pipeline.size)
     return tokens.tolist()
+
+
+def sample_token(logits: Tensor, settings: GenerateConfig, generator: torch.Generator) -> int:  # (V,)
+    """Draw a token from the logits after temperature, top-k and top-p (Holtzman et al., arXiv 1904.09751). Raises
+    NonFiniteError if the logits are not finite."""
+    if not torch.isfinite(logits).all():
+        raise NonFiniteError("the model's logits are not finite; its weights probably are not either")
+    if settings.temperature == 0.0:
+        return int(logits.argmax())
+    sorted_logits, tokens = (logits / settings.temperature).sort(descending=True, stable=True)
+    probs = sorted_logits.softmax(dim=0)
+    if settings.top_k:
+        probs[settings.top_k :] = 0.0
+    mass_before = probs.cumsum(dim=0) - probs
+    probs[mass_before >= settings.top_p] = 0.0
+    return int(tokens[torch.multinomial(probs, 1, generator=generator)])
 
 
 # The command.

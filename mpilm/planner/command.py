@@ -20,13 +20,13 @@ from mpilm.formatting import count_noun, format_bytes, format_duration, format_m
 from mpilm.model.flops import flops_by_part, parameter_count
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import partition_by_cost, replica_microbatch_count, resolve_mesh_shape
-from mpilm.parallel.pipeline.draw import draw_svg, draw_text
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import analytic_bubble, schedule
-from mpilm.parallel.pipeline.simulate import simulate
 from mpilm.planner.cost import PlacedLayout
+from mpilm.planner.draw import draw_svg, draw_text
 from mpilm.planner.profile import read_profile
 from mpilm.planner.search import Candidate, PlannedJob, search, summarize, to_flags
+from mpilm.planner.simulate import simulate
 
 MANY_RANKS = 1000  # from which on the plan lists the costs that grow with the ranks
 WORTHWHILE = 1.4  # speedup for twice the ranks

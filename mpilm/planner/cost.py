@@ -22,8 +22,8 @@ from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
-from mpilm.parallel.pipeline.simulate import simulate
 from mpilm.planner.profile import ComputeRates, MachineProfile, MemoryRates, NetworkRates, interpolate, interpolate2d, total_s
+from mpilm.planner.simulate import simulate
 
 CALIBRATED_AS = {"llama": "llama", "qwen": "llama", "mixtral": "llama", "gpt2": "gpt2", "bert": "gpt2"}  # same norms
 MMAP_THRESHOLD_BYTES = 32 << 20  # glibc returns larger tensors to the kernel as soon as they are freed

@@ -11,7 +11,6 @@ from text import tiny, write_tokens
 from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.threads import run_ranks
 from mpilm.config.check import check_config
 from mpilm.config.schema import microbatch_count, override, resolve_config, result_settings
 from mpilm.engine.hardware import detect_hardware
@@ -21,6 +20,7 @@ from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.layout import ParamLayout
 from mpilm.parallel.reduce.diloco import OUTER_BETA, OUTER_LR, OUTER_MOMENTUM, DiLoCo
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import build, loop
 from mpilm.verification.layouts import RandomTokens
 

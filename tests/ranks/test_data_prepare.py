@@ -14,12 +14,12 @@ import mpilm.data.prepare as prepare
 import mpilm.data.sources as sources
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.config.schema import DataConfig
 from mpilm.data.corpus import open_corpus
 from mpilm.data.prepare import collect_statistics, prepare_tokens
 from mpilm.data.tokenizer import EOS, bytes_tokenizer, load_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.testing.threads import run_ranks
 
 SIZES = [1, 2, 3, 4]
 LONG = "".join(f"{i} green bottles\n" for i in range(60))

@@ -6,7 +6,6 @@ from runs import small
 
 from mpilm.comm.base import Request
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import ThreadComm, run_ranks
 from mpilm.config.schema import resolve_config
 from mpilm.doctor import calibrate, checks, measure
 from mpilm.doctor.calibrate import calibrate as calibrate_machine
@@ -16,6 +15,7 @@ from mpilm.mesh.shape import MeshShape
 from mpilm.planner.cost import PlacedLayout, step_time
 from mpilm.planner.profile import read_profile, write_profile
 from mpilm.telemetry.trace import ClockOffset
+from mpilm.testing.threads import ThreadComm, run_ranks
 
 CHECKS = ("ring", "all to all", "reduce", "gather", "broadcast", "shared")
 

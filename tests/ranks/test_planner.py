@@ -9,7 +9,6 @@ from text import tiny, write_tokens
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.config.check import check_config
 from mpilm.config.schema import TrainConfig, override, resolve_config
 from mpilm.engine.hardware import detect_hardware, software_versions
@@ -17,6 +16,7 @@ from mpilm.mesh.shape import MeshShape
 from mpilm.planner.cost import PlacedLayout
 from mpilm.planner.memory import persistent_bytes
 from mpilm.planner.profile import write_profile
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.auto_layout import choose_layout
 from mpilm.verification.layouts import VOCAB_SIZE
 

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
 from mpilm.config.schema import DataConfig
 from mpilm.data.prepare import prepare_tokens
@@ -24,6 +23,7 @@ from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.inference.evaluate import EvaluateOptions, cut_windows, evaluate_model, group_windows
 from mpilm.model.init import initial_value
 from mpilm.telemetry.metrics import read_metrics
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
 
 T = 16

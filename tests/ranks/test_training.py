@@ -26,7 +26,6 @@ from mpilm.checkpoint.pretrained import read_pretrained_config
 from mpilm.checkpoint.save import save_checkpoint
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.config.schema import DataConfig, override
 from mpilm.data.batch import Batches
 from mpilm.data.prepare import prepare_tokens
@@ -39,6 +38,7 @@ from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.schedule import learning_rate
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.telemetry.metrics import read_metrics
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train

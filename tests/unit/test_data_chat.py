@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 import mpilm.data.sources as sources
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.config.schema import DataConfig
 from mpilm.data.chat import ChatExamples, ChatTemplate, EncodedChats, find_chat_template, parse_conversation, read_chats
 from mpilm.data.sources import find_sources
@@ -20,6 +19,7 @@ from mpilm.data.tokenizer import Tokenizer, bytes_tokenizer
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.loss import IGNORE_INDEX
 from mpilm.model.sequence_info import NO_DOCUMENT
+from mpilm.testing.threads import run_ranks
 
 TOKENIZER = bytes_tokenizer()
 EOS = TOKENIZER.eos

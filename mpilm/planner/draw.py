@@ -7,7 +7,7 @@ from html import escape
 
 from mpilm.formatting import round_up_to_tick
 from mpilm.parallel.pipeline.actions import Action
-from mpilm.parallel.pipeline.simulate import Timeline, TimelineEvent
+from mpilm.planner.simulate import Timeline, TimelineEvent
 
 KIND_NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "REDUCE": "gradient reduction"}
 FILL = {"F": "-", "B": "=", "I": "~", "W": "+", "REDUCE": "#"}
