@@ -15,8 +15,6 @@ $ python -m mpilm.plan --draw --parallel.pipeline 4 --parallel.schedule zero-bub
 $ python -m mpilm.plan --draw --preset llama-1b --parallel.pipeline 4 --parallel.schedule interleaved --ranks 8 --svg plan.svg
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ $ mpirun -n 8 python -m mpilm.prepare --data.path books/ --data.tokenizer bpe:40
 $ python -m mpilm.prepare --data.path books/ --stats
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Conversations to learn answers from: JSON lines of prompt and response, or of messages; only answers are predicted."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ cache/corpora/KEY/tokens.bin, ...   token files; the key is a digest of everythi
 cache/files/KEY.json                digests of the input files of a path, so that files at rest are read once
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,7 +1,5 @@
 """File access whose errors name the file and this host, and digests."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Arrays of all ranks, and digests of files whose reading the ranks share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path

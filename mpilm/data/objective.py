@@ -1,7 +1,5 @@
 """Training objectives: from rows of tokens to the model's inputs and targets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

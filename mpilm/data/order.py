@@ -4,8 +4,6 @@ A Feistel network is a bijection of the numbers of 2 w bits whatever its round f
 [0, n) are sent through it again until they land inside ("cycle walking"), which leaves a bijection of [0, n).
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -3,8 +3,6 @@
 find sources -> each rank encodes a run of work items to a part file -> count -> copy parts into place -> rename
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Samples of a corpus, or of a mixture of corpora, and the examples made of them (see ExampleSource for numbers and seeds)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

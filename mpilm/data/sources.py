@@ -4,8 +4,6 @@ A document is one chunk or several: a text longer than BLOCK_BYTES is cut near e
 whatever file it comes from. So neither order nor chunks, each of which is encoded at once, depend on the number of ranks.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

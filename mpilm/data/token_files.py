@@ -7,8 +7,6 @@
 .json  what mpilm.prepare knows of its tokens besides; files of other programs have none
 """
 
-from __future__ import annotations
-
 import json
 import os
 import struct

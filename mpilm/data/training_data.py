@@ -1,7 +1,5 @@
 """Everything a run reads: corpora or conversations, opened on all ranks, and the examples made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

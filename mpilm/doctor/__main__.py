@@ -12,8 +12,6 @@ $ mpirun -n 4 python -m mpilm.doctor --drill true        # kill a rank at the en
 $ mpirun -n 4 python -m mpilm.doctor --calibrate         # measure what mpilm.plan needs: machine.json
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

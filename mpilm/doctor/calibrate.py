@@ -4,8 +4,6 @@ All ranks measure at the same time, since those of a node share its memory and i
 measures alone, with all cores. Numbers are medians over the calls of a rank, and over the ranks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """The checks of the doctor: versions, cores, messages against known answers, their speed, clocks and shared memory."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Measurements for a machine profile: what a rank computes, what it moves through memory, and messages between ranks."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

@@ -1,7 +1,5 @@
 """One training step, and the validation loss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

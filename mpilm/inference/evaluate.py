@@ -1,7 +1,5 @@
 """Evaluation of a model on a text: every token is scored once, window by window, whatever the number of ranks."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Text generation: sequences sampled token by token, several in flight if the model is distributed; the generate command."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A trained model loaded from its folder and distributed over the ranks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_folder, read_pretrained_config

@@ -1,7 +1,5 @@
 """The plan command: its settings, and the plan as text, as a plot, or as a drawing of the pipeline."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The time of a training step in a layout: the seconds of each action, the pipeline simulated from them, and the rest."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Drawings of a timeline, one lane per rank and time to the right: text for a terminal, or SVG."""
 
-from __future__ import annotations
-
 import math
 from html import escape
 

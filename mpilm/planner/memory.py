@@ -1,7 +1,5 @@
 """The memory of a rank: what it holds throughout, and what a step adds at its peak."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache

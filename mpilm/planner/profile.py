@@ -4,8 +4,6 @@ Rates are curves over the size that they depend on: a small matrix is slow for i
 the cache. They were measured with as many ranks a node at work as a job would have there.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from bisect import bisect_right

@@ -1,7 +1,5 @@
 """The search over all layouts of a number of ranks: the best first, and the reason against each that cannot run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The charts of a report, each described once: the page draws them with plotly, `draw_chart` with matplotlib."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One traced step: the pipeline of the first replica as measured and as simulated, and the waits of all ranks."""
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The layout chosen at the start: by the planner (parallel.auto), and the number of blocks in each stage."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

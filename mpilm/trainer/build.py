@@ -1,7 +1,5 @@
 """Construction of a run from a config and a world: a straight list of steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

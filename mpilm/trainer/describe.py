@@ -1,7 +1,5 @@
 """The description of a run before its first step: the start row of metrics.jsonl and the header."""
 
-from __future__ import annotations
-
 import shlex
 import socket
 import sys

@@ -1,7 +1,5 @@
 """The memory that a rank will use, predicted before the first step, and the message when memory runs out."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Mapping
 

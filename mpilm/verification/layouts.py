@@ -1,7 +1,5 @@
 """Comparison of every layout of these ranks with the serial run: the same losses, gradients and weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
