@@ -9,11 +9,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpilm.checkpoint.format import MANIFEST, TEMPORARY, FolderWriter, checkpoint_name, read_json
+from mpilm.checkpoint.format import MANIFEST, TEMPORARY, FolderWriter, checkpoint_name
 from mpilm.checkpoint.manager import prune_checkpoints, remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
+from mpilm.data.files import read_json
 from mpilm.engine.hardware import cores_per_rank
 from mpilm.engine.step import total_loss
 from mpilm.errors import ConfigError, DataError, FileError

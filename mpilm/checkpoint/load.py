@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mpilm.checkpoint.format import MANIFEST, PARAMETER, TensorShape, file_stem, is_file_name, read_json, reading, stored_name
+from mpilm.checkpoint.format import MANIFEST, PARAMETER, TensorShape, file_stem, is_file_name, stored_name
 from mpilm.checkpoint.verify import run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import ModelConfig
+from mpilm.data.files import file_errors, read_json
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.hf.names import match_keys
 from mpilm.parallel.flat_layout import ParamSlice
@@ -160,7 +161,7 @@ def _open_folder(folder: Path, stem: str, stack: contextlib.ExitStack) -> Tensor
 
 
 def _open_file(path: Path, stack: contextlib.ExitStack) -> TensorRefs:
-    with reading(path):
+    with file_errors(path):
         file = stack.enter_context(open(path, "rb"))  # noqa: SIM115
         try:
             with safe_open(path, framework="pt"):  # checks that offsets, shapes and dtypes fit each other and the file
@@ -183,7 +184,7 @@ def _check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_into(file: BinaryIO, out: memoryview, offset: int) -> None:
     while out:
-        with reading(file.name):
+        with file_errors(file.name):
             count = os.preadv(file.fileno(), [out], offset)
         if not count:
             raise DataError(f"{file.name} has been cut: it ends at byte {offset}")

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.format import PARAMETER, TEMPORARY, checkpoint_name, list_checkpoints, read_json
+from mpilm.checkpoint.format import PARAMETER, TEMPORARY, checkpoint_name, list_checkpoints
 from mpilm.checkpoint.save import AsyncSave, CheckpointState, WriteBuffers
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.progress import Progress
 from mpilm.config.schema import CheckpointConfig
+from mpilm.data.files import read_json
 from mpilm.errors import FileError, NonFiniteError, UserError
 
 

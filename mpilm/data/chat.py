@@ -14,7 +14,7 @@ from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import DataConfig
 from mpilm.data.batch import Batch
-from mpilm.data.files import is_valid_utf8, read_bytes, read_json_object
+from mpilm.data.files import is_valid_utf8, read_bytes, read_json
 from mpilm.data.gather import all_gather_rows
 from mpilm.data.order import Indices, pick_samples
 from mpilm.data.sources import TextSource, parse_json, partition_items, read_json_lines
@@ -89,7 +89,7 @@ def find_chat_template(tokenizer: str | Path) -> ChatTemplate | None:
         return None
     folder = path if path.is_dir() else path.parent
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    values = read_json_object(config) if config.is_file() else {}
+    values = read_json(config) if config.is_file() else {}
     source = values.get("chat_template")
     if isinstance(source, list):  # several, by name
         source = {str(each.get("name")): each.get("template") for each in source if isinstance(each, dict)}.get("default")

@@ -202,7 +202,7 @@ def _rename_folder(own: Path, folder: Path, sources: Sequence[TextSource], stats
         os.rename(own, folder)
     except OSError:
         if not (folder / "tokens.idx").is_file():  # else another job was faster, and has written the same
-            with file_errors(folder, "write"):
+            with file_errors(folder, "written"):
                 raise
 
 
@@ -239,7 +239,7 @@ def _read_index(index: Path) -> dict[str, list]:
 
 def _write_index(index: Path, rows: dict[str, list]) -> None:
     own = with_ending(index, f".{secrets.token_hex(4)}")
-    with file_errors(index, "write"):
+    with file_errors(index, "written"):
         index.parent.mkdir(parents=True, exist_ok=True)
         own.write_text(json.dumps(rows))
         os.replace(own, index)

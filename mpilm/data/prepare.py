@@ -151,7 +151,7 @@ def prepare_tokens(
         part, tokens = with_ending(temporary, f".part-{comm.rank:05d}"), with_ending(temporary, ".bin")
 
         def encode() -> NDArray:
-            with file_errors(part, "write"), open(part, "wb") as out:
+            with file_errors(part, "written"), open(part, "wb") as out:
                 return encode_text(text, comm, out, eos, progress)
 
         def copy_into_place() -> None:
@@ -191,9 +191,9 @@ def _temporary_prefix(prefix: Path, comm: Comm) -> Iterator[Path]:
     """Make a folder beside the output that all ranks see, for files of the same name, and remove it at the end. Collective."""
     folder = with_ending(prefix, f".{comm.broadcast_json(secrets.token_hex(4))}.tmp")
     try:
-        run_on_root(comm, file_errors(folder, "create")(lambda: folder.mkdir(parents=True)))
+        run_on_root(comm, file_errors(folder, "created")(lambda: folder.mkdir(parents=True)))
         run_on_all_ranks(
-            comm, file_errors(folder, "see (rank 0 has just created it; all ranks must share the folder)")(folder.stat)
+            comm, file_errors(folder, "seen (rank 0 has just created it; all ranks must share the folder)")(folder.stat)
         )
         yield folder / prefix.name
     finally:
@@ -218,7 +218,7 @@ def _finish_files(temporary: Path, prefix: Path, metadata: TokenMetadata, tokeni
     write_durably(with_ending(temporary, ".json"), (json.dumps(asdict(metadata), indent=2) + "\n").encode())
     _check_absent(prefix)
     for ending in ENDINGS:
-        with file_errors(with_ending(prefix, ending), "write"):
+        with file_errors(with_ending(prefix, ending), "written"):
             os.rename(with_ending(temporary, ending), with_ending(prefix, ending))
 
 

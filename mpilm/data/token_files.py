@@ -112,7 +112,7 @@ def write_index(path: Path, dtype: np.dtype, lengths: NDArray, ends: NDArray, be
 def open_shared(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that several ranks write parts of, and wait at the end until the disk has it; raises FileError."""
     # If it could be read, a network file system might write back whole pages, with zeros where another node has just written.
-    with file_errors(path, "write"), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+    with file_errors(path, "written"), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -38,7 +38,7 @@ POINTS: Mapping[str, Sequence[str]] = {
     "checkpoint.open": ["mpilm.checkpoint.save:AsyncSave.__init__"],
     "checkpoint.write": ["mpilm.checkpoint.save:BlockWriter.write"],
     "checkpoint.fsync": ["mpilm.checkpoint.save:BlockWriter.sync"],
-    "checkpoint.manifest": ["mpilm.checkpoint.format:FolderWriter.write_manifest"],
+    "checkpoint.manifest": ["mpilm.checkpoint.format:FolderWriter.commit"],
     "checkpoint.rename": ["mpilm.checkpoint.format:FolderWriter.rename"],
     "checkpoint.cleanup": ["mpilm.checkpoint.manager:CheckpointManager._start_pruning"],
     "recover.agree": ["mpilm.trainer.recovery.elastic:agree_on_survivors"],
