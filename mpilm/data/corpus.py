@@ -21,8 +21,8 @@ from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_
 from mpilm.config.schema import DataConfig
 from mpilm.data.files import file_errors, hex_digest
 from mpilm.data.gather import digest_files
-from mpilm.data.prepare import broadcast_sources, no_progress, prepare_tokens, resolve_settings
-from mpilm.data.sources import Progress, TextSource
+from mpilm.data.prepare import broadcast_sources, prepare_tokens, resolve_settings
+from mpilm.data.sources import TextSource
 from mpilm.data.token_files import TokenMetadata, find_prefix, open_tokens, read_metadata, with_ending
 from mpilm.data.tokenizer import Tokenizer, load_tokenizer, parse_bpe_size, tokenizer_from_spec
 from mpilm.errors import ConfigError, DataError, FileError
@@ -54,13 +54,13 @@ class Corpus:
         return tokens.astype(np.int64)
 
 
-def open_corpus(data: DataConfig, comm: Comm, eos: bool = True, progress: Progress = no_progress) -> Corpus:
+def open_corpus(data: DataConfig, comm: Comm, eos: bool = True) -> Corpus:
     """Open token files; those of text are in the cache, where they are prepared if need be. Collective.
 
     Documents of text end with the tokenizer's eos if `eos`. Raises AgreedError, also if a rank sees other files than rank 0.
     """
     prepared = comm.broadcast_json(run_on_root(comm, lambda: str(find_prefix(data.source) or "")))
-    prefix = Path(prepared) if prepared else prepare_in_cache(data, comm, eos, progress)
+    prefix = Path(prepared) if prepared else prepare_in_cache(data, comm, eos)
     path, source = with_ending(prefix, ".bin"), data.source or "the embedded corpus"
     tokens, documents, metadata = run_on_all_ranks(comm, lambda: _open_files(prefix, verify=comm.rank == 0))
     run_on_all_ranks(
@@ -77,12 +77,12 @@ def open_corpus(data: DataConfig, comm: Comm, eos: bool = True, progress: Progre
     return replace(corpus, bytes_per_token=metadata.source_bytes / metadata.tokens)
 
 
-def open_corpora(data: DataConfig, comm: Comm, progress: Progress = no_progress) -> list[tuple[Corpus, float]]:
+def open_corpora(data: DataConfig, comm: Comm) -> list[tuple[Corpus, float]]:
     """Open each corpus of data.path, with its part of the samples, all with the tokenizer of the first. Collective."""
     corpora: list[tuple[Corpus, float]] = []
     spec = data.tokenizer
     for each, part in data.corpora():
-        corpus = open_corpus(replace(each, tokenizer=spec), comm, progress=progress)
+        corpus = open_corpus(replace(each, tokenizer=spec), comm)
         first = corpora[0][0] if corpora else corpus
         if corpus.tokenizer.digest != first.tokenizer.digest:
             raise CollectiveError(
@@ -165,7 +165,7 @@ def cache_folder() -> Path:
     return Path(folder).expanduser()
 
 
-def prepare_in_cache(data: DataConfig, comm: Comm, eos: bool, progress: Progress) -> Path:
+def prepare_in_cache(data: DataConfig, comm: Comm, eos: bool) -> Path:
     """Return the prefix of the token files of this text and tokenizer in the cache; prepare them unless they exist. Collective.
 
     Two jobs may do this at once: each prepares in a folder of its own, and the first to finish gives it its name.
@@ -176,7 +176,7 @@ def prepare_in_cache(data: DataConfig, comm: Comm, eos: bool, progress: Progress
     if not comm.broadcast_json((folder / "tokens.idx").is_file()):
         own = with_ending(folder, f".{comm.broadcast_json(secrets.token_hex(4))}")
         try:
-            prepare_tokens(data, own / "tokens", comm, eos=eos, progress=progress, sources=sources)
+            prepare_tokens(data, own / "tokens", comm, eos=eos, sources=sources)
             run_on_root(comm, lambda: _rename_folder(own, folder, sources, stats))
         finally:
             if comm.rank == 0:
@@ -186,11 +186,12 @@ def prepare_in_cache(data: DataConfig, comm: Comm, eos: bool, progress: Progress
 
 def _corpus_folder(data: DataConfig, sources: Sequence[TextSource], digests: Sequence[str], eos: bool) -> Path:
     """Return the folder whose name is a digest of everything that the tokens depend on."""
-    options, spec = resolve_settings(data)
-    size = parse_bpe_size(spec)
-    tokenizer = f"bpe:{size}" if size else tokenizer_from_spec(spec).digest
+    settings = resolve_settings(data)
+    size = parse_bpe_size(settings.tokenizer)
+    tokenizer = f"bpe:{size}" if size else tokenizer_from_spec(settings.tokenizer).digest
+    options = {"encoding_errors": settings.encoding_errors, "text_key": settings.text_key}
     content = [[source.format, source.codec, digest] for source, digest in zip(sources, digests, strict=True)]
-    key = hex_digest(json.dumps([TokenMetadata.format, content, tokenizer, options._asdict(), eos]))
+    key = hex_digest(json.dumps([TokenMetadata.format, content, tokenizer, options, eos]))
     return cache_folder() / "corpora" / key[:32]
 
 

@@ -13,7 +13,6 @@ from mpilm.data.files import hex_digest
 from mpilm.data.objective import make_objective
 from mpilm.data.prepare import broadcast_sources
 from mpilm.data.samples import CorpusMixture, CorpusSamples, TextExamples
-from mpilm.data.sources import Progress
 from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun
@@ -33,17 +32,17 @@ class TrainingData:
     summary_lines: Sequence[str]  # for the header of the run
 
 
-def open_training_data(config: Config, comm: Comm, progress: Progress) -> TrainingData:
-    """Open, or prepare, the data that `config` names. Collective; raises AgreedError."""
+def open_training_data(config: Config, comm: Comm) -> TrainingData:
+    """Open, or prepare, the data that `config` names. Collective; raises CollectiveError."""
     template = run_on_all_ranks(comm, lambda: find_chat_template(config.data.tokenizer))
     if config.data.format == "chat":
         return _open_chats(config, template, comm)
-    return _open_texts(config, template, comm, progress)
+    return _open_texts(config, template, comm)
 
 
-def _open_texts(config: Config, template: ChatTemplate | None, comm: Comm, progress: Progress) -> TrainingData:
+def _open_texts(config: Config, template: ChatTemplate | None, comm: Comm) -> TrainingData:
     data, context_length = config.data, config.model.context_length
-    opened = open_corpora(data, comm, progress)
+    opened = open_corpora(data, comm)
     first = opened[0][0]
     tokenizer = run_on_all_ranks(comm, lambda: _tokenizer_for_model(first.tokenizer, config))
     corpora = run_on_all_ranks(

@@ -24,7 +24,6 @@ from mpilm.data.corpus import Corpus, open_corpus
 from mpilm.data.files import file_errors, read_json, write_durably
 from mpilm.data.objective import MaskedObjective, Objective, make_objective
 from mpilm.data.order import mix_key
-from mpilm.data.prepare import ProgressLine, no_progress
 from mpilm.data.token_files import document_starts, find_prefix
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
@@ -153,8 +152,7 @@ def evaluate_model(config: Config, options: EvaluateOptions, world: Comm) -> Non
     tokenizer = run_on_all_ranks(world, lambda: load_tokenizer(config.data, config.model))
     model = load_model(config, world).model
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
-    progress = ProgressLine() if world.rank == 0 else no_progress
-    corpus = open_corpus(data, yielding, eos=options.held_out, progress=progress)
+    corpus = open_corpus(data, yielding, eos=options.held_out)
     objective = make_objective(config.model, config.data, tokenizer)
     run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, options))
     segments = run_on_all_ranks(world, lambda: _find_segments(data, options, corpus))
