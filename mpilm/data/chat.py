@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +28,13 @@ ASSISTANT = "assistant"
 Turn = tuple[str, bool]  # text, and whether it is an answer
 
 
+@dataclass(frozen=True)
 class ChatTemplate:
     """The chat template of a tokenizer: messages to the text that the model was made for, rendered as Hugging Face does it."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], folder: str):
-        self.source = source  # in Jinja; it comes from a stranger and runs in a sandbox
-        self.special_tokens = dict(special_tokens)  # that it may use
-        self.folder = folder  # for messages
+    source: str  # in Jinja; it comes from a stranger and runs in a sandbox
+    special_tokens: Mapping[str, str]  # that it may use
+    folder: str  # for messages
 
     @cached_property
     def _template(self) -> Any:
@@ -68,10 +69,6 @@ class ChatTemplate:
         if not turns:
             raise DataError(f'{place}: no message has the role "{ASSISTANT}", so there is nothing to learn')
         return turns
-
-    def render_prompt(self, text: str) -> str:
-        """Return what a model reads that is to answer a user."""
-        return self.render([{"role": "user", "content": text}], "the prompt", True)
 
     def render(self, messages: Sequence[Mapping[str, str]], place: object, begin_answer: bool) -> str:
         """Return the text of messages; raises DataError naming `place`."""

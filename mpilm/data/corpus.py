@@ -57,15 +57,16 @@ class Corpus:
 def open_corpus(data: DataConfig, comm: Comm, eos: bool = True) -> Corpus:
     """Open token files; those of text are in the cache, where they are prepared if need be. Collective.
 
-    Documents of text end with the tokenizer's eos if `eos`. Raises AgreedError, also if a rank sees other files than rank 0.
+    Documents of text end with the tokenizer's eos if `eos`. Raises CollectiveError, also if ranks see different files.
     """
     prepared = comm.broadcast_json(run_on_root(comm, lambda: str(find_prefix(data.source) or "")))
     prefix = Path(prepared) if prepared else prepare_in_cache(data, comm, eos)
     path, source = with_ending(prefix, ".bin"), data.source or "the embedded corpus"
     tokens, documents, metadata = run_on_all_ranks(comm, lambda: _open_files(prefix, verify=comm.rank == 0))
-    run_on_all_ranks(
-        comm, lambda: _check_same_as_on_root(path, [len(tokens), tokens.dtype.name, metadata and asdict(metadata)], comm)
-    )
+    seen = comm.all_gather_json([socket.gethostname(), len(tokens), tokens.dtype.name, metadata and asdict(metadata)])
+    if others := [host for host, *identity in seen if identity != seen[0][1:]]:
+        advice = "put it, or the cache (MPILM_CACHE), in a folder that all ranks share"
+        raise CollectiveError(FileError(f"{path}: is another file on {others[0]} than on rank 0; {advice}"))
     tokenizer = run_on_all_ranks(comm, lambda: _load_tokenizer(data.tokenizer if prepared else "auto", prefix, metadata))
     trusted = metadata.tokens_digest if metadata and tokens.nbytes > VERIFIED_BYTES else ""
     digest = trusted or digest_files([path], [tokens.nbytes], comm)[0]
@@ -85,9 +86,8 @@ def open_corpora(data: DataConfig, comm: Comm) -> list[tuple[Corpus, float]]:
         corpus = open_corpus(replace(each, tokenizer=spec), comm)
         first = corpora[0][0] if corpora else corpus
         if corpus.tokenizer.digest != first.tokenizer.digest:
-            raise CollectiveError(
-                ConfigError(f"{corpus.path} was made with another tokenizer than {first.path}; a model has one")
-            )
+            problem = f"{corpus.path} was made with another tokenizer than {first.path}; a model has one"
+            raise CollectiveError(ConfigError(problem))
         if spec == "auto" or parse_bpe_size(spec):
             spec = str(with_ending(corpus.path.with_suffix(""), ".tokenizer.json"))
         corpora.append((corpus, part))
@@ -105,12 +105,6 @@ def _open_files(prefix: Path, verify: bool) -> tuple[NDArray, int, TokenMetadata
     return tokens, documents, metadata
 
 
-def _check_same_as_on_root(path: Path, identity: list, comm: Comm) -> None:
-    if identity != comm.broadcast_json(identity):
-        advice = "put it, or the cache (MPILM_CACHE), in a folder that all ranks share"
-        raise FileError(f"{path}: is another file on {socket.gethostname()} than on rank 0; {advice}")
-
-
 def _load_tokenizer(spec: str, prefix: Path, metadata: TokenMetadata | None) -> Tokenizer:
     """Return the tokenizer the tokens were made with; raises ConfigError if the setting is another, or does not name one."""
     is_made = spec == "auto" or parse_bpe_size(spec)
@@ -118,10 +112,9 @@ def _load_tokenizer(spec: str, prefix: Path, metadata: TokenMetadata | None) -> 
     if metadata is None and named:
         return named
     if metadata is None:
+        problem = f"{prefix}.bin has no {prefix.name}.json of mpilm.prepare beside it"
         advice = "name the tokenizer.json that these tokens were made with (or bytes)"
-        raise ConfigError(
-            f"--data.tokenizer {spec}: {prefix}.bin has no {prefix.name}.json of mpilm.prepare beside it; {advice}"
-        )
+        raise ConfigError(f"--data.tokenizer {spec}: {problem}; {advice}")
     file = with_ending(prefix, ".tokenizer.json")
     tokenizer = replace(load_tokenizer(file, metadata.eos), name=metadata.tokenizer)
     if tokenizer.digest != metadata.tokenizer_digest:
@@ -142,10 +135,7 @@ def _measure_bytes_per_token(corpus: Corpus) -> float:
 
 
 def unigram_loss(corpora: Sequence[tuple[Corpus, int]]) -> float:
-    """Return the loss in nats a token of a unigram model, which has learnt token frequencies alone.
-
-    Each corpus comes with a boundary: frequencies are counted before it, add-one smoothed, and the loss is of what follows.
-    """
+    """Return the loss in nats a token, behind the boundary of each corpus, of the add-one smoothed frequencies before it."""
     train = np.sum([_count_ids(corpus, 0, boundary) for corpus, boundary in corpora], axis=0) + 1
     validation = np.sum([_count_ids(corpus, boundary, len(corpus.tokens)) for corpus, boundary in corpora], axis=0)
     return float(-(validation * np.log(train / train.sum())).sum() / validation.sum())
@@ -211,9 +201,8 @@ def _digest_sources(path: str, sources: Sequence[TextSource], comm: Comm) -> tup
     """Return stat and digest of every source, reading only those that have changed. Collective; raises FileError."""
     key = hex_digest(str(Path(path).expanduser().resolve()) if path else "")
     index = cache_folder() / "files" / f"{key[:32]}.json"  # of rank 0
-    stats, known = comm.broadcast_json(
-        run_on_root(comm, lambda: [[_stat(source.path) for source in sources], _read_index(index)])
-    )
+    on_root = run_on_root(comm, lambda: [[_stat(source.path) for source in sources], _read_index(index)])
+    stats, known = comm.broadcast_json(on_root)
     digests = {s.path: known[s.path][2] for s, stat in zip(sources, stats) if known.get(s.path, [])[:2] == stat}
     changed = [source for source in sources if source.path not in digests]
     if changed:

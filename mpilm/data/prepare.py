@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config.schema import DataConfig
-from mpilm.data import token_files
 from mpilm.data.files import file_errors, write_durably
 from mpilm.data.gather import all_gather_rows, digest_files
 from mpilm.data.sources import TextSource, find_sources, partition_items, read_batches, sample_text
-from mpilm.data.token_files import TokenCounts, TokenMetadata, with_ending
+from mpilm.data.token_files import TokenCounts, TokenMetadata, open_shared, token_dtype, with_ending, write_index
 from mpilm.data.tokenizer import Tokenizer, parse_bpe_size, tokenizer_from_spec, train_bpe
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.formatting import count_noun
@@ -98,7 +97,7 @@ def encode_text(
     Documents, each a run of rows, end with the tokenizer's eos if `eos`. `inspect` receives the texts of each batch. Raises
     FileError or DataError.
     """
-    tokenizer, dtype = text.tokenizer, token_files.token_dtype(text.tokenizer.vocab_size)
+    tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
     items, progress = partition_items(text.sources, comm.rank, comm.size), ProgressLine(comm.rank == 0)
     ending, rows = np.array([tokenizer.eos] if eos else [], dtype=np.int32), []
     for batch in read_batches(items, text.settings, progress):
@@ -144,7 +143,7 @@ def prepare_tokens(
     prefix = Path(output).expanduser()
     run_on_root(comm, lambda: _check_absent(prefix))
     text = open_text(data, comm, sources)
-    tokenizer, dtype = text.tokenizer, token_files.token_dtype(text.tokenizer.vocab_size)
+    tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
     with _temporary_prefix(prefix, comm) as temporary:
         part, tokens = with_ending(temporary, f".part-{comm.rank:05d}"), with_ending(temporary, ".bin")
 
@@ -155,7 +154,7 @@ def prepare_tokens(
         def copy_into_place() -> None:
             _copy_selected(part, tokens, sequences["tokens"] * dtype.itemsize, keep, before.tokens * dtype.itemsize)
             ends = before.sequences + 1 + np.flatnonzero(selected["is_last"])
-            token_files.write_index(with_ending(temporary, ".idx"), dtype, selected["tokens"], ends, before, total)
+            write_index(with_ending(temporary, ".idx"), dtype, selected["tokens"], ends, before, total)
 
         sequences = run_on_all_ranks(comm, encode)
         keep, dropped = np.ones(len(sequences), bool), 0
@@ -201,7 +200,7 @@ def _temporary_prefix(prefix: Path, comm: Comm) -> Iterator[Path]:
 
 def _copy_selected(part: Path, target: Path, sizes: NDArray, keep: NDArray[np.bool_], offset: int) -> None:
     """Copy the sequences of `sizes` bytes that are kept from a part file into another file, from `offset` on."""
-    with token_files.open_shared(target) as out, open(part, "rb") as source:
+    with open_shared(target) as out, open(part, "rb") as source:
         out.seek(offset)
         for size, is_selected in zip(sizes.tolist(), keep.tolist()):
             if len(data := source.read(size)) < size:

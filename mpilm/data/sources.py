@@ -75,7 +75,13 @@ class _Place(NamedTuple):
     row: str = ""  # row group and row of a Parquet file
 
     def __str__(self) -> str:
-        return f"{self.source.path}: {self.row or f'line {_line_number(self.source, self.offset)}'}"
+        if self.row:
+            return f"{self.source.path}: {self.row}"
+        line, left = 1, self.offset
+        with open_source(self.source) as file:
+            while left > 0 and (data := file.read(min(READ_BYTES, left))):
+                line, left = line + data.count(b"\n"), left - len(data)
+        return f"{self.source.path}: line {line}"
 
 
 def find_sources(path: str) -> list[TextSource]:
@@ -247,15 +253,6 @@ def _decode(data: bytes, settings: DataConfig, place: _Place) -> str:
         raise DataError(f"{place}, byte {place.offset}: {what}") from None
 
 
-def _line_number(source: TextSource, offset: int) -> int:
-    """Return the line, counted from 1, of a byte of the uncompressed file."""
-    line = 1
-    with open_source(source) as file:
-        while offset > 0 and (data := file.read(min(READ_BYTES, offset))):
-            line, offset = line + data.count(b"\n"), offset - len(data)
-    return line
-
-
 def read_json_lines(item: WorkItem) -> Iterator[tuple[bytes, _Place]]:
     """Yield the lines that begin in this part of a file, without blank ones, and the place of each for messages."""
     source, start = item.source, item.part * BLOCK_BYTES
@@ -288,18 +285,18 @@ def _find_text(value: Any, key: str, place: _Place) -> str:
 
 
 def _read_parquet(item: WorkItem, settings: DataConfig) -> Iterator[DocumentChunk]:
-    path, key, row = item.source.path, settings.text_key, 0
+    path, key = item.source.path, settings.text_key
     file = _open_parquet(path)
     if key not in (names := file.schema_arrow.names):
         raise DataError(f'{path}: has no column "{key}", but {", ".join(names)}; name the right one with --data.text-key')
     if str(kind := file.schema_arrow.field(key).type) not in ("string", "large_string"):
         raise DataError(f'{path}: column "{key}" holds {kind}, not text; name the right one with --data.text-key')
     with file_errors(path):
-        for batch in file.iter_batches(PARQUET_ROWS, row_groups=[item.part], columns=[key]):
-            for value in batch.column(0).cast("large_binary").to_pylist():
-                place = _Place(item.source, row=f"row group {item.part}, row {row}")
-                yield from _chunk_text(_decode(value or b"", settings, place), settings, place)
-                row += 1
+        batches = file.iter_batches(PARQUET_ROWS, row_groups=[item.part], columns=[key])
+        values = (value for batch in batches for value in batch.column(0).cast("large_binary").to_pylist())
+        for row, value in enumerate(values):
+            place = _Place(item.source, row=f"row group {item.part}, row {row}")
+            yield from _chunk_text(_decode(value or b"", settings, place), settings, place)
 
 
 def _open_parquet(path: str) -> Any:
