@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,26 +90,34 @@ def open_text(data: DataConfig, comm: Comm, sources: Sequence[TextSource] | None
 
 
 def encode_text(
-    text: TextInput, comm: Comm, out: IO[bytes], eos: bool, inspect: Callable[[list[str]], None] = lambda texts: None
+    text: TextInput, comm: Comm, path: str | Path, eos: bool, inspect: Callable[[list[str]], None] = lambda texts: None
 ) -> NDArray:
-    """Write the tokens of this rank's part of the text to `out`, one batch at a time; return a table of SEQUENCE rows.
+    """Write the tokens of this rank's part of the text to a file; return a table of SEQUENCE rows. Collective.
 
     Documents, each a run of rows, end with the tokenizer's eos if `eos`. `inspect` receives the texts of each batch. Raises
-    FileError or DataError.
+    CollectiveError, also if the text is empty.
     """
     tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
-    items, progress = partition_items(text.sources, comm.rank, comm.size), ProgressLine(comm.rank == 0)
-    ending, rows = np.array([tokenizer.eos] if eos else [], dtype=np.int32), []
-    for batch in read_batches(items, text.settings, progress):
-        texts, tokens = [chunk.text for chunk in batch], []
-        for chunk, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
-            tokens += [ids, ending] if chunk.is_last else [ids]
-            data = chunk.text.encode()
-            key = hashlib.blake2b(data, digest_size=16, salt=chunk.number.to_bytes(16, "little")).digest()
-            rows.append((len(ids) + (chunk.is_last and eos), chunk.is_last, len(data), struct.unpack("<2q", key)))
-        out.write(np.concatenate(tokens).astype(dtype).tobytes())
-        inspect(texts)
-    return np.array(rows, dtype=SEQUENCE)
+    ending = np.array([tokenizer.eos] if eos else [], dtype=np.int32)
+
+    def encode() -> NDArray:
+        items, rows = partition_items(text.sources, comm.rank, comm.size), []
+        with file_errors(path, "written"), open(path, "wb") as out:
+            for batch in read_batches(items, text.settings, ProgressLine(comm.rank == 0)):
+                texts, tokens = [chunk.text for chunk in batch], []
+                for chunk, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+                    tokens += [ids, ending] if chunk.is_last else [ids]
+                    data = chunk.text.encode()
+                    key = hashlib.blake2b(data, digest_size=16, salt=chunk.number.to_bytes(16, "little")).digest()
+                    rows.append((len(ids) + (chunk.is_last and eos), chunk.is_last, len(data), struct.unpack("<2q", key)))
+                out.write(np.concatenate(tokens).astype(dtype).tobytes())
+                inspect(texts)
+        return np.array(rows, dtype=SEQUENCE)
+
+    sequences = run_on_all_ranks(comm, encode)
+    if not any(comm.all_gather_json(int(sequences["tokens"].sum()))):
+        raise CollectiveError(DataError(f"{text.settings.source or 'the embedded corpus'}: holds no text"))
+    return sequences
 
 
 def gather_documents(sequences: NDArray, comm: Comm) -> tuple[NDArray, NDArray, NDArray[np.bool_]]:
@@ -147,16 +155,12 @@ def prepare_tokens(
     with _temporary_prefix(prefix, comm) as temporary:
         part, tokens = with_ending(temporary, f".part-{comm.rank:05d}"), with_ending(temporary, ".bin")
 
-        def encode() -> NDArray:
-            with file_errors(part, "written"), open(part, "wb") as out:
-                return encode_text(text, comm, out, eos)
-
         def copy_into_place() -> None:
             _copy_selected(part, tokens, sequences["tokens"] * dtype.itemsize, keep, before.tokens * dtype.itemsize)
             ends = before.sequences + 1 + np.flatnonzero(selected["is_last"])
             write_index(with_ending(temporary, ".idx"), dtype, selected["tokens"], ends, before, total)
 
-        sequences = run_on_all_ranks(comm, encode)
+        sequences = encode_text(text, comm, part, eos)
         keep, dropped = np.ones(len(sequences), bool), 0
         if drop_duplicates:
             document, _, is_duplicate = gather_documents(sequences, comm)
@@ -165,8 +169,6 @@ def prepare_tokens(
         amounts = [len(selected), *(int(selected[name].sum()) for name in ("tokens", "is_last", "source_bytes"))]
         counts = np.array(comm.all_gather_json(amounts), dtype=np.int64)
         before, total = (TokenCounts(*part.sum(axis=0).tolist()) for part in (counts[: comm.rank], counts))
-        if not total.tokens:
-            raise CollectiveError(DataError(f"{data.source or 'the embedded corpus'}: holds no text"))
         run_on_all_ranks(comm, copy_into_place)
         digest = digest_files([tokens], [total.tokens * dtype.itemsize], comm)[0]
         metadata = TokenMetadata(
@@ -189,9 +191,8 @@ def _temporary_prefix(prefix: Path, comm: Comm) -> Iterator[Path]:
     folder = with_ending(prefix, f".{comm.broadcast_json(secrets.token_hex(4))}.tmp")
     try:
         run_on_root(comm, file_errors(folder, "created")(lambda: folder.mkdir(parents=True)))
-        run_on_all_ranks(
-            comm, file_errors(folder, "seen (rank 0 has just created it; all ranks must share the folder)")(folder.stat)
-        )
+        seen = "seen (rank 0 has just created it; all ranks must share the folder)"
+        run_on_all_ranks(comm, file_errors(folder, seen)(folder.stat))
         yield folder / prefix.name
     finally:
         if comm.rank == 0:
@@ -228,13 +229,7 @@ def collect_statistics(data: DataConfig, comm: Comm) -> dict[str, str]:
         counts = np.bincount(np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4"))
         characters[: len(counts)] += counts
 
-    def encode() -> NDArray:
-        with open(os.devnull, "wb") as out:
-            return encode_text(text, comm, out, True, count_characters)
-
-    _, documents, is_duplicate = gather_documents(run_on_all_ranks(comm, encode), comm)
-    if not len(documents):
-        raise CollectiveError(DataError(f"{data.source or 'the embedded corpus'}: holds no text"))
+    _, documents, is_duplicate = gather_documents(encode_text(text, comm, os.devnull, True, count_characters), comm)
     lengths, nbytes = documents["tokens"], documents["source_bytes"]
     low, median, p90, p99, high = np.percentile(lengths, [0, 50, 90, 99, 100])
     distribution = {"min": low, "median": median, "mean": lengths.mean(), "90%": p90, "99%": p99, "max": high}
