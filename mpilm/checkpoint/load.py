@@ -42,7 +42,7 @@ def load_checkpoint(
     folder: Path, slices: SlicesByKind, shapes: ShapesByKind, model: ModelConfig, comm: Comm, optional: Collection[str] = ()
 ) -> None:
     """Fill this rank's slices from a verified checkpoint of any layout. Every rank compares all shapes with the files. Kinds in
-    `optional` stay as they are if the files have none. Collective over `comm`; raises AgreedError on all ranks."""
+    `optional` stay as they are if the files have none. Collective over `comm`; raises CollectiveError on all ranks."""
 
     def read() -> None:
         for kind, kind_shapes in shapes.items():
@@ -58,7 +58,7 @@ def load_hf_weights(
     folder: Path, parameters: Slices, shapes: Shapes, model: ModelConfig, comm: Comm, adapter: bool = False
 ) -> None:
     """Fill this rank's slices from a Hugging Face folder: one safetensors file or several with an index, in F16, BF16, F32 or
-    F64. Collective over `comm`; raises AgreedError on all ranks.
+    F64. Collective over `comm`; raises CollectiveError on all ranks.
 
     With `adapter`, the parameters are those of the adapter in the folder, as PEFT or mpilm writes it. A table of learned
     positions may be longer than the model needs. A folder with a manifest is verified first.

@@ -26,7 +26,7 @@ from mpilm.errors import FileError, NonFiniteError, UserError
 @dataclass(eq=False)
 class CheckpointManager:
     """Saves the checkpoints of a run. All methods but `abandon` are collective over `comm`. If a checkpoint cannot be written,
-    they raise AgreedError, or call `on_failed` where checkpoint.on-error is "warn"."""
+    they raise CollectiveError, or call `on_failed` where checkpoint.on-error is "warn"."""
 
     folder: Path
     config: CheckpointConfig
@@ -48,7 +48,7 @@ class CheckpointManager:
     @property
     def is_writing(self) -> bool:
         """True while this rank is writing."""
-        return self._pending is not None and self._pending.is_writing
+        return self._pending is not None and not self._pending.work.done()
 
     def has_saved(self, step: int) -> bool:
         """Return whether the state after `step` steps is on disk."""
@@ -87,7 +87,7 @@ class CheckpointManager:
     def abandon(self) -> None:
         """Wait until this rank has stopped writing; used when the ranks can no longer agree."""
         if self._pending is not None:
-            self._pending.join()
+            self._pending.work.exception()
 
     def _advance(self, save: AsyncSave, action: Callable[[], object]) -> None:
         complete = None
@@ -125,7 +125,7 @@ class CheckpointManager:
 
 
 def _check_finite(state: CheckpointState, step: int, comm: Comm) -> None:
-    """Refuse to save non-finite state, which would replace the last good checkpoint. Collective; raises AgreedError."""
+    """Refuse to save non-finite state, which would replace the last good checkpoint. Collective; raises CollectiveError."""
 
     def find_bad() -> Iterator[str]:
         for kind, slices in state.slices.items():

@@ -37,7 +37,7 @@ POINTS: Mapping[str, Sequence[str]] = {
     "eval": ["mpilm.trainer.hooks:validation_loss"],
     "checkpoint.open": ["mpilm.checkpoint.save:AsyncSave.__init__"],
     "checkpoint.write": ["mpilm.checkpoint.save:BlockWriter.write"],
-    "checkpoint.fsync": ["mpilm.checkpoint.save:BlockWriter.sync"],
+    "checkpoint.fsync": ["mpilm.checkpoint.save:BlockWriter.close"],
     "checkpoint.manifest": ["mpilm.checkpoint.format:FolderWriter.commit"],
     "checkpoint.rename": ["mpilm.checkpoint.format:FolderWriter.rename"],
     "checkpoint.cleanup": ["mpilm.checkpoint.manager:CheckpointManager._start_pruning"],
