@@ -169,11 +169,9 @@ def _open_file(path: Path, stack: contextlib.ExitStack) -> TensorRefs:
                 header = json.loads(file.read(length), object_pairs_hook=_check_unique)
         except (SafetensorError, ValueError) as error:
             raise DataError(f"{path} is not a readable safetensors file: {error}") from None
-    return {
-        name: TensorRef(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    header.pop("__metadata__", None)
+    data = 8 + length
+    return {name: TensorRef(file, x["dtype"], tuple(x["shape"]), data + x["data_offsets"][0]) for name, x in header.items()}
 
 
 def _check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
