@@ -14,10 +14,10 @@ from mpilm.checkpoint.manager import prune_checkpoints, remove_leftovers, set_as
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.data.files import read_json
+from mpilm.data.files import file_errors, read_json
 from mpilm.engine.hardware import cores_per_rank
 from mpilm.engine.step import total_loss
-from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.errors import ConfigError, DataError
 from mpilm.launch.run import Body, run
 from mpilm.model.init import hash_key
 from mpilm.ops.tree import block_of_rank
@@ -92,7 +92,7 @@ class DataParallel:
             if (final / MANIFEST).is_file():
                 return  # this run has just been resumed from it
             tensors, numbers = _split_state(optimizer, self.model) if optimizer is not None else ({}, None)
-            try:
+            with file_errors(f"checkpoint {final}", "written"):
                 final.parent.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(final.parent)
                 temporary.mkdir()
@@ -101,8 +101,6 @@ class DataParallel:
                 writer.write_bytes("optimizer.safetensors", save(_copy_to_host(tensors)))
                 writer.write_json("trainer.json", {"step": step, "optimizer": numbers, "extra": extra})
                 writer.commit(final)
-            except OSError as error:
-                raise FileError(f"checkpoint {final} could not be written: {error.strerror}") from None
             prune_checkpoints(final.parent, keep, keep_best=False)
 
         run_on_root(self.comm, write)

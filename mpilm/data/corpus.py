@@ -43,6 +43,7 @@ class Corpus:
     source: str  # what the user calls it, for messages
     path: Path  # of the .bin
     bytes_per_token: float  # bytes of UTF-8 text a token stands for, on average
+    part: float = 1.0  # of the samples of a run
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return tokens start to stop; raises DataError naming file and token if one is no id of the tokenizer."""
@@ -78,19 +79,18 @@ def open_corpus(data: DataConfig, comm: Comm, eos: bool = True) -> Corpus:
     return replace(corpus, bytes_per_token=metadata.source_bytes / metadata.tokens)
 
 
-def open_corpora(data: DataConfig, comm: Comm) -> list[tuple[Corpus, float]]:
-    """Open each corpus of data.path, with its part of the samples, all with the tokenizer of the first. Collective."""
-    corpora: list[tuple[Corpus, float]] = []
+def open_corpora(data: DataConfig, comm: Comm) -> list[Corpus]:
+    """Open each corpus of data.path, all with the tokenizer of the first. Collective."""
+    corpora: list[Corpus] = []
     spec = data.tokenizer
     for each, part in data.corpora():
-        corpus = open_corpus(replace(each, tokenizer=spec), comm)
-        first = corpora[0][0] if corpora else corpus
+        corpora.append(replace(open_corpus(replace(each, tokenizer=spec), comm), part=part))
+        first, corpus = corpora[0], corpora[-1]
         if corpus.tokenizer.digest != first.tokenizer.digest:
             problem = f"{corpus.path} was made with another tokenizer than {first.path}; a model has one"
             raise CollectiveError(ConfigError(problem))
         if spec == "auto" or parse_bpe_size(spec):
             spec = str(with_ending(corpus.path.with_suffix(""), ".tokenizer.json"))
-        corpora.append((corpus, part))
     return corpora
 
 

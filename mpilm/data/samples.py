@@ -82,9 +82,6 @@ class CorpusMixture:
         return which, rounds * sizes[which] + slots - (ends - sizes)[which]
 
 
-Samples = CorpusSamples | CorpusMixture
-
-
 class TextExamples:
     """Examples of running text.
 
@@ -92,7 +89,9 @@ class TextExamples:
     inside each document, positions begin anew, and no token is predicted from another document; `eos` ends documents.
     """
 
-    def __init__(self, samples: Samples, objective: Objective | None = None, packing: str = "concat", eos: int = -1):
+    def __init__(
+        self, samples: CorpusSamples | CorpusMixture, objective: Objective | None = None, packing: str = "concat", eos: int = -1
+    ):
         self.samples, self.objective, self.packing, self.eos = samples, objective or CausalObjective(), packing, eos
         self.context_length, self.eval_samples = samples.context_length, samples.eval_samples
 

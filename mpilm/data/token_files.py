@@ -25,7 +25,6 @@ from mpilm.errors import DataError
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
-CHECKED_SEQUENCES = 2**20  # at once
 
 
 class TokenCounts(NamedTuple):
@@ -177,16 +176,12 @@ def _map_index(index: Path) -> tuple[np.dtype, NDArray, NDArray, NDArray]:
 def _check_index(index: Path, dtype: np.dtype, lengths: NDArray, pointers: NDArray, marks: NDArray) -> None:
     """Raise DataError unless sequences follow each other without gaps, and documents begin where sequences do."""
     lengths_at, pointers_at, marks_at, _ = index_offsets(len(lengths), len(marks) - 1)
-    expected = 0
-    for first in range(0, len(lengths), CHECKED_SEQUENCES):
-        part = lengths[first : first + CHECKED_SEQUENCES].astype(np.int64)
-        starts = expected + (np.cumsum(part) - part) * dtype.itemsize
-        if (wrong := (part < 0) | (starts != pointers[first : first + CHECKED_SEQUENCES])).any():
-            row = first + int(np.argmax(wrong))
-            byte = lengths_at + 4 * row if lengths[row] < 0 else pointers_at + 8 * row
-            problem = f"has length {lengths[row]} and pointer {pointers[row]}; the ones before it end at {starts[row - first]}"
-            raise DataError(f"{index}: byte {byte}: sequence {row} {problem}")
-        expected += int(part.sum()) * dtype.itemsize
+    starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
+    if (wrong := (lengths < 0) | (starts != pointers)).any():
+        row = int(np.argmax(wrong))
+        byte = lengths_at + 4 * row if lengths[row] < 0 else pointers_at + 8 * row
+        problem = f"has length {lengths[row]} and pointer {pointers[row]}; the ones before it end at {starts[row]}"
+        raise DataError(f"{index}: byte {byte}: sequence {row} {problem}")
     wrong = np.diff(marks, prepend=0) < 0
     wrong[0], wrong[-1] = marks[0] != 0, wrong[-1] or marks[-1] != len(lengths)
     if wrong.any():
