@@ -15,10 +15,10 @@ from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import DataConfig
 from mpilm.data.batch import Batch
-from mpilm.data.files import is_valid_utf8, read_bytes, read_json
+from mpilm.data.files import is_valid_utf8, parse_json, read_bytes, read_json
 from mpilm.data.gather import all_gather_rows
 from mpilm.data.order import Indices, pick_samples
-from mpilm.data.sources import TextSource, parse_json, partition_items, read_json_lines
+from mpilm.data.sources import TextSource, partition_items, read_json_lines
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.loss import IGNORE_INDEX
@@ -144,11 +144,9 @@ def _is_message(value: Any) -> bool:
 
 
 def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> np.ndarray:
-    """Return the tokens of a conversation, and whether each is an answer; (n, 2) int32.
-
-    Rendered text is encoded in one; a token belongs to the turn it begins in. Otherwise each turn is encoded by itself, as a
-    prompt is when a text is generated from it, and an eos ends the answer.
-    """
+    """Return the tokens of a conversation, and whether each is an answer; (n, 2) int32. Rendered text is encoded in one; a token
+    belongs to the turn it begins in. Otherwise each turn is encoded by itself, as a prompt is when a text is generated from it,
+    and an eos ends the answer."""
     texts, answers = [text for text, _ in turns], [is_answer for _, is_answer in turns]
     if is_rendered:
         tokens, begins = tokenizer.encode_rendered("".join(texts))
@@ -161,12 +159,10 @@ def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> n
 
 
 class ChatExamples:
-    """Examples of conversations, laid into rows of the context length.
-
-    Conversations longer than the context are cut or, with data.too-long "drop", left out, as are those that then have no
-    answer. With data.packing "concat" a row holds one conversation; with "documents", as many as fit, in their order, each by
-    itself. The last data.eval-fraction of the rows is the validation split. Raises ConfigError or DataError if one is empty.
-    """
+    """Examples of conversations, laid into rows of the context length. Conversations longer than the context are cut or, with
+    data.too-long "drop", left out, as are those that then have no answer. With data.packing "concat" a row holds one
+    conversation; with "documents", as many as fit, in their order, each by itself. The last data.eval-fraction of the rows is
+    the validation split. Raises ConfigError or DataError if one is empty."""
 
     def __init__(self, chats: EncodedChats, context_length: int, data: DataConfig, eos: int):
         self.chats, self.context_length, self.eos = chats, context_length, eos

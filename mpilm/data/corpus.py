@@ -7,7 +7,6 @@ cache/files/KEY.json                digests of the input files of a path, so tha
 import json
 import os
 import secrets
-import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_
 from mpilm.config.schema import DataConfig
 from mpilm.data.files import file_errors, hex_digest
 from mpilm.data.gather import digest_files
-from mpilm.data.prepare import broadcast_sources, prepare_tokens, resolve_settings
+from mpilm.data.prepare import broadcast_sources, prepare_tokens, resolve_settings, temporary_folder
 from mpilm.data.sources import TextSource
 from mpilm.data.token_files import TokenMetadata, find_prefix, open_tokens, read_metadata, with_ending
 from mpilm.data.tokenizer import Tokenizer, load_tokenizer, parse_bpe_size, tokenizer_from_spec
@@ -56,10 +55,8 @@ class Corpus:
 
 
 def open_corpus(data: DataConfig, comm: Comm, eos: bool = True) -> Corpus:
-    """Open token files; those of text are in the cache, where they are prepared if need be. Collective.
-
-    Documents of text end with the tokenizer's eos if `eos`. Raises CollectiveError, also if ranks see different files.
-    """
+    """Open token files; those of text are in the cache, where they are prepared if need be, and end documents with the
+    tokenizer's eos if `eos`. Collective; raises CollectiveError, also if ranks see different files."""
     prepared = comm.broadcast_json(run_on_root(comm, lambda: str(find_prefix(data.source) or "")))
     prefix = Path(prepared) if prepared else prepare_in_cache(data, comm, eos)
     path, source = with_ending(prefix, ".bin"), data.source or "the embedded corpus"
@@ -156,21 +153,15 @@ def cache_folder() -> Path:
 
 
 def prepare_in_cache(data: DataConfig, comm: Comm, eos: bool) -> Path:
-    """Return the prefix of the token files of this text and tokenizer in the cache; prepare them unless they exist. Collective.
-
-    Two jobs may do this at once: each prepares in a folder of its own, and the first to finish gives it its name.
-    """
+    """Return the prefix of the token files of this text and tokenizer in the cache; prepare them unless they exist. Two jobs
+    may do this at once: each prepares in a folder of its own, and the first to finish gives it its name. Collective."""
     sources = broadcast_sources(data, comm)
     stats, digests = _digest_sources(data.source, sources, comm)
     folder = Path(comm.broadcast_json(run_on_root(comm, lambda: str(_corpus_folder(data, sources, digests, eos)))))
     if not comm.broadcast_json((folder / "tokens.idx").is_file()):
-        own = with_ending(folder, f".{comm.broadcast_json(secrets.token_hex(4))}")
-        try:
+        with temporary_folder(folder, comm) as own:
             prepare_tokens(data, own / "tokens", comm, eos=eos, sources=sources)
             run_on_root(comm, lambda: _rename_folder(own, folder, sources, stats))
-        finally:
-            if comm.rank == 0:
-                shutil.rmtree(own, ignore_errors=True)
     return folder / "tokens"
 
 

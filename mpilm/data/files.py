@@ -29,14 +29,19 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
 
 
+def parse_json(text: str | bytes, place: object) -> Any:
+    """Return the value of a JSON text; raises DataError naming the place."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: is not JSON: {error}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises FileError or DataError naming the file."""
-    try:
-        values = json.loads(read_bytes(path))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+    values = parse_json(read_bytes(path), path)
     if not isinstance(values, dict):
-        raise DataError(f"{path} is not a JSON object")
+        raise DataError(f"{path}: is not a JSON object, but {type(values).__name__}")
     return values
 
 

@@ -92,11 +92,9 @@ def open_text(data: DataConfig, comm: Comm, sources: Sequence[TextSource] | None
 def encode_text(
     text: TextInput, comm: Comm, path: str | Path, eos: bool, inspect: Callable[[list[str]], None] = lambda texts: None
 ) -> NDArray:
-    """Write the tokens of this rank's part of the text to a file; return a table of SEQUENCE rows. Collective.
-
-    Documents, each a run of rows, end with the tokenizer's eos if `eos`. `inspect` receives the texts of each batch. Raises
-    CollectiveError, also if the text is empty.
-    """
+    """Write the tokens of this rank's part of the text to a file; return a table of SEQUENCE rows. Documents, each a run of rows,
+    end with the tokenizer's eos if `eos`. `inspect` receives the texts of each batch. Collective; raises CollectiveError, also
+    if the text is empty."""
     tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
     ending = np.array([tokenizer.eos] if eos else [], dtype=np.int32)
 
@@ -121,10 +119,8 @@ def encode_text(
 
 
 def gather_documents(sequences: NDArray, comm: Comm) -> tuple[NDArray, NDArray, NDArray[np.bool_]]:
-    """Return the document of each of this rank's sequences, the SEQUENCE sums of all documents, and which are duplicates.
-
-    Collective; 48 bytes a document travel to every rank. A document may lie on several ranks.
-    """
+    """Return the document of each of this rank's sequences, the SEQUENCE sums of all documents, and which are duplicates. A
+    document may lie on several ranks. Collective: 48 bytes a document travel to every rank."""
     ended = comm.all_gather_json(int(sequences["is_last"].sum()))
     number = sum(ended[: comm.rank]) + np.cumsum(sequences["is_last"]) - sequences["is_last"]
     first = np.flatnonzero(np.diff(number, prepend=-1))
@@ -143,16 +139,15 @@ def prepare_tokens(
     data: DataConfig, output: str | Path, comm: Comm, drop_duplicates: bool = False, eos: bool = True,
     sources: Sequence[TextSource] | None = None,
 ) -> TokenMetadata:  # fmt: skip
-    """Write the text of `data` as PREFIX.bin, .idx, .json and .tokenizer.json, PREFIX being `output`. Collective.
-
-    Every document ends with the tokenizer's eos unless `eos` is False. Memory does not grow with the text. Raises FileError
-    if one of the files exists, ConfigError or DataError, on every rank, and leaves nothing behind then.
-    """
+    """Write the text of `data` as PREFIX.bin, .idx, .json and .tokenizer.json, PREFIX being `output`. Every document ends with
+    the tokenizer's eos unless `eos` is False. Memory does not grow with the text. Collective; raises FileError if one of the
+    files exists, ConfigError or DataError, on every rank, and leaves nothing behind then."""
     prefix = Path(output).expanduser()
     run_on_root(comm, lambda: _check_absent(prefix))
     text = open_text(data, comm, sources)
     tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
-    with _temporary_prefix(prefix, comm) as temporary:
+    with temporary_folder(prefix, comm) as folder:
+        temporary = folder / prefix.name
         part, tokens = with_ending(temporary, f".part-{comm.rank:05d}"), with_ending(temporary, ".bin")
 
         def copy_into_place() -> None:
@@ -186,14 +181,14 @@ def _check_absent(prefix: Path) -> None:
 
 
 @contextmanager
-def _temporary_prefix(prefix: Path, comm: Comm) -> Iterator[Path]:
-    """Make a folder beside the output that all ranks see, for files of the same name, and remove it at the end. Collective."""
-    folder = with_ending(prefix, f".{comm.broadcast_json(secrets.token_hex(4))}.tmp")
+def temporary_folder(output: Path, comm: Comm) -> Iterator[Path]:
+    """Make a folder beside the output that all ranks see, and remove what is left of it at the end. Collective."""
+    folder = with_ending(output, f".{comm.broadcast_json(secrets.token_hex(4))}.tmp")
     try:
         run_on_root(comm, file_errors(folder, "created")(lambda: folder.mkdir(parents=True)))
         seen = "seen (rank 0 has just created it; all ranks must share the folder)"
         run_on_all_ranks(comm, file_errors(folder, seen)(folder.stat))
-        yield folder / prefix.name
+        yield folder
     finally:
         if comm.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)

@@ -6,7 +6,6 @@ whatever file it comes from. So neither order nor chunks, each of which is encod
 
 import gzip
 import io
-import json
 import os
 import re
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from mpilm.config.schema import DataConfig
-from mpilm.data.files import file_errors, hex_digest
+from mpilm.data.files import file_errors, hex_digest, parse_json
 from mpilm.data.token_files import find_prefix
 from mpilm.errors import ConfigError, DataError, FileError, UserError
 
@@ -199,11 +198,9 @@ def read_batches(
 
 
 def find_cut(window: bytes) -> int:
-    """Return where a block ends in `window`, which begins at a multiple of BLOCK_BYTES.
-
-    It ends before the first line that begins with a visible character, else before the first line, else before the first
-    character, so that words and runs of white space, and thereby tokens, stay in one block.
-    """
+    """Return where a block ends in `window`, which begins at a multiple of BLOCK_BYTES: before the first line that begins with a
+    visible character, else before the first line, else before the first character, so that words and runs of white space, and
+    thereby tokens, stay in one block."""
     line = re.search(rb"\n(?=[^ \t\r\n\v\f])", window) or re.search(rb"\n(?=.)", window, re.DOTALL)
     return line.end() if line else next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
 
@@ -264,14 +261,6 @@ def read_json_lines(item: WorkItem) -> Iterator[tuple[bytes, _Place]]:
             if line.strip():
                 yield line, place
             place = _Place(source, place.offset + len(line))
-
-
-def parse_json(text: str | bytes, place: object) -> Any:
-    """Return the value of a JSON text; raises DataError naming the place."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: is not JSON: {error}") from None
 
 
 def _find_text(value: Any, key: str, place: _Place) -> str:

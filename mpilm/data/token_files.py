@@ -118,10 +118,8 @@ def open_shared(path: Path) -> Iterator[IO[bytes]]:
 
 
 def open_tokens(prefix: Path, verify: bool = True) -> tuple[NDArray, int]:
-    """Map PREFIX.bin by the PREFIX.idx beside it, else as bare uint16; return tokens and the number of documents.
-
-    `verify` reads the whole .idx, otherwise its header and sizes. Raises FileError, or DataError with file and byte offset.
-    """
+    """Map PREFIX.bin by the PREFIX.idx beside it, else as bare uint16; return tokens and the number of documents. With `verify`
+    the whole .idx is checked, otherwise its header and sizes. Raises FileError, or DataError with file and byte offset."""
     index, data = with_ending(prefix, ".idx"), with_ending(prefix, ".bin")
     size = file_errors(data)(data.stat)().st_size
     dtype, documents = np.dtype("<u2"), 1
