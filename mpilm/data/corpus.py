@@ -133,17 +133,14 @@ def _measure_bytes_per_token(corpus: Corpus) -> float:
 
 def unigram_loss(corpora: Sequence[tuple[Corpus, int]]) -> float:
     """Return the loss in nats a token, behind the boundary of each corpus, of the add-one smoothed frequencies before it."""
-    train = np.sum([_count_ids(corpus, 0, boundary) for corpus, boundary in corpora], axis=0) + 1
-    validation = np.sum([_count_ids(corpus, boundary, len(corpus.tokens)) for corpus, boundary in corpora], axis=0)
+    vocab_size = corpora[0][0].tokenizer.vocab_size
+    train, validation = np.ones(vocab_size), np.zeros(vocab_size)
+    for corpus, boundary in corpora:
+        for first in range(0, len(corpus.tokens), COUNTED_TOKENS):
+            before, behind = np.split(corpus.read(first, first + COUNTED_TOKENS), [max(0, boundary - first)])
+            train += np.bincount(before, minlength=vocab_size)
+            validation += np.bincount(behind, minlength=vocab_size)
     return float(-(validation * np.log(train / train.sum())).sum() / validation.sum())
-
-
-def _count_ids(corpus: Corpus, start: int, stop: int) -> NDArray[np.float64]:
-    """Return how often each id of the vocabulary occurs, (vocab_size,)."""
-    counts = np.zeros(corpus.tokenizer.vocab_size)
-    for first in range(start, stop, COUNTED_TOKENS):
-        counts += np.bincount(corpus.read(first, min(stop, first + COUNTED_TOKENS)), minlength=len(counts))
-    return counts
 
 
 def cache_folder() -> Path:

@@ -92,9 +92,9 @@ def open_text(data: DataConfig, comm: Comm, sources: Sequence[TextSource] | None
 def encode_text(
     text: TextInput, comm: Comm, path: str | Path, eos: bool, inspect: Callable[[list[str]], None] = lambda texts: None
 ) -> NDArray:
-    """Write the tokens of this rank's part of the text to a file; return a table of SEQUENCE rows. Documents, each a run of rows,
-    end with the tokenizer's eos if `eos`. `inspect` receives the texts of each batch. Collective; raises CollectiveError, also
-    if the text is empty."""
+    """Write the tokens of this rank's part of the text to a file; return a table of SEQUENCE rows, of which each document is a
+    run. Documents end with the tokenizer's eos if `eos`. `inspect` receives the texts of each batch. Collective; raises
+    CollectiveError, also if the text is empty."""
     tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
     ending = np.array([tokenizer.eos] if eos else [], dtype=np.int32)
 

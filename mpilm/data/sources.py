@@ -198,8 +198,8 @@ def read_batches(
 
 
 def find_cut(window: bytes) -> int:
-    """Return where a block ends in `window`, which begins at a multiple of BLOCK_BYTES: before the first line that begins with a
-    visible character, else before the first line, else before the first character, so that words and runs of white space, and
+    """Return where a block ends in `window`, which begins at a multiple of BLOCK_BYTES: before the first line that begins with
+    a visible character, else before the first line, else before the first character. So words and runs of white space, and
     thereby tokens, stay in one block."""
     line = re.search(rb"\n(?=[^ \t\r\n\v\f])", window) or re.search(rb"\n(?=.)", window, re.DOTALL)
     return line.end() if line else next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
