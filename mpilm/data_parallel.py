@@ -97,8 +97,9 @@ class DataParallel:
                 remove_leftovers(final.parent)
                 temporary.mkdir()
                 writer = FolderWriter(temporary)
-                writer.write_bytes("model.safetensors", save(_copy_to_host(self.model.state_dict())))
-                writer.write_bytes("optimizer.safetensors", save(_copy_to_host(tensors)))
+                for file, values in (("model", self.model.state_dict()), ("optimizer", tensors)):
+                    copies = {name: x.detach().cpu().clone().contiguous() for name, x in values.items()}
+                    writer.write_bytes(f"{file}.safetensors", save(copies))  # refuses tensors that share memory
                 writer.write_json("trainer.json", {"step": step, "optimizer": numbers, "extra": extra})
                 writer.commit(final)
             prune_checkpoints(final.parent, keep, keep_best=False)
@@ -129,10 +130,6 @@ class DataParallel:
 
         path = self.comm.broadcast_json(run_on_root_with_verify(self.comm, find))
         return run_on_all_ranks(self.comm, read) if path else 0
-
-
-def _copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}  # safetensors refuses shared memory
 
 
 def _parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:

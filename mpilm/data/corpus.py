@@ -132,7 +132,7 @@ def _measure_bytes_per_token(corpus: Corpus) -> float:
 
 
 def unigram_loss(corpora: Sequence[tuple[Corpus, int]]) -> float:
-    """Return the loss in nats a token, behind the boundary of each corpus, of the add-one smoothed frequencies before it."""
+    """Return the loss in nats a token of what follows each boundary, by the add-one smoothed token frequencies before it."""
     vocab_size = corpora[0][0].tokenizer.vocab_size
     train, validation = np.ones(vocab_size), np.zeros(vocab_size)
     for corpus, boundary in corpora:
