@@ -72,7 +72,7 @@ def broadcast_sources(data: DataConfig, comm: Comm) -> list[TextSource]:
 
 
 def resolve_settings(data: DataConfig) -> DataConfig:
-    """Return settings with the tokenizer that auto stands for. No user can repair the embedded corpus: its errors are replaced."""
+    """Return settings with the tokenizer that auto means. Nobody can repair the embedded corpus, so its errors are replaced."""
     tokenizer = "bpe:2048" if data.tokenizer == "auto" else data.tokenizer
     return replace(data, tokenizer=tokenizer, encoding_errors=data.encoding_errors if data.source else "replace")
 
