@@ -9,14 +9,15 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpilm.checkpoint.format import MANIFEST, TEMPORARY, FolderWriter, checkpoint_name, read_json
+from mpilm.checkpoint.format import MANIFEST, TEMPORARY, FolderWriter, checkpoint_name
 from mpilm.checkpoint.manager import prune_checkpoints, remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
+from mpilm.data.files import file_errors, read_json
 from mpilm.engine.hardware import cores_per_rank
 from mpilm.engine.step import total_loss
-from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.errors import ConfigError, DataError
 from mpilm.launch.run import Body, run
 from mpilm.model.init import hash_key
 from mpilm.ops.tree import block_of_rank
@@ -91,17 +92,16 @@ class DataParallel:
             if (final / MANIFEST).is_file():
                 return  # this run has just been resumed from it
             tensors, numbers = _split_state(optimizer, self.model) if optimizer is not None else ({}, None)
-            try:
+            with file_errors(f"checkpoint {final}", "written"):
                 final.parent.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(final.parent)
                 temporary.mkdir()
                 writer = FolderWriter(temporary)
-                writer.write_bytes("model.safetensors", save(_copy_to_host(self.model.state_dict())))
-                writer.write_bytes("optimizer.safetensors", save(_copy_to_host(tensors)))
+                for file, values in (("model", self.model.state_dict()), ("optimizer", tensors)):
+                    copies = {name: x.detach().cpu().clone().contiguous() for name, x in values.items()}
+                    writer.write_bytes(f"{file}.safetensors", save(copies))  # refuses tensors that share memory
                 writer.write_json("trainer.json", {"step": step, "optimizer": numbers, "extra": extra})
                 writer.commit(final)
-            except OSError as error:
-                raise FileError(f"checkpoint {final} could not be written: {error.strerror}") from None
             prune_checkpoints(final.parent, keep, keep_best=False)
 
         run_on_root(self.comm, write)
@@ -130,10 +130,6 @@ class DataParallel:
 
         path = self.comm.broadcast_json(run_on_root_with_verify(self.comm, find))
         return run_on_all_ranks(self.comm, read) if path else 0
-
-
-def _copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}  # safetensors refuses shared memory
 
 
 def _parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:

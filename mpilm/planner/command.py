@@ -119,7 +119,7 @@ def draw_schedule(config: PlanConfig, run: Config, ranks: int) -> str:
         + ("" if even is None else f"; by formula, if all stages were equal: {100 * even:.2f}%"),
     ]
     if config.svg:
-        with file_errors(f"--svg {config.svg}", "write"):
+        with file_errors(f"--svg {config.svg}", "written"):
             Path(config.svg).write_text(draw_svg(timeline, unit=""), encoding="utf-8")
         lines.append(f"{config.svg}: the drawing as an SVG image")
     return "\n".join(lines)
