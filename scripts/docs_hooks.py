@@ -5,6 +5,7 @@ A page holds a marker where generated text goes:
     <!-- settings -->        the settings of a training run, from the dataclasses of mpilm/config/schema.py
     <!-- presets -->         the named configs of mpilm/config/presets.py
     <!-- help COMMAND -->    the output of python -m mpilm.COMMAND --help
+    <!-- quickstart -->      the output of scripts/quickstart that README.md shows
 """
 
 from __future__ import annotations
@@ -45,20 +46,26 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         markdown = markdown.replace("<!-- settings -->", "\n".join(settings_tables()))
     if "<!-- presets -->" in markdown:
         markdown = markdown.replace("<!-- presets -->", "\n".join(presets_table()))
+    if "<!-- quickstart -->" in markdown:
+        output = re.findall(r"^```\n.*?^```$", (ROOT / "README.md").read_text(), re.M | re.S)[0]
+        markdown = markdown.replace("<!-- quickstart -->", output.replace("```", "```text", 1))
     return re.sub("<!-- help (.*) -->", lambda match: help_block(match[1]), markdown)
 
 
 def on_page_content(html: str, page: Any, config: Any, **_: Any) -> str:
-    """Replace images of drawings by the drawings themselves, whose colours then follow the theme."""
-    return re.sub(r'<img alt="([^"]*)" src="[^"]*drawings/([\w-]+)\.svg"\s*/?>', inline_drawing, html)
+    """Replace images of drawings by the drawings, whose colours then follow the theme, and keep short code on one line."""
+    html = re.sub(r'<img alt="([^"]*)" src="[^"]*drawings/([\w-]+)\.svg"\s*/?>', inline_drawing, html)
+    return re.sub(r"<code>([^<>\n]{1,36})</code>", r'<code class="short">\1</code>', html)
 
 
 def inline_drawing(match: re.Match[str]) -> str:
     alt, name = match.groups()
     svg = (ROOT / "docs" / "drawings" / f"{name}.svg").read_text()
     svg = re.sub(r"<style>.*?</style>", "", svg, flags=re.S)
-    svg = re.sub(r'<svg ([^>]*?)width="(\d+)" height="\d+"', r'<svg \1style="max-width: \2px" aria-label="%s"' % alt, svg, count=1)
-    return f'<span class="drawing" style="display: block">{svg}</span>'
+    width = int(re.findall(r'width="(\d+)"', svg)[0])
+    style = f"min-width: {0.75 * width:.0f}px; max-width: {width}px"  # wider drawings scroll sideways
+    svg = re.sub(r'width="\d+" height="\d+"', f'style="{style}" aria-label="{alt}"', svg, count=1)
+    return f'<span class="drawing">{svg}</span>'
 
 
 def settings_tables() -> Iterator[str]:
@@ -115,12 +122,23 @@ def presets_table() -> Iterator[str]:
     from mpilm.config.schema import resolve_config
     from mpilm.model.flops import parameter_count
 
-    yield from ("| `--preset` | architecture | blocks | width | heads | context | sequences a step | parameters |", "|---|" + "--:|" * 7)
+    yield from (
+        "| `--preset` | architecture | blocks | width | heads | context | sequences a step | parameters |",
+        "|---|" + "--:|" * 7,
+    )
     for name, make in PRESETS.items():
         config = resolve_config(make())
         model, count = config.model, parameter_count(config.model, VOCABULARIES.get(name, 2048))
         size = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.0f} million"
-        cells = (model.arch, model.n_layers, model.d_model, model.n_heads, model.context_length, config.train.global_batch, size)
+        cells = (
+            model.arch,
+            model.n_layers,
+            model.d_model,
+            model.n_heads,
+            model.context_length,
+            config.train.global_batch,
+            size,
+        )
         yield f"| `{name}` | " + " | ".join(map(str, cells)) + " |"
 
 
