@@ -15,10 +15,10 @@ from mpilm.config import Config, Model, Train
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.cache import Cache
-from mpilm.model.families import build, initial_std, tied
+from mpilm.model.families import build_model, initial_std, tied_parameters
 from mpilm.model.init import initial_value
 from mpilm.model.lora import is_frozen
+from mpilm.model.sequence_info import KVCache
 from mpilm.ops.tree import block_of_rank
 from mpilm.optim.optimizer import needs_full_parameter
 from mpilm.parallel.apply import parallelize
@@ -105,7 +105,7 @@ class PipelinedModel:
         return [*self.flats.values(), *self.frozen.values()]
 
     @property
-    def held_numel(self) -> int:
+    def local_numel(self) -> int:
         """Parameters that this rank holds permanently: those of its stages, or with ZeRO-3 its shard of them."""
         slices = (item for flat in self.flat_parameters for item in flat.layout.param_slices(flat.values.intervals))
         return sum(item.numel for item in slices)
@@ -158,7 +158,7 @@ class PipelinedModel:
         """Return the outputs of this rank's microbatches, by number; empty on ranks without the last stage."""
         return {m: x for stage in self.stages.values() for m, x in stage.results.items()}
 
-    def next_logits(self, batches: Mapping[int, Batch], kv_caches: Mapping[int, Cache]) -> Mapping[int, Tensor]:
+    def next_logits(self, batches: Mapping[int, Batch], kv_caches: Mapping[int, KVCache]) -> Mapping[int, Tensor]:
         """Return the logits (V,) of the token after each of this replica's sequences, by number, on ranks with the last stage.
 
         `kv_caches`: of each sequence, on this rank. Collective over the pipeline axis.
@@ -186,7 +186,7 @@ def _owned_slices(flats: Iterable[FlatParameters]) -> dict[ParamSlice, Tensor]:
 def meta_model(shape: Model, vocab_size: int) -> nn.Module:
     """Return the whole model without memory."""
     with torch.device("meta"):
-        return build(shape, vocab_size)
+        return build_model(shape, vocab_size)
 
 
 def draw_values(flat: FlatParameters, shape: Model, seed: int) -> None:
@@ -209,7 +209,7 @@ def resolve_model_layouts(
     """Return the layout of every parameter of the model divided into these stages."""
     return resolve_layouts(
         {name: tuple(p.shape) for name, p in meta_model(shape, vocab_size).named_parameters()},
-        tied(shape),
+        tied_parameters(shape),
         partial(stage_of, blocks_per_stage=blocks_per_stage),
         partial(cut_of, family=shape.arch),
         mesh,

@@ -24,7 +24,7 @@ class CrossRankReducer:
         """Return when this rank has all the sums it needs."""
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Memory used beside the gradients."""
         return 0
 
@@ -32,7 +32,7 @@ class CrossRankReducer:
 class AllReduceBucketReducer:
     """Reduces one bucket at a time by the MPI library's all-reduce, in whatever order that adds."""
 
-    held_bytes = 0
+    memory_bytes = 0
 
     def __init__(self, comm: Comm):
         self.comm, self.gathering = comm, Request()
@@ -52,7 +52,7 @@ class TreeBucketReducer:
         self.reduce_scatter, self.reduction, self.gather, self.gathering = reduce_scatter, reduction, gather, Request()
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         return self.reduce_scatter.workspace.nbytes
 
     def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
@@ -87,8 +87,8 @@ class MessageReducer(CrossRankReducer):
         self.spans, self.started = slots, 0
 
     @property
-    def held_bytes(self) -> int:
-        return sum(slot.held_bytes for slot in self.spans)
+    def memory_bytes(self) -> int:
+        return sum(slot.memory_bytes for slot in self.spans)
 
     def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
         slot = self.spans[self.started % len(self.spans)]

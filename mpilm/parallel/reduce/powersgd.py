@@ -33,7 +33,7 @@ class PowerSGDReducer(CrossRankReducer):
         }
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         return sum(x.nbytes for x in (*self.errors.values(), *self.q.values()))
 
     def reset_residuals(self) -> None:

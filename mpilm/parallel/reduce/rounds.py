@@ -49,7 +49,7 @@ class RoundReducer(GradientReducer):
             parameter.register_post_accumulate_grad_hook(lambda _, group=self.group_of[name]: self._on_gradient(group))
 
     @property
-    def held_bytes(self) -> dict[str, int]:
+    def memory_bytes(self) -> dict[str, int]:
         """Memory of the partial sums, of one group's gradient and its exchange, and transiently of one parameter's."""
         sums = sum(buffer.tensor.numel() for buffer in self.buffers)
         workspace = sum(exchange.workspace.nbytes for exchange in self.exchanges)

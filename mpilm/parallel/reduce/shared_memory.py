@@ -137,9 +137,9 @@ class SharedMemoryReducer(CrossRankReducer):
         return 0 if self.inter_node is None else sum(x.numel() for x in self.packed)
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Memory of the messages to other nodes."""
-        return 0 if self.inter_node is None else self.inter_node.held_bytes + sum(x.nbytes for x in self.packed)
+        return 0 if self.inter_node is None else self.inter_node.memory_bytes + sum(x.nbytes for x in self.packed)
 
     def finish(self) -> None:
         """Reduce all buckets; every rank calls this once its tree nodes are complete."""

@@ -113,15 +113,15 @@ class StepReducer(GradientReducer):
         )
 
     @property
-    def held_bytes(self) -> dict[str, int]:
+    def memory_bytes(self) -> dict[str, int]:
         """Memory of the partial sums and of their reduction."""
-        exchange = self.reducer.held_bytes + self.encoding.residual_bytes(self._sent_numel())
+        exchange = self.reducer.memory_bytes + self.encoding.residual_bytes(self._sent_numel())
         return {"gradients": 4 * sum(b.tensor.numel() for b in self.buffers), "exchange": exchange}
 
     @property
     def shared_bytes(self) -> int:
         """Bytes of gradients in memory that other ranks of the node map too."""
-        return self.held_bytes["gradients"] if self.is_shared else 0
+        return self.memory_bytes["gradients"] if self.is_shared else 0
 
     def _sent_numel(self) -> int:
         """Return the elements that this rank sends in a step."""
