@@ -41,7 +41,7 @@ def generate(args: argparse.Namespace) -> None:
         config = used(Folder(folder), Stages(), Compute(device="cpu", threads=1))
         ours = load_model(config_from_folder(config), SelfComm()).model
         settings = Generate(max_tokens=GENERATED_TOKENS, temperature=0.0)
-        tokens = generate(ours, {0: prompt}, settings, stop=-1)[0]
+        tokens = generate(ours, {0: prompt}, settings, eos=-1)[0]
 
         def transformers_generate(_: int) -> None:
             generated = theirs.generate(
@@ -50,7 +50,7 @@ def generate(args: argparse.Namespace) -> None:
             assert generated[0, len(prompt) :].tolist() == tokens
 
         sides = {
-            "mpilm": lambda _: generate(ours, {0: prompt}, settings, stop=-1) and None,
+            "mpilm": lambda _: generate(ours, {0: prompt}, settings, eos=-1) and None,
             "transformers": transformers_generate,
         }
         times, void = time_sides(sides, args.rounds, SelfComm())
