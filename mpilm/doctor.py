@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mpilm.cli import parse
+from mpilm.config.parse import parse
 from mpilm.errors import ConfigError
 from mpilm.launch.run import Body, run
 

@@ -14,11 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mpilm.cli import parse, run_alone
-from mpilm.config import Config, Model, Parallel, Train, replaced, resolve
+from mpilm.config.check import check_config
+from mpilm.config.parse import parse
+from mpilm.config.presets import PRESETS, VOCABULARIES
+from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, override, resolve_config
 from mpilm.errors import ConfigError, FileError
+from mpilm.launch.local import run_local
 from mpilm.model.flops import flops_by_part
-from mpilm.parallel.feasible import cut_by_cost, mesh_shape, replica_microbatches
+from mpilm.parallel.layout_check import partition_by_cost, replica_microbatch_count, resolve_mesh_shape
 from mpilm.parallel.pipeline.draw import draw_svg, draw_text
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import analytic_bubble, schedule
@@ -27,8 +30,6 @@ from mpilm.planner.machine import read
 from mpilm.planner.scaling import curve
 from mpilm.planner.search import Job
 from mpilm.planner.show import plot, ranking, scaling
-from mpilm.presets import PRESETS, VOCABULARIES
-from mpilm.validation import validate
 
 DESCRIPTION = (
     "Rank the layouts of a job by the predicted time of a step, with memory of a rank, bubble, communication and tokens a "
@@ -44,9 +45,9 @@ DESCRIPTION = (
 class PlanConfig:
     """The model and the layout to plan for, and what to show."""
 
-    model: Model = field(default_factory=Model)
-    train: Train = field(default_factory=Train)
-    parallel: Parallel = field(default_factory=Parallel)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     ranks: tuple[int, ...] = ()
     """Ranks of the job, or several numbers to compare: 1,2,4,8; empty: one pipeline of parallel.pipeline ranks."""
     machine: str = "machine.json"
@@ -79,7 +80,7 @@ class PlanConfig:
 class Plan:
     """A pipeline as it would run: the layers and the share of the work of each stage, and the step of one replica."""
 
-    parallel: Parallel
+    parallel: ParallelConfig
     microbatches: int
     replicas: int
     cut: tuple[int, ...]
@@ -102,7 +103,7 @@ def presets() -> dict[str, Callable[[], PlanConfig]]:
 def configure(argv: Sequence[str]) -> PlanConfig:
     """The config of a command line; raises ConfigError for what cannot work."""
     config = parse(argv, PlanConfig(), "plan", DESCRIPTION, presets())
-    validate(_whole(config))
+    check_config(_whole(config))
     for flag, value, least in (
         *(("ranks", ranks, 1) for ranks in config.ranks), ("ranks-per-node", config.ranks_per_node, 0),
         ("tokens", config.tokens, 0), ("top", config.top, 1), ("vocabulary", config.vocabulary, 1), ("width", config.width, 0),
@@ -115,22 +116,22 @@ def configure(argv: Sequence[str]) -> PlanConfig:
         raise ConfigError("--plot draws speed over ranks and --draw a pipeline: write one of them")
     if config.model.lora_rank and not config.draws:
         raise ConfigError("--model.lora-rank: the predictions are of training whole models; leave it out")
-    whole = resolve(_whole(config))
+    whole = resolve_config(_whole(config))
     return replace(config, model=whole.model, parallel=whole.parallel, ranks=config.ranks or (whole.parallel.pipeline,))
 
 
 def _whole(config: PlanConfig) -> Config:
     """The training run that is planned for."""
     whole = Config(model=config.model, train=config.train, parallel=config.parallel)
-    return replaced(whole, checkpoint__every=0, run__eval_every=0)  # when that is done is not planned
+    return override(whole, checkpoint__every=0, run__eval_every=0)  # when that is done is not planned
 
 
 def make(config: PlanConfig) -> Plan:
     """Cut the layers, make the schedule of the replica with the most microbatches and simulate it."""
     whole, parallel = _whole(config), config.parallel
-    shape = mesh_shape(whole, config.ranks[0])
-    count, stages = replica_microbatches(whole, shape), parallel.pipeline * parallel.chunks
-    cut = cut_by_cost(whole, config.vocabulary)
+    shape = resolve_mesh_shape(whole, config.ranks[0])
+    count, stages = replica_microbatch_count(whole, shape), parallel.pipeline * parallel.chunks
+    cut = partition_by_cost(whole, config.vocabulary)
     parts = flops_by_part(config.model, config.vocabulary)
     flops = [parts["block"] * n for n in cut]
     flops[0] += parts["embed"]
@@ -211,4 +212,4 @@ def _write(path: str, content: str) -> None:
 
 
 if __name__ == "__main__":
-    run_alone(prepare)
+    run_local(prepare)

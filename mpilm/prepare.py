@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mpilm.cli import parse
 from mpilm.comm.base import Comm
-from mpilm.config import Data
+from mpilm.config.parse import parse
+from mpilm.config.schema import DataConfig
 from mpilm.data.prepare import Meta, prepare, silent, survey
 from mpilm.data.progress import ProgressLine
 from mpilm.data.stats import table
@@ -25,7 +25,7 @@ from mpilm.launch.run import Body, run
 class PrepareConfig:
     """What to read and what to make of it."""
 
-    data: Data = field(default_factory=Data)
+    data: DataConfig = field(default_factory=DataConfig)
     output: str = ""
     """Prefix of the files to write: PREFIX.bin, PREFIX.idx, PREFIX.json and PREFIX.tokenizer.json."""
     stats: bool = False

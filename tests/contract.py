@@ -389,7 +389,7 @@ def names_the_odd_rank(comm: Comm, mismatch: str) -> None:
     """A checking communicator raises on all ranks, names the odd one, and has touched no data. At least 2 ranks."""
     usual, odd, named_usual, named_odd = MISMATCHES[mismatch]
     last = comm.size - 1
-    traced = InstrumentedComm(comm, check=True)
+    traced = InstrumentedComm(comm, checks_calls=True)
     traced.barrier()
     x = torch.arange(4.0) + comm.rank
     with pytest.raises(RanksDisagreeError) as caught:
@@ -406,7 +406,7 @@ def names_the_odd_rank(comm: Comm, mismatch: str) -> None:
 
 def names_the_rank_that_expects_other_parts(comm: Comm) -> None:
     """Counts of an exchange differ from rank to rank by design; each pair of them is compared instead."""
-    last, traced = comm.size - 1, InstrumentedComm(comm, check=True)
+    last, traced = comm.size - 1, InstrumentedComm(comm, checks_calls=True)
     sends = [1] * comm.size
     receives = [1] * last + [2] if comm.rank == last else sends
     out = torch.zeros(sum(receives))

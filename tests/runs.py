@@ -14,28 +14,28 @@ import torch
 from text import TINY
 from torch import Tensor, nn
 
-from mpilm.checkpoint.format import checkpoints
+from mpilm.checkpoint.format import list_checkpoints
 from mpilm.comm.base import Comm
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Config, Model, microbatches, replaced, resolve
+from mpilm.config.check import check_config
+from mpilm.config.schema import Config, ModelConfig, microbatch_count, override, resolve_config
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.engine.step import MicrobatchSource, StepResult, total_loss, train_step
 from mpilm.engine.train_model import TrainModel
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel import flat_layout as shard
 from mpilm.parallel import tied
-from mpilm.parallel.feasible import cut_by_cost, mesh_shape
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
+from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
 from mpilm.trainer import loop
-from mpilm.validation import validate
 from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
 CPU = torch.device("cpu")
 Held = Mapping[str, Mapping[ParamSlice, Tensor]]  # kind -> what a rank updates
 
-SMALL = replaced(
+SMALL = override(
     TINY, model__n_layers=4, model__n_heads=2, model__n_kv_heads=1, model__d_model=16, model__context_length=8,
     train__micro_batch=1, train__global_batch=8, train__clip_norm=0.5, train__warmup_steps=1,
 )  # fmt: skip
@@ -68,8 +68,8 @@ class Left:
 
 def small(**changes: Any) -> Config:
     """SMALL with changes written section__key; refused where it cannot work."""
-    config = resolve(replaced(SMALL, **changes))
-    validate(config)
+    config = resolve_config(override(SMALL, **changes))
+    check_config(config)
     return config
 
 
@@ -83,13 +83,13 @@ def on(pipeline: int = 1, schedule: str = "1f1b", zero: int = 0, **more: Any) ->
 
 def serial(config: Config) -> Config:
     """The same work on one rank."""
-    return resolve(replaced(config, **SERIAL, train__recompute="none"))
+    return resolve_config(override(config, **SERIAL, train__recompute="none"))
 
 
 def sharded(config: Config, comm: Comm, check: bool = False, alignment: int = ALIGNMENT) -> TrainModel:
     """A model with its initial values. Collective."""
-    mesh = Mesh.build(mesh_shape(config, comm.size), InstrumentedComm(comm, check))
-    model = TrainModel(config, mesh, cut_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, CPU, alignment)
+    mesh = Mesh.build(resolve_mesh_shape(config, comm.size), InstrumentedComm(comm, check))
+    model = TrainModel(config, mesh, partition_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, CPU, alignment)
     model.init_parameters()
     return model
 
@@ -108,7 +108,7 @@ def run(config: Config, comm: Comm, steps: int = 2, **options: Any) -> Left:
         result = train_step(model, source, step)
         numbers += [result.loss, result.grad_norm]
         if step == 0:
-            numbers.append(evaluated(model, microbatches(config) + 1))
+            numbers.append(evaluated(model, microbatch_count(config) + 1))
     return Left(numbers, held(model))
 
 
@@ -159,7 +159,7 @@ def small_buckets(numel: int) -> Iterator[None]:
         yield
 
 
-def whole_model(shape: Model, vocab_size: int, device: torch.device) -> tuple[nn.Module, FlatParameters]:
+def whole_model(shape: ModelConfig, vocab_size: int, device: torch.device) -> tuple[nn.Module, FlatParameters]:
     """The whole model on one rank, its parameters views of one flat vector, their values still zero."""
     model = meta_model(shape, vocab_size)
     flat = FlatParameters(resolve_model_layouts(shape, vocab_size, (shape.n_layers,)), device)
@@ -183,7 +183,7 @@ def trained(config: Config, size: int) -> dict[str, bytes]:
 
 
 def newest_tensors(config: Config) -> dict[str, bytes]:
-    return tensors_of(checkpoints(Path(config.run.dir) / "checkpoints")[-1])
+    return tensors_of(list_checkpoints(Path(config.run.dir) / "checkpoints")[-1])
 
 
 def tensors_of(folder: Path) -> dict[str, bytes]:
@@ -192,7 +192,7 @@ def tensors_of(folder: Path) -> dict[str, bytes]:
 
 def stopped(config: Config, size: int, at: int) -> None:
     """Train as if all ranks had died after step `at`, when all checkpoints before were written."""
-    config = replaced(config, checkpoint__asynchronous=False)
+    config = override(config, checkpoint__asynchronous=False)
 
     def step_or_die(model: TrainModel, source: MicrobatchSource, step: int, *more: Any) -> StepResult:
         if step == at:

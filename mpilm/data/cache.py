@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_root
-from mpilm.config import Data
+from mpilm.config.schema import DataConfig
 from mpilm.data.encode import Progress
 from mpilm.data.files import hex_digest, touching
 from mpilm.data.gather import digest_files
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mpilm"
 
 
-def cached_corpus(data: Data, comm: Comm, eos: bool, progress: Progress) -> Path:
+def cached_corpus(data: DataConfig, comm: Comm, eos: bool, progress: Progress) -> Path:
     """The prefix of the token files of this text and tokenizer in the cache, prepared now if need be. Collective.
 
     Two jobs may do this at once: each prepares in a folder of its own, and the first to finish gives it its name.
@@ -68,7 +68,7 @@ def _hand_over(own: Path, folder: Path, sources: Sequence[Source], before: Seque
                 raise
 
 
-def _key(data: Data, sources: Sequence[Source], digests: Sequence[str], eos: bool) -> str:
+def _key(data: DataConfig, sources: Sequence[Source], digests: Sequence[str], eos: bool) -> str:
     """Everything that the tokens depend on."""
     spec = DEFAULT_TOKENIZER if data.tokenizer == "auto" else data.tokenizer
     tokenizer = f"bpe:{bpe_size(spec)}" if bpe_size(spec) else named_tokenizer(spec).digest

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
-from mpilm.config import Data
+from mpilm.config.schema import DataConfig
 from mpilm.data.files import writable
 from mpilm.data.gather import gather_rows
 from mpilm.data.order import Indices, permute, sample_at
@@ -207,7 +207,7 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def refuse_nothing(found: Conversations, data: Data) -> None:
+def refuse_nothing(found: Conversations, data: DataConfig) -> None:
     """Raise where no row is left to train on, or none to evaluate on although some were asked for."""
     counts = found.counts
     if not found.rows:

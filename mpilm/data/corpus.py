@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
-from mpilm.config import Data
+from mpilm.config.schema import DataConfig
 from mpilm.data.cache import cached_corpus
 from mpilm.data.encode import Progress
 from mpilm.data.files import hex_digest
@@ -51,7 +51,7 @@ class Corpus:
         return tokens.astype(np.int64)
 
 
-def open_corpus(data: Data, comm: Comm, eos: bool = True, progress: Progress = silent) -> Corpus:
+def open_corpus(data: DataConfig, comm: Comm, eos: bool = True, progress: Progress = silent) -> Corpus:
     """Open prepared tokens as they are; prepare raw text into the cache first, unless it is there. Collective.
 
     `eos`: whether documents of raw text end with the tokenizer's eos. Raises ConfigError, FileError or DataError on every
@@ -85,7 +85,7 @@ def _digest(file: TokenFile, meta: Meta | None, comm: Comm) -> str:
     return found
 
 
-def open_corpora(data: Data, comm: Comm, progress: Progress = silent) -> list[tuple[Corpus, float]]:
+def open_corpora(data: DataConfig, comm: Comm, progress: Progress = silent) -> list[tuple[Corpus, float]]:
     """Each corpus of data.path and its part of the samples, all with one tokenizer: what the first was made with, or was given.
     Collective; raises as open_corpus, and ConfigError where token files were made with different tokenizers."""
     (first, part), *others = data.corpora()

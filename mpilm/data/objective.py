@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.config import Data, Model
+from mpilm.config.schema import DataConfig, ModelConfig
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.model.loss import IGNORE_INDEX
 
@@ -95,6 +95,6 @@ class Masked:
         return np.where(drawn < MASKED, self.tokenizer.mask, np.where(drawn < RANDOM, others, tokens))
 
 
-def objective_of(model: Model, data: Data, tokenizer: Tokenizer) -> Objective:
+def objective_of(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> Objective:
     """What a model of this architecture is asked."""
     return Masked(tokenizer.with_mask(), data.mask_fraction, data.whole_words) if model.arch == "bert" else Causal()

@@ -15,7 +15,7 @@ import numpy as np
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.config import Data
+from mpilm.config.schema import DataConfig
 from mpilm.data.duplicates import compare_documents
 from mpilm.data.encode import Progress, Share, encode_share
 from mpilm.data.files import hex_digest, touching, write_durably
@@ -64,7 +64,7 @@ def silent(done: int, total: int) -> None:
 
 
 def prepare(
-    data: Data,
+    data: DataConfig,
     output: str | Path,
     comm: Comm,
     drop_duplicates: bool = False,
@@ -102,7 +102,7 @@ def prepare(
     return meta
 
 
-def survey(data: Data, comm: Comm, progress: Progress = silent) -> Statistics:
+def survey(data: DataConfig, comm: Comm, progress: Progress = silent) -> Statistics:
     """What the text of `data` is made of; nothing is written. Collective."""
     sources = agree_on_sources(data, comm)
     tokenizer = agree_on_tokenizer(data, sources, comm)
@@ -128,7 +128,7 @@ def survey(data: Data, comm: Comm, progress: Progress = silent) -> Statistics:
     )
 
 
-def _refuse_empty(amount: int, data: Data) -> None:
+def _refuse_empty(amount: int, data: DataConfig) -> None:
     if not amount:
         raise DataError(f"{data.source or 'the embedded corpus'}: holds no text")
 
@@ -136,7 +136,7 @@ def _refuse_empty(amount: int, data: Data) -> None:
 # What all ranks must agree on before they start.
 
 
-def agree_on_sources(data: Data, comm: Comm) -> list[Source]:
+def agree_on_sources(data: DataConfig, comm: Comm) -> list[Source]:
     """Rank 0's view of what the path holds, on every rank. Collective; raises FileError, DataError or ConfigError."""
 
     def find() -> list[Source]:
@@ -148,12 +148,12 @@ def agree_on_sources(data: Data, comm: Comm) -> list[Source]:
     return [Source(*values) for values in comm.broadcast_json([astuple(source) for source in found or []])]
 
 
-def reading_of(data: Data) -> Reading:
+def reading_of(data: DataConfig) -> Reading:
     """How text is taken from files; in the embedded corpus nobody can put a file right."""
     return Reading(data.encoding_errors if data.source else "replace", data.text_key)
 
 
-def agree_on_tokenizer(data: Data, sources: Sequence[Source], comm: Comm) -> Tokenizer:
+def agree_on_tokenizer(data: DataConfig, sources: Sequence[Source], comm: Comm) -> Tokenizer:
     """The tokenizer that --data.tokenizer asks for, loaded or trained by rank 0, on every rank. Collective."""
 
     def make() -> list:

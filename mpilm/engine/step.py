@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm
-from mpilm.config import microbatches
+from mpilm.config.schema import microbatch_count
 from mpilm.data.batch import Batch, Batches
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.engine.train_model import TrainModel
@@ -73,7 +73,7 @@ def forward_backward(
     model.forward_backward(step, partial(source.train, step), tokens)
     with progress.span("compute"):  # waits for a GPU
         losses = {m: float(loss) for m, loss in model.results().items()}
-    loss, flags = reduce_loss_and_flags(losses, microbatches(model.config), model.mesh.world, flags)
+    loss, flags = reduce_loss_and_flags(losses, microbatch_count(model.config), model.mesh.world, flags)
     with progress.span("optimizer"):
         return loss / tokens, model.gradient_norm(), flags
 

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpilm.checkpoint.format import read_json, step_of
+from mpilm.checkpoint.format import checkpoint_step, read_json
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.config import Config, Data
+from mpilm.config.parse import merge_settings
+from mpilm.config.schema import Config, DataConfig
 from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus, open_corpus
 from mpilm.data.files import touching, write_durably
@@ -33,7 +34,6 @@ from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
 from mpilm.model.loss import IGNORE_INDEX
-from mpilm.settings import merge
 from mpilm.telemetry.display import ProgressCounter
 
 MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text
@@ -167,9 +167,11 @@ def evaluate_model(config: Config, options: EvaluateOptions, world: Comm) -> Non
     run_on_root(world, lambda: _write_results(config, options, corpus, segments, windows, table))
 
 
-def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, Data]:
+def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, DataConfig]:
     """Return the config, with the folder's tokenizer unless another is named, and the data to open."""
-    training_only = [key for key in ("format", "packing", "too_long") if getattr(config.data, key) != getattr(Data(), key)]
+    training_only = [
+        key for key in ("format", "packing", "too_long") if getattr(config.data, key) != getattr(DataConfig(), key)
+    ]
     if training_only:
         flag = training_only[0].replace("_", "-")
         raise ConfigError(f"--data.{flag} is for training; evaluate reads running text, window by window")
@@ -178,12 +180,12 @@ def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, D
         is_prepared = config.data.source and prefix_of(config.data.source)  # prepared tokens name their tokenizer
         return resolved, config.data if is_prepared else resolved.data
     folder = Path(config.model.init_from).expanduser()
-    if config.data != Data():
+    if config.data != DataConfig():
         raise ConfigError("--held-out true scores what the run has held out of its own text; omit the --data settings")
     config = config_from_folder(config, options.context_length)
     if not (folder / "trainer.json").is_file():
         raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
-    data = merge(Data(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
+    data = merge_settings(DataConfig(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
     for is_refused, reason in (
         (data.format == "chat", "the run was trained on conversations, and only running text can be scored"),
         (len(data.path) > 1, "the run has mixed several corpora; score each with --data.path"),
@@ -209,7 +211,7 @@ def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, co
         raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, which a bert model needs")
 
 
-def _find_segments(data: Data, options: EvaluateOptions, corpus: Corpus) -> np.ndarray:
+def _find_segments(data: DataConfig, options: EvaluateOptions, corpus: Corpus) -> np.ndarray:
     """Return the boundaries of the parts that are scored separately."""
     total = len(corpus.tokens)
     first = total - int(total * data.eval_fraction) if options.held_out else 0
@@ -249,6 +251,6 @@ def _results_folder(init_from: str, run_dir: str) -> Path:
     if run_dir != "auto":
         return Path(run_dir)
     model = Path(init_from).expanduser().resolve()
-    if step_of(model) is not None and (model.parents[1] / "config.toml").is_file():
+    if checkpoint_step(model) is not None and (model.parents[1] / "config.toml").is_file():
         return Path(os.path.relpath(model.parents[1]))
     return Path("runs") / f"evaluation-{model.name}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.config import Config, Generate
+from mpilm.config.schema import Config, GenerateConfig
 from mpilm.data.batch import Batch
 from mpilm.data.files import touching, writable
 from mpilm.data.template import Template, find_template
@@ -54,7 +54,7 @@ class GeneratedSequence:
 def generate(
     model: PipelinedModel,
     prompts: Mapping[int, list[int]],
-    settings: Generate,
+    settings: GenerateConfig,
     eos: int,
     on_done: Callable[[int], None] = lambda number: None,
 ) -> dict[int, list[int]]:
@@ -73,7 +73,7 @@ def generate(
     return generated
 
 
-def _begin_sequence(prompt: list[int], number: int, settings: Generate, model: PipelinedModel) -> GeneratedSequence:
+def _begin_sequence(prompt: list[int], number: int, settings: GenerateConfig, model: PipelinedModel) -> GeneratedSequence:
     generator = torch.Generator().manual_seed((settings.seed + number) % 2**63)
     capacity = len(prompt) + settings.max_tokens
     return GeneratedSequence(list(prompt), len(prompt), model.config.model.context_length, capacity, generator)
@@ -83,7 +83,7 @@ def _begin_sequence(prompt: list[int], number: int, settings: Generate, model: P
 def _generate_group(
     model: PipelinedModel,
     sequences: Mapping[int, GeneratedSequence],
-    settings: Generate,
+    settings: GenerateConfig,
     eos: int,
     on_done: Callable[[int], None],
 ) -> None:
@@ -101,7 +101,7 @@ def _generate_group(
 
 
 def _sample_tokens(
-    model: PipelinedModel, active: Mapping[int, GeneratedSequence], logits: Mapping[int, Tensor], settings: Generate
+    model: PipelinedModel, active: Mapping[int, GeneratedSequence], logits: Mapping[int, Tensor], settings: GenerateConfig
 ) -> list[int]:
     """Sample the next token of each sequence on the rank with the logits, and broadcast them along the pipeline."""
     tokens = torch.zeros(len(active), dtype=torch.int64)
@@ -146,7 +146,7 @@ def _load_template(config: Config) -> Template | None:
     return template
 
 
-def _read_prompts(settings: Generate) -> list[str]:
+def _read_prompts(settings: GenerateConfig) -> list[str]:
     if not settings.prompts:
         return [settings.prompt]
     if settings.prompt:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpilm.config import Generate
+from mpilm.config.schema import GenerateConfig
 from mpilm.errors import NonFiniteError
 
 
-def sample_token(logits: Tensor, settings: Generate, generator: torch.Generator) -> int:  # (V,)
+def sample_token(logits: Tensor, settings: GenerateConfig, generator: torch.Generator) -> int:  # (V,)
     """Draw a token from the logits after temperature, top-k and top-p (Holtzman et al., arXiv 1904.09751). Raises
     NonFiniteError if the logits are not finite."""
     if not torch.isfinite(logits).all():

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mpilm.config import Train
+from mpilm.config.schema import TrainConfig
 from mpilm.optim.base import ParameterOptimizer
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals
@@ -31,7 +31,7 @@ class UnshardedOptimizer(ParameterOptimizer):
 
     STATE_NAMES: tuple[str, ...]
 
-    def __init__(self, flats: Mapping[int, FlatParameters], train: Train):
+    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig):
         self.flats, self.train, self.count = flats, train, 0
         self.stages = {name: stage for stage, flat in flats.items() for name in _owned_unsharded(flat)}
         self.moments = {name: self._zeros(name) for name in self.stages}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpilm.comm.base import Comm
-from mpilm.config import Config
+from mpilm.config.schema import Config
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.compile import compile_blocks
 from mpilm.parallel.flat import FlatParameters

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from mpilm.config import Config, Model
+from mpilm.config.schema import Config, ModelConfig
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import (
     attention_flops_per_token,
@@ -16,8 +16,8 @@ from mpilm.model.flops import (
     embedding_and_head_numel,
     saved_floats_per_token,
 )
-from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.flat_layout import BUCKET
+from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.parallel.pipeline.simulate import simulate
@@ -70,7 +70,7 @@ class Setting:
     cut: tuple[int, ...]
 
     @property
-    def model(self) -> Model:
+    def model(self) -> ModelConfig:
         return self.config.model
 
     @property
@@ -247,10 +247,10 @@ def reduce_s(setting: Setting, stage: int) -> float:
     parallel = setting.config.parallel
     if data == 1 or network is None or parallel.zero >= 2:
         return 0.0
-    if parallel.sync_every or parallel.compress:  # by the library's own sum, which moves as much as this exchange
+    if parallel.sync_every or parallel.powersgd_rank:  # by the library's own sum, which moves as much as this exchange
         part = 1 / parallel.sync_every if parallel.sync_every else _thin(setting)
         return part * (exchange_s(network, data, numel) + gather_s(network, data, numel))
-    if parallel.reduce != "sent" and setting.config.train.reproducible and setting.machine.within is not None:
+    if parallel.reduce != "messages" and setting.config.train.reproducible and setting.machine.within is not None:
         if setting.data_within and network.shared:
             return shared_s(network, data, numel, parallel.zero == 0)
         if setting.nodes > 1 and setting.machine.within.shared:
@@ -274,7 +274,7 @@ def _by_nodes_s(setting: Setting, network: Network, numel: float) -> float:
 
 def _thin(setting: Setting) -> float:
     """The part of a gradient that travels when matrices are compressed."""
-    rank, sides = setting.config.parallel.compress, block_matrices(setting.model)
+    rank, sides = setting.config.parallel.powersgd_rank, block_matrices(setting.model)
     whole = sum(a * b * alike for a, b, alike in sides)
     return min(1.0, sum(rank * (a + b) * alike for a, b, alike in sides) / whole)
 
@@ -282,7 +282,7 @@ def _thin(setting: Setting) -> float:
 def _exposed_s(setting: Setting, stage: int) -> float:
     """What of the sum nobody computes beside: on a GPU it goes on while the last backward does, but for the last bucket."""
     whole = reduce_s(setting, stage)
-    if setting.machine.device != "cuda" or setting.config.parallel.compress or setting.config.parallel.sync_every:
+    if setting.machine.device != "cuda" or setting.config.parallel.powersgd_rank or setting.config.parallel.sync_every:
         return whole
     last = whole * min(1.0, BUCKET / setting.numel(stage))
     return max(last, whole - action_s(setting, "B", stage))
@@ -329,13 +329,13 @@ def step_time(setting: Setting) -> StepTime:
 
 def _compute_s(setting: Setting, rank: int) -> float:
     """All forwards and backwards of a rank."""
-    count = replica_microbatches(setting.config, setting.shape)
+    count = replica_microbatch_count(setting.config, setting.shape)
     return count * sum(action_s(setting, kind, stage) for stage in setting.stages[rank] for kind in "FB")
 
 
 def _pipeline_s(setting: Setting) -> tuple[float, float]:
     """Seconds from the first forward to the last backward, and those that the average rank spends on messages of ZeRO."""
-    count, pipeline = replica_microbatches(setting.config, setting.shape), setting.shape.pipeline
+    count, pipeline = replica_microbatch_count(setting.config, setting.shape), setting.shape.pipeline
     spoken = sum(round_s(setting, kind, stage) for stages in setting.stages for stage in stages for kind in "FB") / pipeline
     if pipeline == 1:
         return _compute_s(setting, 0) + count * spoken, count * spoken

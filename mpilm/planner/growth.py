@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mpilm.config import microbatches
+from mpilm.config.schema import microbatch_count
 from mpilm.model.flops import parameter_count
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.planner.cost import Setting
@@ -20,7 +20,7 @@ def growth(setting: Setting) -> list[tuple[str, str, str]]:
     per_node = min(setting.ranks_per_node, ranks)
     numel = max(sum(map(setting.numel, theirs)) for theirs in setting.stages)
     buckets = math.ceil(numel / BUCKET)
-    total = microbatches(setting.config)
+    total = microbatch_count(setting.config)
     zero = setting.config.parallel.zero > 0
     state = 12 * parameter_count(setting.model, setting.vocab_size)
     return [

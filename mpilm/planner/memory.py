@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
 
-from mpilm.config import Config, microbatches
+from mpilm.config.schema import Config, microbatch_count
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_numel
 from mpilm.ops.tree import block_of_rank, plan_accumulation, plan_block_accumulation, plan_merges
-from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.flat_layout import BUCKET
+from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
@@ -84,7 +84,7 @@ def rank_bytes(
     """
     parallel = config.parallel
     stages = range(rank, len(cut), shape.pipeline)
-    count = replica_microbatches(config, shape)
+    count = replica_microbatch_count(config, shape)
     compute = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, min(count, 3 * len(cut) * shape.pipeline))
     step = step_bytes(config, vocab_size, cut, stages, lower(compute[rank], len(cut)), device)
     held = held_bytes(config, vocab_size, cut, shape, stages, device, together)
@@ -127,7 +127,7 @@ def held_bytes(
 def _stage_floats(
     config: Config, vocab_size: int, cut: Sequence[int], shape: MeshShape, stage: int, device: str, together: int
 ) -> dict[str, float]:
-    model, zero, data, total = config.model, config.parallel.zero, shape.data, microbatches(config)
+    model, zero, data, total = config.model, config.parallel.zero, shape.data, microbatch_count(config)
     first, last = stage == 0, stage == len(cut) - 1
     entry, leave = embedding_and_head_numel(model, vocab_size)
     matrix, block_ = vocab_size * model.d_model, block_numel(model)
@@ -145,7 +145,7 @@ def _stage_floats(
             passing += max(a + b for a, b in zip(units, [*units[1:], 0]))
         return {**found, "gradients": buffers * gradients / data, "exchange": largest + slices, "passing": passing}
     parallel, exchange = config.parallel, 0.0
-    together = together if parallel.reduce != "sent" and config.train.reproducible and device == "cpu" else 1
+    together = together if parallel.reduce != "messages" and config.train.reproducible and device == "cpu" else 1
     if together < data and config.train.reproducible:
         most, every = _nodes(data, total, together)
         ends = (first + last) * model.tie_embeddings  # which are exchanged apart from all else
@@ -158,9 +158,9 @@ def _stage_floats(
         exchange += sent * ((together > 1) + rounded)  # packed up; what rounding has left
     if parallel.sync_every:
         exchange, found["moments"] = 0.0, found["moments"] + 2 * held  # where replicas were, and the outer momentum
-    elif parallel.compress and data > 1:
+    elif parallel.powersgd_rank and data > 1:
         exchange = gradients
-    alone = parallel.sync_every or parallel.compress or not config.train.reproducible
+    alone = parallel.sync_every or parallel.powersgd_rank or not config.train.reproducible
     buffers = _block_buffers(data, total) if not alone else 1
     return {**found, "gradients": buffers * gradients, "exchange": exchange, "passing": 0.0}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log2
 
-from mpilm.config import Config, microbatches
+from mpilm.config.schema import Config, microbatch_count
 from mpilm.errors import ConfigError
 from mpilm.planner.search import Candidate, Job, best
 
@@ -86,7 +86,7 @@ def _why(before: Point, after: Point) -> str:
     )
     uneven = _uneven(after)
     if uneven < 0.9 and grown[name] < 1 - uneven:
-        count, replicas = microbatches(after.candidate.config), after.candidate.setting.shape.data
+        count, replicas = microbatch_count(after.candidate.config), after.candidate.setting.shape.data
         return (
             f"the batch is too small: {count} microbatches do not share out over {replicas} replicas, which work "
             f"{100 * uneven:.0f}% of the time"
@@ -98,7 +98,7 @@ def _why(before: Point, after: Point) -> str:
 
 def _uneven(point: Point) -> float:
     assert point.candidate is not None
-    count, replicas = microbatches(point.candidate.config), point.candidate.setting.shape.data
+    count, replicas = microbatch_count(point.candidate.config), point.candidate.setting.shape.data
     return count / (replicas * -(-count // replicas))
 
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mpilm.config import Config, Parallel, flatten, replaced, resolve
+from mpilm.config.check import check_config
+from mpilm.config.schema import Config, ParallelConfig, flatten, override, resolve_config
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import flops_per_token
-from mpilm.parallel.feasible import cut_by_cost, mesh_shape
+from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
 from mpilm.planner.cost import Setting, StepTime, step_time
 from mpilm.planner.machine import Machine
 from mpilm.planner.memory import rank_bytes
-from mpilm.validation import validate
 
 CHUNKS = (2, 4, 8)
 SAME = 1.01  # times the fastest: closer than a prediction is true
@@ -36,10 +36,10 @@ class Job:
     @cached_property
     def stated(self) -> Mapping[str, Any]:
         """Settings of the layout that the user has chosen."""
-        default = flatten(resolve(Config(parallel=Parallel(schedule=self.config.parallel.schedule))).parallel) | {
+        default = flatten(resolve_config(Config(parallel=ParallelConfig(schedule=self.config.parallel.schedule))).parallel) | {
             "schedule": "1f1b"
         }
-        mine = flatten(resolve(self.config).parallel)
+        mine = flatten(resolve_config(self.config).parallel)
         return {name: value for name, value in mine.items() if value != default[name]}
 
     def on_a_node(self, ranks: int) -> int:
@@ -112,7 +112,7 @@ def search(job: Job, ranks: int) -> tuple[list[Candidate], list[Rejected]]:
             continue
         if job.config.train.recompute == "none":  # computing again is for those that do not fit otherwise
             with contextlib.suppress(ConfigError):
-                found.append(_candidate(job, replaced(config, train__recompute="block"), ranks))
+                found.append(_candidate(job, override(config, train__recompute="block"), ranks))
     return _ordered(found), rejected
 
 
@@ -149,7 +149,9 @@ def _layouts(job: Job, ranks: int) -> Iterator[Config]:
             for chunk in _choices(stated, "chunks", chunks if schedule == "interleaved" else [1]):
                 for zero in _choices(stated, "zero", zeros):
                     changes = {"pipeline": pipeline, "schedule": schedule, "chunks": chunk, "zero": zero}
-                    yield resolve(replaced(job.config, **{f"parallel__{name}": value for name, value in changes.items()}))
+                    yield resolve_config(
+                        override(job.config, **{f"parallel__{name}": value for name, value in changes.items()})
+                    )
 
 
 def _choices(stated: Mapping[str, Any], name: str, choices: Sequence[Any]) -> Sequence[Any]:
@@ -158,9 +160,9 @@ def _choices(stated: Mapping[str, Any], name: str, choices: Sequence[Any]) -> Se
 
 def _candidate(job: Job, config: Config, ranks: int) -> Candidate:
     """Raises ConfigError where it cannot be, or has no room."""
-    validate(config)
-    shape = mesh_shape(config, ranks)
-    cut = cut_by_cost(config, job.vocab_size)
+    check_config(config)
+    shape = resolve_mesh_shape(config, ranks)
+    cut = partition_by_cost(config, job.vocab_size)
     setting = Setting(config, job.vocab_size, job.machine, shape, job.on_a_node(ranks), cut)
     memory = max((_memory(setting, rank) for rank in _fullest(shape)), key=lambda parts: sum(parts.values()))
     room = memory_of_rank(job.machine, setting.ranks_per_node)
@@ -217,7 +219,7 @@ def flags(candidate: Candidate) -> str:
 def adopted(config: Config, candidate: Candidate) -> Config:
     """The config in that layout."""
     parallel = candidate.config.parallel
-    return replaced(
+    return override(
         config, parallel__auto="", parallel__pipeline=parallel.pipeline, parallel__schedule=parallel.schedule,
         parallel__chunks=parallel.chunks, parallel__zero=parallel.zero, train__recompute=candidate.config.train.recompute,
     )  # fmt: skip

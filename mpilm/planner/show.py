@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mpilm.config import microbatches
+from mpilm.config.schema import microbatch_count
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.flops import parameter_count
 from mpilm.planner.growth import growth
@@ -59,7 +59,7 @@ def _head(job: Job, ranks: int | None) -> list[str]:
     million = parameter_count(config.model, job.vocab_size) / 1e6
     lines = [
         f"{million:,.0f} million parameters, {config.train.global_batch} sequences of {config.model.context_length} tokens a "
-        f"step ({microbatches(config)} microbatches), {config.train.dtype}",
+        f"step ({microbatch_count(config)} microbatches), {config.train.dtype}",
         f"{machine.source}: {machine.processor}, {machine.device}, {machine.cores} cores and "
         f"{machine.memory_bytes / 2**30:.0f} GiB; measured {machine.made} with {machine.ranks_per_node} ranks a node"
         + (f" on {machine.nodes} nodes" if machine.nodes > 1 else ""),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.config import Config, replaced, to_dict
+from mpilm.config.schema import Config, override, to_dict
 from mpilm.engine.hardware import Hardware, software_versions
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.errors import ConfigError
@@ -20,9 +20,9 @@ from mpilm.mesh.mesh import Mesh
 from mpilm.model.loss import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.apply import make_autocast, prune_to_stage
-from mpilm.parallel.feasible import cut_by_cost
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import select_stage
+from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.partition import partition_layers
 from mpilm.planner.machine import Machine as Measured
 from mpilm.planner.machine import read
@@ -44,7 +44,7 @@ def choose_layout(config: Config, vocab_size: int, hardware: Hardware, world: Co
     choice = run_on_root(world, lambda: _plan_layout(config, vocab_size, hardware, world, ranks_per_node))
     settings, recompute, note = world.broadcast_json(choice)
     changes = {f"parallel__{name}": value for name, value in settings.items()}
-    return replaced(config, parallel__auto="", train__recompute=recompute, **changes), note
+    return override(config, parallel__auto="", train__recompute=recompute, **changes), note
 
 
 def _plan_layout(config: Config, vocab_size: int, hardware: Hardware, world: Comm, ranks_per_node: int) -> list[object]:
@@ -53,7 +53,7 @@ def _plan_layout(config: Config, vocab_size: int, hardware: Hardware, world: Com
         raise ConfigError("--parallel.auto plans for training full models: remove it or --model.lora-rank")
     profile = read(config.parallel.auto, "--parallel.auto")
     _check_same_machine(profile, hardware, world)
-    base = replaced(config, parallel__auto="")
+    base = override(config, parallel__auto="")
     found, rejected = search(Job(base, vocab_size, profile, ranks_per_node), world.size)
     if not found:
         raise ConfigError(f"--parallel.auto: no layout of {world.size} ranks works: {rejected[0].words}: {rejected[0].reason}")
@@ -84,7 +84,7 @@ def partition_model(config: Config, mesh: Mesh, vocab_size: int, device: torch.d
     """
     parallel = config.parallel
     if parallel.balance == "cost" or parallel.cut or parallel.pipeline == 1:
-        return run_on_all_ranks(mesh.world, lambda: cut_by_cost(config, vocab_size))
+        return run_on_all_ranks(mesh.world, lambda: partition_by_cost(config, vocab_size))
     own_s = [_time_part(config, vocab_size, device, part, mesh.world) for part in range(3)]
     everyone = mesh.world.all_gather_json(own_s)
     embed_s, block_s, head_s = (statistics.median(part) for part in zip(*everyone))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
-from mpilm.config import Config, Model
+from mpilm.config.schema import Config, ModelConfig
 from mpilm.data.chat import Conversations, read_conversations, refuse_nothing
 from mpilm.data.corpus import Corpus, open_corpora
 from mpilm.data.encode import Progress
@@ -121,7 +121,7 @@ def _fitting(config: Config, tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def refuse_more_ids(tokenizer: Tokenizer, model: Model) -> None:
+def refuse_more_ids(tokenizer: Tokenizer, model: ModelConfig) -> None:
     """Raise ConfigError where the embedding has fewer rows than the tokenizer has ids."""
     rows = model.vocab_size
     if rows and tokenizer.vocab_size > rows:

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 import torch
 
-from mpilm.checkpoint.assemble import IN_FLIGHT
 from mpilm.checkpoint.format import BLOCK_BYTES
+from mpilm.checkpoint.save import BLOCKS_IN_FLIGHT
 from mpilm.errors import OutOfMemoryError
 from mpilm.formatting import format_mebibytes
 from mpilm.planner.memory import COMPILER_BYTES, FIRST_STEP_BYTES, copied_bytes, step_bytes
 from mpilm.trainer.run import Run
 
-SAVING_BYTES = (IN_FLIGHT + 1) * BLOCK_BYTES
+SAVING_BYTES = (BLOCKS_IN_FLIGHT + 1) * BLOCK_BYTES
 
 
 def predict_memory(run: Run) -> dict[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpilm.comm.progress import Progress
-from mpilm.config import Config
+from mpilm.config.schema import Config
 from mpilm.data.batch import Batches
 from mpilm.engine.hardware import Hardware
 from mpilm.engine.train_model import TrainModel

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpilm.config import Config
+from mpilm.config.schema import Config
 from mpilm.engine.step import MicrobatchSource
 from mpilm.model.families import build_model, initial_std
 from mpilm.model.init import initial_value

@@ -12,8 +12,8 @@ import pytest
 from helpers import LAUNCHER, OPEN_MPI
 from training_jobs import ROOT, SMALL, command, finished, logged_step, outcome
 
-from mpilm.checkpoint.format import checkpoints
-from mpilm.checkpoint.verify import verify
+from mpilm.checkpoint.format import list_checkpoints
+from mpilm.checkpoint.verify import verify_checkpoint
 
 HERE = ROOT / "scripts" / "slurm-here"
 STEPS = 1500
@@ -171,8 +171,8 @@ def test_a_job_that_is_cancelled_saves_and_stays_away(cluster, tmp_path, data):
     cluster.ask("scancel", job)
     state = cluster.ended(job)
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), cluster.log(job)
-    (saved,) = checkpoints(run / "checkpoints")
-    verify(saved)
+    (saved,) = list_checkpoints(run / "checkpoints")
+    verify_checkpoint(saved)
     assert "goes back" not in cluster.log(job)
 
 

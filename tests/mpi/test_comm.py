@@ -50,7 +50,7 @@ def test_staging_keeps_the_contract(staged: Staged, name: str) -> None:
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_tracing_changes_nothing(world: Comm, name: str) -> None:
-    traced = InstrumentedComm(world, check=True)
+    traced = InstrumentedComm(world, checks_calls=True)
     CONTRACT[name](traced)
     assert in_step(traced, name)
 

@@ -11,7 +11,7 @@ from runs import joined, newest_tensors, on, run, serial, small
 from text import tiny, write_tokens
 
 from mpilm.comm.base import Comm, SelfComm
-from mpilm.config import Config
+from mpilm.config.schema import Config
 from mpilm.launch.run import launcher_world_size
 from mpilm.model.flops import parameter_count
 from mpilm.parallel.pipeline.schedules import SCHEDULES
@@ -37,7 +37,7 @@ def cases() -> Iterator[Any]:
                     "model__tie_embeddings": number % 2 == 0,
                     "train__global_batch": 2 * SIZE - (pipeline < SIZE and number % 3 == 0),  # uneven: a replica has one fewer
                     "train__recompute": ("none", "attention", "block")[number % 7 % 3],
-                    "parallel__reduce": "sent" if number % 3 == 1 else "shared",
+                    "parallel__reduce": "messages" if number % 3 == 1 else "shared-memory",
                 }
                 yield pytest.param(on(pipeline, schedule, zero), changes, id=f"{pipeline} stages, {schedule}, ZeRO-{zero}")
                 number += 1

@@ -8,7 +8,7 @@ from runs import on, small
 
 from mpilm.comm.threads import run_ranks
 from mpilm.mesh.mesh import Mesh
-from mpilm.parallel.feasible import mesh_shape
+from mpilm.parallel.layout_check import resolve_mesh_shape
 from mpilm.trainer import auto_layout as balance
 
 CPU = torch.device("cpu")
@@ -16,7 +16,9 @@ V = 61
 
 
 def cuts(size, config):
-    return run_ranks(size, lambda comm: balance.partition_model(config, Mesh.build(mesh_shape(config, size), comm), V, CPU))
+    return run_ranks(
+        size, lambda comm: balance.partition_model(config, Mesh.build(resolve_mesh_shape(config, size), comm), V, CPU)
+    )
 
 
 def cut_of(size, seconds, **changes):

@@ -8,11 +8,12 @@ import torch
 from runs import differing, joined, newest_tensors, run_threads, sharded, small, stopped, trained
 from text import tiny, write_tokens
 
-from mpilm.checkpoint.format import checkpoints, step_of
+from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.threads import run_ranks
-from mpilm.config import mathematics, microbatches, replaced, resolve
+from mpilm.config.check import check_config
+from mpilm.config.schema import microbatch_count, override, resolve_config, result_settings
 from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.step import train_step
 from mpilm.errors import ConfigError
@@ -21,7 +22,6 @@ from mpilm.parallel.layout import ParamLayout
 from mpilm.parallel.reduce.diloco import OUTER_BETA, OUTER_LR, OUTER_MOMENTUM, DiLoCo
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
 from mpilm.trainer import build, loop
-from mpilm.validation import validate
 from mpilm.verification.layouts import RandomTokens
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_what_is_left_out_comes_later(size):
 def test_thin_matrices_are_fewer_bytes():
     def body(comm, rank):
         traced = InstrumentedComm(comm)
-        config = small(model__d_model=64, parallel__compress=rank, parallel__reduce="sent")
+        config = small(model__d_model=64, parallel__powersgd_rank=rank, parallel__reduce="messages")
         model = sharded(config, traced)
         train_step(model, RandomTokens(config), 0)
         return sum(model.data.sent_bytes.values())
@@ -152,12 +152,12 @@ def test_between_meetings_each_replica_is_a_run_of_its_own(pipeline):
         def target_tokens(self, step):
             return self.inner.target_tokens(step) // 2
 
-    each = microbatches(config) // 2
-    alone = replaced(config, parallel__sync_every=0, parallel__pipeline=1, train__global_batch=each * config.train.micro_batch)
+    each = microbatch_count(config) // 2
+    alone = override(config, parallel__sync_every=0, parallel__pipeline=1, train__global_batch=each * config.train.micro_batch)
 
     def serial(r):
         def one(comm):
-            model = sharded(resolve(alone), comm)
+            model = sharded(resolve_config(alone), comm)
             for step in range(2):
                 train_step(model, Half(r, each), step)
             return {"value": model.owned_slices()}
@@ -226,11 +226,11 @@ def test_a_run_that_was_together_goes_on_apart_and_the_other_way(tmp_path):
     run_ranks(2, lambda comm: loop.train(tiny(tokens, tmp_path / "run", train__steps=6, **settings), comm))
 
 
-@pytest.mark.parametrize("key", ["parallel__compress", "parallel__sync_every"])
+@pytest.mark.parametrize("key", ["parallel__powersgd_rank", "parallel__sync_every"])
 def test_another_result_is_another_run(tmp_path, key):
     """The folder that a run finds for itself is another one, and a resume with another value is refused."""
-    assert mathematics(small()) != mathematics(small(checkpoint__every=0, run__eval_every=0, **{key: 4}))
-    assert mathematics(small()) == mathematics(small(parallel__wire_dtype="bfloat16", parallel__zero=1))
+    assert result_settings(small()) != result_settings(small(checkpoint__every=0, run__eval_every=0, **{key: 4}))
+    assert result_settings(small()) == result_settings(small(parallel__wire_dtype="bfloat16", parallel__zero=1))
     tokens = write_tokens(tmp_path)
     trained(tiny(tokens, tmp_path / "run", train__steps=2), 1)
     changed = tiny(tokens, tmp_path / "run", train__steps=4, checkpoint__every=0, run__eval_every=0, **{key: 4})
@@ -256,10 +256,10 @@ class Poisoned:
 @pytest.mark.parametrize(
     ("size", "changes"),
     [
-        (2, {"parallel__wire_dtype": "bfloat16", "parallel__reduce": "sent"}),
+        (2, {"parallel__wire_dtype": "bfloat16", "parallel__reduce": "messages"}),
         (2, {"parallel__wire_dtype": "bfloat16", "parallel__zero": 2}),
-        (2, {"parallel__compress": 2}),
-        (3, {"parallel__compress": 2, "parallel__pipeline": 1}),
+        (2, {"parallel__powersgd_rank": 2}),
+        (3, {"parallel__powersgd_rank": 2, "parallel__pipeline": 1}),
     ],
 )
 def test_a_step_that_is_left_out_spoils_none_that_come(size, changes):
@@ -299,8 +299,8 @@ def test_a_run_that_is_stopped_apart_meets_first(tmp_path):
 
     with mock.patch.object(loop, "train_step", step_and_ask), pytest.raises(CollectiveError, match="stopped after step"):
         run_ranks(2, lambda comm: loop.train(config, comm))
-    (folder,) = checkpoints(tmp_path / "run" / "checkpoints")
-    assert step_of(folder) < 25
+    (folder,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoint_step(folder) < 25
 
 
 def test_the_inner_moments_of_a_checkpoint_are_one_replicas(tmp_path):
@@ -311,7 +311,7 @@ def test_the_inner_moments_of_a_checkpoint_are_one_replicas(tmp_path):
 
 
 def test_ranks_with_unequal_threads_cannot_compress(tmp_path):
-    config = tiny(write_tokens(tmp_path), tmp_path / "run", parallel__compress=2)
+    config = tiny(write_tokens(tmp_path), tmp_path / "run", parallel__powersgd_rank=2)
 
     def look_unequal(train, world):
         return replace(detect_hardware(train, world), threads=1 + world.rank)
@@ -324,7 +324,7 @@ def test_ranks_with_unequal_threads_cannot_compress(tmp_path):
 
 
 def test_where_nothing_is_worth_compressing_all_travels_whole():
-    config = small(parallel__compress=500)
+    config = small(parallel__powersgd_rank=500)
     left, same = run_threads(2, config), run_threads(2, small(train__reproducible=False))
     assert left[0] == pytest.approx(same[0], rel=1e-5)
 
@@ -332,10 +332,13 @@ def test_where_nothing_is_worth_compressing_all_travels_whole():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parallel__compress": 4, "parallel__zero": 2}, "--parallel.compress 4 goes with --parallel.zero 0 or 1, not 2"),
-        ({"parallel__compress": 4, "parallel__wire_dtype": "bfloat16"}, "--parallel.compress 4 sends float32"),
-        ({"parallel__compress": 4, "parallel__sync_every": 20}, "between meetings no gradient travels; write one"),
-        ({"parallel__compress": -1}, "--parallel.compress must not be negative"),
+        (
+            {"parallel__powersgd_rank": 4, "parallel__zero": 2},
+            "--parallel.powersgd-rank 4 goes with --parallel.zero 0 or 1, not 2",
+        ),
+        ({"parallel__powersgd_rank": 4, "parallel__wire_dtype": "bfloat16"}, "--parallel.powersgd-rank 4 sends float32"),
+        ({"parallel__powersgd_rank": 4, "parallel__sync_every": 20}, "between meetings no gradient travels; write one"),
+        ({"parallel__powersgd_rank": -1}, "--parallel.powersgd-rank must not be negative"),
         ({"parallel__sync_every": 20, "parallel__zero": 1}, "--parallel.sync-every 20 goes with --parallel.zero 0, not 1"),
         (
             {"parallel__sync_every": 30},
@@ -350,4 +353,4 @@ def test_where_nothing_is_worth_compressing_all_travels_whole():
 )
 def test_what_does_not_go_together(changes, message):
     with pytest.raises(ConfigError, match=message):
-        validate(replaced(tiny("", ""), **{"checkpoint__every": 100, "run__eval_every": 60, **changes}))
+        check_config(override(tiny("", ""), **{"checkpoint__every": 100, "run__eval_every": 60, **changes}))

@@ -16,7 +16,7 @@ import mpilm.data.sources as sources
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Data
+from mpilm.config.schema import DataConfig
 from mpilm.data.corpus import open_corpus
 from mpilm.data.indexed import with_ending
 from mpilm.data.prepare import prepare, survey
@@ -44,7 +44,7 @@ def text(tmp_path):
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text(content)
     (folder / "h.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("first\n", LONG, "other", "")))
-    return Data(path=(str(folder),), tokenizer="bytes")
+    return DataConfig(path=(str(folder),), tokenizer="bytes")
 
 
 def files(folder):
@@ -181,7 +181,7 @@ def test_nothing_is_overwritten(tmp_path, text, ending):
 
 def test_what_holds_no_text_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": ""}\n')
-    error = refusal(2, lambda comm: prepare(Data(path=(str(tmp_path),)), tmp_path / "o", comm))
+    error = refusal(2, lambda comm: prepare(DataConfig(path=(str(tmp_path),)), tmp_path / "o", comm))
     assert isinstance(error, DataError)
     assert "holds no text" in str(error)
 
@@ -206,11 +206,11 @@ def test_the_fingerprint_is_of_content(tmp_path, text):
     moved = replace(text, path=(str(Path(text.source).rename(tmp_path / "moved")),))
     assert open_corpus(moved, SelfComm()).fingerprint == one.fingerprint
     prepare(moved, tmp_path / "x", SelfComm())
-    assert open_corpus(Data(path=(str(tmp_path / "x.bin"),)), SelfComm()).fingerprint == one.fingerprint
+    assert open_corpus(DataConfig(path=(str(tmp_path / "x.bin"),)), SelfComm()).fingerprint == one.fingerprint
     for ending in (".json", ".tokenizer.json"):
         os.remove(tmp_path / f"x{ending}")
-    bare = [open_corpus(Data(path=(str(tmp_path / "x"),), tokenizer="bytes"), SelfComm())]
-    bare += run_ranks(2, lambda comm: open_corpus(Data(path=(str(tmp_path / "x.idx"),), tokenizer="bytes"), comm))
+    bare = [open_corpus(DataConfig(path=(str(tmp_path / "x"),), tokenizer="bytes"), SelfComm())]
+    bare += run_ranks(2, lambda comm: open_corpus(DataConfig(path=(str(tmp_path / "x.idx"),), tokenizer="bytes"), comm))
     assert {c.fingerprint for c in bare} == {one.fingerprint}
     assert bare[0].documents == 9
     assert open_corpus(replace(moved, tokenizer="bpe:300"), SelfComm()).fingerprint != one.fingerprint
@@ -230,12 +230,12 @@ def test_two_jobs_at_once_end_with_the_same_corpus(text):
 
 def test_tokenizers_that_disagree_are_refused(tmp_path, text):
     prepare(text, tmp_path / "x", SelfComm())
-    open_corpus(Data(path=(str(tmp_path / "x.bin"),), tokenizer="bytes"), SelfComm())
-    error = refusal(2, lambda comm: open_corpus(Data(path=(str(tmp_path / "x.bin"),), tokenizer="bpe:300"), comm))
+    open_corpus(DataConfig(path=(str(tmp_path / "x.bin"),), tokenizer="bytes"), SelfComm())
+    error = refusal(2, lambda comm: open_corpus(DataConfig(path=(str(tmp_path / "x.bin"),), tokenizer="bpe:300"), comm))
     assert isinstance(error, ConfigError)
     assert "--data.tokenizer bpe:300" in str(error)
     os.remove(tmp_path / "x.json")
-    error = refusal(2, lambda comm: open_corpus(Data(path=(str(tmp_path / "x.bin"),)), comm))
+    error = refusal(2, lambda comm: open_corpus(DataConfig(path=(str(tmp_path / "x.bin"),)), comm))
     assert isinstance(error, ConfigError)
     assert "name the tokenizer.json" in str(error)
 
@@ -255,13 +255,13 @@ def test_a_tokens_file_that_lost_its_end_is_refused(tmp_path, text):
     prepare(text, tmp_path / "x", SelfComm())
     with open(tmp_path / "x.bin", "r+b") as file:
         file.truncate(10)
-    error = refusal(2, lambda comm: open_corpus(Data(path=(str(tmp_path / "x"),)), comm))
+    error = refusal(2, lambda comm: open_corpus(DataConfig(path=(str(tmp_path / "x"),)), comm))
     assert isinstance(error, DataError)
     assert "has 10 bytes" in str(error)
 
 
 def test_special_tokens_in_text_are_text(tmp_path):
     (tmp_path / "x.txt").write_text(f"a{EOS}b")
-    corpus = open_corpus(Data(path=(str(tmp_path / "x.txt"),), tokenizer="bpe:300"), SelfComm())
+    corpus = open_corpus(DataConfig(path=(str(tmp_path / "x.txt"),), tokenizer="bpe:300"), SelfComm())
     assert (corpus.tokens == corpus.tokenizer.eos).sum() == 1
     assert corpus.tokens[-1] == corpus.tokenizer.eos

@@ -9,7 +9,7 @@ from runs import FAMILIES, differing, evaluated, on, run_threads, serial, sharde
 from text import tiny, write_tokens
 
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Generate
+from mpilm.config.schema import GenerateConfig
 from mpilm.engine.step import train_step
 from mpilm.inference.generate import generate
 from mpilm.model.flops import parameter_count
@@ -46,7 +46,7 @@ def cases():
                 "model__dropout": 0.0 if number % 5 == 0 else 0.1,
                 "train__global_batch": microbatches - (data > 1 and number % 3 == 0),  # uneven: some replicas have one fewer
                 "train__recompute": ("none", "attention", "block")[number % 7 % 3],
-                "parallel__reduce": "sent" if number % 3 == 1 else "shared",
+                "parallel__reduce": "messages" if number % 3 == 1 else "shared-memory",
                 "train__dtype": "bfloat16" if number % 11 == 3 else "float32",
             }
             said = f"{size} ranks, {pipeline} stages, {name}, ZeRO-{zero}"
@@ -101,7 +101,7 @@ def jobs(draw):
         train__recompute=draw(st.sampled_from(["none", "attention", "block"])),
         train__dtype=draw(st.sampled_from(["float32", "float32", "bfloat16"])),
         train__optimizer=draw(st.sampled_from(list(OPTIMIZERS))),
-        parallel__reduce=draw(st.sampled_from(["shared", "sent"])),
+        parallel__reduce=draw(st.sampled_from(["shared-memory", "messages"])),
     )
     return size, config, draw(st.sampled_from([64, 1024, BUCKET]))
 
@@ -181,7 +181,7 @@ def test_a_model_in_training_writes_the_same_on_all_ranks(size, layout, tie):
     def written(comm, config):
         model = sharded(config, comm)
         train_step(model, RandomTokens(config), 0)
-        return generate(model, {0: [1, 2, 3]}, Generate(max_tokens=9, temperature=1.0), stop=-1)
+        return generate(model, {0: [1, 2, 3]}, GenerateConfig(max_tokens=9, temperature=1.0), stop=-1)
 
     config = small(**layout, model__tie_embeddings=tie)
     (expected,) = run_ranks(1, lambda comm: written(comm, serial(config)))
@@ -299,7 +299,7 @@ def test_zero_3_lets_parameters_go_and_holds_two_units_at_most(size, layout, rec
         assert whole_bytes(model) == 0
         train_step(model, RandomTokens(config), 0)
         evaluated(model, 1)
-        generate(model, {0: [1, 2, 3]}, Generate(max_tokens=2), stop=-1)
+        generate(model, {0: [1, 2, 3]}, GenerateConfig(max_tokens=2), stop=-1)
         assert gone
         assert not any(gone)
         assert max(seen) <= max(stage.parameters.memory_bytes for stage in model.stages.values())

@@ -10,7 +10,8 @@ from text import tiny, write_tokens
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Train, replaced, resolve
+from mpilm.config.check import check_config
+from mpilm.config.schema import TrainConfig, override, resolve_config
 from mpilm.engine.hardware import detect_hardware, software_versions
 from mpilm.mesh.shape import MeshShape
 from mpilm.planner.cost import Setting, step_time
@@ -18,7 +19,6 @@ from mpilm.planner.machine import read, write
 from mpilm.planner.memory import memory_bytes
 from mpilm.trainer.auto_layout import choose_layout
 from mpilm.trainer.calibration import bench, calibrate, compute, network
-from mpilm.validation import validate
 from mpilm.verification.layouts import VOCAB_SIZE
 
 WIDE = {"model__d_model": 128, "model__n_layers": 4, "train__global_batch": 16}
@@ -29,12 +29,12 @@ WIDE = {"model__d_model": 128, "model__n_layers": 4, "train__global_batch": 16}
     ("size", "layout"),
     [
         (1, on()), (2, on()), (3, on()), (4, on(zero=1)), (4, on(zero=2)), (3, on(zero=2)), (4, on(zero=3)), (2, on(2)),
-        (4, on(2, "interleaved", 1)), (4, on(2, zero=3)), (8, on(4, zero=2)), (4, on(zero=0, reduce="sent")),
-        (3, on(zero=0, reduce="sent")),
+        (4, on(2, "interleaved", 1)), (4, on(2, zero=3)), (8, on(4, zero=2)), (4, on(zero=0, reduce="messages")),
+        (3, on(zero=0, reduce="messages")),
     ],
 )  # fmt: skip
 def test_what_a_rank_holds_is_what_was_said(size, layout, changes):
-    wrong, _ = wrongly_said(resolve(small(**WIDE, **layout, **changes)), size, size)
+    wrong, _ = wrongly_said(resolve_config(small(**WIDE, **layout, **changes)), size, size)
     assert wrong == []
 
 
@@ -44,7 +44,9 @@ def test_what_a_rank_holds_is_what_was_said(size, layout, changes):
     ("size", "ranks_per_node", "batch"), [(4, 2, 16), (4, 2, 12), (6, 2, 16), (6, 3, 11), (8, 4, 16), (4, 1, 16), (3, 1, 11)]
 )
 def test_what_goes_between_nodes_is_counted(size, ranks_per_node, batch, zero, wire):
-    config = resolve(small(**WIDE | {"train__global_batch": batch}, **on(zero=zero, reduce="shared", wire_dtype=wire)))
+    config = resolve_config(
+        small(**WIDE | {"train__global_batch": batch}, **on(zero=zero, reduce="shared-memory", wire_dtype=wire))
+    )
     wrong, most = wrongly_said(config, size, ranks_per_node)
     assert wrong == []
     assert most > 500_000
@@ -101,7 +103,7 @@ def test_a_machine_is_measured_written_and_read(size, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())  # what was written to try the disk is gone
     write(tmp_path / "machine.json", measured)
     again = read(str(tmp_path / "machine.json"))
-    config = resolve(small(**WIDE))
+    config = resolve_config(small(**WIDE))
     shape = MeshShape(data=size)
     said = [step_time(Setting(config, 64, each, shape, size, (4,))).total_s for each in (measured, again)]
     assert said[0] == pytest.approx(said[1], rel=1e-3)
@@ -116,10 +118,10 @@ def here(**changes):
 
 def chosen(tmp_path, size, measured, config=None):
     write(tmp_path / "machine.json", measured)
-    config = replaced(config or resolve(small(**WIDE)), parallel__auto=str(tmp_path / "machine.json"))
+    config = override(config or resolve_config(small(**WIDE)), parallel__auto=str(tmp_path / "machine.json"))
 
     def body(comm):
-        used = detect_hardware(Train(threads=1, device="cpu"), comm)
+        used = detect_hardware(TrainConfig(threads=1, device="cpu"), comm)
         return choose_layout(config, VOCAB_SIZE, used, comm)
 
     return run_ranks(size, body)
@@ -156,14 +158,14 @@ def test_a_machine_that_is_not_this_one_is_refused(tmp_path, changes, message):
 def test_what_is_chosen_is_what_may_be(tmp_path):
     """With replicas that train by themselves there is no ZeRO, however much faster it would be."""
     dear = replace(here().memory[0], adamw=((1.0, 1e-3),))
-    config = resolve(small(**WIDE, checkpoint__every=0, run__eval_every=0))
+    config = resolve_config(small(**WIDE, checkpoint__every=0, run__eval_every=0))
     ((plain, _), *_) = chosen(tmp_path, 4, here(memory=(dear,)), config)
     assert plain.parallel.zero > 0
-    for changes in ({"parallel__sync_every": 4}, {"parallel__compress": 2}):
-        ((found, _), *_) = chosen(tmp_path, 4, here(memory=(dear,)), replaced(config, **changes))
-        validate(found)
+    for changes in ({"parallel__sync_every": 4}, {"parallel__powersgd_rank": 2}):
+        ((found, _), *_) = chosen(tmp_path, 4, here(memory=(dear,)), override(config, **changes))
+        check_config(found)
     with pytest.raises(CollectiveError, match="leave it or --model"):
-        chosen(tmp_path, 2, here(), replaced(config, model__lora_rank=2))
+        chosen(tmp_path, 2, here(), override(config, model__lora_rank=2))
 
 
 def test_nodes_with_unequal_numbers_of_ranks_are_not_measured(tmp_path, monkeypatch):

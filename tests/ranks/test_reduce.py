@@ -311,6 +311,8 @@ def test_the_faster_way_is_found_and_known_to_all(zero, monkeypatch):
     found = run_ranks(4, lambda comm: way.fastest_method(comm, 5000, zero == 0, "float32"), ranks_per_node=2)
     assert all(theirs == found[0] for theirs in found)
     chosen, tried = found[0]
-    assert set(tried) == {"shared", "sent"}
+    assert set(tried) == {"shared-memory", "messages"}
     assert tried[chosen] == min(tried.values()) > 0
-    assert run_ranks(3, lambda comm: way.fastest_method(comm, 5000, True, "float32"), ranks_per_node=1) == [("sent", {})] * 3
+    assert (
+        run_ranks(3, lambda comm: way.fastest_method(comm, 5000, True, "float32"), ranks_per_node=1) == [("messages", {})] * 3
+    )

@@ -7,14 +7,14 @@ import pytest
 from runs import on
 from text import TINY, tiny, write_tokens
 
-from mpilm.checkpoint.format import folder_name
+from mpilm.checkpoint.format import checkpoint_name
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.config import replaced, resolve
+from mpilm.config.parse import merge_settings, read_toml
+from mpilm.config.schema import override, resolve_config
 from mpilm.data.corpus import open_corpus
 from mpilm.errors import ConfigError, DataError, FileError
-from mpilm.settings import merge, read_toml
 from mpilm.trainer.loop import train
 from mpilm.trainer.run_folder import open_run_folder
 
@@ -36,7 +36,7 @@ def stored(tmp_path_factory):
 def run(stored, tmp_path):
     """A copy of that run, and its config."""
     shutil.copytree(stored.run.dir, tmp_path / "run")
-    return replaced(stored, run__dir=str(tmp_path / "run"))
+    return override(stored, run__dir=str(tmp_path / "run"))
 
 
 def look(config, content, present, comm):
@@ -71,24 +71,24 @@ def refused(config, kind=ConfigError, content=None):
 
 
 def test_a_new_folder_holds_the_resolved_settings(tmp_path):
-    config = resolve(replaced(TINY, run__dir=str(tmp_path / "a" / "b")))
+    config = resolve_config(override(TINY, run__dir=str(tmp_path / "a" / "b")))
     found = look(config, CONTENT, HERE, ONE)
     assert (found.path, found.checkpoint, found.step, found.notes) == (tmp_path / "a" / "b", None, 0, ())
     written = tmp_path / "a" / "b" / "config.toml"
-    assert merge(TINY, read_toml(str(written)), str(written)) == config
+    assert merge_settings(TINY, read_toml(str(written)), str(written)) == config
     assert config.model.d_ff > 0
     assert look(config, CONTENT, HERE, ONE) == found  # a run killed before its first checkpoint starts again
 
 
 def test_goes_on_from_the_newest(run):
     found = opened(run)
-    assert (found.step, found.checkpoint) == (4, Path(run.run.dir) / "checkpoints" / folder_name(4))
+    assert (found.step, found.checkpoint) == (4, Path(run.run.dir) / "checkpoints" / checkpoint_name(4))
 
 
 def test_every_rank_hears_the_same(run):
     found = run_ranks(3, lambda comm: look(run, content_of(run), HERE, comm))
     assert [f.step for f in found] == [4, 4, 4]
-    changed = replaced(run, train__seed=5)
+    changed = override(run, train__seed=5)
 
     def body(comm):
         with pytest.raises(CollectiveError, match=r"train\.seed: was 0, now 5"):
@@ -98,27 +98,27 @@ def test_every_rank_hears_the_same(run):
 
 
 def test_every_changed_setting_is_named(run):
-    said = refused(replaced(run, train__lr=0.5, train__global_batch=32, model__dropout=0.2, run__log_every=9))
+    said = refused(override(run, train__lr=0.5, train__global_batch=32, model__dropout=0.2, run__log_every=9))
     for row in ("train.lr: was 0.003, now 0.5", "train.global_batch: was 16, now 32", "model.dropout: was 0.1, now 0.2"):
         assert f"\n  {row}\n" in said
-    assert folder_name(4) in said
+    assert checkpoint_name(4) in said
     assert "log_every" not in said
 
 
 def test_a_change_can_be_allowed(run):
-    changed = replaced(run, train__lr=0.5, train__seed=3)
+    changed = override(run, train__lr=0.5, train__seed=3)
     assert "--checkpoint.allow-change train.seed train.lr" in refused(changed).replace(
         "train.lr train.seed", "train.seed train.lr"
     )
-    assert "train.seed" in refused(replaced(changed, checkpoint__allow_change=("train.lr",)))
-    assert opened(replaced(changed, checkpoint__allow_change=("train.lr", "train.seed"))).step == 4
+    assert "train.seed" in refused(override(changed, checkpoint__allow_change=("train.lr",)))
+    assert opened(override(changed, checkpoint__allow_change=("train.lr", "train.seed"))).step == 4
 
 
 def test_what_the_result_does_not_depend_on_may_change(run):
-    changed = replaced(run, train__steps=9, train__threads=2, run__eval_every=1, checkpoint__keep=9, generate__seed=4)
+    changed = override(run, train__steps=9, train__threads=2, run__eval_every=1, checkpoint__keep=9, generate__seed=4)
     assert opened(changed).step == 4
     layout = on(2, "zero-bubble", 3, cut=(1, 1), balance="measured")
-    assert opened(replaced(run, **layout, train__recompute="block")).step == 4
+    assert opened(override(run, **layout, train__recompute="block")).step == 4
 
 
 @pytest.mark.parametrize("key", ["data.path", "data.tokenizer"])
@@ -126,65 +126,65 @@ def test_another_corpus_is_refused_by_content(run, key):
     other = {**content_of(run), key: "f" * 64}
     assert f"{key}: was content" in refused(run, content=other)
     assert "now content ffffffffffff" in refused(run, content=other)
-    moved = replaced(run, data__path=("/somewhere/else",))
+    moved = override(run, data__path=("/somewhere/else",))
     assert opened(moved, content_of(run)).step == 4
 
 
 def test_a_run_without_checkpoints_is_compared_too(tmp_path):
-    config = resolve(replaced(TINY, run__dir=str(tmp_path / "run")))
+    config = resolve_config(override(TINY, run__dir=str(tmp_path / "run")))
     look(config, CONTENT, HERE, ONE)
-    assert "train.lr: was 0.003, now 0.004" in refused(replaced(config, train__lr=0.004), content=CONTENT)
+    assert "train.lr: was 0.003, now 0.004" in refused(override(config, train__lr=0.004), content=CONTENT)
 
 
 def test_folders_of_others_are_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    config = resolve(replaced(TINY, run__dir=str(tmp_path / "mine")))
+    config = resolve_config(override(TINY, run__dir=str(tmp_path / "mine")))
     assert "exists and is not a run folder" in refused(config, content=CONTENT)
     assert "exists and is not a run folder" in refused(
-        replaced(config, run__dir=str(tmp_path / "mine" / "thesis.tex")), content=CONTENT
+        override(config, run__dir=str(tmp_path / "mine" / "thesis.tex")), content=CONTENT
     )
 
 
 def test_an_empty_folder_is_taken(tmp_path):
-    config = resolve(replaced(TINY, run__dir=str(tmp_path)))
+    config = resolve_config(override(TINY, run__dir=str(tmp_path)))
     assert look(config, CONTENT, HERE, ONE).step == 0
 
 
 def test_never_does_not_touch_a_run(run):
-    assert "holds a run, and --checkpoint.resume is never" in refused(replaced(run, checkpoint__resume="never"))
+    assert "holds a run, and --checkpoint.resume is never" in refused(override(run, checkpoint__resume="never"))
 
 
 def test_automatic_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = resolve(TINY)
+    config = resolve_config(TINY)
     first = look(config, CONTENT, HERE, ONE).path
     assert first.parent == Path("runs")
     assert look(config, CONTENT, HERE, ONE).path == first
     for same in ({"run__log_every": 7}, on(2, "gpipe", 1)):
-        assert look(replaced(config, **same), CONTENT, HERE, ONE).path == first
-    assert look(replaced(config, train__seed=7), CONTENT, HERE, ONE).path != first
-    fresh = replaced(config, checkpoint__resume="never")
+        assert look(override(config, **same), CONTENT, HERE, ONE).path == first
+    assert look(override(config, train__seed=7), CONTENT, HERE, ONE).path != first
+    fresh = override(config, checkpoint__resume="never")
     assert look(fresh, CONTENT, HERE, ONE).path == Path(f"{first}-2")
     assert look(fresh, CONTENT, HERE, ONE).path == Path(f"{first}-3")
 
 
 def test_steps_below_the_checkpoint(run):
-    assert "is at step 4, past --train.steps 3; ask for more steps" in refused(replaced(run, train__steps=3))
+    assert "is at step 4, past --train.steps 3; ask for more steps" in refused(override(run, train__steps=3))
 
 
 @pytest.mark.parametrize("name", ["checkpoints/step-00000009", "nothing", "config.toml", "checkpoints"])
 def test_a_checkpoint_that_is_not_there(run, tmp_path, name):
     asked = Path(run.run.dir) / name
-    config = replaced(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(asked))
+    config = override(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(asked))
     assert refused(config, FileError).startswith(f"--checkpoint.resume {asked} is not a checkpoint folder")
 
 
 def test_a_checkpoint_asked_for_by_name(run, tmp_path):
-    older, newest = (Path(run.run.dir) / "checkpoints" / folder_name(step) for step in (2, 4))
-    assert opened(replaced(run, checkpoint__resume=str(newest))).step == 4
-    assert "already holds step-00000004" in refused(replaced(run, checkpoint__resume=str(older)))
-    assert opened(replaced(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(older))).step == 2
+    older, newest = (Path(run.run.dir) / "checkpoints" / checkpoint_name(step) for step in (2, 4))
+    assert opened(override(run, checkpoint__resume=str(newest))).step == 4
+    assert "already holds step-00000004" in refused(override(run, checkpoint__resume=str(older)))
+    assert opened(override(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(older))).step == 2
 
 
 def test_without_a_whole_checkpoint_nothing_starts_anew(run):
@@ -192,13 +192,13 @@ def test_without_a_whole_checkpoint_nothing_starts_anew(run):
         (folder / "config.json").unlink()
     said = refused(run, DataError)
     assert "no checkpoint in" in said
-    assert folder_name(2) in said
-    assert folder_name(4) in said
+    assert checkpoint_name(2) in said
+    assert checkpoint_name(4) in said
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
-    config = resolve(replaced(TINY, run__dir=str(tmp_path / "file" / "run")))
+    config = resolve_config(override(TINY, run__dir=str(tmp_path / "file" / "run")))
     assert "cannot be written" in refused(config, FileError, CONTENT)
 
 
@@ -213,7 +213,7 @@ def test_notes_on_what_may_change_the_last_bits(run):
 
 @pytest.mark.parametrize("damage", ["altered weights", "no manifest"])
 def test_a_broken_checkpoint_is_set_aside_and_written_again(run, damage):
-    newest = Path(run.run.dir, "checkpoints", folder_name(4))
+    newest = Path(run.run.dir, "checkpoints", checkpoint_name(4))
     whole = (newest / "model.safetensors").read_bytes()
     if damage == "no manifest":
         (newest / "manifest.json").unlink()
@@ -230,7 +230,7 @@ def test_a_broken_checkpoint_is_set_aside_and_written_again(run, damage):
 
 def test_the_same_job_submitted_again_goes_on(run, tmp_path):
     """Started from a checkpoint of another run, with the same words each time."""
-    began = Path(run.run.dir, "checkpoints", folder_name(2))
-    branch = replaced(run, run__dir=str(tmp_path / "branch"), checkpoint__resume=str(began), train__steps=3)
+    began = Path(run.run.dir, "checkpoints", checkpoint_name(2))
+    branch = override(run, run__dir=str(tmp_path / "branch"), checkpoint__resume=str(began), train__steps=3)
     run_ranks(1, lambda comm: train(branch, comm))
     assert opened(branch).step == 3

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_published
+from checkpoints import write_hf_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import FAMILIES, small, whole_model
@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Data
+from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
+from mpilm.config.schema import DataConfig
 from mpilm.data.prepare import prepare
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.inference.evaluate import EvaluateOptions, cut_windows, evaluate_model, group_windows
 from mpilm.model.init import initial_value
 from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer.loop import train
-from mpilm.usage import Compute, Folder, Stages, used
 
 T = 16
 ALL = EvaluateOptions(documents=False, held_out=False, context_length=0, run_dir="auto")
@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
             mean = 1.0 if name.endswith("norm.weight") else 0.0
             p.data.copy_(initial_value(2, name, tuple(p.shape), 0.1) + mean)
         made[family] = tmp_path_factory.mktemp(family)
-        write_published(made[family], model, shape, tokenizer.vocab_size)
+        write_hf_model(made[family], model, shape, tokenizer.vocab_size)
         (made[family] / "tokenizer.json").write_text(tokenizer.json)
     return made
 
@@ -57,8 +57,8 @@ def scored(folder, path, out, size=1, pipeline=1, micro_batch=3, **asked):
     import dataclasses
 
     def body(comm):
-        compute = dataclasses.replace(Compute(device="cpu", threads=1))
-        config = used(Folder(str(folder)), Stages(pipeline), compute, data=Data(path=(str(path),)))
+        compute = dataclasses.replace(InferenceCompute(device="cpu", threads=1))
+        config = to_config(ModelFolder(str(folder)), InferenceParallel(pipeline), compute, data=DataConfig(path=(str(path),)))
         config = dataclasses.replace(
             config, train=dataclasses.replace(config.train, micro_batch=micro_batch, global_batch=micro_batch)
         )
@@ -195,7 +195,9 @@ def test_the_held_out_part_of_a_run(tmp_path, family, prepared):
 
     def body(comm):
         asked = EvaluateOptions(documents=False, held_out=True, context_length=0, run_dir="auto")
-        evaluate_model(used(Folder(str(checkpoint)), Stages(), Compute(device="cpu", threads=1)), asked, comm)
+        evaluate_model(
+            to_config(ModelFolder(str(checkpoint)), InferenceParallel(), InferenceCompute(device="cpu", threads=1)), asked, comm
+        )
 
     run_ranks(2, body)
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -209,7 +211,7 @@ def test_the_held_out_part_of_a_run(tmp_path, family, prepared):
 
 
 def test_tokens_of_another_tokenizer_are_refused(folders, tmp_path):
-    prepare(Data(path=(str(write_text(tmp_path)),), tokenizer="bpe:257"), tmp_path / "tokens", SelfComm("world"))
+    prepare(DataConfig(path=(str(write_text(tmp_path)),), tokenizer="bpe:257"), tmp_path / "tokens", SelfComm("world"))
     with pytest.raises(CollectiveError, match="was made into tokens with another tokenizer than that of"):
         scored(folders["llama"], tmp_path / "tokens", tmp_path / "out")
 

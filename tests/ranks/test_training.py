@@ -16,18 +16,18 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_published
+from checkpoints import write_hf_model
 from runs import FAMILIES, differing, held, joined, on, stopped, tensors_of, trained, whole_batch, whole_model
 from text import tiny, write_tokens
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from mpilm.checkpoint.format import folder_name
-from mpilm.checkpoint.pretrained import shape_of
-from mpilm.checkpoint.save import save
+from mpilm.checkpoint.format import checkpoint_name
+from mpilm.checkpoint.pretrained import read_pretrained_config
+from mpilm.checkpoint.save import save_checkpoint
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Data, replaced
+from mpilm.config.schema import DataConfig, override
 from mpilm.data.batch import Batches
 from mpilm.data.prepare import prepare
 from mpilm.data.tokenizer import bytes_tokenizer
@@ -42,7 +42,7 @@ from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer import loop
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
-from mpilm.trainer.saver import state_of
+from mpilm.trainer.save_state import collect_state
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_it_is_the_plain_training_loop(tmp_path, data, family):
     config = tiny(data, tmp_path / "run", **changes, **FAMILIES[family])
     settings = config.train
     run = build_run(config, SelfComm())
-    write_published(tmp_path / "start", run.model.stages[0].model, config.model, run.model.vocab_size)
+    write_hf_model(tmp_path / "start", run.model.stages[0].model, config.model, run.model.vocab_size)
     auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
     reference = auto.from_pretrained(tmp_path / "start")
     matrices = [p for p in reference.parameters() if p.ndim >= 2]
@@ -135,8 +135,8 @@ def test_a_run_starts_from_a_folder(tmp_path, data, family, size, layout):
     model, _ = whole_model(config.model, 300, torch.device("cpu"))
     for p in model.parameters():
         p.data.normal_(0.0, 0.1)
-    write_published(tmp_path / "start", model, config.model, 300)
-    config = replaced(config, model__init_from=str(tmp_path / "start"))
+    write_hf_model(tmp_path / "start", model, config.model, 300)
+    config = override(config, model__init_from=str(tmp_path / "start"))
     run_ranks(size, lambda comm: train(config, comm))
     run = build_run(tiny(data, tmp_path / "other", **shape), SelfComm())
     batches = [run.batches.train(0, m) for m in range(8)]
@@ -145,7 +145,7 @@ def test_a_run_starts_from_a_folder(tmp_path, data, family, size, layout):
     row = next(row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("step") == 1)
     assert row["loss"] == pytest.approx(sum(losses) / run.batches.target_tokens(0), rel=1e-6)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
-    assert shape_of(checkpoint) == replace(config.model, init_from="")
+    assert read_pretrained_config(checkpoint) == replace(config.model, init_from="")
     auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
     assert auto.from_pretrained(checkpoint).config.vocab_size == 300
 
@@ -206,13 +206,13 @@ def test_a_step_that_is_not_finite_is_left_out_and_the_microbatch_named(tmp_path
         assert "microbatch 5: gradient of blocks.1.attn_norm.weight)" in rows[0]["why"]
         assert "microbatch 5" in capsys.readouterr().out
         names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-        assert names == [folder_name(step) for step in (1, 3, 4)]  # nothing is saved of a step that changed nothing
+        assert names == [checkpoint_name(step) for step in (1, 3, 4)]  # nothing is saved of a step that changed nothing
         for later in (3, 4):
-            shutil.rmtree(tmp_path / "run" / "checkpoints" / folder_name(later))
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / checkpoint_name(later))
         assert trained(tiny(data, tmp_path / "run", **asked), 1) == whole
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / folder_name(4))
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / checkpoint_name(4))
         assert trained(tiny(data, tmp_path / "run", **asked), 1) == whole
-        saved = json.loads((tmp_path / "run" / "checkpoints" / folder_name(4) / "trainer.json").read_text())
+        saved = json.loads((tmp_path / "run" / "checkpoints" / checkpoint_name(4) / "trainer.json").read_text())
         assert saved["skipped"] == [2]
     assert trained(tiny(data, tmp_path / "clean", **asked), 1) != whole
 
@@ -275,17 +275,17 @@ def test_a_loss_that_leaps_is_left_out(tmp_path, data, size, layout, way, capsys
         by_hand = build_run(tiny(data, tmp_path / "hand", **SPIKED), SelfComm())
         for step in kept:
             train_step(by_hand.model, by_hand.batches, step)
-        save(tmp_path / "hand", 30, state_of(by_hand, 30, None), SelfComm())
-        assert left == tensors_of(tmp_path / "hand" / folder_name(30))
+        save_checkpoint(tmp_path / "hand", 30, collect_state(by_hand, 30, None), SelfComm())
+        assert left == tensors_of(tmp_path / "hand" / checkpoint_name(30))
         said = capsys.readouterr().out
         assert re.search(r"step 26: loss \d\.\d+, gradient norm \d+\.\d+ \(a spike: above \d\.\d+\); ", said)
         assert ("steps 25 to 26 are left out" in said) == (way == "rewind")
-        folder = tmp_path / "run" / "checkpoints" / folder_name(30)
+        folder = tmp_path / "run" / "checkpoints" / checkpoint_name(30)
         saved = json.loads((folder / "trainer.json").read_text())
         assert saved["bad"] == [26, 28]
         assert saved["skipped"] == [step + 1 for step in range(30) if step not in kept]
         shutil.rmtree(folder)
-        assert trained(replaced(config, parallel__pipeline=1, parallel__zero=0), 1 if size > 1 else 3) == left
+        assert trained(override(config, parallel__pipeline=1, parallel__zero=0), 1 if size > 1 else 3) == left
         for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[3:]:
             shutil.rmtree(path)
         if way == "rewind":  # from 24, which knows nothing of what comes
@@ -296,9 +296,9 @@ def test_a_leap_is_what_the_setting_says(tmp_path, data):
     with nonsense(25, 27):
         config = tiny(data, tmp_path / "run", **SPIKED)
         ignored = trained(config, 1)
-        far = replaced(config, train__on_spike="skip", train__spike_factor=1e6, run__dir=str(tmp_path / "far"))
+        far = override(config, train__on_spike="skip", train__spike_factor=1e6, run__dir=str(tmp_path / "far"))
         assert trained(far, 1) == ignored
-        near = replaced(config, train__on_spike="skip", fault__max_bad_steps=1, run__dir=str(tmp_path / "near"))
+        near = override(config, train__on_spike="skip", fault__max_bad_steps=1, run__dir=str(tmp_path / "near"))
         with pytest.raises(CollectiveError, match=r"not finite, or spikes: 2, and --fault.max-bad-steps allows 1") as caught:
             trained(near, 1)
         assert isinstance(caught.value.error, NonFiniteError)
@@ -390,7 +390,7 @@ def test_going_on_is_as_if_never_stopped(tmp_path, data, uninterrupted, first, t
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, data, uninterrupted, capsys):
     config = tiny(data, tmp_path / "run", checkpoint__every=2)
     stopped(config, 1, at=5)
-    newest = tmp_path / "run" / "checkpoints" / folder_name(4)
+    newest = tmp_path / "run" / "checkpoints" / checkpoint_name(4)
     content = bytearray((newest / "optimizer.safetensors").read_bytes())
     content[-1] ^= 1
     (newest / "optimizer.safetensors").write_bytes(content)
@@ -422,10 +422,10 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, data, capsys):
 def test_one_checkpoint_starts_a_branch(tmp_path, data, uninterrupted):
     config = tiny(data, tmp_path / "run", checkpoint__every=2)
     stopped(config, 2, at=5)
-    start = tmp_path / "run" / "checkpoints" / folder_name(4)
+    start = tmp_path / "run" / "checkpoints" / checkpoint_name(4)
     branch = tiny(data, tmp_path / "branch", checkpoint__resume=str(start))
     assert trained(branch, 1) == uninterrupted[0]
-    assert trained(replaced(branch, run__dir=str(tmp_path / "other"), **on(2)), 2) == uninterrupted[0]
+    assert trained(override(branch, run__dir=str(tmp_path / "other"), **on(2)), 2) == uninterrupted[0]
     assert start.exists()
 
 
@@ -461,13 +461,13 @@ def test_a_mixture_is_taken_up_again_where_it_stopped(tmp_path, mixed, capsys):
     config = tiny(mixed, tmp_path / "stopped", **changes)
     stopped(config, 3, at=3)
     assert trained(config, 2) == whole
-    other = replaced(config, data__path=(*mixed[:3], "3"), train__steps=7)
+    other = override(config, data__path=(*mixed[:3], "3"), train__steps=7)
     with pytest.raises(CollectiveError, match=r"data\.path: was content"):
         trained(other, 1)
 
 
 def test_corpora_of_different_tokenizers_do_not_mix(tmp_path, mixed):
-    prepare(Data(path=(mixed[2],), tokenizer="bpe:300"), tmp_path / "b", SelfComm())
+    prepare(DataConfig(path=(mixed[2],), tokenizer="bpe:300"), tmp_path / "b", SelfComm())
     config = tiny((mixed[0], "1", str(tmp_path / "b"), "1"), tmp_path / "run", data__tokenizer="auto")
     with pytest.raises(CollectiveError, match=r"was made with another one|was made with another tokenizer"):
         build_run(config, SelfComm())
@@ -499,7 +499,7 @@ def chats(tmp_path_factory):
     model, _ = whole_model(shape, 257, torch.device("cpu"))
     for p in model.parameters():
         p.data.normal_(0.0, 0.05)
-    write_published(folder / "model", model, shape, 257)
+    write_hf_model(folder / "model", model, shape, 257)
     (folder / "model" / "tokenizer.json").write_text(bytes_tokenizer().json)
     (folder / "model" / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": "{{ bos_token }}" + TEMPLATE, "bos_token": "B"})

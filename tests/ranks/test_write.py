@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import write_published
+from checkpoints import write_hf_model
 from runs import FAMILIES, small, whole_model
 from tokenizers import Tokenizer as Library
 from tokenizers import models
@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Generate
+from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
+from mpilm.config.schema import GenerateConfig
 from mpilm.inference import generate as write_module
 from mpilm.inference.generate import GeneratedSequence, generate, generate_texts
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.init import initial_value
-from mpilm.usage import Compute, Folder, Stages, used
 
 V = 97
 DECODERS = [family for family in FAMILIES if family != "bert"]
 PROMPTS = {0: [5], 1: [1, 2, 3], 2: list(range(40)), 3: [7, 7], 4: [9, 30, 2, 44], 5: [0] * 8}
-GREEDY = Generate(max_tokens=12, temperature=0.0)
-DRAWN = Generate(max_tokens=12, temperature=1.0, seed=3)
+GREEDY = GenerateConfig(max_tokens=12, temperature=0.0)
+DRAWN = GenerateConfig(max_tokens=12, temperature=1.0, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,16 @@ def folders(tmp_path_factory):
             mean = 1.0 if name.endswith("norm.weight") else 0.0
             p.data.copy_(initial_value(2, name, tuple(p.shape), 0.3) + mean)
         made[family] = tmp_path_factory.mktemp(family.replace(" ", "-"))
-        write_published(made[family], model, shape, V)
+        write_hf_model(made[family], model, shape, V)
         (made[family] / "tokenizer.json").write_text("{}")  # named, and never read
     return made
 
 
 def texts(folder, size, settings, pipeline=1, prompts=PROMPTS, stop=-1):
     def body(comm):
-        config = used(Folder(str(folder)), Stages(pipeline), Compute(device="cpu", threads=1), generate=settings)
+        config = to_config(
+            ModelFolder(str(folder)), InferenceParallel(pipeline), InferenceCompute(device="cpu", threads=1), generate=settings
+        )
         model = load_model(config_from_folder(config), comm).model
         mine = {n: prompts[n] for n in list(prompts)[model.data.rank :: model.data.size]}
         return generate(model, mine, settings, stop)
@@ -130,7 +132,7 @@ def test_the_seed_and_the_number_decide(folders):
 
 
 def test_each_text_is_reported_when_it_is_done(folders):
-    config = used(Folder(str(folders["llama"])), Stages(1), Compute(device="cpu", threads=1))
+    config = to_config(ModelFolder(str(folders["llama"])), InferenceParallel(1), InferenceCompute(device="cpu", threads=1))
     model, done = load_model(config_from_folder(config), SelfComm("world")).model, []
     generate(model, PROMPTS, GREEDY, -1, done.append)
     assert sorted(done) == list(PROMPTS)
@@ -151,7 +153,9 @@ def test_a_chat_model_is_asked_through_its_template(folders, tmp_path, capsys):
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
     words = {"eos_token": "</s>", "chat_template": "{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>"}
     settings = replace(GREEDY, prompt="abc", chat=True)
-    config = used(Folder(str(folder)), Stages(), Compute(device="cpu", threads=1), generate=settings)
+    config = to_config(
+        ModelFolder(str(folder)), InferenceParallel(), InferenceCompute(device="cpu", threads=1), generate=settings
+    )
     with pytest.raises(CollectiveError, match="there is no chat template beside the tokenizer"):
         generate_texts(config, SelfComm("world"))
     (folder / "tokenizer_config.json").write_text(json.dumps(words))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Config, Data, replaced
+from mpilm.config.check import check_config
+from mpilm.config.schema import Config, DataConfig, override
 from mpilm.data.chat import Conversations, conversation, read_conversations, refuse_nothing
 from mpilm.data.sources import discover
 from mpilm.data.template import Template, find_template
@@ -18,7 +19,6 @@ from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.loss import IGNORE_INDEX
 from mpilm.model.sequence_info import NO_DOCUMENT
-from mpilm.validation import validate
 
 TOKENIZER = bytes_tokenizer()
 EOS = TOKENIZER.eos
@@ -237,7 +237,7 @@ def test_a_template_that_is_none():
 
 
 def test_nothing_to_learn_is_refused():
-    data = Data(path=("a.jsonl",), eval_fraction=0.5)
+    data = DataConfig(path=("a.jsonl",), eval_fraction=0.5)
     with pytest.raises(DataError, match=r"--data\.path a\.jsonl: none of 2 conversations has an answer within"):
         refuse_nothing(laid([9, 9], 4, answers=[8, 8]), data)
     with pytest.raises(ConfigError, match=r"--data\.eval-fraction 0\.5 of 1 rows leaves 1 to train on and 0 held out"):
@@ -256,8 +256,8 @@ def test_nothing_to_learn_is_refused():
 )
 def test_settings_that_do_not_go_with_it(changes, message):
     base = {"data__format": "chat", "data__path": ("a.jsonl",), "data__tokenizer": "bytes"}
-    validate(replaced(Config(), **base))
-    validate(replaced(Config(), **(base | {"data__tokenizer": "auto", "model__init_from": "x"})))
+    check_config(override(Config(), **base))
+    check_config(override(Config(), **(base | {"data__tokenizer": "auto", "model__init_from": "x"})))
     with pytest.raises(ConfigError) as caught:
-        validate(replaced(Config(), **(base | changes)))
+        check_config(override(Config(), **(base | changes)))
     assert str(caught.value).startswith(message)

@@ -11,7 +11,7 @@ import torch
 import mpilm.engine.hardware as machine
 from mpilm.comm.base import SelfComm
 from mpilm.comm.threads import run_ranks
-from mpilm.config import Parallel, Train
+from mpilm.config.schema import ParallelConfig, TrainConfig
 from mpilm.engine.hardware import choose_device, detect_hardware, fair_share, numerics_environment, slice_affinity
 from mpilm.errors import ConfigError
 
@@ -76,7 +76,7 @@ def bound(monkeypatch, ranks, processes, environment=(), device="cpu", **options
         monkeypatch.delenv(name, raising=False)
     for name in environment:
         monkeypatch.setenv(name, "close")
-    found = run_ranks(ranks, lambda comm: detect_hardware(Train(threads=1), comm, **options))
+    found = run_ranks(ranks, lambda comm: detect_hardware(TrainConfig(threads=1), comm, **options))
     assert [m.bound for m in found] == [bool(told)] * ranks
     return sorted(told)
 
@@ -112,14 +112,14 @@ def test_threads_follow_the_cores(monkeypatch, cores, ranks, threads, crowded):
     monkeypatch.setattr(machine, "_cgroup_cores", lambda _: FREE)
     monkeypatch.setattr(machine, "_load_libraries", lambda _: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    found = run_ranks(ranks, lambda comm: detect_hardware(Train(device="cpu"), comm))
+    found = run_ranks(ranks, lambda comm: detect_hardware(TrainConfig(device="cpu"), comm))
     assert [(m.threads, m.oversubscribed) for m in found] == [(threads, crowded)] * ranks
 
 
 def test_settings_come_before_the_environment_and_that_before_the_cores(monkeypatch):
     monkeypatch.setattr(machine, "_load_libraries", lambda _: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
-    train = Train(device="cpu")
+    train = TrainConfig(device="cpu")
     assert detect_hardware(train, SelfComm()).threads == 3
     assert torch.get_num_threads() == 3
     assert detect_hardware(replace(train, threads=2), SelfComm()).threads == 2
@@ -142,11 +142,11 @@ def test_gpus_are_dealt_in_turn(monkeypatch):
 
 
 def test_conditions_name_what_may_change_the_last_bits():
-    found = numerics_environment(machine.Hardware(torch.device("cpu"), 3, False), SelfComm(), Parallel(compress=4))
+    found = numerics_environment(machine.Hardware(torch.device("cpu"), 3, False), SelfComm(), ParallelConfig(powersgd_rank=4))
     assert set(found) == {"mpilm", "torch", "python", "mpi", "processor", "threads", "device", "compile", "exchange"}
     assert (found["threads"], found["device"], found["torch"]) == ("3", "cpu", torch.__version__)
     assert (found["compile"], found["exchange"]) == ("false", "compressed to rank 4")
-    for parallel, said in ((Parallel(), "float32"), (Parallel(sync_every=20), "apart for 20 steps")):
+    for parallel, said in ((ParallelConfig(), "float32"), (ParallelConfig(sync_every=20), "apart for 20 steps")):
         assert numerics_environment(machine.Hardware(torch.device("cpu"), 3, False), SelfComm(), parallel)["exchange"] == said
     assert torch.backends.cpu.get_cpu_capability() in found["processor"]
 

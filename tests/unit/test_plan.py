@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mpilm.cli import run_alone
+from mpilm.config.presets import PRESETS
 from mpilm.errors import ConfigError, FileError
+from mpilm.launch.local import run_local
 from mpilm.plan import VOCABULARIES, configure, describe, make, presets, rank
 from mpilm.planner.machine import write
-from mpilm.presets import PRESETS
 from tests.machines import machine
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ def plan(*words):
 def test_it_needs_neither_torch_nor_mpi(tmp_path):
     code = (
         "import sys, mpilm.plan as plan\n"
-        "try: plan.run_alone(plan.prepare)\n"
+        "try: plan.run_local(plan.prepare)\n"
         "finally: print('torch' in sys.modules, 'mpi4py' in sys.modules, 'numpy' in sys.modules)"
     )
     image = tmp_path / "plan.svg"
@@ -133,7 +133,7 @@ def test_layouts_that_cannot_work(words, message):
 
 def said(capsys, prepare):
     with pytest.raises(SystemExit) as stop:
-        run_alone(prepare)
+        run_local(prepare)
     return stop.value.code, capsys.readouterr()
 
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpilm.config import Config, Model, Parallel, Train, replaced, resolve
+from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, override, resolve_config
 from mpilm.errors import ConfigError, FileError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import attention_flops_per_token, block_matrices, flops_per_token, parameter_count
-from mpilm.parallel.feasible import cut_by_cost
+from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.planner import cost
 from mpilm.planner.cost import Setting, step_time
@@ -23,20 +23,22 @@ from mpilm.planner.search import Job, adopted, best, flags, search
 from mpilm.planner.show import plot, ranking, scaling
 from tests.machines import RATE, flat, machine, network
 
-SHAPE = Model(n_layers=8, n_heads=4, d_model=64, context_length=64)
+SHAPE = ModelConfig(n_layers=8, n_heads=4, d_model=64, context_length=64)
 VOCABULARY = 1  # so small that the ends weigh nothing
 
 
 def job(ranks_per_node=2, on_machine=None, **changes):
-    config = replaced(Config(model=SHAPE, train=Train(global_batch=32, micro_batch=1)), **changes)
-    return Job(resolve(config), VOCABULARY, on_machine or machine(ranks_per_node))
+    config = override(Config(model=SHAPE, train=TrainConfig(global_batch=32, micro_batch=1)), **changes)
+    return Job(resolve_config(config), VOCABULARY, on_machine or machine(ranks_per_node))
 
 
 def setting(ranks, on_machine=None, **parallel):
-    config = resolve(Config(model=SHAPE, train=Train(global_batch=32, micro_batch=1), parallel=Parallel(**parallel)))
+    config = resolve_config(
+        Config(model=SHAPE, train=TrainConfig(global_batch=32, micro_batch=1), parallel=ParallelConfig(**parallel))
+    )
     pipeline = config.parallel.pipeline
     shape = MeshShape(pipeline=pipeline, data=ranks // pipeline)
-    return Setting(config, VOCABULARY, on_machine or machine(ranks), shape, ranks, cut_by_cost(config, VOCABULARY))
+    return Setting(config, VOCABULARY, on_machine or machine(ranks), shape, ranks, partition_by_cost(config, VOCABULARY))
 
 
 # Curves.
@@ -93,14 +95,14 @@ def test_the_bubble_of_even_stages_is_that_of_the_formula(schedule, pipeline, ch
 def test_long_steps_are_prolonged_as_they_would_have_been_simulated(schedule, count):
     chunks = 2 if schedule == "interleaved" else 1
     where = setting(4, pipeline=4, schedule=schedule, chunks=chunks)
-    where = dataclasses.replace(where, config=replaced(where.config, train__global_batch=count))
+    where = dataclasses.replace(where, config=override(where.config, train__global_batch=count))
     whole = cost.simulated_s(where, count)
     assert sum(step_time(where).parts.values()) == pytest.approx(whole, rel=1e-9)
 
 
 def test_recomputation_is_another_forward():
     where = setting(1)
-    again = dataclasses.replace(where, config=replaced(where.config, train__recompute="block"))
+    again = dataclasses.replace(where, config=override(where.config, train__recompute="block"))
     assert step_time(again).compute_s == pytest.approx(4 / 3 * step_time(where).compute_s, rel=1e-3)
 
 
@@ -157,18 +159,18 @@ def test_shared_memory_is_read_and_written_by_all():
     assert talk(4, dataclasses.replace(shared, within=network(4, shared=flat(PER_ELEMENT), gather=flat(1e-30))), zero=1) == (
         pytest.approx(elements() * 1.25 / 2.75, rel=1e-6)  # each rank reads a slice of all, and nobody all slices
     )
-    assert talk(4, shared, reduce="sent") < 1
+    assert talk(4, shared, reduce="messages") < 1
 
 
 def test_replicas_on_several_nodes_talk_across():
     slow = network(8, exchange=flat(PER_ELEMENT), gather=flat(PER_ELEMENT), shared=())
-    where = dataclasses.replace(setting(8, machine(4, across=slow), reduce="sent"), ranks_per_node=4)
+    where = dataclasses.replace(setting(8, machine(4, across=slow), reduce="messages"), ranks_per_node=4)
     assert not where.data_within
     assert step_time(where).communication_s / PER_ELEMENT == pytest.approx(2 * 7 / 8 * elements(), rel=1e-6)
-    at_home = dataclasses.replace(where, config=replaced(where.config, parallel__reduce="shared"))
+    at_home = dataclasses.replace(where, config=override(where.config, parallel__reduce="shared-memory"))
     assert step_time(at_home).communication_s / PER_ELEMENT == pytest.approx(2 * 1 / 2 * elements() / 4 * 7 / 4, rel=1e-6)
     split = dataclasses.replace(where, shape=MeshShape(pipeline=2, data=4), cut=(4, 4),
-                                config=replaced(where.config, parallel__pipeline=2))  # fmt: skip
+                                config=override(where.config, parallel__pipeline=2))  # fmt: skip
     assert split.data_within  # stages lie on nodes of their own, and only activations travel
     assert split.pipeline_network == slow
 
@@ -256,8 +258,10 @@ def test_the_curve_goes_on_where_some_numbers_cannot_be():
 
 
 def test_a_hundred_thousand_ranks_are_planned_in_seconds_and_their_costs_named(tmp_path):
-    wide = Config(model=dataclasses.replace(SHAPE, n_layers=8, d_model=512), train=Train(global_batch=200_000, micro_batch=1))
-    large = Job(resolve(wide), 32_000, machine(32, across=network(64)))
+    wide = Config(
+        model=dataclasses.replace(SHAPE, n_layers=8, d_model=512), train=TrainConfig(global_batch=200_000, micro_batch=1)
+    )
+    large = Job(resolve_config(wide), 32_000, machine(32, across=network(64)))
     lines = ranking(large, 100_000, 5, 1e12)
     text = "\n".join(lines)
     assert "what 100,000 ranks cost each of them" in text

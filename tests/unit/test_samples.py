@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text import corpus_of
 
-from mpilm.config import Data
+from mpilm.config.schema import DataConfig
 from mpilm.data.samples import PERIOD, CorpusSamples, Mixture, shares
 from mpilm.errors import ConfigError
 
@@ -81,21 +81,21 @@ def test_held_out_is_the_end_of_each():
 
 
 def test_a_list_of_paths_and_parts():
-    found = Data(path=("a.txt", "3", "b.txt", "1")).corpora()
+    found = DataConfig(path=("a.txt", "3", "b.txt", "1")).corpora()
     assert [(data.source, part) for data, part in found] == [("a.txt", 0.75), ("b.txt", 0.25)]
-    assert Data(path=("a.txt",)).corpora() == [(Data(path=("a.txt",)), 1.0)]
-    assert Data().corpora() == [(Data(), 1.0)]
-    assert Data().source == ""
+    assert DataConfig(path=("a.txt",)).corpora() == [(DataConfig(path=("a.txt",)), 1.0)]
+    assert DataConfig().corpora() == [(DataConfig(), 1.0)]
+    assert DataConfig().source == ""
 
 
 @pytest.mark.parametrize(
     "path", [("a", "b"), ("a", "1", "b"), ("a", "0", "b", "1"), ("a", "-1", "b", "1"), ("a", "inf", "b", "1")]
 )
 def test_parts_that_are_none(path):
-    with pytest.raises(ConfigError, match=r"of several corpora, write each path and its part: a\.txt 0\.7 b\.txt 0\.3"):
-        Data(path=path).corpora()
+    with pytest.raises(ConfigError, match=r"to mix corpora, write each path and its share: a\.txt 0\.7 b\.txt 0\.3"):
+        DataConfig(path=path).corpora()
 
 
 def test_one_path_where_only_one_can_be():
-    with pytest.raises(ConfigError, match="several corpora go into training only; name one"):
-        assert Data(path=("a", "1", "b", "1")).source
+    with pytest.raises(ConfigError, match="only training can mix several corpora; name one"):
+        assert DataConfig(path=("a", "1", "b", "1")).source

@@ -19,7 +19,7 @@ import torch
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
-from mpilm.config import Config, Model, Train, resolve
+from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
 from mpilm.engine.hardware import cores_per_rank, detect_hardware, software_versions
 from mpilm.engine.step import train_step
 from mpilm.engine.train_model import TrainModel
@@ -42,7 +42,7 @@ DISK_BYTES = 128 << 20
 
 def calibrate(comm: Comm, device: str) -> Machine:
     """Measure this machine with these ranks. Collective."""
-    used = detect_hardware(Train(device=device), comm, bind=False)  # type: ignore[arg-type] # one rank alone measures all cores
+    used = detect_hardware(TrainConfig(device=device), comm, bind=False)  # type: ignore[arg-type] # one rank alone measures all cores
     comm = comm.with_options(gpu_aware=False, yield_while_waiting=used.oversubscribed)
     node = comm.split_node()
     sizes = comm.all_gather_json(node.size)
@@ -119,10 +119,10 @@ def _training(bench: Bench, machine: Machine, rates: Compute) -> Curve:
 
 def _small(tokens: int, width: int, dtype: str, batch: int = 2) -> Config:
     """A model of a few blocks; `batch`: microbatches."""
-    shape = Model(n_layers=3, n_heads=max(1, width // 64), d_model=width, context_length=min(tokens, 256))
+    shape = ModelConfig(n_layers=3, n_heads=max(1, width // 64), d_model=width, context_length=min(tokens, 256))
     rows = max(1, tokens // shape.context_length)
-    train = Train(global_batch=batch * rows, micro_batch=rows, dtype=dtype)  # type: ignore[arg-type]
-    return resolve(Config(model=shape, train=train))
+    train = TrainConfig(global_batch=batch * rows, micro_batch=rows, dtype=dtype)  # type: ignore[arg-type]
+    return resolve_config(Config(model=shape, train=train))
 
 
 def _step_of(config: Config, device: torch.device, comm: Comm) -> Callable[[], object]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpilm.comm.base import SelfComm
-from mpilm.config import Config, Model, resolve
+from mpilm.config.schema import Config, ModelConfig, resolve_config
 from mpilm.model.families import build_model
 from mpilm.model.flops import attention_flops_per_token, block_matrices, block_numel, saved_floats_per_token
 from mpilm.model.loss import loss_sum
@@ -105,9 +105,13 @@ def _attention_s(bench: Bench, dtype: str, length: int, width: int) -> Times:
     return forward_s / flops, backward_s / (2 * flops)
 
 
-def _block_shape(arch: str, tokens: int, width: int) -> Model:
-    return resolve(
-        Config(model=Model(arch=arch, n_layers=1, n_heads=max(1, width // 64), d_model=width, context_length=min(tokens, 512)))  # type: ignore[arg-type]
+def _block_shape(arch: str, tokens: int, width: int) -> ModelConfig:
+    return resolve_config(
+        Config(
+            model=ModelConfig(
+                arch=arch, n_layers=1, n_heads=max(1, width // 64), d_model=width, context_length=min(tokens, 512)
+            )
+        )  # type: ignore[arg-type]
     ).model
 
 
@@ -132,7 +136,7 @@ def _rest(bench: Bench, parts: Compute, arch: str) -> tuple[Curve, Curve]:
     return _pair(points)
 
 
-def _block_s(bench: Bench, dtype: str, shape: Model, tokens: int) -> Times:
+def _block_s(bench: Bench, dtype: str, shape: ModelConfig, tokens: int) -> Times:
     """Of one block among several, one after the other as in training: what backward needs has left the cache by then."""
     each = 4 * (tokens * saved_floats_per_token(shape, dtype) + block_numel(shape))
     count = max(1, min(MOST_BLOCKS, round(CACHE_BYTES / each)))
@@ -154,7 +158,7 @@ def _block_s(bench: Bench, dtype: str, shape: Model, tokens: int) -> Times:
     return forward_s / count, backward_s / count
 
 
-def _block(bench: Bench, shape: Model) -> nn.Module:
+def _block(bench: Bench, shape: ModelConfig) -> nn.Module:
     with torch.device("meta"):
         block = build_model(shape, 128).get_submodule("blocks.0")
     for name, parameter in list(block.named_parameters()):

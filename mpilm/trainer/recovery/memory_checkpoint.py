@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.save import PARAMETER
+from mpilm.checkpoint.format import PARAMETER
 from mpilm.comm.base import Comm
 from mpilm.comm.progress import Progress
 from mpilm.engine.step import NO_FLAGS, StepResult

@@ -1,4 +1,4 @@
-"""Layouts that can work and those that cannot: what is refused, in which words, and that what is advised instead would do."""
+"""Layouts that cannot work are refused, and the advice in the message works; the layers of each stage."""
 
 import itertools
 import re
@@ -8,40 +8,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text import TINY
 
-from mpilm.config import microbatches, replaced, resolve
+from mpilm.config.check import check_config
+from mpilm.config.schema import microbatch_count, override, resolve_config
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import flops_by_part
 from mpilm.ops.tree import block_of_rank, strided_assignment
-from mpilm.parallel.feasible import cut_by_cost, mesh_shape, replica_microbatches
+from mpilm.parallel.layout_check import partition_by_cost, replica_microbatch_count, resolve_mesh_shape
 from mpilm.parallel.pipeline.schedules import SCHEDULES
-from mpilm.validation import validate
 
 
 def config_of(**changes):
     """8 layers, 8 microbatches of 1 sequence."""
-    config = replaced(TINY, **{"model__n_layers": 8, "train__global_batch": 8, "train__micro_batch": 1, **changes})
-    validate(config)
+    config = override(TINY, **{"model__n_layers": 8, "train__global_batch": 8, "train__micro_batch": 1, **changes})
+    check_config(config)
     return config
 
 
-def works(config, ranks):
-    return refused(config, ranks) == ""
-
-
-def refused(config, ranks):
-    """In which words, "" if not at all."""
+def error_of(config, ranks):
+    """Return the message of the refusal, "" if these ranks can run the config."""
     try:
-        validate(config)
-        mesh_shape(config, ranks)
+        check_config(config)
+        resolve_mesh_shape(config, ranks)
     except ConfigError as error:
         return str(error)
     return ""
 
 
 def fits(config, ranks):
-    """The same said in one line each."""
-    parallel, total = resolve(config).parallel, microbatches(config)
+    """Return the same decision by a formula."""
+    parallel, total = resolve_config(config).parallel, microbatch_count(config)
     data, rest = divmod(ranks, parallel.pipeline)
     if rest or data > total or (parallel.zero and data == 1):
         return False
@@ -53,7 +49,7 @@ def fits(config, ranks):
 
 @st.composite
 def jobs(draw):
-    """A layout that validates, whether or not it works on so many ranks."""
+    """Draw a valid config and a number of ranks that may or may not run it."""
     name = draw(st.sampled_from(list(SCHEDULES)))
     config = config_of(
         parallel__pipeline=draw(st.integers(1, 4)),
@@ -68,22 +64,22 @@ def jobs(draw):
 
 @settings(max_examples=300, deadline=None)
 @given(jobs())
-def test_a_layout_is_refused_exactly_when_it_does_not_fit(job):
+def test_resolve_mesh_shape_refuses_exactly_what_does_not_fit(job):
     config, ranks = job
-    assert works(config, ranks) == fits(config, ranks)
-    if works(config, ranks):
+    assert (error_of(config, ranks) == "") == fits(config, ranks)
+    if fits(config, ranks):
         pipeline = config.parallel.pipeline
-        assert mesh_shape(config, ranks) == MeshShape(pipeline=pipeline, data=ranks // pipeline)
+        assert resolve_mesh_shape(config, ranks) == MeshShape(pipeline=pipeline, data=ranks // pipeline)
 
 
 @pytest.mark.parametrize("data", range(1, 9))
 @pytest.mark.parametrize("total", [1, 2, 7, 8, 24, 25])
-def test_the_program_has_as_many_microbatches_as_the_replica_with_the_most(data, total):
+def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
     config = config_of(train__global_batch=3 * total, train__micro_batch=3)
     for of_rank in (lambda rank: range(*block_of_rank(rank, data, total)), lambda rank: strided_assignment(rank, data, total)):
         longest = max(len(of_rank(rank)) for rank in range(data))
-        assert replica_microbatches(config, MeshShape(data=data)) == longest
-        assert replica_microbatches(config, MeshShape(data=data, pipeline=3)) == longest
+        assert replica_microbatch_count(config, MeshShape(data=data)) == longest
+        assert replica_microbatch_count(config, MeshShape(data=data, pipeline=3)) == longest
 
 
 @pytest.mark.parametrize(
@@ -113,7 +109,7 @@ def test_the_program_has_as_many_microbatches_as_the_replica_with_the_most(data,
         ),
         (
             4, {"parallel__pipeline": 4, "parallel__zero": 2},
-            "--parallel.zero 2 shards over the data ranks, and 4 ranks with --parallel.pipeline 4 leave 1; "
+            "--parallel.zero 2 shards over the data-parallel ranks, and 4 ranks with --parallel.pipeline 4 leave 1; "
             "write --parallel.zero 0, or start 8 ranks",
         ),
         (
@@ -131,17 +127,17 @@ def test_the_program_has_as_many_microbatches_as_the_replica_with_the_most(data,
         ),
         (
             5, {"parallel__pipeline": 5, "model__n_layers": 4},
-            "--parallel.pipeline 5 with 1 stage a rank makes 5 stages, and --model.n-layers is 4: each stage needs a layer; "
+            "--parallel.pipeline 5 with 1 stage per rank makes 5 stages, and --model.n-layers is 4: each stage needs a layer; "
             "--parallel.pipeline 1 is the largest that fits 5 ranks, or --model.n-layers 5",
         ),
         (
             4, {"parallel__pipeline": 4, "model__n_layers": 7, "parallel__schedule": "interleaved"},
-            "--parallel.pipeline 4 with 2 stages a rank makes 8 stages, and --model.n-layers is 7: each stage needs a layer; "
+            "--parallel.pipeline 4 with 2 stages per rank makes 8 stages, and --model.n-layers is 7: each stage needs a layer; "
             "--parallel.pipeline 2 is the largest that fits 4 ranks, or --model.n-layers 8",
         ),
         (
             2, {"parallel__pipeline": 2, "model__n_layers": 5, "parallel__schedule": "interleaved", "parallel__chunks": 3},
-            "--parallel.pipeline 2 with 3 stages a rank makes 6 stages, and --model.n-layers is 5: each stage needs a layer; "
+            "--parallel.pipeline 2 with 3 stages per rank makes 6 stages, and --model.n-layers is 5: each stage needs a layer; "
             "--parallel.chunks 2, or --parallel.pipeline 1 is the largest that fits 2 ranks, or --model.n-layers 6",
         ),
         (
@@ -155,36 +151,36 @@ def test_the_program_has_as_many_microbatches_as_the_replica_with_the_most(data,
         ),
     ],
 )  # fmt: skip
-def test_what_the_user_reads(ranks, changes, message):
+def test_resolve_mesh_shape_names_settings_that_work(ranks, changes, message):
     with pytest.raises(ConfigError) as caught:
-        mesh_shape(config_of(**changes), ranks)
+        resolve_mesh_shape(config_of(**changes), ranks)
     assert str(caught.value) == message
 
 
 def advised(config, ranks):
-    """What the refusal says: another pipeline, other ranks, another batch, each taken by itself."""
-    said = refused(config, ranks)
+    """Return the alternatives that the message names, each as settings and ranks."""
+    message = error_of(config, ranks)
     for pattern, follow in (
-        (r"nearest that does: (\d+)", lambda value: (replaced(config, parallel__pipeline=value), ranks)),
+        (r"nearest that does: (\d+)", lambda value: (override(config, parallel__pipeline=value), ranks)),
         (r"start (\d+) ranks", lambda value: (config, value)),
-        (r"make the batch (\d+)", lambda value: (replaced(config, train__global_batch=value), ranks)),
-        (r"write --parallel.zero (\d)", lambda value: (replaced(config, parallel__zero=value), ranks)),
+        (r"make the batch (\d+)", lambda value: (override(config, train__global_batch=value), ranks)),
+        (r"write --parallel.zero (\d)", lambda value: (override(config, parallel__zero=value), ranks)),
     ):
-        yield from (follow(int(found[1])) for found in re.finditer(pattern, said))
+        yield from (follow(int(found[1])) for found in re.finditer(pattern, message))
 
 
 @settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3))
-def test_what_is_advised_works(pipeline, ranks, count, zero):
-    """Where one thing is wrong: stages that do not divide the ranks, too many replicas, nobody to shard over."""
+def test_resolve_mesh_shape_advice_works(pipeline, ranks, count, zero):
+    """One thing is wrong: stages that do not divide the ranks, too many replicas, or a single one to shard over."""
     for size, changes in (
         (ranks, {"train__global_batch": 12}),
         (pipeline * ranks, {"train__global_batch": 2 * count, "train__micro_batch": 2}),
         (pipeline, {"parallel__zero": zero}),
     ):
         config = config_of(parallel__pipeline=pipeline, **changes)
-        assert bool(list(advised(config, size))) == bool(refused(config, size))
-        assert [refused(*advice) for advice in advised(config, size) if refused(*advice)] == []
+        assert bool(list(advised(config, size))) == bool(error_of(config, size))
+        assert [error_of(*advice) for advice in advised(config, size) if error_of(*advice)] == []
 
 
 @pytest.mark.parametrize(
@@ -198,22 +194,22 @@ def test_what_is_advised_works(pipeline, ranks, count, zero):
     ],
     ids=["as many layers as stages", "one microbatch", "interleaved", "one microbatch to shard over", "a stated cut"],
 )
-def test_what_is_advised_is_not_refused_for_another_reason(ranks, changes):
+def test_resolve_mesh_shape_advice_is_not_refused_for_another_reason(ranks, changes):
     config = config_of(**changes)
-    assert refused(config, ranks)
-    assert [refused(*advice) for advice in advised(config, ranks) if refused(*advice)] == []
+    assert error_of(config, ranks)
+    assert [error_of(*advice) for advice in advised(config, ranks) if error_of(*advice)] == []
 
 
 # Layers to stages.
 
 
 def costs(cut, model, vocabulary):
-    """Of each stage, in operations."""
+    """Return the FLOPs of each stage."""
     part = flops_by_part(model, vocabulary)
-    found = [layers * part["block"] for layers in cut]
-    found[0] += part["embed"]
-    found[-1] += part["head"]
-    return found
+    flops = [layers * part["block"] for layers in cut]
+    flops[0] += part["embed"]
+    flops[-1] += part["head"]
+    return flops
 
 
 def every_cut(layers, stages):
@@ -226,32 +222,32 @@ def every_cut(layers, stages):
     st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 5000), st.sampled_from([8, 32, 64]),
     st.sampled_from([4, 512]),
 )  # fmt: skip
-def test_no_cut_has_a_smaller_largest_stage(layers, pipeline, chunks, vocabulary, width, length):
+def test_partition_by_cost_has_the_smallest_largest_stage(layers, pipeline, chunks, vocabulary, width, length):
     changes = {"parallel__schedule": "interleaved" if chunks > 1 else "1f1b", "parallel__chunks": chunks}
-    config = replaced(
+    config = override(
         config_of(model__n_layers=27, parallel__pipeline=pipeline, **changes),
         model__n_layers=layers, model__d_model=width, model__context_length=length,
     )  # fmt: skip
-    stages, model = pipeline * chunks, resolve(config).model
+    stages, model = pipeline * chunks, resolve_config(config).model
     if stages > layers:
-        said = rf"{layers} layers cannot be cut into {stages} stages \(--parallel.pipeline times --parallel.chunks\)"
-        with pytest.raises(ConfigError, match=f"^{said}: each needs one; at most {layers}$"):
-            cut_by_cost(config, vocabulary)
+        message = rf"{layers} layers cannot be cut into {stages} stages \(--parallel.pipeline times --parallel.chunks\)"
+        with pytest.raises(ConfigError, match=f"^{message}: each needs one; at most {layers}$"):
+            partition_by_cost(config, vocabulary)
         return
-    cut = cut_by_cost(config, vocabulary)
+    cut = partition_by_cost(config, vocabulary)
     assert cut in every_cut(layers, stages)
     assert max(costs(cut, model, vocabulary)) == min(max(costs(c, model, vocabulary)) for c in every_cut(layers, stages))
 
 
-def test_a_large_vocabulary_takes_layers_from_the_last_stage():
+def test_partition_by_cost_large_vocabulary_takes_layers_from_the_last_stage():
     config = config_of(parallel__pipeline=2, model__n_layers=8)
-    assert cut_by_cost(config, vocab_size=1) == (4, 4)
-    assert cut_by_cost(config, vocab_size=100_000) == (7, 1)
+    assert partition_by_cost(config, vocab_size=1) == (4, 4)
+    assert partition_by_cost(config, vocab_size=100_000) == (7, 1)
 
 
-def test_a_cut_that_is_stated_is_taken_whatever_it_costs():
+def test_partition_by_cost_keeps_a_cut_that_is_set():
     config = config_of(parallel__pipeline=2, parallel__schedule="interleaved", parallel__cut=(1, 5, 1, 1))
-    assert cut_by_cost(config, vocab_size=100_000) == (1, 5, 1, 1)
+    assert partition_by_cost(config, vocab_size=100_000) == (1, 5, 1, 1)
     with pytest.raises(ConfigError) as caught:
-        cut_by_cost(replaced(config, parallel__cut=(1, 6, 0, 1)), vocab_size=1)
+        partition_by_cost(override(config, parallel__cut=(1, 6, 0, 1)), vocab_size=1)
     assert str(caught.value) == "--parallel.cut 1 6 0 1 leaves stage 2 without a layer; the balanced one is 2 2 2 2"
