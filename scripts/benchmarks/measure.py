@@ -83,10 +83,10 @@ def print_report(
 
 
 def make_config(folder: str, preset: str, **changes: object):  # type: ignore[no-untyped-def]
-    from mpilm.config import replaced, resolve
-    from mpilm.presets import PRESETS
+    from mpilm.config.presets import PRESETS
+    from mpilm.config.schema import override, resolve_config
 
-    return resolve(replaced(PRESETS[preset](), run__dir=folder, run__eval_every=0, checkpoint__resume="auto", **changes))
+    return resolve_config(override(PRESETS[preset](), run__dir=folder, run__eval_every=0, checkpoint__resume="auto", **changes))
 
 
 def mpilm_side(config, comm) -> Callable[[int], None]:  # type: ignore[no-untyped-def]

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from benchmarks.measure import BENCH, MAX_OTHER_CORES, Load, make_reduce, mpirun, print_table
 from benchmarks.speed import training_run
-from mpilm.cli import parse
-from mpilm.config import Config, replaced, resolve
+from mpilm.config.parse import parse
+from mpilm.config.presets import PRESETS as CONFIGS
+from mpilm.config.presets import VOCABULARIES
+from mpilm.config.schema import Config, override, resolve_config
 from mpilm.planner.machine import read
 from mpilm.planner.search import Job, flags, search
-from mpilm.presets import PRESETS as CONFIGS
-from mpilm.presets import VOCABULARIES
 
 PRESETS = {  # changes that make a step take a few seconds
     "tiny": {},
@@ -56,7 +56,7 @@ def plan_memory(args: argparse.Namespace) -> None:
         for name, words in MODELS.items():
             config = parse_config(words)
             for each in search(Job(config, 2048, read(machine)), RANKS)[0]:
-                chosen = [] if each.config.parallel == resolve(Config()).parallel else flags(each).split()
+                chosen = [] if each.config.parallel == resolve_config(Config()).parallel else flags(each).split()
                 _, _, printed = training_run(RANKS, 4, "--checkpoint.every", "2", *words, *chosen)
                 measured = float(re.findall(r"memory ([\d,]+) MiB", printed)[-1].replace(",", ""))
                 predicted = each.memory_bytes / 2**20
@@ -70,11 +70,11 @@ def plan_memory(args: argparse.Namespace) -> None:
 
 def parse_config(words: list[str]) -> Config:
     """Return the config of a command line."""
-    return resolve(parse(words, Config(), "train", "", CONFIGS))
+    return resolve_config(parse(words, Config(), "train", "", CONFIGS))
 
 
 def make_job(preset: str, machine: str) -> Job:
-    config = resolve(replaced(CONFIGS[preset](), **PRESETS.get(preset, {})))
+    config = resolve_config(override(CONFIGS[preset](), **PRESETS.get(preset, {})))
     return Job(config, VOCABULARIES.get(preset, 2048), read(machine))
 
 
@@ -128,10 +128,10 @@ def make_step(config, vocab_size: int, blocks_per_stage, comm) -> Callable[[], o
     from mpilm.engine.step import train_step
     from mpilm.engine.train_model import TrainModel
     from mpilm.mesh.mesh import Mesh
-    from mpilm.parallel.feasible import mesh_shape
+    from mpilm.parallel.layout_check import resolve_mesh_shape
     from mpilm.verification.layouts import RandomTokens
 
-    hardware, mesh = detect_hardware(config.train, comm), Mesh.build(mesh_shape(config, comm.size), comm)
+    hardware, mesh = detect_hardware(config.train, comm), Mesh.build(resolve_mesh_shape(config, comm.size), comm)
     model = TrainModel(config, mesh, blocks_per_stage, vocab_size, hardware.device, 16)
     for flat in model.flats.values():
         flat.values.tensor.normal_(0.0, 0.02)

@@ -45,13 +45,12 @@ def checkpoint(args: argparse.Namespace) -> None:
 
 def checkpoint_worker(args: argparse.Namespace) -> None:
     from mpilm.checkpoint.manager import CheckpointManager
-    from mpilm.trainer.save_state import collect_state
-
     from mpilm.checkpoint.save import save_checkpoint
     from mpilm.checkpoint.verify import run_on_root_with_verify
     from mpilm.comm.mpi import mpi_world
     from mpilm.engine.weights import load_checkpoint_state
     from mpilm.trainer.build import build_run
+    from mpilm.trainer.save_state import collect_state
 
     comm = mpi_world()
     run = build_run(make_config(f"{args.folder}/run", "llama-100m", **SHAPE), comm)

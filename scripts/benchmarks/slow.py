@@ -16,10 +16,10 @@ from benchmarks.measure import ROOT, mpirun, print_table
 
 RANKS_PER_HOST, MBIT, DELAY_MS, STEPS = 2, 100, 2, 60
 METHODS = {
-    "every rank to every other (reduce)": ["--parallel.reduce", "sent"],
-    "within a node, then across (reduce)": ["--parallel.reduce", "shared"],
-    "the same in bfloat16 (wire-dtype)": ["--parallel.reduce", "shared", "--parallel.wire-dtype", "bfloat16"],
-    "PowerSGD, rank 4": ["--parallel.compress", "4"],
+    "every rank to every other (reduce)": ["--parallel.reduce", "messages"],
+    "within a node, then across (reduce)": ["--parallel.reduce", "shared-memory"],
+    "the same in bfloat16 (wire-dtype)": ["--parallel.reduce", "shared-memory", "--parallel.wire-dtype", "bfloat16"],
+    "PowerSGD, rank 4": ["--parallel.powersgd-rank", "4"],
     "DiLoCo, every 10 steps (sync-every)": ["--parallel.sync-every", "10"],
 }
 
