@@ -47,8 +47,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if "<!-- presets -->" in markdown:
         markdown = markdown.replace("<!-- presets -->", "\n".join(presets_table()))
     if "<!-- quickstart -->" in markdown:
-        output = re.findall(r"^```\n.*?^```$", (ROOT / "README.md").read_text(), re.M | re.S)[0]
-        markdown = markdown.replace("<!-- quickstart -->", output.replace("```", "```text", 1))
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+        output = next(block for language, block in blocks if not language)
+        markdown = markdown.replace("<!-- quickstart -->", f"```text\n{output}```")
     return re.sub("<!-- help (.*) -->", lambda match: help_block(match[1]), markdown)
 
 
@@ -65,7 +66,7 @@ def inline_drawing(match: re.Match[str]) -> str:
     width = int(re.findall(r'width="(\d+)"', svg)[0])
     style = f"min-width: {0.75 * width:.0f}px; max-width: {width}px"  # wider drawings scroll sideways
     svg = re.sub(r'width="\d+" height="\d+"', f'style="{style}" aria-label="{alt}"', svg, count=1)
-    return f'<span class="drawing">{svg}</span>'
+    return f'<span class="drawing" data-search-exclude>{svg}</span>'
 
 
 def settings_tables() -> Iterator[str]:

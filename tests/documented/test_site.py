@@ -24,6 +24,14 @@ def test_navigation_lists_every_page():
     assert listed == pages | {"CONTRIBUTING.md", "CHANGELOG.md"}
 
 
+def test_how_it_works_lists_every_file_of_the_package():
+    text = (ROOT / "docs" / "concepts" / "how-it-works.md").read_text()
+    listed = set(re.findall(r"\w+\.py", re.findall(r"```text\nmpilm/\n(.*?)\ntests/", text, re.S)[0]))
+    files = {path.name for path in (ROOT / "mpilm").rglob("*.py")} - {"__init__.py", "__main__.py"}
+    assert not files - listed
+    assert not listed - files
+
+
 @pytest.mark.timeout(300)
 def test_site_builds_and_loads_nothing_from_a_network(tmp_path):
     pytest.importorskip("material", reason="needs pip install -e '.[docs]'")
