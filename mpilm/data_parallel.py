@@ -1,7 +1,5 @@
 """Data parallelism for your own torch model and training loop: docs/guides/own-model.md, scripts/own_model.py."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn

@@ -1,7 +1,5 @@
 """Errors for the user, each with an exit code that scripts can rely on."""
 
-from __future__ import annotations
-
 import os
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "SLURM_PROCID")  # by launcher

@@ -7,8 +7,6 @@ $ python -m mpilm.evaluate --model.init-from runs/NAME/checkpoints/step-00000240
 $ mpirun -n 4 python -m mpilm.evaluate --model.init-from FOLDER --data.path books/ --documents true
 """
 
-from __future__ import annotations
-
 import sys
 
 from mpilm.comm.base import Comm

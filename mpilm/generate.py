@@ -6,8 +6,6 @@ $ python -m mpilm.generate --model.init-from runs/NAME/checkpoints/step-00000240
 $ mpirun -n 4 python -m mpilm.generate --model.init-from FOLDER --generate.prompts prompts.txt > texts.jsonl
 """
 
-from __future__ import annotations
-
 import sys
 
 from mpilm.comm.base import Comm

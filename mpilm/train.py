@@ -4,8 +4,6 @@ $ python -m mpilm.train
 $ mpirun -n 8 python -m mpilm.train --data.path my_text/ --model.n-layers 8 --train.steps 2000
 """
 
-from __future__ import annotations
-
 import sys
 
 from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_folder, with_pretrained_shape

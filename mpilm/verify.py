@@ -7,8 +7,6 @@ $ mpirun -n 4 python -m mpilm.verify
 $ mpirun -n 4 python -m mpilm.verify --model.tie-embeddings false --train.recompute block --train.steps 50
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mpilm.checkpoint.format import list_checkpoints
 from mpilm.comm.base import Comm
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.threads import run_ranks
 from mpilm.config.check import check_config
 from mpilm.config.schema import Config, ModelConfig, microbatch_count, override, resolve_config
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
@@ -29,6 +28,7 @@ from mpilm.parallel import tied
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
 from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
@@ -97,7 +97,7 @@ def sharded(config: Config, comm: Comm, check: bool = False, alignment: int = AL
 def evaluated(model: TrainModel, total: int) -> float:
     """The loss of `total` microbatches that no step sees. Collective."""
     source = RandomTokens(model.config)
-    model.forward(total, lambda m: source.train(1000, m))
+    model.forward(total, lambda m: source.training_batch(1000, m))
     return total_loss(model.results(), total, model.mesh.world)
 
 
@@ -172,7 +172,7 @@ def whole_model(shape: ModelConfig, vocab_size: int, device: torch.device) -> tu
 
 def whole_batch(source: Any, step: int, total: int) -> tuple[Tensor, Tensor]:
     """Tokens and targets of all microbatches of a step, in one."""
-    batches = [source.train(step, m) for m in range(total)]
+    batches = [source.training_batch(step, m) for m in range(total)]
     return torch.cat([batch.tokens for batch in batches]), torch.cat([batch.targets for batch in batches])
 
 

@@ -20,7 +20,7 @@ from mpilm.config.schema import (
     resolve_config,
 )
 from mpilm.data.corpus import Corpus
-from mpilm.data.prepare import prepare
+from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer
 
 SYLLABLES = ("ba", "re", "mi", "no", "tu", "ska", "el", "or", "in", "thé", "qu", "ax")
@@ -50,7 +50,7 @@ def write_text(folder: Path) -> Path:
 
 def write_tokens(folder: Path) -> Path:
     """The same as prepared tokens of single bytes; the prefix of their files."""
-    prepare(DataConfig(path=(str(write_text(folder)),), tokenizer="bytes"), folder / "tokens", SelfComm())
+    prepare_tokens(DataConfig(path=(str(write_text(folder)),), tokenizer="bytes"), folder / "tokens", SelfComm())
     return folder / "tokens"
 
 

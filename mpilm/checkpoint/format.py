@@ -4,8 +4,6 @@ A checkpoint is a folder step-NNNNNNNN. Its manifest.json, written last, holds t
 folder is written under a temporary name and then renamed, so a folder that has its final name and a manifest is complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

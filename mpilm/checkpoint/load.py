@@ -4,8 +4,6 @@ A safetensors file is 8 bytes with the length of a JSON header, the header, and 
 header, but reads whole rows into new memory. So tensors are read here, as ranges of elements into the memory of parameters.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The checkpoints of a run: saved one at a time while training goes on, and removed when newer ones replace them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

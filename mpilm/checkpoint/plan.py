@@ -4,8 +4,6 @@ The files depend on the model alone. Their bytes are cut into fixed blocks. One 
 comes from one of the ranks that own the range. Every rank walks through all blocks and picks its own part.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Folders that a run can start from: a Hugging Face model, one of our checkpoints, or an adapter to either."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from pathlib import Path
 

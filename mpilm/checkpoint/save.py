@@ -35,7 +35,7 @@ from mpilm.checkpoint.pretrained import find_base_model
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config.schema import ModelConfig
-from mpilm.data.template import Template
+from mpilm.data.chat import ChatTemplate
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import FileError
 from mpilm.model.hf.adapter import ADAPTER_CONFIG, hf_adapter_config
@@ -55,7 +55,7 @@ class CheckpointState:
 
     model: ModelConfig
     tokenizer: Tokenizer
-    template: Template | None
+    template: ChatTemplate | None
     trainer: Mapping[str, Any]  # trainer.json: step, tokens, config, versions, ...
     # Both by kind: PARAMETER, in model order and without second uses of tied parameters, or a kind of moment.
     shapes: Mapping[str, Mapping[str, TensorShape]]  # global, of the whole model
@@ -212,7 +212,7 @@ def _write_metadata(writer: FolderWriter, state: CheckpointState, files: list[Te
     writer.write_bytes("tokenizer.json", tokenizer.json.encode())
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
     config |= {} if tokenizer.mask is None else {"mask_token": tokenizer.decode([tokenizer.mask])}
-    config |= {"chat_template": state.template.source, **state.template.words} if state.template else {}
+    config |= {"chat_template": state.template.source, **state.template.special_tokens} if state.template else {}
     config |= {"model_max_length": model.context_length, "clean_up_tokenization_spaces": False}
     writer.write_json("tokenizer_config.json", config)
     for name, index in plan_indexes(files):

@@ -1,7 +1,5 @@
 """Verification: the ranks share the reading of every byte of a checkpoint, and rank 0 compares it with the manifest."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path

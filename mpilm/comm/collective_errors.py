@@ -1,7 +1,5 @@
 """Errors raised on all ranks alike: an error raised on one rank alone would leave the others waiting for ever."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 

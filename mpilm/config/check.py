@@ -1,7 +1,5 @@
 """Checks of the settings before anything starts: limits that their types state, and rules across settings."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from math import isfinite

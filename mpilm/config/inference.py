@@ -1,7 +1,5 @@
 """Settings of the commands that use a trained model: generate and evaluate."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 

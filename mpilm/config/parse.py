@@ -1,7 +1,5 @@
 """Reading of settings: preset, then TOML files, then flags; later wins."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import io

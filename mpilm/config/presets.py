@@ -1,7 +1,5 @@
 """Named configs. `tiny` is the default of every command; the others have published shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The hardware of this rank: its device, its cores and threads, and its peak FLOP rate."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -3,8 +3,6 @@
 What depends on the layout is in this file and train_model.py; what is computed, on which data and how often, is not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 

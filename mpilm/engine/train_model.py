@@ -1,7 +1,5 @@
 """A model in training: a PipelinedModel with gradient reducers and an optimizer for what this rank owns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import prod

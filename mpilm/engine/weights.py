@@ -1,7 +1,5 @@
 """Initial weights from a Hugging Face folder, and the state of a checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mpilm.checkpoint.format import PARAMETER

@@ -1,7 +1,5 @@
 """Evaluation of a model on a text: every token is scored once, window by window, whatever the number of ranks."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -23,12 +21,11 @@ from mpilm.config.parse import merge_settings
 from mpilm.config.schema import Config, DataConfig
 from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus, open_corpus
-from mpilm.data.files import touching, write_durably
-from mpilm.data.indexed import document_starts, prefix_of
-from mpilm.data.objective import Masked, Objective, objective_of
-from mpilm.data.order import key_of
-from mpilm.data.prepare import silent
-from mpilm.data.progress import ProgressLine
+from mpilm.data.files import file_errors, write_durably
+from mpilm.data.objective import MaskedObjective, Objective, make_objective
+from mpilm.data.order import mix_key
+from mpilm.data.prepare import ProgressLine, no_progress
+from mpilm.data.token_files import document_starts, find_prefix
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
@@ -90,14 +87,14 @@ class WindowBatches:
     def __call__(self, m: int) -> Batch:
         numbers = np.arange(*self.groups[m])
         rows = np.stack([self._row(n) for n in numbers.tolist()])
-        inputs, targets = self.objective(rows, [key_of(MASK_KEY, n) for n in numbers.tolist()])
+        inputs, targets = self.objective(rows, [mix_key(MASK_KEY, n) for n in numbers.tolist()])
         tokens, target_ids = (torch.from_numpy(np.ascontiguousarray(x)) for x in (inputs, targets))
         count = int(np.count_nonzero(targets != IGNORE_INDEX))
         return Batch(tokens, target_ids, torch.arange(tokens.shape[1]), torch.from_numpy(numbers), count)
 
     def _row(self, number: int) -> np.ndarray:
         row = self.corpus.read(int(self.windows.start[number]), int(self.windows.stop[number]))
-        return row if self.objective.looks_ahead else np.append(row, 0)  # an objective ignores the last token
+        return row if self.objective.is_causal else np.append(row, 0)  # an objective ignores the last token
 
 
 def row_scores(logits: Tensor, batch: Batch) -> Tensor:
@@ -156,12 +153,12 @@ def evaluate_model(config: Config, options: EvaluateOptions, world: Comm) -> Non
     tokenizer = run_on_all_ranks(world, lambda: load_tokenizer(config.data, config.model))
     model = load_model(config, world).model
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
-    progress = ProgressLine() if world.rank == 0 else silent
+    progress = ProgressLine() if world.rank == 0 else no_progress
     corpus = open_corpus(data, yielding, eos=options.held_out, progress=progress)
-    objective = objective_of(config.model, config.data, tokenizer)
+    objective = make_objective(config.model, config.data, tokenizer)
     run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, options))
     segments = run_on_all_ranks(world, lambda: _find_segments(data, options, corpus))
-    windows = cut_windows(segments, config.model.context_length, objective.looks_ahead)
+    windows = cut_windows(segments, config.model.context_length, objective.is_causal)
     run_on_all_ranks(world, lambda: _check_not_empty(windows, corpus))
     table = score_windows(model, corpus, windows, objective, config.train.micro_batch, world.rank == 0)
     run_on_root(world, lambda: _write_results(config, options, corpus, segments, windows, table))
@@ -177,7 +174,7 @@ def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, D
         raise ConfigError(f"--data.{flag} is for training; evaluate reads running text, window by window")
     if not options.held_out:
         resolved = config_from_folder(config, options.context_length)
-        is_prepared = config.data.source and prefix_of(config.data.source)  # prepared tokens name their tokenizer
+        is_prepared = config.data.source and find_prefix(config.data.source)  # prepared tokens name their tokenizer
         return resolved, config.data if is_prepared else resolved.data
     folder = Path(config.model.init_from).expanduser()
     if config.data != DataConfig():
@@ -207,7 +204,7 @@ def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, co
         trainer = read_json(Path(folder).expanduser() / "trainer.json")
         if trainer["content"]["data.path"] != corpus.fingerprint:
             raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
-    if isinstance(objective, Masked) and objective.tokenizer.vocab_size > config.model.vocab_size:
+    if isinstance(objective, MaskedObjective) and objective.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, which a bert model needs")
 
 
@@ -234,7 +231,7 @@ def _write_results(
     if not math.isfinite(result["loss"]):
         raise NonFiniteError(f"the loss is {result['loss']}: weights in {config.model.init_from} are not finite")
     folder = _results_folder(config.model.init_from, options.run_dir)
-    with touching(folder, "write"):
+    with file_errors(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
     for name, value in result.items():

@@ -1,7 +1,5 @@
 """A trained model loaded from its folder and distributed over the ranks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_folder, read_pretrained_config
@@ -9,7 +7,7 @@ from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import check_same_on_all_ranks, run_on_all_ranks
 from mpilm.config.check import check_config
 from mpilm.config.schema import Config, DataConfig, ModelConfig, flatten, resolve_config
-from mpilm.data.tokenizer import Tokenizer, named_tokenizer
+from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
 from mpilm.engine.hardware import Hardware, detect_hardware
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.engine.weights import load_initial_weights
@@ -18,7 +16,6 @@ from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
 from mpilm.parallel.flat_layout import ALIGNMENT
 from mpilm.parallel.layout_check import partition_by_cost
-from mpilm.trainer.material import refuse_more_ids
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,8 @@ def load_model(config: Config, world: Comm) -> LoadedModel:
 
 def load_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
     """Return the tokenizer of a config from `config_from_folder`; raise ConfigError if its ids exceed the model's rows."""
-    tokenizer = named_tokenizer(data.tokenizer)
-    refuse_more_ids(tokenizer, model)
+    tokenizer = tokenizer_from_spec(data.tokenizer)
+    check_vocab_fits(tokenizer, model)
     return tokenizer
 
 

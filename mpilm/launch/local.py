@@ -1,7 +1,5 @@
 """Start and end of the commands that run in one process, without MPI and torch."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

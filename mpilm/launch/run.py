@@ -1,7 +1,5 @@
 """Start and end of every command: find the world, run, and exit on all ranks alike."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import faulthandler

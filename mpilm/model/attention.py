@@ -1,7 +1,5 @@
 """Self-attention with grouped queries. The core, which mixes positions, is an attribute and can be exchanged."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

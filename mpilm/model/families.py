@@ -4,8 +4,6 @@ A new family needs a builder in BUILDERS here, an entry in MODULE_NAMES (hf/name
 sizes in flops.py, and its name and adapter targets in the config.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ The activation counts are what torch saves for backward; a test compares them wi
 4 bytes: a bfloat16 value is half a float.
 """
 
-from __future__ import annotations
-
 from mpilm.config.schema import LORA_TARGETS, ModelConfig
 
 

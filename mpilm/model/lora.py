@@ -2,8 +2,6 @@
 (inner, in); B is (out, inner) and starts at zero. They are applied from outside, by hooks on the layers of a plain model.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 

@@ -1,7 +1,5 @@
 """Mixture of experts: a router sends each token to a few of several feed-forward layers (Jiang et al., arXiv 2401.04088)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The interface of an optimizer for some of the parameters."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 

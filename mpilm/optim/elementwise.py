@@ -5,8 +5,6 @@ start and 70 MiB (measured with torch 2.13). They run on whole spans of the flat
 depend on where a span begins and ends, and spans end at multiples of the layout's alignment however the vector is sharded.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 

@@ -4,8 +4,6 @@ They compute what torch.optim.Adafactor and torch.optim.Muon compute, to the las
 the one rank that owns a parameter updates it, so nothing is computed twice and nothing more is sent.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The optimizers of train.optimizer, each a pair of parameter optimizers that divide the parameters between them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 from torch import Tensor

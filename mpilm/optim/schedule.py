@@ -1,7 +1,5 @@
 """The learning-rate schedule: a pure function of the step."""
 
-from __future__ import annotations
-
 import math
 
 from mpilm.config.schema import TrainConfig

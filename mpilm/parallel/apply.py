@@ -1,7 +1,5 @@
 """The one function that turns a plain model into a stage of a parallel one, and the reason for its order."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Check that a layout works on a number of ranks, before anything is built; refusals name the nearest that works. Pure."""
 
-from __future__ import annotations
-
 from mpilm.config.check import check_config
 from mpilm.config.schema import Config, microbatch_count, override, resolve_config
 from mpilm.errors import ConfigError

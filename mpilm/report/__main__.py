@@ -9,8 +9,6 @@ $ python -m mpilm.report runs/A runs/B --output comparison.html  # overlaid curv
 $ python -m mpilm.report runs/NAME --png plots                   # the charts as images too
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The charts of a report, each described once: the page draws them with plotly, `draw_chart` with matplotlib."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +9,9 @@ import numpy as np
 
 from mpilm.errors import ConfigError
 from mpilm.formatting import format_number
-from mpilm.parallel.pipeline.draw import ACTION_COLORS
-from mpilm.parallel.pipeline.draw import KIND_NAMES as ACTION_NAMES
-from mpilm.parallel.pipeline.simulate import TimelineEvent
+from mpilm.planner.draw import ACTION_COLORS
+from mpilm.planner.draw import KIND_NAMES as ACTION_NAMES
+from mpilm.planner.simulate import TimelineEvent
 from mpilm.report.read import RecordedRun
 from mpilm.report.summary import average_parts, measure_peak_memory, split_step
 from mpilm.report.trace import TracedStep, find_traced_step

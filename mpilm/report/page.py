@@ -1,7 +1,5 @@
 """Writes the page and the images of a report."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """Reading a run folder as far as it is complete: absent and broken parts are listed, not raised."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

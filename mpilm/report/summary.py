@@ -1,7 +1,5 @@
 """A run in numbers and words: key figures, events, settings, differences between runs, statistics over ranks."""
 
-from __future__ import annotations
-
 import json
 import statistics
 import time

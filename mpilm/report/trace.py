@@ -1,7 +1,5 @@
 """One traced step: the pipeline of the first replica as measured and as simulated, and the waits of all ranks."""
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mpilm.mesh.shape import AXES, MeshShape
 from mpilm.parallel.pipeline.actions import COMPUTE, ActionKind, parse_action
-from mpilm.parallel.pipeline.simulate import Timeline, TimelineEvent, simulate
+from mpilm.planner.simulate import Timeline, TimelineEvent, simulate
 from mpilm.telemetry.metrics_table import to_float
 
 CATEGORIES = ("forward", "backward", "reduce", "send", "receive")

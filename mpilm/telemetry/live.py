@@ -1,7 +1,5 @@
 """Live view of a run in a terminal, from the rows of its metrics: while it trains, or from its folder (mpilm.watch)."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import statistics

@@ -1,7 +1,5 @@
 """RUN/metrics.jsonl as arrays, for files of up to millions of rows."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

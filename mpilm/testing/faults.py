@@ -8,8 +8,6 @@ The environment variable MPILM_FAULT describes the faults, separated by semicolo
 prints a line when it fires. The code under test contains no fault points: `install_faults` wraps the functions in POINTS.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import functools

@@ -1,7 +1,5 @@
 """The layout chosen at the start: by the planner (parallel.auto), and the number of blocks in each stage."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable
@@ -24,9 +22,8 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import select_stage
 from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.partition import partition_layers
-from mpilm.planner.machine import Machine as Measured
-from mpilm.planner.machine import read
-from mpilm.planner.search import Job, adopted, search
+from mpilm.planner.profile import MachineProfile, read_profile
+from mpilm.planner.search import PlannedJob, search
 
 CHOSEN_SETTINGS = ("pipeline", "schedule", "chunks", "zero")
 MEASURE_S = 0.5  # for each part: long compared with a scheduler's time slice, so that sharing a core shows
@@ -51,22 +48,23 @@ def _plan_layout(config: Config, vocab_size: int, hardware: Hardware, world: Com
     """Return the settings of the layout, recomputation, and a note."""
     if config.model.lora_rank:
         raise ConfigError("--parallel.auto plans for training full models: remove it or --model.lora-rank")
-    profile = read(config.parallel.auto, "--parallel.auto")
+    profile = read_profile(config.parallel.auto, "--parallel.auto")
     _check_same_machine(profile, hardware, world)
     base = override(config, parallel__auto="")
-    found, rejected = search(Job(base, vocab_size, profile, ranks_per_node), world.size)
-    if not found:
-        raise ConfigError(f"--parallel.auto: no layout of {world.size} ranks works: {rejected[0].words}: {rejected[0].reason}")
-    best = adopted(base, found[0])
+    try:
+        found, _ = search(PlannedJob(base, vocab_size, profile, ranks_per_node), world.size)
+    except ConfigError as error:
+        raise ConfigError(f"--parallel.auto: {error}") from None
+    best = found[0].config
     note = (
-        f"chosen among {len(found)} by {config.parallel.auto} (--parallel.auto): {found[0].words}; predicted step time "
+        f"chosen among {len(found)} by {config.parallel.auto} (--parallel.auto): {found[0].label}; predicted step time "
         f"{found[0].time.total_s:.3g} s"
     )
     settings = to_dict(best.parallel)
     return [{name: settings[name] for name in CHOSEN_SETTINGS}, best.train.recompute, note]
 
 
-def _check_same_machine(profile: Measured, hardware: Hardware, world: Comm) -> None:
+def _check_same_machine(profile: MachineProfile, hardware: Hardware, world: Comm) -> None:
     here = {**software_versions(world), "device": hardware.device.type}
     for name in ("processor", "device", "torch"):
         if getattr(profile, name) != here[name]:

@@ -1,7 +1,5 @@
 """Construction of a run from a config and a world: a straight list of steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,8 +13,8 @@ from mpilm.config.schema import Config, flatten
 from mpilm.data.batch import Batches
 from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
-from mpilm.data.prepare import silent
-from mpilm.data.progress import ProgressLine
+from mpilm.data.prepare import ProgressLine, no_progress
+from mpilm.data.training_data import TrainingData, open_training_data
 from mpilm.engine.hardware import Hardware, detect_hardware, numerics_environment, processor_name, software_fingerprint
 from mpilm.engine.train_model import TrainModel
 from mpilm.engine.weights import load_checkpoint_state, load_initial_weights
@@ -28,7 +26,6 @@ from mpilm.parallel.flat_layout import ALIGNMENT
 from mpilm.parallel.layout_check import resolve_mesh_shape
 from mpilm.telemetry.memory import MemoryMeter, trim_heap
 from mpilm.trainer.auto_layout import choose_layout, partition_model
-from mpilm.trainer.material import Material, open_material
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 from mpilm.trainer.run import Run
 from mpilm.trainer.run_folder import RunFolder, open_run_folder
@@ -45,7 +42,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     progress = progress or Progress()
     progress.enter(PREPARATION, 0)
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)  # rank 0 may train a tokenizer on all cores
-    data = open_material(config, yielding, ProgressLine() if world.rank == 0 else silent)
+    data = open_training_data(config, yielding, ProgressLine() if world.rank == 0 else no_progress)
     progress.enter("start", 0)
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     config, layout_note = choose_layout(config, vocab_size, hardware, world)
@@ -64,7 +61,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     except BaseException:
         folder.release()
         raise
-    batches = Batches(data.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
+    batches = Batches(data.examples, config.train.seed, config.train.global_batch, config.train.micro_batch)
     stop_request = StopRequest(folder.path / "stop", config.run.time_limit, query_slurm=world.rank == 0)
     return Run(
         config, hardware, mesh, data, batches, folder, content, model, stop_request, folder.bad_steps, memory, layout_note
@@ -84,7 +81,7 @@ def _common_alignment(config: Config, world: Comm, hardware: Hardware) -> int:
     return ALIGNMENT * max(threads for threads, _ in environments)
 
 
-def _digest_content(config: Config, data: Material, world: Comm) -> Mapping[str, str]:
+def _digest_content(config: Config, data: TrainingData, world: Comm) -> Mapping[str, str]:
     """Return digests of what the result depends on beside the settings. Collective."""
     content = {**data.content, "model.init_from": ""}
     if config.model.init_from:

@@ -1,7 +1,5 @@
 """The description of a run before its first step: the start row of metrics.jsonl and the header."""
 
-from __future__ import annotations
-
 import shlex
 import socket
 import sys
@@ -100,7 +98,7 @@ def header_lines(run: Run, description: RunDescription) -> Iterator[str]:
     if model.lora_rank:
         targets = ", ".join(model.lora_targets or LORA_TARGETS[model.arch])
         yield f"           {trained:,} of them are trained, in adapters of rank {model.lora_rank} on {targets}"
-    for number, line in enumerate(run.data.said):
+    for number, line in enumerate(run.data.summary_lines):
         yield f"  data     {line}" if number % 2 == 0 else f"           {line}"
     batch, m = config.train.global_batch, microbatch_count(config)
     tokens = batch * model.context_length

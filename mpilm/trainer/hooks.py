@@ -1,7 +1,5 @@
 """Hooks: what happens around a training step. trainer/loop.py states their order."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from mpilm.checkpoint.manager import CheckpointManager

@@ -1,7 +1,5 @@
 """The run folder: found or created, compared with the present settings, never overwritten."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The state of a run that its checkpoints hold."""
 
-from __future__ import annotations
-
 from functools import cache
 
 from mpilm.checkpoint.format import PARAMETER

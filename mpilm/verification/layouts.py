@@ -1,7 +1,5 @@
 """Comparison of every layout of these ranks with the serial run: the same losses, gradients and weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -40,7 +38,7 @@ class RandomTokens:
     def __init__(self, config: Config, vocab_size: int = VOCAB_SIZE):
         self.config, self.vocab_size = config, vocab_size
 
-    def train(self, step: int, m: int) -> Batch:
+    def training_batch(self, step: int, m: int) -> Batch:
         rows, length = self.config.train.micro_batch, self.config.model.context_length
         generator = np.random.Generator(np.random.Philox(key=hash_key("verify", self.config.train.seed, step, m)))
         tokens = torch.from_numpy(generator.integers(0, self.vocab_size, (rows, length + 1), dtype=np.int64))

@@ -143,7 +143,7 @@ def pipeline_side(config, comm) -> Callable[[int], tuple[float, float]]:  # type
     from mpilm.parallel.pipeline.actions import Action
     from mpilm.parallel.pipeline.lower import lower
     from mpilm.parallel.pipeline.schedules import schedule
-    from mpilm.parallel.pipeline.simulate import simulate
+    from mpilm.planner.simulate import simulate
     from mpilm.trainer.build import build_run
 
     run = build_run(config, comm)

@@ -76,7 +76,7 @@ def torch_loop(
         optimizer.zero_grad(set_to_none=True)
         losses = []
         for m in own:
-            batch = source.train(number, m).to(torch.device(device))
+            batch = source.training_batch(number, m).to(torch.device(device))
             skips = m != own[-1] and ranks > 1
             with skip_sync(wrapped) if skips else nullcontext():
                 with torch.autocast(device, torch.bfloat16) if train.dtype == "bfloat16" else nullcontext():

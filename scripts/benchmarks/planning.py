@@ -19,8 +19,8 @@ from mpilm.config.parse import parse
 from mpilm.config.presets import PRESETS as CONFIGS
 from mpilm.config.presets import VOCABULARIES
 from mpilm.config.schema import Config, override, resolve_config
-from mpilm.planner.machine import read
-from mpilm.planner.search import Job, flags, search
+from mpilm.planner.profile import read_profile
+from mpilm.planner.search import PlannedJob, search, to_flags
 
 PRESETS = {  # changes that make a step take a few seconds
     "tiny": {},
@@ -55,13 +55,13 @@ def plan_memory(args: argparse.Namespace) -> None:
         rows, ratios = [("model and layout", "predicted MiB", "measured MiB", "predicted / measured (goal: 0.93 .. 1.07)")], []
         for name, words in MODELS.items():
             config = parse_config(words)
-            for each in search(Job(config, 2048, read(machine)), RANKS)[0]:
-                chosen = [] if each.config.parallel == resolve_config(Config()).parallel else flags(each).split()
+            for each in search(PlannedJob(config, 2048, read_profile(machine)), RANKS)[0]:
+                chosen = [] if each.config.parallel == resolve_config(Config()).parallel else to_flags(each).split()
                 _, _, printed = training_run(RANKS, 4, "--checkpoint.every", "2", *words, *chosen)
                 measured = float(re.findall(r"memory ([\d,]+) MiB", printed)[-1].replace(",", ""))
                 predicted = each.memory_bytes / 2**20
                 ratios.append(predicted / measured)
-                rows.append((f"{name}: {each.words}", f"{predicted:.0f}", f"{measured:.0f}", f"{predicted / measured:.3f}"))
+                rows.append((f"{name}: {each.label}", f"{predicted:.0f}", f"{measured:.0f}", f"{predicted / measured:.3f}"))
                 print("  ".join(rows[-1]), flush=True)
     print_table(f"memory of a rank, {RANKS} ranks", rows)
     print(f"  predicted / measured: median {statistics.median(ratios):.3f}, {min(ratios):.3f} .. {max(ratios):.3f}")
@@ -73,15 +73,15 @@ def parse_config(words: list[str]) -> Config:
     return resolve_config(parse(words, Config(), "train", "", CONFIGS))
 
 
-def make_job(preset: str, machine: str) -> Job:
+def make_job(preset: str, machine: str) -> PlannedJob:
     config = resolve_config(override(CONFIGS[preset](), **PRESETS.get(preset, {})))
-    return Job(config, VOCABULARIES.get(preset, 2048), read(machine))
+    return PlannedJob(config, VOCABULARIES.get(preset, 2048), read_profile(machine))
 
 
 def compare(preset: str, machine: str, wanted: int) -> None:
     """Measure the layouts in turn, each in processes of its own, since a process does not return all memory of a model."""
     found = [each for each in search(make_job(preset, machine), RANKS)[0] if each.config.train.recompute == "none"]
-    times: dict[str, list[float]] = {each.words: [] for each in found}
+    times: dict[str, list[float]] = {each.label: [] for each in found}
     for _ in range(wanted):
         for number, each in enumerate(found):
             words = ["--preset", preset, "--folder", machine, "--pipeline", str(number)]
@@ -91,9 +91,9 @@ def compare(preset: str, machine: str, wanted: int) -> None:
                     subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
                 )
                 if done["other_cores"] <= MAX_OTHER_CORES:
-                    times[each.words].append(done["step_s"])
+                    times[each.label].append(done["step_s"])
                     break
-    print_plan(preset, {each.words: each.time for each in found}, times)
+    print_plan(preset, {each.label: each.time for each in found}, times)
 
 
 def plan_worker(args: argparse.Namespace) -> None:
@@ -103,7 +103,7 @@ def plan_worker(args: argparse.Namespace) -> None:
     comm = mpi_world()
     planned = make_job(args.preset, args.folder)
     each = search(planned, comm.size)[0][args.pipeline]
-    reduce, step = make_reduce(comm), make_step(each.config, planned.vocab_size, each.setting.cut, comm)
+    reduce, step = make_reduce(comm), make_step(each.config, planned.vocab_size, each.layout.cut, comm)
     time_step(step, WARM_UP, comm, reduce)
     load = Load(reduce)
     took_s = time_step(step, STEPS.get(args.preset, 3), comm, reduce)

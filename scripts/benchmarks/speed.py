@@ -37,11 +37,10 @@ def torch_side(config, rank: int = 0, ranks: int = 1, **options: Callable) -> Ca
     from mpilm.comm.base import SelfComm
     from mpilm.data.batch import Batches
     from mpilm.data.corpus import open_corpus
-    from mpilm.data.samples import CorpusSamples
-    from mpilm.data.stream import TextStream
+    from mpilm.data.samples import CorpusSamples, TextExamples
 
     corpus = open_corpus(config.data, SelfComm())
-    stream = TextStream(CorpusSamples(corpus, config.model.context_length, config.data.eval_fraction))
+    stream = TextExamples(CorpusSamples(corpus, config.model.context_length, config.data.eval_fraction))
     batches = Batches(stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
     return torch_loop(config, batches, corpus.tokenizer.vocab_size, rank=rank, ranks=ranks, **options)
 

@@ -62,7 +62,7 @@ def prepare_worker(args: argparse.Namespace) -> None:
     from mpilm.comm.base import SelfComm
     from mpilm.comm.mpi import mpi_world
     from mpilm.config.schema import DataConfig
-    from mpilm.data.prepare import prepare as make_tokens
+    from mpilm.data.prepare import prepare_tokens as make_tokens
     from mpilm.data.tokenizer import load_tokenizer
 
     comm = mpi_world().with_options(gpu_aware=False, yield_while_waiting=True)
@@ -95,13 +95,13 @@ def prepare_worker(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    from mpilm.data.sources import embedded
+    from mpilm.data.sources import find_sources
     from mpilm.data.tokenizer import train_bpe
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "texts").mkdir()
-        texts = [Path(source.path).read_bytes().decode(errors="replace") for source in embedded()[:FILES]]
+        texts = [Path(source.path).read_bytes().decode(errors="replace") for source in find_sources("")[:FILES]]
         (folder / "tokenizer.json").write_text(train_bpe(texts[:100], 8192).json)
         for i in range(0, len(texts), 8):
             (folder / "texts" / f"{i:04}.txt").write_text("".join(texts[i : i + 8]))

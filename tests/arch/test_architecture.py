@@ -29,7 +29,7 @@ PURE = (
     "parallel/layout.py", "parallel/plan.py",
     "parallel/shard.py", "parallel/partition.py", "parallel/feasible.py", "parallel/tree.py",
     "parallel/pipeline/actions.py", "parallel/pipeline/schedules.py", "parallel/pipeline/lower.py",
-    "parallel/pipeline/check.py", "parallel/pipeline/simulate.py", "parallel/pipeline/draw.py",
+    "parallel/pipeline/check.py", "planner/simulate.py", "planner/draw.py",
     "validation.py", "data/order.py", "optim/rate.py",
 )  # fmt: skip
 PARALLEL_WORDS = {"rank", "ranks", "mesh", "comm", "comms", "communicator", "world", "mpi"}

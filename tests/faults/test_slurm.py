@@ -136,7 +136,7 @@ def test_a_job_that_is_preempted_and_warned_becomes_the_whole_run(cluster, tmp_p
     assert "as SIGUSR1 asked; saved" in cluster.log(job)
     state = cluster.ended(job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), cluster.log(job)
-    assert cluster.log(job).count("all answers were right") == 1  # the doctor, on the first start only
+    assert cluster.log(job).count("all checks passed") == 1  # the doctor, on the first start only
     assert "4 ranks" in cluster.log(job)
     assert not stale.exists()
     assert outcome(run)[:2] == uncut[:2]

@@ -21,9 +21,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])] if __name__ == "__main__
 
 from text import tiny, write_tokens  # noqa: E402
 
-from mpilm.comm.threads import run_ranks  # noqa: E402
 from mpilm.engine.hardware import processor_name
 from mpilm.engine.step import train_step, validation_loss
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.build import build_run
 
 STEPS = 40

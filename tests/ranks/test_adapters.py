@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from mpilm.checkpoint.pretrained import find_base_model, find_tokenizer_folder, read_pretrained_config
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
 from mpilm.config.schema import Config, resolve_config
 from mpilm.engine.step import train_step
@@ -25,6 +24,7 @@ from mpilm.errors import ConfigError, FileError
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.schedule import learning_rate
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from runs import on, small
 
-from mpilm.comm.threads import run_ranks
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.layout_check import resolve_mesh_shape
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import auto_layout as balance
 
 CPU = torch.device("cpu")

@@ -51,7 +51,6 @@ from mpilm.checkpoint.verify import find_newest_valid, run_on_root_with_verify, 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.threads import run_ranks
 from mpilm.config.schema import ModelConfig
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError
@@ -59,6 +58,7 @@ from mpilm.model.families import build_model, tied_parameters
 from mpilm.model.hf.names import hf_name
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.telemetry.memory import shared_bytes
+from mpilm.testing.threads import run_ranks
 
 ONE = SelfComm()
 BLOCKS = st.sampled_from([8, 60, 64, 100, 1 << 10, 1 << 24])  # with 60 and 100, some elements lie in two blocks

@@ -15,10 +15,10 @@ from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.progress import Progress
-from mpilm.comm.threads import run_ranks
 from mpilm.config.schema import CheckpointConfig
 from mpilm.errors import NonFiniteError
 from mpilm.testing.faults import POINTS, install_faults
+from mpilm.testing.threads import run_ranks
 
 SHAPES = {"embed.weight": (40, 16), "norm.weight": (16,)}
 

@@ -9,8 +9,8 @@ from contract import CONTRACT, MISMATCHES, in_step, names_the_odd_rank, names_th
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.threads import PeerFailedError, run_ranks
 from mpilm.errors import RanksDisagreeError
+from mpilm.testing.threads import PeerFailedError, run_ranks
 
 SIZES = (1, 2, 3, 4, 8)
 

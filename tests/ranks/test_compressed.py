@@ -11,7 +11,6 @@ from text import tiny, write_tokens
 from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.threads import run_ranks
 from mpilm.config.check import check_config
 from mpilm.config.schema import microbatch_count, override, resolve_config, result_settings
 from mpilm.engine.hardware import detect_hardware
@@ -21,6 +20,7 @@ from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.layout import ParamLayout
 from mpilm.parallel.reduce.diloco import OUTER_BETA, OUTER_LR, OUTER_MOMENTUM, DiLoCo
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import build, loop
 from mpilm.verification.layouts import RandomTokens
 
@@ -146,8 +146,8 @@ def test_between_meetings_each_replica_is_a_run_of_its_own(pipeline):
         def __init__(self, r, each):
             self.inner, self.first = RandomTokens(config), r * each
 
-        def train(self, step, m):
-            return self.inner.train(step, m + self.first)
+        def training_batch(self, step, m):
+            return self.inner.training_batch(step, m + self.first)
 
         def target_tokens(self, step):
             return self.inner.target_tokens(step) // 2
@@ -244,10 +244,10 @@ class Poisoned:
     def __init__(self, config, model, at):
         self.inner, self.model, self.at = RandomTokens(config), model, at
 
-    def train(self, step, m):
+    def training_batch(self, step, m):
         for flat in self.model.flats.values():
             flat.values.tensor[-1] = float("inf") if step == self.at else 1.0
-        return self.inner.train(step, m)
+        return self.inner.training_batch(step, m)
 
     def target_tokens(self, step):
         return self.inner.target_tokens(step)

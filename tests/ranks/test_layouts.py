@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from runs import FAMILIES, differing, evaluated, on, run_threads, serial, sharded, small, small_buckets, stopped, trained
 from text import tiny, write_tokens
 
-from mpilm.comm.threads import run_ranks
 from mpilm.config.schema import GenerateConfig
 from mpilm.engine.step import train_step
 from mpilm.inference.generate import generate
@@ -18,7 +17,8 @@ from mpilm.parallel.flat_layout import ALIGNMENT, BUCKET
 from mpilm.parallel.layout import select_owned, select_stage
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import SCHEDULES, schedule
-from mpilm.parallel.pipeline.simulate import simulate
+from mpilm.planner.simulate import simulate
+from mpilm.testing.threads import run_ranks
 from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
 SIZES = [1, 2, 3, 4, 6, 8]

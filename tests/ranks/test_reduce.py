@@ -9,7 +9,6 @@ from text import tiny
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.threads import run_ranks
 from mpilm.engine.pipelined import draw_values, resolve_model_layouts
 from mpilm.model.loss import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
@@ -21,6 +20,7 @@ from mpilm.parallel.reduce.rounds import RoundReducer
 from mpilm.parallel.reduce.shared_memory import detect_topology
 from mpilm.parallel.reduce.step import StepReducer
 from mpilm.parallel.tied import TiedParameters
+from mpilm.testing.threads import run_ranks
 
 V = 29
 SIZES = [1, 2, 3, 4, 5, 6, 8]

@@ -10,11 +10,11 @@ from text import TINY, tiny, write_tokens
 from mpilm.checkpoint.format import checkpoint_name
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.config.parse import merge_settings, read_toml
 from mpilm.config.schema import override, resolve_config
 from mpilm.data.corpus import open_corpus
 from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
 from mpilm.trainer.run_folder import open_run_folder
 

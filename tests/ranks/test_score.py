@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
 from mpilm.config.schema import DataConfig
-from mpilm.data.prepare import prepare
+from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.inference.evaluate import EvaluateOptions, cut_windows, evaluate_model, group_windows
 from mpilm.model.init import initial_value
 from mpilm.telemetry.metrics import read_metrics
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
 
 T = 16
@@ -211,7 +211,7 @@ def test_the_held_out_part_of_a_run(tmp_path, family, prepared):
 
 
 def test_tokens_of_another_tokenizer_are_refused(folders, tmp_path):
-    prepare(DataConfig(path=(str(write_text(tmp_path)),), tokenizer="bpe:257"), tmp_path / "tokens", SelfComm("world"))
+    prepare_tokens(DataConfig(path=(str(write_text(tmp_path)),), tokenizer="bpe:257"), tmp_path / "tokens", SelfComm("world"))
     with pytest.raises(CollectiveError, match="was made into tokens with another tokenizer than that of"):
         scored(folders["llama"], tmp_path / "tokens", tmp_path / "out")
 

@@ -12,7 +12,6 @@ from text import tiny, write_tokens
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.actions import parse_action
 from mpilm.parallel.pipeline.lower import lower
@@ -20,6 +19,7 @@ from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.telemetry.breakdown import CATEGORIES
 from mpilm.telemetry.metrics import read_metrics
 from mpilm.telemetry.trace import ClockOffset, measure_clock_offset, to_root_time
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
 
 SETTINGS = {"run__trace_steps": "2:3", "model__n_layers": 4, "train__steps": 4}

@@ -26,10 +26,9 @@ from mpilm.checkpoint.pretrained import read_pretrained_config
 from mpilm.checkpoint.save import save_checkpoint
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.config.schema import DataConfig, override
 from mpilm.data.batch import Batches
-from mpilm.data.prepare import prepare
+from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.engine import hardware as machine
 from mpilm.engine.step import total_loss, train_step, validation_loss
@@ -39,6 +38,7 @@ from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.schedule import learning_rate
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.telemetry.metrics import read_metrics
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
@@ -139,7 +139,7 @@ def test_a_run_starts_from_a_folder(tmp_path, data, family, size, layout):
     config = override(config, model__init_from=str(tmp_path / "start"))
     run_ranks(size, lambda comm: train(config, comm))
     run = build_run(tiny(data, tmp_path / "other", **shape), SelfComm())
-    batches = [run.batches.train(0, m) for m in range(8)]
+    batches = [run.batches.training_batch(0, m) for m in range(8)]
     with torch.no_grad():
         losses = [float(loss_sum(model(batch.tokens, SequenceInfo(batch.positions)), batch.targets)) for batch in batches]
     row = next(row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("step") == 1)
@@ -154,7 +154,7 @@ def test_evaluation_is_the_mean_over_the_held_out_text(tmp_path, data):
     """All of it, without dropout, and the last microbatch smaller than the others."""
     config = tiny(data, tmp_path / "run", run__eval_batches=0, train__micro_batch=4, data__eval_fraction=0.031)
     run = build_run(config, SelfComm())
-    rows = [run.batches.evaluation(i) for i in range(run.batches.eval_microbatches())]
+    rows = [run.batches.evaluation_batch(i) for i in range(run.batches.eval_microbatches())]
     assert rows[-1].tokens.shape[0] < 4
     with torch.no_grad():
         logits = [run.model.stages[0].model(batch.tokens, SequenceInfo(batch.positions)).flatten(0, 1) for batch in rows]
@@ -253,8 +253,8 @@ def nonsense(*steps):
         wrong = torch.randint(0, 256, batch.tokens.shape, generator=draw)
         return replace(batch, tokens=wrong, targets=wrong.roll(-1, 1)) if step in steps else batch
 
-    plain = Batches.train
-    with mock.patch.object(Batches, "train", read):
+    plain = Batches.training_batch
+    with mock.patch.object(Batches, "training_batch", read):
         yield
 
 
@@ -467,7 +467,7 @@ def test_a_mixture_is_taken_up_again_where_it_stopped(tmp_path, mixed, capsys):
 
 
 def test_corpora_of_different_tokenizers_do_not_mix(tmp_path, mixed):
-    prepare(DataConfig(path=(mixed[2],), tokenizer="bpe:300"), tmp_path / "b", SelfComm())
+    prepare_tokens(DataConfig(path=(mixed[2],), tokenizer="bpe:300"), tmp_path / "b", SelfComm())
     config = tiny((mixed[0], "1", str(tmp_path / "b"), "1"), tmp_path / "run", data__tokenizer="auto")
     with pytest.raises(CollectiveError, match=r"was made with another one|was made with another tokenizer"):
         build_run(config, SelfComm())
@@ -528,7 +528,7 @@ def test_the_loss_of_a_conversation_is_that_of_its_answers(tmp_path, chats):
     config = chat(chats, tmp_path / "run", model__dropout=0.0, data__eval_fraction=0.0, data__packing="documents")
     run = build_run(config, SelfComm())
     reference = AutoModelForCausalLM.from_pretrained(chats / "model")
-    numbers = np.arange(run.batches.stream.train_samples)
+    numbers = np.arange(run.batches.examples.train_samples)
     losses, count = 0.0, 0
     for line in (chats / "chats.jsonl").read_text().splitlines():
         user, answer = (message["content"] for message in json.loads(line)["messages"])
@@ -539,10 +539,10 @@ def test_the_loss_of_a_conversation_is_that_of_its_answers(tmp_path, chats):
             logits = reference(torch.tensor([ids[:-1]])).logits[0]
         losses += float(torch.nn.functional.cross_entropy(logits[begin - 1 :], torch.tensor(ids[begin:]), reduction="sum"))
         count += len(ids) - begin
-    examples = run.batches.stream.train(numbers, 0)
-    rows = SequenceInfo(torch.from_numpy(examples.positions), documents=torch.from_numpy(examples.documents))
+    examples = run.batches.examples.make_batch(numbers, 0)
+    rows = SequenceInfo(examples.positions, documents=examples.documents)
     with torch.no_grad():
-        ours = loss_sum(run.model.stages[0].model(torch.from_numpy(examples.read), rows), torch.from_numpy(examples.targets))
+        ours = loss_sum(run.model.stages[0].model(examples.tokens, rows), examples.targets)
     assert examples.target_tokens == count
     assert float(ours) == pytest.approx(losses, rel=1e-5)
 

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
 from mpilm.config.schema import GenerateConfig
 from mpilm.inference import generate as write_module
 from mpilm.inference.generate import GeneratedSequence, generate, generate_texts
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.init import initial_value
+from mpilm.testing.threads import run_ranks
 
 V = 97
 DECODERS = [family for family in FAMILIES if family != "bert"]

@@ -10,10 +10,10 @@ import torch
 
 import mpilm.engine.hardware as machine
 from mpilm.comm.base import SelfComm
-from mpilm.comm.threads import run_ranks
 from mpilm.config.schema import ParallelConfig, TrainConfig
 from mpilm.engine.hardware import choose_device, detect_hardware, fair_share, numerics_environment, slice_affinity
 from mpilm.errors import ConfigError
+from mpilm.testing.threads import run_ranks
 
 FREE = float("inf")
 

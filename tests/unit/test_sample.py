@@ -8,7 +8,7 @@ import torch
 
 from mpilm.config.schema import GenerateConfig
 from mpilm.errors import NonFiniteError
-from mpilm.model.sample import sample_token
+from mpilm.inference.generate import sample_token
 
 LOGITS = torch.tensor([0.0, math.log(6), math.log(2), math.log(1)])  # 0.1, 0.6, 0.2, 0.1
 

@@ -1,7 +1,5 @@
 """PEFT's adapter_config.json, written from a model's settings and read back."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """config.json, written from a model's settings and read back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

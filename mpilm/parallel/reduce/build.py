@@ -1,7 +1,5 @@
 """The gradient reducer that a config asks for, and the choice between shared memory and messages by timing both."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 

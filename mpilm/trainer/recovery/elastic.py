@@ -4,8 +4,6 @@ The survivors shrink the world, reassemble the state of the last complete step f
 and continue. W. Bland et al., Post-failure recovery of MPI communication capability, 2013, sections 3 and 4.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 

@@ -1,7 +1,5 @@
 """Checkpoints in memory: copies of the last steps on other ranks, from which a run continues after a rank is lost."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod

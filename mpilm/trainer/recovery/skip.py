@@ -1,7 +1,5 @@
 """Recovery from a step that changed nothing, because it was not finite or a spike: find the cause, then skip or rewind."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator

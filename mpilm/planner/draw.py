@@ -1,13 +1,11 @@
 """Drawings of a timeline, one lane per rank and time to the right: text for a terminal, or SVG."""
 
-from __future__ import annotations
-
 import math
 from html import escape
 
 from mpilm.formatting import round_up_to_tick
 from mpilm.parallel.pipeline.actions import Action
-from mpilm.parallel.pipeline.simulate import Timeline, TimelineEvent
+from mpilm.planner.simulate import Timeline, TimelineEvent
 
 KIND_NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "REDUCE": "gradient reduction"}
 FILL = {"F": "-", "B": "=", "I": "~", "W": "+", "REDUCE": "#"}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mpilm.parallel.pipeline.actions import COMPUTE, Action, ActionKind
-from mpilm.parallel.pipeline.simulate import Program, simulate
+from mpilm.planner.simulate import Program, simulate
 
 KIND_SETS: tuple[frozenset[ActionKind], ...] = (frozenset("F"), frozenset("FB"), frozenset("FIW"))  # type: ignore[arg-type]
 

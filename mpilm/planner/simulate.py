@@ -1,7 +1,5 @@
 """Event-driven simulation of a step: the programs of all ranks in one process, with what each rank does when and waits for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Ranks as threads of one process, for tests: they start in milliseconds, mpirun takes seconds."""
 
-from __future__ import annotations
-
 import threading
 from collections import defaultdict
 from collections.abc import Callable
