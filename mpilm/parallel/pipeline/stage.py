@@ -22,6 +22,11 @@ class GradientReducer:
     """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce). This one, for forward-only runs,
     does nothing."""
 
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of gradients in memory that other ranks of the node map too."""
+        return 0
+
     def begin_microbatch(self, i: int) -> None: ...
     def accumulate(self, name: str, gradient: Tensor) -> None: ...
     def end_microbatch(self, i: int) -> None: ...
