@@ -32,6 +32,23 @@ def test_how_it_works_lists_every_file_of_the_package():
     assert not listed - files
 
 
+def test_files_that_concept_pages_name_exist():
+    for page in (ROOT / "docs" / "concepts").glob("*.md"):
+        for name in re.findall(r"`((?:\w+/)+(?:\w+\.py)?)`", page.read_text()):
+            assert (ROOT / name).exists() or (ROOT / "mpilm" / name).exists(), f"{page.name} names {name}"
+
+
+def test_names_in_how_it_works_exist():
+    source = "\n".join(path.read_text() for path in (ROOT / "mpilm").rglob("*.py"))
+    for name in re.findall(r"`([A-Za-z_]\w+(?:\.\w+)?)`", (ROOT / "docs" / "concepts" / "how-it-works.md").read_text()):
+        owner, _, member = name.partition(".")
+        if member in ("py", "json") or name == "REDUCE":
+            continue
+        defined = rf"(?:class|def) {owner}\b|^{owner}\b.*="
+        assert re.search(defined, source, re.M), f"{name} is not defined in mpilm"
+        assert not member or re.search(rf"def {member}\b", source), f"{name} is not defined in mpilm"
+
+
 @pytest.mark.timeout(300)
 def test_site_builds_and_loads_nothing_from_a_network(tmp_path):
     pytest.importorskip("material", reason="needs pip install -e '.[docs]'")
