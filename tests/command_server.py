@@ -21,9 +21,9 @@ import mpilm.prepare
 import mpilm.report
 import mpilm.trainer.loop  # noqa: F401
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.errors import UserError
 from mpilm.launch import run as launch
+from mpilm.testing.threads import run_ranks
 
 LIMIT_S = 60
 
