@@ -1,4 +1,4 @@
-"""Data parallelism for your own torch model and training loop: docs/own-model.md, scripts/own_model.py."""
+"""Data parallelism for your own torch model and training loop: docs/guides/own-model.md, scripts/own_model.py."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
