@@ -141,8 +141,7 @@ def pipeline_side(config, comm) -> Callable[[int], tuple[float, float]]:  # type
     from mpilm.engine.step import train_step
     from mpilm.parallel.layout_check import replica_microbatch_count
     from mpilm.parallel.pipeline.actions import Action
-    from mpilm.parallel.pipeline.lower import lower
-    from mpilm.parallel.pipeline.schedules import schedule
+    from mpilm.parallel.pipeline.schedules import lower, schedule
     from mpilm.planner.simulate import simulate
     from mpilm.trainer.build import build_run
 

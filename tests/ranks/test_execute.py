@@ -16,8 +16,7 @@ from mpilm.mesh.shape import MeshShape
 from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.pipeline.actions import Action, Message
 from mpilm.parallel.pipeline.execute import StageMessenger, execute
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only
+from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only, lower
 from mpilm.testing.threads import PeerFailedError, ThreadComm, run_ranks
 
 COMPUTE = {**SCHEDULES, "forward only": forward_only}

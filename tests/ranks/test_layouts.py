@@ -15,8 +15,7 @@ from mpilm.model.flops import parameter_count
 from mpilm.optim.optimizer import OPTIMIZERS
 from mpilm.parallel.flat_layout import ALIGNMENT, BUCKET
 from mpilm.parallel.layout import select_owned, select_stage
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import SCHEDULES, schedule
+from mpilm.parallel.pipeline.schedules import SCHEDULES, lower, schedule
 from mpilm.planner.simulate import simulate
 from mpilm.testing.threads import run_ranks
 from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
