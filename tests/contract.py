@@ -317,12 +317,12 @@ def guards_its_buffers(comm: Comm) -> None:
         (TypeError, "all_reduce cannot sum torch.bfloat16; exchange it and add in float32",
          lambda: comm.all_reduce(torch.zeros(3, dtype=torch.bfloat16))),
         (TypeError, "all_reduce cannot mean torch.float32", lambda: comm.all_reduce(torch.zeros(3), "mean")),
-        (ValueError, "all_gather of a buffer of 3 elements where the counts say 2",
+        (ValueError, "all_gather of a buffer of 3 elements, but the counts add up to 2",
          lambda: comm.all_gather(torch.zeros(3), two)),
         (ValueError, f"all_gather with {n + 1} counts for {n} ranks", lambda: comm.all_gather(two, two, [0] * (n + 1))),
-        (ValueError, f"all_to_all of a buffer of {2 * n} elements where the counts say {3 * n}",
+        (ValueError, f"all_to_all of a buffer of {2 * n} elements, but the counts add up to {3 * n}",
          lambda: comm.all_to_all(two, two.clone(), [3] * n, [2] * n)),
-        (ValueError, "all_to_all into the buffer that it sends from; give another one", lambda: comm.all_to_all(two, two)),
+        (ValueError, "all_to_all into the buffer that it sends from; use another one", lambda: comm.all_to_all(two, two)),
         (ValueError, f"send with rank {n}, which does not exist", lambda: comm.isend(two, n)),
         (ValueError, "receive with rank -1, which does not exist", lambda: comm.irecv(two, -1)),
         (ValueError, f"broadcast with rank {n}, which does not exist", lambda: comm.broadcast(two, n)),
@@ -330,7 +330,7 @@ def guards_its_buffers(comm: Comm) -> None:
     if n > 1:
         odd = torch.zeros(2 * n + 1)
         misuses += [
-            (ValueError, f"all_to_all of {2 * n + 1} elements, which do not divide by {n} ranks; give the counts",
+            (ValueError, f"all_to_all of {2 * n + 1} elements, which {n} ranks do not divide; pass the counts",
              lambda: comm.all_to_all(odd, odd.clone())),
             (ValueError, f"broadcast of a tensor of shape (2, {n}) and strides (1, 2) that is not contiguous",
              lambda: comm.broadcast(grid)),
@@ -389,7 +389,7 @@ def names_the_odd_rank(comm: Comm, mismatch: str) -> None:
     """A checking communicator raises on all ranks, names the odd one, and has touched no data. At least 2 ranks."""
     usual, odd, named_usual, named_odd = MISMATCHES[mismatch]
     last = comm.size - 1
-    traced = InstrumentedComm(comm, check=True)
+    traced = InstrumentedComm(comm, checks_calls=True)
     traced.barrier()
     x = torch.arange(4.0) + comm.rank
     with pytest.raises(RanksDisagreeError) as caught:
@@ -398,7 +398,7 @@ def names_the_odd_rank(comm: Comm, mismatch: str) -> None:
     assert head == f"{comm.name}: the ranks do not make the same call:"
     rest = "rank 0" if last == 1 else f"ranks {', '.join(map(str, range(last)))}"
     assert len(table) == 2
-    assert f"  {rest}: call 2: {named_usual} (a place outside of mpilm)" in table
+    assert f"  {rest}: call 2: {named_usual} (code outside mpilm)" in table
     assert any(line.startswith(f"  rank {last}: call 2: {named_odd}") for line in table)
     assert torch.equal(x, torch.arange(4.0) + comm.rank)
     assert comm.all_gather_json(comm.rank) == list(range(comm.size))
@@ -406,7 +406,7 @@ def names_the_odd_rank(comm: Comm, mismatch: str) -> None:
 
 def names_the_rank_that_expects_other_parts(comm: Comm) -> None:
     """Counts of an exchange differ from rank to rank by design; each pair of them is compared instead."""
-    last, traced = comm.size - 1, InstrumentedComm(comm, check=True)
+    last, traced = comm.size - 1, InstrumentedComm(comm, checks_calls=True)
     sends = [1] * comm.size
     receives = [1] * last + [2] if comm.rank == last else sends
     out = torch.zeros(sum(receives))

@@ -20,7 +20,7 @@ class Staged(MpiComm):
     copies wait for the stream, and the stream's synchronisation where the site's MPI is GPU-aware.
     """
 
-    def _reads(self, tensor: Tensor) -> bool:
+    def _can_read(self, tensor: Tensor) -> bool:
         return False
 
 
@@ -50,7 +50,7 @@ def test_staging_keeps_the_contract(staged: Staged, name: str) -> None:
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_tracing_changes_nothing(world: Comm, name: str) -> None:
-    traced = InstrumentedComm(world, check=True)
+    traced = InstrumentedComm(world, checks_calls=True)
     CONTRACT[name](traced)
     assert in_step(traced, name)
 
@@ -102,9 +102,9 @@ def test_shared_memory_has_no_name_left(world: Comm) -> None:
 @pytest.mark.parametrize("lack", ["no folder", "no room", "another container"])
 def test_where_there_is_no_shared_memory_all_ranks_hear_it(world: Comm, lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if lack == "no folder":
-        monkeypatch.setattr(shared, "FOLDER", "/no/such/folder")
+        monkeypatch.setattr(shared, "SHM_FOLDER", "/no/such/folder")
     elif lack == "another container" and world.rank == world.size - 1:
-        monkeypatch.setattr(shared, "_mapped", lambda path, nbytes: None)
+        monkeypatch.setattr(shared, "_map_file", lambda path, nbytes: None)
     assert world.allocate_shared(1 << 44 if lack == "no room" else 10) is None
     world.barrier()
     assert leftovers() == []
@@ -134,7 +134,7 @@ def test_a_message_too_long_for_mpi_is_refused(world: Comm) -> None:
     with pytest.raises(ValueError, match="not contiguous"):
         world.all_reduce(too_long)
     huge = torch.empty(2**31, dtype=torch.uint8)  # untouched pages take none either
-    with pytest.raises(ValueError, match=r"one message of 2147483648 elements.*cut it into buckets"):
+    with pytest.raises(ValueError, match=r"one message of 2147483648 elements.*split it into buckets"):
         world.isend(huge, 0)
 
 

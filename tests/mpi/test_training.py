@@ -29,7 +29,7 @@ def test_the_ranks_compute_what_one_computes(world: Comm, shared: Path, tie: boo
         run = build_run(tiny(shared / "tokens", shared / name, model__tie_embeddings=tie, train__steps=4), comm)
         results = [train_step(run.model, run.batches, step) for step in range(4)]
         numbers = [number for result in results for number in (result.loss, result.grad_norm)]
-        return [*numbers, validation_loss(run)], joined([held(run.model)])
+        return [*numbers, validation_loss(run.model, run.batches, run.config.run.eval_batches)], joined([held(run.model)])
 
     together, alone = outcome(world, "together"), outcome(SelfComm(), f"alone-{world.rank}")
     assert together[0] == alone[0]

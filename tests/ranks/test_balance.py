@@ -27,7 +27,7 @@ def cut_of(size, seconds, **changes):
         world.barrier()  # as in the measurement: the call is collective
         return seconds(world.rank, part)
 
-    with mock.patch.object(balance, "_part_s", measured):
+    with mock.patch.object(balance, "_time_part", measured):
         first, *others = cuts(size, config)
     assert others == [first] * (size - 1)
     assert sum(first) == 12
@@ -60,7 +60,7 @@ def test_all_chunks_of_a_slow_rank_are_small():
 
 
 def test_what_was_stated_is_not_measured():
-    assert cut_of(2, None, **on(2, blocks_per_stage=(11, 1))) == (11, 1)
+    assert cut_of(2, None, **on(2, cut=(11, 1))) == (11, 1)
     assert cut_of(2, None) == (12,)
 
 

@@ -217,7 +217,7 @@ def test_replicas_send_nothing(tmp_path):
     values = draw_tensors(SHAPES)
 
     def body(comm):
-        traced = InstrumentedComm(comm, check=True)
+        traced = InstrumentedComm(comm, checks_calls=True)
         with small_files(200):
             saved(tmp_path, values, held_by_all(SHAPES, 3), traced)
         return traced.calls["send"]

@@ -108,9 +108,9 @@ def test_a_meeting_is_a_step_of_the_outer_optimizer():
         x = flat.values.tensor.fill_(1.0)
         places = []
         for meeting in range(2):
-            outer.begin_microbatch()
+            outer.begin_step()
             x.sub_(0.1 * (comm.rank + 1) * (meeting + 1))
-            outer.sync_replicas()
+            outer.sync()
             places.append(float(x[0]))
         return places, float(outer.owned_slices()[next(iter(outer.owned_slices()))][0])
 
@@ -305,7 +305,7 @@ def test_a_run_that_is_stopped_apart_meets_first(tmp_path):
 
 def test_the_inner_moments_of_a_checkpoint_are_one_replicas(tmp_path):
     config = small(parallel__sync_every=2, checkpoint__every=0, run__eval_every=0)
-    held = run_ranks(3, lambda comm: {name: sharded(config, comm).holders(name) for name in sharded(config, comm).shapes})
+    held = run_ranks(3, lambda comm: {name: sharded(config, comm).shard_owners(name) for name in sharded(config, comm).shapes})
     assert {ranks[0] for of in held[0].values() for _, _, ranks in of} == {0}
     assert all(len(ranks) == 1 for of in held[0].values() for _, _, ranks in of)
 
@@ -313,11 +313,11 @@ def test_the_inner_moments_of_a_checkpoint_are_one_replicas(tmp_path):
 def test_ranks_with_unequal_threads_cannot_compress(tmp_path):
     config = tiny(write_tokens(tmp_path), tmp_path / "run", parallel__compress=2)
 
-    def look_unequal(train, world):
+    def detect_unequal(train, world):
         return replace(detect_hardware(train, world), threads=1 + world.rank)
 
     with (
-        mock.patch.object(build, "look", look_unequal),
+        mock.patch.object(build, "detect_hardware", detect_unequal),
         pytest.raises(CollectiveError, match="with unequal threads or processors"),
     ):
         run_ranks(2, lambda comm: loop.train(config, comm))

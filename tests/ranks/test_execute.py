@@ -31,7 +31,7 @@ class Unbuffered(ThreadComm):
         return unbuffered(super().split(color, key, name))
 
     def _isend(self, x, to, tag):
-        request, sent = self._meet(self._message("send", self.rank, to, tag), "from", x), x.clone()
+        request, sent = self._meet(self._next_message("send", self.rank, to, tag), "from", x), x.clone()
 
         def finish():
             request.wait()
@@ -40,19 +40,19 @@ class Unbuffered(ThreadComm):
         return Request(finish)
 
     def _irecv(self, out, source, tag):
-        return self._meet(self._message("receive", source, self.rank, tag), "to", out.fill_(-99))
+        return self._meet(self._next_message("receive", source, self.rank, tag), "to", out.fill_(-99))
 
     def _meet(self, key, end, buffer):
         world = self._world
-        with world.changed:
-            (ends := world.board.setdefault(key, {}))[end] = buffer
-            world.changed.notify_all()
+        with world.condition:
+            (ends := world.messages.setdefault(key, {}))[end] = buffer
+            world.condition.notify_all()
 
         def finish():
-            with world.changed:
-                there = world.changed.wait_for(lambda: world.failed or len(ends) > 1, world.timeout_s)
-                if world.failed or not there:
-                    raise PeerFailedError(world.failed or f"nobody is at the other end of {key}")
+            with world.condition:
+                there = world.condition.wait_for(lambda: world.failure or len(ends) > 1, world.timeout_s)
+                if world.failure or not there:
+                    raise PeerFailedError(world.failure or f"nobody is at the other end of {key}")
                 if "arrived" not in ends:
                     unpack_into([ends["from"]], ends["to"])
                 ends["arrived"] = True
@@ -109,9 +109,9 @@ class Numbers:
 
 def carried_out(program, stages, wire):
     progress = Progress()
-    progress.take()
+    progress.drain_spans()
     execute(program, stages, wire, progress)
-    return progress.take()
+    return progress.drain_spans()
 
 
 def walked(comm, program, steps=1, **options):
@@ -120,8 +120,8 @@ def walked(comm, program, steps=1, **options):
     stages = {stage: Numbers(stage, comm.size * len(own), said, **options) for stage in own}
     for _ in range(steps):
         said.append([])
-        assert [span.what for span in carried_out(program, stages, wire)] == program
-        assert not any([wire.going, wire.coming, *(stage.received for stage in stages.values())])  # all is sent and used
+        assert [span.event for span in carried_out(program, stages, wire)] == program
+        assert not any([wire.sends, wire.receives, *(stage.received for stage in stages.values())])  # all is sent and used
     return said, [int(stage.gradients) for stage in stages.values()]
 
 
@@ -190,7 +190,7 @@ def test_no_memory_of_a_model_is_used_again_while_its_message_is_under_way(size,
     config = small(**layout, model__dropout=0.0)
     left = run_ranks(size, lambda comm: run(config, unbuffered(comm), steps=1), timeout_s=30.0)
     numbers, tensors = alone(serial(config))
-    assert [theirs.microbatch_ids for theirs in left] == [numbers] * size
+    assert [theirs.numbers for theirs in left] == [numbers] * size
     assert differing(joined([theirs.held for theirs in left]), tensors) == []
 
 
@@ -213,7 +213,7 @@ def test_messages_find_their_receives_in_any_order_of_the_channels():
     wire, messages = StageMessenger(SelfComm("pipeline")), [Message(stage, way, 0) for stage in (1, 2) for way in "FB"]
     buffers = [torch.tensor(-1), torch.tensor(-1), torch.tensor(-1), torch.tensor(-1)]
     for number in (3, 1, 0, 2):
-        wire.post(messages[number], buffers[number])
+        wire.post_receive(messages[number], buffers[number])
     for number, message in enumerate(messages):
         wire.send(message, torch.tensor(number))
         wire.wait(message)
@@ -244,11 +244,11 @@ def test_times_are_those_of_the_actions_without_the_wait_for_what_they_need():
 
     class SlowWire(StageMessenger):
         def wait(self, message):
-            clock.seconds += 100.0 if message in self.coming else 0.0
+            clock.seconds += 100.0 if message in self.receives else 0.0
             super().wait(message)
 
     (program,) = programs("interleaved", 1, 2, 1)
-    assert " ".join_round(map(str, program)) == "1RECV_F0 0F0 0SEND_F0 1F0 0RECV_B0 1B0 1SEND_B0 1REDUCE 0B0 0REDUCE"
+    assert " ".join(map(str, program)) == "1RECV_F0 0F0 0SEND_F0 1F0 0RECV_B0 1B0 1SEND_B0 1REDUCE 0B0 0REDUCE"
     stages = {stage: Numbers(stage, 2, [[]], hears=hears) for stage in (0, 1)}
     with mock.patch("mpilm.comm.progress.time", SimpleNamespace(monotonic=lambda: clock.seconds)):
         spans = carried_out(program, stages, SlowWire(SelfComm("pipeline")))

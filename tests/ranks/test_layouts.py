@@ -181,7 +181,7 @@ def test_a_model_in_training_writes_the_same_on_all_ranks(size, layout, tie):
     def written(comm, config):
         model = sharded(config, comm)
         train_step(model, RandomTokens(config), 0)
-        return generate(model, {0: [1, 2, 3]}, Generate(max_tokens=9, temperature=1.0), stop=-1)
+        return generate(model, {0: [1, 2, 3]}, Generate(max_tokens=9, temperature=1.0), eos=-1)
 
     config = small(**layout, model__tie_embeddings=tie)
     (expected,) = run_ranks(1, lambda comm: written(comm, serial(config)))
@@ -234,7 +234,7 @@ def test_so_it_does_with_every_optimizer(tmp_path, data, optimizer):
 
 def alive(stages):
     """Microbatches of which a rank holds something for backward, counted for each stage."""
-    return sum(len({*stage._graphs, *stage.weight_grads._owed, *stage.weight_grads._kept}) for stage in stages.values())
+    return sum(len({*stage._graphs, *stage.weight_grads._pending, *stage.weight_grads._completed}) for stage in stages.values())
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def watch(thing, name, look):
 def whole_bytes(model):
     """Memory of parameters that are whole for a while; pages that were given back read as zeros."""
     units = [unit for stage in model.stages.values() for unit in stage.parameters.units]
-    return sum(unit.memory.bytes for unit in units if unit.coming is not None or unit.whole.any())
+    return sum(unit.buffer.nbytes for unit in units if unit.pending is not None or unit.full.any())
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
@@ -292,14 +292,14 @@ def test_zero_3_lets_parameters_go_and_holds_two_units_at_most(size, layout, rec
         seen = []
         for stage in model.stages.values():
             for unit in stage.parameters.units:
-                watch(unit, "fetch", lambda: seen.append(whole_bytes(model)))
+                watch(unit, "prefetch", lambda: seen.append(whole_bytes(model)))
             for name in ("forward", "backward", "backward_input", "backward_weight"):
                 watch(stage, name, lambda: gone.append(whole_bytes(model)))
         gone = []
         assert whole_bytes(model) == 0
         train_step(model, RandomTokens(config), 0)
         evaluated(model, 1)
-        generate(model, {0: [1, 2, 3]}, Generate(max_tokens=2), stop=-1)
+        generate(model, {0: [1, 2, 3]}, Generate(max_tokens=2), eos=-1)
         assert gone
         assert not any(gone)
         assert max(seen) <= max(stage.parameters.held_bytes for stage in model.stages.values())

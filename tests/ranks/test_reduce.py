@@ -221,8 +221,8 @@ def test_a_rank_holds_few_buffers():
 def test_nodes_add_at_home_and_then_across_to_the_same_bits(size, ranks_per_node, total, tie, zero, bucket):
     def body(comm):
         part = Part(comm, tie, total, zero)
-        assert part.sum.shared
-        assert part.sum.reducer.nodes.across.size == size // ranks_per_node
+        assert part.sum.is_shared
+        assert part.sum.reducer.topology.inter_node.size == size // ranks_per_node
         for _ in range(2):
             part.step(part.backward)
         return part.held()
@@ -248,7 +248,7 @@ def test_each_slice_leaves_a_node_once():
         traced = InstrumentedComm(comm)
         part = Part(traced, False, 8, 0)
         part.step(part.backward)
-        across = part.sum.reducer.nodes.across
+        across = part.sum.reducer.topology.inter_node
         assert (
             across.sent_bytes["all_to_all"] + across.sent_bytes["all_gather"] <= 4 * part.flat.layout.numel * (0.5 + 0.25) * 1.2
         )
@@ -307,7 +307,7 @@ def test_what_rounding_loses_comes_in_the_next_steps(size, ranks_per_node, zero,
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_the_faster_way_is_found_and_known_to_all(zero, monkeypatch):
-    monkeypatch.setattr(way, "LEAST", 1)
+    monkeypatch.setattr(way, "MIN_TIMED_NUMEL", 1)
     found = run_ranks(4, lambda comm: way.fastest_method(comm, 5000, zero == 0, "float32"), ranks_per_node=2)
     assert all(theirs == found[0] for theirs in found)
     chosen, tried = found[0]

@@ -210,7 +210,7 @@ def test_the_held_out_part_of_a_run(tmp_path, family, prepared):
 
 def test_tokens_of_another_tokenizer_are_refused(folders, tmp_path):
     prepare(Data(path=(str(write_text(tmp_path)),), tokenizer="bpe:257"), tmp_path / "tokens", SelfComm("world"))
-    with pytest.raises(CollectiveError, match="was made into tokens with another tokenizer than that of"):
+    with pytest.raises(CollectiveError, match="was tokenized with another tokenizer than that of"):
         scored(folders["llama"], tmp_path / "tokens", tmp_path / "out")
 
 

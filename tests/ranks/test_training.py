@@ -57,7 +57,7 @@ def outcome(config, size):
         run = build_run(config, comm)
         results = [train_step(run.model, run.batches, step) for step in range(config.train.steps)]
         numbers = [number for result in results for number in (result.loss, result.grad_norm)]
-        return [*numbers, validation_loss(run)], held(run.model)
+        return [*numbers, validation_loss(run.model, run.batches, run.config.run.eval_batches)], held(run.model)
 
     left = run_ranks(size, body)
     numbers = left[0][0]
@@ -160,7 +160,7 @@ def test_evaluation_is_the_mean_over_the_held_out_text(tmp_path, data):
         logits = [run.model.stages[0].model(batch.tokens, Rows(batch.positions)).flatten(0, 1) for batch in rows]
     targets = torch.cat([batch.targets.flatten() for batch in rows])
     expected = float(torch.nn.functional.cross_entropy(torch.cat(logits).double(), targets))
-    assert validation_loss(run) == pytest.approx(expected, rel=1e-6)
+    assert validation_loss(run.model, run.batches, run.config.run.eval_batches) == pytest.approx(expected, rel=1e-6)
 
 
 def test_losses_are_added_in_the_order_of_microbatches():
@@ -184,7 +184,7 @@ def poisoned(at, name, value=math.nan):
                 parameter.register_hook(partial(poison, stage))
 
     def poison(stage, gradient):
-        here = stage.inputs.step, stage.inputs.numbers[stage.in_backward]
+        here = stage.inputs.step, stage.inputs.microbatch_ids[stage.backward_microbatch]
         return gradient * value if here == at else gradient
 
     plain = ModelStage.__init__
@@ -236,7 +236,7 @@ def test_a_state_that_is_not_finite_ends_the_run_and_nothing_is_saved(tmp_path, 
         "moments": r"after step 1 \S+ is not finite \(on rank \d\), although loss and gradient were; nothing is saved",
     }[what]
     config = tiny(data, tmp_path / "run", fault__max_bad_steps=3, checkpoint__every=1, **layout)
-    with mock.patch.object(loop, "build", broken), pytest.raises(CollectiveError, match=said) as caught:
+    with mock.patch.object(loop, "build_run", broken), pytest.raises(CollectiveError, match=said) as caught:
         run_ranks(size, lambda comm: train(config, comm))
     assert isinstance(caught.value.error, NonFiniteError)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
@@ -279,7 +279,7 @@ def test_a_loss_that_leaps_is_left_out(tmp_path, data, size, layout, way, capsys
         assert left == tensors_of(tmp_path / "hand" / folder_name(30))
         said = capsys.readouterr().out
         assert re.search(r"step 26: loss \d\.\d+, gradient norm \d+\.\d+ \(a spike: above \d\.\d+\); ", said)
-        assert ("steps 25 to 26 are left out" in said) == (way == "rewind")
+        assert ("steps 25 to 26 are skipped" in said) == (way == "rewind")
         folder = tmp_path / "run" / "checkpoints" / folder_name(30)
         saved = json.loads((folder / "trainer.json").read_text())
         assert saved["bad"] == [26, 28]
@@ -299,17 +299,17 @@ def test_a_leap_is_what_the_setting_says(tmp_path, data):
         far = replaced(config, train__on_spike="skip", train__spike_factor=1e6, run__dir=str(tmp_path / "far"))
         assert trained(far, 1) == ignored
         near = replaced(config, train__on_spike="skip", fault__max_bad_steps=1, run__dir=str(tmp_path / "near"))
-        with pytest.raises(CollectiveError, match=r"not finite, or spikes: 2, and --fault.max-bad-steps allows 1") as caught:
+        with pytest.raises(CollectiveError, match=r"not finite or spikes: 2, and --fault.max-bad-steps allows 1") as caught:
             trained(near, 1)
         assert isinstance(caught.value.error, NonFiniteError)
 
 
-OF_THREE = "on all 3 replicas, and rank 1 differs from most"
+OF_THREE = "on all 3 replicas, but rank 1 differs from most"
 
 
 @pytest.mark.parametrize(
     ("size", "layout", "said"),
-    [(3, on(), OF_THREE), (2, on(), "on all 2 replicas, and the two differ"), (3, on(zero=2), OF_THREE), (6, on(2), OF_THREE)],
+    [(3, on(), OF_THREE), (2, on(), "on all 2 replicas, but the two differ"), (3, on(zero=2), OF_THREE), (6, on(2), OF_THREE)],
 )
 def test_a_replica_that_drifts_is_named(tmp_path, data, size, layout, said):
     """One weight, by one bit, on one rank, in step 3; it is looked for after every second step."""
@@ -334,7 +334,7 @@ def test_ranks_with_other_programs_do_not_train(tmp_path, data):
     said = pytest.raises(CollectiveError, match=r"the ranks were started with different programs:\n  torch: ")
     with (
         said,
-        mock.patch.object(machine, "versions", side_effect=lambda _: {"mpilm": 1, "torch": next(versions), "mpi": 0}),
+        mock.patch.object(machine, "software_versions", side_effect=lambda _: {"mpilm": 1, "torch": next(versions), "mpi": 0}),
     ):
         run_ranks(3, lambda comm: train(tiny(data, tmp_path / "run"), comm))
     assert not (tmp_path / "run").exists()
@@ -419,7 +419,7 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, data, capsys):
     capsys.readouterr()
     assert trained(config, 2) == before
     assert losses(config) == rows
-    assert "this run is complete; a larger --train.steps goes on from step 6" in capsys.readouterr().out
+    assert "this run is complete; a larger --train.steps continues it from step 6" in capsys.readouterr().out
 
 
 def test_one_checkpoint_starts_a_branch(tmp_path, data, uninterrupted):

@@ -73,7 +73,7 @@ def test_texts_do_not_depend_on_the_ranks(folders, family):
 @pytest.mark.parametrize("family", DECODERS)
 def test_the_cache_changes_nothing(folders, family, settings, monkeypatch):
     with_cache = texts(folders[family], 1, settings)
-    batch, lengths = GeneratedSequence.batch, []
+    batch, lengths = GeneratedSequence.next_batch, []
 
     def without_cache(self, device):
         self.cached = 0
@@ -81,15 +81,15 @@ def test_the_cache_changes_nothing(folders, family, settings, monkeypatch):
         lengths.append(found.tokens.shape[1])
         return found
 
-    monkeypatch.setattr(write_module.GeneratedSequence, "batch", without_cache)
+    monkeypatch.setattr(write_module.GeneratedSequence, "next_batch", without_cache)
     assert texts(folders[family], 1, settings) == with_cache
     assert max(lengths) == 16  # the last tokens of the context, once there are more
 
 
 def test_with_the_cache_only_what_is_new_is_read(folders, monkeypatch):
-    batch, read = GeneratedSequence.batch, []
+    batch, read = GeneratedSequence.next_batch, []
     monkeypatch.setattr(
-        write_module.GeneratedSequence, "batch", lambda self, device: read.append(batch(self, device)) or read[-1]
+        write_module.GeneratedSequence, "next_batch", lambda self, device: read.append(batch(self, device)) or read[-1]
     )
     texts(folders["llama"], 1, GREEDY, prompts={0: [1, 2, 3]})
     assert [len(found.tokens[0]) for found in read] == [3] + [1] * 11
@@ -152,7 +152,7 @@ def test_a_chat_model_is_asked_through_its_template(folders, tmp_path, capsys):
     words = {"eos_token": "</s>", "chat_template": "{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>"}
     settings = replace(GREEDY, prompt="abc", chat=True)
     config = used(Folder(str(folder)), Stages(), Compute(device="cpu", threads=1), generate=settings)
-    with pytest.raises(CollectiveError, match="there is no chat template beside the tokenizer"):
+    with pytest.raises(CollectiveError, match="no chat template beside the tokenizer"):
         generate_texts(config, SelfComm("world"))
     (folder / "tokenizer_config.json").write_text(json.dumps(words))
     run_ranks(2, lambda comm: generate_texts(config, comm))

@@ -102,14 +102,14 @@ def in_one_piece(case, m, dtype):
 
 def first_half(case, model, store, m, y):
     """As a stage does it: small gradients are kept, those of matrices are owed."""
-    store.current = m
+    store.microbatch = m
     model.zero_grad(set_to_none=True)
     y.backward()
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))}
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (id(parameter) in matrices)
         if parameter.grad is not None:
-            store.keep(name, parameter.grad)
+            store.push_completed(name, parameter.grad)
 
 
 def deferred(case):
@@ -131,12 +131,12 @@ def test_gradients_that_wait_have_the_bits_of_those_that_do_not(case, dtype):
         first_half(case, model, store, m, y)
         assert torch.equal(x.grad, expected[m][1]) if x.requires_grad else x.grad is None
     for m in (1, 2, 0, 3):
-        found = list(store.gradients(m))
+        found = list(store.pop_gradients(m))
         assert len(found) == len(expected[m][0])
         for name, gradient in found:
             assert gradient.dtype == torch.float32
             assert torch.equal(gradient, expected[m][0][name]), name
-        assert list(store.gradients(m)) == []
+        assert list(store.pop_gradients(m)) == []
 
 
 def test_the_gradients_differ_between_microbatches():
@@ -153,30 +153,30 @@ def test_a_forward_without_gradients_owes_nothing_and_gives_the_same(case, dtype
     with torch.no_grad():
         _, y = forward(case, model, 0, dtype)
     assert torch.equal(y, forward(case, case.model, 0, dtype)[1])
-    assert list(store.gradients(store.current)) == []
+    assert list(store.pop_gradients(store.microbatch)) == []
 
 
 def test_a_forward_alone_owes_nothing():
     model, store = deferred(CASES["plain"])
-    store.current = 0
+    store.microbatch = 0
     forward(CASES["plain"], model, 0, "float32")
-    assert list(store.gradients(0)) == []
+    assert list(store.pop_gradients(0)) == []
 
 
 def test_what_is_owed_is_let_go_one_after_the_other():
     store, alive = WeightGradQueue(), []
-    store.current = 7
+    store.microbatch = 7
     for i in range(4):
         x, gradient = torch.full((3, 2), float(i)), torch.ones(3, 5)
-        store.add(f"{i}.weight", False, x, gradient)
+        store.push_pending(f"{i}.weight", False, x, gradient)
         alive.append((weakref.ref(x), weakref.ref(gradient)))
-    store.keep("norm.weight", torch.ones(2))
+    store.push_completed("norm.weight", torch.ones(2))
     del x, gradient
 
     def gone():
         return [all(ref() is None for ref in refs) for refs in alive]
 
-    found = store.gradients(7)
+    found = store.pop_gradients(7)
     assert next(found)[0] == "norm.weight"
     for i in range(4):
         name, product = next(found)
@@ -196,7 +196,7 @@ def test_a_backward_that_is_over_leaves_the_store_alone_with_what_it_needs():
     first_half(CASES["plain"], model, store, 0, y)
     del x, y
     assert inputs[0]() is not None
-    list(store.gradients(0))
+    list(store.pop_gradients(0))
     assert inputs[0]() is None
 
 
@@ -219,7 +219,7 @@ def test_any_linear_layer_can_be_done_in_halves(model, needs_gradient):
     y = model(x)
     y.square().sum().backward()
     halves = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    halves.update(store.gradients(store.current))
+    halves.update(store.pop_gradients(store.microbatch))
     assert torch.equal(y, expected)
     assert halves.keys() == plain.keys()
     assert all(torch.equal(halves[name], plain[name]) for name in plain)

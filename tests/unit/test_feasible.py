@@ -150,7 +150,7 @@ def test_the_program_has_as_many_microbatches_as_the_replica_with_the_most(data,
         ),
         (
             2, {"parallel__pipeline": 2, "parallel__schedule": "interleaved", "parallel__cut": (4, 4)},
-            "--parallel.cut 4 4 has 2 stages, but there are 4 (--parallel.pipeline times --parallel.chunks); "
+            "--parallel.cut 4 4 has 2 stages, but --parallel.pipeline times --parallel.chunks is 4; "
             "the balanced one is 2 2 2 2",
         ),
     ],
@@ -234,7 +234,7 @@ def test_no_cut_has_a_smaller_largest_stage(layers, pipeline, chunks, vocabulary
     )  # fmt: skip
     stages, model = pipeline * chunks, resolve(config).model
     if stages > layers:
-        said = rf"{layers} layers cannot be cut into {stages} stages \(--parallel.pipeline times --parallel.chunks\)"
+        said = rf"{layers} layers cannot be divided into {stages} stages \(--parallel.pipeline times --parallel.chunks\)"
         with pytest.raises(ConfigError, match=f"^{said}: each needs one; at most {layers}$"):
             cut_by_cost(config, vocabulary)
         return

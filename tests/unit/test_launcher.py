@@ -8,15 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-from mpilm.comm import abort as launcher
+from mpilm.comm.abort import find_launcher
 
-ASK = "from mpilm.comm.abort import launcher; print(launcher())"
+ASK = "from mpilm.comm.abort import find_launcher; print(find_launcher())"
 STUCK = """
 import time
-from mpilm.comm import launcher
+from mpilm.comm import abort
 
-launcher.LAUNCHER_S = launcher.RANK_S = 1
-launcher.end_in_time()
+abort.LAUNCHER_TIMEOUT_S = abort.RANK_TIMEOUT_S = 1
+abort.force_exit()
 time.sleep(60)
 """
 ROOT = Path(__file__).parents[2]
@@ -37,13 +37,13 @@ def test_the_launcher_is_found_above_this_process(tmp_path):
 
 
 def test_what_is_no_launcher_is_left_alone(tmp_path):
-    assert under("slurmstepd", ASK, tmp_path).stdout.split()[1] == str(launcher.find_launcher())
+    assert under("slurmstepd", ASK, tmp_path).stdout.split()[1] == str(find_launcher())
 
 
 def test_the_launcher_does_not_wait_for_the_one_who_waits_for_it(tmp_path):
     """It ends when nobody holds the output of its ranks any more."""
     began = time.monotonic()
-    program = "from mpilm.comm import launcher; launcher.LAUNCHER_S = 40; launcher.end_in_time(); print('here', flush=True)"
+    program = "from mpilm.comm import abort; abort.LAUNCHER_TIMEOUT_S = 40; abort.force_exit(); print('here', flush=True)"
     assert under("mpirun", f"{program}; import os; os._exit(0)", tmp_path).stdout.split()[1] == "here"
     assert time.monotonic() - began < 30
 

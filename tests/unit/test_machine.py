@@ -65,19 +65,19 @@ def test_own_cores(affinities, threads, expected):
 def bound(monkeypatch, ranks, processes, environment=(), device="cpu", **options):
     """What each rank was bound to, on a machine of 4 cores."""
     told = []
-    monkeypatch.setattr(machine, "_cores", lambda: [0, 1, 2, 3])
-    monkeypatch.setattr(machine, "_cgroup_cores", lambda _: FREE)
+    monkeypatch.setattr(machine, "_allowed_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(machine, "_read_cgroup_cores", lambda _: FREE)
     monkeypatch.setattr(machine, "_load_libraries", lambda _: None)
     monkeypatch.setattr(machine, "choose_device", lambda setting, node: torch.device(device))
-    monkeypatch.setattr(machine, "_place", lambda core: [core % 2])
+    monkeypatch.setattr(machine, "_core_position", lambda core: [core % 2])
     monkeypatch.setattr(os, "getpid", lambda: next(processes))
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: told.append(cores))
-    for name in (*machine.BINDING, "OMP_NUM_THREADS"):
+    for name in (*machine.BINDING_VARIABLES, "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     for name in environment:
         monkeypatch.setenv(name, "close")
     found = run_ranks(ranks, lambda comm: detect_hardware(Train(threads=1), comm, **options))
-    assert [m.bound for m in found] == [bool(told)] * ranks
+    assert [m.is_bound for m in found] == [bool(told)] * ranks
     return sorted(told)
 
 
@@ -90,7 +90,7 @@ def test_ranks_that_are_threads_or_told_otherwise_or_on_gpus_are_not_bound(monke
     assert bound(monkeypatch, 2, count(100), bind=False) == []
     assert bound(monkeypatch, 2, count(100), device="cuda") == []
     assert bound(monkeypatch, 5, count(100)) == []
-    for name in machine.BINDING:
+    for name in machine.BINDING_VARIABLES:
         assert bound(monkeypatch, 2, count(100), [name]) == []
 
 
@@ -101,15 +101,15 @@ def test_the_quota_of_a_container(tmp_path, content, cores):
     file = tmp_path / "cpu.max"
     if content is not None:
         file.write_text(content)
-    assert machine._cgroup_cores(file) == cores
+    assert machine._read_cgroup_cores(file) == cores
 
 
 @pytest.mark.parametrize(
     ("cores", "ranks", "threads", "crowded"), [(4, 1, 4, False), (4, 2, 2, False), (4, 3, 1, False), (2, 3, 1, True)]
 )
 def test_threads_follow_the_cores(monkeypatch, cores, ranks, threads, crowded):
-    monkeypatch.setattr(machine, "_cores", lambda: list(range(cores)))
-    monkeypatch.setattr(machine, "_cgroup_cores", lambda _: FREE)
+    monkeypatch.setattr(machine, "_allowed_cores", lambda: list(range(cores)))
+    monkeypatch.setattr(machine, "_read_cgroup_cores", lambda _: FREE)
     monkeypatch.setattr(machine, "_load_libraries", lambda _: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = run_ranks(ranks, lambda comm: detect_hardware(Train(device="cpu"), comm))
@@ -152,4 +152,4 @@ def test_conditions_name_what_may_change_the_last_bits():
 
 
 def test_the_cores_are_those_this_process_may_use():
-    assert machine._cores() == sorted(os.sched_getaffinity(0))
+    assert machine._allowed_cores() == sorted(os.sched_getaffinity(0))

@@ -21,7 +21,7 @@ def train(**changes):
 def parts(settings, zero=0, rank=0, ranks=1):
     """Parameters, their optimizer, and the vector in which it finds their gradients."""
     flat = FlatParameters(
-        resolve_layouts(SHAPES, {}, is_is_unsharded=needs_full_parameter(settings.optimizer)), CPU, zero, rank, ranks
+        resolve_layouts(SHAPES, {}, is_unsharded=needs_full_parameter(settings.optimizer)), CPU, zero, rank, ranks
     )
     return flat, Optimizer({0: flat}, settings), FlatVector.zeros(flat.reduced, CPU)
 
@@ -83,7 +83,7 @@ def test_it_is_torchs_with_decay_on_matrices_only(name, decay, momentum):
                 group["lr"] = learning_rate(settings, step)
             each.step()
         ours.step({0: vector}, learning_rate(settings, step))
-    moments = ours.pieces()
+    moments = ours.state_slices()
     state = {name: each.state[p] for each in reference for name, p in theirs.items() if p in each.state}
     for name, parameter in theirs.items():
         torch.testing.assert_close(flat.parameter(name), parameter.detach(), rtol=1e-5, atol=1e-6)
@@ -131,7 +131,7 @@ def test_decay_alone(name):
 
 
 def test_moments_of_a_matrix_take_the_room_that_is_said():
-    table = resolve_layouts({"embed": (13, 8), "norm": (5,)}, {}, is_is_unsharded=needs_full_parameter("adafactor"))
+    table = resolve_layouts({"embed": (13, 8), "norm": (5,)}, {}, is_unsharded=needs_full_parameter("adafactor"))
     assert moment_shapes("adafactor", table) == {
         "row_var": {"embed": (13, 1)}, "col_var": {"embed": (1, 8)}, "variance": {"norm": (5,)},
     }  # fmt: skip

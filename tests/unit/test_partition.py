@@ -83,7 +83,7 @@ def test_the_largest_sizes_take_no_time():
 
 @pytest.mark.parametrize(("layers", "stages"), [(3, 4), (0, 1), (3, 0)])
 def test_more_stages_than_layers(layers, stages):
-    with pytest.raises(ConfigError, match=f"{layers} layers cannot be cut into {stages} stages"):
+    with pytest.raises(ConfigError, match=f"{layers} layers cannot be divided into {stages} stages"):
         partition_layers(layers, stages)
 
 
@@ -95,7 +95,7 @@ def test_a_stated_cut():
     ("cut", "message"),
     [
         ([3, 4], "--parallel.cut 3 4 adds up to 7 layers, but --model.n-layers is 8; the balanced one is 4 4"),
-        ([3, 4, 1], "--parallel.cut 3 4 1 has 3 stages, but there are 2 (--parallel.pipeline times --parallel.chunks)"),
+        ([3, 4, 1], "--parallel.cut 3 4 1 has 3 stages, but --parallel.pipeline times --parallel.chunks is 2"),
         ([8, 0], "--parallel.cut 8 0 leaves stage 1 without a layer; the balanced one is 4 4"),
         ([-1, 9], "--parallel.cut -1 9 leaves stage 0 without a layer"),
     ],

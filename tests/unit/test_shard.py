@@ -37,7 +37,7 @@ def layouts(draw, tie=None, whole=None):
     shapes |= {"norm.weight": (draw(dims),), "head.weight": shapes["embed.weight"]}
     least = draw(st.sampled_from([1, 2, 3])) if whole is None else 1 if whole else 3  # dims
     return resolve_layouts(
-        shapes, {"head.weight": "embed.weight"} if tie else {}, is_is_unsharded=lambda name, shape: len(shape) >= least
+        shapes, {"head.weight": "embed.weight"} if tie else {}, is_unsharded=lambda name, shape: len(shape) >= least
     )
 
 
@@ -123,7 +123,7 @@ def test_groups_are_the_flat_vector_in_order(flat):
 def test_no_bucket_is_longer_than_a_bucket(numel, ranks):
     with small_buckets(numel):
         table = resolve_layouts(
-            {"embed.weight": (300, 41), "norm.weight": (41,)}, {}, is_is_unsharded=lambda name, shape: len(shape) > 1
+            {"embed.weight": (300, 41), "norm.weight": (41,)}, {}, is_unsharded=lambda name, shape: len(shape) > 1
         )
         flats = [FlatLayout(of.values(), ranks=ranks) for of in (table, resolve_layouts({"embed.weight": (300, 41)}, {}))]
     assert all(stop - start <= numel for flat in flats for start, stop in flat.buckets)

@@ -28,10 +28,10 @@ def test_those_who_are_behind_are_named():
     call = ["all_reduce", "data", 7, [0, 1, 2], "", 30.0]
     found = {0: words(0, call, {"data": 7}), 1: words(1, None, {"data": 6}), 2: words(2, call, {"data": 7})}
     said = format_report(found, PROCESSES, {})
-    assert "step 4 has lasted 31 s, and 30 s is the limit" in said
+    assert "step 4 has lasted 31 s; the limit is 30 s" in said
     assert "The others wait for rank 1." in said
     assert "rank 0 on a (process 11): waits 30 s for rank 1 in all_reduce on data (call 7); step 4, at data/batch.py:9" in said
-    assert "rank 1 on a (process 12): waits for nobody; step 4" in said
+    assert "rank 1 on a (process 12): waits for no other rank; step 4" in said
     assert "rank 2 on b (process 13): waits 30 s for rank 1 in" in said
 
 
@@ -42,7 +42,7 @@ def test_ranks_that_wait_for_each_other():
         2: words(2, ["barrier", "world", 2, [0, 1, 2], "", 14.0], {"world": 2}),
     }
     said = format_report(found, PROCESSES, {})
-    assert "All ranks wait for each other: a message is lost, or they do not make the same calls." in said
+    assert "All ranks wait for each other: a message was lost, or they do not make the same calls." in said
     assert "waits 12 s for rank 1 in receive on pipeline (call 3, tag 5)" in said
     assert "waits 13 s for rank 0 in receive on pipeline (call 9, tag 2)" in said
     assert "waits 14 s for ranks 0, 1 in barrier on world (call 2)" in said
@@ -50,10 +50,10 @@ def test_ranks_that_wait_for_each_other():
 
 def test_ranks_that_say_nothing():
     found = {0: words(0, ["barrier", "world", 2, [0, 1, 2], "", 14.0], {"world": 2})}
-    said = format_report(found, PROCESSES, {1: "the process is not there any more", 2: ""})
+    said = format_report(found, PROCESSES, {1: "its process no longer exists", 2: ""})
     assert "Missing: ranks 1, 2." in said
-    assert "rank 1 on a (process 12): no word from it; the process is not there any more\n" in said
-    assert "rank 2 on b (process 13): no word from it\n" in said
+    assert "rank 1 on a (process 12): no response; its process no longer exists\n" in said
+    assert "rank 2 on b (process 13): no response\n" in said
     assert "waits 14 s for ranks 1, 2 in barrier" in said
 
 
@@ -82,7 +82,7 @@ def test_the_limit_is_stated_or_learned():
 
 def test_it_barks_past_the_limit_and_not_before(quick, monkeypatch):
     ends = []
-    monkeypatch.setattr(Watchdog, "_end", lambda self: (ends.append(self.progress.step), self._closed.set()))
+    monkeypatch.setattr(Watchdog, "_report_and_abort", lambda self: (ends.append(self.progress.step), self._closed.set()))
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: ends.append(code))
     progress = Progress()
     dog = Watchdog(progress, SelfComm("world"), 2.0)
@@ -99,11 +99,11 @@ def test_it_barks_past_the_limit_and_not_before(quick, monkeypatch):
 
 def test_it_ends_the_rank_also_where_it_cannot_report(quick, monkeypatch):
     ends = []
-    monkeypatch.setattr(Watchdog, "_words", lambda self, limit_s: self._closed.set() or 1 / 0)
+    monkeypatch.setattr(Watchdog, "_take_snapshot", lambda self, limit_s: self._closed.set() or 1 / 0)
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: ends.append(code))
     monkeypatch.setattr(watchdog.threading, "excepthook", lambda arguments: None)
     Watchdog(Progress(), SelfComm("world"), 0.0).progress.longest_s["start"] = 0.0
-    monkeypatch.setattr(watchdog, "SHORTEST_S", 0.0)
+    monkeypatch.setattr(watchdog, "MIN_TIMEOUT_S", 0.0)
     deadline = time.monotonic() + 30
     while not ends and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -113,7 +113,7 @@ def test_it_ends_the_rank_also_where_it_cannot_report(quick, monkeypatch):
 def test_while_a_run_starts_every_rank_speaks_for_itself(quick, monkeypatch, capsys):
     """There is no folder yet that all of them know."""
     ends = []
-    monkeypatch.setattr(watchdog, "UNKNOWN_S", 0.0)
+    monkeypatch.setattr(watchdog, "FIRST_TIMEOUT_S", 0.0)
     monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: (ends.append(code), dog._closed.set()))
     dog = Watchdog(Progress(), SelfComm("world"), 5.0)
@@ -122,8 +122,8 @@ def test_while_a_run_starts_every_rank_speaks_for_itself(quick, monkeypatch, cap
         time.sleep(0.02)
     assert ends[0] == watchdog.EXIT_CODE
     said = capsys.readouterr().err
-    assert said.startswith("mpilm: watchdog: start 1 has lasted 0 s, and 0 s is the limit")
-    assert f"process {os.getpid()}): waits for nobody; start 1, at" in said
+    assert said.startswith("mpilm: watchdog: start 1 has lasted 0 s; the limit is 0 s")
+    assert f"process {os.getpid()}): waits for no other rank; start 1, at" in said
 
 
 def test_its_thread_is_gone_once_it_is_closed():
@@ -144,11 +144,11 @@ def test_what_is_waited_for_is_forgotten_when_it_has_come():
 def test_a_crash_on_the_way_out_does_not_take_the_place_of_the_exit_code():
     crash = (
         "import ctypes, os, threading, time\n"
-        "from mpilm.guard import watchdog\n"
-        "watchdog._rest_on_crashes()\n"
+        "from mpilm.launch import watchdog\n"
+        "watchdog._ignore_crashes()\n"
         "threading.Thread(target=lambda: ctypes.CDLL(None).memset(1, 0, 8)).start()\n"
         "time.sleep(0.5)\n"
-        "os._exit(watchdog.CODE)\n"
+        "os._exit(watchdog.EXIT_CODE)\n"
     )
     ended = subprocess.run([sys.executable, "-c", crash], timeout=60)
     assert ended.returncode == 86
