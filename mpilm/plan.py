@@ -17,11 +17,11 @@ from pathlib import Path
 from mpilm.cli import parse, run_alone
 from mpilm.config import Config, Model, Parallel, Train, replaced, resolve
 from mpilm.errors import ConfigError, FileError
-from mpilm.model.size import flops_by_part
+from mpilm.model.flops import flops_by_part
 from mpilm.parallel.feasible import cut_by_cost, mesh_shape, replica_microbatches
-from mpilm.parallel.pipeline.draw import svg, text
+from mpilm.parallel.pipeline.draw import draw_svg, draw_text
 from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import even_bubble, schedule
+from mpilm.parallel.pipeline.schedules import analytic_bubble, schedule
 from mpilm.parallel.pipeline.simulate import Timeline, simulate
 from mpilm.planner.machine import read
 from mpilm.planner.scaling import curve
@@ -159,7 +159,7 @@ def describe(plan: Plan, width: int) -> str:
     """The plan as text: what is drawn, the cut, the drawing, the bubble."""
     parallel = plan.parallel
     share, heaviest = max((work * parallel.chunks, -stage) for stage, work in enumerate(plan.work))
-    even = even_bubble(parallel.schedule, parallel.pipeline, parallel.chunks, plan.microbatches, plan.costs)
+    even = analytic_bubble(parallel.schedule, parallel.pipeline, parallel.chunks, plan.microbatches, plan.costs)
     by_formula = "" if even is None else f"; by formula, were all stages alike: {100 * even:.2f}%"
     fullest = f" on the fullest of {plan.replicas} replicas" if plan.replicas > 1 else ""
     balanced = "as stated" if parallel.cut else "balanced by cost"
@@ -170,7 +170,7 @@ def describe(plan: Plan, width: int) -> str:
         "times an even share of the work",
         f"time: 1 is the forward of a microbatch through 1/{parallel.pipeline} of the model",
         "",
-        text(plan.timeline, width, unit=""),
+        draw_text(plan.timeline, width, unit=""),
         f"bubble, simulated: {100 * plan.timeline.bubble:.2f}%{by_formula}",
     ]
     return "\n".join(lines)
@@ -197,7 +197,7 @@ def prepare() -> Callable[[], None]:
     def body() -> None:
         print(describe(plan, config.width or shutil.get_terminal_size((120, 24)).columns))
         if config.svg:
-            _write(config.svg, svg(plan.timeline, unit=""))
+            _write(config.svg, draw_svg(plan.timeline, unit=""))
             print(f"{config.svg}: the drawing as an SVG image")
 
     return body

@@ -15,7 +15,7 @@ from mpilm.config import Config, Model, replaced, resolve
 from mpilm.errors import ConfigError
 from mpilm.launch.run import Body, run
 from mpilm.presets import PRESETS
-from mpilm.telemetry.trackers import refuse_missing
+from mpilm.telemetry.trackers import check_trackers_installed
 
 DESCRIPTION = (
     "Train a language model, on as many ranks as mpirun starts. With no settings: a small one, on the embedded corpus."
@@ -24,7 +24,7 @@ DESCRIPTION = (
 
 def prepare() -> Body:
     config = resolve(parse(sys.argv[1:], Config(), "train", DESCRIPTION, PRESETS))
-    refuse_missing(config.run.trackers)
+    check_trackers_installed(config.run.trackers)
     model = config.model
     if model.lora_rank and not model.init_from:
         raise ConfigError("--model.lora-rank adapts a model that is there: name it with --model.init-from FOLDER")

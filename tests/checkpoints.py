@@ -22,9 +22,9 @@ from mpilm.checkpoint.tensors import find, open_tensors
 from mpilm.comm.base import Comm
 from mpilm.config import Model
 from mpilm.data.tokenizer import bytes_tokenizer
-from mpilm.model.families import tied
-from mpilm.model.huggingface import published_name
-from mpilm.model.huggingface_config import published_config
+from mpilm.model.families import tied_parameters
+from mpilm.model.hf.config import hf_config
+from mpilm.model.hf.names import hf_name
 from mpilm.parallel.flat_layout import ParamSlice
 
 Shapes = dict[str, tuple[int, ...]]
@@ -146,10 +146,10 @@ def read_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
 
 def write_published(folder: Path, model: nn.Module, shape: Model, vocab_size: int) -> None:
     """A Hugging Face folder with a whole model."""
-    own = {name: p.detach().contiguous() for name, p in model.named_parameters() if name not in tied(shape)}
+    own = {name: p.detach().contiguous() for name, p in model.named_parameters() if name not in tied_parameters(shape)}
     folder.mkdir(exist_ok=True)
-    save_file({published_name(name, shape.arch): p for name, p in own.items()}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(published_config(shape, vocab_size, 7)))
+    save_file({hf_name(name, shape.arch): p for name, p in own.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(hf_config(shape, vocab_size, 7)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ import pytest
 from helpers import OPEN_MPI
 
 from mpilm.checkpoint.format import checkpoints
-from mpilm.telemetry.metrics import read_rows
+from mpilm.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -140,7 +140,7 @@ def finished(words: list[str], folder: Path) -> tuple[str, dict[str, bytes], lis
 def logged_step(run: Path) -> int:
     """The last step that has been written down."""
     try:
-        return max((row["step"] for row in read_rows(run / "metrics.jsonl")), default=0)
+        return max((row["step"] for row in read_metrics(run / "metrics.jsonl")), default=0)
     except OSError:
         return 0
 
@@ -149,7 +149,7 @@ def outcome(run: Path) -> tuple[str, dict[str, bytes], list[list[Any]]]:
     """The last checkpoint's bytes, and the numbers of every step."""
     newest = checkpoints(run / "checkpoints")[-1]
     files = {name: (newest / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
-    rows = [row for row in read_rows(run / "metrics.jsonl") if "event" not in row]
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "event" not in row]
     return newest.name, files, [[row.get(key) for key in ("step", "loss", "grad_norm", "eval_loss")] for row in rows]
 
 

@@ -14,7 +14,7 @@ from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config import Model
 from mpilm.errors import ConfigError
-from mpilm.model.huggingface import match, published_name
+from mpilm.model.hf.names import hf_name, match_keys
 from mpilm.parallel.flat_layout import ParamSlice
 
 SHOWN = 4  # names that a message lists
@@ -51,7 +51,7 @@ def _load(
     model: Model,
     optional: Collection[str],
 ) -> None:
-    names = {name: published_name(name, model.arch) for name in shapes}
+    names = {name: hf_name(name, model.arch) for name in shapes}
     _read_pieces(folder, weights_stem(model), parameters, names, shapes)
     for kind, of in moment_shapes.items():
         names = {name: moment_name(name, kind) for name in of}
@@ -99,8 +99,8 @@ def load_published(
 def _load_published(folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
     _refuse_pickles(folder)
     with open_tensors(folder) as slots:
-        found = match(shapes, slots, model.arch, TIED_MATRICES if model.tie_embeddings else ())
-        for words, names in (("lacks", found.missing), ("holds, besides a " + model.arch + " model,", found.extra)):
+        found = match_keys(shapes, slots, model.arch, TIED_MATRICES if model.tie_embeddings else ())
+        for words, names in (("lacks", found.missing), ("holds, besides a " + model.arch + " model,", found.unexpected)):
             if names:
                 raise ConfigError(f"{folder} {words} {_listed(names)}")
         places = {
@@ -119,7 +119,7 @@ def load_adapter(
 
 
 def _load_adapter(folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
-    names = {name: published_name(name, model.arch) for name in shapes}
+    names = {name: hf_name(name, model.arch) for name in shapes}
     _refuse_pickles(folder, "adapter_model*.bin")
     with open_tensors(folder, weights_stem(model)) as slots:
         extra, missing = sorted(set(slots) - set(names.values())), sorted(set(names.values()) - set(slots))

@@ -8,8 +8,8 @@ from pathlib import Path
 from mpilm.checkpoint.format import MANIFEST, checkpoints, read_json
 from mpilm.config import Model, lora_targets
 from mpilm.errors import ConfigError, FileError
-from mpilm.model.huggingface_adapter import ADAPTER_CONFIG, base_of_adapter, with_adapter
-from mpilm.model.huggingface_config import read_config
+from mpilm.model.hf.adapter import ADAPTER_CONFIG, add_hf_adapter, read_base_model
+from mpilm.model.hf.config import read_hf_config
 
 OURS_TO_SET = ("dropout", "router_loss", "base")  # no part of a published shape
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")  # to be set, unless the folder holds some
@@ -20,7 +20,7 @@ def shape_of(folder: str | Path, base: str = "") -> Model:
     model with the adapter. Raises FileError, DataError or ConfigError naming --model.init-from."""
     path = Path(folder).expanduser()
     if has_adapter(path):
-        return with_adapter(shape_of(base_of(path, base)), read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG))
+        return add_hf_adapter(shape_of(base_of(path, base)), read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG))
     if not (path / "config.json").is_file():
         what = "holds no config.json: it is no Hugging Face folder" if path.is_dir() else "is not a folder"
         if any(path.glob("adapter_model.*")):
@@ -28,7 +28,7 @@ def shape_of(folder: str | Path, base: str = "") -> Model:
         if newest := checkpoints(path / "checkpoints"):
             what = f"is a run; name one of its checkpoints, such as {newest[-1]}"
         raise FileError(f"--model.init-from {folder} {what}")
-    shape, vocab_size = read_config(read_json(path / "config.json"), str(path / "config.json"))
+    shape, vocab_size = read_hf_config(read_json(path / "config.json"), str(path / "config.json"))
     return replace(shape, vocab_size=vocab_size)
 
 
@@ -50,7 +50,7 @@ def base_of(folder: str | Path, stated: str = "") -> Path:
     if not has_adapter(path):
         return path
     config = path / ADAPTER_CONFIG
-    said = stated or base_of_adapter(read_json(config), str(config))
+    said = stated or read_base_model(read_json(config), str(config))
     for base in (Path(said).expanduser(), path / said):  # a relative one as seen from here, or from the adapter
         if said and (base / "config.json").is_file():
             return base

@@ -42,9 +42,9 @@ from mpilm.config import Model
 from mpilm.data.template import Template
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import FileError, UserError
-from mpilm.model.huggingface import published_name
-from mpilm.model.huggingface_adapter import ADAPTER_CONFIG, published_adapter
-from mpilm.model.huggingface_config import published_config
+from mpilm.model.hf.adapter import ADAPTER_CONFIG, hf_adapter_config
+from mpilm.model.hf.config import hf_config
+from mpilm.model.hf.names import hf_name
 from mpilm.parallel.flat_layout import ParamSlice
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts models
@@ -259,8 +259,7 @@ def _plan(state: State, files: list[TensorFile], comm: Comm) -> Iterable[Block]:
 def _model_files(state: State) -> list[TensorFile]:
     """In the reverse of the model's order, as the parameters lie in memory: neighbours here are mostly neighbours there."""
     tensors = [
-        StoredTensor(published_name(name, state.model.arch), (PARAMETER, name), shape)
-        for name, shape in _backward(state.shapes)
+        StoredTensor(hf_name(name, state.model.arch), (PARAMETER, name), shape) for name, shape in _backward(state.shapes)
     ]
     return tensor_files(weights_stem(state.model), tensors, MAX_SHARD_BYTES)
 
@@ -283,9 +282,9 @@ def _write_words(writer: Writer, state: State) -> None:
     model, tokenizer = state.model, state.tokenizer
     end = tokenizer.decode([tokenizer.eos])
     if model.lora_rank:
-        writer.json(ADAPTER_CONFIG, published_adapter(model, str(base_of(model.init_from, model.base).resolve())))
+        writer.json(ADAPTER_CONFIG, hf_adapter_config(model, str(base_of(model.init_from, model.base).resolve())))
     else:
-        writer.json("config.json", published_config(model, model.vocab_size or tokenizer.vocab_size, tokenizer.eos))
+        writer.json("config.json", hf_config(model, model.vocab_size or tokenizer.vocab_size, tokenizer.eos))
     if model.arch != "bert" and not model.lora_rank:
         writer.json("generation_config.json", {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos})
     writer.text("tokenizer.json", tokenizer.json)

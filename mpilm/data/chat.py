@@ -22,8 +22,8 @@ from mpilm.data.stream import Examples
 from mpilm.data.template import Template
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import ConfigError, DataError
-from mpilm.model.loss import IGNORED
-from mpilm.model.rows import EMPTY
+from mpilm.model.loss import IGNORE_INDEX
+from mpilm.model.sequence_info import NO_DOCUMENT
 
 Part = tuple[str, bool]  # text, and whether it is an answer
 
@@ -109,17 +109,17 @@ class Conversations:
 
     def _examples(self, rows: Indices) -> Examples:
         shape = len(rows), self.context_length
-        read, targets = np.full(shape, self.eos, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+        read, targets = np.full(shape, self.eos, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
         positions, documents = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for i, row in enumerate(rows.tolist()):
             at = 0
             for number, (start, stop) in enumerate(self.rows[row]):
                 end = at + stop - start - 1
                 read[i, at:end] = self.tokens[start : stop - 1]
-                targets[i, at:end] = np.where(self.answer[start + 1 : stop], self.tokens[start + 1 : stop], IGNORED)
+                targets[i, at:end] = np.where(self.answer[start + 1 : stop], self.tokens[start + 1 : stop], IGNORE_INDEX)
                 positions[i, at:end], documents[i, at:end] = np.arange(end - at), number
                 at = end
-            positions[i, at:], documents[i, at:] = np.arange(self.context_length - at), EMPTY
+            positions[i, at:], documents[i, at:] = np.arange(self.context_length - at), NO_DOCUMENT
         return Examples(read, targets, positions, documents)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mpilm.config import Data, Model
 from mpilm.data.tokenizer import Tokenizer
-from mpilm.model.loss import IGNORED
+from mpilm.model.loss import IGNORE_INDEX
 
 MASKED, RANDOM = 0.8, 0.9  # of the chosen: below the first the mask, below the second any token, else as it was
 
@@ -64,7 +64,7 @@ class Masked:
     looks_ahead: bool = False
 
     def __call__(self, rows: Rows, keys: list[int]) -> tuple[Rows, Rows]:
-        read, targets = rows[:, :-1].copy(), np.full_like(rows[:, :-1], IGNORED)
+        read, targets = rows[:, :-1].copy(), np.full_like(rows[:, :-1], IGNORE_INDEX)
         for tokens, right, key in zip(read, targets, keys):
             generator = np.random.Generator(np.random.Philox(key=key))
             chosen = self._words(tokens, generator) if self.varies else self._tokens(tokens, generator)

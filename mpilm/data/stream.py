@@ -9,7 +9,7 @@ import numpy as np
 from mpilm.data.objective import Causal, Objective
 from mpilm.data.order import Indices, key_of
 from mpilm.data.samples import HELD_OUT_KEY, Samples
-from mpilm.model.loss import IGNORED
+from mpilm.model.loss import IGNORE_INDEX
 
 CAUSAL = Causal()
 OBJECTIVE = 0x6D61736B  # a word in the keys that objectives draw by
@@ -27,7 +27,7 @@ class Examples(NamedTuple):
     @property
     def target_tokens(self) -> int:
         """Targets that count."""
-        return int(np.count_nonzero(self.targets != IGNORED))
+        return int(np.count_nonzero(self.targets != IGNORE_INDEX))
 
 
 class Stream(Protocol):
@@ -88,7 +88,7 @@ class TextStream:
             return Examples(read, targets, np.arange(self.context_length), None)
         documents, places = documents_of(rows, self.eos)
         if self.objective.looks_ahead:
-            targets = np.where(documents[:, 1:] == documents[:, :-1], targets, IGNORED)
+            targets = np.where(documents[:, 1:] == documents[:, :-1], targets, IGNORE_INDEX)
         return Examples(read, targets, places[:, :-1], documents[:, :-1])
 
 

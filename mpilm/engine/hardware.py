@@ -18,9 +18,9 @@ from mpilm.comm.base import Comm
 from mpilm.config import Config, Model, Parallel, Train, resolve
 from mpilm.data.files import hex_digest
 from mpilm.errors import ConfigError
-from mpilm.model.families import build
+from mpilm.model.families import build_model
 from mpilm.model.loss import loss_sum
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.compile import require_compiler
 
 GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bfloat16, FLOP/s
@@ -110,11 +110,13 @@ def parse_omp_threads(value: str) -> int:
 
 def _load_libraries(device: torch.device) -> None:
     """Make torch load its math libraries, so that the program's own memory is known before the model is allocated."""
-    model = build(resolve(Config(model=Model(n_layers=1, n_heads=4, d_model=128, context_length=128))).model, 128).to(device)
+    model = build_model(resolve(Config(model=Model(n_layers=1, n_heads=4, d_model=128, context_length=128))).model, 128).to(
+        device
+    )
     for parameter in model.parameters():
         parameter.data.zero_()
     tokens = torch.zeros(2, 128, dtype=torch.int64, device=device)
-    loss_sum(model(tokens, Rows(tokens[0])), tokens).backward()
+    loss_sum(model(tokens, SequenceInfo(tokens[0])), tokens).backward()
 
 
 def _allowed_cores() -> list[int]:

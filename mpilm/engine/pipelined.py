@@ -15,10 +15,10 @@ from mpilm.config import Config, Model, Train
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.cache import Cache
-from mpilm.model.families import build, initial_std, tied
+from mpilm.model.families import build_model, initial_std, tied_parameters
 from mpilm.model.init import initial_value
 from mpilm.model.lora import is_frozen
+from mpilm.model.sequence_info import KVCache
 from mpilm.ops.tree import block_of_rank
 from mpilm.optim.optimizer import needs_full_parameter
 from mpilm.parallel.apply import parallelize
@@ -39,7 +39,7 @@ from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.execute import StageMessenger, execute
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import forward_only
-from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, NullReducer, StepInputs, token_losses
+from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StepInputs, token_losses
 from mpilm.parallel.plan import cut_of, stage_of
 from mpilm.parallel.tied import TiedParameters
 
@@ -60,7 +60,7 @@ class PipelinedModel:
         vocab_size: int,
         device: torch.device,
         alignment: int,
-        build_reducer: Callable[[int, FlatParameters, nn.Module], GradientReducer] = lambda *_: NullReducer(),
+        build_reducer: Callable[[int, FlatParameters, nn.Module], GradientReducer] = lambda *_: GradientReducer(),
     ):
         self.config, self.mesh, self.blocks_per_stage, self.device = config, mesh, tuple(blocks_per_stage), device
         self.vocab_size, self.alignment = vocab_size, alignment
@@ -105,7 +105,7 @@ class PipelinedModel:
         return [*self.flats.values(), *self.frozen.values()]
 
     @property
-    def held_numel(self) -> int:
+    def local_numel(self) -> int:
         """Parameters that this rank holds permanently: those of its stages, or with ZeRO-3 its shard of them."""
         slices = (item for flat in self.flat_parameters for item in flat.layout.param_slices(flat.values.intervals))
         return sum(item.numel for item in slices)
@@ -147,10 +147,7 @@ class PipelinedModel:
     # Computation.
 
     def forward(
-        self,
-        total: int,
-        fetch: Callable[[int], Batch],
-        output_fn: Callable[[Tensor, Batch], Tensor] = token_losses,
+        self, total: int, fetch: Callable[[int], Batch], output_fn: Callable[[Tensor, Batch], Tensor] = token_losses
     ) -> Mapping[int, Tensor]:
         """Run `total` microbatches forward, divided over the replicas, without dropout; return `results()`. Collective."""
         ids = range(*block_of_rank(self.data.rank, self.data.size, total))
@@ -161,7 +158,7 @@ class PipelinedModel:
         """Return the outputs of this rank's microbatches, by number; empty on ranks without the last stage."""
         return {m: x for stage in self.stages.values() for m, x in stage.results.items()}
 
-    def next_logits(self, batches: Mapping[int, Batch], kv_caches: Mapping[int, Cache]) -> Mapping[int, Tensor]:
+    def next_logits(self, batches: Mapping[int, Batch], kv_caches: Mapping[int, KVCache]) -> Mapping[int, Tensor]:
         """Return the logits (V,) of the token after each of this replica's sequences, by number, on ranks with the last stage.
 
         `kv_caches`: of each sequence, on this rank. Collective over the pipeline axis.
@@ -189,7 +186,7 @@ def _owned_slices(flats: Iterable[FlatParameters]) -> dict[ParamSlice, Tensor]:
 def meta_model(shape: Model, vocab_size: int) -> nn.Module:
     """Return the whole model without memory."""
     with torch.device("meta"):
-        return build(shape, vocab_size)
+        return build_model(shape, vocab_size)
 
 
 def draw_values(flat: FlatParameters, shape: Model, seed: int) -> None:
@@ -212,7 +209,7 @@ def resolve_model_layouts(
     """Return the layout of every parameter of the model divided into these stages."""
     return resolve_layouts(
         {name: tuple(p.shape) for name, p in meta_model(shape, vocab_size).named_parameters()},
-        tied(shape),
+        tied_parameters(shape),
         partial(stage_of, blocks_per_stage=blocks_per_stage),
         partial(cut_of, family=shape.arch),
         mesh,

@@ -33,13 +33,7 @@ class TrainModel(PipelinedModel):
     """A PipelinedModel that trains, sharded over the reduce axes as `parallel.zero` says."""
 
     def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        blocks_per_stage: Sequence[int],
-        vocab_size: int,
-        device: torch.device,
-        alignment: int,
+        self, config: Config, mesh: Mesh, blocks_per_stage: Sequence[int], vocab_size: int, device: torch.device, alignment: int
     ):
         self.reducers: dict[int, StepReducer | RoundReducer] = {}
         self.reduce_timings: dict[str, float] = {}  # seconds of each method of reduction that was timed
@@ -123,16 +117,16 @@ class TrainModel(PipelinedModel):
         ]  # of the ranks of the reduce axes, in the order of their communicator
         return [(start, stop, [shape.rank(places[rank]) for rank in ranks]) for start, stop, ranks in owners]
 
-    def held_bytes(self) -> dict[str, int]:
+    def memory_bytes(self) -> dict[str, int]:
         """Return this rank's bytes of weights, moments, partial gradient sums and their exchange.
 
         passing: weights and gradients that are full only while they are used.
         """
         weights = 4 * sum(flat.values.tensor.numel() for flat in self.flat_parameters)
-        held = {"weights": weights, "moments": self.optimizer.held_bytes, "gradients": 0, "exchange": 0, "passing": 0}
+        held = {"weights": weights, "moments": self.optimizer.memory_bytes, "gradients": 0, "exchange": 0, "passing": 0}
         for stage, reducer in self.reducers.items():
-            held["passing"] = max(held["passing"], self.stages[stage].parameters.held_bytes)
-            for part, count in reducer.held_bytes.items():
+            held["passing"] = max(held["passing"], self.stages[stage].parameters.memory_bytes)
+            for part, count in reducer.memory_bytes.items():
                 held[part] += count
         return held
 

@@ -32,9 +32,9 @@ from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
-from mpilm.model.loss import IGNORED
+from mpilm.model.loss import IGNORE_INDEX
 from mpilm.settings import merge
-from mpilm.telemetry.display import Counter
+from mpilm.telemetry.display import ProgressCounter
 
 MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text
 
@@ -92,7 +92,7 @@ class WindowBatches:
         rows = np.stack([self._row(n) for n in numbers.tolist()])
         inputs, targets = self.objective(rows, [key_of(MASK_KEY, n) for n in numbers.tolist()])
         tokens, target_ids = (torch.from_numpy(np.ascontiguousarray(x)) for x in (inputs, targets))
-        count = int(np.count_nonzero(targets != IGNORED))
+        count = int(np.count_nonzero(targets != IGNORE_INDEX))
         return Batch(tokens, target_ids, torch.arange(tokens.shape[1]), torch.from_numpy(numbers), count)
 
     def _row(self, number: int) -> np.ndarray:
@@ -102,9 +102,9 @@ class WindowBatches:
 
 def row_scores(logits: Tensor, batch: Batch) -> Tensor:
     """Return the sum of losses, correct predictions and targets of each row, (B, 3) float64."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     correct = logits.argmax(dim=-1) == batch.targets
-    counted = batch.targets != IGNORED
+    counted = batch.targets != IGNORE_INDEX
     return torch.stack([x.double().sum(dim=1) for x in (losses.view_as(batch.targets), correct, counted)], dim=1)
 
 
@@ -114,7 +114,7 @@ def score_windows(
     """Return the scores of each window, (windows, 3), the same on all ranks; `rows` windows at a time. Collective."""
     groups = group_windows(windows.stop - windows.start, rows)
     batches = WindowBatches(corpus, windows, objective, groups)
-    counter = Counter("batches", -(-len(groups) // model.data.size), verbose)
+    counter = ProgressCounter("batches", -(-len(groups) // model.data.size), verbose)
 
     def fetch(m: int) -> Batch:
         counter()
@@ -225,12 +225,7 @@ def _check_not_empty(windows: EvalWindows, corpus: Corpus) -> None:
 
 
 def _write_results(
-    config: Config,
-    options: EvaluateOptions,
-    corpus: Corpus,
-    segments: np.ndarray,
-    windows: EvalWindows,
-    table: np.ndarray,
+    config: Config, options: EvaluateOptions, corpus: Corpus, segments: np.ndarray, windows: EvalWindows, table: np.ndarray
 ) -> None:
     tokens = int(segments[-1] - segments[0])
     result = summarize_scores(table, tokens, corpus.bytes_per_token * tokens, config.model.arch == "bert")

@@ -21,9 +21,9 @@ from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError
 from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
-from mpilm.model.cache import Cache
-from mpilm.model.sample import choose
-from mpilm.telemetry.display import Counter
+from mpilm.model.sample import sample_token
+from mpilm.model.sequence_info import KVCache
+from mpilm.telemetry.display import ProgressCounter
 
 
 @dataclass
@@ -35,13 +35,13 @@ class GeneratedSequence:
     window: int  # tokens that the model attends to
     capacity: int  # tokens that the whole sequence can have
     generator: torch.Generator
-    cache: Cache = field(init=False)
+    cache: KVCache = field(init=False)
     cached: int = 0  # tokens whose keys and values are in the cache
 
     def next_batch(self, device: torch.device) -> Batch:
         """Return what the model reads next: the last token, or the whole window if the cache is empty or full."""
         if not 0 < self.cached < self.window:
-            self.cache = Cache(min(self.window, self.capacity))
+            self.cache = KVCache(min(self.window, self.capacity))
             self.cached = max(0, len(self.tokens) - self.window)
             positions = torch.arange(len(self.tokens) - self.cached)
         else:
@@ -107,7 +107,7 @@ def _sample_tokens(
     tokens = torch.zeros(len(active), dtype=torch.int64)
     for place, (number, sequence) in enumerate(active.items()):
         if number in logits:
-            tokens[place] = choose(logits[number].cpu(), settings, sequence.generator)
+            tokens[place] = sample_token(logits[number].cpu(), settings, sequence.generator)
     model.pipeline.broadcast(tokens, (len(model.blocks_per_stage) - 1) % model.pipeline.size)
     return tokens.tolist()
 
@@ -125,7 +125,7 @@ def generate_texts(config: Config, world: Comm) -> None:
     model = load_model(config, world).model
     own = range(model.data.rank, len(prompts), model.data.size)
     tokens = run_on_all_ranks(world, lambda: {n: _encode(prompts[n], tokenizer, template) for n in own})
-    counter = Counter("texts", len(tokens), world.rank == 0 and len(prompts) > 1)
+    counter = ProgressCounter("texts", len(tokens), world.rank == 0 and len(prompts) > 1)
     generated = generate(model, tokens, settings, tokenizer.eos, counter)
     texts = {n: tokenizer.decode(ids) for n, ids in generated.items()} if model.pipeline.rank == 0 else {}
     everyone = world.all_gather_json([[n, text] for n, text in texts.items()])

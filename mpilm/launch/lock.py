@@ -1,7 +1,6 @@
-"""A folder that belongs to one job at a time.
+"""Lock of a run folder: a file that names the job holding the folder, which touches the file while it runs.
 
-The lock is a file in the folder that names its holder and is touched while the job runs. On the holder's own host the process
-decides whether it is stale; elsewhere whether the file is still touched, which no clock has a part in.
+On the holder's host a lock is stale if the process is gone, elsewhere if the file is no longer touched. No clocks are compared.
 """
 
 from __future__ import annotations
@@ -14,125 +13,99 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mpilm.errors import ConfigError
 
-NAME = "lock.json"
+LOCK_NAME = "lock.json"
 TOUCH_S = 10.0
-STALE_S = 45.0  # not touched for so long: a file system may hide a touch for a while
+STALE_S = 45.0  # without a touch; a file system may hide touches for a while
 
 
 class FolderLock:
-    """Held from construction to `release`, by one rank for its job. Raises ConfigError where another job has the folder; says
-    with `say` when it has to wait to find out."""
+    """Held by one rank for its job, from construction to `release`. Raises ConfigError if another job holds the folder, and
+    calls `notify` with a message before it has to wait to find out."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = print):
-        self.path, self.say = folder / NAME, say
-        self._mine = {
-            "host": socket.gethostname(), "system": _system(), "pid": os.getpid(), "started": _started(os.getpid()),
-            "since": time.time(), "job": os.environ.get("SLURM_JOB_ID", ""),
-        }  # fmt: skip
-        while not _create(self.path, self._mine):
-            holder = _read(self.path)
-            if holder is not None and not self._stale(holder):
-                raise ConfigError(
-                    f"--run.dir {folder} is in use: process {holder.get('pid')} on {holder.get('host')} trains there; choose "
-                    "another, or wait for it"
-                )
-            if _replace(self.path, holder, self._mine):
+    def __init__(self, folder: Path, notify: Callable[[str], None] = print):
+        self.path, self._notify = folder / LOCK_NAME, notify
+        self._holder: dict[str, Any] = {"host": socket.gethostname(), "system": _system_id(), "pid": os.getpid()}
+        self._holder |= {"started": _start_ticks(os.getpid()), "since": time.time(), "job": os.environ.get("SLURM_JOB_ID", "")}
+        while True:
+            other = _read(self.path)
+            if other is not None and not self._is_stale(other):
+                process = f"process {other.get('pid')} on {other.get('host')}"
+                raise ConfigError(f"--run.dir {folder} is in use: {process} trains there; choose another, or wait for it")
+            if _acquire(self.path, other, self._holder):
                 break
         self._released = threading.Event()
-        threading.Thread(target=self._keep_fresh, name="lock", daemon=True).start()
+        threading.Thread(target=self._touch_until_release, name="lock", daemon=True).start()
 
-    def _stale(self, holder: dict[str, Any]) -> bool:
-        """Whether the holder has gone."""
-        if all(holder.get(key) == self._mine[key] for key in ("host", "system")):
-            return holder.get("started") != _started(holder.get("pid"))
-        if self._mine["job"] and holder.get("job") == self._mine["job"]:
-            return True  # the same job, queued again
-        self.say(f"{self.path} is of a job on {holder.get('host')}; looking for {STALE_S:.0f} s whether it still runs")
-        seen, end = _touched(self.path), time.monotonic() + STALE_S
-        while time.monotonic() < end:
+    def _is_stale(self, other: dict[str, Any]) -> bool:
+        if all(other.get(key) == self._holder[key] for key in ("host", "system")):
+            return other.get("started") != _start_ticks(other.get("pid"))
+        if self._holder["job"] and other.get("job") == self._holder["job"]:
+            return True  # the same job, requeued
+        self._notify(f"{self.path} belongs to a job on {other.get('host')}; checking for {STALE_S:.0f} s whether it still runs")
+        touched, deadline = _last_touch(self.path), time.monotonic() + STALE_S
+        while time.monotonic() < deadline:
             time.sleep(min(1.0, STALE_S))
-            if _touched(self.path) != seen:
+            if _last_touch(self.path) != touched:
                 return False
         return True
 
-    def _keep_fresh(self) -> None:
+    def _touch_until_release(self) -> None:
         while not self._released.wait(TOUCH_S):
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
     def release(self) -> None:
-        """Let others have the folder; a second call does nothing."""
-        if not self._released.is_set():
-            self._released.set()
-            with contextlib.suppress(OSError):
-                if _read(self.path) == self._mine:
-                    self.path.unlink()
+        """Give the folder up to other jobs. A second call does nothing."""
+        self._released.set()
+        with contextlib.suppress(OSError):
+            if _read(self.path) == self._holder:
+                self.path.unlink()
 
 
-def _create(path: Path, holder: dict[str, Any]) -> bool:
-    """Put the whole file there at once, unless there is one."""
-    with _written(path, holder) as temporary:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        return True
-
-
-def _replace(path: Path, stale: dict[str, Any] | None, holder: dict[str, Any]) -> bool:
-    """Put it in the place of a stale one, unless another job has done so meanwhile: one at a time may try."""
-    handle = os.open(path.parent, os.O_RDONLY)
+def _acquire(path: Path, stale: dict[str, Any] | None, holder: dict[str, Any]) -> bool:
+    """Write the lock, with its whole content at once and in place of a stale one; return False if another job was faster."""
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some file systems cannot; two jobs that start at one moment are rare
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if _read(path) != stale or not path.exists():
-            return False
-        with _written(path, holder) as temporary:
-            os.replace(temporary, path)
-        return True
+        with contextlib.suppress(OSError):  # some file systems cannot; two jobs at the same moment are rare
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        with contextlib.suppress(FileExistsError), tempfile.TemporaryDirectory(prefix=f".{LOCK_NAME}.", dir=path.parent) as new:
+            lock = Path(new) / LOCK_NAME
+            lock.write_text(json.dumps(holder), encoding="utf-8")
+            if not path.exists():
+                os.link(lock, path)  # raises if a lock has appeared
+                return True
+            if _read(path) == stale:
+                os.replace(lock, path)
+                return True
+        return False
     finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _written(path: Path, holder: dict[str, Any]) -> Iterator[str]:
-    """A file beside `path` with the words of a holder; gone afterwards, if it is still there."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{NAME}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(holder, file)
-        yield temporary
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        os.close(folder)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The holder; None where there is none, or a file that does not say."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    """Return the holder; None if the file does not exist or does not name one."""
+    with contextlib.suppress(OSError, ValueError):
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return holder if isinstance(holder, dict) else None
+    return None
 
 
-def _system() -> str:
-    """What tells a boot of a kernel, and a container, from others: process numbers mean something within one only."""
+def _system_id() -> str:
+    """Return an id of the kernel's boot and the container, within which alone process ids are comparable."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 
 
-def _started(pid: Any) -> int:
-    """When a process of this host started, in the kernel's ticks; 0 where there is none, or a dead one that nobody has asked
-    for: numbers are used again."""
+def _start_ticks(pid: Any) -> int:
+    """Return when a process started, in kernel ticks, since ids are reused; 0 if it does not exist or is a zombie."""
     try:
         state, *numbers = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
         return 0 if state in "ZX" else int(numbers[18])
@@ -140,10 +113,9 @@ def _started(pid: Any) -> int:
         return 0
 
 
-def _touched(path: Path) -> float:
-    """When the file was touched; opened first, which makes a network file system look."""
+def _last_touch(path: Path) -> float:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file:  # opening makes a network file system fetch the time
             return os.fstat(file.fileno()).st_mtime
     except OSError:
         return -1.0

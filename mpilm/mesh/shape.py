@@ -54,15 +54,3 @@ class MeshShape:
     def color(self, rank: int, axes: Collection[str]) -> int:
         """Return a number equal for ranks that differ along `axes` only: the lowest rank of the group."""
         return self.rank({axis: 0 if axis in axes else index for axis, index in self.coordinate(rank).items()})
-
-    def next(self, rank: int, axis: str) -> int:
-        """Return the next rank along `axis`; the last one's is the first."""
-        return self._shifted(rank, axis, +1)
-
-    def previous(self, rank: int, axis: str) -> int:
-        """Return the previous rank along `axis`; the first one's is the last."""
-        return self._shifted(rank, axis, -1)
-
-    def _shifted(self, rank: int, axis: str, by: int) -> int:
-        here = self.coordinate(rank)
-        return self.rank({**here, axis: (here[axis] + by) % getattr(self, axis)})

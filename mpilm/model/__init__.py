@@ -1,5 +1,5 @@
-"""Plain torch: a model, its initial values, its loss, its size. Nothing here knows how the work is shared out.
+"""Plain torch: models, their initial values, their loss and their size. Nothing here knows how the work is distributed.
 
-Letters in shapes: B batch, T tokens, D width, H heads, G key-value heads, K width of a head, F width of the
-feed-forward layer, V vocabulary.
+Letters in shapes: B sequences, T tokens of each (Tq queries, Tk keys), N tokens in all, D model width, H heads, G key-value
+heads, K head width, F feed-forward width, E experts, k experts per token, V vocabulary.
 """

@@ -1,50 +1,144 @@
-"""The architectures there are: how each is built, which of its matrices are one, and where its parameters start."""
+"""The registry of model families: how each is built, which matrices it ties, where its parameters start.
+
+A new family needs a builder in BUILDERS here, an entry in MODULE_NAMES (hf/names.py) and in MODEL_TYPES (hf/config.py), its
+sizes in flops.py, and its name and adapter targets in the config.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from mpilm.config import Model
-from mpilm.model.bert import bert
-from mpilm.model.gpt2 import gpt2
-from mpilm.model.llama import llama
-from mpilm.model.lora import adapt, initial_deviation
-from mpilm.model.transformer import Transformer
+from mpilm.model.attention import Attention, AttentionCore, FusedQKVAttention
+from mpilm.model.layers import Conv1D, Dropout, Embedding, FeedForward, LayerNorm, Linear, RMSNorm, RotaryEmbedding, SwiGLU
+from mpilm.model.lora import add_lora, lora_initial_std
+from mpilm.model.moe import MixtureOfExperts
+from mpilm.model.sequence_info import SequenceInfo
+from mpilm.model.transformer import Block, PostNormBlock, Transformer
 
-BUILDERS: Mapping[str, Callable[[Model, int], Transformer]] = {
-    "llama": llama,
-    "qwen": llama,
-    "mixtral": llama,
-    "gpt2": gpt2,
-    "bert": bert,
-}
-STD = 0.02
+INIT_STD = 0.02
 
 
-def build(model: Model, vocab_size: int) -> Transformer:
-    """The whole model, with its adapters where it has any; its values still to be given."""
+def build_model(model: Model, vocab_size: int) -> Transformer:
+    """Build a model with its adapters, if it has any. Its parameters have no values yet."""
     transformer = BUILDERS[model.arch](model, vocab_size)
-    adapt(transformer, model)
+    add_lora(transformer, model)
     return transformer
 
 
-def tied(model: Model) -> Mapping[str, str]:
-    """Parameters that always have the value of another: with tie-embeddings, one matrix has two uses."""
+def tied_parameters(model: Model) -> Mapping[str, str]:
+    """Return the parameters that always have the value of another: with tie-embeddings, one matrix has two uses."""
     if not model.tie_embeddings:
         return {}
     return {"head.weight": "embed.tokens.weight" if model.arch in ("gpt2", "bert") else "embed.weight"}
 
 
 def initial_std(name: str, model: Model) -> float | None:
-    """Deviation of a parameter's initial values; None for ones. What adds to a residual stream that is never normalised starts
-    smaller."""
+    """Return the deviation of a parameter's initial values, or None for ones. Matrices that add to a residual stream which is
+    never normalised start smaller."""
     if name.endswith("norm.weight"):
         return None
     if name.endswith(".bias"):
         return 0.0
     if ".lora." in name:
-        return initial_deviation(name, model)
+        return lora_initial_std(name, model)
     if name.endswith((".o.weight", ".down.weight")) and model.arch != "bert":
-        return STD / math.sqrt(2 * model.n_layers)
-    return STD
+        return INIT_STD / math.sqrt(2 * model.n_layers)
+    return INIT_STD
+
+
+class TokenEmbedding(Embedding):
+    """A learned vector for each token."""
+
+    def __init__(self, model: Model, vocab_size: int):
+        super().__init__(vocab_size, model.d_model)
+        self.dropout = Dropout(model.dropout, "embed")
+
+    def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # type: ignore[override]  # (B, T) -> (B, T, D)
+        return self.dropout(F.embedding(tokens, self.weight), info.dropout_keys)
+
+
+def build_llama(model: Model, vocab_size: int) -> Transformer:
+    """Build a Llama (Touvron et al., arXiv 2302.13971), Qwen or Mixtral model: RMSNorm, rotary positions, SwiGLU. Qwen 2 adds
+    biases to queries, keys and values; Qwen 3 normalises queries and keys; Mixtral has a mixture of experts."""
+    width, eps, qwen = model.d_model, model.norm_eps, model.arch == "qwen"
+
+    def build_block(path: str) -> Block:
+        core = AttentionCore(True, model.dropout, f"{path}.core")
+        attention = Attention(model, core, qkv_bias=qwen and not model.qk_norm, qk_norm=qwen and model.qk_norm)
+        mlp = MixtureOfExperts(model) if model.arch == "mixtral" else SwiGLU(width, model.d_ff)
+        return Block(path, model.dropout, RMSNorm(width, eps), attention, RMSNorm(width, eps), mlp)
+
+    rotary = RotaryEmbedding(model.head_width, model.rope_theta, model.rope_scaling)
+    blocks = [build_block(f"blocks.{i}") for i in range(model.n_layers)]
+    norm, head = RMSNorm(width, eps), Linear(width, vocab_size, bias=False)
+    return Transformer(TokenEmbedding(model, vocab_size), blocks, norm, head, rotary)
+
+
+class TokenPositionEmbedding(nn.Module):
+    """A learned vector for each token, plus one for its position."""
+
+    def __init__(self, model: Model, vocab_size: int):
+        super().__init__()
+        self.tokens = Embedding(vocab_size, model.d_model)
+        self.positions = Embedding(model.context_length, model.d_model)
+        self.dropout = Dropout(model.dropout, "embed")
+
+    def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # (B, T) -> (B, T, D)
+        return self.dropout(self.tokens(tokens) + self.positions(info.positions), info.dropout_keys)
+
+
+def build_gpt2(model: Model, vocab_size: int) -> Transformer:
+    """Build a GPT-2 model (Radford et al., 2019): learned positions, LayerNorm before each part, GELU, biases everywhere."""
+    width, eps = model.d_model, model.norm_eps
+
+    def build_block(path: str) -> Block:
+        attention = FusedQKVAttention(model, AttentionCore(True, model.dropout, f"{path}.core"))
+        mlp = FeedForward(Conv1D(width, model.d_ff), nn.GELU("tanh"), Conv1D(model.d_ff, width))
+        return Block(path, model.dropout, LayerNorm(width, eps), attention, LayerNorm(width, eps), mlp)
+
+    blocks = [build_block(f"blocks.{i}") for i in range(model.n_layers)]
+    norm, head = LayerNorm(width, eps), Linear(width, vocab_size, bias=False)
+    return Transformer(TokenPositionEmbedding(model, vocab_size), blocks, norm, head)
+
+
+class BertEmbedding(TokenPositionEmbedding):
+    """Learned vectors for the token, its position and its segment, normalised."""
+
+    def __init__(self, model: Model, vocab_size: int):
+        super().__init__(model, vocab_size)
+        self.segments = Embedding(2, model.d_model)  # of sentences A and B; mpilm has A only
+        self.norm = LayerNorm(model.d_model, model.norm_eps)
+
+    def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # (B, T) -> (B, T, D)
+        x = self.tokens(tokens) + self.positions(info.positions) + self.segments.weight[0]
+        return self.dropout(self.norm(x), info.dropout_keys)
+
+
+def build_bert(model: Model, vocab_size: int) -> Transformer:
+    """Build a BERT model (Devlin et al., arXiv 1810.04805): an encoder that sees both sides and predicts masked tokens."""
+    width, eps = model.d_model, model.norm_eps
+
+    def build_block(path: str) -> Block:
+        attention = Attention(model, AttentionCore(False, model.dropout, f"{path}.core"), qkv_bias=True, o_bias=True)
+        mlp = FeedForward(Linear(width, model.d_ff, bias=True), nn.GELU(), Linear(model.d_ff, width, bias=True))
+        return PostNormBlock(path, model.dropout, LayerNorm(width, eps), attention, LayerNorm(width, eps), mlp)
+
+    blocks = [build_block(f"blocks.{i}") for i in range(model.n_layers)]
+    project, head = Linear(width, width, bias=True), Linear(width, vocab_size, bias=True)
+    norm = nn.Sequential(OrderedDict(project=project, gelu=nn.GELU(), norm=LayerNorm(width, eps)))
+    return Transformer(BertEmbedding(model, vocab_size), blocks, norm, head)
+
+
+BUILDERS: Mapping[str, Callable[[Model, int], Transformer]] = {
+    "llama": build_llama,
+    "qwen": build_llama,
+    "mixtral": build_llama,
+    "gpt2": build_gpt2,
+    "bert": build_bert,
+}

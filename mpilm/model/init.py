@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 
-def key_of(*parts: object) -> int:
-    """A 64-bit key that differs whenever a part differs, the same in every process (Python's hash() is not)."""
+def hash_key(*parts: object) -> int:
+    """Return a 64-bit key of the parts, the same in every process (Python's hash() is not)."""
     text = "\0".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def initial_value(seed: int, name: str, shape: tuple[int, ...], std: float | None) -> Tensor:
-    """float32 values of the parameter `name`: normal with deviation `std`, or ones where std is None."""
+    """Return float32 values for the parameter `name`: normal with deviation `std`, or ones if `std` is None."""
     if not std:
         return torch.full(shape, 1.0 if std is None else 0.0)
-    generator = np.random.Generator(np.random.Philox(key=key_of("init", seed, name)))
+    generator = np.random.Generator(np.random.Philox(key=hash_key("init", seed, name)))
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(std)

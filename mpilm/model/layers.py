@@ -1,30 +1,28 @@
-"""The small parts of a block: projections, normalisation, feed-forward, rotary positions, dropout."""
+"""The parts of a block: projections, norms, feed-forward layers, rotary positions, dropout."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpilm.model.init import key_of
-from mpilm.model.rows import Rows
+from mpilm.model.init import hash_key
+from mpilm.model.sequence_info import Rotation, SequenceInfo
 
 
 class Linear(nn.Linear):
-    """x W^T, with a bias or without; its values come from model/init.py (torch's own would be drawn for nothing)."""
-
-    def __init__(self, width_in: int, width_out: int, bias: bool = False):
-        super().__init__(width_in, width_out, bias=bias)
+    """x W^T, with or without a bias. Initial values come from model/init.py, so torch need not draw any."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 class Conv1D(nn.Module):
-    """x W + b: a Linear with its matrix the other way round, as GPT-2 keeps it (a convolution of width 1 once)."""
+    """x W + b: a Linear whose matrix is transposed, as GPT-2 stores it (it was a convolution of width 1 once)."""
 
     def __init__(self, width_in: int, width_out: int):
         super().__init__()
@@ -36,111 +34,104 @@ class Conv1D(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """A row of W for each id; its values come from model/init.py."""
+    """A row of W for each id. Initial values come from model/init.py."""
 
     def reset_parameters(self) -> None:
         pass
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Divide by the root mean square, times a learned weight (Zhang and Sennrich, arXiv 1910.07467)."""
 
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(nn.LayerNorm):
     """Subtract the mean, divide by the deviation, times a learned weight plus a learned bias (Ba et al., arXiv 1607.06450)."""
 
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class SwiGLU(nn.Module):
-    """Feed-forward with a gate: down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+    """A gated feed-forward layer: down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.gate = Linear(d_model, d_ff)
-        self.up = Linear(d_model, d_ff)
-        self.down = Linear(d_ff, d_model)
+        self.gate = Linear(d_model, d_ff, bias=False)
+        self.up = Linear(d_model, d_ff, bias=False)
+        self.down = Linear(d_ff, d_model, bias=False)
 
-    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:  # (..., D) -> (..., D)
+    def forward(self, x: Tensor, info: SequenceInfo | None = None) -> Tensor:  # (..., D) -> (..., D)
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class FeedForward(nn.Module):
-    """Two projections with an activation between them."""
+    """Two projections with an activation function between them."""
 
     def __init__(self, up: nn.Module, activation: Callable[[Tensor], Tensor], down: nn.Module):
         super().__init__()
         self.up, self.activation, self.down = up, activation, down
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:  # (B, T, D) -> (B, T, D)
         return self.down(self.activation(self.up(x)))
 
 
-class Rotary:
-    """Rotary positions (Su et al., arXiv 2104.09864) of heads of so many dims.
+class RotaryEmbedding:
+    """Rotary positions (Su et al., arXiv 2104.09864).
 
-    `scaling`: empty, or factor, low and high frequency factor and original context length: waves longer than the context
-    that the model was first trained on are stretched by the factor, short ones are not, those between in part (Llama 3.1).
+    `scaling` is empty or Llama 3.1's (factor, low frequency factor, high frequency factor, original context length). It
+    stretches waves longer than the original context by the factor, leaves short ones as they are, and those between in part.
     """
 
     def __init__(self, head_width: int, theta: float, scaling: Sequence[float] = ()):
         self.head_width, self.theta, self.scaling = head_width, theta, tuple(scaling)
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of all angles: (T,) -> 2 x (T, K), (B, T) -> 2 x (B, 1, T, K)."""
+    def __call__(self, positions: Tensor) -> Rotation:
+        """Return cosines and sines of all angles: (T,) -> 2 x (T, K), (B, T) -> 2 x (B, 1, T, K)."""
         exponents = torch.arange(0, self.head_width, 2, dtype=torch.float32, device=positions.device) / self.head_width
-        angles = positions.float()[..., None] / self._scaled(self.theta**exponents)  # (..., T, K/2)
+        angles = positions.float()[..., None] / self._scale(self.theta**exponents)  # (..., T, K/2)
         angles = torch.cat((angles, angles), dim=-1)  # dim i turns with dim i + K/2, as Hugging Face lays it out
         angles = angles.unsqueeze(1) if positions.dim() == 2 else angles
         return angles.cos(), angles.sin()
 
-    def _scaled(self, radians: Tensor) -> Tensor:
-        """Positions a radian, (K/2,)."""
+    def _scale(self, wavelengths: Tensor) -> Tensor:  # (K/2,) -> (K/2,)
+        """Apply `scaling` to wavelengths, which are divided by 2 pi."""
         if not self.scaling:
-            return radians
+            return wavelengths
         factor, low, high, original = self.scaling
-        unchanged = ((original / (2 * math.pi * radians) - low) / (high - low)).clamp(0, 1)
-        return radians / ((1 - unchanged) / factor + unchanged)
+        unchanged = ((original / (2 * math.pi * wavelengths) - low) / (high - low)).clamp(0, 1)
+        return wavelengths / ((1 - unchanged) / factor + unchanged)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, K) -> (B, H, T, K)
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, K) -> (B, H, T, K)
     """Turn each pair of dims by the angle of its position."""
     low, high = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-high, low), dim=-1) * sin.to(x.dtype)
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask depends on a key per sample and on the place in the model, not on the order of computation.
+    """Dropout whose mask depends on a key per sample and on the module's path, not on the order of computation."""
 
-    `keys` holds one integer for each row of x, made from (seed, step, sample); no keys, no dropout (evaluation).
-    """
-
-    def __init__(self, probability: float, place: str):
+    def __init__(self, probability: float, path: str):
         super().__init__()
-        self.probability, self.place = probability, place
+        self.probability, self.path = probability, path
 
     def forward(self, x: Tensor, keys: list[int] | None) -> Tensor:  # (B, ...) -> (B, ...)
+        """Drop elements of `x`; `keys` holds one integer for each of its samples, or is None in evaluation."""
         if keys is None or self.probability == 0.0:
             return x
-        keep = 1.0 - self.probability
-        masks = torch.stack([self._mask(key, x) for key in keys])
-        return x * masks.div_(keep)
+        masks = torch.stack([self._draw_mask(key, x) for key in keys])
+        return x * masks.div_(1.0 - self.probability)
 
-    def _mask(self, key: int, x: Tensor) -> Tensor:
-        generator = torch.Generator(x.device).manual_seed(key_of(key, self.place) >> 1)
-        return torch.empty(x.shape[1:], dtype=x.dtype, device=x.device).bernoulli_(1.0 - self.probability, generator=generator)
+    def window(self, shape: Sequence[int]) -> tuple[Sequence[int], Any]:
+        """Return the shape of a whole sample, for which masks are drawn, and the index in it of the part that `x` holds, whose
+        shape is given. Here that is all of it; an instance can have another function in its place."""
+        return shape, ...
+
+    def _draw_mask(self, key: int, x: Tensor) -> Tensor:
+        shape, index = self.window(x.shape[1:])
+        generator = torch.Generator(x.device).manual_seed(hash_key(key, self.path) >> 1)
+        mask = torch.empty(shape, dtype=x.dtype, device=x.device)
+        return mask.bernoulli_(1.0 - self.probability, generator=generator)[index]

@@ -1,56 +1,33 @@
-"""Low-rank adapters (Hu et al., arXiv 2106.09685): beside each chosen matrix a product of two thin ones, alone trained.
-
-Applied from outside: the model is built as ever, and its linear layers are given a hook that adds what the adapter says.
+"""Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685): x A^T B^T times a factor, added to the output of a layer. A is
+(inner, in); B is (out, inner) and starts at zero. They are applied from outside, by hooks on the layers of a plain model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import OrderedDict
 
-from torch import Tensor, nn
+from torch import nn
 
 from mpilm.config import LORA_TARGETS, Model
 from mpilm.model.layers import Conv1D, Linear
 
 
-class Adapter(nn.Module):
-    """x A^T B^T, times a factor; A is (inner, in) and B, zero at first, (out, inner)."""
-
-    def __init__(self, width_in: int, inner: int, width_out: int, factor: float):
-        super().__init__()
-        self.a, self.b, self.factor = Linear(width_in, inner), Linear(inner, width_out), factor
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return self.b(self.a(x)) * self.factor
-
-
-def targets_of(model: Model) -> tuple[str, ...]:
-    """The matrices of a block that have an adapter."""
-    return (model.lora_targets or LORA_TARGETS[model.arch]) if model.lora_rank else ()
-
-
-def adapt(transformer: nn.Module, model: Model) -> None:
+def add_lora(transformer: nn.Module, model: Model) -> None:
     """Give the blocks of `transformer` the adapters that `model` asks for."""
-    for layer in list(_targets(transformer, targets_of(model))):
-        width_in, width_out = _widths(layer)
-        layer.lora = Adapter(width_in, model.lora_rank, width_out, model.lora_alpha / model.lora_rank)
-        layer.register_forward_hook(lambda layer, inputs, y: y + layer.lora(inputs[0]))
+    if not model.lora_rank:
+        return
+    targets, factor = model.lora_targets or LORA_TARGETS[model.arch], model.lora_alpha / model.lora_rank
+    for path, layer in list(transformer.get_submodule("blocks").named_modules()):
+        if isinstance(layer, (nn.Linear, Conv1D)) and path.rpartition(".")[2] in targets:
+            width_in, width_out = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
+            a, b = Linear(width_in, model.lora_rank, bias=False), Linear(model.lora_rank, width_out, bias=False)
+            layer.lora = nn.Sequential(OrderedDict(a=a, b=b))
+            layer.register_forward_hook(lambda layer, inputs, y: y + layer.lora(inputs[0]) * factor)
 
 
-def _targets(transformer: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Linear | Conv1D]:
-    for path, module in transformer.get_submodule("blocks").named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and path.rpartition(".")[2] in names:
-            yield module
-
-
-def _widths(layer: nn.Linear | Conv1D) -> tuple[int, int]:
-    rows, columns = layer.weight.shape
-    return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
-
-
-def initial_deviation(name: str, model: Model) -> float:
-    """Of the values of an adapter's matrix: as PEFT draws them, though from a normal distribution."""
+def lora_initial_std(name: str, model: Model) -> float:
+    """Return the deviation of an adapter matrix's initial values: that of PEFT, whose distribution is uniform, not normal."""
     if name.endswith(".b.weight"):
         return 0.0
     widths = {"down": model.d_ff, "o": model.n_heads * model.head_width}
@@ -58,5 +35,5 @@ def initial_deviation(name: str, model: Model) -> float:
 
 
 def is_frozen(name: str, model: Model) -> bool:
-    """Whether a parameter stays as it is in training: with adapters, all but theirs."""
+    """Return whether training leaves a parameter unchanged: with adapters, it trains nothing else."""
     return bool(model.lora_rank) and ".lora." not in name

@@ -71,7 +71,7 @@ class Optimizer:
         return slices if self.diloco is None else {OUTER_MOMENTUM: self.diloco.owned_slices(), **slices}
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Memory of the moments."""
         moments = (x for optimizer in self.optimizers for items in optimizer.state_slices().values() for x in items.values())
-        return sum(4 * x.numel() for x in moments) + (self.diloco.held_bytes if self.diloco is not None else 0)
+        return sum(4 * x.numel() for x in moments) + (self.diloco.memory_bytes if self.diloco is not None else 0)

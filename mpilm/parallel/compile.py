@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mpilm.data.batch import Batch
 from mpilm.errors import ConfigError
 from mpilm.model.loss import loss_sum
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import SequenceInfo
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -26,7 +26,7 @@ def compile_blocks(model: nn.Module) -> None:
         block.forward = _compile_forward(block.forward)  # inside the module's hooks, as in activation_checkpoint.py
 
 
-def _compile_forward(forward: Callable[[Tensor, Rows], Tensor]) -> Callable[[Tensor, Rows], Tensor]:
+def _compile_forward(forward: Callable[[Tensor, SequenceInfo], Tensor]) -> Callable[[Tensor, SequenceInfo], Tensor]:
     """Return the compiled forward. Decoding with a KV cache is not compiled: its length changes at every token."""
     compiled = torch.compile(forward, dynamic=False)
     return lambda x, rows: (compiled if rows.cache is None else forward)(x, rows)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from mpilm.config import Config, microbatches, replaced, resolve
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.size import flops_by_part
+from mpilm.model.flops import flops_by_part
 from mpilm.parallel.pipeline.partition import partition_layers, validate_partition
-from mpilm.parallel.pipeline.schedules import refusal
+from mpilm.parallel.pipeline.schedules import find_schedule_problem
 from mpilm.validation import validate
 
 Advice = Sequence[tuple[str, Config, int]]  # ways out of one kind, best first: words, settings and ranks
@@ -74,7 +74,7 @@ def _refused(config: Config, ranks: int) -> tuple[str, list[Advice]] | None:
         reason = f"--parallel.zero {parallel.zero} shards over the data ranks, and {left}"
         without = ("write --parallel.zero 0", replaced(config, parallel__zero=0), ranks)
         return reason, [[without], _more_ranks(config, 2 * pipeline)]
-    unfit = refusal(parallel.schedule, pipeline, parallel.chunks, replica_microbatches(config, shape))
+    unfit = find_schedule_problem(parallel.schedule, pipeline, parallel.chunks, replica_microbatches(config, shape))
     return (unfit, [_whole_rounds(config, shape, ranks)]) if unfit else None
 
 

@@ -103,7 +103,7 @@ class ReplicatedParameters:
     """Parameters that are always full on every rank that uses them. Does nothing."""
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Memory of parameters that are full only while they are used."""
         return 0
 
@@ -133,7 +133,7 @@ class ShardedParameters(ReplicatedParameters):
             module.register_forward_hook(lambda _module, _inputs, output, number=number: self._leave(number, output))
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """The most memory of full parameters at one time: of a unit in use and the next one."""
         sizes = [unit.buffer.nbytes for unit in self.units]
         return max(sum(pair) for pair in zip(sizes, [*sizes[1:], 0]))

@@ -51,11 +51,7 @@ GPT2 = {  # Conv1D stores (in, out)
     "blocks.*.mlp.up.lora.b.weight": COLUMN,
     "blocks.*.mlp.down.lora.a.weight": ROW,
 }
-BERT = LLAMA | {
-    "embed.tokens.weight": VOCABULARY,
-    "head.bias": VOCABULARY,
-    "blocks.*.mlp.up.bias": COLUMN,
-}
+BERT = LLAMA | {"embed.tokens.weight": VOCABULARY, "head.bias": VOCABULARY, "blocks.*.mlp.up.bias": COLUMN}
 CUTS: Mapping[str, Mapping[str, Cut]] = {"llama": LLAMA, "qwen": LLAMA, "mixtral": LLAMA, "gpt2": GPT2, "bert": BERT}
 """Family -> name pattern -> cut. Parameters that match no pattern are replicated."""
 

@@ -9,7 +9,13 @@ from functools import cached_property, lru_cache
 
 from mpilm.config import Config, Model
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.size import attention_flops, block_numel, ends_numel, kept_floats, matrices
+from mpilm.model.flops import (
+    attention_flops_per_token,
+    block_matrices,
+    block_numel,
+    embedding_and_head_numel,
+    saved_floats_per_token,
+)
 from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.pipeline.lower import lower
@@ -91,7 +97,7 @@ class Setting:
     @cached_property
     def slowness(self) -> float:
         """Times that computing takes longer in training, and where ranks share a core, than parts of it alone."""
-        kept = self.tokens * kept_floats(self.model, self.config.train.dtype)
+        kept = self.tokens * saved_floats_per_token(self.model, self.config.train.dtype)
         return self.crowding * at(self.rates.training, kept)
 
     @property
@@ -101,7 +107,7 @@ class Setting:
 
     def numel(self, stage: int) -> int:
         """Parameters that a stage has gradients for, both uses of a tied matrix counted."""
-        first, last = ends_numel(self.model, self.vocab_size)
+        first, last = embedding_and_head_numel(self.model, self.vocab_size)
         return self.cut[stage] * block_numel(self.model) + first * (stage == 0) + last * (stage == len(self.cut) - 1)
 
     @cached_property
@@ -152,15 +158,15 @@ def block_s(setting: Setting) -> dict[str, float]:
     """Of one block and microbatch: forward, backward, and of it the weight gradients, which zero-bubble does apart."""
     model, tokens = setting.model, setting.tokens
     found = {"F": 0.0, "B": 0.0, "W": 0.0}
-    for a, b, alike in matrices(model):
+    for a, b, alike in block_matrices(model):
         met = min(alike, model.experts_per_token)
         each = tokens * met / alike  # of several experts each has its share of the tokens
         backward = alike * linear_s(setting, each, (a, b), backward=True)
         found["F"] += alike * linear_s(setting, each, (a, b), backward=False)
         found["B"] += backward
         found["W"] += backward / 2
-    flops = tokens * attention_flops(model)
-    core, kept = model.context_length, tokens * kept_floats(model, setting.config.train.dtype)
+    flops = tokens * attention_flops_per_token(model)
+    core, kept = model.context_length, tokens * saved_floats_per_token(model, setting.config.train.dtype)
     family = FAMILY[model.arch]
     attention_f = flops / 3 * on(setting.rates.attention_forward, core, model.head_width)
     rest_f = kept * at(setting.rates.rest_forward[family], kept)
@@ -268,7 +274,7 @@ def _by_nodes_s(setting: Setting, network: Network, numel: float) -> float:
 
 def _thin(setting: Setting) -> float:
     """The part of a gradient that travels when matrices are compressed."""
-    rank, sides = setting.config.parallel.compress, matrices(setting.model)
+    rank, sides = setting.config.parallel.compress, block_matrices(setting.model)
     whole = sum(a * b * alike for a, b, alike in sides)
     return min(1.0, sum(rank * (a + b) * alike for a, b, alike in sides) / whole)
 

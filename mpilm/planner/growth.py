@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mpilm.config import microbatches
-from mpilm.model.size import parameter_count
+from mpilm.model.flops import parameter_count
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.planner.cost import Setting
 

@@ -9,7 +9,7 @@ from itertools import chain
 
 from mpilm.config import Config, microbatches
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.size import activation_bytes, block_numel, ends_numel
+from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_numel
 from mpilm.ops.tree import block_of_rank, plan_accumulation, plan_block_accumulation, plan_merges
 from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.flat_layout import BUCKET
@@ -43,7 +43,7 @@ def step_bytes(
         for stage in stages
     }  # fmt: skip
     received = 4 * tokens * model.d_model * 2 * (last > 0)  # posted ahead: an input and a gradient
-    live: float = peak_bytes(program, of_stage) + max(of["again"] for of in of_stage.values()) + received
+    live: float = peak_bytes(program, of_stage) + max(of["recompute"] for of in of_stage.values()) + received
     logits = max(of["logits"] for of in of_stage.values()) * _logits_factor(config, device)
     if device == "cpu":
         largest = {"activations": 4 * tokens * model.d_ff, "logits": 4 * tokens * vocab_size}
@@ -54,7 +54,7 @@ def step_bytes(
 
 
 def _logits_factor(config: Config, device: str) -> float:
-    """Of what model/size.py counts, two tensors in float32: CUDA's kernels make a third one in backward (measured), and a
+    """Of what model/flops.py counts, two tensors in float32: CUDA's kernels make a third one in backward (measured), and a
     compiled loss makes none but the logits, as they are, and their gradient."""
     if config.train.compile:
         return 0.5 if config.train.dtype == "bfloat16" else 1.0
@@ -68,7 +68,7 @@ def peak_bytes(program: Sequence[Action], of_stage: Mapping[int, Mapping[str, in
     for action in program:
         of = of_stage[action.stage]
         kept = of["activations"] + of["logits"] // 2
-        held += {"F": kept, "I": of["owed"] - kept, "B": -kept, "W": -of["owed"]}.get(action.kind, 0)
+        held += {"F": kept, "I": of["split_backward"] - kept, "B": -kept, "W": -of["split_backward"]}.get(action.kind, 0)
         most = max(most, held)
     return most - logits
 
@@ -107,7 +107,7 @@ def copied_bytes(saved: float, ranks: int) -> int:
 
 
 def _model_numel(config: Config, vocab_size: int) -> int:
-    first, last = ends_numel(config.model, vocab_size)
+    first, last = embedding_and_head_numel(config.model, vocab_size)
     tied = config.model.d_model * vocab_size * config.model.tie_embeddings
     return config.model.n_layers * block_numel(config.model) + first + last - tied
 
@@ -129,7 +129,7 @@ def _stage_floats(
 ) -> dict[str, float]:
     model, zero, data, total = config.model, config.parallel.zero, shape.data, microbatches(config)
     first, last = stage == 0, stage == len(cut) - 1
-    entry, leave = ends_numel(model, vocab_size)
+    entry, leave = embedding_and_head_numel(model, vocab_size)
     matrix, block_ = vocab_size * model.d_model, block_numel(model)
     gradients = cut[stage] * block_ + first * entry + last * leave
     tied = last and model.tie_embeddings

@@ -11,7 +11,7 @@ from typing import Any
 from mpilm.config import Config, Parallel, flatten, replaced, resolve
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.size import flops_per_token
+from mpilm.model.flops import flops_per_token
 from mpilm.parallel.feasible import cut_by_cost, mesh_shape
 from mpilm.planner.cost import Setting, StepTime, step_time
 from mpilm.planner.machine import Machine

@@ -7,7 +7,7 @@ from typing import Any
 
 from mpilm.config import microbatches
 from mpilm.errors import ConfigError, FileError
-from mpilm.model.size import parameter_count
+from mpilm.model.flops import parameter_count
 from mpilm.planner.growth import growth
 from mpilm.planner.scaling import Point, in_words
 from mpilm.planner.search import Candidate, Job, Rejected, flags, search

@@ -1,1 +1,1 @@
-"""What a person sees of a run, and what is written down of it."""
+"""Telemetry of a run: metrics, console output, live view, memory, traces and trackers."""

@@ -1,186 +1,209 @@
-"""A run at a glance, for a terminal: made of the rows of its metrics, while it trains or from its folder."""
+"""Live view of a run in a terminal, from the rows of its metrics: while it trains, or from its folder (mpilm.watch)."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
-from rich.console import Group, RenderableType
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mpilm.telemetry.words import duration, mebibytes, slowest
+from mpilm.config import Config
+from mpilm.errors import ConfigError, FileError
+from mpilm.formatting import count_noun, format_duration, format_mebibytes
+from mpilm.settings import merge, read_toml
+from mpilm.telemetry.metrics import MetricsFollower, MetricsRow
 
-CURVE = 48, 4  # columns and rows of the loss curve
-KEPT = 4000  # losses that the curve is drawn of
-EVENTS = 3  # the last ones shown
+MAX_POINTS = 4000  # losses that the curve is drawn from
+MAX_EVENTS = 3  # the latest ones are shown
 SILENT_S = 60.0
-NEEDED = {
-    "start": ("step", "ranks"),
-    "saved": ("step",),
-    "skipped": ("why",),
-    "not saved": ("step", "why"),
-    "stopped": ("why",),
+SLOW = 1.2  # times the median
+STEP_KEYS = frozenset({"step", "time", "loss", "grad_norm", "lr"})
+EVALUATION_KEYS = frozenset({"step", "time", "eval_loss"})
+EVENT_TEXTS = {
+    "start": "started on {ranks} at step {step}",
+    "saved": "saved step {step}",
+    "skipped": "skipped: {why}",
+    "not saved": "step {step} not saved: {why}",
+    "stopped": "{why}",
 }
-ENDS = {"end": "done", "stopped": "stopped"}
-DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # of a braille character: columns, from below (Unicode 2800)
+FINAL_STATES = {"end": "done", "stopped": "stopped"}
+BRAILLE_DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # bits by column, from the bottom row up (from U+2800)
 
 
-class Glance:
-    """What the rows so far say. `steps`: of the whole run; `save_every`: steps between checkpoints, 0 for none."""
+class LiveView:
+    """The state of a run after the rows so far, as a renderable of rich. Rows that lack keys that it shows are ignored."""
 
     def __init__(self, name: str, steps: int, save_every: int):
-        self.name, self.steps, self.save_every = name, steps, save_every
-        self.start: dict[str, Any] = {}
-        self.row: dict[str, Any] = {}
-        self.ranks: dict[str, Any] = {}  # the last row that tells of every rank
-        self.evaluation: dict[str, Any] = {}
-        self.best = math.inf
-        self.ended = ""  # or how
-        self.peaks: list[int] = []  # of memory, by rank
-        self.step_s = 0.0
-        self.losses: deque[float] = deque(maxlen=KEPT)
-        self.events: deque[str] = deque(maxlen=EVENTS)
+        self.name = name
+        self.steps = steps  # of the whole run
+        self.save_every = save_every  # steps between checkpoints; 0: none
+        self.final_state = ""  # "done" or "stopped", once the run has ended
+        self._start: MetricsRow = {}
+        self._step: MetricsRow = {}  # the last row of a step
+        self._ranks: MetricsRow = {}  # the last row with numbers of every rank
+        self._evaluation: MetricsRow = {}
+        self._best_loss = math.inf  # of the evaluations
+        self._peak_bytes: list[int] = []  # by rank
+        self._step_s = 0.0
+        self._losses: deque[float] = deque(maxlen=MAX_POINTS)
+        self._events: deque[str] = deque(maxlen=MAX_EVENTS)
 
-    def see(self, row: dict[str, Any]) -> None:
-        """One more row of metrics.jsonl, or of a step that is not written down; one that lacks what is shown is passed over."""
-        if not _needed(row) <= row.keys():
-            return
-        event = row.get("event", "")
-        if event == "start":
-            self.start, self.ended = row, ""
-        if event in ENDS:
-            self.ended = ENDS[event]
-            self.peaks = row.get("peak_memory_on_rank_bytes", [])
-        if event and event != "end":
-            self.events.append(f"{time.strftime('%H:%M:%S', time.localtime(row['time']))}  {_told(row)}")
-        if "eval_loss" in row:
-            self.evaluation, self.best = row, min(self.best, row["eval_loss"])
-        if isinstance(row.get("loss"), float):
-            self.row = row
-            self.losses.append(row["loss"])
-            self.step_s = row.get("step_s", self.step_s)
-        if "rank_s" in row:
-            self.ranks, self.peaks = row, row["memory_bytes"]
+    def update(self, row: MetricsRow) -> None:
+        """Add a row of metrics.jsonl, or of a step that is not logged."""
+        event, text = row.get("event"), _describe_event(row)
+        if text and event == "start":
+            self._start, self.final_state = row, ""
+        if text and event in FINAL_STATES:
+            self.final_state = FINAL_STATES[event]
+            self._peak_bytes = row.get("peak_memory_on_rank_bytes", self._peak_bytes)
+        if text and event != "end":
+            self._events.append(text)
+        if row.keys() >= EVALUATION_KEYS:
+            self._evaluation, self._best_loss = row, min(self._best_loss, row["eval_loss"])
+        if row.keys() >= STEP_KEYS and isinstance(row["loss"], float):
+            self._step = row
+            self._losses.append(row["loss"])
+            self._step_s = row.get("step_s", self._step_s)
+            if "rank_s" in row:
+                self._ranks, self._peak_bytes = row, row["memory_bytes"]
 
     def __rich__(self) -> RenderableType:
-        return self.view(time.time())
+        return self.render(time.time())
 
-    def view(self, now: float) -> RenderableType:
-        """`now`: seconds of time.time."""
-        done = self.row.get("step", self.start.get("step", 0))
+    def render(self, now_s: float) -> RenderableType:
+        """Render the view at `now_s`, a time of time.time()."""
+        done: int = self._step["step"] if self._step else self._start.get("step", 0)
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
         table.add_column()
-        for name, text in self._lines(done, now):
+        for name, text in self._rows(done):
             table.add_row(name, text)
         bar = Table.grid(padding=(0, 1))
-        bar.add_row(
-            Text(f"step {done:,}/{self.steps:,}", style="bold"),
-            ProgressBar(max(1, self.steps), done, width=30),
-            self._left(done, now),
-        )
-        lines = curve(self.losses)
-        drawn: list[RenderableType] = [Text("\n".join(lines), style="cyan"), ""] if any(lines) else []
-        return Group(self._title(), bar, "", *drawn, table, *self._events())
+        step = Text(f"step {done:,}/{self.steps:,}", style="bold")
+        bar.add_row(step, ProgressBar(max(1, self.steps), done, width=30), self._remaining(done, now_s))
+        curve = "\n".join(draw_curve(self._losses))
+        curves: list[RenderableType] = [Text(curve, style="cyan"), ""] if curve.strip() else []
+        events: list[RenderableType] = ["", *(Text(event, style="dim") for event in self._events)] if self._events else []
+        return Group(self._title(), bar, "", *curves, table, *events)
 
     def _title(self) -> Text:
-        ranks, layout = self.start.get("ranks"), self.start.get("layout", {})
-        sizes = [f"{axis} {layout[axis]}" for axis in ("data", "pipeline", "tensor", "context") if layout.get(axis, 1) > 1]
+        ranks, layout = self._start.get("ranks"), self._start.get("layout", {})
+        sizes = [f"{axis} {size}" for axis, size in layout.items() if isinstance(size, int) and size > 1 and axis != "zero"]
         zero = [f"ZeRO-{layout['zero']}"] if layout.get("zero") else []
-        said = ", ".join([f"{ranks} rank{'s' * (ranks > 1)}", *sizes, *zero]) if ranks else "no rows yet"
-        return Text.assemble((self.name, "bold"), "  ", (said, "dim"))
+        subtitle = ", ".join([count_noun(ranks, "rank"), *sizes, *zero]) if ranks else "no rows yet"
+        return Text.assemble((self.name, "bold"), "  ", (subtitle, "dim"))
 
-    def _left(self, done: int, now: float) -> str:
-        if self.ended:
-            return self.ended
-        silent_s = now - self.row.get("time", now)
-        if silent_s > max(SILENT_S, 20 * self.step_s):
-            return f"no word for {duration(silent_s)}"
-        return f"{duration(self.step_s * (self.steps - done))} left" if self.step_s else ""
+    def _remaining(self, done: int, now_s: float) -> str:
+        silent_s = now_s - self._step.get("time", now_s)
+        if self.final_state:
+            return self.final_state
+        if silent_s > max(SILENT_S, 20 * self._step_s):
+            return f"no update for {format_duration(silent_s)}"
+        return f"{format_duration(self._step_s * (self.steps - done))} left" if self._step_s else ""
 
-    def _lines(self, done: int, now: float) -> Iterable[tuple[str, str]]:
-        row = self.row
+    def _rows(self, done: int) -> Iterable[tuple[str, str]]:
+        row = self._step
         if row:
-            loss = f"{row['loss']:.4f}   gradient norm {row['grad_norm']:.2f}   learning rate {row['lr']:.2e}"
-            yield "loss", loss
-        if self.evaluation:
-            best = "" if self.evaluation["eval_loss"] <= self.best else f", best {self.best:.4f}"
-            yield "evaluation", f"{self.evaluation['eval_loss']:.4f} at step {self.evaluation['step']:,}{best}"
+            yield "loss", f"{row['loss']:.4f}   gradient norm {row['grad_norm']:.2f}   learning rate {row['lr']:.2e}"
+        if self._evaluation:
+            best = "" if self._evaluation["eval_loss"] <= self._best_loss else f", best {self._best_loss:.4f}"
+            yield "evaluation", f"{self._evaluation['eval_loss']:.4f} at step {self._evaluation['step']:,}{best}"
         if "tokens_per_s" in row:
-            used = f"   MFU {row['mfu']:.1%}" if "mfu" in row else ""
-            yield "speed", f"{row['tokens_per_s']:,.0f} tokens/s   {row['step_s']:.3g} s a step{used}"
-        yield from self._of_ranks()
+            mfu = f"   MFU {row['mfu']:.1%}" if "mfu" in row else ""
+            yield "speed", f"{row['tokens_per_s']:,.0f} tokens/s   {row['step_s']:.3g} s per step{mfu}"
+        if self._ranks:
+            mean_s = {category: statistics.fmean(seconds) for category, seconds in self._ranks["rank_s"].items()}
+            step_s = self._ranks.get("step_s") or sum(mean_s.values())
+            yield "time", "   ".join(f"{category} {s / step_s:.0%}" for category, s in mean_s.items() if s > 0.005 * step_s)
+            yield "slowest", slowest_rank_note(self._ranks["rank_s"]["compute"]) or "no rank is clearly slower than most"
+            predicted = self._start.get("predicted_memory_bytes")
+            suffix = f", {format_mebibytes(predicted)} predicted" if predicted else ""
+            yield "memory", f"at most {format_mebibytes(max(self._peak_bytes))} per rank{suffix}"
         if self.save_every and row and done < self.steps:
             steps = min(self.save_every - done % self.save_every, self.steps - done)
-            yield "checkpoint", f"in {steps:,} step{'s' * (steps != 1)}, {duration(steps * self.step_s)}"
-
-    def _of_ranks(self) -> Iterable[tuple[str, str]]:
-        if not self.ranks:
-            return
-        parts = {part: sum(seconds) / len(seconds) for part, seconds in self.ranks["rank_s"].items()}
-        whole = self.ranks.get("step_s") or sum(parts.values())
-        yield "time", "   ".join(f"{part} {seconds / whole:.0%}" for part, seconds in parts.items() if seconds > 0.005 * whole)
-        yield "slowest", slowest(self.ranks["rank_s"]["compute"]).strip(" ()") or "no rank is clearly slower than most"
-        predicted = self.start.get("predicted_memory_bytes")
-        yield (
-            "memory",
-            mebibytes(max(self.peaks)) + " a rank at most" + (f", {mebibytes(predicted)} predicted" if predicted else ""),
-        )
-
-    def _events(self) -> list[RenderableType]:
-        return ["", *(Text(event, style="dim") for event in self.events)] if self.events else []
+            yield "checkpoint", f"in {count_noun(steps, 'step')}, {format_duration(steps * self._step_s)}"
 
 
-def _needed(row: dict[str, Any]) -> set[str]:
-    """What a row of its kind must have to be shown."""
-    needed = {"time", *NEEDED.get(str(row.get("event")), ())}
-    return needed | ({"step", "grad_norm", "lr"} if "loss" in row else set()) | ({"step"} if "eval_loss" in row else set())
+def _describe_event(row: MetricsRow) -> str:
+    """Return an event's line; empty if the row is not an event or lacks something."""
+    ranks = {"ranks": count_noun(row["ranks"], "rank")} if "ranks" in row else {}
+    try:
+        text = EVENT_TEXTS.get(row["event"], "{event} at step {step}").format_map(row | ranks)
+        return f"{time.strftime('%H:%M:%S', time.localtime(row['time']))}  {text}"
+    except KeyError:
+        return ""
 
 
-def _told(row: dict[str, Any]) -> str:
-    """An event in a few words."""
-    match row["event"]:
-        case "start":
-            since = f", from step {row['step']}" if row["step"] else ""
-            return f"started on {row['ranks']} rank{'s' * (row['ranks'] > 1)}{since}"
-        case "saved":
-            return f"saved step {row['step']}"
-        case "skipped":
-            return f"left out: {row['why']}"
-        case "not saved":
-            return f"step {row['step']} not saved: {row['why']}"
-        case "stopped":
-            return str(row["why"])
-    return f"{row['event']} at step {row.get('step', '?')}"
+def slowest_rank_note(compute_s: Sequence[float]) -> str:
+    """Name the rank that computes longest; empty if it is not clearly slower than most."""
+    median, longest = statistics.median_low(compute_s), max(compute_s)
+    if len(compute_s) < 2 or longest <= SLOW * median:
+        return ""
+    return f"rank {compute_s.index(longest)} computes {longest / median:.1f} times as long as most"
 
 
-def curve(values: Iterable[float], columns: int = CURVE[0], rows: int = CURVE[1]) -> list[str]:
-    """The values as lines of braille characters, with the highest and the lowest beside them; those that are not finite are
-    left out."""
+def draw_curve(values: Iterable[float], columns: int = 48, rows: int = 4) -> list[str]:
+    """Return the finite values as lines of braille characters, labelled with the highest and the lowest."""
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < 2:
         return [""] * rows
-    points = _means(finite, 2 * columns)
+    points = [float(part.mean()) for part in np.array_split(finite, min(2 * columns, len(finite)))]
     low, high = min(points), max(points)
     scale = (4 * rows - 1) / (high - low) if high > low else 0.0
-    cells = [[0x2800] * columns for _ in range(rows)]
     heights = [round((point - low) * scale) for point in points]
-    for x, height in enumerate(heights):
-        before = heights[max(0, x - 1)]
-        for y in range(min(before, height), max(before, height) + 1) if before != height else [height]:
-            cells[rows - 1 - y // 4][x // 2] |= DOTS[x % 2][y % 4]
+    cells = [[0x2800] * columns for _ in range(rows)]
+    for x, (previous, height) in enumerate(zip([heights[0], *heights], heights)):
+        for y in range(min(previous, height), max(previous, height) + 1):
+            cells[rows - 1 - y // 4][x // 2] |= BRAILLE_DOTS[x % 2][y % 4]
     labels = {0: f" {high:.3f}", rows - 1: f" {low:.3f}"}
     return ["".join(map(chr, line)) + labels.get(number, "") for number, line in enumerate(cells)]
 
 
-def _means(values: Sequence[float], most: int) -> list[float]:
-    """At most so many values: means of neighbours."""
-    count = min(most, len(values))
-    ends = [len(values) * i // count for i in range(count + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in pairwise(ends)]
+def watch_run(folder: str, interval_s: float, once: bool) -> None:
+    """Show a run until it ends or Ctrl-C; only once with `once`, or where the output is not a terminal."""
+    if folder and not Path(folder).exists():
+        raise FileError(f"{folder}: folder not found")
+    if not (Path(folder) / "config.toml").is_file():
+        raise ConfigError(f"{folder or 'no folder'}: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME")
+    if not interval_s > 0:
+        raise ConfigError(f"--interval {interval_s}: must be above zero")
+    follower, console = MetricsFollower(Path(folder) / "metrics.jsonl"), Console()
+    view = _follow(_open_view(folder), follower, folder)
+    if once or not console.is_terminal:
+        console.print(view)
+        return
+    with contextlib.suppress(KeyboardInterrupt), Live(view, console=console, auto_refresh=False) as live:
+        while not view.final_state:
+            time.sleep(interval_s)
+            view = _follow(view, follower, folder)
+            live.update(view, refresh=True)
+
+
+def _open_view(folder: str) -> LiveView:
+    path = Path(folder) / "config.toml"
+    config = merge(Config(), read_toml(path), str(path))
+    return LiveView(str(Path(folder)), config.train.steps, config.checkpoint.every)
+
+
+def _follow(view: LiveView, follower: MetricsFollower, folder: str) -> LiveView:
+    """Return the view updated with new rows; a fresh view if a resume has removed rows."""
+    try:
+        rows, restarted = follower.read()
+    except OSError as error:
+        raise FileError(f"{follower.path} cannot be read: {error.strerror}") from None
+    view = _open_view(folder) if restarted else view
+    for row in rows:
+        if row.get("event") == "start":
+            view.steps = _open_view(folder).steps  # a resume may have changed it
+        view.update(row)
+    return view

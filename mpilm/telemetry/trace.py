@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,121 +16,98 @@ from mpilm.comm.base import Comm
 from mpilm.comm.progress import CommCall, Span
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.pipeline.actions import Action
-from mpilm.telemetry.clock import Offset, between, clock_offset
 
-CATEGORIES = {
-    "F": "forward", "B": "backward", "I": "backward", "W": "backward", "REDUCE": "reduce",
-    "SEND_F": "send", "SEND_B": "send", "RECV_F": "receive", "RECV_B": "receive",
-}  # fmt: skip
-Event = dict[str, Any]
+PINGS = 16  # the one with the shortest round trip counts
+ACTION_CATEGORIES = {"F": "forward", "REDUCE": "reduce", "SEND": "send", "RECV": "receive"}  # B, I and W: "backward"
 
 
 class Trace:
-    """The spans of the steps `steps` on this rank, until they are written; of other steps nothing is kept."""
+    """The spans of this rank in the steps `steps`, counted from 1, until they are written."""
 
     def __init__(self, steps: range, mesh: Mesh, layout: dict[str, Any]):
         self.steps, self.mesh, self.layout = steps, mesh, layout
-        self.before: Offset | None = None
-        self.spans: list[tuple[int, list[Span]]] = []
+        self._before: ClockOffset | None = None
+        self._spans: list[tuple[int, list[Span]]] = []
 
-    def ready(self, done: int) -> None:
-        """Called before each step, by its number: compares clocks where the first traced one begins. Collective."""
-        if self.before is None and done in self.steps:
-            self.before = clock_offset(self.mesh.world)
+    def begin_step(self, step: int) -> None:
+        """Compare clocks at the first traced step. Called before every step. Collective."""
+        if self._before is None and step in self.steps:
+            self._before = measure_clock_offset(self.mesh.world)
 
-    def keep(self, done: int, spans: list[Span]) -> None:
-        """What a step was made of."""
-        if spans:
-            whole = Span("step", min(span.start_s for span in spans), max(span.end_s for span in spans))
-            self._keep(done, [whole, *spans])
+    def add_step(self, step: int, spans: list[Span]) -> None:
+        """Record the spans of a step, and one around them."""
+        if spans and self._before is not None and step in self.steps:
+            around = Span("step", min(span.start_s for span in spans), max(span.end_s for span in spans))
+            self._spans.append((step, [around, *spans]))
 
-    def keep_after(self, done: int, spans: list[Span]) -> None:
-        """What came after a step: how long checkpoint and evaluation took, not what they were made of."""
-        if self.spans and self.spans[-1][0] == done:
-            self._keep(done, [span for span in spans if isinstance(span.event, str)])
-
-    def _keep(self, done: int, spans: list[Span]) -> None:
-        if self.before is not None and done in self.steps:
-            self.spans.append((done, spans))
+    def add_after_step(self, step: int, spans: list[Span]) -> None:
+        """Record how long checkpoint and evaluation after a step took, without the spans within them."""
+        if self._spans and self._spans[-1][0] == step:
+            self._spans.append((step, [span for span in spans if isinstance(span.event, str)]))
 
     def write(self, folder: Path) -> str:
-        """One file of what all ranks have kept, if there is any; returns what to say of it, on rank 0. Collective."""
-        if self.before is None or not self.spans:
+        """Write the spans of all ranks into one file, if any; return a line about it on rank 0. Collective."""
+        world, before = self.mesh.world, self._before
+        if before is None or not self._spans:
             return ""
-        first, last = self.spans[0][0], self.spans[-1][0]
-        after, began_s = clock_offset(self.mesh.world), self.mesh.world.broadcast_json(self.before.at_s)
-        error_s = max(self.mesh.world.all_gather_json(max(self.before.error_s, after.error_s)))
-        lines = [json.dumps(event) for event in self._events(self.before, after, began_s)]
-        about = {
-            "steps": [first, last], "ranks": self.mesh.world.size, "layout": self.layout,
-            "clock_error_us": round(1e6 * error_s, 3),
-        }  # fmt: skip
-        self.before, self.spans = None, []
-        return _write_all(folder / f"trace-{first}-{last}.json", ",\n".join(lines), json.dumps(about), self.mesh.world)
+        first, last = self._spans[0][0], self._spans[-1][0]
+        after, began_s = measure_clock_offset(world), world.broadcast_json(before.at_s)
+        clock_error_us = round(1e6 * max(world.all_gather_json(max(before.error_s, after.error_s))), 3)
 
-    def _events(self, before: Offset, after: Offset, began_s: float) -> list[Event]:
-        """`began_s`: when the trace begins, by the clock of rank 0."""
+        def to_us(at_s: float) -> float:
+            """Convert to microseconds of the trace, in eighths, whose sums are exact: viewers add up start and duration, and
+            drop events that end after the one around them."""
+            return round(8e6 * (to_root_time(before, after, at_s) - began_s)) / 8
 
-        def microseconds(at_s: float) -> float:
-            """In eighths, whose sums are exact: viewers add up begin and length, and drop what ends after what it lies in."""
-            return round(8e6 * (between(before, after, at_s) - began_s)) / 8
+        rank = {"pid": self.mesh.rank, "tid": 0}
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "process_name", **rank, "args": {"name": f"rank {self.mesh.rank} ({socket.gethostname()})"}},
+            {"ph": "M", "name": "process_sort_index", **rank, "args": {"sort_index": self.mesh.rank}},
+        ]
+        events += [event for step, spans in self._spans for span in spans for event in self._span_events(step, span, to_us)]
+        about = {"steps": [first, last], "ranks": world.size, "layout": self.layout, "clock_error_us": clock_error_us}
+        self._before, self._spans = None, []
+        return _write_all(folder / f"trace-{first}-{last}.json", ",\n".join(map(json.dumps, events)), json.dumps(about), world)
 
-        rank, replica = self.mesh.rank, self.mesh.coordinate["data"]
-        found = [_named("process_name", rank, f"rank {rank} ({socket.gethostname()})"), _sorted_by_rank(rank)]
-        for step, spans in self.spans:
-            for span in spans:
-                found += _events_of(rank, step, f"{step}.{replica}", len(self.layout["cut"]), span, microseconds)
-        return found
-
-
-def _named(what: str, rank: int, name: str) -> Event:
-    return {"ph": "M", "name": what, "pid": rank, "tid": 0, "args": {"name": name}}
-
-
-def _sorted_by_rank(rank: int) -> Event:
-    return {"ph": "M", "name": "process_sort_index", "pid": rank, "tid": 0, "args": {"sort_index": rank}}
-
-
-def _event(
-    rank: int, step: int, span: Span, name: str, category: str, microseconds: Callable[[float], float], **args: Any
-) -> Event:
-    begun = microseconds(span.start_s)
-    return {
-        "ph": "X", "name": name, "cat": category, "pid": rank, "tid": 0, "ts": begun,
-        "dur": microseconds(span.end_s) - begun, "args": {"step": step, **args},
-    }  # fmt: skip
+    def _span_events(self, step: int, span: Span, to_us: Callable[[float], float]) -> Iterator[dict[str, Any]]:
+        """Yield the event of a span and, for an action that sends or needs a message, its end of the arrow between stages."""
+        what, name, category, args = span.event, str(span.event), str(span.event), {}
+        if isinstance(what, CommCall):
+            name, category = what.op, "wait"
+            args = {"axis": what.axis, "call": what.number, "bytes": what.sent_bytes}
+            args |= {"peer": what.peers[0]} if len(what.peers) == 1 else {}
+        if isinstance(what, Action):
+            category = ACTION_CATEGORIES.get(what.kind.partition("_")[0], "backward")
+            args = {"action": name, "stage": what.stage}
+            args |= {} if what.microbatch is None else {"microbatch": what.microbatch}
+        rank, start_us = {"pid": self.mesh.rank, "tid": 0}, to_us(span.start_s)
+        times = {"ts": start_us, "dur": to_us(span.end_s) - start_us}
+        yield {"ph": "X", "name": name, "cat": category, **rank, **times, "args": {"step": step, **args}}
+        if isinstance(what, Action) and what.message is not None:
+            sends = what.kind in ("SEND_F", "SEND_B")
+            if sends or what.input_receive(len(self.layout["cut"])):
+                message = f"{what.message.stage}{what.message.direction}{what.message.microbatch}"
+                arrow = {"name": "message", "cat": "message", "id": f"{step}.{self.mesh.coordinate['data']}.{message}"}
+                yield {**({"ph": "s"} if sends else {"ph": "f", "bp": "e"}), **arrow, **rank, "ts": start_us}
 
 
-def _events_of(
-    rank: int, step: int, replica: str, stages: int, span: Span, microseconds: Callable[[float], float]
-) -> list[Event]:
-    """The event of a span and, where it sends a message to another stage or needs one, an end of the arrow between the two."""
-    what = span.event
-    if isinstance(what, CommCall):
-        peer = {"peer": what.peers[0]} if len(what.peers) == 1 else {}
-        said = {"axis": what.axis, "call": what.number, "bytes": what.sent_bytes, **peer}
-        return [_event(rank, step, span, what.op, "wait", microseconds, **said)]
-    if not isinstance(what, Action):
-        return [_event(rank, step, span, str(what), str(what), microseconds)]
-    said = {"action": str(what), "stage": what.stage}
-    said |= {} if what.microbatch is None else {"microbatch": what.microbatch}
-    event = _event(rank, step, span, str(what), CATEGORIES[what.kind], microseconds, **said)
-    end = {"ph": "s"} if what.kind in ("SEND_F", "SEND_B") else {"ph": "f", "bp": "e"} if what.receive(stages) else {}
-    if not end or what.message is None:
-        return [event]
-    message = f"{replica}.{what.message.stage}{what.message.direction}{what.message.microbatch}"
-    return [event, {**end, "name": "message", "cat": "message", "id": message, "pid": rank, "tid": 0, "ts": event["ts"]}]
-
-
-def _write_all(path: Path, mine: str, about: str, world: Comm) -> str:
-    """Rank 0 writes the events of each rank as they come, and so never holds those of all; says how it went. Collective."""
-    data = torch.frombuffer(bytearray(mine.encode()), dtype=torch.uint8)
+def _write_all(path: Path, events: str, about: str, world: Comm) -> str:
+    """Write the events of all ranks into one file; return a line about it. Rank 0 writes them one rank at a time, so that it
+    never holds all. Collective."""
+    data = torch.frombuffer(bytearray(events.encode()), dtype=torch.uint8)
     sizes = world.all_gather_json(data.numel())
     if world.rank > 0:
         world.isend(data, 0).wait()
         return ""
-    parts = _received(data, sizes, world)
-    temporary = path.with_name(f".{path.name}.tmp")
+
+    def receive_parts() -> Iterator[bytes]:
+        yield data.numpy().tobytes()
+        for rank, size in enumerate(sizes[1:], start=1):
+            part = torch.empty(size, dtype=torch.uint8)
+            world.irecv(part, rank).wait()
+            yield part.numpy().tobytes()
+
+    parts, temporary = receive_parts(), path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(f'{{"displayTimeUnit": "ms", "mpilm": {about},\n"traceEvents": [\n'.encode())
@@ -138,15 +116,52 @@ def _write_all(path: Path, mine: str, about: str, world: Comm) -> str:
             file.write(b"\n]}\n")
         os.replace(temporary, path)
     except OSError as error:
-        for _ in parts:  # the others wait until theirs has been taken
+        for _ in parts:  # the other ranks wait until rank 0 has received theirs
             pass
         return f"no trace: {path} cannot be written: {error.strerror}"
-    return f"traced {path}"
+    return f"wrote {path}"
 
 
-def _received(mine: torch.Tensor, sizes: Sequence[int], world: Comm) -> Iterator[bytes]:
-    yield mine.numpy().tobytes()
-    for rank, size in enumerate(sizes[1:], start=1):
-        theirs = torch.empty(size, dtype=torch.uint8)
-        world.irecv(theirs, rank).wait()
-        yield theirs.numpy().tobytes()
+class ClockOffset(NamedTuple):
+    """A comparison of this rank's time.monotonic() with rank 0's."""
+
+    at_s: float  # when, by this rank's clock
+    ahead_s: float  # seconds to add to this rank's time to get rank 0's
+    error_s: float  # the most that `ahead_s` is wrong by
+
+
+def measure_clock_offset(world: Comm, now: Callable[[], float] = time.monotonic) -> ClockOffset:
+    """Compare clocks by messages from one rank of each node to rank 0: the ranks of a node have one clock. Collective."""
+    node = world.split_node("clock")
+    first = node.all_gather_json(world.rank)[0]
+    offset = [0.0, 0.0]
+    for other in sorted(set(world.all_gather_json(first)) - {0}):
+        if world.rank == 0:
+            for _ in range(PINGS):
+                world.irecv(torch.zeros(1, dtype=torch.float64), other).wait()
+                world.isend(torch.tensor([now()], dtype=torch.float64), other).wait()
+        elif world.rank == other:
+            offset = _ping(world, now)
+    return ClockOffset(now(), *node.broadcast_json(offset))
+
+
+def to_root_time(before: ClockOffset, after: ClockOffset, at_s: float) -> float:
+    """Convert this rank's time to rank 0's, interpolating between two offsets because clocks run at different speeds."""
+    fraction = (at_s - before.at_s) / (after.at_s - before.at_s) if after.at_s > before.at_s else 0.0
+    return at_s + before.ahead_s + fraction * (after.ahead_s - before.ahead_s)
+
+
+def _ping(world: Comm, now: Callable[[], float]) -> list[float]:
+    """Return how far rank 0's clock is ahead of this one, and half of the round trip as the error."""
+    estimates = []
+    for _ in range(PINGS):
+        root_s = torch.zeros(1, dtype=torch.float64)
+        answer = world.irecv(root_s, 0)  # posted before the ping, so that the answer is not delayed
+        sent_s = now()
+        ping = world.isend(torch.zeros(1, dtype=torch.float64), 0)
+        answer.wait()
+        received_s = now()
+        ping.wait()
+        estimates.append(((received_s - sent_s) / 2, float(root_s) - (sent_s + received_s) / 2))
+    error_s, ahead_s = min(estimates)
+    return [ahead_s, error_s]

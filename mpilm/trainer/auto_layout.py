@@ -18,7 +18,7 @@ from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.errors import ConfigError
 from mpilm.mesh.mesh import Mesh
 from mpilm.model.loss import loss_sum
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.apply import make_autocast, prune_to_stage
 from mpilm.parallel.feasible import cut_by_cost
 from mpilm.parallel.flat import FlatParameters
@@ -123,7 +123,9 @@ def _time_part(config: Config, vocab_size: int, device: torch.device, part: int,
 def _forward_backward(
     model: nn.Module, x: Tensor, tokens: Tensor, part: int, config: Config, device: torch.device
 ) -> Callable[[], None]:
-    info = Rows(torch.arange(tokens.shape[1], device=device), keys=list(range(len(tokens))), share=1 / tokens.numel())
+    info = SequenceInfo(
+        torch.arange(tokens.shape[1], device=device), dropout_keys=list(range(len(tokens))), loss_weight=1 / tokens.numel()
+    )
     autocast = make_autocast(config.train.dtype, device)
 
     def compute() -> None:

@@ -26,7 +26,7 @@ from mpilm.launch.watchdog import PREPARATION
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.flat_layout import ALIGNMENT
-from mpilm.telemetry.memory import Memory, trim
+from mpilm.telemetry.memory import MemoryMeter, trim_heap
 from mpilm.trainer.auto_layout import choose_layout, partition_model
 from mpilm.trainer.material import Material, open_material
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
@@ -57,15 +57,15 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     try:
         alignment = _common_alignment(config, mesh.world, hardware)
         blocks_per_stage = partition_model(config, mesh, vocab_size, hardware.device)
-        memory = Memory(hardware.device)  # from here on: preparation may have used more than training will
+        memory = MemoryMeter(hardware.device)  # from here on: preparation may have used more than training will
         model = TrainModel(config, mesh, blocks_per_stage, vocab_size, hardware.device, alignment)
         _load_or_init(model, folder, mesh.world, recovered)
-        trim()
+        trim_heap()
     except BaseException:
         folder.release()
         raise
     batches = Batches(data.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
-    stop_request = StopRequest(folder.path / "stop", config.run.time_limit, asks=world.rank == 0)
+    stop_request = StopRequest(folder.path / "stop", config.run.time_limit, query_slurm=world.rank == 0)
     return Run(
         config, hardware, mesh, data, batches, folder, content, model, stop_request, folder.bad_steps, memory, layout_note
     )

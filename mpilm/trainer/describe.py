@@ -18,10 +18,10 @@ from mpilm.config import LORA_TARGETS, microbatches
 from mpilm.engine.hardware import measure_peak_flops, processor_name, software_versions
 from mpilm.formatting import count_noun, format_mebibytes
 from mpilm.mesh.shape import AXES
-from mpilm.model.size import flops_per_token
+from mpilm.model.flops import flops_per_token
 from mpilm.ops.tree import utilization
 from mpilm.parallel.feasible import replica_microbatches
-from mpilm.parallel.pipeline.schedules import even_bubble
+from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.parallel.reduce.step import StepReducer
 from mpilm.trainer.memory import list_parts, predict_memory
 from mpilm.trainer.run import Run
@@ -57,7 +57,7 @@ def describe_run(run: Run) -> RunDescription:
         "microbatches": microbatches(config),
         "parameters": trained + frozen,
         "parameters_trained": trained,
-        "parameters_on_rank": world.all_gather_json(run.model.held_numel),
+        "parameters_on_rank": world.all_gather_json(run.model.local_numel),
         "predicted_memory_bytes": sum(predicted.values()),
         "predicted_memory_on_rank_bytes": [sum(parts.values()) for parts in predictions],
         "flops_per_token": flops_per_token(config.model, run.model.vocab_size),
@@ -144,7 +144,7 @@ def _layout_lines(run: Run) -> Iterator[str]:
         yield f"           {run.layout_note}"
     if len(run.model.blocks_per_stage) > 1:
         count = replica_microbatches(run.config, run.mesh.shape)
-        bubble = even_bubble(parallel.schedule, parallel.pipeline, parallel.chunks, count)
+        bubble = analytic_bubble(parallel.schedule, parallel.pipeline, parallel.chunks, count)
         idle = f"; bubble {bubble:.0%} of a step if stages are even" if bubble is not None else ""
         stages = ",".join(map(str, run.model.blocks_per_stage))
         yield f"           schedule {parallel.schedule}, layers per stage {stages}{idle}"

@@ -20,7 +20,7 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.shared_memory import SHM_FOLDER
 from mpilm.engine.hardware import cores_per_rank, software_versions
 from mpilm.errors import RanksDisagreeError
-from mpilm.telemetry.words import mebibytes
+from mpilm.formatting import format_mebibytes
 
 ROUNDS = 20
 SLOW = 3.0  # times the median of the ranks
@@ -143,7 +143,7 @@ def _speed(told: Examination, nbytes: int) -> None:
     latencies = [_ping_s(comm, peer, torch.empty(1), ROUNDS) for peer in range(1, comm.size)]
     rates = [nbytes / _ping_s(comm, peer, torch.empty(nbytes // 4), 3) for peer in range(1, comm.size)]
     told.say("latency", f"{1e6 * min(latencies):.1f} .. {1e6 * max(latencies):.1f} us between rank 0 and the others")
-    told.say("bandwidth", f"{min(rates) / 1e9:.2f} .. {max(rates) / 1e9:.2f} GB/s, messages of {mebibytes(nbytes)}")
+    told.say("bandwidth", f"{min(rates) / 1e9:.2f} .. {max(rates) / 1e9:.2f} GB/s, messages of {format_mebibytes(nbytes)}")
     for peer, rate in enumerate(rates, 1):
         if rate < statistics.median(rates) / SLOW:
             told.mind(
@@ -219,7 +219,7 @@ def _shared(told: Examination, node: Comm) -> None:
     told.check("shared", right, f"{node.size} ranks on the node of rank 0" if parts is not None else "none: gradients are sent")
     if os.path.isdir(SHM_FOLDER):
         free = min(told.comm.all_gather_json(shutil.disk_usage(SHM_FOLDER).free))
-        told.say(SHM_FOLDER, f"{mebibytes(free)} free")
+        told.say(SHM_FOLDER, f"{format_mebibytes(free)} free")
         if free < SMALL_SHM:
             told.mind(
                 f"{SHM_FOLDER} is small (a container's default is 64 MiB), and MPI itself may die there of SIGBUS: enlarge it, for "

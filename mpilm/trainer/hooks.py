@@ -8,7 +8,7 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.progress import Span
 from mpilm.engine.step import StepResult, validation_loss
 from mpilm.errors import PreemptedError
-from mpilm.launch.stop_request import REASONS
+from mpilm.launch.stop_request import STOP_REASONS
 from mpilm.telemetry.trace import Trace
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
@@ -54,17 +54,17 @@ class Tracing(Hook):
             log.log_line(f"nothing to trace: the steps {run.config.run.trace_steps} of --run.trace-steps are already completed")
 
     def before_step(self, step: int) -> None:
-        self.trace.keep_after(step, self.run.progress.drain_spans())
+        self.trace.add_after_step(step, self.run.progress.drain_spans())
         if step in self.trace.steps and step + 1 not in self.trace.steps:
             self.write()
-        self.trace.ready(step + 1)
+        self.trace.begin_step(step + 1)
         self.run.progress.drain_spans()
 
     def after_step(self, event: StepEvent) -> None:
-        self.trace.keep(event.done, event.spans)
+        self.trace.add_step(event.done, event.spans)
 
     def finish(self) -> None:
-        self.trace.keep_after(self.run.config.train.steps, self.run.progress.drain_spans())
+        self.trace.add_after_step(self.run.config.train.steps, self.run.progress.drain_spans())
         self.write()
 
     def write(self) -> None:
@@ -200,13 +200,13 @@ class Stopping(Hook):
             raise CollectiveError(
                 PreemptedError(
                     f"stopped after step {event.done} of {self.run.config.train.steps}, requested by "
-                    f"{REASONS[event.result.flags.stop_reason]}; saved, and the same command resumes"
+                    f"{STOP_REASONS[event.result.flags.stop_reason]}; saved, and the same command resumes"
                 )
             )
 
     def finish(self) -> None:
         if self.run.mesh.rank == 0:
-            self.run.stop_request.done()
+            self.run.stop_request.clear()
 
 
 def stops_early(run: Run, event: StepEvent) -> bool:

@@ -17,10 +17,10 @@ from mpilm.engine.step import StepResult
 from mpilm.errors import FileError
 from mpilm.formatting import format_duration, format_mebibytes
 from mpilm.launch.run import launcher_world_size
-from mpilm.telemetry.breakdown import PARTS, breakdown
+from mpilm.telemetry.breakdown import CATEGORIES, break_down
 from mpilm.telemetry.display import Display
-from mpilm.telemetry.live import Glance
-from mpilm.telemetry.metrics import Metrics
+from mpilm.telemetry.live import LiveView
+from mpilm.telemetry.metrics import MetricsWriter
 from mpilm.telemetry.trackers import Tracker, open_trackers
 from mpilm.trainer.describe import RunDescription, header_lines
 from mpilm.trainer.run import Run
@@ -32,42 +32,41 @@ ASSUMED_WRITE_RATE = 50e6  # bytes a second of a checkpoint, until one has been 
 class RunLog:
     """Writes metrics.jsonl and trackers, and prints. Exists on every rank, and is called in the same order on all of them."""
 
-    def __init__(self, run: Run, description: RunDescription, display: Display, live: Glance):
+    def __init__(self, run: Run, description: RunDescription, display: Display, live: LiveView):
         self.run, self.description, self.display, self.live = run, description, display, live
         self.is_root = run.mesh.rank == 0
-        self.sinks: list[Metrics | Tracker] = []
+        self.sinks: list[MetricsWriter | Tracker] = []
         self.eval_loss: float | None = None
         self.started = self.last = time.perf_counter()
-        self.last_done, self.spent_s = run.folder.logged, dict.fromkeys(PARTS, 0.0)
-        self.step_s, self.save_s = 0.0, sum(run.model.held_bytes().values()) / ASSUMED_WRITE_RATE
+        self.last_done, self.spent_s = run.folder.logged, dict.fromkeys(CATEGORIES, 0.0)
+        self.step_s, self.save_s = 0.0, sum(run.model.memory_bytes().values()) / ASSUMED_WRITE_RATE
 
     @classmethod
     def open(cls, run: Run, description: RunDescription) -> RunLog:
         """Open the log of a run on all ranks, print the header, and write the start row. Collective."""
         folder, settings = run.folder, run.config.run
-        live = Glance(str(folder.path), run.config.train.steps, run.config.checkpoint.every)
+        live = LiveView(str(folder.path), run.config.train.steps, run.config.checkpoint.every)
         in_launcher = launcher_world_size() is not None
         display = run_on_root(
-            run.mesh.world,
-            lambda: _writing(folder.path, lambda: Display(True, live, folder.path / "log.txt", in_launcher)),
+            run.mesh.world, lambda: _writing(folder.path, lambda: Display(True, live, folder.path / "log.txt", in_launcher))
         )
         log = cls(run, description, display or Display(False, live, folder.path, True), live)
         for line in header_lines(run, description):
-            log.display.say(line)
+            log.display.print(line)
 
         def open_sinks() -> None:
             trackers = open_trackers(settings.trackers, folder.path, folder.logged, flatten(run.config))
-            log.sinks = [Metrics(folder.path / "metrics.jsonl", folder.logged), *trackers]
+            log.sinks = [MetricsWriter(folder.path / "metrics.jsonl", folder.logged), *trackers]
             log.sinks[0].write(description.row)
-            live.see(description.row)
+            live.update(description.row)
 
         run_on_root(run.mesh.world, lambda: _writing(folder.path, open_sinks))
-        log.display.begin(folder.logged)
+        log.display.start(folder.logged)
         return log
 
     def log_step(self, done: int, result: StepResult, spans: list[Span]) -> None:
         """Log a step that consisted of `spans` on this rank; write every log-every-th, the first and the last. Collective."""
-        for part, seconds in breakdown(spans, self.run.mesh.shape.pipeline > 1).items():
+        for part, seconds in break_down(spans, self.run.mesh.shape.pipeline > 1).items():
             self.spent_s[part] += seconds
         if not result.updated:
             return  # step_skipped has reported it
@@ -80,7 +79,7 @@ class RunLog:
         if is_logged:
             row |= self._gather_rank_stats(done - self.last_done)
             self._write(row)
-        self.display.step(done, row, is_logged)
+        self.display.show_step(done, row, is_logged)
         if is_logged:
             self.restart_clock(done)
 
@@ -106,7 +105,7 @@ class RunLog:
 
     def step_skipped(self, done: int, cause: str, since: int) -> None:
         """Log a step that changed nothing, together with the rewound steps from `since` on."""
-        self.display.line(f"{cause}; " + (f"steps {since} to {done} are skipped" if since < done else "skipped"))
+        self.display.log_line(f"{cause}; " + (f"steps {since} to {done} are skipped" if since < done else "skipped"))
         self._write({"event": "skipped", "step": done, "time": time.time(), "why": cause, "since": since})
         self.restart_clock(done)
 
@@ -115,30 +114,30 @@ class RunLog:
         return 2 * self.step_s + 1.5 * self.save_s
 
     def log_evaluation(self, done: int, loss: float) -> None:
-        self.display.line(f"step {done}: evaluation loss {loss:.4f}")
+        self.display.log_line(f"step {done}: evaluation loss {loss:.4f}")
         self._write({"step": done, "time": time.time(), "eval_loss": loss})
         self.eval_loss = loss
         self.restart_clock(done)
 
     def log_line(self, text: str) -> None:
         if text:
-            self.display.line(text)
+            self.display.log_line(text)
 
     def log_stop(self, reason: str) -> None:
         """Log the end of a run before its last step, on which all ranks agree."""
-        self.display.note(reason)
+        self.display.log_only(reason)
         self._write_event("stopped", self.run.progress.step + 1, why=reason.split("\n", 1)[0])
         self.close()
 
     def log_save_failure(self, reason: str) -> None:
         """Log a checkpoint that could not be written in a run that continues."""
-        self.display.line(f"not saved: {reason}")
+        self.display.log_line(f"not saved: {reason}")
         self._write_event("not saved", self.run.progress.step + 1, why=reason)
 
     def log_save(self, folder: Path, step: int, took_s: float, waited_s: float) -> None:
         """Log a checkpoint that took `took_s` seconds to write, `waited_s` of which training waited."""
         self.save_s = took_s
-        self.display.line(f"saved {folder}")
+        self.display.log_line(f"saved {folder}")
         self._write_event("saved", step, took_s=took_s, waited_s=waited_s)
 
     def gather_peak_memory(self) -> list[int]:
@@ -163,30 +162,30 @@ class RunLog:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.is_root:
-            self.live.see(row)
+            self.live.update(row)
         for sink in self.sinks:
             sink.write(row)
 
     def restart_clock(self, done: int) -> None:
         """Exclude what has happened since the step from the time of the next one."""
         self.last, self.last_done = time.perf_counter(), done
-        self.spent_s = dict.fromkeys(PARTS, 0.0)
+        self.spent_s = dict.fromkeys(CATEGORIES, 0.0)
 
     def _gather_rank_stats(self, steps: int) -> dict[str, Any]:
         """Return every rank's peak memory and its time per category and step since the last row. Collective."""
         world = self.run.mesh.world
-        own = torch.tensor([self._peak_bytes(), *(self.spent_s[part] / steps for part in PARTS)], dtype=torch.float64)
+        own = torch.tensor([self._peak_bytes(), *(self.spent_s[part] / steps for part in CATEGORIES)], dtype=torch.float64)
         everyone = torch.empty(world.size, own.numel(), dtype=torch.float64)
         world.all_gather(own, everyone)
         memory, *seconds = everyone.T.tolist()
-        rank_s = {part: [round(x, 6) for x in column] for part, column in zip(PARTS, seconds)}
+        rank_s = {part: [round(x, 6) for x in column] for part, column in zip(CATEGORIES, seconds)}
         return {"memory_bytes": [int(x) for x in memory], "rank_s": rank_s}  # last: readers may skip them
 
     def _peak_bytes(self) -> int:
         return self.run.memory.peak_bytes(self.run.model.shared_bytes)
 
     def _print_summary(self, took_s: float, peak: int, unigram_loss: str, sample: str) -> None:
-        run, config, say = self.run, self.run.config, self.display.say
+        run, config, say = self.run, self.run.config, self.display.print
         done = config.train.steps - run.folder.step
         if done:
             predicted = format_mebibytes(self.description.predicted_bytes)

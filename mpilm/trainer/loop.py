@@ -58,7 +58,7 @@ def train(
         stack.callback(watchdog.close)
         run = build_run(config, world, recovered, progress)
         stack.callback(run.folder.release)
-        stack.enter_context(run.stop_request.listening())
+        stack.enter_context(run.stop_request.catch_signals())
         stack.enter_context(_exit_together(world, progress))
         watchdog.write_below(run.folder.path)
         watchdog.is_signalled = lambda: run.stop_request.signalled
@@ -117,7 +117,7 @@ def run_steps(
         run.progress.enter("compilation" if compiles else "step", step)
         for hook in hooks:
             hook.before_step(step)
-        flags = StepFlags(run.stop_request.reason(log.next_step_s()), checkpoints.busy)
+        flags = StepFlags(run.stop_request.stop_reason(log.next_step_s()), checkpoints.busy)
         result = train_step(run.model, run.batches, step, flags, run.bad_steps.spike_threshold(run.config.train))
         event = StepEvent(step + 1, result, run.progress.drain_spans())
         for hook in hooks:

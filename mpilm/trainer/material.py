@@ -101,10 +101,7 @@ def _conversations(config: Config, template: Template | None, comm: Comm) -> Mat
         f"{counts.tokens:,} tokens of {tokenizer.name}, {counts.targets:,} to be learnt, in {counts.rows:,} rows, "
         f"{stream.eval_samples:,} held out",
     ]
-    content = {
-        "data.path": hex_digest(tokens.tobytes(), answer.tobytes(), ends.tobytes()),
-        "data.tokenizer": tokenizer.digest,
-    }
+    content = {"data.path": hex_digest(tokens.tobytes(), answer.tobytes(), ends.tobytes()), "data.tokenizer": tokenizer.digest}
     return Material(tokenizer, stream, content, template, [], said)
 
 

@@ -21,7 +21,7 @@ def predict_memory(run: Run) -> dict[str, int]:
     """Return the bytes that this rank will use, by part."""
     config, model, device = run.config, run.model, run.hardware.device.type
     step = step_bytes(config, model.vocab_size, model.blocks_per_stage, list(model.stages), model.program, device)
-    held = model.held_bytes()
+    held = model.memory_bytes()
     if device == "cuda":
         return {"program": run.memory.program_bytes, **held, **step}  # of the GPU; checkpoints are copied to the host
     saving = max(0, min(SAVING_BYTES, held["weights"] + held["moments"]) - sum(step.values()))  # between steps

@@ -12,7 +12,7 @@ from mpilm.engine.hardware import Hardware
 from mpilm.engine.train_model import TrainModel
 from mpilm.launch.stop_request import StopRequest
 from mpilm.mesh.mesh import Mesh
-from mpilm.telemetry.memory import Memory
+from mpilm.telemetry.memory import MemoryMeter
 from mpilm.trainer.material import Material
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.run_folder import RunFolder
@@ -32,7 +32,7 @@ class Run:
     model: TrainModel
     stop_request: StopRequest
     bad_steps: BadStepTracker
-    memory: Memory
+    memory: MemoryMeter
     layout_note: str = ""  # how the layout was chosen
 
     @property

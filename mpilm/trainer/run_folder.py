@@ -15,8 +15,8 @@ from mpilm.checkpoint.verify import Verify, newest_valid, with_help
 from mpilm.comm.base import Comm
 from mpilm.config import Config, flatten, mathematics, to_dict
 from mpilm.errors import ConfigError, DataError, FileError
-from mpilm.launch.lock import NAME, FolderLock
-from mpilm.model.init import key_of
+from mpilm.launch.lock import LOCK_NAME, FolderLock
+from mpilm.model.init import hash_key
 from mpilm.settings import merge, read_toml
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
@@ -75,11 +75,7 @@ def open_run_folder(
 
 
 def _open(
-    config: Config,
-    content: Mapping[str, str],
-    environment: Mapping[str, str],
-    recovered: RecoveredState | None,
-    verify: Verify,
+    config: Config, content: Mapping[str, str], environment: Mapping[str, str], recovered: RecoveredState | None, verify: Verify
 ) -> RunFolder:
     if recovered is not None:
         path, lock, done = recovered.folder, _lock(recovered.folder), recovered.done
@@ -128,7 +124,7 @@ def _choose_path(config: Config) -> Path:
     if config.run.dir != "auto":
         return Path(config.run.dir)
     key = mathematics(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
-    path = Path("runs") / f"{config.model.arch}-{key_of(sorted(key.items())) & 0xFFFFFF:06x}"
+    path = Path("runs") / f"{config.model.arch}-{hash_key(sorted(key.items())) & 0xFFFFFF:06x}"
     if config.checkpoint.resume != "never":
         return path
     copies = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
@@ -137,7 +133,7 @@ def _choose_path(config: Config) -> Path:
 
 def _check_is_same_run(path: Path, config: Config) -> None:
     """Refuse a folder that holds something else, or a run that must not be resumed."""
-    if not path.exists() or (path.is_dir() and all(NAME in item.name for item in path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(LOCK_NAME in item.name for item in path.iterdir())):
         return
     if not (path / "config.toml").is_file():
         raise ConfigError(f"--run.dir {path} exists and is not a run folder; choose another")

@@ -22,7 +22,7 @@ from mpilm.errors import ConfigError, RanksDisagreeError
 from mpilm.formatting import count_noun
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.init import key_of
+from mpilm.model.init import hash_key
 from mpilm.parallel.feasible import cut_by_cost, mesh_shape
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
 from mpilm.parallel.pipeline.schedules import SCHEDULES
@@ -42,7 +42,7 @@ class RandomTokens:
 
     def train(self, step: int, m: int) -> Batch:
         rows, length = self.config.train.micro_batch, self.config.model.context_length
-        generator = np.random.Generator(np.random.Philox(key=key_of("verify", self.config.train.seed, step, m)))
+        generator = np.random.Generator(np.random.Philox(key=hash_key("verify", self.config.train.seed, step, m)))
         tokens = torch.from_numpy(generator.integers(0, self.vocab_size, (rows, length + 1), dtype=np.int64))
         samples = (step * self.config.train.global_batch + m * rows) + torch.arange(rows)
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(length), samples, rows * length)

@@ -40,7 +40,7 @@ def gpu_worker(args: argparse.Namespace) -> None:
 def compare(preset: str, device: str, wanted: int, name: str, finish: Callable[[], object]) -> None:
     """`finish`: wait until the device has done its work."""
     from mpilm.comm.base import SelfComm
-    from mpilm.model.size import flops_per_token
+    from mpilm.model.flops import flops_per_token
 
     config, vocab_size = training(preset)
     made, sides = both(config, vocab_size, device), {}

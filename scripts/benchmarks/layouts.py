@@ -46,7 +46,7 @@ def shards_worker(args: argparse.Namespace) -> None:
     from mpilm.mesh.mesh import Mesh
     from mpilm.parallel.feasible import cut_by_cost, mesh_shape
     from mpilm.presets import PRESETS
-    from mpilm.telemetry.memory import proportional_bytes, trim
+    from mpilm.telemetry.memory import proportional_bytes, trim_heap
     from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
     comm = mpi_world()
@@ -61,7 +61,7 @@ def shards_worker(args: argparse.Namespace) -> None:
         model.init_parameters()
         for step in range(2):
             train_step(model, RandomTokens(config), step)
-        trim()
+        trim_heap()
         comm.barrier()
         return model
 
@@ -70,7 +70,7 @@ def shards_worker(args: argparse.Namespace) -> None:
     comm.barrier()
     model = trained(config)
     after = proportional_bytes()
-    held = model.held_bytes()
+    held = model.memory_bytes()
     everyone = comm.all_gather_json([sum(held.values()) - held["passing"], after - before])
     if comm.rank == 0:
         print(json.dumps(everyone), flush=True)

@@ -11,10 +11,10 @@ from torch import nn
 
 from mpilm.config import Config
 from mpilm.engine.step import MicrobatchSource
-from mpilm.model.families import build, initial_std
+from mpilm.model.families import build_model, initial_std
 from mpilm.model.init import initial_value
 from mpilm.model.loss import loss_sum
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.schedule import learning_rate
 
 
@@ -55,7 +55,7 @@ def torch_loop(
     """
     train, shape = config.train, config.model
     with torch.device(device):
-        model = build(shape, vocab_size)
+        model = build_model(shape, vocab_size)
     for name, p in model.named_parameters():
         p.data = initial_value(train.seed, name, tuple(p.shape), initial_std(name, shape)).to(device)
     if shape.tie_embeddings:
@@ -68,7 +68,7 @@ def torch_loop(
     mine = range(train.global_batch // train.micro_batch)[rank::ranks]
 
     def loss_of(tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return loss_sum(wrapped(tokens, Rows(positions)), targets)
+        return loss_sum(wrapped(tokens, SequenceInfo(positions)), targets)
 
     computed = torch.compile(loss_of, dynamic=False) if train.compile else loss_of
 

@@ -30,10 +30,7 @@ PRESETS = {  # changes that make a step of a few seconds of it
 RANKS = 2
 TRIES = 5  # of a layout in a round, where other programs are at work
 WARM_UP = 2
-MODELS = {
-    "tiny": [],
-    "12 layers of width 384": ["--model.n-layers", "12", "--model.d-model", "384", "--model.n-heads", "6"],
-}
+MODELS = {"tiny": [], "12 layers of width 384": ["--model.n-layers", "12", "--model.d-model", "384", "--model.n-heads", "6"]}
 STEPS = {"tiny": 10}
 CLOSE = 1.03  # times the fastest: as good as that
 

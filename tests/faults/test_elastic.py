@@ -11,7 +11,7 @@ import pytest
 from training_jobs import command, finished, outcome, slow, started
 
 from mpilm.checkpoint.format import checkpoints
-from mpilm.telemetry.metrics import read_rows
+from mpilm.telemetry.metrics import read_metrics
 
 STEPS = 60
 LOST_RANK = 89
@@ -57,7 +57,7 @@ def uncut(tmp_path_factory, data):
 def assert_whole(run, uncut):
     """The same bits, and a row of the same numbers for every step."""
     assert outcome(run) == uncut
-    rows = read_rows(run / "metrics.jsonl")
+    rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
     assert rows[-1]["event"] == "end"
 
@@ -126,7 +126,7 @@ def test_what_nobody_else_holds_ends_the_job_in_good_order(tmp_path, data, uncut
     assert code == LOST_RANK, output
     assert output.count("mpilm: error") == 1
     assert "the same command goes on from the newest checkpoint" in output
-    assert "end" not in [row.get("event") for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert "end" not in [row.get("event") for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000025"]
     with started(2, words(data, tmp_path / "run", "--fault.elastic", "false"), tmp_path) as job:
         assert job.end() == 0, job.output

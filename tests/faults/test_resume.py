@@ -11,7 +11,7 @@ from helpers import OPEN_MPI, mpirun
 from training_jobs import ROOT, command, finished, outcome, started
 
 from mpilm.checkpoint.format import checkpoints
-from mpilm.telemetry.metrics import read_rows
+from mpilm.telemetry.metrics import read_metrics
 
 STEPS = 120
 OTHER = os.environ.get("MPILM_TEST_OTHER_PYTHON", "")
@@ -59,5 +59,5 @@ def test_another_mpi_library_gives_the_same_bits(tmp_path, data, uninterrupted):
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert outcome(tmp_path / "run") == uninterrupted
-    starts = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "start"]
+    starts = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "start"]
     assert starts[0]["versions"]["mpi"] not in ("", "no MPI")

@@ -17,7 +17,7 @@ from mpilm.comm.threads import run_ranks
 from mpilm.config import Config, replaced
 from mpilm.engine.hardware import processor_name
 from mpilm.settings import merge, read_toml
-from mpilm.telemetry.metrics import read_rows
+from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer import loop
 
 OLD = Path(__file__).with_name("run-0.1")
@@ -39,7 +39,7 @@ def test_old_run_resumes_to_the_same_bits(tmp_path, ranks, changes):
     run_ranks(ranks, lambda comm: loop.train(config, comm))
 
     expected = json.loads((OLD / "expected.json").read_text())
-    rows = read_rows(run / "metrics.jsonl")
+    rows = read_metrics(run / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     newest = checkpoints(run / "checkpoints")[-1]
     assert newest.name == "step-00000008"

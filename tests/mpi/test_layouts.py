@@ -13,7 +13,7 @@ from text import tiny, write_tokens
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.config import Config
 from mpilm.launch.run import launcher_world_size
-from mpilm.model.size import parameter_count
+from mpilm.model.flops import parameter_count
 from mpilm.parallel.pipeline.schedules import SCHEDULES
 from mpilm.trainer.loop import train
 from mpilm.verification.layouts import VOCAB_SIZE

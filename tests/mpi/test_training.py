@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.engine.step import train_step, validation_loss
-from mpilm.telemetry.metrics import read_rows
+from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
 
@@ -51,7 +51,7 @@ def test_a_run_that_is_gone_on_with(world: Comm, shared: Path) -> None:
             config = tiny(shared / "tokens", shared / name, train__steps=until, train__lr_schedule="constant")
             train(config, world)
         world.barrier()
-        rows = read_rows(shared / name / "metrics.jsonl")
+        rows = read_metrics(shared / name / "metrics.jsonl")
         return [row["loss"] for row in rows if "loss" in row], newest_tensors(config)
 
     parts, whole = trained("parts", 2, 5), trained("whole", 5)

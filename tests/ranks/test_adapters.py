@@ -22,7 +22,7 @@ from mpilm.config import Config, resolve
 from mpilm.engine.step import train_step
 from mpilm.errors import ConfigError, FileError
 from mpilm.inference.load import config_from_folder, load_model
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.schedule import learning_rate
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
@@ -74,7 +74,7 @@ def logits(folder, tokens, base=""):
     config = config_from_folder(used(Folder(str(folder), base), Stages(), Compute()))
     model = load_model(config, SelfComm()).model.stages[0].model
     with torch.no_grad():
-        return model(tokens, Rows(torch.arange(tokens.shape[1])))
+        return model(tokens, SequenceInfo(torch.arange(tokens.shape[1])))
 
 
 @pytest.fixture(scope="module")

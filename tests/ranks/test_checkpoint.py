@@ -49,9 +49,9 @@ from mpilm.comm.threads import run_ranks
 from mpilm.config import Model
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError
-from mpilm.model.families import build, tied
-from mpilm.model.huggingface import published_name
-from mpilm.model.rows import Rows
+from mpilm.model.families import build_model, tied_parameters
+from mpilm.model.hf.names import hf_name
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.telemetry.memory import shared_bytes
 
 ONE = SelfComm()
@@ -90,9 +90,9 @@ def test_another_layout_reads_it(random, size, block, shard):
         for path in folder.glob("*.safetensors"):
             with safe_open(path, framework="pt") as file:
                 assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
-        whole = {published_name(name, "llama"): torch.zeros(shape) for name, shape in shapes.items()}
+        whole = {hf_name(name, "llama"): torch.zeros(shape) for name, shape in shapes.items()}
         read_tensors(folder, whole)
-        assert all(torch.equal(whole[published_name(name, "llama")], value) for name, value in values["parameter"].items())
+        assert all(torch.equal(whole[hf_name(name, "llama")], value) for name, value in values["parameter"].items())
 
 
 def test_the_bytes_of_a_file(tmp_path):
@@ -119,9 +119,9 @@ def test_the_bytes_of_a_file(tmp_path):
 @pytest.mark.parametrize("shard", [20_000, 5_000_000_000])
 def test_transformers_reads_it_in_one_file_or_in_several(tmp_path, tie, shard):
     config = tiny("", "", model__tie_embeddings=tie, model__dropout=0.0).model
-    model = build(config, bytes_tokenizer().vocab_size)
+    model = build_model(config, bytes_tokenizer().vocab_size)
     torch.manual_seed(0)
-    own = {name: p.detach().normal_(std=0.1) for name, p in model.named_parameters() if name not in tied(config)}
+    own = {name: p.detach().normal_(std=0.1) for name, p in model.named_parameters() if name not in tied_parameters(config)}
     if tie:
         model.head.weight = model.embed.weight
     shapes = {name: tuple(value.shape) for name, value in own.items()}
@@ -141,7 +141,7 @@ def test_transformers_reads_it_in_one_file_or_in_several(tmp_path, tie, shard):
     ids = torch.arange(12)
     with torch.no_grad():
         expected = theirs(ids[None]).logits
-        found = model(ids[None], Rows(ids))
+        found = model(ids[None], SequenceInfo(ids))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 

@@ -12,7 +12,7 @@ from mpilm.comm.threads import run_ranks
 from mpilm.config import Generate
 from mpilm.engine.step import train_step
 from mpilm.inference.generate import generate
-from mpilm.model.size import parameter_count
+from mpilm.model.flops import parameter_count
 from mpilm.optim.optimizer import OPTIMIZERS
 from mpilm.parallel.flat_layout import ALIGNMENT, BUCKET
 from mpilm.parallel.layout import select_owned, select_stage
@@ -259,7 +259,7 @@ def test_a_rank_keeps_as_many_microbatches_as_the_simulator_says(size, layout):
     actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, 8 // replicas)
     timeline = simulate([lower(each, parallel.pipeline * parallel.chunks) for each in actions], lambda kind, stage: 1.0)
     most = run_ranks(size, body)
-    assert most == [(rank, timeline.peak_live(rank)) for rank, _ in most]
+    assert most == [(rank, timeline.peak_in_flight(rank)) for rank, _ in most]
 
 
 def watch(thing, name, look):
@@ -302,7 +302,7 @@ def test_zero_3_lets_parameters_go_and_holds_two_units_at_most(size, layout, rec
         generate(model, {0: [1, 2, 3]}, Generate(max_tokens=2), eos=-1)
         assert gone
         assert not any(gone)
-        assert max(seen) <= max(stage.parameters.held_bytes for stage in model.stages.values())
+        assert max(seen) <= max(stage.parameters.memory_bytes for stage in model.stages.values())
 
     run_ranks(size, body)
 
@@ -323,7 +323,7 @@ def test_a_rank_holds_its_shard_of_what_is_sharded(size, pipeline, zero):
                 assert numel <= flat.layout.numel / model.data.size + len(flat.layout.groups) * ALIGNMENT
             else:
                 assert numel >= sum(layout.numel for layout in select_owned(select_stage(model.layouts, stage)))
-        return model.held_numel
+        return model.local_numel
 
     copy = VOCAB_SIZE * config.model.d_model if pipeline > 1 or zero == 3 else 0  # of the embedding, for the head
     once = parameter_count(config.model, VOCAB_SIZE) + copy

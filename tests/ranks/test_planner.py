@@ -15,7 +15,7 @@ from mpilm.engine.hardware import detect_hardware, software_versions
 from mpilm.mesh.shape import MeshShape
 from mpilm.planner.cost import Setting, step_time
 from mpilm.planner.machine import read, write
-from mpilm.planner.memory import held_bytes
+from mpilm.planner.memory import memory_bytes
 from mpilm.trainer.auto_layout import choose_layout
 from mpilm.trainer.calibration import bench, calibrate, compute, network
 from mpilm.validation import validate
@@ -56,8 +56,8 @@ def wrongly_said(config, size, ranks_per_node):
     def body(comm):
         model = sharded(config, comm)
         shape = MeshShape(pipeline=model.pipeline.size, data=model.data.size)
-        said = held_bytes(config, VOCAB_SIZE, model.cut, shape, list(model.stages), "cpu", min(ranks_per_node, shape.data))
-        return said, model.held_bytes()
+        said = memory_bytes(config, VOCAB_SIZE, model.cut, shape, list(model.stages), "cpu", min(ranks_per_node, shape.data))
+        return said, model.memory_bytes()
 
     found = run_ranks(size, body, ranks_per_node=ranks_per_node)
     pairs = [(part, said[part], held[part]) for said, held in found for part in ("weights", "moments", "passing")]

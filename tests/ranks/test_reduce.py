@@ -12,7 +12,7 @@ from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.threads import run_ranks
 from mpilm.engine.pipelined import draw_values, resolve_model_layouts
 from mpilm.model.loss import loss_sum
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.tree import block_of_rank, strided_assignment
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import BUCKET
@@ -38,7 +38,7 @@ def shape_of(tie):
 
 def backward(model, microbatch):
     x = torch.randint(0, V, (2, 8), generator=torch.Generator().manual_seed(microbatch))
-    loss = loss_sum(model(x, Rows(torch.arange(8), [2 * microbatch, 2 * microbatch + 1])), x.roll(-1, 1))
+    loss = loss_sum(model(x, SequenceInfo(torch.arange(8), [2 * microbatch, 2 * microbatch + 1])), x.roll(-1, 1))
     (loss * 10.0 ** (microbatch % 5 - 2)).backward()  # of very different size: the order matters
 
 

@@ -22,7 +22,7 @@ from mpilm.data.prepare import prepare
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.inference.evaluate import EvaluateOptions, cut_windows, evaluate_model, group_windows
 from mpilm.model.init import initial_value
-from mpilm.telemetry.metrics import read_rows
+from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer.loop import train
 from mpilm.usage import Compute, Folder, Stages, used
 
@@ -199,7 +199,7 @@ def test_the_held_out_part_of_a_run(tmp_path, family, prepared):
 
     run_ranks(2, body)
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row]
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row]
     if family == "bert":  # other masks
         assert found["loss"] == pytest.approx(rows[-1]["eval_loss"], rel=0.02)
     else:

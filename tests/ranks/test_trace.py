@@ -1,4 +1,4 @@
-"""The trace of all ranks: one file, one clock, every action of the schedule, and the same account as the rows have."""
+"""Trace of all ranks: one file, one clock, every action of the schedule, and the same time breakdown as the rows."""
 
 import json
 import time
@@ -14,12 +14,12 @@ from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
 from mpilm.parallel.feasible import cut_by_cost
-from mpilm.parallel.pipeline.actions import parse
+from mpilm.parallel.pipeline.actions import parse_action
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
-from mpilm.telemetry.breakdown import PARTS
-from mpilm.telemetry.clock import Offset, between, clock_offset
-from mpilm.telemetry.metrics import read_rows
+from mpilm.telemetry.breakdown import CATEGORIES
+from mpilm.telemetry.metrics import read_metrics
+from mpilm.telemetry.trace import ClockOffset, measure_clock_offset, to_root_time
 from mpilm.trainer.loop import train
 
 SETTINGS = {"run__trace_steps": "2:3", "model__n_layers": 4, "train__steps": 4}
@@ -30,13 +30,13 @@ def data(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("data"))
 
 
-def traced(config, size):
+def train_and_read_trace(config, size):
     run_ranks(size, lambda comm: train(config, comm))
     return json.loads((Path(config.run.dir) / "trace-2-3.json").read_text())
 
 
 def spans(trace, category="", **args):
-    """The events of a category, or all, that have these arguments (pid: the rank)."""
+    """Return the events of a category, or all, with these arguments (pid: the rank)."""
     return [
         event
         for event in trace["traceEvents"]
@@ -49,9 +49,9 @@ def spans(trace, category="", **args):
 @pytest.mark.parametrize(
     ("size", "layout"), [(1, on()), (3, on()), (2, on(2)), (4, on(2, "interleaved", zero=1)), (2, on(2, "zero-bubble"))]
 )
-def test_every_action_of_the_schedule_is_there_once_and_in_order(tmp_path, data, size, layout):
+def test_trace_has_every_action_of_the_schedule_in_order(tmp_path, data, size, layout):
     config = tiny(data, tmp_path / "run", **SETTINGS, **layout)
-    trace = traced(config, size)
+    trace = train_and_read_trace(config, size)
     parallel = config.parallel
     stages, replicas = parallel.pipeline * parallel.chunks, size // parallel.pipeline
     assert trace["mpilm"] | {"clock_error_us": 0.0} == {
@@ -59,21 +59,20 @@ def test_every_action_of_the_schedule_is_there_once_and_in_order(tmp_path, data,
         "layout": {"pipeline": parallel.pipeline, "data": replicas, "context": 1, "tensor": 1, "zero": parallel.zero,
                    "schedule": parallel.schedule, "cut": list(cut_by_cost(config, 256)) if stages > 1 else [4]},
     }  # fmt: skip
-    most = -(-8 // replicas)
-    programs = [
-        lower(actions, stages, most) for actions in schedule(parallel.schedule, parallel.pipeline, parallel.chunks, most)
-    ]
+    count = -(-8 // replicas)
+    compute = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, count)
+    programs = [lower(actions, stages, count) for actions in compute]
     for rank in range(size):
         for step in (2, 3):
             events = [event for event in spans(trace, step=step, pid=rank) if "action" in event["args"]]
-            found = [parse(event["name"]) for event in sorted(events, key=lambda event: event["ts"])]
-            assert found == programs[rank // replicas]  # with the third microbatch, which the last of 3 does without
+            actions = [parse_action(event["name"]) for event in sorted(events, key=lambda event: event["ts"])]
+            assert actions == programs[rank // replicas]  # with the third microbatch, padding on the last of 3 ranks
             assert len(spans(trace, "step", step=step, pid=rank)) == 1
             assert len(spans(trace, "optimizer", step=step, pid=rank)) == 2  # norm and update
 
 
-def test_messages_are_arrows_between_two_ranks_and_forward_in_time(tmp_path, data):
-    trace = traced(tiny(data, tmp_path / "run", model__tie_embeddings=False, **SETTINGS, **on(2)), 2)
+def test_trace_messages_are_arrows_between_ranks_forward_in_time(tmp_path, data):
+    trace = train_and_read_trace(tiny(data, tmp_path / "run", model__tie_embeddings=False, **SETTINGS, **on(2)), 2)
     ends = {kind: {e["id"]: e for e in trace["traceEvents"] if e["ph"] == kind} for kind in ("s", "f")}
     assert len(ends["s"]) == 2 * 2 * 8  # steps, directions, microbatches
     assert ends["s"].keys() == ends["f"].keys()
@@ -86,75 +85,73 @@ def test_messages_are_arrows_between_two_ranks_and_forward_in_time(tmp_path, dat
 
 
 @pytest.mark.parametrize(("size", "layout"), [(1, on()), (2, on(zero=3)), (2, on(2, "interleaved"))])
-def test_events_of_a_rank_lie_within_each_other_or_apart(tmp_path, data, size, layout):
-    """Exactly, by the sums that a viewer forms: Perfetto drops an event that ends after the one it began in."""
-    trace = traced(tiny(data, tmp_path / "run", **SETTINGS, **layout), size)
+def test_trace_events_of_a_rank_nest(tmp_path, data, size, layout):
+    """Exactly, by the sums that viewers compute: Perfetto drops an event that ends after the one around it."""
+    trace = train_and_read_trace(tiny(data, tmp_path / "run", **SETTINGS, **layout), size)
     for rank in range(size):
-        around: list[float] = []
+        ends: list[float] = []
         for event in sorted(spans(trace, pid=rank), key=lambda e: (e["ts"], -e["dur"])):
-            while around and around[-1] <= event["ts"]:
-                around.pop()
+            while ends and ends[-1] <= event["ts"]:
+                ends.pop()
             end = event["ts"] + event["dur"]
-            assert not around or end <= around[-1], event
-            around.append(end)
+            assert not ends or end <= ends[-1], event
+            ends.append(end)
 
 
 @pytest.mark.parametrize(("size", "layout"), [(1, on()), (3, on(zero=3)), (4, on(2)), (2, on(2, "gpipe"))])
-def test_the_rows_account_for_what_the_trace_shows(tmp_path, data, size, layout):
-    """The seconds of each part, computed here from the events alone: every moment belongs to the innermost event."""
+def test_trace_and_metrics_rows_agree_on_the_breakdown(tmp_path, data, size, layout):
+    """The seconds of each category, computed here from the events alone: every moment belongs to the innermost event."""
     config = tiny(data, tmp_path / "run", **SETTINGS, **layout)
-    trace = traced(config, size)
-    rows = {row["step"]: row for row in read_rows(Path(config.run.dir) / "metrics.jsonl") if "rank_s" in row}
+    trace = train_and_read_trace(config, size)
+    rows = {row["step"]: row for row in read_metrics(Path(config.run.dir) / "metrics.jsonl") if "rank_s" in row}
     pipelined = config.parallel.pipeline > 1
     for step in (2, 3):
         for rank in range(size):
-            (whole,) = spans(trace, "step", step=step, pid=rank)
+            (around,) = spans(trace, "step", step=step, pid=rank)
             events = [
-                e for e in spans(trace, step=step, pid=rank) if e["cat"] != "step" and e["ts"] < whole["ts"] + whole["dur"]
+                e for e in spans(trace, step=step, pid=rank) if e["cat"] != "step" and e["ts"] < around["ts"] + around["dur"]
             ]
-            found = dict.fromkeys(PARTS, 0.0)
+            expected = dict.fromkeys(CATEGORIES, 0.0)
             edges = sorted({t for e in events for t in (e["ts"], e["ts"] + e["dur"])})
             for start, stop in pairwise(edges):
                 over = [e for e in events if e["ts"] <= start and stop <= e["ts"] + e["dur"] + 1e-3]
                 if over:
                     inner = min(over, key=lambda e: e["dur"])
-                    found[part(inner, pipelined)] += (stop - start) / 1e6
-            said = {name: rows[step]["rank_s"][name][rank] for name in PARTS}
-            assert said == pytest.approx(found, rel=0.02, abs=2e-5)
-            assert rank > 0 or sum(said.values()) <= rows[step]["step_s"]
+                    expected[categorize(inner, pipelined)] += (stop - start) / 1e6
+            logged = {category: rows[step]["rank_s"][category][rank] for category in CATEGORIES}
+            assert logged == pytest.approx(expected, rel=0.02, abs=2e-5)
+            assert rank > 0 or sum(logged.values()) <= rows[step]["step_s"]
 
 
-def part(event, pipelined):
+def categorize(event, pipelined):
     if event["cat"] == "wait":
         return "bubble" if pipelined and event["args"]["axis"] in ("pipeline", "world") else "communication"
     return {"forward": "compute", "backward": "compute", "send": "communication", "receive": "communication",
             "reduce": "communication"}.get(event["cat"], event["cat"])  # fmt: skip
 
 
-def test_a_run_that_is_stopped_writes_what_it_has_traced(tmp_path, data):
+def test_trace_stopped_run_writes_the_steps_so_far(tmp_path, data):
     config = tiny(data, tmp_path / "run", run__trace_steps="1:9", run__time_limit=1e-6)
     with pytest.raises(CollectiveError, match="stopped after step 1 "):
         run_ranks(2, lambda comm: train(config, comm))
     trace = json.loads((tmp_path / "run" / "trace-1-1.json").read_text())
     assert {event["args"]["step"] for event in spans(trace)} == {1}
     assert trace["mpilm"]["steps"] == [1, 1]
-    end = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    end = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert (end["event"], end["step"]) == ("stopped", 1)
-    assert "stopped after step 1 of 6" in end["why"]
-    assert "stopped after step 1 of 6" in (tmp_path / "run" / "log.txt").read_text()
-    assert "stopped after step 1 of 6" in (tmp_path / "run" / "report.html").read_text()
+    for text in (end["why"], (tmp_path / "run" / "log.txt").read_text(), (tmp_path / "run" / "report.html").read_text()):
+        assert "stopped after step 1 of 6" in text
 
 
-def test_a_resume_leaves_the_trace_before_it_and_the_report_draws_its_own(tmp_path, data):
+def test_trace_resumed_run_writes_another_file(tmp_path, data):
     for steps, window in ((2, "1:3"), (4, "1:4")):
         config = tiny(data, tmp_path / "run", **on(2), train__steps=steps, run__trace_steps=window)
         run_ranks(2, lambda comm, config=config: train(config, comm))
-    found = {path.name for path in (tmp_path / "run").glob("trace*")}
-    assert found == {"trace-1-2.json", "trace-3-4.json"}
+    assert {path.name for path in (tmp_path / "run").glob("trace*")} == {"trace-1-2.json", "trace-3-4.json"}
     assert "Step 4 on ranks 0, 1, the first replica" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_steps_that_were_done_before_cannot_be_traced_and_that_is_said(tmp_path, data, capsys):
+def test_trace_steps_already_done_prints_a_note(tmp_path, data, capsys):
     for steps in (2, 3):
         config = tiny(data, tmp_path / "run", train__steps=steps, run__trace_steps="1:2" if steps == 3 else "")
         run_ranks(2, lambda comm, config=config: train(config, comm))
@@ -162,42 +159,39 @@ def test_steps_that_were_done_before_cannot_be_traced_and_that_is_said(tmp_path,
     assert "Of the last start. Predicted" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_nothing_is_traced_unless_asked_for(tmp_path, data):
+def test_trace_not_requested_writes_no_file(tmp_path, data):
     run_ranks(2, lambda comm: train(tiny(data, tmp_path / "run"), comm))
     assert not list((tmp_path / "run").glob("trace*"))
 
 
-def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, data, capsys):
+def test_trace_unwritable_file_does_not_end_the_run(tmp_path, data, capsys):
     config = tiny(data, tmp_path / "run", **SETTINGS)
     (tmp_path / "run" / "trace-2-3.json").mkdir(parents=True)
-    (tmp_path / "run" / "config.toml").write_text("")  # such that it is a run's
+    (tmp_path / "run" / "config.toml").write_text("")  # makes it a run folder
     with mock.patch("mpilm.trainer.run_folder._refuse_foreign"):
         run_ranks(3, lambda comm: train(config, comm))
     assert f"no trace: {tmp_path / 'run' / 'trace-2-3.json'} cannot be written: Is a directory" in capsys.readouterr().out
-    assert read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["event"] == "end"
-
-
-# The clock.
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["event"] == "end"
 
 
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
-def test_clocks_that_are_apart_are_brought_together(ranks_per_node):
-    """A clock for each node, hours apart and read by its ranks alone."""
+def test_clock_offset_is_within_its_error(ranks_per_node):
+    """The clocks of the nodes are hours apart."""
 
     def body(comm):
         hours = 3600.0 * (comm.rank // ranks_per_node)
-        found = clock_offset(comm, lambda: time.monotonic() + hours)
-        return found.ahead_s + hours, found.error_s
+        offset = measure_clock_offset(comm, lambda: time.monotonic() + hours)
+        return offset.ahead_s + hours, offset.error_s
 
     for ahead_s, error_s in run_ranks(5, body, ranks_per_node=ranks_per_node):
         assert abs(ahead_s) <= error_s + 1e-6
 
 
-def test_one_rank_has_its_own_clock():
-    assert clock_offset(SelfComm("world"))[1:] == (0.0, 0.0)
+def test_clock_offset_one_rank_is_zero():
+    assert measure_clock_offset(SelfComm("world"))[1:] == (0.0, 0.0)
 
 
-def test_between_two_comparisons_clocks_drift_evenly():
-    before, after = Offset(100.0, 5.0, 0.0), Offset(200.0, 6.0, 0.0)
-    assert [between(before, after, at) for at in (100.0, 150.0, 200.0)] == [105.0, 155.5, 206.0]
-    assert between(before, before, 130.0) == 135.0
+def test_to_root_time_interpolates_between_offsets():
+    before, after = ClockOffset(100.0, 5.0, 0.0), ClockOffset(200.0, 6.0, 0.0)
+    assert [to_root_time(before, after, at) for at in (100.0, 150.0, 200.0)] == [105.0, 155.5, 206.0]
+    assert to_root_time(before, before, 130.0) == 135.0

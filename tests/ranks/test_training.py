@@ -35,10 +35,10 @@ from mpilm.engine import hardware as machine
 from mpilm.engine.step import total_loss, train_step, validation_loss
 from mpilm.errors import NonFiniteError, RanksDisagreeError
 from mpilm.model.loss import loss_sum
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.schedule import learning_rate
 from mpilm.parallel.pipeline.stage import ModelStage
-from mpilm.telemetry.metrics import read_rows
+from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer import loop
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
@@ -141,8 +141,8 @@ def test_a_run_starts_from_a_folder(tmp_path, data, family, size, layout):
     run = build_run(tiny(data, tmp_path / "other", **shape), SelfComm())
     batches = [run.batches.train(0, m) for m in range(8)]
     with torch.no_grad():
-        losses = [float(loss_sum(model(batch.tokens, Rows(batch.positions)), batch.targets)) for batch in batches]
-    row = next(row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row.get("step") == 1)
+        losses = [float(loss_sum(model(batch.tokens, SequenceInfo(batch.positions)), batch.targets)) for batch in batches]
+    row = next(row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("step") == 1)
     assert row["loss"] == pytest.approx(sum(losses) / run.batches.target_tokens(0), rel=1e-6)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
     assert shape_of(checkpoint) == replace(config.model, init_from="")
@@ -157,7 +157,7 @@ def test_evaluation_is_the_mean_over_the_held_out_text(tmp_path, data):
     rows = [run.batches.evaluation(i) for i in range(run.batches.eval_microbatches())]
     assert rows[-1].tokens.shape[0] < 4
     with torch.no_grad():
-        logits = [run.model.stages[0].model(batch.tokens, Rows(batch.positions)).flatten(0, 1) for batch in rows]
+        logits = [run.model.stages[0].model(batch.tokens, SequenceInfo(batch.positions)).flatten(0, 1) for batch in rows]
     targets = torch.cat([batch.targets.flatten() for batch in rows])
     expected = float(torch.nn.functional.cross_entropy(torch.cat(logits).double(), targets))
     assert validation_loss(run.model, run.batches, run.config.run.eval_batches) == pytest.approx(expected, rel=1e-6)
@@ -201,7 +201,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_the_microbatch_named(tmp_path
         whole = trained(tiny(data, tmp_path / "whole", **asked), 1)
         config = tiny(data, tmp_path / "run", **asked, **layout)
         assert trained(config, size) == whole
-        rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "skipped"]
+        rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "skipped"]
         assert [row["step"] for row in rows] == [2]
         assert "microbatch 5: gradient of blocks.1.attn_norm.weight)" in rows[0]["why"]
         assert "microbatch 5" in capsys.readouterr().out
@@ -332,10 +332,7 @@ def test_a_replica_that_drifts_is_named(tmp_path, data, size, layout, said):
 def test_ranks_with_other_programs_do_not_train(tmp_path, data):
     versions = iter(["2.12.0", "2.13.0", "2.13.0"])
     said = pytest.raises(CollectiveError, match=r"the ranks were started with different programs:\n  torch: ")
-    with (
-        said,
-        mock.patch.object(machine, "software_versions", side_effect=lambda _: {"mpilm": 1, "torch": next(versions), "mpi": 0}),
-    ):
+    with said, mock.patch.object(machine, "software_versions", side_effect=lambda _: {"mpilm": 1, "torch": next(versions), "mpi": 0}):
         run_ranks(3, lambda comm: train(tiny(data, tmp_path / "run"), comm))
     assert not (tmp_path / "run").exists()
 
@@ -345,7 +342,7 @@ def test_ranks_with_other_programs_do_not_train(tmp_path, data):
 
 def losses(config):
     """The rows of metrics.jsonl without times and starts."""
-    rows = read_rows(Path(config.run.dir) / "metrics.jsonl")
+    rows = read_metrics(Path(config.run.dir) / "metrics.jsonl")
     return [
         {k: row[k] for k in ("step", "tokens", "loss", "grad_norm", "lr", "eval_loss") if k in row}
         for row in rows
@@ -381,7 +378,7 @@ def test_going_on_is_as_if_never_stopped(tmp_path, data, uninterrupted, first, t
     assert trained(after, then[0]) == uninterrupted[0]
     assert metrics.read_bytes().startswith(kept)
     assert b'"lo{' not in metrics.read_bytes()
-    starts = [row for row in read_rows(metrics) if row.get("event") == "start"]
+    starts = [row for row in read_metrics(metrics) if row.get("event") == "start"]
     assert [(row["step"], row["ranks"]) for row in starts] == [(0, first[0]), (saved, then[0])]
     assert [row["layout"]["pipeline"] for row in starts] == [before.parallel.pipeline, after.parallel.pipeline]
     rows = losses(after)
@@ -543,7 +540,7 @@ def test_the_loss_of_a_conversation_is_that_of_its_answers(tmp_path, chats):
         losses += float(torch.nn.functional.cross_entropy(logits[begin - 1 :], torch.tensor(ids[begin:]), reduction="sum"))
         count += len(ids) - begin
     examples = run.batches.stream.train(numbers, 0)
-    rows = Rows(torch.from_numpy(examples.positions), documents=torch.from_numpy(examples.documents))
+    rows = SequenceInfo(torch.from_numpy(examples.positions), documents=torch.from_numpy(examples.documents))
     with torch.no_grad():
         ours = loss_sum(run.model.stages[0].model(torch.from_numpy(examples.read), rows), torch.from_numpy(examples.targets))
     assert examples.target_tokens == count

@@ -16,8 +16,8 @@ from mpilm.data.sources import discover
 from mpilm.data.template import Template, find_template
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError
-from mpilm.model.loss import IGNORED
-from mpilm.model.rows import EMPTY
+from mpilm.model.loss import IGNORE_INDEX
+from mpilm.model.sequence_info import NO_DOCUMENT
 from mpilm.validation import validate
 
 TOKENIZER = bytes_tokenizer()
@@ -146,10 +146,10 @@ def test_a_row_holds_what_is_read_and_what_is_right():
     examples = laid([5, 3], 6).train(np.array([0, 1]), 0)
     rows = {tuple(read): i for i, read in enumerate(examples.read.tolist())}
     first, second = rows[0, 1, 2, 3, -7, -7], rows[5, 6, -7, -7, -7, -7]
-    assert examples.targets[first].tolist() == [IGNORED, 2, 3, 4, IGNORED, IGNORED]
-    assert examples.targets[second].tolist() == [IGNORED, 7, IGNORED, IGNORED, IGNORED, IGNORED]
+    assert examples.targets[first].tolist() == [IGNORE_INDEX, 2, 3, 4, IGNORE_INDEX, IGNORE_INDEX]
+    assert examples.targets[second].tolist() == [IGNORE_INDEX, 7, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]
     assert examples.positions[first].tolist() == [0, 1, 2, 3, 0, 1]
-    assert examples.documents[first].tolist() == [0, 0, 0, 0, EMPTY, EMPTY]
+    assert examples.documents[first].tolist() == [0, 0, 0, 0, NO_DOCUMENT, NO_DOCUMENT]
 
 
 def test_several_share_a_row_and_none_sees_another():
@@ -157,7 +157,7 @@ def test_several_share_a_row_and_none_sees_another():
     assert [[stop - start for start, stop in row] for row in found.rows] == [[4, 3, 3], [5]]
     row = [row.tolist() for row in (part[0] for part in found._examples(np.array([0])))]
     assert row[0] == [0, 1, 2, 4, 5, 7, 8]
-    assert row[1] == [IGNORED, 2, 3, IGNORED, 6, IGNORED, 9]
+    assert row[1] == [IGNORE_INDEX, 2, 3, IGNORE_INDEX, 6, IGNORE_INDEX, 9]
     assert row[2] == [0, 1, 2, 0, 1, 0, 1]
     assert row[3] == [0, 0, 0, 1, 1, 2, 2]
 
@@ -178,7 +178,7 @@ def test_every_answer_is_learnt_once_or_counted(lengths, context, packing, fract
     found = laid(lengths, context, packing=packing, eval_fraction=fraction)
     train = found.train(np.arange(found.train_samples), 0) if found.train_samples else None
     held_out = found.held_out(np.arange(found.eval_samples)) if found.eval_samples else None
-    targets = [part.targets[part.targets != IGNORED] for part in (train, held_out) if part is not None]
+    targets = [part.targets[part.targets != IGNORE_INDEX] for part in (train, held_out) if part is not None]
     learnt = sorted(np.concatenate(targets).tolist()) if targets else []
     starts = np.cumsum([0, *lengths[:-1]])
     expected = [t for s, n in zip(starts, lengths) if context > 1 for t in range(s + 2, min(s + n, s + context + 1))]

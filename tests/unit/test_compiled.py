@@ -9,8 +9,7 @@ from text import tiny
 
 from mpilm.engine.pipelined import draw_values
 from mpilm.errors import ConfigError
-from mpilm.model.cache import Cache
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel import compile as compiled
 from mpilm.trainer.memory import is_out_of_memory
 
@@ -33,11 +32,11 @@ def test_each_block_is_and_a_text_that_goes_on_is_not(calls):
     model, flat = whole_model(config.model, 29, torch.device("cpu"))
     draw_values(flat, config.model, seed=0)
     tokens = torch.randint(0, 29, (1, 5), generator=torch.Generator().manual_seed(0))
-    plain = model(tokens, Rows(torch.arange(5)))
+    plain = model(tokens, SequenceInfo(torch.arange(5)))
     compiled.compile_blocks(model)
-    assert torch.equal(model(tokens, Rows(torch.arange(5))), plain)
+    assert torch.equal(model(tokens, SequenceInfo(torch.arange(5))), plain)
     assert len(calls) == 3
-    torch.testing.assert_close(model(tokens, Rows(torch.arange(5), cache=Cache(8))), plain)
+    torch.testing.assert_close(model(tokens, SequenceInfo(torch.arange(5), cache=KVCache(8))), plain)
     assert len(calls) == 3
 
 

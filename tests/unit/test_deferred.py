@@ -12,7 +12,7 @@ from torch import nn
 from mpilm.engine.pipelined import draw_values
 from mpilm.model.layers import Conv1D
 from mpilm.model.loss import loss_sum
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
@@ -41,7 +41,9 @@ class Whole:
         return tokens if self.model.embed is not None else self.embedding[tokens]
 
     def result(self, model, x, m):
-        return loss_sum(model(x, Rows(torch.arange(8), [2 * m, 2 * m + 1], share=0.1)), torch.arange(16).view(2, 8))
+        return loss_sum(
+            model(x, SequenceInfo(torch.arange(8), [2 * m, 2 * m + 1], loss_weight=0.1)), torch.arange(16).view(2, 8)
+        )
 
 
 class Plain:

@@ -11,7 +11,7 @@ from text import TINY
 from mpilm.config import microbatches, replaced, resolve
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.size import flops_by_part
+from mpilm.model.flops import flops_by_part
 from mpilm.ops.tree import block_of_rank, strided_assignment
 from mpilm.parallel.feasible import cut_by_cost, mesh_shape, replica_microbatches
 from mpilm.parallel.pipeline.schedules import SCHEDULES

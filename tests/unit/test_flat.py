@@ -7,7 +7,7 @@ from text import tiny
 from torch import nn
 
 from mpilm.engine.pipelined import resolve_model_layouts
-from mpilm.model.families import build
+from mpilm.model.families import build_model
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ALIGNMENT, intersect_intervals
 from mpilm.parallel.layout import resolve_layouts, select_stage
@@ -102,7 +102,7 @@ def test_installed_parameters_are_views_of_the_vector(tie):
     model, flat = whole_model(tiny("", "", model__tie_embeddings=tie).model, 11, CPU)
     parameters = dict(model.named_parameters())
     with torch.device("meta"):
-        assert list(parameters) == [name for name, _ in build(tiny("", "").model, 11).named_parameters()]
+        assert list(parameters) == [name for name, _ in build_model(tiny("", "").model, 11).named_parameters()]
     flat.values.tensor.fill_(0.5)
     for name, parameter in parameters.items():
         assert isinstance(parameter, nn.Parameter)

@@ -18,15 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mpilm.checkpoint.format as format_module
 from mpilm.checkpoint import format
 from mpilm.checkpoint import tensors as tensors_module
-from mpilm.checkpoint.format import (
-    MANIFEST,
-    TEMPORARY,
-    Digest,
-    checkpoints,
-    folder_name,
-    read_manifest,
-    step_of,
-)
+from mpilm.checkpoint.format import MANIFEST, TEMPORARY, Digest, checkpoints, folder_name, read_manifest, step_of
 from mpilm.checkpoint.load import load
 from mpilm.checkpoint.pretrained import shape_of
 from mpilm.checkpoint.save import State, prune, remove_leftovers, save
@@ -37,9 +29,9 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.threads import run_ranks
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError, UserError
-from mpilm.model.families import build, initial_std, tied
+from mpilm.model.families import build_model, initial_std, tied_parameters
 from mpilm.model.init import initial_value
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.flat_layout import ParamSlice
 
 FILES = {
@@ -52,10 +44,10 @@ ONE = SelfComm()
 def parts(tie=True, seed=0, vocab_size=257, **changes):
     """A model with initial values, and a state that one rank holds alone."""
     config = tiny("", "", model__tie_embeddings=tie, model__dropout=0.0, **changes).model
-    model = build(config, vocab_size)
+    model = build_model(config, vocab_size)
     if tie:
         model.head.weight = model.embed.weight
-    own = {name: parameter for name, parameter in model.named_parameters() if name not in tied(config)}
+    own = {name: parameter for name, parameter in model.named_parameters() if name not in tied_parameters(config)}
     for name, parameter in own.items():
         parameter.requires_grad_(False).copy_(initial_value(seed, name, tuple(parameter.shape), initial_std(name, config)))
     generator = torch.Generator().manual_seed(seed)
@@ -163,7 +155,7 @@ def test_transformers_loads_it_and_computes_the_same(tmp_path, tie):
     ids = ids[:16]
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits
-        found = model(torch.tensor([ids]), Rows(torch.arange(len(ids))))
+        found = model(torch.tensor([ids]), SequenceInfo(torch.arange(len(ids))))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert shape_of(folder).tie_embeddings == tie
 

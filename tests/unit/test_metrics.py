@@ -1,89 +1,74 @@
-"""metrics.jsonl: rows that belong to a checkpoint stay byte for byte, all later ones go."""
+"""metrics.jsonl: rows up to a checkpoint stay byte for byte, later ones are removed; followers see new rows."""
 
 import json
 
 import pytest
 
-from mpilm.telemetry.metrics import Metrics, Tail, kept_bytes, read_rows
+from mpilm.telemetry.metrics import MetricsFollower, MetricsWriter, length_through_step, read_metrics
 
 ROWS = [json.dumps({"step": step, "loss": 1 / (step + 1)}).encode() + b"\n" for step in (0, 1, 2, 3, 4)]
-WHOLE = b"".join(ROWS)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+def steps(rows):
+    return [row["step"] for row in rows]
 
 
 @pytest.mark.parametrize("step", [0, 2, 4, 9])
-def test_rows_up_to_the_step_are_kept(tmp_path, step):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(WHOLE)
-    metrics = Metrics(path, step)
-    metrics.write({"step": step, "event": "start"})
-    metrics.close()
-    assert path.read_bytes() == b"".join(ROWS[: step + 1]) + json.dumps({"step": step, "event": "start"}).encode() + b"\n"
+def test_metrics_writer_resume_keeps_rows_through_the_step(path, step):
+    path.write_bytes(b"".join(ROWS))
+    row = {"step": step, "loss": 0.1 + 0.2}
+    writer = MetricsWriter(path, step)
+    writer.write(row)
+    assert path.read_bytes() == b"".join(ROWS[: step + 1]) + json.dumps(row).encode() + b"\n"  # at once
+    assert read_metrics(path)[-1] == row  # with every bit of the float
+    writer.close()
 
 
-@pytest.mark.parametrize("cut", range(1, len(ROWS[4])))
-def test_a_cut_last_line_goes(tmp_path, cut):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(WHOLE[:-cut])
-    assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3]
-    Metrics(path, 4).close()
+@pytest.mark.parametrize("cut", [1, 2, 12, len(ROWS[4]) - 1])
+def test_metrics_writer_cut_last_line_removes_it(path, cut):
+    path.write_bytes(b"".join(ROWS)[:-cut])
+    assert steps(read_metrics(path)) == [0, 1, 2, 3]
+    MetricsWriter(path, 4).close()
     assert path.read_bytes() == b"".join(ROWS[:4])
 
 
-@pytest.mark.parametrize("rubbish", [b"\0" * 40 + b"\n", b"{\n", b"\xff\xfe\n", b"[1, 2]\n", b'{"step": "x"}\n'])
-def test_a_line_that_is_no_row_takes_none_away(tmp_path, rubbish):
-    path = tmp_path / "metrics.jsonl"
+@pytest.mark.parametrize(
+    "rubbish", [b"\0" * 40 + b"\n", b"{\n", b"\xff\xfe\n", b"[1, 2]\n", b'{"step": "x"}\n', b"[" * 9999 + b"\n"]
+)
+def test_metrics_line_that_is_no_row_affects_no_other(path, rubbish):
     path.write_bytes(ROWS[0] + rubbish + ROWS[1] + ROWS[2])
-    assert [row["step"] for row in read_rows(path)] == [0, 1, 2]
-    Metrics(path, 1).close()
+    assert steps(read_metrics(path)) == steps(MetricsFollower(path).read()[0]) == [0, 1, 2]
+    MetricsWriter(path, 1).close()
     assert path.read_bytes() == ROWS[0] + rubbish + ROWS[1]
 
 
-def test_a_row_is_on_disk_at_once(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path, 0)
-    metrics.write({"step": 0, "loss": 0.1})
-    assert read_rows(path) == [{"step": 0, "loss": 0.1}]
-    metrics.close()
+def test_length_through_step_row_without_step_belongs_to_the_start():
+    assert length_through_step(b'{"event": "note"}\n', 0) == 18
 
 
-def test_floats_come_back_with_every_bit(tmp_path):
-    metrics = Metrics(tmp_path / "m", 0)
-    metrics.write({"loss": 0.1 + 0.2})
-    metrics.close()
-    assert read_rows(tmp_path / "m")[0]["loss"] == 0.1 + 0.2
-
-
-def test_rows_without_a_step_belong_to_the_start():
-    assert kept_bytes(b'{"event": "note"}\n', 0) == 18
-
-
-def test_a_tail_gives_whole_rows_as_they_come(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    tail = Tail(path)
-    assert tail.read() == ([], False)  # the run has not begun
+def test_metrics_follower_growing_file_returns_new_complete_rows(path):
+    follower = MetricsFollower(path)
+    assert follower.read() == ([], False)  # the run has not started
     path.write_bytes(ROWS[0] + ROWS[1][:5])
-    assert tail.read() == ([{"step": 0, "loss": 1.0}], False)
+    assert follower.read() == ([{"step": 0, "loss": 1.0}], False)
     path.write_bytes(ROWS[0] + ROWS[1] + ROWS[2])
-    assert [row["step"] for row in tail.read()[0]] == [1, 2]
-    assert tail.read() == ([], False)
-    path.write_bytes(ROWS[0] + ROWS[1])  # taken up again from an earlier step
-    rows, anew = tail.read()
-    assert anew
-    assert [row["step"] for row in rows] == [0, 1]
+    assert steps(follower.read()[0]) == [1, 2]
+    assert follower.read() == ([], False)
 
 
-def test_a_tail_notices_that_rows_have_gone_also_where_the_file_is_longer_then(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+@pytest.mark.parametrize(
+    "row", [b"", b'{"step": 0, "event": "start", "why": "a resume, whose long row hides the removed ones"}\n']
+)
+def test_metrics_follower_removed_rows_restart(path, row):
     path.write_bytes(ROWS[0] + ROWS[1])
-    tail = Tail(path)
-    tail.read()
-    path.write_bytes(ROWS[0] + b'{"step": 0, "event": "start", "why": "a resume, the row of which is long"}\n')
-    rows, anew = tail.read()
-    assert anew
-    assert [row["step"] for row in rows] == [0, 0]
-
-
-def test_a_tail_passes_over_what_is_no_row(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(ROWS[0] + b'[1, 2]\nrubbish\n{"step": "x"}\n' + ROWS[1])
-    assert [row["step"] for row in Tail(path).read()[0]] == [0, 1]
+    follower = MetricsFollower(path)
+    follower.read()
+    path.write_bytes(ROWS[0] + row)
+    rows, restarted = follower.read()
+    assert restarted
+    assert steps(rows) == [0, 0][: 1 + bool(row)]

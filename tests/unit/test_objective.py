@@ -12,7 +12,7 @@ from mpilm.data.objective import Masked
 from mpilm.data.samples import CorpusSamples
 from mpilm.data.stream import TextStream, documents_of
 from mpilm.data.tokenizer import bytes_tokenizer, train_bpe
-from mpilm.model.loss import IGNORED
+from mpilm.model.loss import IGNORE_INDEX
 
 WORDS = "the (quick) brown-fox_jumps over 13 lazy dogs; thé élan naïve.\n"
 
@@ -44,7 +44,7 @@ def test_a_fixed_part_is_to_be_predicted(length, fraction):
     objective = masking(fraction=fraction)
     rows = rows_of(WORDS, length, batch=4)
     read, targets = objective(rows, [1, 2, 3, 4])
-    chosen = targets != IGNORED
+    chosen = targets != IGNORE_INDEX
     assert read.shape == targets.shape == (4, length)
     assert (chosen.sum(axis=1) == objective.targets(length)).all()
     assert objective.targets(length) == max(1, round(fraction * length))
@@ -56,7 +56,7 @@ def test_of_the_chosen_most_are_masked_some_replaced_some_left():
     objective = masking(fraction=0.5)
     rows = rows_of(WORDS, 1000, batch=20)
     read, targets = objective(rows, list(range(20)))
-    chosen, was = targets != IGNORED, rows[:, :-1]
+    chosen, was = targets != IGNORE_INDEX, rows[:, :-1]
     masked, same = read[chosen] == objective.tokenizer.mask, read[chosen] == was[chosen]
     assert masked.mean() == pytest.approx(0.8, abs=0.016)  # 10,000 draws: 4 sigma
     assert same.mean() == pytest.approx(0.1, abs=0.012 + 1 / 258)
@@ -109,7 +109,7 @@ def test_words_of_a_wordpiece_go_on_with_hashes():
 def test_whole_words_are_whole_and_not_too_many(fraction, length, key):
     objective, rows = masking(fraction=fraction, whole=True), rows_of(WORDS, length)
     _, targets = objective(rows, [key])
-    chosen, tokens = np.flatnonzero(targets[0] != IGNORED), rows[0, :-1]
+    chosen, tokens = np.flatnonzero(targets[0] != IGNORE_INDEX), rows[0, :-1]
     words = np.cumsum(objective.tokenizer.word_starts(tokens))
     assert 1 <= len(chosen) <= objective.targets(length)
     cut = [word for word in set(words[chosen]) if np.count_nonzero(words[chosen] == word) < np.count_nonzero(words == word)]
@@ -147,7 +147,7 @@ def test_no_token_is_predicted_from_another_document_and_all_others_are():
             one, other = concat.train(step, m), documents.train(step, m)
             assert torch.equal(one.tokens, other.tokens)
             ends = one.tokens == 256
-            assert torch.equal(other.targets, torch.where(ends, IGNORED, one.targets))
+            assert torch.equal(other.targets, torch.where(ends, IGNORE_INDEX, one.targets))
             assert other.target_tokens == int((~ends).sum())
         assert documents.target_tokens(step) == sum(documents.train(step, m).target_tokens for m in range(2))
         assert concat.target_tokens(step) == 80 >= documents.target_tokens(step)

@@ -57,7 +57,7 @@ def test_even_stages_have_the_bubble_of_the_formula():
     even = plan("--parallel.pipeline", "4", "--vocabulary", "1", "--model.n-layers", "8")
     assert even.timeline.bubble == pytest.approx(3 / 11, rel=1e-2)
     assert even.timeline.step_s == pytest.approx(3 * 11, rel=1e-2)
-    assert [even.timeline.peak_live(rank) for rank in range(4)] == [4, 3, 2, 1]
+    assert [even.timeline.peak_in_flight(rank) for rank in range(4)] == [4, 3, 2, 1]
 
 
 def test_a_large_vocabulary_takes_layers_from_the_last_stage():

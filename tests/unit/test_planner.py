@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from mpilm.config import Config, Model, Parallel, Train, replaced, resolve
 from mpilm.errors import ConfigError, FileError
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.size import attention_flops, flops_per_token, matrices, parameter_count
+from mpilm.model.flops import attention_flops_per_token, block_matrices, flops_per_token, parameter_count
 from mpilm.parallel.feasible import cut_by_cost
-from mpilm.parallel.pipeline.schedules import even_bubble
+from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.planner import cost
 from mpilm.planner.cost import Setting, step_time
 from mpilm.planner.growth import growth
@@ -85,7 +85,7 @@ def test_uneven_replicas_wait_for_the_fullest():
 )
 def test_the_bubble_of_even_stages_is_that_of_the_formula(schedule, pipeline, chunks):
     said = step_time(setting(pipeline, pipeline=pipeline, schedule=schedule, chunks=chunks))
-    assert said.bubble_s / said.total_s == pytest.approx(even_bubble(schedule, pipeline, chunks, 32), abs=0.002)
+    assert said.bubble_s / said.total_s == pytest.approx(analytic_bubble(schedule, pipeline, chunks, 32), abs=0.002)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero-bubble"])
@@ -106,9 +106,9 @@ def test_recomputation_is_another_forward():
 
 def test_weight_gradients_are_half_of_what_matrices_take_in_backward():
     where = setting(1)
-    operations = 64 * 2 * sum(a * b for a, b, _ in matrices(where.model))
+    operations = 64 * 2 * sum(a * b for a, b, _ in block_matrices(where.model))
     assert where.block["W"] == pytest.approx(operations * RATE)
-    assert where.block["B"] == pytest.approx(2 * operations * RATE + 64 * attention_flops(where.model) * 2 / 3 * RATE)
+    assert where.block["B"] == pytest.approx(2 * operations * RATE + 64 * attention_flops_per_token(where.model) * 2 / 3 * RATE)
 
 
 def test_ranks_that_share_a_core_take_turns():

@@ -9,7 +9,7 @@ from mpilm.checkpoint.pretrained import shape_of
 from mpilm.cli import parse
 from mpilm.config import Config, Model, resolve
 from mpilm.errors import ConfigError, FileError
-from mpilm.model.huggingface_config import published_config
+from mpilm.model.hf.config import hf_config
 from mpilm.presets import PRESETS
 
 SHAPE = resolve(Config(model=Model(arch="gpt2", n_layers=3, n_heads=2, d_model=24, context_length=32))).model
@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 def written(path, shape, **changes):
     path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(published_config(shape, 99, 7) | changes))
+    (path / "config.json").write_text(json.dumps(hf_config(shape, 99, 7) | changes))
     return path
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mpilm.engine.pipelined import draw_values
 from mpilm.model.loss import loss_sum
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.apply import make_autocast
 
@@ -33,7 +33,7 @@ def model_of(how, **shape):
 def loss_of(model, dtype="float32", keys=(3, 4)):
     x = torch.randint(0, V, (2, 16), generator=torch.Generator().manual_seed(0))
     with make_autocast(dtype, CPU)():
-        return loss_sum(model(x, Rows(torch.arange(16), list(keys), share=0.1)), x.roll(-1, 1))
+        return loss_sum(model(x, SequenceInfo(torch.arange(16), list(keys), loss_weight=0.1)), x.roll(-1, 1))
 
 
 def loss_and_gradients(how, dtype, shape):

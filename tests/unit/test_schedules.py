@@ -1,31 +1,29 @@
-"""Schedules as lists of actions: complete, in order, and with no more microbatches alive than promised."""
+"""Schedules as lists of actions: complete and in order."""
+
+import re
 
 import pytest
 
-from mpilm.parallel.pipeline.actions import Action, parse
-from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only, refusal, schedule
+from mpilm.parallel.pipeline.actions import Action, parse_action
+from mpilm.parallel.pipeline.schedules import SCHEDULES, find_schedule_problem, forward_only, schedule
 
 RANKS = range(1, 9)
 MICROBATCHES = range(1, 17)
 
 
-def sizes():
-    """Every schedule with every size it takes."""
-    for name in SCHEDULES:
-        for p in RANKS:
-            for v in (2, 3) if name == "interleaved" else (1,):
-                for m in MICROBATCHES:
-                    if refusal(name, p, v, m) is None:
-                        yield name, p, v, m
+def valid_sizes(name):
+    for p in RANKS:
+        for v in (2, 3) if name == "interleaved" else (1,):
+            yield from ((p, v, m) for m in MICROBATCHES if find_schedule_problem(name, p, v, m) is None)
 
 
-def words(actions):
+def join(actions):
     return " ".join(map(str, actions))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_stage_treats_every_microbatch_once_backward_in_order(name):
-    for _, p, v, m in (size for size in sizes() if size[0] == name):
+def test_schedule_treats_every_microbatch_once_in_order(name):
+    for p, v, m in valid_sizes(name):
         ranks = schedule(name, p, v, m)
         assert len(ranks) == p
         for rank, actions in enumerate(ranks):
@@ -38,8 +36,8 @@ def test_every_stage_treats_every_microbatch_once_backward_in_order(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_no_backward_before_its_forward(name):
-    for _, p, v, m in (size for size in sizes() if size[0] == name):
+def test_schedule_runs_backward_after_forward(name):
+    for p, v, m in valid_sizes(name):
         for actions in schedule(name, p, v, m):
             at = {(a.stage, a.kind, a.microbatch): i for i, a in enumerate(actions)}
             for (stage, kind, microbatch), i in at.items():
@@ -66,38 +64,39 @@ def test_no_backward_before_its_forward(name):
         ("zero-bubble", 1, 1, 2, 0, "0F0 0I0 0W0 0F1 0I1 0W1"),
     ],
 )
-def test_the_textbook_orders(name, p, v, m, rank, expected):
-    assert words(schedule(name, p, v, m)[rank]) == expected
+def test_schedule_matches_the_papers(name, p, v, m, rank, expected):
+    assert join(schedule(name, p, v, m)[rank]) == expected
 
 
-def test_forward_only_takes_any_sizes():
-    assert [words(actions) for actions in forward_only(2, 1, 3)] == ["0F0 0F1 0F2", "1F0 1F1 1F2"]
-    assert words(forward_only(2, 2, 3)[1]) == "1F0 1F1 3F0 3F1 1F2 3F2"
-    assert words(forward_only(1, 2, 2)[0]) == "0F0 1F0 0F1 1F1"
+def test_forward_only_any_sizes_groups_microbatches():
+    assert [join(actions) for actions in forward_only(2, 1, 3)] == ["0F0 0F1 0F2", "1F0 1F1 1F2"]
+    assert join(forward_only(2, 2, 3)[1]) == "1F0 1F1 3F0 3F1 1F2 3F2"
+    assert join(forward_only(1, 2, 2)[0]) == "0F0 1F0 0F1 1F1"
 
 
 @pytest.mark.parametrize(
-    ("sizes", "reason"),
+    ("sizes", "problem"),
     [
-        (("2f2b", 2, 1, 4), "there is no schedule 2f2b; there are 1f1b, gpipe, interleaved, zero-bubble"),
+        (("2f2b", 2, 1, 4), "unknown schedule 2f2b; choose from 1f1b, gpipe, interleaved, zero-bubble"),
         (("1f1b", 2, 2, 4), "--parallel.chunks 2 needs --parallel.schedule interleaved; 1f1b has 1 chunk a rank"),
         (("zero-bubble", 2, 3, 4), "--parallel.chunks 3 needs --parallel.schedule interleaved; zero-bubble has 1 chunk a rank"),
         (("interleaved", 2, 1, 4), "--parallel.schedule interleaved needs --parallel.chunks 2 or more, not 1"),
         (("interleaved", 4, 2, 6), "not 6; the nearest: 4 or 8"),
         (("interleaved", 4, 2, 3), "not 3; the nearest: 4"),
-        (("1f1b", 2, 1, 0), "a pipeline of 0 microbatches does no work"),
-        (("gpipe", 0, 1, 1), "a pipeline of 0 ranks does no work"),
+        (("1f1b", 2, 1, 0), "a pipeline needs 1 or more microbatches, not 0"),
+        (("gpipe", 0, 1, 1), "a pipeline needs 1 or more ranks, not 0"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_nearest_that_can(sizes, reason):
-    assert reason in refusal(*sizes)
-    with pytest.raises(ValueError, match=r"\w"):
+def test_schedule_problem_names_the_nearest_valid_sizes(sizes, problem):
+    assert problem in find_schedule_problem(*sizes)
+    with pytest.raises(ValueError, match=re.escape(problem)):
         schedule(*sizes)
 
 
-def test_all_else_works():
-    assert refusal("interleaved", 1, 2, 7) is None  # several stages on one rank
-    assert all(refusal(name, p, 1, m) is None for name in ("1f1b", "gpipe", "zero-bubble") for p in RANKS for m in MICROBATCHES)
+def test_schedule_problem_valid_sizes_is_none():
+    assert find_schedule_problem("interleaved", 1, 2, 7) is None  # several stages on one rank
+    for name in ("1f1b", "gpipe", "zero-bubble"):
+        assert all(find_schedule_problem(name, p, 1, m) is None for p in RANKS for m in MICROBATCHES)
 
 
 @pytest.mark.parametrize(
@@ -107,23 +106,23 @@ def test_all_else_works():
         Action(2, "SEND_F", 0), Action(3, "RECV_F", 0), Action(2, "SEND_B", 11), Action(1, "RECV_B", 0),
     ],
 )  # fmt: skip
-def test_text_and_back(action):
-    assert parse(str(action)) == action
+def test_parse_action_restores_str(action):
+    assert parse_action(str(action)) == action
 
 
 @pytest.mark.parametrize("text", ["", "F0", "0X1", "0F1 ", "-1F0", "0f0", "2F", "1REDUCE3", "1SEND0", "²F0"])
-def test_what_is_no_action(text):
-    with pytest.raises(ValueError, match="is no action"):
-        parse(text)
+def test_parse_action_invalid_text_raises(text):
+    with pytest.raises(ValueError, match="is not an action"):
+        parse_action(text)
 
 
 @pytest.mark.parametrize(
     ("send", "receive", "waits"),
     [("2SEND_F0", "3RECV_F0", "3F0"), ("3SEND_B5", "2RECV_B5", "2B5"), ("3SEND_B5", "2RECV_B5", "2I5")],
 )
-def test_both_ends_of_a_message_and_who_waits_for_it_name_the_same(send, receive, waits):
-    assert parse(send).message == parse(receive).message == parse(waits).message
-    assert parse(waits).receive(stages=4) == parse(receive)
+def test_message_is_the_same_for_sender_receiver_and_waiter(send, receive, waits):
+    assert parse_action(send).message == parse_action(receive).message == parse_action(waits).message
+    assert parse_action(waits).input_receive(stages=4) == parse_action(receive)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +138,6 @@ def test_both_ends_of_a_message_and_who_waits_for_it_name_the_same(send, receive
         ("1REDUCE", None, None),
     ],
 )
-def test_messages_of_a_compute_action(compute, receive, send):
-    assert parse(compute).receive(3) == (receive and parse(receive))
-    assert parse(compute).send(3) == (send and parse(send))
+def test_compute_action_has_the_messages_of_its_stage(compute, receive, send):
+    assert parse_action(compute).input_receive(3) == (receive and parse_action(receive))
+    assert parse_action(compute).output_send(3) == (send and parse_action(send))

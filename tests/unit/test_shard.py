@@ -9,14 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import small_buckets
 
-from mpilm.parallel.flat_layout import (
-    ALIGNMENT,
-    BUCKET,
-    FlatLayout,
-    ParamSlice,
-    intersect_intervals,
-    shard_owners,
-)
+from mpilm.parallel.flat_layout import ALIGNMENT, BUCKET, FlatLayout, ParamSlice, intersect_intervals, shard_owners
 from mpilm.parallel.layout import ParamLayout, resolve_layouts
 from mpilm.parallel.plan import fsdp_unit
 

@@ -1,4 +1,4 @@
-"""python -m mpilm.watch: the folder of a run is read, whatever state it is in, and nothing in it is changed."""
+"""python -m mpilm.watch: shows a run in any state and changes nothing in its folder."""
 
 import json
 import sys
@@ -29,31 +29,31 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(monkeypatch, *words):
+def run(monkeypatch, *arguments):
     monkeypatch.setenv("COLUMNS", "250")  # for a long name of the folder
-    monkeypatch.setattr(sys, "argv", ["watch", *map(str, words)])
-    watch.prepare()()
+    monkeypatch.setattr(sys, "argv", ["watch", *map(str, arguments)])
+    watch.main()
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 3, "lo', "\0\0\0\n", '{"event": "start"}\n', '{"loss": 1.5}\n'])
-def test_a_run_that_goes_on_is_shown_and_left_as_it_is(folder, monkeypatch, capsys, tail):
+@pytest.mark.parametrize("last_line", ["", '{"step": 3, "lo', "\0\0\0\n", '{"event": "start"}\n', '{"loss": 1.5}\n'])
+def test_watch_once_running_run_is_shown_and_unchanged(folder, monkeypatch, capsys, last_line):
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(tail)
+        file.write(last_line)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     run(monkeypatch, folder, "--once", "true")
-    said = capsys.readouterr().out
-    assert "3 ranks, data 3" in said
-    assert "step 2/9" in said
-    assert "4.2500" in said
+    screen = capsys.readouterr().out
+    assert "3 ranks, data 3" in screen
+    assert "step 2/9" in screen
+    assert "4.2500" in screen
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_it_ends_with_the_run_and_sees_a_run_that_is_taken_up_again(folder, monkeypatch, capsys):
-    """A resume from step 1: the row of step 2 goes, another comes, of a run that is to make 7 steps now."""
+def test_watch_resumed_run_is_followed_to_its_end(folder, monkeypatch, capsys):
+    """A resume from step 1 for 7 steps in all: the row of step 2 is replaced by another."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
 
-    def go_on():
+    def resume():
         time.sleep(0.2)
         (folder / "config.toml").write_text("[train]\nsteps = 7\n")
         (folder / "metrics.jsonl").write_text(lines(*ROWS[:2], {**ROWS[0], "step": 1}, {**ROWS[2], "loss": 4.125}))
@@ -61,32 +61,32 @@ def test_it_ends_with_the_run_and_sees_a_run_that_is_taken_up_again(folder, monk
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(lines(END))
 
-    other = threading.Thread(target=go_on)
-    other.start()
+    thread = threading.Thread(target=resume)
+    thread.start()
     run(monkeypatch, folder, "--interval", "0.05")
-    other.join()
-    said = capsys.readouterr().out
-    assert said.index("step 2/9") < said.index("step 2/7")
-    assert said.index("4.2500") < said.index("4.1250")
-    assert "done" in said[said.index("step 2/7") :]
+    thread.join()
+    screen = capsys.readouterr().out
+    assert screen.index("step 2/9") < screen.index("step 2/7")
+    assert screen.index("4.2500") < screen.index("4.1250")
+    assert "done" in screen[screen.index("step 2/7") :]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
-        ((), "no folder: a run folder is wanted, with a config.toml: python -m mpilm.watch runs/NAME"),
-        (("{}/none",), "{}/none: there is no such folder, or not yet"),
-        (("{}/empty",), "{}/empty: a run folder is wanted, with a config.toml: python -m mpilm.watch runs/NAME"),
+        ((), "no folder: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME"),
+        (("{}/none",), "{}/none: folder not found"),
+        (("{}/empty",), "{}/empty: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME"),
         (("{}/broken",), "{}/broken/config.toml: is not TOML: "),
         (("{}/newer",), "{}/newer/config.toml: unknown key train.zzz; "),
         (("{}", "--interval", "0"), "--interval 0.0: must be above zero"),
     ],
 )
-def test_what_is_refused_says_why(folder, monkeypatch, words, message):
+def test_watch_wrong_argument_names_the_problem(folder, monkeypatch, arguments, message):
     for name, content in (("broken", "[train\n"), ("newer", "[train]\nzzz = 1\n")):
         (folder / name).mkdir()
         (folder / name / "config.toml").write_text(content)
     (folder / "empty").mkdir()
     with pytest.raises(UserError) as error:
-        run(monkeypatch, *(word.format(folder) for word in words))
+        run(monkeypatch, *(argument.format(folder) for argument in arguments))
     assert str(error.value).startswith(message.format(folder))

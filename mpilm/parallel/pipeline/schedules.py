@@ -1,7 +1,7 @@
 """Schedules: pure functions from sizes to the compute actions of each rank of a pipeline.
 
-`pipeline` ranks hold `chunks` stages each: stage number = chunk * pipeline + rank. Microbatches count from 0. The
-backwards of a stage always run in the order of the microbatches, so no schedule changes the order of a sum.
+`pipeline` ranks hold `chunks` stages each: stage = chunk * pipeline + rank. Microbatches count from 0. The backwards of a
+stage always run in the order of the microbatches, so no schedule changes the order of a sum.
 """
 
 from __future__ import annotations
@@ -10,42 +10,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from mpilm.parallel.pipeline.actions import Action, Kind
+from mpilm.parallel.pipeline.actions import Action, ActionKind
 
 Schedule = list[list[Action]]
 
 
 def gpipe(pipeline: int, chunks: int, microbatches: int) -> Schedule:
-    """All forwards, then all backwards (Huang et al., arXiv 1811.06965): every microbatch is alive at once."""
-    return _one_of_each(pipeline, chunks, microbatches, lambda rank: microbatches)
+    """All forwards, then all backwards (Huang et al., arXiv 1811.06965): every microbatch is in flight at once."""
+    return _alternate(pipeline, chunks, microbatches, lambda rank: microbatches)
 
 
 def one_f_one_b(pipeline: int, chunks: int, microbatches: int) -> Schedule:
-    """1F1B (Narayanan et al., arXiv 2006.09503): after a warm-up, a forward and a backward in turn.
+    """1F1B (Narayanan et al., arXiv 2006.09503): after a warm-up, one forward and one backward in turn.
 
-    Rank r holds pipeline - r microbatches at most. With one stage this is plain gradient accumulation.
+    Rank r keeps at most pipeline - r microbatches in flight. With one stage this is plain gradient accumulation.
     """
-    return _one_of_each(pipeline, chunks, microbatches, lambda rank: pipeline - 1 - rank)
+    return _alternate(pipeline, chunks, microbatches, lambda rank: pipeline - 1 - rank)
 
 
 def interleaved(pipeline: int, chunks: int, microbatches: int) -> Schedule:
-    """1F1B over several chunks a rank (Narayanan et al., arXiv 2104.04473, section 2.2): a bubble 1/chunks as large."""
-    return _one_of_each(
-        pipeline, chunks, microbatches, lambda rank: 2 * (pipeline - 1 - rank) + (chunks - 1) * pipeline
-    )  # fmt: skip
+    """1F1B over several chunks per rank (Narayanan et al., arXiv 2104.04473, section 2.2): 1/chunks of the bubble."""
+    warm_up = (chunks - 1) * pipeline
+    return _alternate(pipeline, chunks, microbatches, lambda rank: warm_up + 2 * (pipeline - 1 - rank))
 
 
 def zero_bubble(pipeline: int, chunks: int, microbatches: int) -> Schedule:
-    """ZB-H1 (Qi et al., arXiv 2401.10241, section 2.3): 1F1B whose weight gradients wait where the pipeline would idle.
+    """ZB-H1 (Qi et al., arXiv 2401.10241, section 2.3): 1F1B that defers weight gradients to where the pipeline would idle.
 
-    Rank r is r microbatches behind with W, so that no rank holds more than `pipeline` microbatches.
+    Rank r defers W by r microbatches, so that no rank keeps more than `pipeline` microbatches in flight.
     """
-    return [_split(actions, delay=rank) for rank, actions in enumerate(one_f_one_b(pipeline, chunks, microbatches))]
+    return [_split_backwards(actions, delay=rank) for rank, actions in enumerate(one_f_one_b(pipeline, chunks, microbatches))]
 
 
 def forward_only(pipeline: int, chunks: int, microbatches: int) -> Schedule:
-    """Forwards alone, for evaluation; any sizes."""
-    return [_in_groups("F", rank, pipeline, chunks, microbatches) for rank in range(pipeline)]
+    """Forwards alone, for evaluation. Takes any sizes."""
+    return [_group_actions("F", rank, pipeline, chunks, microbatches) for rank in range(pipeline)]
 
 
 SCHEDULES: Mapping[str, Callable[[int, int, int], Schedule]] = MappingProxyType(
@@ -54,20 +53,19 @@ SCHEDULES: Mapping[str, Callable[[int, int, int], Schedule]] = MappingProxyType(
 
 
 def schedule(name: str, pipeline: int, chunks: int, microbatches: int) -> Schedule:
-    """The compute actions of each rank; raises ValueError with the refusal where the sizes do not fit."""
-    reason = refusal(name, pipeline, chunks, microbatches)
-    if reason is not None:
-        raise ValueError(reason)
+    """Return the compute actions of each rank; raise ValueError where the schedule cannot have these sizes."""
+    if problem := find_schedule_problem(name, pipeline, chunks, microbatches):
+        raise ValueError(problem)
     return SCHEDULES[name](pipeline, chunks, microbatches)
 
 
-def refusal(name: str, pipeline: int, chunks: int, microbatches: int) -> str | None:
-    """Why this schedule cannot work with these sizes, and the nearest that can; None where it works."""
+def find_schedule_problem(name: str, pipeline: int, chunks: int, microbatches: int) -> str | None:
+    """Return why the schedule cannot have these sizes and the nearest sizes that it can; None if it can."""
     if name not in SCHEDULES:
-        return f"there is no schedule {name}; there are {', '.join(SCHEDULES)}"
-    for what, value in (("ranks", pipeline), ("chunks", chunks), ("microbatches", microbatches)):
+        return f"unknown schedule {name}; choose from {', '.join(SCHEDULES)}"
+    for noun, value in (("ranks", pipeline), ("chunks", chunks), ("microbatches", microbatches)):
         if value < 1:
-            return f"a pipeline of {value} {what} does no work; the smallest number is 1"
+            return f"a pipeline needs 1 or more {noun}, not {value}"
     if name != "interleaved" and chunks > 1:
         return f"--parallel.chunks {chunks} needs --parallel.schedule interleaved; {name} has 1 chunk a rank"
     if name == "interleaved" and chunks < 2:
@@ -82,36 +80,36 @@ def refusal(name: str, pipeline: int, chunks: int, microbatches: int) -> str | N
     return None
 
 
-def even_bubble(
+def analytic_bubble(
     name: str, pipeline: int, chunks: int, microbatches: int, costs: tuple[float, float, float, float] = (1, 2, 1, 1)
 ) -> float | None:
-    """The bubble of a schedule whose stages are all alike, in closed form; None where none is known.
+    """Return the bubble fraction of a schedule with equal stages, in closed form; None if no formula holds.
 
     `costs` are those of F, B, I and W. From arXiv 2104.04473, section 2.2 (1F1B, GPipe, interleaved), and arXiv 2401.10241,
-    table 1 (ZB-H1; it wants as many microbatches as ranks, and W no longer than I).
+    table 1 (ZB-H1: needs at least as many microbatches as ranks, and W no longer than I).
     """
-    forward, _, half, weight = costs
+    forward, _, input_half, weight_half = costs
     idle, busy = float(pipeline - 1), float(chunks * microbatches)
     if name == "zero-bubble":
-        if weight > half or microbatches < pipeline:
+        if weight_half > input_half or microbatches < pipeline:
             return None
-        idle, busy = idle * (forward + half - weight), busy * (forward + half + weight)
+        idle, busy = idle * (forward + input_half - weight_half), busy * (forward + input_half + weight_half)
     return idle / (idle + busy)
 
 
-def _one_of_each(pipeline: int, chunks: int, microbatches: int, warm_up: Callable[[int], int]) -> Schedule:
-    """After `warm_up(rank)` forwards a forward and a backward in turn, then the backwards that are left."""
+def _alternate(pipeline: int, chunks: int, microbatches: int, warm_up: Callable[[int], int]) -> Schedule:
+    """Return `warm_up(rank)` forwards, then one forward and one backward in turn, then the remaining backwards."""
     ranks: Schedule = []
     for rank in range(pipeline):
-        forwards, backwards = (_in_groups(kind, rank, pipeline, chunks, microbatches) for kind in ("F", "B"))
+        forwards, backwards = (_group_actions(kind, rank, pipeline, chunks, microbatches) for kind in ("F", "B"))
         ahead = min(warm_up(rank), len(forwards))
         turns = [action for pair in zip(forwards[ahead:], backwards) for action in pair]
         ranks.append(forwards[:ahead] + turns + backwards[len(forwards) - ahead :])
     return ranks
 
 
-def _in_groups(kind: Kind, rank: int, pipeline: int, chunks: int, microbatches: int) -> list[Action]:
-    """One action for each microbatch and chunk of a rank: `pipeline` microbatches through every chunk, then the next ones."""
+def _group_actions(kind: ActionKind, rank: int, pipeline: int, chunks: int, microbatches: int) -> list[Action]:
+    """Return one action per microbatch and chunk of a rank: `pipeline` microbatches through all chunks, then the next group."""
     stages = [chunk * pipeline + rank for chunk in range(chunks)]
     return [
         Action(stage, kind, microbatch)
@@ -121,16 +119,16 @@ def _in_groups(kind: Kind, rank: int, pipeline: int, chunks: int, microbatches: 
     ]
 
 
-def _split(actions: list[Action], delay: int) -> list[Action]:
-    """Each backward as I, and as W `delay` backwards later; what is left of W at the end."""
+def _split_backwards(actions: list[Action], delay: int) -> list[Action]:
+    """Replace each backward by I at once and W `delay` backwards later; the last Ws follow at the end."""
     split: list[Action] = []
-    waiting: list[Action] = []
+    deferred: list[Action] = []
     for action in actions:
         if action.kind != "B":
             split.append(action)
             continue
         split.append(replace(action, kind="I"))
-        waiting.append(replace(action, kind="W"))
-        if len(waiting) > delay:
-            split.append(waiting.pop(0))
-    return split + waiting
+        deferred.append(replace(action, kind="W"))
+        if len(deferred) > delay:
+            split.append(deferred.pop(0))
+    return split + deferred

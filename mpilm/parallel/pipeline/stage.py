@@ -6,48 +6,23 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mpilm.comm.progress import Progress
 from mpilm.data.batch import Batch
-from mpilm.model.cache import Cache
-from mpilm.model.init import key_of
+from mpilm.model.init import hash_key
 from mpilm.model.loss import loss_sum
-from mpilm.model.rows import Rows
+from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel.autograd import backward_with
+from mpilm.parallel.fsdp import ReplicatedParameters
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue
 
 
-class GradientReducer(Protocol):
-    """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce)."""
-
-    def begin_microbatch(self, i: int) -> None: ...
-    def accumulate(self, name: str, gradient: Tensor) -> None: ...
-    def end_microbatch(self, i: int) -> None: ...
-    def join_round(self, i: int, begin_backward: Callable[[str], None]) -> None: ...
-    def reduce(self) -> None: ...
-
-
-class ParameterProvider(Protocol):
-    """Provides full parameters before a module runs (nothing to do, or ZeRO-3's all-gather; parallel/fsdp.py).
-
-    Ranks without a microbatch must join.
-    """
-
-    @property
-    def held_bytes(self) -> int: ...
-
-    def end_backward(self) -> None: ...
-    def join_forward(self) -> None: ...
-    def begin_backward(self, name: str) -> None: ...
-    def join_backward(self) -> None: ...
-
-
-class NullReducer:
-    """The GradientReducer of forward-only runs: does nothing."""
+class GradientReducer:
+    """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce). This one, for forward-only runs,
+    does nothing."""
 
     def begin_microbatch(self, i: int) -> None: ...
     def accumulate(self, name: str, gradient: Tensor) -> None: ...
@@ -70,7 +45,7 @@ class StepInputs:
     step: int | None = None  # keys dropout; None: neither dropout nor gradients
     target_tokens: int = 1  # divides the losses before backward
     output_fn: Callable[[Tensor, Batch], Tensor] = token_losses  # applied to the logits by the last stage
-    kv_caches: Mapping[int, Cache] | None = None  # by global number, for decoding
+    kv_caches: Mapping[int, KVCache] | None = None  # by global number, for decoding
 
 
 class BufferPool:
@@ -96,7 +71,7 @@ class StageParts:
     is_first: bool
     is_last: bool
     reducer: GradientReducer
-    parameters: ParameterProvider
+    parameters: ReplicatedParameters
     weight_grads: WeightGradQueue  # used by schedules with W
     autocast: Callable[[], AbstractContextManager[object]]
 
@@ -231,10 +206,10 @@ class ModelStage:
     def _activation_shape(self, microbatch: int) -> tuple[int, ...]:
         return (*self._batch(microbatch).tokens.shape, self.width)
 
-    def _sequence_info(self, microbatch: int) -> Rows:
+    def _sequence_info(self, microbatch: int) -> SequenceInfo:
         batch, inputs = self._batch(microbatch), self.inputs
         if inputs.step is None:
             cache = None if inputs.kv_caches is None else inputs.kv_caches[inputs.microbatch_ids[microbatch]]
-            return Rows(batch.positions, documents=batch.documents, cache=cache)
-        keys = [key_of("dropout", self.seed, inputs.step, sample) for sample in batch.samples.tolist()]
-        return Rows(batch.positions, keys, batch.documents, share=batch.target_tokens / inputs.target_tokens)
+            return SequenceInfo(batch.positions, documents=batch.documents, cache=cache)
+        keys = [hash_key("dropout", self.seed, inputs.step, sample) for sample in batch.samples.tolist()]
+        return SequenceInfo(batch.positions, keys, batch.documents, loss_weight=batch.target_tokens / inputs.target_tokens)

@@ -10,12 +10,11 @@ from torch import nn
 
 from mpilm.comm.base import Comm
 from mpilm.config import Config, microbatches
-from mpilm.ops.tree_reduce import TreeReduceScatter, TreeReduction
+from mpilm.ops.tree_reduce import make_encoding
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout
 from mpilm.parallel.layout import ParamLayout
-from mpilm.parallel.reduce.bf16 import make_encoding
-from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, MessageReducer, NoReduction, TreeBucketReducer
+from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, CrossRankReducer, tree_message_reducer
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
 from mpilm.parallel.reduce.rounds import RoundReducer
 from mpilm.parallel.reduce.shared_memory import SharedMemoryReducer, detect_topology
@@ -37,7 +36,7 @@ def build_reducer(
         return RoundReducer(flat, model, comm, total, parallel.wire_dtype)
     custom: ReducerFactory | None = None
     if parallel.sync_every:
-        custom = lambda sums: NoReduction()  # noqa: E731 - DiLoCo reduces weights, not gradients
+        custom = lambda sums: CrossRankReducer()  # noqa: E731 - DiLoCo reduces weights, not gradients
     elif parallel.compress and comm.size > 1:
         custom = lambda sums: PowerSGDReducer(comm, flat, sums, parallel.compress, train.seed)  # noqa: E731
     method: str = parallel.reduce
@@ -68,13 +67,8 @@ def fastest_method(comm: Comm, numel: int, gather: bool, wire_dtype: str) -> tup
         return "sent", {}
     buffers = [[part[: layout.numel]] for part in parts]
     shared = SharedMemoryReducer(topology, layout, buffers, nodes_held, comm.size, gather, make_encoding(wire_dtype))
-    reduction, device = TreeReduction([[*held.values()] for held in nodes_held], comm.size), torch.device("cpu")
-    messages = MessageReducer(
-        [
-            TreeBucketReducer(TreeReduceScatter(comm, layout, comm.size, device, make_encoding(wire_dtype)), reduction, gather)
-            for _ in range(BUCKETS_IN_FLIGHT)
-        ]
-    )
+    nodes, encoding = [[*held.values()] for held in nodes_held], make_encoding(wire_dtype)
+    messages = tree_message_reducer(comm, layout, nodes, comm.size, torch.device("cpu"), gather, BUCKETS_IN_FLIGHT, encoding)
     x = torch.zeros(layout.numel)
 
     def reduce_by_messages() -> None:

@@ -61,6 +61,6 @@ class DiLoCo:
         return slices
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Bytes of the outer momentum and of the anchors."""
         return 2 * sum(x.nbytes for x in self.momentum.values())

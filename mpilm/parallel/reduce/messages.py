@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Request
-from mpilm.ops.tree import Interval
-from mpilm.ops.tree_reduce import TreeReduceScatter, TreeReduction
+from mpilm.ops.tree import Interval, TreeNode
+from mpilm.ops.tree_reduce import GradientEncoding, Sliceable, TreeReduceScatter, TreeReduction
 
 BUCKETS_IN_FLIGHT = 2  # unless the reduction overlaps with backward
 
 
-class CrossRankReducer(Protocol):
-    """Reduces the tree nodes that ranks have accumulated to one sum."""
+class CrossRankReducer:
+    """Reduces the tree nodes that ranks have accumulated to one sum. This one does nothing: a single rank's sum is complete."""
 
     def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
         """Begin with a bucket: this rank's nodes (`parts`) are complete; the sum goes to the first of them."""
@@ -25,31 +24,25 @@ class CrossRankReducer(Protocol):
         """Return when this rank has all the sums it needs."""
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Memory used beside the gradients."""
+        return 0
 
 
-class NoReduction:
-    """The reduction of a single rank, whose sum is complete."""
+class AllReduceBucketReducer:
+    """Reduces one bucket at a time by the MPI library's all-reduce, in whatever order that adds."""
 
-    held_bytes = 0
+    memory_bytes = 0
 
-    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None: ...
+    def __init__(self, comm: Comm):
+        self.comm, self.gathering = comm, Request()
 
-    def finish(self) -> None: ...
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
+        self.gathering.wait()
+        self.gathering = self.comm.iall_reduce(parts[0])
 
-
-class BucketReducer(Protocol):
-    """Reduces one bucket at a time."""
-
-    gathering: Request
-
-    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None: ...
-
-    def finish(self) -> None: ...
-
-    @property
-    def held_bytes(self) -> int: ...
+    def finish(self) -> None:
+        pass
 
 
 class TreeBucketReducer:
@@ -59,7 +52,7 @@ class TreeBucketReducer:
         self.reduce_scatter, self.reduction, self.gather, self.gathering = reduce_scatter, reduction, gather, Request()
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         return self.reduce_scatter.workspace.nbytes
 
     def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
@@ -87,31 +80,15 @@ def _chain(request: Request, action: Callable[[], object]) -> Request:
     return Request(finish)
 
 
-class AllReduceBucketReducer:
-    """Reduces a bucket by the MPI library's all-reduce, in whatever order that adds."""
-
-    held_bytes = 0
-
-    def __init__(self, comm: Comm):
-        self.comm, self.gathering = comm, Request()
-
-    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
-        self.gathering.wait()
-        self.gathering = self.comm.iall_reduce(parts[0])
-
-    def finish(self) -> None:
-        pass
-
-
-class MessageReducer:
+class MessageReducer(CrossRankReducer):
     """Reduces buckets one after the other, one in flight for each of `slots`."""
 
-    def __init__(self, slots: Sequence[BucketReducer]):
+    def __init__(self, slots: Sequence[AllReduceBucketReducer | TreeBucketReducer]):
         self.spans, self.started = slots, 0
 
     @property
-    def held_bytes(self) -> int:
-        return sum(slot.held_bytes for slot in self.spans)
+    def memory_bytes(self) -> int:
+        return sum(slot.memory_bytes for slot in self.spans)
 
     def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
         slot = self.spans[self.started % len(self.spans)]
@@ -126,3 +103,19 @@ class MessageReducer:
         for slot in self.spans:
             slot.gathering.wait()
         self.started = 0
+
+
+def tree_message_reducer(
+    comm: Comm,
+    layout: Sliceable,
+    nodes: Sequence[Sequence[TreeNode]],
+    microbatches: int,
+    device: torch.device,
+    gather: bool,
+    depth: int,
+    encoding: GradientEncoding,
+) -> MessageReducer:
+    """Return a reducer that adds in tree order, with `depth` buckets in flight. `nodes`: those each rank contributes."""
+    reduction = TreeReduction(nodes, microbatches)
+    exchanges = [TreeReduceScatter(comm, layout, reduction.node_count, device, encoding) for _ in range(depth)]
+    return MessageReducer([TreeBucketReducer(exchange, reduction, gather) for exchange in exchanges])

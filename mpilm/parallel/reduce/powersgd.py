@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mpilm.comm.base import Comm
 from mpilm.model.init import initial_value
-from mpilm.ops.tree import Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
+from mpilm.parallel.reduce.messages import CrossRankReducer
 
 
-class PowerSGDReducer:
+class PowerSGDReducer(CrossRankReducer):
     """Reduces `sums`, this rank's gradient, in place. Collective over `comm`; all ranks get the bits of MPI's all-reduce."""
 
     def __init__(self, comm: Comm, flat: FlatParameters, sums: FlatVector, rank: int, seed: int):
@@ -33,15 +33,13 @@ class PowerSGDReducer:
         }
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         return sum(x.nbytes for x in (*self.errors.values(), *self.q.values()))
 
     def reset_residuals(self) -> None:
         """Discard the errors: they belong to a state that has been replaced."""
         for error in self.errors.values():
             error.zero_()
-
-    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None: ...
 
     def finish(self) -> None:
         for name, matrix in self.matrices.items():

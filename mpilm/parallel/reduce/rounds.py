@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
 from mpilm.ops.tree import Interval, plan_accumulation, strided_assignment
-from mpilm.ops.tree_reduce import TreeReduceScatter, TreeReduction
+from mpilm.ops.tree_reduce import TreeReduceScatter, TreeReduction, make_encoding
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ReduceGroup
-from mpilm.parallel.reduce.bf16 import make_encoding
+from mpilm.parallel.pipeline.stage import GradientReducer
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT
 
 
-class RoundReducer:
-    """Collects and reduces the gradient of each of this rank's microbatches (a GradientReducer, see pipeline/stage.py).
+class RoundReducer(GradientReducer):
+    """Collects and reduces the gradient of each of this rank's microbatches.
 
     Collective over `comm`, the reduce axes, in every backward. A rank without a microbatch in a round calls `join_round`.
     """
@@ -49,7 +49,7 @@ class RoundReducer:
             parameter.register_post_accumulate_grad_hook(lambda _, group=self.group_of[name]: self._on_gradient(group))
 
     @property
-    def held_bytes(self) -> dict[str, int]:
+    def memory_bytes(self) -> dict[str, int]:
         """Memory of the partial sums, of one group's gradient and its exchange, and transiently of one parameter's."""
         sums = sum(buffer.tensor.numel() for buffer in self.buffers)
         workspace = sum(exchange.workspace.nbytes for exchange in self.exchanges)

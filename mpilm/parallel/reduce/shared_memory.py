@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mpilm.comm.base import Comm
 from mpilm.ops.tree import Interval, TreeNode
-from mpilm.ops.tree_reduce import GradientEncoding, TreeReduceScatter, TreeReduction
+from mpilm.ops.tree_reduce import GradientEncoding, TreeReduction
 from mpilm.parallel.flat_layout import FlatLayout
-from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, MessageReducer, TreeBucketReducer
+from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, CrossRankReducer, MessageReducer, tree_message_reducer
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LocalRankSlices:
         return sum(sum(self.slices(bucket)) for bucket in self.layout.buckets)
 
 
-class SharedMemoryReducer:
+class SharedMemoryReducer(CrossRankReducer):
     """Reduces in shared memory; the sum goes to buffer 0 of each rank: its slices, or with `gather` all of it.
 
     `buffers`: the flat vectors of each rank of this node. `nodes_held`: for each rank of the communicator, the tree node that
@@ -109,19 +109,16 @@ class SharedMemoryReducer:
         """The place of each slice added by another rank of the node, and its source."""
         self.inter_node: MessageReducer | None = None
         if topology.inter_node.size > 1:
-            reduction = TreeReduction([each.remaining for each in by_node], microbatches)
             self.packed = [torch.empty(self.own_slices.numel) for _ in self.intra_reduction.remaining]
-            self.inter_node = MessageReducer(
-                [
-                    TreeBucketReducer(
-                        TreeReduceScatter(
-                            topology.inter_node, self.own_slices, reduction.node_count, self.own_sums.device, encoding
-                        ),
-                        reduction,
-                        gather,
-                    )
-                    for _ in range(min(BUCKETS_IN_FLIGHT, len(layout.buckets)))
-                ]
+            self.inter_node = tree_message_reducer(
+                topology.inter_node,
+                self.own_slices,
+                [each.remaining for each in by_node],
+                microbatches,
+                self.own_sums.device,
+                gather,
+                min(BUCKETS_IN_FLIGHT, len(layout.buckets)),
+                encoding or GradientEncoding(),
             )
 
     def _make_views(self, vectors: Sequence[Tensor]) -> dict[Interval, list[tuple[list[Tensor], Tensor]]]:
@@ -140,11 +137,9 @@ class SharedMemoryReducer:
         return 0 if self.inter_node is None else sum(x.numel() for x in self.packed)
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Memory of the messages to other nodes."""
-        return 0 if self.inter_node is None else self.inter_node.held_bytes + sum(x.nbytes for x in self.packed)
-
-    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None: ...
+        return 0 if self.inter_node is None else self.inter_node.memory_bytes + sum(x.nbytes for x in self.packed)
 
     def finish(self) -> None:
         """Reduce all buckets; every rank calls this once its tree nodes are complete."""

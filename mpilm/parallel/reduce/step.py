@@ -14,17 +14,15 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
 from mpilm.ops.tree import AccumulateOp, block_of_rank, plan_block_accumulation
-from mpilm.ops.tree_reduce import TreeReduceScatter, TreeReduction
+from mpilm.ops.tree_reduce import make_encoding
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.reduce.bf16 import make_encoding
+from mpilm.parallel.pipeline.stage import GradientReducer
 from mpilm.parallel.reduce.messages import (
     BUCKETS_IN_FLIGHT,
     AllReduceBucketReducer,
-    BucketReducer,
     CrossRankReducer,
     MessageReducer,
-    NoReduction,
-    TreeBucketReducer,
+    tree_message_reducer,
 )
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
 from mpilm.parallel.reduce.shared_memory import SharedMemoryReducer, detect_topology
@@ -32,9 +30,8 @@ from mpilm.parallel.reduce.shared_memory import SharedMemoryReducer, detect_topo
 ReducerFactory = Callable[[FlatVector], CrossRankReducer]
 
 
-class StepReducer:
-    """Collects the gradients of this rank's block of microbatches and reduces them once (a GradientReducer, see
-    pipeline/stage.py).
+class StepReducer(GradientReducer):
+    """Collects the gradients of this rank's block of microbatches and reduces them once .
 
     `overlap`: start a bucket as soon as the last backward has completed it. `shared`: reduce in shared memory where a node has
     some. `custom`: makes another reducer for the sum of this rank's block, as a single tensor. Collective over `comm`, the
@@ -75,7 +72,7 @@ class StepReducer:
             elif comm.size > 1:
                 reducer = self._make_message_reducer(comm, microbatches, reproducible)
             else:
-                reducer = NoReduction()
+                reducer = CrossRankReducer()
         self.reducer: CrossRankReducer = reducer
         self.views = [{name: flat.parameter(name, buffer) for name in flat.layout.spans} for buffer in self.buffers]
         self.sums = self.buffers[0]
@@ -110,29 +107,21 @@ class StepReducer:
         if not reproducible:
             return MessageReducer([AllReduceBucketReducer(comm) for _ in range(depth)])
         blocks = [block_of_rank(r, comm.size, microbatches) for r in range(comm.size)]
-        reduction = TreeReduction(
-            [list(plan_block_accumulation(*block, microbatches)[1].values()) for block in blocks], microbatches
+        nodes = [list(plan_block_accumulation(*block, microbatches)[1].values()) for block in blocks]
+        return tree_message_reducer(
+            comm, self.flat.layout, nodes, microbatches, self.flat.device, self.flat.zero == 0, depth, self.encoding
         )
-        slots: list[BucketReducer] = [
-            TreeBucketReducer(
-                TreeReduceScatter(comm, self.flat.layout, reduction.node_count, self.flat.device, self.encoding),
-                reduction,
-                gather=self.flat.zero == 0,
-            )
-            for _ in range(depth)
-        ]
-        return MessageReducer(slots)
 
     @property
-    def held_bytes(self) -> dict[str, int]:
+    def memory_bytes(self) -> dict[str, int]:
         """Memory of the partial sums and of their reduction."""
-        exchange = self.reducer.held_bytes + self.encoding.residual_bytes(self._sent_numel())
+        exchange = self.reducer.memory_bytes + self.encoding.residual_bytes(self._sent_numel())
         return {"gradients": 4 * sum(b.tensor.numel() for b in self.buffers), "exchange": exchange}
 
     @property
     def shared_bytes(self) -> int:
         """Bytes of gradients in memory that other ranks of the node map too."""
-        return self.held_bytes["gradients"] if self.is_shared else 0
+        return self.memory_bytes["gradients"] if self.is_shared else 0
 
     def _sent_numel(self) -> int:
         """Return the elements that this rank sends in a step."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.errors import ConfigError, FileError
-from mpilm.parallel.pipeline.draw import COLORS as ACTION_COLORS
+from mpilm.parallel.pipeline.draw import ACTION_COLORS
 from mpilm.telemetry.report.charts import PART_COLORS, Bars, Chart, curves
 from mpilm.telemetry.report.page import OURS, refuse_other, replace
 from mpilm.telemetry.report.read import Run

@@ -7,18 +7,10 @@ from html import escape
 
 import numpy as np
 
-from mpilm.parallel.pipeline.draw import pixels_a_second, svg
+from mpilm.parallel.pipeline.draw import draw_svg
 from mpilm.telemetry.report import words
 from mpilm.telemetry.report.charts import Bars
-from mpilm.telemetry.report.ranks import (
-    FEW,
-    SHOWN,
-    mean_parts,
-    peak_bytes,
-    predicted_bytes,
-    shown_ranks,
-    stragglers,
-)
+from mpilm.telemetry.report.ranks import FEW, SHOWN, mean_parts, peak_bytes, predicted_bytes, shown_ranks, stragglers
 from mpilm.telemetry.report.read import Run
 from mpilm.telemetry.report.rows import number
 from mpilm.telemetry.report.svg import bars
@@ -152,9 +144,8 @@ def _drawings(step: Traced) -> str:
     if not step.drawable:
         return paragraph(f"Its {len(step.measured.events):,} actions are too many to draw: open the trace at ui.perfetto.dev.")
     both = [("measured", step.measured), *([("simulated", step.simulated)] if step.simulated is not None else [])]
-    scale = pixels_a_second(both[-1][1])
     scale = min(scale, *(4000 / max(each.step_s, 1e-9) for _, each in both)) if len(both) > 1 else scale
-    drawn = [f'<p class="note">{name}</p>{svg(each, "ms", scale)}' for name, each in both]
+    drawn = [f'<p class="note">{name}</p>{draw_svg(each, "ms")}' for name, each in both]
     return f'<div class="scroll timeline">{"".join(drawn)}</div>'
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpilm.mesh.shape import AXES, MeshShape
-from mpilm.parallel.pipeline.actions import COMPUTE, Action, Kind, parse
-from mpilm.parallel.pipeline.simulate import Event, Timeline, simulate
+from mpilm.parallel.pipeline.actions import COMPUTE, Action, ActionKind, parse_action
+from mpilm.parallel.pipeline.simulate import Timeline, TimelineEvent, simulate
 from mpilm.telemetry.report.rows import number
 
 TRACED = ("forward", "backward", "reduce", "send", "receive")
@@ -64,33 +64,33 @@ def _replica(layout: Any) -> tuple[int, ...]:
     return tuple(shape.rank({**dict.fromkeys(AXES, 0), "pipeline": place}) for place in range(shape.pipeline))
 
 
-def _steps(events: Iterable[Any], ranks: Sequence[int]) -> dict[int, dict[int, list[Event]]]:
+def _steps(events: Iterable[Any], ranks: Sequence[int]) -> dict[int, dict[int, list[TimelineEvent]]]:
     """step -> rank -> the actions traced; events that are not understood are left out."""
     place = {rank: i for i, rank in enumerate(ranks)}
-    found: dict[int, dict[int, list[Event]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[int, dict[int, list[TimelineEvent]]] = defaultdict(lambda: defaultdict(list))
     for event in events:
         if not isinstance(event, dict) or event.get("cat") not in TRACED or event.get("pid") not in place:
             continue
         try:
             args, start_ms = event["args"], event["ts"] / 1000
-            action = parse(args.get("action", event["name"]))
+            action = parse_action(args.get("action", event["name"]))
             end_ms = start_ms + event["dur"] / 1000
-            found[args["step"]][event["pid"]].append(Event(place[event["pid"]], action, start_ms, end_ms))
+            found[args["step"]][event["pid"]].append(TimelineEvent(place[event["pid"]], action, start_ms, end_ms))
         except (KeyError, TypeError, ValueError, AttributeError):
             continue
     return found
 
 
-def _measured(by_rank: Sequence[Sequence[Event]]) -> Timeline:
+def _measured(by_rank: Sequence[Sequence[TimelineEvent]]) -> Timeline:
     """The drawn events, from the first start on."""
     drawn = [[event for event in events if _takes_time(event.action)] for events in by_rank]
     first = min((event.start_s for events in drawn for event in events), default=0.0)
     return Timeline(
-        tuple(tuple(Event(e.rank, e.action, e.start_s - first, e.end_s - first) for e in events) for events in drawn)
+        tuple(tuple(TimelineEvent(e.rank, e.action, e.start_s - first, e.end_s - first) for e in events) for events in drawn)
     )
 
 
-def _any_drawn(events: Sequence[Event]) -> bool:
+def _any_drawn(events: Sequence[TimelineEvent]) -> bool:
     return any(_takes_time(event.action) for event in events)
 
 
@@ -98,9 +98,9 @@ def _takes_time(action: Action) -> bool:
     return action.kind in (*COMPUTE, "REDUCE")
 
 
-def _simulated(by_rank: Sequence[Sequence[Event]]) -> Timeline:
+def _simulated(by_rank: Sequence[Sequence[TimelineEvent]]) -> Timeline:
     """The same order of actions, each as long as the median of its kind and stage; messages take no time."""
-    lengths: dict[tuple[Kind, int], list[float]] = defaultdict(list)
+    lengths: dict[tuple[ActionKind, int], list[float]] = defaultdict(list)
     for events in by_rank:
         for event in events:
             if _takes_time(event.action):

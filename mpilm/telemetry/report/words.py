@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from mpilm.config import Config, flatten, resolve
+from mpilm.formatting import format_duration
 from mpilm.mesh.shape import AXES
 from mpilm.telemetry.report.charts import short
 from mpilm.telemetry.report.read import Run
 from mpilm.telemetry.report.rows import Row, number
-from mpilm.telemetry.words import duration
 
 MANY = 60  # events, of which the first and the last half are shown
 FEW_SAVES = 6
@@ -119,7 +119,7 @@ def _work(run: Run) -> list[Fact]:
     took_s = wall_s(run)
     if took_s > 0:
         times = len(run.starts)
-        found.append(Fact("Training time", duration(took_s), f"in {times} starts" if times > 1 else ""))
+        found.append(Fact("Training time", format_duration(took_s), f"in {times} starts" if times > 1 else ""))
     return found
 
 

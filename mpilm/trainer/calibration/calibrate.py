@@ -26,11 +26,11 @@ from mpilm.engine.train_model import TrainModel
 from mpilm.errors import ConfigError, FileError
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.size import kept_floats
+from mpilm.model.flops import saved_floats_per_token
 from mpilm.parallel.flat_layout import ALIGNMENT
 from mpilm.planner.cost import Setting, step_time
 from mpilm.planner.machine import FORMAT, Compute, Curve, Machine
-from mpilm.telemetry.memory import Memory as InUse
+from mpilm.telemetry.memory import MemoryMeter as InUse
 from mpilm.trainer.calibration.bench import Bench
 from mpilm.trainer.calibration.compute import computing
 from mpilm.trainer.calibration.network import across, network
@@ -112,7 +112,7 @@ def _training(bench: Bench, machine: Machine, rates: Compute) -> Curve:
         setting = Setting(config, SMALL_VOCABULARY, machine, MeshShape(), rates.ranks, (config.model.n_layers,))
         said, step = step_time(setting), _step_of(config, bench.device, SelfComm("alone"))
         took_s = bench.seconds(step)
-        kept = tokens * kept_floats(config.model, rates.dtype)
+        kept = tokens * saved_floats_per_token(config.model, rates.dtype)
         points.append((kept, max(0.5, (took_s - said.update_s) / said.compute_s)))
     return tuple(points)
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import SelfComm
 from mpilm.config import Config, Model, resolve
-from mpilm.model.families import build
+from mpilm.model.families import build_model
+from mpilm.model.flops import attention_flops_per_token, block_matrices, block_numel, saved_floats_per_token
 from mpilm.model.loss import loss_sum
-from mpilm.model.rows import Rows
-from mpilm.model.size import attention_flops, block_numel, kept_floats, matrices
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.elementwise import EPS
 from mpilm.optim.norm import global_norm
 from mpilm.parallel.apply import make_autocast
@@ -116,12 +116,15 @@ def _rest(bench: Bench, parts: Compute, arch: str) -> tuple[Curve, Curve]:
     points: list[tuple[float, Times]] = []
     for tokens, width in BLOCKS:
         shape = _block_shape(arch, tokens, width)
-        kept, (forward_s, backward_s) = tokens * kept_floats(shape, parts.dtype), _block_s(bench, parts.dtype, shape, tokens)
+        kept, (forward_s, backward_s) = (
+            tokens * saved_floats_per_token(shape, parts.dtype),
+            _block_s(bench, parts.dtype, shape, tokens),
+        )
         explained = [0.0, 0.0]
-        for a, b, _ in matrices(shape):
+        for a, b, _ in block_matrices(shape):
             for i, surface in enumerate((parts.linear_forward, parts.linear_backward)):
                 explained[i] += 2 * tokens * a * b * (1 + i) * on(surface, tokens, math.sqrt(a * b))
-        flops = tokens * attention_flops(shape)
+        flops = tokens * attention_flops_per_token(shape)
         explained[0] += flops / 3 * on(parts.attention_forward, shape.context_length, shape.head_width)
         explained[1] += 2 * flops / 3 * on(parts.attention_backward, shape.context_length, shape.head_width)
         rest = [max(0.02 * whole, whole - known) for whole, known in zip((forward_s, backward_s), explained)]
@@ -131,12 +134,14 @@ def _rest(bench: Bench, parts: Compute, arch: str) -> tuple[Curve, Curve]:
 
 def _block_s(bench: Bench, dtype: str, shape: Model, tokens: int) -> Times:
     """Of one block among several, one after the other as in training: what backward needs has left the cache by then."""
-    each = 4 * (tokens * kept_floats(shape, dtype) + block_numel(shape))
+    each = 4 * (tokens * saved_floats_per_token(shape, dtype) + block_numel(shape))
     count = max(1, min(MOST_BLOCKS, round(CACHE_BYTES / each)))
     blocks = [_block(bench, shape) for _ in range(count)]
     rows = tokens // shape.context_length
     x = torch.ones(rows, shape.context_length, shape.d_model, device=bench.device, requires_grad=True)
-    where = Rows(torch.arange(shape.context_length, device=bench.device), keys=list(range(rows)), share=1.0)
+    where = SequenceInfo(
+        torch.arange(shape.context_length, device=bench.device), dropout_keys=list(range(rows)), loss_weight=1.0
+    )
 
     def forward() -> Tensor:
         y = x
@@ -151,7 +156,7 @@ def _block_s(bench: Bench, dtype: str, shape: Model, tokens: int) -> Times:
 
 def _block(bench: Bench, shape: Model) -> nn.Module:
     with torch.device("meta"):
-        block = build(shape, 128).get_submodule("blocks.0")
+        block = build_model(shape, 128).get_submodule("blocks.0")
     for name, parameter in list(block.named_parameters()):
         values = torch.full(parameter.shape, 0.01, device=bench.device)
         set_parameter(block, name, values, ParamLayout(name, tuple(parameter.shape)))

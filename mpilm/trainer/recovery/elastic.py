@@ -15,12 +15,7 @@ from mpilm.comm.progress import Progress
 from mpilm.config import Config, replaced
 from mpilm.errors import ConfigError, LostRankError, from_code
 from mpilm.trainer.loop import train
-from mpilm.trainer.recovery.memory_checkpoint import (
-    CMD_BROADCAST,
-    InMemoryCheckpoint,
-    RecoveredState,
-    latest_complete_step,
-)
+from mpilm.trainer.recovery.memory_checkpoint import CMD_BROADCAST, InMemoryCheckpoint, RecoveredState, latest_complete_step
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
 

@@ -1,0 +1,159 @@
+"""The size of a model by arithmetic: parameters, floating-point operations, activations. Pure.
+
+The activation counts are what torch saves for backward; a test compares them with its saved tensors. "Floats" are units of
+4 bytes: a bfloat16 value is half a float.
+"""
+
+from __future__ import annotations
+
+from mpilm.config import LORA_TARGETS, Model
+
+
+def parameter_count(model: Model, vocab_size: int) -> int:
+    """Return the number of parameters; a tied matrix counts once."""
+    tied = vocab_size * model.d_model * model.tie_embeddings
+    return model.n_layers * block_numel(model) + sum(embedding_and_head_numel(model, vocab_size)) - tied
+
+
+def block_numel(model: Model) -> int:
+    """Return the number of parameters of one block: matrices, two norms, biases, and norms inside attention."""
+    queries, keys = _attention_widths(model)
+    if _has_biases(model):
+        return _matrix_numel(model) + 9 * model.d_model + model.d_ff
+    vectors = 2 * model.d_model
+    if model.arch == "qwen":
+        vectors += 2 * model.head_width if model.qk_norm else queries + 2 * keys
+    return _matrix_numel(model) + vectors
+
+
+def embedding_and_head_numel(model: Model, vocab_size: int) -> tuple[int, int]:
+    """Return the parameters of the embedding, and of norm and head; a tied matrix counts in both, with a gradient each."""
+    width, positions, matrix = model.d_model, model.context_length * model.d_model, vocab_size * model.d_model
+    if model.arch == "bert":  # positions, two segments, norm; projection, its bias and norm, output matrix and bias
+        return matrix + positions + 4 * width, matrix + width * width + 3 * width + vocab_size
+    return (matrix + positions, matrix + 2 * width) if model.arch == "gpt2" else (matrix, matrix + width)
+
+
+def block_matrices(model: Model) -> list[tuple[int, int, int]]:
+    """Return the matrices of a block: (width in, width out, number of equal ones, of which a token uses some)."""
+    width, (queries, keys), ff = model.d_model, _attention_widths(model), model.d_ff
+    if model.arch == "gpt2":
+        attention = [(width, queries + 2 * keys, 1), (queries, width, 1)]
+    else:
+        attention = [(width, queries, 1), (width, keys, 1), (width, keys, 1), (queries, width, 1)]
+    if _has_biases(model):
+        return [*attention, (width, ff, 1), (ff, width, 1)]
+    if model.arch == "mixtral":
+        experts = [(width, ff, model.n_experts)] * 2 + [(ff, width, model.n_experts)]
+        return [*attention, (width, model.n_experts, 1), *experts]
+    return [*attention, (width, ff, 1), (width, ff, 1), (ff, width, 1)]
+
+
+def _matrix_numel(model: Model, experts: int | None = None) -> int:
+    """Return the elements of a block's matrices, counting at most that many experts."""
+    return sum(a * b * (min(count, experts) if experts else count) for a, b, count in block_matrices(model))
+
+
+def _has_biases(model: Model) -> bool:
+    return model.arch in ("gpt2", "bert")
+
+
+def _attention_widths(model: Model) -> tuple[int, int]:
+    """Return the width of all query heads and of all key heads."""
+    return model.n_heads * model.head_width, model.n_kv_heads * model.head_width
+
+
+def flops_by_part(model: Model, vocab_size: int) -> dict[str, int]:
+    """Return the floating-point operations of forward and backward for one token: of the embedding, of a block, and of head and
+    loss. They are 6 per matrix element that the token uses, and those of attention (Narayanan et al., arXiv 2104.04473)."""
+    block = 6 * _matrix_numel(model, experts=model.experts_per_token) + attention_flops_per_token(model)
+    head = vocab_size * model.d_model + (model.d_model**2 if model.arch == "bert" else 0)
+    return {"embed": 2 * model.d_model, "block": block, "head": 6 * head}
+
+
+def attention_flops_per_token(model: Model) -> int:
+    """Return those of a block's attention core for one token, a third of them in forward; a causal mask halves them."""
+    visible = 2 if model.arch == "bert" else 1
+    return 6 * visible * _attention_widths(model)[0] * model.context_length
+
+
+def flops_per_token(model: Model, vocab_size: int) -> int:
+    """Return the floating-point operations of forward and backward for one token, in matrices and attention."""
+    parts = flops_by_part(model, vocab_size)
+    return model.n_layers * parts["block"] + parts["head"]
+
+
+def activation_bytes(
+    model: Model, vocab_size: int, tokens: int, dtype: str, layers: int | None = None, first: bool = True,
+    last: bool = True, recompute: str = "none",
+) -> dict[str, int]:  # fmt: skip
+    """Return the bytes that a microbatch of `tokens` tokens needs in part of a model: `layers` blocks (None: all), with the
+    embedding if `first`, and with norm, head and loss if `last`.
+
+    activations: saved for backward
+    recompute: of the block that backward is recomputing
+    logits: twice, because their log-softmax is saved and their gradient follows
+    split_backward: inputs and gradients that weight gradients still need between the halves of a split backward
+    """
+    layers, width, half = model.n_layers if layers is None else layers, model.d_model, 0.5 if dtype == "bfloat16" else 1.0
+    block, core = _block_floats(model, half)
+    saved = {"none": block + core, "attention": block, "block": float(width)}[recompute]
+    recomputed = {"none": 0.0, "attention": core, "block": block + core}[recompute]
+    head = {"gpt2": 1 + half, "bert": 4 * half}.get(model.arch, 2 + half)  # of the last norm, and the input of the matrix
+    embedding = bool(model.dropout) + (model.arch == "bert")
+    split_backward = half * (layers * _split_backward_floats(model) + last * (width + vocab_size))
+    head_numel = vocab_size * width + (width * width if model.arch == "bert" else 0)
+    copy = 2 * (dtype == "bfloat16")  # bytes per element: autocast keeps a copy of every matrix as long as a graph needs it
+    saved_copies = copy * ((recompute != "block") * layers * _matrix_numel(model) + last * head_numel)
+    recomputed_copies = copy * (recompute == "block") * _matrix_numel(model)
+    return {
+        "activations": round(4 * tokens * (layers * saved + (last * head + first * embedding) * width)) + saved_copies,
+        "recompute": round(4 * tokens * recomputed) + recomputed_copies,
+        "logits": 8 * tokens * vocab_size * last,
+        "split_backward": round(4 * tokens * split_backward),
+    }
+
+
+def saved_floats_per_token(model: Model, dtype: str) -> float:
+    """Return the floats per token that a block saves for backward."""
+    return sum(_block_floats(model, 0.5 if dtype == "bfloat16" else 1.0))
+
+
+def _block_floats(model: Model, half: float) -> tuple[float, float]:
+    """Return the floats per token that a block saves for backward, outside and inside the attention core."""
+    width, (queries, keys), heads = model.d_model, _attention_widths(model), model.n_heads
+    norm = width + 2 if _has_biases(model) else 2 * width + 1  # LayerNorm's input, mean, deviation; RMSNorm's normalised input
+    block = 2 * norm + _input_floats(model, half, 1 if model.arch == "gpt2" else 3)
+    block += half * (2 * queries + 2 * keys) + _feed_forward_floats(model, half)
+    if model.qk_norm and model.arch == "qwen":
+        block += 2 * (queries + keys) + heads + model.n_kv_heads
+    if model.lora_rank:  # between an adapter's two matrices; its input is saved without it too
+        block += half * model.lora_rank * len(model.lora_targets or LORA_TARGETS[model.arch])
+    if not model.dropout:
+        return block, heads
+    # Explicit attention: weights, mask and product, keys and values repeated. And a mask for each branch of the block.
+    return block + half * 2 * width, (1 + 2 * half) * heads * model.context_length + half * 2 * (queries - keys)
+
+
+def _input_floats(model: Model, half: float, matrices: int) -> float:
+    """Return the floats of one input of so many matrices; autocast makes a copy for each."""
+    return model.d_model * (1 if half == 1.0 else half * matrices)
+
+
+def _feed_forward_floats(model: Model, half: float) -> float:
+    if _has_biases(model):
+        return _input_floats(model, half, 1) + half * 2 * model.d_ff
+    expert = _input_floats(model, half, 2) + half * 4 * model.d_ff
+    if model.arch != "mixtral":
+        return expert
+    routed = expert + (1 + half) * model.d_model + 8
+    return _input_floats(model, half, 1) + model.n_experts + model.experts_per_token * routed
+
+
+def _split_backward_floats(model: Model) -> float:
+    """Return the elements per token of the inputs of a block's matrices and of the gradients of their outputs."""
+    width, (queries, keys) = model.d_model, _attention_widths(model)
+    feed_forward = 2 * width + (2 if _has_biases(model) else 3) * model.d_ff
+    if model.arch == "mixtral":
+        feed_forward = width + model.n_experts + model.experts_per_token * feed_forward
+    return 2 * (width + queries + keys) + feed_forward
