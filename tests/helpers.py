@@ -1,4 +1,4 @@
-"""Jobs of their own, for tests of what a whole command does and how it ends."""
+"""Commands run as jobs of their own, for tests of what they print and how they end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPEN_MPI = {  # as root, and with more ranks than cores; MPICH reads none of the
 
 
 def mpirun(ranks: int, *arguments: object, limit_s: float = 60.0, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`mpirun -n RANKS python ARGUMENTS`, or plain python for 0 ranks. Killed, and the test failed, after `limit_s`."""
+    """Run `mpirun -n RANKS python ARGUMENTS`, or plain python for 0 ranks; fail after `limit_s` seconds."""
     if ranks and not LAUNCHER.exists():
         pytest.skip(f"there is no {LAUNCHER}")
     command = [str(LAUNCHER), "-n", str(ranks)] if ranks else []
@@ -47,7 +47,7 @@ def mpirun(ranks: int, *arguments: object, limit_s: float = 60.0, **variables: s
 
 
 def refusal(command: str, *arguments: object, ranks: int = 0, code: int = 78, limit_s: float = 60.0) -> str:
-    """Start a command that must be refused with this exit code; the one message that it gives."""
+    """Run a command that must be refused with this exit code; return its one message."""
     done = mpirun(ranks, "-m", f"mpilm.{command}", *arguments, limit_s=limit_s)
     text = f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     assert done.returncode == code, text
