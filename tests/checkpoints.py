@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from safetensors.torch import save_file
-from text import tiny
+from text import tiny_config
 from torch import Tensor, nn
 
 from mpilm.checkpoint import format, save, verify
@@ -109,7 +109,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 def state_of(tensors: Tensors, sharding: Sharding, rank: int) -> State:
     parameters, *moments = (pieces(tensors[kind], sharding, rank) for kind in KINDS)
     return State(
-        model=tiny(Path(), Path()).model,
+        model=tiny_config(Path(), Path()).model,
         tokenizer=bytes_tokenizer(),
         template=None,
         trainer={"step": 7},

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_jobs import command, finished, outcome, slow, started
+from training_jobs import read_outcome, run_serially, slow_case, start_job, train_arguments
 
 from mpilm.checkpoint.format import checkpoints
 from mpilm.telemetry.metrics import read_metrics
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def words(data, run, *more):
-    return command(
+    return train_arguments(
         data, run, "--train.steps", STEPS, "--checkpoint.every", 25, "--run.eval-every", 30, "--model.n-layers", 2,
         "--fault.elastic", "true", "--fault.step-timeout", 20, *more,
     )  # fmt: skip
@@ -42,8 +42,8 @@ def hit(tmp_path, data, ranks, *faults, more=()):
     """The code and the output of a job."""
     injected = ";".join(faults)
     line = words(data, tmp_path / "run", *more)
-    with started(ranks, line, tmp_path, python=PYTHON, flags=["--with-ft", "ulfm"], MPILM_FAULT=injected) as job:
-        code = job.end(90)
+    with start_job(ranks, line, tmp_path, python=PYTHON, flags=["--with-ft", "ulfm"], MPILM_FAULT=injected) as job:
+        code = job.wait(90)
     assert job.output.count("fault: ") == len(faults), job.output
     return code, job.output
 
@@ -51,12 +51,12 @@ def hit(tmp_path, data, ranks, *faults, more=()):
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("whole")
-    return finished(command(data, folder / "run", *words(data, folder / "run")[2:-4]), folder)
+    return run_serially(train_arguments(data, folder / "run", *words(data, folder / "run")[2:-4]), folder)
 
 
 def assert_whole(run, uncut):
     """The same bits, and a row of the same numbers for every step."""
-    assert outcome(run) == uncut
+    assert read_outcome(run) == uncut
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
     assert rows[-1]["event"] == "end"
@@ -68,10 +68,10 @@ def assert_whole(run, uncut):
         (3, 0, "backward", ("--parallel.zero", "2")),
         (3, 0, "eval", ()),
         (4, 1, "p2p.send", PIPELINE),
-        *(slow(3, i % 3, point, ("--parallel.zero", str(i % 4))) for i, point in enumerate(POINTS)),
-        *(slow(3, i % 3, point, ()) for i, point in enumerate(SAVING)),
-        slow(4, 2, "optimizer", (*PIPELINE, "--parallel.zero", "3")),
-        slow(4, 3, "reduce.after", ("--train.optimizer", "muon", "--parallel.zero", "1")),
+        *(slow_case(3, i % 3, point, ("--parallel.zero", str(i % 4))) for i, point in enumerate(POINTS)),
+        *(slow_case(3, i % 3, point, ()) for i, point in enumerate(SAVING)),
+        slow_case(4, 2, "optimizer", (*PIPELINE, "--parallel.zero", "3")),
+        slow_case(4, 3, "reduce.after", ("--train.optimizer", "muon", "--parallel.zero", "1")),
     ],
 )  # fmt: skip
 def test_the_others_go_on(tmp_path, data, uncut, ranks, rank, point, more):
@@ -84,7 +84,7 @@ def test_the_others_go_on(tmp_path, data, uncut, ranks, rank, point, more):
     assert f"mpilm 0.1.0: {left} rank" in output
     if "muon" in more:
         (tmp_path / "muon").mkdir()
-        uncut = finished(words(data, tmp_path / "muon" / "run", "--fault.elastic", "false", *more[:2]), tmp_path / "muon")
+        uncut = run_serially(words(data, tmp_path / "muon" / "run", "--fault.elastic", "false", *more[:2]), tmp_path / "muon")
     assert_whole(tmp_path / "run", uncut)
 
 
@@ -106,7 +106,7 @@ def test_two_at_once(tmp_path, data, uncut):
 
 
 @pytest.mark.parametrize(
-    ("point", "more"), [slow("agree", ()), slow("give after=3", ()), ("give after=20", ("--parallel.zero", "1"))]
+    ("point", "more"), [slow_case("agree", ()), slow_case("give after=3", ()), ("give after=20", ("--parallel.zero", "1"))]
 )
 def test_another_one_while_the_state_is_brought_together(tmp_path, data, uncut, point, more):
     faults = ["kind=kill rank=1 step=20 point=forward", f"kind=kill rank=3 point=recover.{point}"]
@@ -117,7 +117,7 @@ def test_another_one_while_the_state_is_brought_together(tmp_path, data, uncut, 
 
 
 @pytest.mark.parametrize(
-    ("ranks", "more"), [slow(2, PIPELINE), (4, ("--parallel.zero", "1"))], ids=["a stage", "a shard and its copy"]
+    ("ranks", "more"), [slow_case(2, PIPELINE), (4, ("--parallel.zero", "1"))], ids=["a stage", "a shard and its copy"]
 )
 def test_what_nobody_else_holds_ends_the_job_in_good_order(tmp_path, data, uncut, ranks, more):
     faults = [f"kind=kill rank={rank} step=40 point=forward" for rank in ((1,) if ranks == 2 else (1, 2))]
@@ -128,12 +128,12 @@ def test_what_nobody_else_holds_ends_the_job_in_good_order(tmp_path, data, uncut
     assert "the same command goes on from the newest checkpoint" in output
     assert "end" not in [row.get("event") for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000025"]
-    with started(2, words(data, tmp_path / "run", "--fault.elastic", "false"), tmp_path) as job:
-        assert job.end() == 0, job.output
-    assert outcome(tmp_path / "run")[:2] == uncut[:2]
+    with start_job(2, words(data, tmp_path / "run", "--fault.elastic", "false"), tmp_path) as job:
+        assert job.wait() == 0, job.output
+    assert read_outcome(tmp_path / "run")[:2] == uncut[:2]
 
 
 def test_an_mpi_that_cannot(tmp_path, data):
-    with started(2, words(data, tmp_path / "run"), tmp_path) as job:
-        assert job.end() == 78
+    with start_job(2, words(data, tmp_path / "run"), tmp_path) as job:
+        assert job.wait() == 78
     assert "--fault.elastic needs an MPI that lets the survivors speak: Open MPI 5 under mpirun --with-ft ulfm" in job.output

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from training_jobs import ROOT, command, finished, logged_step, outcome, started
+from training_jobs import ROOT, logged_step, read_outcome, run_serially, start_job, train_arguments
 
 NETWORK = pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists("/dev/net/tun") or not all(map(shutil.which, ("ip", "nsenter", "unshare"))),
@@ -28,33 +28,38 @@ def after(job, run, step: int) -> None:
 def test_a_slow_network_that_loses_packets_changes_nothing_but_the_time(tmp_path, data):
     words = ("--train.steps", 12, "--checkpoint.every", 6)
     (tmp_path / "serial").mkdir()
-    wanted = finished(command(data, tmp_path / "serial" / "run", *words), tmp_path / "serial")
-    with started(
-        2, command(data, tmp_path / "run", *words), tmp_path, within=hosts("--mbit", 100, "--delay-ms", 5, "--loss", 0.01)
+    wanted = run_serially(train_arguments(data, tmp_path / "serial" / "run", *words), tmp_path / "serial")
+    with start_job(
+        2,
+        train_arguments(data, tmp_path / "run", *words),
+        tmp_path,
+        within=hosts("--mbit", 100, "--delay-ms", 5, "--loss", 0.01),
     ) as job:
-        assert job.end(120) == 0, job.output
+        assert job.wait(120) == 0, job.output
         lost = re.search(r"hosts-here: [\d,]+ packets, [\d,]+ bytes carried, ([\d,]+) packets lost", job.output)
     assert lost is not None
     assert lost.group(1) != "0"
-    assert outcome(tmp_path / "run") == wanted
+    assert read_outcome(tmp_path / "run") == wanted
 
 
 def test_nodes_add_at_home_and_then_across_to_the_same_bits(tmp_path, data):
     words = ("--train.steps", 6, "--parallel.reduce", "shared")
     (tmp_path / "serial").mkdir()
-    wanted = finished(command(data, tmp_path / "serial" / "run", *words), tmp_path / "serial")
+    wanted = run_serially(train_arguments(data, tmp_path / "serial" / "run", *words), tmp_path / "serial")
     sent = {}
     for way in ("shared", "sent"):
         folder = tmp_path / way
         folder.mkdir()
         two_each = [str(ROOT / "scripts" / "hosts-here"), "--slots", "2"]
-        with started(4, command(data, folder / "run", *words, "--parallel.reduce", way), folder, within=two_each) as job:
-            assert job.end(120) == 0, job.output
+        with start_job(
+            4, train_arguments(data, folder / "run", *words, "--parallel.reduce", way), folder, within=two_each
+        ) as job:
+            assert job.wait(120) == 0, job.output
             assert ("gradients are added in memory that the ranks of a node share" in job.output) == (way == "shared"), (
                 job.output
             )
             sent[way] = int(re.search(r"packets, ([\d,]+) bytes carried", job.output).group(1).replace(",", ""))
-        assert outcome(folder / "run") == wanted
+        assert read_outcome(folder / "run") == wanted
     assert sent["shared"] < sent["sent"]
 
 
@@ -62,8 +67,8 @@ def test_nodes_add_at_home_and_then_across_to_the_same_bits(tmp_path, data):
 def test_a_cable_that_is_pulled_for_a_moment(tmp_path, data):
     words = ("--train.steps", 400, "--fault.step-timeout", 60)
     (tmp_path / "serial").mkdir()
-    wanted = finished(command(data, tmp_path / "serial" / "run", *words), tmp_path / "serial")
-    with started(2, command(data, tmp_path / "run", *words), tmp_path, within=hosts()) as job:
+    wanted = run_serially(train_arguments(data, tmp_path / "serial" / "run", *words), tmp_path / "serial")
+    with start_job(2, train_arguments(data, tmp_path / "run", *words), tmp_path, within=hosts()) as job:
         after(job, tmp_path / "run", 20)
         job.process.send_signal(signal.SIGUSR1)
         time.sleep(1)
@@ -71,19 +76,22 @@ def test_a_cable_that_is_pulled_for_a_moment(tmp_path, data):
         time.sleep(2)
         assert logged_step(tmp_path / "run") == reached < 400, job.output
         job.process.send_signal(signal.SIGUSR2)
-        assert job.end(120) == 0, job.output
-    assert outcome(tmp_path / "run") == wanted
+        assert job.wait(120) == 0, job.output
+    assert read_outcome(tmp_path / "run") == wanted
 
 
 @pytest.mark.slow
 def test_a_cable_that_is_pulled_is_noticed(tmp_path, data):
     """The launcher would wait for the other host until the job's time is up."""
-    with started(
-        2, command(data, tmp_path / "run", "--train.steps", 100_000, "--fault.step-timeout", 4), tmp_path, within=hosts()
+    with start_job(
+        2,
+        train_arguments(data, tmp_path / "run", "--train.steps", 100_000, "--fault.step-timeout", 4),
+        tmp_path,
+        within=hosts(),
     ) as job:
         after(job, tmp_path / "run", 20)
         job.process.send_signal(signal.SIGUSR1)
-        code = job.end(120)
+        code = job.wait(120)
         said = job.output
     assert code in (signal.SIGALRM, 128 + signal.SIGKILL), said  # of the rank, or of its launcher
     assert "mpilm: watchdog: step" in said

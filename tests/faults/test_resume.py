@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import OPEN_MPI, mpirun
-from training_jobs import ROOT, command, finished, outcome, started
+from training_jobs import ROOT, read_outcome, run_serially, start_job, train_arguments
 
 from mpilm.checkpoint.format import checkpoints
 from mpilm.telemetry.metrics import read_metrics
@@ -18,19 +18,19 @@ OTHER = os.environ.get("MPILM_TEST_OTHER_PYTHON", "")
 
 
 def words(data, run):
-    return command(data, run, "--train.steps", STEPS, "--checkpoint.every", 5, "--run.eval-every", 40)
+    return train_arguments(data, run, "--train.steps", STEPS, "--checkpoint.every", 5, "--run.eval-every", 40)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("whole")
-    return finished(words(data, folder / "run"), folder)
+    return run_serially(words(data, folder / "run"), folder)
 
 
 @pytest.mark.timeout(150)
 def test_killed_on_two_ranks_and_gone_on_with_on_three(tmp_path, data, uninterrupted):
     run, after_s = tmp_path / "run", random.random() * 0.5
-    with started(2, words(data, run), tmp_path) as job:
+    with start_job(2, words(data, run), tmp_path) as job:
         job.wait_for(lambda: checkpoints(run / "checkpoints"))
         time.sleep(after_s)
     left = checkpoints(run / "checkpoints")
@@ -39,7 +39,7 @@ def test_killed_on_two_ranks_and_gone_on_with_on_three(tmp_path, data, uninterru
     done = mpirun(3, *words(data, run))
     assert done.returncode == 0, f"killed {after_s:.3f} s after the first checkpoint\n{done.stderr}"
     assert "from step" in done.stdout
-    assert outcome(run) == uninterrupted, f"killed {after_s:.3f} s after the first checkpoint"
+    assert read_outcome(run) == uninterrupted, f"killed {after_s:.3f} s after the first checkpoint"
 
 
 @pytest.mark.skipif(
@@ -58,6 +58,6 @@ def test_another_mpi_library_gives_the_same_bits(tmp_path, data, uninterrupted):
     line = [str(python.with_name("mpirun")), "-n", "2", str(python), *words(data, tmp_path / "run")]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert outcome(tmp_path / "run") == uninterrupted
+    assert read_outcome(tmp_path / "run") == uninterrupted
     starts = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "start"]
     assert starts[0]["versions"]["mpi"] not in ("", "no MPI")

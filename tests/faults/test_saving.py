@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from training_jobs import command, finished, outcome, slow, started
+from training_jobs import read_outcome, run_serially, slow_case, start_job, train_arguments
 
 from mpilm.checkpoint.format import checkpoints
 from mpilm.checkpoint.verify import newest_valid, verify
@@ -17,13 +17,13 @@ FLIPS = 1000
 
 
 def words(data, run, *more):
-    return command(data, run, "--train.steps", STEPS, "--checkpoint.every", 4, "--run.eval-every", 20, *more)
+    return train_arguments(data, run, "--train.steps", STEPS, "--checkpoint.every", 4, "--run.eval-every", 20, *more)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("whole")
-    return finished(words(data, folder / "run"), folder)
+    return run_serially(words(data, folder / "run"), folder)
 
 
 def acknowledged(output):
@@ -40,25 +40,25 @@ AT_ONCE = ("--checkpoint.asynchronous", "false")
         ("write", 1, ()),
         ("rename", 0, ()),
         ("fsync", 1, AT_ONCE),
-        *(slow(point, 0, ()) for point in ("open", "write", "fsync", "manifest", "cleanup")),
-        slow("write", 1, AT_ONCE),
+        *(slow_case(point, 0, ()) for point in ("open", "write", "fsync", "manifest", "cleanup")),
+        slow_case("write", 1, AT_ONCE),
     ],
 )
 def test_killed_on_the_way(tmp_path, data, uninterrupted, point, rank, ways):
     """While the third checkpoint is under way; the next start goes on and ends with the same bits."""
     run = tmp_path / "run"
     fault = f"kind=kill rank={rank} point=checkpoint.{point} after=2"
-    with started(2, words(data, run, *ways), tmp_path, MPILM_FAULT=fault) as job:
-        assert job.end(40) != 0
+    with start_job(2, words(data, run, *ways), tmp_path, MPILM_FAULT=fault) as job:
+        assert job.wait(40) != 0
         assert f"fault: kill at checkpoint.{point}" in job.output
         said = acknowledged(job.output)
     found, broken = newest_valid(run / "checkpoints")
     assert not broken
     assert found is None or found.name >= f"step-{said}"
     assert found is not None or not said
-    with started(3, words(data, run, *ways), tmp_path) as job:
-        assert job.end() == 0, job.output
-    assert outcome(run)[1] == uninterrupted[1]
+    with start_job(3, words(data, run, *ways), tmp_path) as job:
+        assert job.wait() == 0, job.output
+    assert read_outcome(run)[1] == uninterrupted[1]
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
@@ -66,19 +66,19 @@ def test_a_disk_that_is_full_on_one_rank(tmp_path, data, uninterrupted):
     """The run ends and keeps what it has; told to warn, it goes on, and the next one is written."""
     run = tmp_path / "run"
     fault = "kind=enospc rank=1 point=checkpoint.write after=2"
-    with started(2, words(data, run), tmp_path, MPILM_FAULT=fault) as job:
-        assert job.end(40) == 74, job.output
+    with start_job(2, words(data, run), tmp_path, MPILM_FAULT=fault) as job:
+        assert job.wait(40) == 74, job.output
     assert job.output.count("mpilm: error") == 1
     assert "could not be written: No space left on device; the older ones are as they were (on rank 1)" in job.output
     assert checkpoints(run / "checkpoints")
     assert newest_valid(run / "checkpoints")[1] == {}
-    with started(2, words(data, run), tmp_path) as job:
-        assert job.end() == 0, job.output
-    assert outcome(run)[1] == uninterrupted[1]
-    with started(2, words(data, tmp_path / "other", "--checkpoint.on-error", "warn"), tmp_path, MPILM_FAULT=fault) as job:
-        assert job.end() == 0, job.output
+    with start_job(2, words(data, run), tmp_path) as job:
+        assert job.wait() == 0, job.output
+    assert read_outcome(run)[1] == uninterrupted[1]
+    with start_job(2, words(data, tmp_path / "other", "--checkpoint.on-error", "warn"), tmp_path, MPILM_FAULT=fault) as job:
+        assert job.wait() == 0, job.output
     assert "not saved: " in job.output
-    assert outcome(tmp_path / "other")[1] == uninterrupted[1]
+    assert read_outcome(tmp_path / "other")[1] == uninterrupted[1]
 
 
 ERRORS = {
@@ -87,12 +87,12 @@ ERRORS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("error", ["eio", "edquot", slow("eacces"), slow("erofs")])
+@pytest.mark.parametrize("error", ["eio", "edquot", slow_case("eacces"), slow_case("erofs")])
 def test_a_disk_that_fails(tmp_path, data, error):
     run = tmp_path / "run"
     fault = f"kind={error} rank=0 point=checkpoint.write after=2"
-    with started(2, words(data, run, *(AT_ONCE if error == "edquot" else ())), tmp_path, MPILM_FAULT=fault) as job:
-        assert job.end(40) == 74, job.output
+    with start_job(2, words(data, run, *(AT_ONCE if error == "edquot" else ())), tmp_path, MPILM_FAULT=fault) as job:
+        assert job.wait(40) == 74, job.output
     assert job.output.count("fault: ") == 1
     assert job.output.count("mpilm: error") == 1
     assert f"could not be written: {ERRORS[error]}; the older ones are as they were" in job.output
@@ -102,10 +102,10 @@ def test_a_disk_that_fails(tmp_path, data, error):
 def test_a_folder_that_goes_away(tmp_path, data):
     """While one is written; whoever has moved it has the older checkpoints there."""
     run, fault = tmp_path / "run", "kind=sleep rank=0 point=checkpoint.manifest after=2 value=2"
-    with started(2, words(data, run), tmp_path, MPILM_FAULT=fault) as job:
+    with start_job(2, words(data, run), tmp_path, MPILM_FAULT=fault) as job:
         job.wait_for(lambda: "fault: " in job.output)
         (run / "checkpoints").rename(tmp_path / "moved")
-        assert job.end(40) == 74, job.output
+        assert job.wait(40) == 74, job.output
     assert job.output.count("mpilm: error") == 1
     assert "could not be written: not all ranks see its folder; the older ones are as they were" in job.output
     assert newest_valid(tmp_path / "moved")[0] is not None
@@ -118,8 +118,8 @@ def test_a_disk_that_is_too_small(tmp_path, data):
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     try:
-        with started(2, words(data, small / "run"), tmp_path) as job:
-            assert job.end(40) == 74, job.output
+        with start_job(2, words(data, small / "run"), tmp_path) as job:
+            assert job.wait(40) == 74, job.output
         assert "needs 0." in job.output
         assert "MiB are free there; the older ones are as they were" in job.output
     finally:
@@ -129,8 +129,8 @@ def test_a_disk_that_is_too_small(tmp_path, data):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("saved")
-    with started(2, words(data, folder / "run", "--train.steps", 4), folder) as job:
-        assert job.end() == 0, job.output
+    with start_job(2, words(data, folder / "run", "--train.steps", 4), folder) as job:
+        assert job.wait() == 0, job.output
     return checkpoints(folder / "run" / "checkpoints")[-1]
 
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from helpers import mpirun
-from runs import small
+from runs import small_config
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
@@ -62,7 +62,7 @@ def test_compiled_blocks_have_the_same_bits_in_every_layout():
     "arch", ["llama", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("mixtral", marks=pytest.mark.slow)]
 )
 def test_compiled_steps_are_those_that_are_not(arch):
-    plain = small(model__arch=arch, model__dropout=0.0)
+    plain = small_config(model__arch=arch, model__dropout=0.0)
     compiled = replaced(plain, train__compile=True)
     cpu = Hardware(torch.device("cpu"), 1, False)
     row = prove._compare(*(prove.run_layout(config, SelfComm(), cpu, False) for config in (compiled, plain)), SelfComm())
@@ -114,7 +114,7 @@ def test_nan_is_no_difference_that_a_gpu_may_have(monkeypatch):
     monkeypatch.setattr(prove, "run_layout", run_layout)
     monkeypatch.setattr(prove, "look", lambda train, world: Hardware(torch.device("cuda"), 1, False))
     with pytest.raises(CollectiveError, match="4 of 4 layouts differ"):
-        prove.verify_layouts(small(), SelfComm(), False, lambda line: None)
+        prove.verify_layouts(small_config(), SelfComm(), False, lambda line: None)
 
 
 @pytest.mark.parametrize(

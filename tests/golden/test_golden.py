@@ -19,7 +19,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])] if __name__ == "__main__" else []
 
-from text import tiny, write_tokens  # noqa: E402
+from text import tiny_config, write_tokens  # noqa: E402
 
 from mpilm.comm.threads import run_ranks  # noqa: E402
 from mpilm.engine.hardware import processor_name
@@ -35,7 +35,7 @@ CURVES = {
 
 def curve(name, ranks, folder):
     """The loss of each step, and the evaluation loss after the last."""
-    config = tiny(write_tokens(folder / "data"), folder / "run", train__steps=STEPS, **CURVES[name])
+    config = tiny_config(write_tokens(folder / "data"), folder / "run", train__steps=STEPS, **CURVES[name])
 
     def body(comm):
         run = build_run(config, comm)

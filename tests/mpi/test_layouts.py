@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import joined, newest_tensors, on, run, serial, small
-from text import tiny, write_tokens
+from runs import joined, layout, newest_tensors, run, serial_config, small_config
+from text import tiny_config, write_tokens
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.config import Config
@@ -39,7 +39,7 @@ def cases() -> Iterator[Any]:
                     "train__recompute": ("none", "attention", "block")[number % 7 % 3],
                     "parallel__reduce": "sent" if number % 3 == 1 else "shared",
                 }
-                yield pytest.param(on(pipeline, schedule, zero), changes, id=f"{pipeline} stages, {schedule}, ZeRO-{zero}")
+                yield pytest.param(layout(pipeline, schedule, zero), changes, id=f"{pipeline} stages, {schedule}, ZeRO-{zero}")
                 number += 1
 
 
@@ -54,7 +54,7 @@ def assert_serial(world: Comm, config: Config, steps: int = 2) -> None:
     left = run(
         config, world.with_options(gpu_aware=False, yield_while_waiting=True), steps
     )  # there may be more ranks than cores
-    numbers, tensors = alone(serial(config), steps)
+    numbers, tensors = alone(serial_config(config), steps)
     held = world.all_gather_json([[piece.name, piece.start, piece.stop] for piece in left.held["value"]])
     assert left.numbers == numbers
     for kind, pieces in left.held.items():
@@ -67,7 +67,7 @@ def assert_serial(world: Comm, config: Config, steps: int = 2) -> None:
 
 @pytest.mark.parametrize(("layout", "changes"), list(cases()))
 def test_every_layout_has_the_bits_of_the_serial_run(world: Comm, layout: dict[str, Any], changes: dict[str, Any]) -> None:
-    assert_serial(world, small(**layout, **changes))
+    assert_serial(world, small_config(**layout, **changes))
 
 
 @pytest.mark.mpi(min_size=2)
@@ -76,12 +76,12 @@ def test_activations_too_long_for_mpi_to_buffer(world: Comm, schedule: str) -> N
     """128 KiB each: a send ends when the other rank receives."""
     shape = {"model__n_layers": layers(SIZE, schedule), "model__d_model": 32, "model__context_length": 128}
     work = {"train__micro_batch": 8, "train__global_batch": 8 * SIZE, "model__dropout": 0.0}
-    assert_serial(world, small(**on(SIZE, schedule), **shape, **work), steps=1)
+    assert_serial(world, small_config(**layout(SIZE, schedule), **shape, **work), steps=1)
 
 
 def test_a_run_goes_on_on_another_layout_of_the_ranks(world: Comm, shared: Path) -> None:
-    def trained(comm: Comm, folder: Path, steps: int, **layout: Any) -> dict[str, bytes]:
-        config = tiny(
+    def train_to_end(comm: Comm, folder: Path, steps: int, **layout: Any) -> dict[str, bytes]:
+        config = tiny_config(
             shared / "tokens", folder, **layout, model__n_layers=2 * SIZE, train__steps=steps, train__global_batch=4 * SIZE,
             train__lr_schedule="constant", run__eval_every=0,
         )  # fmt: skip
@@ -92,6 +92,6 @@ def test_a_run_goes_on_on_another_layout_of_the_ranks(world: Comm, shared: Path)
     if world.rank == 0:
         write_tokens(shared)
     world.barrier()
-    trained(world, shared / "run", 1, **on(SIZE, "interleaved"))
-    together = trained(world, shared / "run", 2, **on(zero=3 if SIZE > 1 else 0))
-    assert together == trained(SelfComm(), shared / f"alone-{world.rank}", 2)
+    train_to_end(world, shared / "run", 1, **layout(SIZE, "interleaved"))
+    together = train_to_end(world, shared / "run", 2, **layout(zero=3 if SIZE > 1 else 0))
+    assert together == train_to_end(SelfComm(), shared / f"alone-{world.rank}", 2)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 from machines import machine
-from runs import on, sharded, small, trained
-from text import tiny, write_tokens
+from runs import build_train_model, layout, small_config, train_to_end
+from text import tiny_config, write_tokens
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
@@ -28,13 +28,13 @@ WIDE = {"model__d_model": 128, "model__n_layers": 4, "train__global_batch": 16}
 @pytest.mark.parametrize(
     ("size", "layout"),
     [
-        (1, on()), (2, on()), (3, on()), (4, on(zero=1)), (4, on(zero=2)), (3, on(zero=2)), (4, on(zero=3)), (2, on(2)),
-        (4, on(2, "interleaved", 1)), (4, on(2, zero=3)), (8, on(4, zero=2)), (4, on(zero=0, reduce="sent")),
-        (3, on(zero=0, reduce="sent")),
+        (1, layout()), (2, layout()), (3, layout()), (4, layout(zero=1)), (4, layout(zero=2)), (3, layout(zero=2)), (4, layout(zero=3)), (2, layout(2)),
+        (4, layout(2, "interleaved", 1)), (4, layout(2, zero=3)), (8, layout(4, zero=2)), (4, layout(zero=0, reduce="sent")),
+        (3, layout(zero=0, reduce="sent")),
     ],
 )  # fmt: skip
 def test_what_a_rank_holds_is_what_was_said(size, layout, changes):
-    wrong, _ = wrongly_said(resolve(small(**WIDE, **layout, **changes)), size, size)
+    wrong, _ = wrongly_said(resolve(small_config(**WIDE, **layout, **changes)), size, size)
     assert wrong == []
 
 
@@ -44,7 +44,9 @@ def test_what_a_rank_holds_is_what_was_said(size, layout, changes):
     ("size", "ranks_per_node", "batch"), [(4, 2, 16), (4, 2, 12), (6, 2, 16), (6, 3, 11), (8, 4, 16), (4, 1, 16), (3, 1, 11)]
 )
 def test_what_goes_between_nodes_is_counted(size, ranks_per_node, batch, zero, wire):
-    config = resolve(small(**WIDE | {"train__global_batch": batch}, **on(zero=zero, reduce="shared", wire_dtype=wire)))
+    config = resolve(
+        small_config(**WIDE | {"train__global_batch": batch}, **layout(zero=zero, reduce="shared", wire_dtype=wire))
+    )
     wrong, most = wrongly_said(config, size, ranks_per_node)
     assert wrong == []
     assert most > 500_000
@@ -54,7 +56,7 @@ def wrongly_said(config, size, ranks_per_node):
     """Parts that a rank holds otherwise than said: what, said, held; and the most that an exchange needs, in bytes."""
 
     def body(comm):
-        model = sharded(config, comm)
+        model = build_train_model(config, comm)
         shape = MeshShape(pipeline=model.pipeline.size, data=model.data.size)
         said = memory_bytes(config, VOCAB_SIZE, model.cut, shape, list(model.stages), "cpu", min(ranks_per_node, shape.data))
         return said, model.memory_bytes()
@@ -101,7 +103,7 @@ def test_a_machine_is_measured_written_and_read(size, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())  # what was written to try the disk is gone
     write(tmp_path / "machine.json", measured)
     again = read(str(tmp_path / "machine.json"))
-    config = resolve(small(**WIDE))
+    config = resolve(small_config(**WIDE))
     shape = MeshShape(data=size)
     said = [step_time(Setting(config, 64, each, shape, size, (4,))).total_s for each in (measured, again)]
     assert said[0] == pytest.approx(said[1], rel=1e-3)
@@ -116,7 +118,7 @@ def here(**changes):
 
 def chosen(tmp_path, size, measured, config=None):
     write(tmp_path / "machine.json", measured)
-    config = replaced(config or resolve(small(**WIDE)), parallel__auto=str(tmp_path / "machine.json"))
+    config = replaced(config or resolve(small_config(**WIDE)), parallel__auto=str(tmp_path / "machine.json"))
 
     def body(comm):
         used = detect_hardware(Train(threads=1, device="cpu"), comm)
@@ -138,8 +140,8 @@ def test_ranks_choose_the_layout_that_is_fastest(tmp_path):
 def test_a_layout_that_was_chosen_trains_to_the_same_bits(tmp_path):
     write(tmp_path / "machine.json", here())
     tokens = write_tokens(tmp_path)
-    alone = trained(tiny(tokens, tmp_path / "alone"), 1)
-    assert trained(tiny(tokens, tmp_path / "chosen", parallel__auto=str(tmp_path / "machine.json")), 2) == alone
+    alone = train_to_end(tiny_config(tokens, tmp_path / "alone"), 1)
+    assert train_to_end(tiny_config(tokens, tmp_path / "chosen", parallel__auto=str(tmp_path / "machine.json")), 2) == alone
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_a_machine_that_is_not_this_one_is_refused(tmp_path, changes, message):
 def test_what_is_chosen_is_what_may_be(tmp_path):
     """With replicas that train by themselves there is no ZeRO, however much faster it would be."""
     dear = replace(here().memory[0], adamw=((1.0, 1e-3),))
-    config = resolve(small(**WIDE, checkpoint__every=0, run__eval_every=0))
+    config = resolve(small_config(**WIDE, checkpoint__every=0, run__eval_every=0))
     ((plain, _), *_) = chosen(tmp_path, 4, here(memory=(dear,)), config)
     assert plain.parallel.zero > 0
     for changes in ({"parallel__sync_every": 4}, {"parallel__compress": 2}):

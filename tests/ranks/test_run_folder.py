@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import on
-from text import TINY, tiny, write_tokens
+from runs import layout
+from text import TINY, tiny_config, write_tokens
 
 from mpilm.checkpoint.format import folder_name
 from mpilm.comm.base import SelfComm
@@ -27,7 +27,7 @@ ONE = SelfComm()
 def stored(tmp_path_factory):
     """A run of four steps with checkpoints at 2 and 4; read only."""
     folder = tmp_path_factory.mktemp("stored")
-    config = tiny(write_tokens(folder), folder / "run", train__steps=4, checkpoint__every=2)
+    config = tiny_config(write_tokens(folder), folder / "run", train__steps=4, checkpoint__every=2)
     run_ranks(1, lambda comm: train(config, comm))
     return config
 
@@ -117,7 +117,7 @@ def test_a_change_can_be_allowed(run):
 def test_what_the_result_does_not_depend_on_may_change(run):
     changed = replaced(run, train__steps=9, train__threads=2, run__eval_every=1, checkpoint__keep=9, generate__seed=4)
     assert opened(changed).step == 4
-    layout = on(2, "zero-bubble", 3, cut=(1, 1), balance="measured")
+    layout = layout(2, "zero-bubble", 3, cut=(1, 1), balance="measured")
     assert opened(replaced(run, **layout, train__recompute="block")).step == 4
 
 
@@ -161,7 +161,7 @@ def test_automatic_names(tmp_path, monkeypatch):
     first = look(config, CONTENT, HERE, ONE).path
     assert first.parent == Path("runs")
     assert look(config, CONTENT, HERE, ONE).path == first
-    for same in ({"run__log_every": 7}, on(2, "gpipe", 1)):
+    for same in ({"run__log_every": 7}, layout(2, "gpipe", 1)):
         assert look(replaced(config, **same), CONTENT, HERE, ONE).path == first
     assert look(replaced(config, train__seed=7), CONTENT, HERE, ONE).path != first
     fresh = replaced(config, checkpoint__resume="never")

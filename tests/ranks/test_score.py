@@ -10,8 +10,8 @@ import torch
 from checkpoints import write_published
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import FAMILIES, small, whole_model
-from text import text, tiny, write_text, write_tokens
+from runs import FAMILIES, full_model, small_config
+from text import make_text, tiny_config, write_text, write_tokens
 from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
@@ -35,8 +35,8 @@ def folders(tmp_path_factory):
     made = {}
     for family in ("llama", "gpt2", "bert"):
         tokenizer = bytes_tokenizer().with_mask() if family == "bert" else bytes_tokenizer()
-        shape = small(**FAMILIES[family], model__context_length=T, model__dropout=0.0).model
-        model, _ = whole_model(shape, tokenizer.vocab_size, torch.device("cpu"))
+        shape = small_config(**FAMILIES[family], model__context_length=T, model__dropout=0.0).model
+        model, _ = full_model(shape, tokenizer.vocab_size, torch.device("cpu"))
         for name, p in model.named_parameters():
             mean = 1.0 if name.endswith("norm.weight") else 0.0
             p.data.copy_(initial_value(2, name, tuple(p.shape), 0.1) + mean)
@@ -186,7 +186,7 @@ def shrink(folder):
 def test_the_held_out_part_of_a_run(tmp_path, family, prepared):
     """All of it, of the run's own text with the run's own tokenizer, whatever that was: the loss of its last evaluation."""
     source = write_tokens(tmp_path / "data") if prepared else write_text(tmp_path / "data")
-    config = tiny(
+    config = tiny_config(
         source, tmp_path / "run", **FAMILIES[family], data__tokenizer="auto" if prepared else "bpe:300",
         data__eval_fraction=0.2, train__steps=2, run__eval_batches=0, model__dropout=0.0,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import write_published
-from runs import FAMILIES, small, whole_model
+from runs import FAMILIES, full_model, small_config
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 from transformers import AutoModelForCausalLM
@@ -34,8 +34,8 @@ def folders(tmp_path_factory):
     """A random model of each family, with a context of 16 tokens."""
     made = {}
     for family in FAMILIES:
-        shape = small(**FAMILIES[family], model__context_length=16, model__dropout=0.0).model
-        model, _ = whole_model(shape, V, torch.device("cpu"))
+        shape = small_config(**FAMILIES[family], model__context_length=16, model__dropout=0.0).model
+        model, _ = full_model(shape, V, torch.device("cpu"))
         for name, p in model.named_parameters():
             mean = 1.0 if name.endswith("norm.weight") else 0.0
             p.data.copy_(initial_value(2, name, tuple(p.shape), 0.3) + mean)

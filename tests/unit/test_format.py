@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import read_tensors
 from safetensors.torch import save_file
-from text import tiny
+from text import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mpilm.checkpoint.format as format_module
@@ -43,7 +43,7 @@ ONE = SelfComm()
 
 def parts(tie=True, seed=0, vocab_size=257, **changes):
     """A model with initial values, and a state that one rank holds alone."""
-    config = tiny("", "", model__tie_embeddings=tie, model__dropout=0.0, **changes).model
+    config = tiny_config("", "", model__tie_embeddings=tie, model__dropout=0.0, **changes).model
     model = build_model(config, vocab_size)
     if tie:
         model.head.weight = model.embed.weight
@@ -292,7 +292,7 @@ def test_a_flipped_bit_of_a_header_is_refused_or_harmless(tmp_path):
         assert str(path) in said
 
 
-def sharded(folder, **changes):
+def build_train_model(folder, **changes):
     """A folder of two files and their index."""
     save_file({"a": torch.tensor([1.0])}, folder / "model-00001-of-00002.safetensors")
     save_file({"b": torch.tensor([2.0])}, folder / "model-00002-of-00002.safetensors")
@@ -302,7 +302,7 @@ def sharded(folder, **changes):
 
 
 def test_a_folder_of_several_files(tmp_path):
-    wanted = sharded(tmp_path)
+    wanted = build_train_model(tmp_path)
     read_tensors(tmp_path, wanted)
     assert (wanted["a"], wanted["b"]) == (1.0, 2.0)
     with pytest.raises(ConfigError, match="has no tensor c"):
@@ -317,7 +317,7 @@ def test_an_index_cannot_speak_of_files_elsewhere(tmp_path, name):
     folder = tmp_path / "model"
     folder.mkdir()
     save_file({"a": torch.tensor([9.0])}, tmp_path / "secret.safetensors")
-    wanted = sharded(folder, a=name)
+    wanted = build_train_model(folder, a=name)
     with pytest.raises(DataError, match="index of tensors in files of its own folder"):
         read_tensors(folder, wanted)
     assert not wanted["a"]
@@ -325,17 +325,17 @@ def test_an_index_cannot_speak_of_files_elsewhere(tmp_path, name):
 
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', "nonsense"])
 def test_what_is_no_index(tmp_path, index):
-    wanted = sharded(tmp_path)
+    wanted = build_train_model(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(DataError, match=r"model\.safetensors\.index\.json"):
         read_tensors(tmp_path, wanted)
 
 
 def test_an_index_that_is_wrong(tmp_path):
-    wanted = sharded(tmp_path, a="model-00002-of-00002.safetensors")
+    wanted = build_train_model(tmp_path, a="model-00002-of-00002.safetensors")
     with pytest.raises(DataError, match=r"model-00002-of-00002.safetensors has no tensor a"):
         read_tensors(tmp_path, wanted)
-    sharded(tmp_path, a="model-00003-of-00003.safetensors")
+    build_train_model(tmp_path, a="model-00003-of-00003.safetensors")
     with pytest.raises(FileError, match=r"model-00003-of-00003.safetensors cannot be read: No such file"):
         read_tensors(tmp_path, wanted)
 
