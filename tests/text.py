@@ -61,6 +61,6 @@ TINY = Config(
 
 
 def tiny_config(data: Path | tuple[str, ...], run: Path, **changes: Any) -> Config:
-    """Return a run of a second over `data`, a path or paths and shares, in the folder `run`; changes are written section__key."""
+    """Return a run of a second over `data` (a path, or paths and shares) in the folder `run`; changes are section__key."""
     paths = data if isinstance(data, tuple) else (str(data),)
     return resolve(replaced(TINY, data__path=paths, run__dir=str(run), **changes))
