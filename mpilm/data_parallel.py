@@ -1,7 +1,5 @@
 """Data parallelism for your own torch model and training loop: docs/own-model.md, scripts/own_model.py."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,9 +9,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpilm.checkpoint.format import MANIFEST, TEMPORARY, Writer, folder_name, read_json
-from mpilm.checkpoint.save import prune, remove_leftovers, set_aside
-from mpilm.checkpoint.verify import Verify, newest_valid, with_help
+from mpilm.checkpoint.format import MANIFEST, TEMPORARY, FolderWriter, checkpoint_name, read_json
+from mpilm.checkpoint.manager import prune_checkpoints, remove_leftovers, set_aside
+from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
 from mpilm.engine.hardware import cores_per_rank
@@ -87,7 +85,7 @@ class DataParallel:
 
     def save(self, folder: str | Path, step: int, optimizer: Optimizer | None = None, extra: Any = None, keep: int = 2) -> None:
         """Write FOLDER/step-NNNNNNNN atomically: model, optimizer state, `extra` (JSON) and digests. Keep the `keep` newest."""
-        final, temporary = Path(folder, folder_name(step)), Path(folder, TEMPORARY + folder_name(step))
+        final, temporary = Path(folder, checkpoint_name(step)), Path(folder, TEMPORARY + checkpoint_name(step))
 
         def write() -> None:
             if (final / MANIFEST).is_file():
@@ -97,22 +95,22 @@ class DataParallel:
                 final.parent.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(final.parent)
                 temporary.mkdir()
-                writer = Writer(temporary)
-                writer.data("model.safetensors", save(_copy_to_host(self.model.state_dict())))
-                writer.data("optimizer.safetensors", save(_copy_to_host(tensors)))
-                writer.json("trainer.json", {"step": step, "optimizer": numbers, "extra": extra})
-                writer.all_gather_parameters(final)
+                writer = FolderWriter(temporary)
+                writer.write_bytes("model.safetensors", save(_copy_to_host(self.model.state_dict())))
+                writer.write_bytes("optimizer.safetensors", save(_copy_to_host(tensors)))
+                writer.write_json("trainer.json", {"step": step, "optimizer": numbers, "extra": extra})
+                writer.commit(final)
             except OSError as error:
                 raise FileError(f"checkpoint {final} could not be written: {error.strerror}") from None
-            prune(final.parent, keep, keep_best=False)
+            prune_checkpoints(final.parent, keep, keep_best=False)
 
         run_on_root(self.comm, write)
 
     def load(self, folder: str | Path, optimizer: Optimizer | None = None) -> int:
         """Load the newest undamaged checkpoint in FOLDER and its `extra`; return its step, or 0 if there is none."""
 
-        def find(verify: Verify) -> str:
-            newest, broken = newest_valid(Path(folder), verify)
+        def find(verify: Verifier) -> str:
+            newest, broken = find_newest_valid(Path(folder), verify)
             if broken and newest is None:
                 raise DataError(f"every checkpoint in {folder} is damaged:\n  " + "\n  ".join(broken.values()))
             set_aside(broken)
@@ -130,7 +128,7 @@ class DataParallel:
             self.extra = trainer["extra"]
             return int(trainer["step"])
 
-        path = self.comm.broadcast_json(with_help(self.comm, find))
+        path = self.comm.broadcast_json(run_on_root_with_verify(self.comm, find))
         return run_on_all_ranks(self.comm, read) if path else 0
 
 

@@ -1,78 +1,54 @@
-"""Errors meant for the person who made the mistake, each with the exit code that scripts can rely on."""
+"""Errors for the user, each with an exit code that scripts can rely on."""
 
-from __future__ import annotations
+import os
+
+RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "SLURM_PROCID")  # by launcher
+
+
+def is_first_process() -> bool:
+    """Return whether the launcher calls this process rank 0, so that it may print before MPI is up."""
+    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"
 
 
 class UserError(Exception):
-    """Something a user can put right: one sentence that says what is wrong, where, and what to write instead."""
+    """A problem that the user can fix. The message says what is wrong, where, and what to write instead."""
 
     code = 1
 
 
 class ConfigError(UserError):
-    """A setting, or a combination of settings, that cannot work (EX_CONFIG)."""
-
-    code = 78
+    code = 78  # EX_CONFIG: a setting, or a combination of settings, that cannot work
 
 
 class DataError(UserError):
-    """Text or tokens that cannot be used as they are (EX_DATAERR)."""
-
-    code = 65
+    code = 65  # EX_DATAERR: text or tokens that cannot be used as they are
 
 
 class FileError(UserError):
-    """A file or folder that cannot be read or written (EX_IOERR)."""
-
-    code = 74
+    code = 74  # EX_IOERR: a file or folder that cannot be read or written
 
 
 class PreemptedError(UserError):
-    """No error: a run that was asked to stop has saved, and waits to be started again (EX_TEMPFAIL)."""
-
-    code = 75
+    code = 75  # EX_TEMPFAIL: no error; a run that was asked to stop has saved and waits to be restarted
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient that is no longer a finite number."""
-
-    code = 87
+    code = 87  # a loss or gradient that is infinite or NaN
 
 
 class RanksDisagreeError(UserError):
-    """Ranks that should hold or do the same thing, and do not."""
-
-    code = 88
+    code = 88  # ranks that should hold the same values or make the same calls, but do not
 
 
 class OutOfMemoryError(UserError):
-    """A rank gets no more memory (EX_OSERR)."""
-
-    code = 71
+    code = 71  # EX_OSERR: a memory allocation that failed on a rank
 
 
 class LostRankError(UserError):
-    """Ranks of the job are not there any more, and the others cannot go on without them."""
-
-    code = 89
+    code = 89  # ranks of the job have failed, and the others cannot continue without them
 
 
-BY_CODE = {
-    kind.code: kind
-    for kind in (
-        UserError,
-        ConfigError,
-        DataError,
-        FileError,
-        PreemptedError,
-        NonFiniteError,
-        RanksDisagreeError,
-        OutOfMemoryError,
-        LostRankError,
-    )
-}
-
-
-def from_code(code: int, message: str) -> UserError:
-    """The error of that exit code: how an error found on one rank is raised again on all of them."""
-    return BY_CODE.get(code, UserError)(message)
+def error_from_code(code: int, message: str) -> UserError:
+    """Return the error with this exit code, to raise an error of one rank on all ranks."""
+    kinds = {kind.code: kind for kind in UserError.__subclasses__()}
+    return kinds.get(code, UserError)(message)

@@ -10,7 +10,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from mpilm.cli import parse, run_alone
+from mpilm.config.parse import parse
+from mpilm.launch.local import run_local
 from mpilm.telemetry.live import watch_run
 
 DESCRIPTION = (
@@ -37,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_alone(lambda: main)
+    run_local(lambda: main)

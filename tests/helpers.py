@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError
+from mpilm.errors import UserError
 
 LAUNCHER = Path(sys.executable).with_name("mpirun")  # the one that came with the library in this environment
 OPEN_MPI = {  # as root, and with more ranks than cores; MPICH reads none of these
@@ -54,3 +60,13 @@ def refusal(command: str, *arguments: object, ranks: int = 0, code: int = 78, li
     assert done.stderr.count("mpilm: error") == 1, text
     assert "Traceback" not in text
     return re.split(r"mpilm: error(?: on rank \d+ of \d+ on \S+)?: ", done.stderr)[1]
+
+
+def refusal_in_process(command: str, *arguments: object, code: int = 78) -> str:
+    """Run a command on one rank in this process; it must be refused with this exit code. Return the message."""
+    main = importlib.import_module(f"mpilm.{command}").main
+    with mock.patch.object(sys, "argv", [command, *map(str, arguments)]), pytest.raises((UserError, CollectiveError)) as caught:
+        main()(SelfComm("world"))
+    error = caught.value.error if isinstance(caught.value, CollectiveError) else caught.value
+    assert error.code == code, error
+    return str(error)

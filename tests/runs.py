@@ -14,27 +14,27 @@ import torch
 from text import TINY
 from torch import Tensor, nn
 
-from mpilm.checkpoint.format import checkpoints
+from mpilm.checkpoint.format import list_checkpoints
 from mpilm.comm.base import Comm
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.threads import run_ranks
-from mpilm.config import Config, Model, microbatches, replaced, resolve
+from mpilm.config.check import check_config
+from mpilm.config.schema import Config, ModelConfig, microbatch_count, override, resolve_config
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.engine.step import MicrobatchSource, StepResult, total_loss, train_step
 from mpilm.engine.train_model import TrainModel
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel import flat_layout, tied
-from mpilm.parallel.feasible import cut_by_cost, mesh_shape
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
+from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
-from mpilm.validation import validate
 from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
 CPU = torch.device("cpu")
 State = Mapping[str, Mapping[ParamSlice, Tensor]]  # what a rank updates: "value", and moments by name
 
-SMALL = replaced(
+SMALL = override(
     TINY, model__n_layers=4, model__n_heads=2, model__n_kv_heads=1, model__d_model=16, model__context_length=8,
     train__micro_batch=1, train__global_batch=8, train__clip_norm=0.5, train__warmup_steps=1,
 )  # fmt: skip
@@ -68,8 +68,8 @@ class Outcome:
 
 def small_config(**changes: Any) -> Config:
     """Return SMALL with changes written section__key; raise ConfigError if it cannot work."""
-    config = resolve(replaced(SMALL, **changes))
-    validate(config)
+    config = resolve_config(override(SMALL, **changes))
+    check_config(config)
     return config
 
 
@@ -83,13 +83,13 @@ def layout(pipeline: int = 1, schedule: str = "1f1b", zero: int = 0, **more: Any
 
 def serial_config(config: Config) -> Config:
     """Return the config of the same work on one rank."""
-    return resolve(replaced(config, **SERIAL, train__recompute="none"))
+    return resolve_config(override(config, **SERIAL, train__recompute="none"))
 
 
 def build_train_model(config: Config, comm: Comm, checks_calls: bool = False, alignment: int = ALIGNMENT) -> TrainModel:
     """Return a model with its initial values. Collective."""
-    mesh = Mesh.build(mesh_shape(config, comm.size), InstrumentedComm(comm, checks_calls))
-    model = TrainModel(config, mesh, cut_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, CPU, alignment)
+    mesh = Mesh.build(resolve_mesh_shape(config, comm.size), InstrumentedComm(comm, checks_calls))
+    model = TrainModel(config, mesh, partition_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, CPU, alignment)
     model.init_parameters()
     return model
 
@@ -97,7 +97,7 @@ def build_train_model(config: Config, comm: Comm, checks_calls: bool = False, al
 def eval_loss(model: TrainModel, total: int) -> float:
     """Return the loss of `total` microbatches that no step uses. Collective."""
     source = RandomTokens(model.config)
-    return total_loss(model.forward(total, lambda m: source.train(1000, m)), total, model.mesh.world)
+    return total_loss(model.forward(total, lambda m: source.training_batch(1000, m)), total, model.mesh.world)
 
 
 def train_steps(config: Config, comm: Comm, steps: int = 2, **options: Any) -> Outcome:
@@ -107,7 +107,7 @@ def train_steps(config: Config, comm: Comm, steps: int = 2, **options: Any) -> O
         result = train_step(model, source, step)
         numbers += [result.loss, result.grad_norm]
         if step == 0:
-            numbers.append(eval_loss(model, microbatches(config) + 1))
+            numbers.append(eval_loss(model, microbatch_count(config) + 1))
     return Outcome(numbers, owned_state(model))
 
 
@@ -159,7 +159,7 @@ def small_buckets(numel: int) -> Iterator[None]:
         yield
 
 
-def full_model(shape: Model, vocab_size: int, device: torch.device) -> tuple[nn.Module, FlatParameters]:
+def full_model(shape: ModelConfig, vocab_size: int, device: torch.device) -> tuple[nn.Module, FlatParameters]:
     """Return the full model on one rank, and the flat vector its parameters are views of, all zero."""
     model = meta_model(shape, vocab_size)
     flat = FlatParameters(resolve_model_layouts(shape, vocab_size, (shape.n_layers,)), device)
@@ -169,7 +169,7 @@ def full_model(shape: Model, vocab_size: int, device: torch.device) -> tuple[nn.
 
 def full_batch(source: Any, step: int, total: int) -> tuple[Tensor, Tensor]:
     """Return tokens and targets of all microbatches of a step."""
-    batches = [source.train(step, m) for m in range(total)]
+    batches = [source.training_batch(step, m) for m in range(total)]
     return torch.cat([batch.tokens for batch in batches]), torch.cat([batch.targets for batch in batches])
 
 
@@ -184,7 +184,7 @@ def train_to_end(config: Config, size: int) -> dict[str, bytes]:
 
 def newest_tensors(config: Config) -> dict[str, bytes]:
     """Return the tensor files of a run's newest checkpoint."""
-    return read_tensor_files(checkpoints(Path(config.run.dir) / "checkpoints")[-1])
+    return read_tensor_files(list_checkpoints(Path(config.run.dir) / "checkpoints")[-1])
 
 
 def read_tensor_files(folder: Path) -> dict[str, bytes]:
@@ -193,7 +193,7 @@ def read_tensor_files(folder: Path) -> dict[str, bytes]:
 
 def train_until_killed(config: Config, size: int, step: int) -> None:
     """Train as if all ranks were killed before step `step` (from 0), after every earlier checkpoint was written."""
-    config = replaced(config, checkpoint__asynchronous=False)
+    config = override(config, checkpoint__asynchronous=False)
 
     def step_or_die(model: TrainModel, source: MicrobatchSource, number: int, *more: Any) -> StepResult:
         if number == step:

@@ -8,9 +8,19 @@ from typing import Any
 import numpy as np
 
 from mpilm.comm.base import SelfComm
-from mpilm.config import Checkpoint, Config, Data, Generate, Model, Run, Train, replaced, resolve
+from mpilm.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    GenerateConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    override,
+    resolve_config,
+)
 from mpilm.data.corpus import Corpus
-from mpilm.data.prepare import prepare
+from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer
 
 SYLLABLES = ("ba", "re", "mi", "no", "tu", "ska", "el", "or", "in", "thé", "qu", "ax")
@@ -40,7 +50,7 @@ def write_text(folder: Path) -> Path:
 
 def write_tokens(folder: Path) -> Path:
     """Write the same as prepared tokens of single bytes; return the prefix of their files."""
-    prepare(Data(path=(str(write_text(folder)),), tokenizer="bytes"), folder / "tokens", SelfComm())
+    prepare_tokens(DataConfig(path=(str(write_text(folder)),), tokenizer="bytes"), folder / "tokens", SelfComm())
     return folder / "tokens"
 
 
@@ -50,12 +60,12 @@ def corpus_of(tokens: Any) -> Corpus:
 
 
 TINY = Config(
-    model=Model(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, context_length=16, dropout=0.1),
-    data=Data(tokenizer="bytes"),
-    train=Train(steps=6, global_batch=16, micro_batch=2, warmup_steps=2, threads=1, device="cpu"),
-    checkpoint=Checkpoint(every=0),
-    run=Run(log_every=1, eval_every=3, eval_batches=1),
-    generate=Generate(max_tokens=0),
+    model=ModelConfig(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, context_length=16, dropout=0.1),
+    data=DataConfig(tokenizer="bytes"),
+    train=TrainConfig(steps=6, global_batch=16, micro_batch=2, warmup_steps=2, threads=1, device="cpu"),
+    checkpoint=CheckpointConfig(every=0),
+    run=RunConfig(log_every=1, eval_every=3, eval_batches=1),
+    generate=GenerateConfig(max_tokens=0),
 )
 """8 microbatches a step, some thirty thousand parameters, dropout on."""
 
@@ -63,4 +73,4 @@ TINY = Config(
 def tiny_config(data: Path | tuple[str, ...], run: Path, **changes: Any) -> Config:
     """Return a run of a second over `data` (a path, or paths and shares) in the folder `run`; changes are section__key."""
     paths = data if isinstance(data, tuple) else (str(data),)
-    return resolve(replaced(TINY, data__path=paths, run__dir=str(run), **changes))
+    return resolve_config(override(TINY, data__path=paths, run__dir=str(run), **changes))

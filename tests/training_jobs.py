@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from helpers import OPEN_MPI
 
-from mpilm.checkpoint.format import checkpoints
+from mpilm.checkpoint.format import list_checkpoints
 from mpilm.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +157,7 @@ def logged_step(run: Path) -> int:
 
 def read_outcome(run: Path) -> tuple[str, dict[str, bytes], list[list[Any]]]:
     """Return name and bits of the newest checkpoint, and the numbers of every step."""
-    newest = checkpoints(run / "checkpoints")[-1]
+    newest = list_checkpoints(run / "checkpoints")[-1]
     files = {name: (newest / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "event" not in row]
     return newest.name, files, [[row.get(key) for key in ("step", "loss", "grad_norm", "eval_loss")] for row in rows]

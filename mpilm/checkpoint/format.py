@@ -1,127 +1,121 @@
-"""Names, digests and the layout of files on disk; nothing here knows of ranks.
+"""The format of a checkpoint on disk: file names, safetensors headers, digests and the manifest. Knows no ranks.
 
-A checkpoint is a folder step-NNNNNNNN whose manifest.json, written last, holds the size and the digest of every other
-file. It is written under a temporary name and renamed when complete: a folder with the final name and a manifest is whole.
+A checkpoint is a folder step-NNNNNNNN. Its manifest.json, written last, holds the size and the digest of every other file. The
+folder is written under a temporary name and then renamed, so a folder that has its final name and a manifest is complete.
 """
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from mpilm.config.schema import ModelConfig
 from mpilm.errors import DataError, FileError
+from mpilm.model.hf.names import hf_name
 
 BLOCK_BYTES = 16 << 20  # files are written and hashed in fixed blocks, so that several ranks can share one file
+ITEM_BYTES = 4  # all tensors of a checkpoint are float32
+PARAMETER = "parameter"  # the kind of tensor that is not a moment
 MANIFEST = "manifest.json"
 TEMPORARY = ".writing-"
-NAME = re.compile(r"step-(\d{8,})")
+
+TensorShape = tuple[int, ...]
 
 
-Point = Callable[[str], None]
-
-
-def nowhere(point: str) -> None:
-    """A point on the way of a checkpoint to the disk, at which nothing is to be done."""
-
-
-def folder_name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def step_of(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name; None for any other folder."""
-    match = NAME.fullmatch(folder.name)
+def checkpoint_step(folder: Path) -> int | None:
+    """Return the step in a checkpoint folder's name, or None for any other folder."""
+    match = re.fullmatch(r"step-(\d{8,})", folder.name)
     return int(match.group(1)) if match else None
 
 
-def incomplete(parent: Path) -> list[Path]:
-    """Folders in `parent` that are called like a checkpoint and have no manifest."""
-    return sorted(f for f in parent.iterdir() if step_of(f) is not None and not (f / MANIFEST).is_file())
+def list_checkpoints(parent: Path) -> list[Path]:
+    """Return the complete checkpoints in `parent`, oldest first."""
+    folders = [f for f in parent.iterdir() if checkpoint_step(f) is not None] if parent.is_dir() else []
+    return sorted((f for f in folders if (f / MANIFEST).is_file()), key=lambda f: checkpoint_step(f) or 0)
 
 
-def checkpoints(parent: Path) -> list[Path]:
-    """The complete checkpoints in `parent`, oldest first, found by looking and not by a file that says so."""
-    if not parent.is_dir():
-        return []
-    found = [(step, f) for f in parent.iterdir() if (step := step_of(f)) is not None and (f / MANIFEST).is_file()]
-    return [folder for _, folder in sorted(found)]
+def list_incomplete(parent: Path) -> list[Path]:
+    """Return the folders in `parent` that are named like a checkpoint but have no manifest."""
+    return sorted(f for f in parent.iterdir() if checkpoint_step(f) is not None and not (f / MANIFEST).is_file())
 
 
-class Digest:
-    """sha256 over the sha256 of each block of BLOCK_BYTES."""
+def file_stem(kind: str, model: ModelConfig) -> str:
+    """Return the stem of the names of the safetensors files that hold a kind of tensor: PARAMETER, or a kind of moment."""
+    return "optimizer" if kind != PARAMETER else "adapter_model" if model.lora_rank else "model"
 
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._blocks = b""
-        self._block, self._room = hashlib.sha256(), BLOCK_BYTES
 
-    def update(self, data: memoryview | bytes) -> None:
-        view = memoryview(data)
-        self.bytes += len(view)
-        while len(view):
-            part, view = view[: self._room], view[self._room :]
-            self._block.update(part)
-            self._room -= len(part)
-            if not self._room:
-                self._close_block()
+def stored_name(name: str, kind: str, model: ModelConfig) -> str:
+    """Return the name in the files of the parameter `name`, or of a kind of its moments."""
+    return hf_name(name, model.arch) if kind == PARAMETER else f"{name}.{kind}"
 
-    def _close_block(self) -> None:
-        self._blocks += self._block.digest()
-        self._block, self._room = hashlib.sha256(), BLOCK_BYTES
 
-    def entry(self) -> dict[str, Any]:
-        """What the manifest says of the file."""
-        if self._room < BLOCK_BYTES:
-            self._close_block()
-        return manifest_entry(self.bytes, self._blocks)
+def pack_header(shapes: Mapping[str, TensorShape]) -> bytes:
+    """Return the first bytes of a safetensors file of float32 tensors in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, shape in shapes.items():
+        stop = start + prod(shape) * ITEM_BYTES
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def count_blocks(nbytes: int) -> int:
+    """Return the number of blocks in a file of this size."""
+    return -(-nbytes // BLOCK_BYTES)
+
+
+def hash_blocks(data: bytes) -> bytes:
+    """Return the sha256 of each block of a file's content, concatenated."""
+    view = memoryview(data)
+    return b"".join(hashlib.sha256(view[at : at + BLOCK_BYTES]).digest() for at in range(0, len(view), BLOCK_BYTES))
 
 
 def manifest_entry(nbytes: int, block_digests: bytes) -> dict[str, Any]:
-    """What the manifest says of a file, from the sha256 of each of its blocks, one after the other."""
+    """Return the manifest's entry for a file, given the concatenated sha256 of its blocks."""
     return {"bytes": nbytes, "sha256_of_blocks": hashlib.sha256(block_digests).hexdigest()}
 
 
-class Writer:
-    """Writes small files of one folder, hashing on the way, each synced to disk when it is closed; `entries` is what the
-    manifest will say, and takes files that others have written too."""
+class FolderWriter:
+    """Writes the small files of one checkpoint folder, syncs each to disk, and commits the folder."""
 
-    def __init__(self, folder: Path, at: Point = nowhere):
-        self.folder, self.at = folder, at
-        self.entries: dict[str, dict[str, Any]] = {}
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.entries: dict[str, dict[str, Any]] = {}  # of the manifest, by file; files of other writers are added here
 
-    def json(self, name: str, value: Any) -> None:
-        self.text(name, written(value))
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, dump_json(value).encode())
 
-    def text(self, name: str, text: str) -> None:
-        self.data(name, text.encode())
-
-    def data(self, name: str, data: bytes) -> None:
+    def write_bytes(self, name: str, data: bytes) -> None:
         with open(self.folder / name, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        digest = Digest()
-        digest.update(data)
-        self.entries[name] = digest.entry()
+        self.entries[name] = manifest_entry(len(data), hash_blocks(data))
 
-    def all_gather_parameters(self, final: Path) -> None:
-        """Write the manifest, after which the folder is complete, and give the folder its name, durably."""
-        self.at("checkpoint.manifest")
-        self.json(MANIFEST, {"format": 1, "files": self.entries})
+    def commit(self, final: Path) -> None:
+        """Complete the folder with its manifest, then rename it to `final`; both survive a power loss."""
+        self.write_manifest()
         sync_folder(self.folder)
-        self.at("checkpoint.rename")
-        os.rename(self.folder, final)
+        self.rename(final)
         sync_folder(final.parent)
 
+    def write_manifest(self) -> None:
+        self.write_json(MANIFEST, {"format": 1, "files": self.entries})
 
-def written(value: Any) -> str:
-    """The one way in which JSON is written here."""
-    return json.dumps(value, indent=2) + "\n"
+    def rename(self, final: Path) -> None:
+        os.rename(self.folder, final)
 
 
 def sync_folder(folder: Path) -> None:
@@ -134,31 +128,46 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The entries of a checkpoint's manifest by file name; raises FileError or DataError."""
-    manifest = read_json(folder / MANIFEST)
+    """Return the entries of a checkpoint's manifest by file name. Raises FileError or DataError."""
+    path = folder / MANIFEST
+    manifest = read_json(path)
     files = manifest.get("files")
     if manifest.get("format") != 1 or not isinstance(files, dict) or not all(map(_is_entry, files, files.values())):
-        raise DataError(f"{folder / MANIFEST} is not a manifest, of format 1, of files in its own folder")
-    if (folder / MANIFEST).read_bytes() != written(manifest).encode():  # it has no digest of its own
-        raise DataError(f"{folder / MANIFEST} has been altered: it is not as it was written")
+        raise DataError(f"{path} is not a manifest of format 1 that lists files of its own folder")
+    if path.read_bytes() != dump_json(manifest).encode():  # no digest covers the manifest itself
+        raise DataError(f"{path} has been altered: its bytes are not those that were written")
     return files
 
 
-def in_folder(name: Any) -> bool:
-    """Whether a name found in a file is that of a file beside it, and leads nowhere else."""
+def _is_entry(name: str, entry: Any) -> bool:
+    has_fields = isinstance(entry, dict) and set(entry) == {"bytes", "sha256_of_blocks"}
+    return is_file_name(name) and has_fields and type(entry["bytes"]) is int
+
+
+def is_file_name(name: Any) -> bool:
+    """Return whether a name read from a file is a plain file name, which cannot lead out of the folder."""
     return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
-def _is_entry(name: str, entry: Any) -> bool:
-    return in_folder(name) and isinstance(entry, dict) and set(entry) == {"bytes", "sha256_of_blocks"}
+def dump_json(value: Any) -> str:
+    """Return the one JSON text that checkpoints hold for a value."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+@contextlib.contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn an OSError into a FileError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises FileError or DataError naming the file."""
+    """Read a JSON object. Raises FileError or DataError naming the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}") from None
+        with reading(path):
+            value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -1,148 +1,190 @@
-"""Read a checkpoint back: verified first, then read by every rank for itself, the bytes it needs and no others."""
+"""Loading: every rank reads the bytes that it needs, and no others, from a checkpoint or any Hugging Face folder.
 
-from __future__ import annotations
+A safetensors file is 8 bytes with the length of a JSON header, the header, and the tensors. The safetensors library checks the
+header, but reads whole rows into new memory. So tensors are read here, as ranges of elements into the memory of parameters.
+"""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import contextlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mpilm.checkpoint.format import MANIFEST
-from mpilm.checkpoint.tensors import Shape, find, open_tensors
-from mpilm.checkpoint.verify import with_help
+from mpilm.checkpoint.format import MANIFEST, PARAMETER, TensorShape, file_stem, is_file_name, read_json, reading, stored_name
+from mpilm.checkpoint.verify import run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
-from mpilm.config import Model
-from mpilm.errors import ConfigError
-from mpilm.model.hf.names import hf_name, match_keys
+from mpilm.config.schema import ModelConfig
+from mpilm.errors import ConfigError, DataError
+from mpilm.model.hf.names import match_keys
 from mpilm.parallel.flat_layout import ParamSlice
 
-SHOWN = 4  # names that a message lists
-TIED_MATRICES = ("head.weight",)  # which a file may hold although it is the embedding again
+STAGED_ELEMENTS = 1 << 22  # pass through host memory at a time on their way to a device or another dtype
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PICKLES = ("pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth")
 POSITIONS = "embed.positions.weight"
 
+Slices = Mapping[ParamSlice, Tensor]  # flat float32 tensors on any device, to be filled
+Shapes = Mapping[str, TensorShape]  # global, of all parameters with their own memory
+SlicesByKind = Mapping[str, Slices]  # parameters and moments
+ShapesByKind = Mapping[str, Shapes]
+TensorRefs = Mapping[str, "TensorRef"]
 
-def load(
-    folder: Path,
-    parameters: Mapping[ParamSlice, Tensor],
-    moments: Mapping[str, Mapping[ParamSlice, Tensor]],
-    shapes: Mapping[str, Shape],
-    moment_shapes: Mapping[str, Mapping[str, Shape]],
-    model: Model,
-    comm: Comm,
-    optional: Collection[str] = (),
+
+def load_checkpoint(
+    folder: Path, slices: SlicesByKind, shapes: ShapesByKind, model: ModelConfig, comm: Comm, optional: Collection[str] = ()
 ) -> None:
-    """Fill this rank's pieces, flat float32 tensors on any device, from a verified checkpoint of any layout. Collective over
-    `comm`; raises AgreedError on all ranks alike.
+    """Fill this rank's slices from a verified checkpoint of any layout. Every rank compares all shapes with the files. Kinds in
+    `optional` stay as they are if the files have none. Collective over `comm`; raises AgreedError on all ranks."""
 
-    `shapes`: every trained parameter of the whole model that has memory of its own; all are compared with the files on every
-    rank. `moments` and their shapes are by kind, and may be empty; `optional`: kinds that are left as they are where there are
-    none in the files.
+    def read() -> None:
+        for kind, kind_shapes in shapes.items():
+            names = {name: stored_name(name, kind, model) for name in kind_shapes}
+            with open_tensors(folder, file_stem(kind, model)) as refs:
+                if kind not in optional or any(name in refs for name in names.values()):
+                    _read_slices(folder, refs, slices.get(kind, {}), names, kind_shapes, exact=True)
+
+    run_on_all_ranks(comm, read)
+
+
+def load_hf_weights(
+    folder: Path, parameters: Slices, shapes: Shapes, model: ModelConfig, comm: Comm, adapter: bool = False
+) -> None:
+    """Fill this rank's slices from a Hugging Face folder: one safetensors file or several with an index, in F16, BF16, F32 or
+    F64. Collective over `comm`; raises AgreedError on all ranks.
+
+    With `adapter`, the parameters are those of the adapter in the folder, as PEFT or mpilm writes it. A table of learned
+    positions may be longer than the model needs. A folder with a manifest is verified first.
     """
-    run_on_all_ranks(comm, lambda: _load(folder, parameters, moments, shapes, moment_shapes, model, optional))
+    run_on_root_with_verify(comm, lambda verify: verify(folder) if (folder / MANIFEST).exists() else None)
+
+    def read() -> None:
+        _check_no_pickles(folder, ("adapter_model*.bin",) if adapter else PICKLES)
+        with open_tensors(folder, file_stem(PARAMETER, model) if adapter else "model") as refs:
+            copies = ("head.weight",) if model.tie_embeddings else ()  # of the embedding, which files may hold as well
+            matched = match_keys(shapes, refs, model.arch, copies)
+            kind = f"an adapter of a {model.arch} model" if adapter else f"a {model.arch} model"
+            hint = ": an adapter must have the same matrices in every block" if adapter else ""
+            for verb, names, end in (("lacks", matched.missing, hint), (f"holds, besides {kind},", matched.unexpected, "")):
+                if names:
+                    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+                    raise ConfigError(f"{folder} {verb} {', '.join(names[:4])}{more}{end}")
+            _read_slices(folder, refs, parameters, matched.names, shapes, exact=False)
+
+    run_on_all_ranks(comm, read)
 
 
-def _load(
-    folder: Path,
-    parameters: Mapping[ParamSlice, Tensor],
-    moments: Mapping[str, Mapping[ParamSlice, Tensor]],
-    shapes: Mapping[str, Shape],
-    moment_shapes: Mapping[str, Mapping[str, Shape]],
-    model: Model,
-    optional: Collection[str],
-) -> None:
-    names = {name: hf_name(name, model.arch) for name in shapes}
-    _read_pieces(folder, weights_stem(model), parameters, names, shapes)
-    for kind, of in moment_shapes.items():
-        names = {name: moment_name(name, kind) for name in of}
-        if kind not in optional or _holds(folder, names.values()):
-            _read_pieces(folder, "optimizer", moments[kind], names, of)
+def _read_slices(folder: Path, refs: TensorRefs, slices: Slices, names: Mapping[str, str], shapes: Shapes, exact: bool) -> None:
+    """Fill `slices` from the tensors with these names, after all of them are found to fit: if `exact`, only in float32."""
+    dtypes = ("F32",) if exact else DTYPES
+    tensors = {n: lookup_tensor(refs, names[n], x, folder, dtypes, not exact and n == POSITIONS) for n, x in shapes.items()}
+    for piece, tensor in slices.items():
+        tensors[piece.name].read(tensor, piece.start)
 
 
-def _holds(folder: Path, names: Iterable[str]) -> bool:
-    with open_tensors(folder, "optimizer") as slots:
-        return any(name in slots for name in names)
-
-
-def moment_name(name: str, kind: str) -> str:
-    """What a parameter's moment is called in the files."""
-    return f"{name}.{kind}"
-
-
-def weights_stem(model: Model) -> str:
-    """What the files of the parameters that are trained are called."""
-    return "adapter_model" if model.lora_rank else "model"
-
-
-def _read_pieces(
-    folder: Path, stem: str, pieces: Mapping[ParamSlice, Tensor], names: Mapping[str, str], shapes: Mapping[str, Shape]
-) -> None:
-    with open_tensors(folder, stem) as slots:
-        found = {name: find(slots, names[name], shape, folder, dtypes=("F32",)) for name, shape in shapes.items()}
-        for piece, tensor in pieces.items():
-            found[piece.name].read(tensor, piece.start)
-
-
-def load_published(
-    folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model, comm: Comm
-) -> None:
-    """Fill this rank's pieces, flat float32 tensors on any device, from a Hugging Face folder: one safetensors file or several
-    with an index, in F16, BF16, F32 or F64. Collective over `comm`; raises AgreedError on all ranks alike.
-
-    `shapes`: of all parameters that have memory of their own. A table of learned positions may be longer than the model needs.
-    A checkpoint is verified first.
-    """
-    with_help(comm, lambda verify: verify(folder) if (folder / MANIFEST).exists() else None)
-    run_on_all_ranks(comm, lambda: _load_published(folder, parameters, shapes, model))
-
-
-def _load_published(folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
-    _refuse_pickles(folder)
-    with open_tensors(folder) as slots:
-        found = match_keys(shapes, slots, model.arch, TIED_MATRICES if model.tie_embeddings else ())
-        for words, names in (("lacks", found.missing), ("holds, besides a " + model.arch + " model,", found.unexpected)):
-            if names:
-                raise ConfigError(f"{folder} {words} {_listed(names)}")
-        places = {
-            name: find(slots, found.names[name], shape, folder, longer=name == POSITIONS) for name, shape in shapes.items()
-        }
-        for piece, tensor in parameters.items():
-            places[piece.name].read(tensor, piece.start)
-
-
-def load_adapter(
-    folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model, comm: Comm
-) -> None:
-    """The same for the adapter that a folder holds, as PEFT or mpilm writes it."""
-    with_help(comm, lambda verify: verify(folder) if (folder / MANIFEST).exists() else None)
-    run_on_all_ranks(comm, lambda: _load_adapter(folder, parameters, shapes, model))
-
-
-def _load_adapter(folder: Path, parameters: Mapping[ParamSlice, Tensor], shapes: Mapping[str, Shape], model: Model) -> None:
-    names = {name: hf_name(name, model.arch) for name in shapes}
-    _refuse_pickles(folder, "adapter_model*.bin")
-    with open_tensors(folder, weights_stem(model)) as slots:
-        extra, missing = sorted(set(slots) - set(names.values())), sorted(set(names.values()) - set(slots))
-        if extra:
-            raise ConfigError(f"{folder} holds, besides the adapter that {model.arch} may have, {_listed(extra)}")
-        if missing:
-            raise ConfigError(f"{folder} lacks {_listed(missing)}: an adapter must be on the same matrices of every block")
-        places = {name: find(slots, names[name], shape, folder) for name, shape in shapes.items()}
-        for piece, tensor in parameters.items():
-            places[piece.name].read(tensor, piece.start)
-
-
-def _refuse_pickles(folder: Path, *patterns: str) -> None:
-    """Say how to convert weights in a format that could run a stranger's code."""
-    patterns = patterns or ("pytorch_model*.bin", "*.ckpt", "*.pt", "*.pth")
-    old = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
-    if old and not any(folder.glob("*.safetensors")):
+def _check_no_pickles(folder: Path, patterns: Sequence[str]) -> None:
+    """Refuse weights in a format that can run a stranger's code, and tell how to convert them."""
+    pickles = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+    if pickles and not any(folder.glob("*.safetensors")):
         raise ConfigError(
-            f"{folder} holds {old[0]}, a pickle, which could run anything when it is read; convert it once where you trust it, "
-            "for example with transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
+            f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is loaded; convert it once where that is "
+            "safe, for example with transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
         )
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor in an open file."""
+
+    file: BinaryIO
+    dtype: str  # as the header spells it
+    shape: TensorShape
+    offset: int  # of its first byte in the file
+
+    def read(self, out: Tensor, start: int = 0) -> None:
+        """Fill the contiguous `out` with elements of the flattened tensor from `start` on. Raises FileError or DataError."""
+        flat, dtype = out.detach().view(-1), DTYPES[self.dtype]
+        offset = self.offset + start * dtype.itemsize
+        is_staged = flat.dtype != dtype or flat.device.type != "cpu"
+        for part in flat.split(STAGED_ELEMENTS) if is_staged else [flat]:
+            staged = torch.empty(part.numel(), dtype=dtype) if is_staged else part
+            _read_into(self.file, staged.view(torch.uint8).numpy().data, offset)
+            offset += staged.nbytes
+            if is_staged:
+                part.copy_(staged)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, stem: str = "model") -> Iterator[TensorRefs]:
+    """Open a safetensors file, or a folder's STEM.safetensors or, without one, the files in STEM.safetensors.index.json. Yields
+    the tensors by name. Raises FileError or DataError."""
+    with contextlib.ExitStack() as stack:
+        yield _open_folder(path, stem, stack) if path.is_dir() else _open_file(path, stack)
+
+
+def lookup_tensor(
+    refs: TensorRefs, name: str, shape: TensorShape, where: Path, dtypes: Collection[str] = DTYPES, longer: bool = False
+) -> TensorRef:
+    """Return the tensor `name`. Raises ConfigError if it is missing or has another shape, and DataError if its dtype is not
+    among `dtypes`. With `longer` it may have more rows than `shape`."""
+    if name not in refs:
+        raise ConfigError(f"{where} has no tensor {name}: it is a checkpoint of another model")
+    ref, expected = refs[name], tuple(shape)
+    if longer and ref.shape[1:] == expected[1:] and ref.shape[0] > expected[0]:
+        expected = ref.shape
+    if ref.shape != expected:
+        raise ConfigError(f"{ref.file.name}: {name} has shape {ref.shape}, this model needs {expected}")
+    if ref.dtype not in dtypes:
+        raise DataError(f"{ref.file.name}: {name} is of dtype {ref.dtype}; {', '.join(dtypes)} can be read")
+    return ref
+
+
+def _open_folder(folder: Path, stem: str, stack: contextlib.ExitStack) -> TensorRefs:
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return _open_file(single, stack)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(is_file_name, weight_map.values())):
+        raise DataError(f"{index} is not an index of tensors in files of its own folder")
+    files = {file: _open_file(folder / file, stack) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in files[file]:
+            raise DataError(f"{folder / file} has no tensor {name}, but {index.name} lists it there")
+    return {name: files[file][name] for name, file in weight_map.items()}
+
+
+def _open_file(path: Path, stack: contextlib.ExitStack) -> TensorRefs:
+    with reading(path):
+        file = stack.enter_context(open(path, "rb"))  # noqa: SIM115
+        try:
+            with safe_open(path, framework="pt"):  # checks that offsets, shapes and dtypes fit each other and the file
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length), object_pairs_hook=_check_unique)
+        except (SafetensorError, ValueError) as error:
+            raise DataError(f"{path} is not a readable safetensors file: {error}") from None
+    return {
+        name: TensorRef(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("the header has the same key twice")
+    return dict(pairs)
+
+
+def _read_into(file: BinaryIO, out: memoryview, offset: int) -> None:
+    while out:
+        with reading(file.name):
+            count = os.preadv(file.fileno(), [out], offset)
+        if not count:
+            raise DataError(f"{file.name} has been cut: it ends at byte {offset}")
+        out, offset = out[count:], offset + count

@@ -1,10 +1,8 @@
-"""What lies where in the files of a checkpoint, and who writes which block: pure, and the same on all ranks.
+"""The plan of a checkpoint: what lies where in its files, and which rank writes which block. Pure, and equal on all ranks.
 
-The files are a function of the model alone. Their bytes are cut into fixed blocks; each block has one writer, and each range
-of a block comes from one of the ranks that hold it. Every rank walks through all blocks and picks out its own part.
+The files depend on the model alone. Their bytes are cut into fixed blocks. One rank writes each block; each byte range of it
+comes from one of the ranks that own the range. Every rank walks through all blocks and picks its own part.
 """
-
-from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,24 +11,23 @@ from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
 
-from mpilm.checkpoint.tensors import Shape, pack_header
+from mpilm.checkpoint.format import BLOCK_BYTES, ITEM_BYTES, PARAMETER, TensorShape, file_stem, pack_header, stored_name
+from mpilm.config.schema import ModelConfig
 
-ITEM_BYTES = 4  # float32
+MAX_SHARD_BYTES = 5_000_000_000  # per file, as in transformers
 HEADER = "header"  # the kind of bytes that every rank has
 
-Key = tuple[str, str]  # the kind of a tensor, and the parameter it belongs to
-Holders = Callable[[str], Sequence[tuple[int, int, Sequence[int]]]]  # parameter -> (first element, end, ranks that hold them)
+ShardOwners = Callable[[str], Sequence[tuple[int, int, Sequence[int]]]]  # parameter -> (first element, end, ranks)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A float32 tensor of the whole model and its name in the file. `uncut`: its shape is not that of its parameter, and it
-    lies whole where the parameter lies whole."""
+    """A float32 tensor of the whole model."""
 
-    name: str
-    key: Key
-    shape: Shape
-    uncut: bool = False
+    name: str  # in the file
+    key: tuple[str, str]  # kind, parameter
+    shape: TensorShape
+    unsharded: bool = False  # it has another shape than its parameter, whose owners own all of it
 
     @property
     def nbytes(self) -> int:
@@ -46,132 +43,118 @@ class TensorFile:
     tensors: tuple[StoredTensor, ...]
 
     @property
-    def header_key(self) -> Key:
-        return HEADER, self.name
-
-    @property
     def nbytes(self) -> int:
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
-    def blocks(self, block_bytes: int) -> int:
-        return -(-self.nbytes // block_bytes)
 
+class ByteRange(NamedTuple):  # a plan may have a million of them, and a dataclass takes three times as long to make
+    """A range of a flattened tensor's bytes."""
 
-class Range(NamedTuple):  # there may be a million of them, and a dataclass takes three times as long to make
-    """Bytes [start, stop) of a flattened tensor, which lie from byte `at` of their file on, and the ranks that hold them."""
-
-    key: Key
-    start: int
-    stop: int
-    at: int
-    ranks: Sequence[int]
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
+    key: tuple[str, str]  # kind, parameter
+    start: int  # first byte in the tensor
+    nbytes: int
+    offset: int  # of the first byte in the file
+    owners: Sequence[int]  # ranks that hold these bytes
 
 
 @dataclass(frozen=True)
-class Block:
-    """Bytes of a file from `offset` on, with one writer; `parts`: which rank gives what, the writer's own part included.
+class FileBlock:
+    """A block of a file, which one rank writes."""
 
-    `number` counts the blocks of all files.
-    """
-
-    number: int
+    number: int  # counted through all files
     file: TensorFile
     offset: int
     nbytes: int
     writer: int
-    parts: Mapping[int, Sequence[Range]]
+    parts: Mapping[int, Sequence[ByteRange]]  # by the rank that they come from, the writer included
 
 
-def tensor_files(stem: str, tensors: Sequence[StoredTensor], limit_bytes: int) -> list[TensorFile]:
-    """STEM.safetensors, or STEM-00001-of-0000N.safetensors and so on where the tensors have more than `limit_bytes`; only a
-    single tensor may exceed it."""
+def plan_files(model: ModelConfig, shapes: Mapping[str, Mapping[str, TensorShape]]) -> list[TensorFile]:
+    """Return the files for parameters and moments of these shapes, by kind. Tensors lie in reverse model order, like parameters
+    in memory: neighbours in a file are mostly neighbours in memory."""
+    by_stem: dict[str, list[StoredTensor]] = {file_stem(kind, model): [] for kind in (PARAMETER, "moment")}
+    for kind, kind_shapes in shapes.items():
+        for name, shape in reversed(list(kind_shapes.items())):
+            unsharded = shape != shapes[PARAMETER][name]
+            by_stem[file_stem(kind, model)].append(StoredTensor(stored_name(name, kind, model), (kind, name), shape, unsharded))
+    return [file for stem, tensors in by_stem.items() for file in assign_files(stem, tensors)]
+
+
+def assign_files(stem: str, tensors: Sequence[StoredTensor]) -> list[TensorFile]:
+    """Assign tensors to STEM.safetensors or, if they have more than MAX_SHARD_BYTES, to STEM-00001-of-0000N.safetensors and so
+    on. Only a single tensor may exceed the limit."""
     groups: list[list[StoredTensor]] = [[]]
-    room = limit_bytes
+    room = MAX_SHARD_BYTES
     for tensor in tensors:
         if tensor.nbytes > room and groups[-1]:
             groups.append([])
-            room = limit_bytes
+            room = MAX_SHARD_BYTES
         groups[-1].append(tensor)
         room -= tensor.nbytes
-    headers = [pack_header({tensor.name: tensor.shape for tensor in group}) for group in groups]
     parts = [f"-{n:05d}-of-{len(groups):05d}" if len(groups) > 1 else "" for n in range(1, len(groups) + 1)]
-    names = [f"{stem}{part}.safetensors" for part in parts]
-    return [TensorFile(*file) for file in zip(names, headers, map(tuple, groups))]
+    return [
+        TensorFile(f"{stem}{part}.safetensors", pack_header({tensor.name: tensor.shape for tensor in group}), tuple(group))
+        for part, group in zip(parts, groups)
+    ]
 
 
-def index_of(files: Sequence[TensorFile]) -> dict[str, Any]:
-    """The index.json of a model in several files, as transformers reads it."""
-    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
-    return {
-        "metadata": {"total_size": total},
-        "weight_map": {tensor.name: file.name for file in files for tensor in file.tensors},
-    }
+def plan_indexes(files: Sequence[TensorFile]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and content of the index.json of each stem that has several files, as transformers reads it."""
+    for stem, group in groupby(files, key=lambda file: file.name.partition("-")[0]):
+        parts = list(group)
+        if len(parts) > 1:
+            total = sum(tensor.nbytes for file in parts for tensor in file.tensors)
+            weight_map = {tensor.name: file.name for file in parts for tensor in file.tensors}
+            yield f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def plan_blocks(files: Sequence[TensorFile], holders: Holders, size: int, block_bytes: int) -> Iterator[Block]:
-    """The blocks of all files in order, one at a time; raises ValueError where `holders` leaves a gap.
-
-    A block goes to a rank that holds much of it and has written little so far: `written` minus `held` bytes decides, so that
-    what is held by one rank is written there, and what is held by many is written in turn.
-    """
-    written = [0] * size
-    number = 0
+def plan_blocks(files: Sequence[TensorFile], owners: ShardOwners, size: int) -> Iterator[FileBlock]:
+    """Yield the blocks of all files in order. The rank with the fewest bytes written so far, less those that it owns of the
+    block, writes it: ranks write what they alone own, and replicas take turns. Raises ValueError if `owners` leaves a gap."""
+    written, number = [0] * size, 0
     for file in files:
-        ranges = _cut(_ranges(file, holders, size), block_bytes)
-        for index, group in groupby(ranges, key=lambda r: r.at // block_bytes):
-            block = _block(number, file, index * block_bytes, list(group), written)
-            written[block.writer] += block.nbytes
+        for index, group in groupby(_split_ranges(file, owners, size), key=lambda r: r.offset // BLOCK_BYTES):
+            ranges = list(group)
+            owned: Counter[int] = Counter()
+            for r in [r for r in ranges if r.key[0] != HEADER] or ranges:
+                for rank in r.owners:
+                    owned[rank] += r.nbytes
+            writer = min(owned, key=lambda rank: (written[rank] - owned[rank], rank))
+            parts: dict[int, list[ByteRange]] = defaultdict(list)
+            for r in ranges:
+                parts[writer if writer in r.owners else r.owners[number % len(r.owners)]].append(r)
+            nbytes = sum(r.nbytes for r in ranges)
+            yield FileBlock(number, file, index * BLOCK_BYTES, nbytes, writer, dict(parts))
+            written[writer] += nbytes
             number += 1
-            yield block
 
 
-def _block(number: int, file: TensorFile, offset: int, ranges: list[Range], written: Sequence[int]) -> Block:
-    held: Counter[int] = Counter()
-    for r in [r for r in ranges if r.key[0] != HEADER] or ranges:
-        for rank in r.ranks:
-            held[rank] += r.nbytes
-    writer = min(held, key=lambda rank: (written[rank] - held[rank], rank))
-    parts: dict[int, list[Range]] = defaultdict(list)
-    for r in ranges:
-        giver = writer if writer in r.ranks else r.ranks[number % len(r.ranks)]
-        parts[giver].append(r)
-    return Block(number, file, offset, sum(r.nbytes for r in ranges), writer, dict(parts))
+def _split_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[ByteRange]:
+    """Yield the byte ranges of a file in order, split at the borders of blocks, without empty ones."""
+    for r in _list_ranges(file, owners, size):
+        done = 0
+        while done < r.nbytes:
+            nbytes = min(r.nbytes - done, BLOCK_BYTES - (r.offset + done) % BLOCK_BYTES)
+            yield ByteRange(r.key, r.start + done, nbytes, r.offset + done, r.owners)
+            done += nbytes
 
 
-def _ranges(file: TensorFile, holders: Holders, size: int) -> Iterator[Range]:
-    """The bytes of a file, in order, by who holds them."""
-    at = len(file.header)
-    yield Range(file.header_key, 0, at, 0, range(size))
+def _list_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[ByteRange]:
+    """Yield the byte ranges of a file in order, one for each set of owners."""
+    offset = len(file.header)
+    yield ByteRange((HEADER, file.name), 0, offset, 0, range(size))
     for tensor in file.tensors:
-        reached = 0
-        for first, end, ranks in _uncut(tensor, holders) if tensor.uncut else holders(tensor.key[1]):
+        (kind, name), shards, covered = tensor.key, owners(tensor.key[1]), 0
+        if tensor.unsharded:
+            if len(shards) != 1:
+                raise ValueError(f"{name} is sharded, but its {kind} has another shape")
+            shards = [(0, prod(tensor.shape), shards[0][2])]
+        for first, end, ranks in shards:
             start, stop = first * ITEM_BYTES, end * ITEM_BYTES
-            if start != reached or stop < start or not ranks:
-                raise ValueError(f"{tensor.key[1]}: element {reached // ITEM_BYTES} is held by nobody, or in two ranges")
-            yield Range(tensor.key, start, stop, at + start, ranks)
-            reached = stop
-        if reached != tensor.nbytes:
-            raise ValueError(f"{tensor.key[1]}: {reached // ITEM_BYTES} of {tensor.nbytes // ITEM_BYTES} elements are held")
-        at += tensor.nbytes
-
-
-def _uncut(tensor: StoredTensor, holders: Holders) -> list[tuple[int, int, Sequence[int]]]:
-    found = holders(tensor.key[1])
-    if len(found) != 1:
-        raise ValueError(f"{tensor.key[1]} is held in parts, and its {tensor.key[0]} has another shape")
-    return [(0, prod(tensor.shape), found[0][2])]
-
-
-def _cut(ranges: Iterator[Range], block_bytes: int) -> Iterator[Range]:
-    """The same, cut at the borders of blocks; empty ones left out."""
-    for r in ranges:
-        start = r.start
-        while start < r.stop:
-            at = r.at + start - r.start
-            stop = min(r.stop, start + block_bytes - at % block_bytes)
-            yield Range(r.key, start, stop, at, r.ranks)
-            start = stop
+            if start != covered or stop < start or not ranks:
+                raise ValueError(f"{name}: element {covered // ITEM_BYTES} is owned by no rank, or by two shards")
+            yield ByteRange(tensor.key, start, stop - start, offset + start, ranks)
+            covered = stop
+        if covered != tensor.nbytes:
+            raise ValueError(f"{name}: {covered // ITEM_BYTES} of {tensor.nbytes // ITEM_BYTES} elements are owned by ranks")
+        offset += tensor.nbytes

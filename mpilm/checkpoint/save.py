@@ -1,349 +1,349 @@
-"""Write a checkpoint: the ranks that hold the pieces share the writing, under a temporary name; then one rename. And remove
-checkpoints no longer wanted."""
+"""Saving: ranks copy their state into blocks, hash and write them in parallel, and rank 0 commits the folder by a rename."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import os
 import shutil
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.assemble import Buffers, Held, assemble, fresh
-from mpilm.checkpoint.blocks import BlockWriter, digest_of
 from mpilm.checkpoint.format import (
-    BLOCK_BYTES,
+    ITEM_BYTES,
     TEMPORARY,
-    Point,
-    Writer,
-    checkpoints,
-    folder_name,
+    FolderWriter,
+    TensorShape,
+    checkpoint_name,
+    count_blocks,
     manifest_entry,
-    nowhere,
-    read_json,
 )
-from mpilm.checkpoint.load import moment_name, weights_stem
-from mpilm.checkpoint.plan import Block, Holders, StoredTensor, TensorFile, index_of, plan_blocks, tensor_files
-from mpilm.checkpoint.pretrained import base_of
-from mpilm.checkpoint.tensors import Shape
+from mpilm.checkpoint.plan import HEADER, ByteRange, FileBlock, ShardOwners, TensorFile, plan_blocks, plan_files, plan_indexes
+from mpilm.checkpoint.pretrained import find_base_model
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
-from mpilm.config import Model
-from mpilm.data.template import Template
+from mpilm.config.schema import ModelConfig
+from mpilm.data.chat import ChatTemplate
 from mpilm.data.tokenizer import Tokenizer
-from mpilm.errors import FileError, UserError
+from mpilm.errors import FileError
 from mpilm.model.hf.adapter import ADAPTER_CONFIG, hf_adapter_config
 from mpilm.model.hf.config import hf_config
-from mpilm.model.hf.names import hf_name
 from mpilm.parallel.flat_layout import ParamSlice
 
-MAX_SHARD_BYTES = 5_000_000_000  # as transformers cuts models
-PARAMETER = "parameter"
-LEAST_PRIORITY = 19
-Hash = Callable[[Tensor], Callable[[], Tensor]]  # begins, and gives the digest when it is asked for
+TAG = 5  # one tag is enough: two ranks send and receive their messages in the order of blocks
+BLOCKS_IN_FLIGHT = 2  # that a rank sends or receives at a time
+UNCHANGED = "older checkpoints are unchanged"
+
+AssembledBlock = tuple[FileBlock, Tensor]  # a block and its bytes, uint8 in host memory
 
 
 @dataclass(frozen=True)
-class State:
-    """What a checkpoint holds: this rank's pieces of parameters and moments, who holds the others, and the words about them.
+class CheckpointState:
+    """Everything that a checkpoint holds, as far as this rank has it."""
 
-    `shapes`: every parameter of the whole model that has memory of its own, at global shape, in model order, the same on all
-    ranks; `moment_shapes`: of their moments, by kind. `parameters`, and `moments` by kind: flat contiguous float32 tensors on
-    any device. `holders`: pure and the same on all ranks: for a parameter, ranges of elements that cover it in order and the
-    world ranks that hold them; each of these ranks has a piece that contains the range. A moment of another shape lies whole
-    where its parameter is whole.
-    """
-
-    model: Model
+    model: ModelConfig
     tokenizer: Tokenizer
-    template: Template | None
-    trainer: Mapping[str, Any]  # trainer.json: step, tokens, data, versions, ...
-    shapes: Mapping[str, Shape]
-    moment_shapes: Mapping[str, Mapping[str, Shape]]
-    parameters: Mapping[ParamSlice, Tensor]
-    moments: Mapping[str, Mapping[ParamSlice, Tensor]]
-    holders: Holders
+    template: ChatTemplate | None
+    trainer: Mapping[str, Any]  # trainer.json: step, tokens, config, versions, ...
+    # Both by kind: PARAMETER, in model order and without second uses of tied parameters, or a kind of moment.
+    shapes: Mapping[str, Mapping[str, TensorShape]]  # global, of the whole model
+    slices: Mapping[str, Mapping[ParamSlice, Tensor]]  # of this rank; flat, contiguous, float32, on any device
+    shard_owners: ShardOwners  # pure: for a parameter, ranges that cover it in order; each owner has a slice with all of it
 
 
-def save(parent: Path, step: int, state: State, comm: Comm, at: Point = nowhere) -> Path:
-    """Write the checkpoint of `step` below `parent`, a folder that all ranks see; returns its folder. Collective over the
-    world; raises AgreedError on all ranks alike.
-
-    An existing one is never written over.
-    """
-    return Saving(parent, step, state, comm, at, ahead=False).commit()
+def save_checkpoint(parent: Path, step: int, state: CheckpointState, comm: Comm) -> Path:
+    """Write the checkpoint of `step` without copies, and return its folder. Collective; raises AgreedError on all ranks."""
+    return AsyncSave(parent, step, state, comm).finalize()
 
 
-def reserve(buffers: Buffers, state: State, comm: Comm) -> None:
-    """Have the memory that copies of such a state will lie in: the first save would wait for it."""
-    buffers.again()
-    for block in _plan(state, [file for group in _files(state).values() for file in group], comm):
-        if block.writer == comm.rank:
-            buffers.take(block.nbytes).zero_()
+class AsyncSave:
+    """A checkpoint being saved below `parent`, a folder that all ranks see. The constructor copies the state into `buffers`, a
+    thread writes it without messages to other ranks, and `poll` or `finalize` commits it. Without `buffers`, the constructor
+    writes block by block, with neither copies nor a thread. All three are collective and raise AgreedError on all ranks. An
+    existing checkpoint is never overwritten."""
 
-
-class Saving:
-    """A checkpoint under way: copied by the constructor, written by a thread that talks to no other rank, and published by
-    `commit`. Collective over the world; both raise AgreedError on all ranks alike. `at`: told of every point on the way.
-    `ahead`: false: no copy and no thread; the constructor writes block by block. `buffers`: for the copy; nobody else's now."""
-
-    def __init__(
-        self, parent: Path, step: int, state: State, comm: Comm, at: Point = nowhere, ahead: bool = True,
-        buffers: Buffers | None = None,
-    ):  # fmt: skip
-        self.step, self.state, self.comm, self.at = step, state, comm, at
-        self._began, self.took_s = time.perf_counter(), 0.0  # copying and writing
-        self.final = parent / folder_name(step)
-        self.temporary = parent / f"{TEMPORARY}{self.final.name}"
-        self.files = _files(state)
-        tensor_files = [file for group in self.files.values() for file in group]
-        self.counts = [file.blocks(BLOCK_BYTES) for file in tensor_files]
-        at("checkpoint.open")
-        run_on_root(comm, lambda: _prepare(self.final, self.temporary, sum(file.nbytes for file in tensor_files)))
-        held = Held({PARAMETER: state.parameters, **state.moments}, tensor_files)
-        blocks = assemble(_plan(state, tensor_files, comm), held, comm, buffers.again().take if buffers and ahead else fresh)
-        self._digests = torch.zeros(sum(self.counts), 32, dtype=torch.uint8)  # a row a block
-        self._writer = BlockWriter(self.temporary, at)
-        self._words = Writer(self.temporary, at)  # on rank 0
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
-        self._agreed = False  # that all is written, and what the digests are
-        if ahead:
-            made = _copied(blocks)
-            self._beside(lambda: self._write(made, lambda data: partial(digest_of, data)))
-        else:  # beside steps, which have the cores, there would be nothing to gain
-            with ThreadPoolExecutor(1, "checkpoint-hash") as pool:
-                self._write(blocks, lambda data: pool.submit(digest_of, data).result)
+    def __init__(self, parent: Path, step: int, state: CheckpointState, comm: Comm, buffers: WriteBuffers | None = None):
+        self.step, self.final, self.took_s = step, parent / checkpoint_name(step), 0.0  # took_s: to copy and to write
+        self.state, self.comm, self._began_s = state, comm, time.perf_counter()
+        self._temporary = parent / f"{TEMPORARY}{self.final.name}"
+        self._folder_writer = FolderWriter(self._temporary)  # used on rank 0
+        self._files = plan_files(state.model, state.shapes)
+        self._digests = torch.zeros(sum(count_blocks(file.nbytes) for file in self._files), 32, dtype=torch.uint8)
+        self._committing = False
+        run_on_root(comm, lambda: _make_folder(self.final, self._temporary, sum(file.nbytes for file in self._files)))
+        plan = plan_blocks(self._files, state.shard_owners, comm.size)
+        blocks = assemble_blocks(plan, LocalState(state.slices, self._files), comm, buffers)
+        self._work: Future[None] = Future()  # what this rank writes at the moment
+        if buffers is not None:
+            self._start_thread(partial(self._write, list(blocks)))
+        else:
+            with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
+                self._run(partial(self._write, blocks, hasher))
 
     @property
-    def busy(self) -> bool:
-        """Whether this rank is still writing."""
-        return self._thread is not None and self._thread.is_alive()
+    def is_writing(self) -> bool:
+        """True while a thread of this rank is writing."""
+        return not self._work.done()
 
-    def _beside(self, action: Callable[[], None]) -> None:
-        """Do it in a thread, to which the steps leave what they do not need."""
+    def poll(self) -> bool:
+        """Wait for this rank's writing and take the next step: start the commit on rank 0, or see that it has succeeded. Return
+        whether the checkpoint is complete."""
+        try:
+            run_on_all_ranks(self.comm, self._work.result)
+        except CollectiveError:
+            if self.comm.rank == 0:  # a partial checkpoint would only take the space that the next one needs
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise
+        if self._committing:
+            return True
+        self.comm.all_reduce(self._digests.view(torch.int64))  # the row of a block is zero on all ranks but its writer
+        if self.comm.rank == 0:
+            self._start_thread(self._commit)
+        self._committing = True
+        return False
+
+    def finalize(self) -> Path:
+        """Wait until the checkpoint is complete, and return its folder."""
+        while not self.poll():
+            pass
+        return self.final
+
+    def join(self) -> None:
+        """Wait until this rank has stopped writing."""
+        self._work.exception()
+
+    def _start_thread(self, action: Callable[[], None]) -> None:
+        """Run `action` in a thread that takes only the processor time that training leaves."""
 
         def body() -> None:
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
-            try:
-                action()
-            except BaseException as error:  # whatever it is, `commit` must hear of it
-                self._failure = error
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            self._run(action)
 
-        self._thread = threading.Thread(target=body, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._work = Future()
+        threading.Thread(target=body, name="checkpoint", daemon=True).start()
 
-    def _write(self, blocks: Iterator[tuple[Block, Tensor]], hash_of: Hash) -> None:
-        """Write and hash; on rank 0 also what it writes alone, but for the manifest."""
-        waited_s = _waited_s()
-        with self._writer:
-            for block, data in blocks:
-                digest = hash_of(data)
-                self._writer.write(block, data)
-                self._digests[block.number] = digest()
-        if self.comm.rank == 0:
-            try:
-                self._write_words()
-            except OSError as error:
-                self._failure = error
-        self.took_s = time.perf_counter() - self._began - (_waited_s() - waited_s)
-
-    def abandon(self) -> None:
-        """Wait for this rank's writing, and leave what there is; the next one to write here removes it."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def advance(self) -> bool:
-        """The next step towards the end, when no rank is busy: agree that all is written, and what the digests are, and let
-        rank 0 write the manifest and give the folder its name; or agree that this is done. Whether it is."""
+    def _run(self, action: Callable[[], None]) -> None:
+        """Run `action`, and keep any error for `poll`, in which the ranks agree on it."""
         try:
-            run_on_all_ranks(self.comm, self._check)
-            if not self._agreed:
-                self.comm.all_reduce(self._digests.view(torch.int64))  # rows of others are zero: the sum brings them together
-                if self.comm.rank == 0:
-                    self._beside(self._publish)
-                self._agreed = True
-                return False
-        except CollectiveError:
-            if self.comm.rank == 0:  # what is half-written only takes the space that the next one needs
-                shutil.rmtree(self.temporary, ignore_errors=True)
-            raise
-        return True
+            with _naming_checkpoint(self.final):
+                action()
+            self._work.set_result(None)
+        except BaseException as error:
+            self._work.set_exception(error)
 
-    def commit(self) -> Path:
-        """Wait for it, and bring it to its end."""
-        while True:
-            if self._thread is not None:
-                self._thread.join()
-            if self.advance():
-                return self.final
+    def _write(self, blocks: Iterable[AssembledBlock], hasher: ThreadPoolExecutor | None = None) -> None:
+        """Write and hash this rank's blocks and, on rank 0, the metadata. `hasher` hashes a block while it is written."""
+        waited_s, failure = _scheduler_wait_s(), None
+        with contextlib.closing(BlockWriter(self._temporary)) as writer:
+            for block, data in blocks:  # to the end even after a failure, because other ranks send to this one
+                digest = hasher and hasher.submit(sha256_tensor, data)
+                try:
+                    if failure is None:
+                        writer.write(block, data)
+                except OSError as error:
+                    failure = error
+                self._digests[block.number] = digest.result() if digest else sha256_tensor(data)
+        if failure is not None:
+            raise failure
+        if self.comm.rank == 0:
+            _write_metadata(self._folder_writer, self.state, self._files)
+        self.took_s = max(0.0, time.perf_counter() - self._began_s - (_scheduler_wait_s() - waited_s))
 
-    def _check(self) -> None:
-        with _writing(self.final):
-            if self._failure is not None:
-                raise self._failure
-            self._writer.raise_error()
-
-    def _write_words(self) -> None:
-        _write_words(self._words, self.state)
-        for stem, group in self.files.items():
-            if len(group) > 1:
-                self._words.json(f"{stem}.safetensors.index.json", index_of(group))
-        self._words.json("trainer.json", dict(self.state.trainer))
-
-    def _publish(self) -> None:
-        names = [file for group in self.files.values() for file in group]
-        for file, rows in zip(names, self._digests.split(self.counts)):
-            self._words.entries[file.name] = manifest_entry(file.nbytes, rows.numpy().tobytes())
-        self._words.all_gather_parameters(self.final)
+    def _commit(self) -> None:
+        for file, rows in zip(self._files, self._digests.split([count_blocks(file.nbytes) for file in self._files])):
+            self._folder_writer.entries[file.name] = manifest_entry(file.nbytes, rows.numpy().tobytes())
+        self._folder_writer.commit(self.final)
 
 
-def _waited_s() -> float:
-    """How long this thread has waited for a core so far."""
+def _scheduler_wait_s() -> float:
+    """Return how long this thread has waited for a core so far."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         return int(Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text().split()[1]) / 1e9
     return 0.0
 
 
-def _copied(blocks: Iterator[tuple[Block, Tensor]]) -> Iterator[tuple[Block, Tensor]]:
-    """The same, all of them made now; each is let go when it has been taken."""
-    made = deque(blocks)
-    return (made.popleft() for _ in range(len(made)))
-
-
 @contextlib.contextmanager
-def _writing(final: Path) -> Iterator[None]:
-    """Turn an OSError inside into a FileError that names the checkpoint."""
+def _naming_checkpoint(final: Path) -> Iterator[None]:
+    """Turn an OSError into a FileError that names the checkpoint."""
     try:
         yield
     except OSError as error:
         reason = "not all ranks see its folder" if isinstance(error, FileNotFoundError) else error.strerror
-        raise FileError(f"checkpoint {final} could not be written: {reason}; the older ones are as they were") from None
+        raise FileError(f"checkpoint {final} could not be written: {reason}; {UNCHANGED}") from None
 
 
-def _prepare(final: Path, temporary: Path, nbytes: int) -> None:
+def _make_folder(final: Path, temporary: Path, nbytes: int) -> None:
     if final.exists():
-        raise FileError(f"checkpoint {final} is there already, written by another job: two jobs work on one --run.dir")
-    with _writing(final):
+        raise FileError(f"checkpoint {final} already exists, written by another job: two jobs use the same --run.dir")
+    with _naming_checkpoint(final):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        room = shutil.disk_usage(temporary).free
-    if room < nbytes:
+        free = shutil.disk_usage(temporary).free
+    if free < nbytes:
         temporary.rmdir()
-        raise FileError(
-            f"checkpoint {final} needs {nbytes / 2**20:,.1f} MiB, and {room / 2**20:,.1f} MiB are free there; the older ones "
-            "are as they were"
-        )
+        needed, has = f"{nbytes / 2**20:,.1f} MiB", f"{free / 2**20:,.1f} MiB"
+        raise FileError(f"checkpoint {final} needs {needed}, but only {has} are free there; {UNCHANGED}")
 
 
-def _files(state: State) -> dict[str, list[TensorFile]]:
-    """By the stem of their names."""
-    return {weights_stem(state.model): _model_files(state), "optimizer": _optimizer_files(state)}
-
-
-def _plan(state: State, files: list[TensorFile], comm: Comm) -> Iterable[Block]:
-    return plan_blocks(files, cache(state.holders), comm.size, BLOCK_BYTES)
-
-
-def _model_files(state: State) -> list[TensorFile]:
-    """In the reverse of the model's order, as the parameters lie in memory: neighbours here are mostly neighbours there."""
-    tensors = [
-        StoredTensor(hf_name(name, state.model.arch), (PARAMETER, name), shape) for name, shape in _backward(state.shapes)
-    ]
-    return tensor_files(weights_stem(state.model), tensors, MAX_SHARD_BYTES)
-
-
-def _optimizer_files(state: State) -> list[TensorFile]:
-    tensors = [
-        StoredTensor(moment_name(name, kind), (kind, name), shape, uncut=shape != state.shapes[name])
-        for kind, shapes in state.moment_shapes.items()
-        for name, shape in _backward(shapes)
-    ]
-    return tensor_files("optimizer", tensors, MAX_SHARD_BYTES)
-
-
-def _backward(shapes: Mapping[str, Shape]) -> list[tuple[str, Shape]]:
-    return list(shapes.items())[::-1]
-
-
-def _write_words(writer: Writer, state: State) -> None:
-    """What makes the folder one of Hugging Face's, or of PEFT's."""
+def _write_metadata(writer: FolderWriter, state: CheckpointState, files: list[TensorFile]) -> None:
+    """Write the files that make the folder one of Hugging Face's, or of PEFT's, and trainer.json."""
     model, tokenizer = state.model, state.tokenizer
     end = tokenizer.decode([tokenizer.eos])
     if model.lora_rank:
-        writer.json(ADAPTER_CONFIG, hf_adapter_config(model, str(base_of(model.init_from, model.base).resolve())))
+        base = str(find_base_model(model.init_from, model.base).resolve())
+        writer.write_json(ADAPTER_CONFIG, hf_adapter_config(model, base))
     else:
-        writer.json("config.json", hf_config(model, model.vocab_size or tokenizer.vocab_size, tokenizer.eos))
-    if model.arch != "bert" and not model.lora_rank:
-        writer.json("generation_config.json", {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos})
-    writer.text("tokenizer.json", tokenizer.json)
-    writer.json(
-        "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": end,
-            "eos_token": end,
-            **({} if tokenizer.mask is None else {"mask_token": tokenizer.decode([tokenizer.mask])}),
-            **({"chat_template": state.template.source, **state.template.words} if state.template else {}),
-            "model_max_length": model.context_length,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
+        writer.write_json("config.json", hf_config(model, model.vocab_size or tokenizer.vocab_size, tokenizer.eos))
+        if model.arch != "bert":
+            writer.write_json("generation_config.json", {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos})
+    writer.write_bytes("tokenizer.json", tokenizer.json.encode())
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+    config |= {} if tokenizer.mask is None else {"mask_token": tokenizer.decode([tokenizer.mask])}
+    config |= {"chat_template": state.template.source, **state.template.special_tokens} if state.template else {}
+    config |= {"model_max_length": model.context_length, "clean_up_tokenization_spaces": False}
+    writer.write_json("tokenizer_config.json", config)
+    for name, index in plan_indexes(files):
+        writer.write_json(name, index)
+    writer.write_json("trainer.json", dict(state.trainer))
 
 
-def prune(parent: Path, keep: int, keep_best: bool) -> None:
-    """Remove all but the `keep` newest checkpoints and, with `keep_best`, the one with the lowest evaluation loss."""
-    found = checkpoints(parent)
-    wanted = set(found[-keep:] if keep else found)
-    if keep_best:
-        losses = [
-            (loss, folder) for folder in found if (loss := evaluation_loss(folder)) is not None and loss == loss
-        ]  # no nan
-        wanted |= {min(losses)[1]} if losses else set()
-    for folder in found:
-        if folder not in wanted:
-            remove(folder)
+class LocalState:
+    """The bytes that this rank holds: its slices of each kind of tensor, and the headers of all files."""
+
+    def __init__(self, kinds: Mapping[str, Mapping[ParamSlice, Tensor]], files: Iterable[TensorFile]):
+        self._slices: dict[tuple[str, str], list[tuple[int, int, Tensor]]] = defaultdict(list)  # first byte, end, data
+        for kind, tensors in kinds.items():
+            for piece, tensor in tensors.items():
+                if tensor.dtype != torch.float32 or tensor.numel() != piece.numel:
+                    raise ValueError(f"{kind} {piece} is held in a tensor of {tensor.numel()} x {tensor.dtype}")
+                data = tensor.detach().view(-1).view(torch.uint8)
+                self._slices[kind, piece.name].append((piece.start * ITEM_BYTES, piece.stop * ITEM_BYTES, data))
+        for file in files:
+            header = torch.frombuffer(bytearray(file.header), dtype=torch.uint8)
+            self._slices[HEADER, file.name] = [(0, len(file.header), header)]
+
+    def bytes_of(self, r: ByteRange) -> Tensor:
+        """Return a view, which may lie on a device. Raises KeyError if this rank does not hold the range."""
+        for start, stop, data in self._slices.get(r.key, ()):
+            if start <= r.start and r.start + r.nbytes <= stop:
+                return data[r.start - start :][: r.nbytes]
+        raise KeyError(f"{' '.join(r.key)}: bytes from {r.start} on are not on this rank, which `shard_owners` names")
 
 
-def set_aside(folders: Iterable[Path]) -> list[Path]:
-    """Rename checkpoints that are not whole, so that their names are free when the run comes to their steps again.
-    Returns the new names."""
-    aside: list[Path] = []
-    for folder in folders:
-        names = (folder.with_name(f"broken-{n}-{folder.name}") for n in range(1, 10**6))
-        aside.append(folder.rename(next(name for name in names if not name.exists())))
-    return aside
+def allocate_pages(nbytes: int) -> Tensor:
+    """Allocate memory that begins with a page, as direct I/O requires. Private, since shared memory is counted separately."""
+    return torch.frombuffer(mmap(-1, max(1, nbytes), flags=MAP_PRIVATE | MAP_ANONYMOUS), dtype=torch.uint8)[:nbytes]
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Remove what a killed job has left half-written or half-removed."""
-    for folder in parent.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+class WriteBuffers(dict[int, Tensor]):
+    """Memory for this rank's blocks, by number, kept for the next checkpoint because the kernel is slow to hand out pages."""
+
+    def reserve(self, state: CheckpointState, comm: Comm) -> None:
+        """Allocate and touch the memory that copies of such a state need, so that the first save does not wait for it."""
+        for block in plan_blocks(plan_files(state.model, state.shapes), state.shard_owners, comm.size):
+            if block.writer == comm.rank:
+                self.allocate(block).zero_()
+
+    def allocate(self, block: FileBlock) -> Tensor:
+        if block.number not in self or self[block.number].numel() != block.nbytes:
+            self[block.number] = allocate_pages(block.nbytes)
+        return self[block.number]
 
 
-def evaluation_loss(folder: Path) -> float | None:
-    """The evaluation loss noted in a checkpoint."""
-    try:
-        return read_json(folder / "trainer.json").get("eval_loss")
-    except UserError:
-        return None
+def assemble_blocks(
+    plan: Iterable[FileBlock], local: LocalState, comm: Comm, buffers: WriteBuffers | None = None
+) -> Iterator[AssembledBlock]:
+    """Yield the blocks that this rank writes, in order. Collective: iterate to the end.
+
+    Every rank finishes its oldest block first. So the first unfinished block of all has its messages started, no rank waits for
+    ever, and without `buffers` at most BLOCKS_IN_FLIGHT blocks are in memory.
+    """
+    in_flight: deque[Iterator[AssembledBlock | None]] = deque()
+    for block in plan:
+        if comm.rank == block.writer or comm.rank in block.parts:
+            in_flight.append(_exchange_block(block, local, comm, buffers))
+            next(in_flight[-1])
+        if len(in_flight) == BLOCKS_IN_FLIGHT:
+            yield from filter(None, in_flight.popleft())
+    while in_flight:
+        yield from filter(None, in_flight.popleft())
 
 
-def remove(folder: Path) -> None:
-    """Take a checkpoint away: renamed first, so that a half-removed one does not look whole."""
-    doomed = folder.parent / f"{TEMPORARY}removing-{folder.name}"
-    shutil.rmtree(doomed, ignore_errors=True)
-    with contextlib.suppress(OSError):  # one checkpoint too many is no reason to stop
-        os.rename(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+def _exchange_block(
+    block: FileBlock, local: LocalState, comm: Comm, buffers: WriteBuffers | None
+) -> Iterator[AssembledBlock | None]:
+    """Start to send this rank's ranges in one message, or to receive those of others, and yield None. Then wait and, on the
+    writer, yield the block."""
+    if comm.rank != block.writer:
+        request = comm.isend(torch.cat([local.bytes_of(r) for r in block.parts[comm.rank]]).cpu(), block.writer, TAG)
+        yield None
+        request.wait()
+        return
+    sizes = {rank: sum(r.nbytes for r in ranges) for rank, ranges in block.parts.items() if rank != comm.rank}
+    messages = {rank: torch.empty(nbytes, dtype=torch.uint8) for rank, nbytes in sizes.items()}
+    requests = {rank: comm.irecv(message, rank, TAG) for rank, message in messages.items()}
+    yield None
+    data = allocate_pages(block.nbytes) if buffers is None else buffers.allocate(block)
+    for rank, ranges in block.parts.items():
+        if rank != comm.rank:
+            requests[rank].wait()
+        parts = map(local.bytes_of, ranges) if rank == comm.rank else messages[rank].split([r.nbytes for r in ranges])
+        for r, part in zip(ranges, parts):
+            data[r.offset - block.offset :][: r.nbytes].copy_(part)
+    yield block, data
+
+
+def sha256_tensor(data: Tensor) -> Tensor:
+    """Return the sha256 of a uint8 tensor in host memory, as a tensor of 32 bytes."""
+    return torch.frombuffer(bytearray(hashlib.sha256(data.numpy().data).digest()), dtype=torch.uint8)
+
+
+class BlockWriter:
+    """Writes blocks into the files of one folder, and syncs the files when it is closed. Whole pages bypass the page cache if
+    the file system allows it: to fill the cache takes a core several times as long as hashing and evicts what the run reads."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._stack = folder, contextlib.ExitStack()
+        self._handles: dict[tuple[str, int], int] = {}  # by file name and flags
+
+    def write(self, block: FileBlock, data: Tensor) -> None:
+        """Write a block at its place in its file."""
+        view, name, done = data.numpy().data, block.file.name, 0
+        handle = self._open(name, os.O_CREAT)
+        pages_bytes = len(view) // PAGESIZE * PAGESIZE
+        try:
+            if pages_bytes and block.offset % PAGESIZE == data.data_ptr() % PAGESIZE == 0:
+                done = os.pwrite(self._open(name, getattr(os, "O_DIRECT", 0)), view[:pages_bytes], block.offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the answer of a file system without direct I/O
+                raise
+        while done < len(view):
+            done += os.pwrite(handle, view[done:], block.offset + done)
+
+    def _open(self, name: str, flags: int) -> int:
+        if (name, flags) not in self._handles:
+            self._handles[name, flags] = os.open(self._folder / name, os.O_WRONLY | flags, 0o666)
+            self._stack.callback(os.close, self._handles[name, flags])
+        return self._handles[name, flags]
+
+    def close(self) -> None:
+        with self._stack:
+            for (_, flags), handle in self._handles.items():
+                if flags == os.O_CREAT:
+                    self.sync(handle)
+
+    def sync(self, handle: int) -> None:
+        os.fsync(handle)

@@ -1,6 +1,4 @@
-"""Every byte of a checkpoint read and compared with its manifest; the ranks share the reading."""
-
-from __future__ import annotations
+"""Verification: the ranks share the reading of every byte of a checkpoint, and rank 0 compares it with the manifest."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -10,103 +8,87 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.format import BLOCK_BYTES, checkpoints, manifest_entry, read_manifest
+from mpilm.checkpoint.format import BLOCK_BYTES, count_blocks, list_checkpoints, manifest_entry, read_manifest, reading
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import run_on_root
-from mpilm.errors import DataError, FileError, UserError
+from mpilm.errors import DataError, FileError
 
 R = TypeVar("R")
-Verify = Callable[[Path], None]
-Files = Mapping[str, Mapping[str, Any]]
-CHUNK = 1 << 20
+Verifier = Callable[[Path], None]
 
 
-def verify(folder: Path, comm: Comm | None = None) -> None:
-    """Read every byte of a checkpoint. Raises DataError naming the file that is missing, cut or altered, and FileError where it
-    cannot be read, which may pass. On one rank; those of `comm`, if given, have to be in `with_help`."""
+def verify_checkpoint(folder: Path, comm: Comm | None = None) -> None:
+    """Read every byte of a checkpoint. Raises DataError naming a file that is missing, cut or altered, and FileError if a file
+    cannot be read, which may pass. If `comm` is given, its other ranks must be in `run_on_root_with_verify`."""
     files = read_manifest(folder)
     for name, entry in files.items():
-        _compare_size(folder / name, entry)
+        path = folder / name
+        with reading(path):
+            if not path.exists():
+                raise DataError(f"checkpoint file {path} is missing")
+            size = path.stat().st_size if path.is_file() else entry["bytes"]
+            if size != entry["bytes"]:
+                raise DataError(f"checkpoint file {path} has {size} bytes, but the manifest lists {entry['bytes']}")
     if comm is not None:
         comm.broadcast_json([str(folder), files])
-    digests = _digests(folder, files, comm or SelfComm())
-    counts = [_blocks(entry) for entry in files.values()]
-    for (name, entry), rows in zip(files.items(), digests.split(counts)):
+    digests = _hash_files(folder, files, comm or SelfComm())
+    for (name, entry), rows in zip(files.items(), digests.split([count_blocks(entry["bytes"]) for entry in files.values()])):
         if manifest_entry(entry["bytes"], rows.numpy().tobytes()) != entry:
             raise DataError(f"checkpoint file {folder / name} has been altered: its digest is not the manifest's")
 
 
-def with_help(comm: Comm, action: Callable[[Verify], R]) -> R | None:
-    """As `on_root`, with a `verify` for the action in which the other ranks take part. Collective."""
-    result, failure = None, None
-    if comm.rank == 0:
+def run_on_root_with_verify(comm: Comm, action: Callable[[Verifier], R]) -> R | None:
+    """Run `action` on rank 0, passing it a `verify` in which all ranks share the hashing. Errors and results are as in
+    `on_root`. Collective."""
+
+    def run() -> R:
         try:
-            result = action(lambda folder: verify(folder, comm))
-        except UserError as error:
-            failure = error
-        comm.broadcast_json(None)
-    else:
-        while asked := comm.broadcast_json(None):
-            _digests(Path(asked[0]), asked[1], comm, quiet=True)
-    return run_on_root(comm, lambda: _given(result, failure))
+            return action(lambda folder: verify_checkpoint(folder, comm))
+        finally:
+            comm.broadcast_json(None)
+
+    if comm.rank != 0:
+        while request := comm.broadcast_json(None):
+            _hash_files(Path(request[0]), request[1], comm, raise_errors=False)
+    return run_on_root(comm, run)
 
 
-def newest_valid(parent: Path, check: Verify = verify) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose every byte is right, and what is wrong with the newer ones. Raises FileError."""
-    complaints: dict[Path, str] = {}
-    for folder in reversed(checkpoints(parent)):
+def find_newest_valid(parent: Path, verify: Verifier = verify_checkpoint) -> tuple[Path | None, dict[Path, str]]:
+    """Return the newest checkpoint whose every byte is right, or None, and the errors of the newer ones. Raises FileError."""
+    errors: dict[Path, str] = {}
+    for folder in reversed(list_checkpoints(parent)):
         try:
-            check(folder)
-            return folder, complaints
+            verify(folder)
+            return folder, errors
         except DataError as error:
-            complaints[folder] = str(error)
-    return None, complaints
+            errors[folder] = str(error)
+    return None, errors
 
 
-def _given(result: R | None, failure: UserError | None) -> R | None:
-    if failure is not None:
-        raise failure
-    return result
-
-
-def _compare_size(path: Path, entry: Mapping[str, Any]) -> None:
-    try:
-        nbytes = path.stat().st_size
-    except FileNotFoundError:
-        raise DataError(f"checkpoint file {path} is missing") from None
-    except OSError as error:
-        raise FileError(f"checkpoint file {path} cannot be read: {error.strerror}") from None
-    if nbytes != entry["bytes"] and path.is_file():
-        raise DataError(f"checkpoint file {path} has {nbytes} bytes, the manifest says {entry['bytes']}")
-
-
-def _blocks(entry: Mapping[str, Any]) -> int:
-    return -(-int(entry["bytes"]) // BLOCK_BYTES)
-
-
-def _digests(folder: Path, files: Files, comm: Comm, quiet: bool = False) -> Tensor:
-    """The sha256 of every block of every file, a row each, of which this rank reads its share. Collective; raises FileError,
-    unless `quiet`, where any rank could not read."""
-    blocks = [(name, block) for name, entry in files.items() for block in range(_blocks(entry))]
+def _hash_files(folder: Path, files: Mapping[str, Mapping[str, Any]], comm: Comm, raise_errors: bool = True) -> Tensor:
+    """Return the sha256 of every block of every file, one per row; each rank reads a share of the blocks. Collective. Raises
+    FileError if any rank could not read."""
+    blocks = [(folder / name, number) for name, entry in files.items() for number in range(count_blocks(entry["bytes"]))]
     rows, failure = torch.zeros(len(blocks), 32, dtype=torch.uint8), ""
     for i in range(comm.rank, len(blocks), comm.size):
-        name, block = blocks[i]
+        path, number = blocks[i]
         try:
-            rows[i] = torch.frombuffer(bytearray(_digest(folder / name, block)), dtype=torch.uint8)
-        except OSError as error:
-            failure = failure or f"checkpoint file {folder / name} cannot be read: {error.strerror}"
-    failures = [theirs for theirs in comm.all_gather_json(failure) if theirs]
-    comm.all_reduce(rows.view(torch.int64))  # rows of others are zero, so the sum brings them together
-    if failures and not quiet:
+            with reading(path):
+                rows[i] = torch.frombuffer(bytearray(_hash_block(path, number)), dtype=torch.uint8)
+        except FileError as error:
+            failure = failure or str(error)
+    failures = [message for message in comm.all_gather_json(failure) if message]
+    comm.all_reduce(rows.view(torch.int64))  # the rows of other ranks are zero
+    if failures and raise_errors:
         raise FileError(failures[0])
     return rows
 
 
-def _digest(path: Path, block: int) -> bytes:
+def _hash_block(path: Path, number: int) -> bytes:
     digest, left = hashlib.sha256(), BLOCK_BYTES
     with open(path, "rb") as file:
-        file.seek(block * BLOCK_BYTES)
-        while left and (chunk := file.read(min(CHUNK, left))):
+        file.seek(number * BLOCK_BYTES)
+        while left and (chunk := file.read(min(1 << 20, left))):  # stays in the cache until it is hashed
             digest.update(chunk)
             left -= len(chunk)
     return digest.digest()

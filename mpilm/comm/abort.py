@@ -1,7 +1,5 @@
 """Force the job to exit when MPI_Abort would hang on unreachable hosts."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,12 +1,10 @@
 """Errors raised on all ranks alike: an error raised on one rank alone would leave the others waiting for ever."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from mpilm.comm.base import Comm
-from mpilm.errors import ConfigError, UserError, from_code
+from mpilm.errors import ConfigError, UserError, error_from_code
 
 R = TypeVar("R")
 
@@ -35,7 +33,7 @@ def run_on_all_ranks(comm: Comm, action: Callable[[], R]) -> R:
     if failed:
         code, message = failures[failed[0]]
         where = "" if len(failed) == comm.size else f" (on rank{'s' * (len(failed) > 1)} {', '.join(map(str, failed))})"
-        raise CollectiveError(from_code(code, message + where))
+        raise CollectiveError(error_from_code(code, message + where))
     return result  # type: ignore[return-value]
 
 
@@ -49,7 +47,7 @@ def run_on_root(comm: Comm, action: Callable[[], R]) -> R | None:
             failure = [error.code, str(error)]
     failure = comm.broadcast_json(failure)
     if failure:
-        raise CollectiveError(from_code(*failure))
+        raise CollectiveError(error_from_code(*failure))
     return result
 
 

@@ -1,7 +1,5 @@
 """A communicator around a communicator that records calls and can check that all ranks make the same ones."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Communicators and the training loop record it; the watchdog reads it from another thread.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

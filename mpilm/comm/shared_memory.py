@@ -5,8 +5,6 @@ reserved beforehand, so that a small /dev/shm is reported instead of raising SIG
 MPICH 5.)
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import tempfile

@@ -3,89 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mpilm.data.order import Indices
-from mpilm.data.stream import Examples, Stream
+from mpilm.model.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model reads, and what it is to predict."""
+    """Inputs and targets of a model: B sequences of T tokens."""
 
-    tokens: Tensor
-    """(B, T) int64."""
-    targets: Tensor
-    """(B, T) int64, what is to be predicted at each place, or IGNORED."""
-    positions: Tensor
-    """(T,) int64, or (B, T)."""
-    samples: Tensor
-    """(B,) int64, a number for each sequence that no other of the run has; what dropout is keyed by."""
-    target_tokens: int
-    """Targets that are not IGNORED."""
-    documents: Tensor | None = None
-    """(B, T) int64, numbers of the documents in each row among whose tokens attention stays; None: each row is one."""
+    tokens: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64: the token to predict at each position, or IGNORE_INDEX
+    positions: Tensor  # (T,) int64, or (B, T)
+    samples: Tensor  # (B,) int64: a number for each sequence that no other of the run has; dropout is keyed by it
+    target_tokens: int  # targets that are not IGNORE_INDEX
+    documents: Tensor | None = None  # (B, T) int64: numbers of documents, inside which attention stays; None: each row is one
+
+    @classmethod
+    def from_arrays(cls, **arrays: Indices) -> Batch:
+        """Return the batch of arrays that are named as the fields, and count its targets."""
+        tensors: dict[str, Any] = {name: torch.from_numpy(array).contiguous() for name, array in arrays.items()}
+        return cls(target_tokens=int(np.count_nonzero(arrays["targets"] != IGNORE_INDEX)), **tensors)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on that device."""
-        return replace(
-            self, tokens=self.tokens.to(device), targets=self.targets.to(device), positions=self.positions.to(device),
-            documents=None if self.documents is None else self.documents.to(device),
-        )  # fmt: skip
+        """Return the batch on another device; `samples` stay."""
+        names = ("tokens", "targets", "positions", *(["documents"] if self.documents is not None else []))
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+class ExampleSource(Protocol):
+    """Examples that can be made from their numbers alone: places in the endless stream of a run or, with a seed of None, in the
+    validation split, whose order is the same for all runs."""
+
+    context_length: int
+    eval_samples: int
+
+    def make_batch(self, numbers: Indices, seed: int | None) -> Batch: ...
+    def count_targets(self, numbers: Indices, seed: int | None) -> int: ...
 
 
 class Batches:
-    """Microbatches of a run over a stream of examples."""
+    """Microbatches of a run."""
 
-    def __init__(self, stream: Stream, seed: int, global_batch: int, micro_batch: int):
-        self.stream, self.seed, self.global_batch, self.micro_batch = stream, seed, global_batch, micro_batch
-        self.context_length, self.eval_samples = stream.context_length, stream.eval_samples
+    def __init__(self, examples: ExampleSource, seed: int, global_batch: int, micro_batch: int):
+        self.examples, self.seed, self.global_batch, self.micro_batch = examples, seed, global_batch, micro_batch
+        self.context_length, self.eval_samples = examples.context_length, examples.eval_samples
+        self.step_tokens = global_batch * examples.context_length  # that the model reads, over all ranks
 
-    def train(self, step: int, m: int) -> Batch:
-        """Microbatch m of a step."""
+    def training_batch(self, step: int, m: int) -> Batch:
+        """Return microbatch m of a step."""
         first = step * self.global_batch + m * self.micro_batch
-        numbers = np.arange(first, first + self.micro_batch, dtype=np.int64)
-        return _batch(self.stream.train(numbers, self.seed), numbers)
+        return self.examples.make_batch(np.arange(first, first + self.micro_batch, dtype=np.int64), self.seed)
 
-    @property
-    def step_tokens(self) -> int:
-        """Tokens that the model reads in a step, over all ranks."""
-        return self.global_batch * self.context_length
+    def evaluation_batch(self, m: int) -> Batch:
+        """Return microbatch m of the validation split; the last may hold fewer rows."""
+        stop = min((m + 1) * self.micro_batch, self.eval_samples)
+        return self.examples.make_batch(np.arange(m * self.micro_batch, stop, dtype=np.int64), None)
 
     def target_tokens(self, step: int) -> int:
-        """Tokens that the model predicts in a step, over all ranks."""
+        """Return how many tokens the model predicts in a step, over all ranks."""
         numbers = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
-        return self.stream.train_targets(numbers, self.seed)
-
-    def eval_rows(self, limit: int = 0) -> int:
-        """Held-out samples that an evaluation over `limit` global batches reads, in whole microbatches; 0: all there are."""
-        rows = min(self.eval_samples, limit * self.global_batch or self.eval_samples)
-        return min(self.eval_samples, -(-rows // self.micro_batch) * self.micro_batch)
+        return self.examples.count_targets(numbers, self.seed)
 
     def eval_microbatches(self, limit: int = 0) -> int:
-        """Microbatches of such an evaluation."""
-        return -(-self.eval_rows(limit) // self.micro_batch)
+        """Return the number of microbatches of an evaluation over `limit` global batches; 0: over the whole split."""
+        return -(-min(self.eval_samples, limit * self.global_batch or self.eval_samples) // self.micro_batch)
 
     def eval_targets(self, limit: int = 0) -> int:
-        """Tokens that the model predicts in such an evaluation."""
-        return self.stream.held_out_targets(np.arange(self.eval_rows(limit), dtype=np.int64))
-
-    def evaluation(self, i: int) -> Batch:
-        """Held-out microbatch i; the last may hold fewer rows."""
-        rows = np.arange(i * self.micro_batch, min((i + 1) * self.micro_batch, self.eval_samples), dtype=np.int64)
-        return _batch(self.stream.held_out(rows), rows)
-
-
-def _batch(examples: Examples, numbers: Indices) -> Batch:
-    documents = None if examples.documents is None else _tensor(examples.documents)
-    return Batch(
-        _tensor(examples.read), _tensor(examples.targets), _tensor(examples.positions), torch.from_numpy(numbers),
-        examples.target_tokens, documents,
-    )  # fmt: skip
-
-
-def _tensor(values: Indices) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values))
+        """Return how many tokens the model predicts in such an evaluation."""
+        rows = min(self.eval_samples, self.eval_microbatches(limit) * self.micro_batch)
+        return self.examples.count_targets(np.arange(rows, dtype=np.int64), None)

@@ -1,222 +1,224 @@
 """Conversations to learn answers from: JSON lines of prompt and response, or of messages; only answers are predicted."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
-from mpilm.config import Data
-from mpilm.data.files import writable
-from mpilm.data.gather import gather_rows
-from mpilm.data.order import Indices, permute, sample_at
-from mpilm.data.pieces import open_stream
-from mpilm.data.samples import HELD_OUT_KEY
-from mpilm.data.sources import Source
-from mpilm.data.stream import Examples
-from mpilm.data.template import Template
+from mpilm.config.schema import DataConfig
+from mpilm.data.batch import Batch
+from mpilm.data.files import is_valid_utf8, read_bytes, read_json_object
+from mpilm.data.gather import all_gather_rows
+from mpilm.data.order import Indices, pick_samples
+from mpilm.data.sources import TextSource, parse_json, partition_items, read_json_lines
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.loss import IGNORE_INDEX
 from mpilm.model.sequence_info import NO_DOCUMENT
 
-Part = tuple[str, bool]  # text, and whether it is an answer
+ASSISTANT = "assistant"
+Turn = tuple[str, bool]  # text, and whether it is an answer
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Of conversations and tokens: what there was, and what became of it."""
+class ChatTemplate:
+    """The chat template of a tokenizer: messages to the text that the model was made for, rendered as Hugging Face does it."""
 
-    conversations: int
-    cut: int
-    left_out: int
-    tokens: int
-    targets: int
-    rows: int
+    def __init__(self, source: str, special_tokens: Mapping[str, str], folder: str):
+        self.source = source  # in Jinja; it comes from a stranger and runs in a sandbox
+        self.special_tokens = dict(special_tokens)  # that it may use
+        self.folder = folder  # for messages
 
+    @cached_property
+    def _template(self) -> Any:
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-class Conversations:
-    """Conversations laid into rows of the context length.
+        def fail(message: str) -> NoReturn:
+            raise TemplateError(message)
 
-    `tokens`: of all conversations, one after the other; `answer`: which of them are to be predicted; `ends`: where each ends.
-    `too_long`: "truncate", cut at the context, or "drop"; one that then has no answer is left out. `packing`: "concat", a
-    conversation a row, the rest of it empty; "documents", as many as fit into it, in their order, each by itself. The last
-    `eval_fraction` of the rows is held out. Raises ConfigError or DataError where nothing is left.
-    """
+        extensions = ["jinja2.ext.loopcontrols"]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment.globals |= {"raise_exception": fail, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
+        source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)  # marks what is learnt, and prints nothing
+        try:
+            return environment.from_string(source)
+        except TemplateError as error:
+            raise DataError(f"{self.folder}: its chat template cannot be read: {error}") from None
 
-    def __init__(
-        self, tokens: Indices, answer: np.ndarray, ends: Indices, context_length: int, eval_fraction: float, eos: int,
-        too_long: str, packing: str,
-    ):  # fmt: skip
-        self.context_length, self.eos = context_length, eos
-        self.tokens, self.answer = tokens, answer
-        starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-        self.pieces, cut = self._fit(starts, ends, too_long)
-        self.rows = self._lay(packing)
-        self.targets = np.array([sum(self._targets(piece) for piece in row) for row in self.rows], dtype=np.int64)
-        self.train_samples = len(self.rows) - int(len(self.rows) * eval_fraction)
-        self.eval_samples = len(self.rows) - self.train_samples
-        self.counts = Counts(
-            len(ends), cut, len(ends) - len(self.pieces), len(tokens), int(self.targets.sum()), len(self.rows)
-        )  # fmt: skip
+    def split_turns(self, messages: Sequence[Mapping[str, str]], place: object) -> list[Turn]:
+        """Return the text of messages in turns; an answer reaches to the end of its turn. Raises DataError naming `place`."""
+        turns: list[Turn] = []
+        done = ""
+        for i, message in enumerate(messages):
+            if message["role"] == ASSISTANT:
+                prompt, text = self.render(messages[:i], place, True), self.render(messages[: i + 1], place, False)
+                if not (prompt.startswith(done) and text.startswith(prompt)):
+                    why = f"changes what came before when message {i + 1} is added, so its answers cannot be told from the rest"
+                    raise DataError(f"{place}: the chat template of {self.folder} {why}")
+                turns += [(prompt[len(done) :], False), (text[len(prompt) :], True)]
+                done = text
+        if not turns:
+            raise DataError(f'{place}: no message has the role "{ASSISTANT}", so there is nothing to learn')
+        return turns
 
-    def _fit(self, starts: Indices, ends: Indices, too_long: str) -> tuple[list[tuple[int, int]], int]:
-        """What each conversation becomes, [start, stop), those left out left out; and how many are cut."""
-        pieces, cut = [], 0
-        for start, end in zip(starts.tolist(), ends.tolist()):
-            stop = min(end, start + self.context_length + 1)
-            if (stop < end and too_long == "drop") or not self.answer[start + 1 : stop].any():
-                continue
-            cut += stop < end
-            pieces.append((start, stop))
-        return pieces, cut
+    def render_prompt(self, text: str) -> str:
+        """Return what a model reads that is to answer a user."""
+        return self.render([{"role": "user", "content": text}], "the prompt", True)
 
-    def _lay(self, packing: str) -> list[list[tuple[int, int]]]:
-        """The pieces of each row."""
-        rows: list[list[tuple[int, int]]] = []
-        free = 0
-        for start, stop in self.pieces:
-            need = stop - start - 1  # the last token is predicted, and not read
-            if packing == "concat" or need > free:
-                rows.append([])
-                free = self.context_length
-            rows[-1].append((start, stop))
-            free -= need
-        return rows
-
-    def _targets(self, piece: tuple[int, int]) -> int:
-        return int(np.count_nonzero(self.answer[piece[0] + 1 : piece[1]]))
-
-    def train(self, numbers: Indices, seed: int) -> Examples:
-        return self._examples(sample_at(numbers, seed, self.train_samples))
-
-    def held_out(self, numbers: Indices) -> Examples:
-        return self._examples(self._held_out_rows(numbers))
-
-    def train_targets(self, numbers: Indices, seed: int) -> int:
-        return int(self.targets[sample_at(numbers, seed, self.train_samples)].sum())
-
-    def held_out_targets(self, numbers: Indices) -> int:
-        return int(self.targets[self._held_out_rows(numbers)].sum())
-
-    def _held_out_rows(self, numbers: Indices) -> Indices:
-        return self.train_samples + permute(numbers, self.eval_samples, HELD_OUT_KEY)
-
-    def _examples(self, rows: Indices) -> Examples:
-        shape = len(rows), self.context_length
-        read, targets = np.full(shape, self.eos, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        positions, documents = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        for i, row in enumerate(rows.tolist()):
-            at = 0
-            for number, (start, stop) in enumerate(self.rows[row]):
-                end = at + stop - start - 1
-                read[i, at:end] = self.tokens[start : stop - 1]
-                targets[i, at:end] = np.where(self.answer[start + 1 : stop], self.tokens[start + 1 : stop], IGNORE_INDEX)
-                positions[i, at:end], documents[i, at:end] = np.arange(end - at), number
-                at = end
-            positions[i, at:], documents[i, at:] = np.arange(self.context_length - at), NO_DOCUMENT
-        return Examples(read, targets, positions, documents)
+    def render(self, messages: Sequence[Mapping[str, str]], place: object, begin_answer: bool) -> str:
+        """Return the text of messages; raises DataError naming `place`."""
+        template = self._template
+        try:
+            return template.render(messages=list(messages), add_generation_prompt=begin_answer, **self.special_tokens)
+        except Exception as error:  # a stranger's template may raise anything
+            raise DataError(f"{place}: the chat template of {self.folder} refuses it: {error}") from None
 
 
-def read_conversations(
-    sources: list[Source], tokenizer: Tokenizer, template: Template | None, comm: Comm
-) -> tuple[Indices, np.ndarray, Indices]:
-    """Tokens, which of them are answers, and ends of all conversations of some JSON-lines files. Every rank reads, and encodes
-    its share. Collective; raises DataError on all ranks, with file and line."""
-    mine = run_on_all_ranks(comm, lambda: list(_encoded(sources, tokenizer, template, comm.rank, comm.size)))
-    lengths = np.array([len(row) for row in mine], dtype=np.int64)
-    flat = np.concatenate(mine) if mine else np.empty(0, dtype=np.int64)
-    every_length, every = gather_rows(comm, lengths), gather_rows(comm, flat)
-    total = sum(map(len, every_length))
-    each = np.empty(total, dtype=np.int64)
-    for rank, theirs in enumerate(every_length):
-        each[rank :: comm.size] = theirs
-    ends = np.cumsum(each)
-    marked = np.empty(int(ends[-1]) if total else 0, dtype=np.int64)
-    for rank, (theirs, tokens) in enumerate(zip(every_length, every)):
-        inner = np.cumsum(theirs)
-        for i, stop in enumerate(inner.tolist()):
-            end = int(ends[rank + i * comm.size])
-            length = int(theirs[i])
-            marked[end - length : end] = tokens[stop - length : stop]
-    return marked >> 1, (marked & 1).astype(bool), ends
+def find_chat_template(tokenizer: str | Path) -> ChatTemplate | None:
+    """Return the template beside a tokenizer.json, in tokenizer_config.json or a file of its own, if there is one."""
+    path = Path(tokenizer).expanduser()
+    if not path.exists():  # a setting such as "bytes"
+        return None
+    folder = path if path.is_dir() else path.parent
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    values = read_json_object(config) if config.is_file() else {}
+    source = values.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = {str(each.get("name")): each.get("template") for each in source if isinstance(each, dict)}.get("default")
+    if file.is_file():
+        source = read_bytes(file).decode()
+    named = ((name, values.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token"))
+    tokens = {name: str(token.get("content", "") if isinstance(token, dict) else token) for name, token in named if token}
+    return ChatTemplate(source, tokens, str(folder)) if isinstance(source, str) else None
 
 
-def _encoded(sources: list[Source], tokenizer: Tokenizer, template: Template | None, rank: int, size: int) -> Iterator[Indices]:
-    """Of every size-th conversation, from the rank-th on: its tokens, each times two, plus one where it is an answer."""
-    for number, (line, where) in enumerate(_lines(sources)):
-        if number % size == rank:
-            parts = conversation(line, where, template)
-            yield _whole(parts, tokenizer) if template else _in_parts(parts, tokenizer)
+class EncodedChats(NamedTuple):
+    """Conversations as tokens, one after the other."""
+
+    tokens: Indices  # (N,)
+    is_answer: np.ndarray  # (N,) bool: whether a token is to be predicted
+    ends: Indices  # where each conversation ends
 
 
-def _in_parts(parts: list[Part], tokenizer: Tokenizer) -> Indices:
-    """A prompt is encoded by itself, as it is when a text is to go on from it; the end is learnt too."""
-    rows = [2 * tokenizer.encode(text).astype(np.int64) + int(answer) for text, answer in parts]
-    return np.concatenate([*rows, np.array([2 * tokenizer.eos + 1])])
+def read_chats(sources: list[TextSource], tokenizer: Tokenizer, template: ChatTemplate | None, comm: Comm) -> EncodedChats:
+    """Read JSON lines, of which each rank encodes a part. Collective; raises DataError on all ranks, with file and line."""
+
+    def encode() -> list[np.ndarray]:
+        lines = (entry for item in partition_items(sources, comm.rank, comm.size) for entry in read_json_lines(item))
+        return [_encode(parse_conversation(line, place, template), tokenizer, bool(template)) for line, place in lines]
+
+    mine = run_on_all_ranks(comm, encode)
+    lengths = np.array([len(rows) for rows in mine], dtype=np.int64)
+    rows = np.concatenate([np.empty((0, 2), np.int32), *mine])
+    lengths, rows = (np.concatenate(all_gather_rows(comm, array)) for array in (lengths, rows))
+    return EncodedChats(tokens=rows[:, 0].astype(np.int64), is_answer=rows[:, 1].astype(bool), ends=np.cumsum(lengths))
 
 
-def _whole(parts: list[Part], tokenizer: Tokenizer) -> Indices:
-    """What a template has written is encoded in one; a token belongs to the part that it begins in."""
-    ids, begins = tokenizer.encode_marked("".join(text for text, _ in parts))
-    ends = np.cumsum([len(text) for text, _ in parts])
-    answers = np.array([answer for _, answer in parts] + [False])
-    return 2 * ids.astype(np.int64) + answers[np.searchsorted(ends, begins, side="right")]
-
-
-def _lines(sources: list[Source]) -> Iterator[tuple[bytes, str]]:
-    """The lines that hold something, each with its place."""
-    for source in sources:
-        with open_stream(source) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield line, f"{source.path}: line {number}"
-
-
-def conversation(line: bytes, where: str, template: Template | None) -> list[Part]:
-    """The parts of a conversation; raises DataError naming file and line, ConfigError where messages need a template."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
-    if not writable(json.dumps(value, ensure_ascii=False)):
-        raise DataError(f"{where} holds half a surrogate pair, which is no text")
-    if isinstance(value, dict) and isinstance(value.get("prompt"), str) and isinstance(value.get("response"), str):
-        turns = [{"role": "user", "content": value["prompt"]}, {"role": "assistant", "content": value["response"]}]
-        return template.parts(turns, where) if template else [(value["prompt"], False), (value["response"], True)]
-    messages = value.get("messages") if isinstance(value, dict) else None
+def parse_conversation(line: bytes, place: object, template: ChatTemplate | None) -> list[Turn]:
+    """Return the turns of a conversation; raises DataError naming file and line, ConfigError if messages need a template."""
+    value = parse_json(line, place)
+    if not is_valid_utf8(json.dumps(value, ensure_ascii=False)):
+        raise DataError(f"{place}: holds half a surrogate pair, which is no text")
+    fields = value if isinstance(value, dict) else {}
+    prompt, response, messages = (fields.get(name) for name in ("prompt", "response", "messages"))
+    if isinstance(prompt, str) and isinstance(response, str):
+        if template is None:
+            return [(prompt, False), (response, True)]
+        messages = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": response}]
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise DataError(
-            f'{where} has neither "prompt" and "response", which are strings, nor "messages", a list of objects with "role" '
-            'and "content"'
-        )
+        forms = 'neither "prompt" and "response", two strings, nor "messages", a list of objects with "role" and "content"'
+        raise DataError(f"{place}: has {forms}")
     if template is None:
-        raise ConfigError(
-            f"{where} has messages, and the tokenizer no chat template; name the folder of one that has (--data.tokenizer "
-            "FOLDER with a tokenizer_config.json), or give prompt and response"
-        )
-    return template.parts(messages, where)
+        advice = "name a FOLDER that has one (--data.tokenizer FOLDER with tokenizer_config.json), or give prompt and response"
+        raise ConfigError(f"{place}: has messages, and the tokenizer no chat template; {advice}")
+    return template.split_turns(messages, place)
 
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def refuse_nothing(found: Conversations, data: Data) -> None:
-    """Raise where no row is left to train on, or none to evaluate on although some were asked for."""
-    counts = found.counts
-    if not found.rows:
-        raise DataError(
-            f"--data.path {data.source}: none of {counts.conversations} conversations has an answer within the "
-            f"--model.context-length {found.context_length}"
-        )
-    if not found.train_samples or (data.eval_fraction and not found.eval_samples):
-        raise ConfigError(
-            f"--data.eval-fraction {data.eval_fraction} of {counts.rows} rows leaves {found.train_samples} to train on and "
-            f"{found.eval_samples} held out; give more conversations, or another fraction (0: hold out nothing)"
-        )
+def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> np.ndarray:
+    """Return the tokens of a conversation, and whether each is an answer; (n, 2) int32.
+
+    Rendered text is encoded in one; a token belongs to the turn it begins in. Otherwise each turn is encoded by itself, as a
+    prompt is when a text is generated from it, and an eos ends the answer.
+    """
+    texts, answers = [text for text, _ in turns], [is_answer for _, is_answer in turns]
+    if is_rendered:
+        tokens, begins = tokenizer.encode_rendered("".join(texts))
+        ends = np.cumsum([len(text) for text in texts])
+        is_answer = np.array([*answers, False])[np.searchsorted(ends, begins, side="right")]
+    else:
+        parts = [*tokenizer.encode_batch(texts), np.array([tokenizer.eos])]
+        tokens, is_answer = np.concatenate(parts), np.repeat([*answers, True], [len(part) for part in parts])
+    return np.column_stack([tokens, is_answer]).astype(np.int32)
+
+
+class ChatExamples:
+    """Examples of conversations, laid into rows of the context length.
+
+    Conversations longer than the context are cut or, with data.too-long "drop", left out, as are those that then have no
+    answer. With data.packing "concat" a row holds one conversation; with "documents", as many as fit, in their order, each by
+    itself. The last data.eval-fraction of the rows is the validation split. Raises ConfigError or DataError if one is empty.
+    """
+
+    def __init__(self, chats: EncodedChats, context_length: int, data: DataConfig, eos: int):
+        self.chats, self.context_length, self.eos = chats, context_length, eos
+        self.rows: list[list[tuple[int, int]]] = []  # [start, stop) of the tokens of each conversation in a row
+        self.truncated, self.left_out, free = 0, 0, 0
+        for start, end in zip([0, *chats.ends[:-1].tolist()], chats.ends.tolist()):
+            stop = min(end, start + context_length + 1)
+            if (stop < end and data.too_long == "drop") or not chats.is_answer[start + 1 : stop].any():
+                self.left_out += 1
+                continue
+            self.truncated += stop < end
+            if data.packing == "concat" or stop - start - 1 > free:  # the last token is predicted, and not read
+                self.rows.append([])
+                free = context_length
+            self.rows[-1].append((start, stop))
+            free -= stop - start - 1
+        counts = [sum(int(chats.is_answer[start + 1 : stop].sum()) for start, stop in row) for row in self.rows]
+        self.targets = np.array(counts, dtype=np.int64)
+        self.train_samples = len(self.rows) - int(len(self.rows) * data.eval_fraction)
+        self.eval_samples = len(self.rows) - self.train_samples
+        if not self.rows:
+            problem = f"none of {len(chats.ends)} conversations has an answer within --model.context-length {context_length}"
+            raise DataError(f"--data.path {data.source}: {problem}")
+        if not self.train_samples or (data.eval_fraction and not self.eval_samples):
+            split = f"{self.train_samples} to train on and {self.eval_samples} held out"
+            advice = "give more conversations, or another fraction (0: hold out nothing)"
+            raise ConfigError(f"--data.eval-fraction {data.eval_fraction} of {len(self.rows)} rows leaves {split}; {advice}")
+
+    def make_batch(self, numbers: Indices, seed: int | None) -> Batch:
+        """Return the examples of these numbers."""
+        shape = len(numbers), self.context_length
+        inputs, targets = np.full(shape, self.eos, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        positions, documents = np.zeros(shape, dtype=np.int64), np.full(shape, NO_DOCUMENT, dtype=np.int64)
+        tokens, is_answer, _ = self.chats
+        for i, row in enumerate(self._pick_rows(numbers, seed).tolist()):
+            at = 0
+            for number, (start, stop) in enumerate(self.rows[row]):
+                end = at + stop - start - 1
+                inputs[i, at:end] = tokens[start : stop - 1]
+                targets[i, at:end] = np.where(is_answer[start + 1 : stop], tokens[start + 1 : stop], IGNORE_INDEX)
+                positions[i, at:end], documents[i, at:end] = np.arange(end - at), number
+                at = end
+            positions[i, at:] = np.arange(self.context_length - at)
+        return Batch.from_arrays(tokens=inputs, targets=targets, positions=positions, samples=numbers, documents=documents)
+
+    def count_targets(self, numbers: Indices, seed: int | None) -> int:
+        """Return how many targets these examples have."""
+        return int(self.targets[self._pick_rows(numbers, seed)].sum())
+
+    def _pick_rows(self, numbers: Indices, seed: int | None) -> Indices:
+        first, count = (self.train_samples, self.eval_samples) if seed is None else (0, self.train_samples)
+        return first + pick_samples(numbers, seed, count)

@@ -1,7 +1,13 @@
-"""The corpus a run reads: tokens mapped into memory, their tokenizer, and a fingerprint that tells corpora apart."""
+"""The corpus a run reads: prepared token files, or text that is prepared once into the user's cache.
 
-from __future__ import annotations
+cache/corpora/KEY/tokens.bin, ...   token files; the key is a digest of everything that they depend on
+cache/files/KEY.json                digests of the input files of a path, so that files at rest are read once
+"""
 
+import json
+import os
+import secrets
+import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,189 +18,228 @@ from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
-from mpilm.config import Data
-from mpilm.data.cache import cached_corpus
-from mpilm.data.encode import Progress
-from mpilm.data.files import hex_digest
+from mpilm.config.schema import DataConfig
+from mpilm.data.files import file_errors, hex_digest
 from mpilm.data.gather import digest_files
-from mpilm.data.indexed import TokenFile, check_vocabulary, open_tokens, prefix_of, with_ending
-from mpilm.data.prepare import Meta, read_meta, silent
-from mpilm.data.tokenizer import Tokenizer, bpe_size, named_tokenizer, read_sidecar
+from mpilm.data.prepare import broadcast_sources, no_progress, prepare_tokens, resolve_settings
+from mpilm.data.sources import Progress, TextSource
+from mpilm.data.token_files import TokenMetadata, find_prefix, open_tokens, read_metadata, with_ending
+from mpilm.data.tokenizer import Tokenizer, load_tokenizer, parse_bpe_size, tokenizer_from_spec
 from mpilm.errors import ConfigError, DataError, FileError
 
-VERIFIED_BYTES = 2**30  # of tokens that are read once more at every start, to know that they are as they were
-SAMPLE_TOKENS = 2**16
-COUNTED_AT_ONCE = 1 << 18  # tokens, which bincount makes 64-bit integers of
+VERIFIED_BYTES = 2**30  # of tokens that are compared with their digest at every start
+SAMPLED_TOKENS, SAMPLES = 2**16, 16  # to measure bytes per token
+COUNTED_TOKENS = 2**18  # at once, which bincount makes 64-bit integers of
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens and what they mean. Equal on every rank."""
+    """Tokens and their meaning. Equal on every rank."""
 
-    tokens: NDArray
-    """(tokens,) mapped into memory, of the file's own integer dtype."""
+    tokens: NDArray  # (tokens,), mapped into memory, of the file's own integer dtype
     tokenizer: Tokenizer
-    fingerprint: str
-    """Hex digest of tokens and tokenizer; where the files lie does not matter."""
+    fingerprint: str  # hex digest of tokens and tokenizer, wherever the files are
     documents: int
-    source: str
-    """What the user calls it, for messages."""
-    path: Path
-    """The .bin."""
-    bytes_per_token: float
-    """Bytes of UTF-8 text a token stands for, on average."""
+    source: str  # what the user calls it, for messages
+    path: Path  # of the .bin
+    bytes_per_token: float  # bytes of UTF-8 text a token stands for, on average
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens start to stop; raises DataError naming file and token when one is no id of the tokenizer."""
-        tokens = self.tokens[start:stop]
-        check_vocabulary(tokens, self.tokenizer.vocab_size, self.path, start)
+        """Return tokens start to stop; raises DataError naming file and token if one is no id of the tokenizer."""
+        tokens, size = self.tokens[start:stop], self.tokenizer.vocab_size
+        if tokens.size and (int(tokens.max()) >= size or int(tokens.min()) < 0):
+            at = int(np.argmax((tokens >= size) | (tokens < 0)))
+            problem = f"the tokenizer's ids end at {size - 1}; these tokens were made with another tokenizer"
+            raise DataError(f"{self.path}: token {start + at} is {int(tokens[at])}, but {problem}")
         return tokens.astype(np.int64)
 
 
-def open_corpus(data: Data, comm: Comm, eos: bool = True, progress: Progress = silent) -> Corpus:
-    """Open prepared tokens as they are; prepare raw text into the cache first, unless it is there. Collective.
+def open_corpus(data: DataConfig, comm: Comm, eos: bool = True, progress: Progress = no_progress) -> Corpus:
+    """Open token files; those of text are in the cache, where they are prepared if need be. Collective.
 
-    `eos`: whether documents of raw text end with the tokenizer's eos. Raises ConfigError, FileError or DataError on every
-    rank, also when a rank sees other files than rank 0.
+    Documents of text end with the tokenizer's eos if `eos`. Raises AgreedError, also if a rank sees other files than rank 0.
     """
-    prefix = _prepared_prefix(data.source, comm)
-    prepared = prefix or cached_corpus(data, comm, eos, progress)
-    meta = _meta(prepared, comm)
-    file = run_on_all_ranks(comm, lambda: _open(prepared, meta, verify=comm.rank == 0))
-    run_on_all_ranks(comm, lambda: _compare(file, meta, comm))
-    tokenizer = run_on_all_ranks(comm, lambda: _tokenizer(data.tokenizer if prefix else "auto", prepared, meta))
-    tokens_digest = _digest(file, meta, comm)
-    return Corpus(
-        tokens=file.tokens,
-        tokenizer=tokenizer,
-        fingerprint=hex_digest(tokens_digest, tokenizer.digest),
-        documents=file.documents,
-        source=data.source or "the embedded corpus",
-        path=file.path,
-        bytes_per_token=meta.source_bytes / meta.tokens if meta else run_on_all_ranks(comm, lambda: _measure(file, tokenizer)),
+    prepared = comm.broadcast_json(run_on_root(comm, lambda: str(find_prefix(data.source) or "")))
+    prefix = Path(prepared) if prepared else prepare_in_cache(data, comm, eos, progress)
+    path, source = with_ending(prefix, ".bin"), data.source or "the embedded corpus"
+    tokens, documents, metadata = run_on_all_ranks(comm, lambda: _open_files(prefix, verify=comm.rank == 0))
+    run_on_all_ranks(
+        comm, lambda: _check_same_as_on_root(path, [len(tokens), tokens.dtype.name, metadata and asdict(metadata)], comm)
     )
+    tokenizer = run_on_all_ranks(comm, lambda: _load_tokenizer(data.tokenizer if prepared else "auto", prefix, metadata))
+    trusted = metadata.tokens_digest if metadata and tokens.nbytes > VERIFIED_BYTES else ""
+    digest = trusted or digest_files([path], [tokens.nbytes], comm)[0]
+    corpus = Corpus(tokens, tokenizer, hex_digest(digest, tokenizer.digest), documents, source, path, 0.0)
+    if not metadata:
+        return replace(corpus, bytes_per_token=run_on_all_ranks(comm, lambda: _measure_bytes_per_token(corpus)))
+    if digest != metadata.tokens_digest:
+        raise CollectiveError(DataError(f"{path}: has been altered: it is not what the .json beside it was written for"))
+    return replace(corpus, bytes_per_token=metadata.source_bytes / metadata.tokens)
 
 
-def _digest(file: TokenFile, meta: Meta | None, comm: Comm) -> str:
-    """The digest of the tokens, compared with what was written down when they were made unless they are many. Collective."""
-    if meta and file.tokens.nbytes > VERIFIED_BYTES:
-        return meta.tokens_digest
-    found = digest_files([file.path], [file.tokens.nbytes], comm)[0]
-    if meta and found != meta.tokens_digest:
-        raise CollectiveError(DataError(f"{file.path}: has been altered: it is not what the .json beside it was written for"))
-    return found
-
-
-def open_corpora(data: Data, comm: Comm, progress: Progress = silent) -> list[tuple[Corpus, float]]:
-    """Each corpus of data.path and its part of the samples, all with one tokenizer: what the first was made with, or was given.
-    Collective; raises as open_corpus, and ConfigError where token files were made with different tokenizers."""
-    (first, part), *others = data.corpora()
-    corpora = [(open_corpus(first, comm, progress=progress), part)]
-    tokenizer = corpora[0][0].tokenizer
-    made = data.tokenizer == "auto" or bpe_size(data.tokenizer)
-    spec = str(with_ending(corpora[0][0].path.with_suffix(""), ".tokenizer.json")) if made else data.tokenizer
-    for other, part in others:
-        corpora.append((open_corpus(replace(other, tokenizer=spec), comm, progress=progress), part))
-        run_on_all_ranks(comm, lambda: _refuse_other(corpora[-1][0], tokenizer, corpora[0][0]))
+def open_corpora(data: DataConfig, comm: Comm, progress: Progress = no_progress) -> list[tuple[Corpus, float]]:
+    """Open each corpus of data.path, with its part of the samples, all with the tokenizer of the first. Collective."""
+    corpora: list[tuple[Corpus, float]] = []
+    spec = data.tokenizer
+    for each, part in data.corpora():
+        corpus = open_corpus(replace(each, tokenizer=spec), comm, progress=progress)
+        first = corpora[0][0] if corpora else corpus
+        if corpus.tokenizer.digest != first.tokenizer.digest:
+            raise CollectiveError(
+                ConfigError(f"{corpus.path} was made with another tokenizer than {first.path}; a model has one")
+            )
+        if spec == "auto" or parse_bpe_size(spec):
+            spec = str(with_ending(corpus.path.with_suffix(""), ".tokenizer.json"))
+        corpora.append((corpus, part))
     return corpora
 
 
-def _refuse_other(corpus: Corpus, tokenizer: Tokenizer, first: Corpus) -> None:
-    if corpus.tokenizer.digest != tokenizer.digest:
-        raise ConfigError(f"{corpus.path} was made with another tokenizer than {first.path}; a model has only one")
-
-
-def _prepared_prefix(path: str, comm: Comm) -> Path | None:
-    """Where prepared tokens lie, as rank 0 sees it: all ranks must go the same way. Collective."""
-    found = run_on_root(comm, lambda: prefix_of(path) if path else None)
-    known = comm.broadcast_json(str(found) if found else None)
-    return Path(known) if known else None
-
-
-def _meta(prefix: Path, comm: Comm) -> Meta | None:
-    """What rank 0 reads beside the tokens. Collective."""
-    found = run_on_root(comm, lambda: read_meta(prefix))
-    values = comm.broadcast_json(asdict(found) if found else None)
-    return Meta(**values) if values else None
-
-
-def _open(prefix: Path, meta: Meta | None, verify: bool) -> TokenFile:
-    index = with_ending(prefix, ".idx")
-    if meta and not index.exists():
+def _open_files(prefix: Path, verify: bool) -> tuple[NDArray, int, TokenMetadata | None]:
+    metadata, index = read_metadata(prefix), with_ending(prefix, ".idx")
+    if metadata and not index.exists():
         raise FileError(f"{index}: is missing on {socket.gethostname()}, although {with_ending(prefix, '.json')} is there")
-    file = open_tokens(prefix, verify)
-    if meta and (meta.tokens, meta.dtype) != (len(file.tokens), file.tokens.dtype.name):
-        raise DataError(
-            f"{file.path}: holds {len(file.tokens)} tokens of {file.tokens.dtype.name}, but the .json beside it speaks of "
-            f"{meta.tokens} of {meta.dtype}; they do not belong together"
-        )
-    return file
+    tokens, documents = open_tokens(prefix, verify)
+    if metadata and (metadata.tokens, metadata.dtype) != (len(tokens), tokens.dtype.name):
+        described = f"the .json beside it describes {metadata.tokens} of {metadata.dtype}; they do not belong together"
+        raise DataError(f"{prefix}.bin: holds {len(tokens)} tokens of {tokens.dtype.name}, but {described}")
+    return tokens, documents, metadata
 
 
-def _compare(file: TokenFile, meta: Meta | None, comm: Comm) -> None:
-    """Every rank must see what rank 0 sees. Collective."""
-    theirs = comm.broadcast_json([len(file.tokens), file.tokens.dtype.name, meta.tokens_digest if meta else ""])
-    if theirs != [len(file.tokens), file.tokens.dtype.name, meta.tokens_digest if meta else ""]:
-        raise FileError(
-            f"{file.path}: is another file on {socket.gethostname()} than on rank 0; put it, or the cache (MPILM_CACHE), "
-            "in a folder that all ranks share"
-        )
+def _check_same_as_on_root(path: Path, identity: list, comm: Comm) -> None:
+    if identity != comm.broadcast_json(identity):
+        advice = "put it, or the cache (MPILM_CACHE), in a folder that all ranks share"
+        raise FileError(f"{path}: is another file on {socket.gethostname()} than on rank 0; {advice}")
 
 
-def _tokenizer(spec: str, prefix: Path, meta: Meta | None) -> Tokenizer:
-    """The one the tokens were made with; raises ConfigError when --data.tokenizer speaks of another, or nothing of any."""
-    sidecar = with_ending(prefix, ".tokenizer.json")
-    if meta is None:
-        if spec == "auto" or bpe_size(spec):
-            raise ConfigError(
-                f"--data.tokenizer {spec}: {prefix}.bin has no {prefix.name}.json of mpilm.prepare beside it; "
-                "name the tokenizer.json that these tokens were made with (or bytes)"
-            )
-        return named_tokenizer(spec)
-    tokenizer = replace(read_sidecar(sidecar, meta.eos), name=meta.tokenizer)
-    if tokenizer.digest != meta.tokenizer_digest:
-        raise DataError(f"{sidecar}: is not the tokenizer that the tokens beside it were made with")
-    same = (
-        spec in ("auto", meta.tokenizer)
-        if spec == "auto" or bpe_size(spec)
-        else named_tokenizer(spec).with_mask().digest == tokenizer.with_mask().digest
-    )
-    if not same:
+def _load_tokenizer(spec: str, prefix: Path, metadata: TokenMetadata | None) -> Tokenizer:
+    """Return the tokenizer the tokens were made with; raises ConfigError if the setting is another, or does not name one."""
+    is_made = spec == "auto" or parse_bpe_size(spec)
+    named = None if is_made else tokenizer_from_spec(spec)
+    if metadata is None and named:
+        return named
+    if metadata is None:
+        advice = "name the tokenizer.json that these tokens were made with (or bytes)"
         raise ConfigError(
-            f"--data.tokenizer {spec}: {prefix}.bin was made with another one ({meta.tokenizer}); "
-            "write --data.tokenizer auto (a preset or a file may have set another), or prepare the text again"
+            f"--data.tokenizer {spec}: {prefix}.bin has no {prefix.name}.json of mpilm.prepare beside it; {advice}"
         )
+    file = with_ending(prefix, ".tokenizer.json")
+    tokenizer = replace(load_tokenizer(file, metadata.eos), name=metadata.tokenizer)
+    if tokenizer.digest != metadata.tokenizer_digest:
+        raise DataError(f"{file}: is not the tokenizer that the tokens beside it were made with")
+    is_same = named.with_mask().digest == tokenizer.with_mask().digest if named else spec in ("auto", metadata.tokenizer)
+    if not is_same:
+        advice = "write --data.tokenizer auto (a preset or a file may have set another), or prepare the text again"
+        raise ConfigError(f"--data.tokenizer {spec}: {prefix}.bin was made with another one ({metadata.tokenizer}); {advice}")
     return tokenizer
 
 
-def _measure(file: TokenFile, tokenizer: Tokenizer) -> float:
-    """Bytes per token from an evenly spread sample of the tokens."""
-    pieces = 16
-    width = min(len(file.tokens), SAMPLE_TOKENS // pieces)
-    starts = [(len(file.tokens) - width) * i // (pieces - 1) for i in range(pieces)]
-    for start in starts:
-        check_vocabulary(file.tokens[start : start + width], tokenizer.vocab_size, file.path, start)
-    text = [tokenizer.decode(file.tokens[start : start + width]) for start in starts]
-    return sum(len(part.encode()) for part in text) / (pieces * width)
+def _measure_bytes_per_token(corpus: Corpus) -> float:
+    """Return bytes per token of a sample that is evenly spread over the tokens."""
+    width = min(len(corpus.tokens), SAMPLED_TOKENS // SAMPLES)
+    starts = [(len(corpus.tokens) - width) * i // (SAMPLES - 1) for i in range(SAMPLES)]
+    text = "".join(corpus.tokenizer.decode(corpus.read(start, start + width)) for start in starts)
+    return len(text.encode()) / (SAMPLES * width)
 
 
 def unigram_loss(corpora: Sequence[tuple[Corpus, int]]) -> float:
-    """Cross-entropy, in nats a token, of predicting the held-out tokens, from each corpus's boundary on, by how often each
-    occurs before the boundaries.
+    """Return the loss in nats a token of a unigram model, which has learnt token frequencies alone.
 
-    What a model that has learnt frequencies and nothing else would reach; add-one smoothed, so that it is finite.
+    Each corpus comes with a boundary: frequencies are counted before it, add-one smoothed, and the loss is of what follows.
     """
-    for corpus, boundary in corpora:
-        if not 0 < boundary < len(corpus.tokens):
-            raise ValueError(f"boundary {boundary} of {len(corpus.tokens)} tokens")
-    train = np.sum([_frequencies(corpus, 0, boundary) for corpus, boundary in corpora], axis=0) + 1
-    held_out = np.sum([_frequencies(corpus, boundary, len(corpus.tokens)) for corpus, boundary in corpora], axis=0)
-    return float(-(held_out * np.log(train / train.sum())).sum() / held_out.sum())
+    train = np.sum([_count_ids(corpus, 0, boundary) for corpus, boundary in corpora], axis=0) + 1
+    validation = np.sum([_count_ids(corpus, boundary, len(corpus.tokens)) for corpus, boundary in corpora], axis=0)
+    return float(-(validation * np.log(train / train.sum())).sum() / validation.sum())
 
 
-def _frequencies(corpus: Corpus, start: int, stop: int) -> NDArray[np.float64]:
-    """How often each id of the vocabulary occurs, (vocab_size,)."""
+def _count_ids(corpus: Corpus, start: int, stop: int) -> NDArray[np.float64]:
+    """Return how often each id of the vocabulary occurs, (vocab_size,)."""
     counts = np.zeros(corpus.tokenizer.vocab_size)
-    for first in range(start, stop, COUNTED_AT_ONCE):
-        counts += np.bincount(corpus.read(first, min(stop, first + COUNTED_AT_ONCE)), minlength=len(counts))
+    for first in range(start, stop, COUNTED_TOKENS):
+        counts += np.bincount(corpus.read(first, min(stop, first + COUNTED_TOKENS)), minlength=len(counts))
     return counts
+
+
+def cache_folder() -> Path:
+    """Return MPILM_CACHE, else XDG_CACHE_HOME/mpilm, else ~/.cache/mpilm."""
+    folder = os.environ.get("MPILM_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mpilm")
+    return Path(folder).expanduser()
+
+
+def prepare_in_cache(data: DataConfig, comm: Comm, eos: bool, progress: Progress) -> Path:
+    """Return the prefix of the token files of this text and tokenizer in the cache; prepare them unless they exist. Collective.
+
+    Two jobs may do this at once: each prepares in a folder of its own, and the first to finish gives it its name.
+    """
+    sources = broadcast_sources(data, comm)
+    stats, digests = _digest_sources(data.source, sources, comm)
+    folder = Path(comm.broadcast_json(run_on_root(comm, lambda: str(_corpus_folder(data, sources, digests, eos)))))
+    if not comm.broadcast_json((folder / "tokens.idx").is_file()):
+        own = with_ending(folder, f".{comm.broadcast_json(secrets.token_hex(4))}")
+        try:
+            prepare_tokens(data, own / "tokens", comm, eos=eos, progress=progress, sources=sources)
+            run_on_root(comm, lambda: _rename_folder(own, folder, sources, stats))
+        finally:
+            if comm.rank == 0:
+                shutil.rmtree(own, ignore_errors=True)
+    return folder / "tokens"
+
+
+def _corpus_folder(data: DataConfig, sources: Sequence[TextSource], digests: Sequence[str], eos: bool) -> Path:
+    """Return the folder whose name is a digest of everything that the tokens depend on."""
+    options, spec = resolve_settings(data)
+    size = parse_bpe_size(spec)
+    tokenizer = f"bpe:{size}" if size else tokenizer_from_spec(spec).digest
+    content = [[source.format, source.codec, digest] for source, digest in zip(sources, digests, strict=True)]
+    key = hex_digest(json.dumps([TokenMetadata.format, content, tokenizer, options._asdict(), eos]))
+    return cache_folder() / "corpora" / key[:32]
+
+
+def _rename_folder(own: Path, folder: Path, sources: Sequence[TextSource], stats: Sequence[list[int]]) -> None:
+    for source, stat in zip(sources, stats, strict=True):
+        if _stat(source.path) != stat:
+            raise DataError(f"{source.path}: was changed while it was read; start again when nobody writes to it")
+    try:
+        os.rename(own, folder)
+    except OSError:
+        if not (folder / "tokens.idx").is_file():  # else another job was faster, and has written the same
+            with file_errors(folder, "write"):
+                raise
+
+
+def _digest_sources(path: str, sources: Sequence[TextSource], comm: Comm) -> tuple[list[list[int]], list[str]]:
+    """Return stat and digest of every source, reading only those that have changed. Collective; raises FileError."""
+    key = hex_digest(str(Path(path).expanduser().resolve()) if path else "")
+    index = cache_folder() / "files" / f"{key[:32]}.json"  # of rank 0
+    stats, known = comm.broadcast_json(
+        run_on_root(comm, lambda: [[_stat(source.path) for source in sources], _read_index(index)])
+    )
+    digests = {s.path: known[s.path][2] for s, stat in zip(sources, stats) if known.get(s.path, [])[:2] == stat}
+    changed = [source for source in sources if source.path not in digests]
+    if changed:
+        new = digest_files([Path(source.path) for source in changed], [source.size for source in changed], comm)
+        digests |= {source.path: digest for source, digest in zip(changed, new)}
+        run_on_root(comm, lambda: _write_index(index, {s.path: [*stat, digests[s.path]] for s, stat in zip(sources, stats)}))
+    return stats, [digests[source.path] for source in sources]
+
+
+def _stat(path: str) -> list[int]:
+    """Return size in bytes and time of change in nanoseconds."""
+    stat = file_errors(path)(os.stat)(path)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _read_index(index: Path) -> dict[str, list]:
+    """Return what is stored; nothing if the file is damaged."""
+    try:
+        rows = json.loads(index.read_bytes())
+        return {path: [int(size), int(time), str(digest)] for path, (size, time, digest) in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write_index(index: Path, rows: dict[str, list]) -> None:
+    own = with_ending(index, f".{secrets.token_hex(4)}")
+    with file_errors(index, "write"):
+        index.parent.mkdir(parents=True, exist_ok=True)
+        own.write_text(json.dumps(rows))
+        os.replace(own, index)

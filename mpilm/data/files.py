@@ -1,6 +1,4 @@
-"""Errors of the operating system in the user's words, and digests."""
-
-from __future__ import annotations
+"""File access whose errors name the file and this host, and digests."""
 
 import hashlib
 import json
@@ -13,25 +11,26 @@ from typing import Any
 
 from mpilm.errors import DataError, FileError
 
-DIGEST_BYTES = 32
-
 
 @contextmanager
-def touching(path: str | Path, doing: str = "read") -> Iterator[None]:
-    """Turn an OSError inside into a FileError that names the file and this host."""
+def file_errors(path: str | Path, verb: str = "read") -> Iterator[None]:
+    """Turn an OSError inside, or in a function that this decorates, into a FileError that names the file and this host."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise FileError(f"{path}: cannot {doing} it on {socket.gethostname()}: {reason}") from None
+        raise FileError(f"{path}: cannot {verb} it on {socket.gethostname()}: {error.strerror or error}") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; raises FileError or DataError naming the file."""
-    with touching(path):
-        text = path.read_bytes()
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file; raises FileError."""
+    with file_errors(path):
+        return path.read_bytes()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises FileError or DataError naming the file."""
     try:
-        values = json.loads(text)
+        values = json.loads(read_bytes(path))
     except ValueError as error:
         raise DataError(f"{path}: is not JSON: {error}") from None
     if not isinstance(values, dict):
@@ -39,24 +38,25 @@ def read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def writable(text: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON may hold halves of surrogate pairs, which no text has."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def digest_of(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
-
-
-def hex_digest(*parts: bytes | str) -> str:
-    """One hex digest of several parts; where one ends and the next begins matters."""
-    digests = [digest_of(part.encode() if isinstance(part, str) else part) for part in parts]
-    return digest_of(b"".join(digests)).hex()
-
-
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a whole file and wait until the disk has it; raises FileError."""
-    with touching(path, "write"), open(path, "wb") as file:
+    """Write a whole file and wait until it is on the disk; raises FileError."""
+    with file_errors(path, "write"), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def is_valid_utf8(text: str) -> bool:
+    """Return whether UTF-8 can encode the text: JSON may hold halves of surrogate pairs, which are no characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def blake2b_digest(data: bytes) -> bytes:
+    """Return the digest of 32 bytes that identifies tokens, texts and tokenizers."""
+    return hashlib.blake2b(data, digest_size=32).digest()
+
+
+def hex_digest(*parts: bytes | str) -> str:
+    """Return one hex digest of several parts; moving a byte from one part to the next changes it."""
+    digests = [blake2b_digest(part.encode() if isinstance(part, str) else part) for part in parts]
+    return blake2b_digest(b"".join(digests)).hex()

@@ -1,214 +1,288 @@
 """Text to token files, in parallel over the ranks; the bytes written do not depend on how many there are.
 
-discover -> items -> each rank encodes a run of them to a part file -> counts -> parts copied into place -> renamed
+find sources -> each rank encodes a run of work items to a part file -> count -> copy parts into place -> rename
 """
 
-from __future__ import annotations
-
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+import secrets
+import shutil
+import struct
+import sys
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
-from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.config import Data
-from mpilm.data.duplicates import compare_documents
-from mpilm.data.encode import Progress, Share, encode_share
-from mpilm.data.files import hex_digest, touching, write_durably
-from mpilm.data.gather import digest_files
-from mpilm.data.indexed import prefix_of, token_dtype, with_ending
-from mpilm.data.pieces import Reading, pieces_of
-from mpilm.data.place import Temporaries, count, give_names, place, refuse_existing, temporaries
-from mpilm.data.sources import BLOCK_BYTES, Source, deal, discover, items_of, spread
-from mpilm.data.stats import Statistics, by_script, length_distribution
-from mpilm.data.tokenizer import Tokenizer, bpe_size, named_tokenizer, train_bpe
-from mpilm.errors import ConfigError, DataError
+from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
+from mpilm.config.schema import DataConfig
+from mpilm.data import token_files
+from mpilm.data.files import file_errors, write_durably
+from mpilm.data.gather import all_gather_rows, digest_files
+from mpilm.data.sources import Progress, TextOptions, TextSource, find_sources, partition_items, read_batches, sample_text
+from mpilm.data.token_files import TokenCounts, TokenMetadata, with_ending
+from mpilm.data.tokenizer import Tokenizer, parse_bpe_size, tokenizer_from_spec, train_bpe
+from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.formatting import count_noun
 
-DEFAULT_TOKENIZER = "bpe:2048"
-TRAINING_BYTES = 16 * 2**20  # of text that a BPE is trained on; its time and memory grow with it
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What PREFIX.json says of the tokens beside it."""
-
-    format: int
-    documents: int
-    sequences: int
-    tokens: int
-    dtype: str
-    tokens_digest: str
-    tokenizer: str
-    """As it was asked for."""
-    tokenizer_digest: str
-    eos: int
-    eos_written: bool
-    """Whether documents end with the eos token."""
-    source_bytes: int
-    """Bytes of text in UTF-8."""
-    dropped_duplicates: int
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of the tokens and of what they mean, wherever they lie."""
-        return hex_digest(self.tokens_digest, self.tokenizer_digest)
+ENDINGS = (".tokenizer.json", ".json", ".bin", ".idx")  # in the order in which files get their names: the .idx completes them
+# A row for each sequence: is_last is 1 if a document ends with it, source_bytes counts its text in UTF-8, key is a hash of text
+# and chunk number. The sum of the keys of a document, modulo 2^64, identifies its text.
+SEQUENCE = np.dtype([("tokens", "<i8"), ("is_last", "<i8"), ("source_bytes", "<i8"), ("key", "<i8", 2)])
+KINDS = {"L": "letters", "M": "combining marks", "N": "digits", "P": "punctuation", "S": "symbols", "C": "control characters"}
+LETTER_NAMES = ("LETTER", "SYLLABLE", "IDEOGRAPH", "CHARACTER")  # in the Unicode names that begin with the script
 
 
-def silent(done: int, total: int) -> None:
-    """Progress that nobody wants to see."""
+def no_progress(done: int, total: int) -> None:
+    """Report nothing."""
 
 
-def prepare(
-    data: Data,
-    output: str | Path,
-    comm: Comm,
-    drop_duplicates: bool = False,
-    eos: bool = True,
-    progress: Progress = silent,
-    sources: Sequence[Source] | None = None,
-) -> Meta:
-    """Write the text of `data` as PREFIX.bin, .idx, .json and .tokenizer.json, PREFIX being `output`. Collective.
+class ProgressLine:
+    """A Progress that prints a line now and then, after some quiet seconds; on rank 0 it stands for all ranks."""
 
-    Every document ends with the tokenizer's eos unless `eos` is False. Memory does not grow with the text. Raises
-    FileError when one of the files exists, ConfigError, DataError; on every rank, and nothing is left behind.
-    """
-    prefix = Path(output).expanduser()
-    run_on_root(comm, lambda: refuse_existing(prefix))
-    sources = agree_on_sources(data, comm) if sources is None else sources
-    reading = reading_of(data)
-    tokenizer = agree_on_tokenizer(data, sources, comm)
-    dtype = token_dtype(tokenizer.vocab_size)
-    with temporaries(prefix, comm) as temporary:
-        share = run_on_all_ranks(comm, lambda: _encode(sources, reading, tokenizer, temporary.part, eos, comm, progress))
-        documents = compare_documents(share, comm) if drop_duplicates else None
-        keep = np.ones(len(share.lengths), bool) if documents is None else ~documents.repeated[documents.number]
-        dropped = 0 if documents is None else int(documents.repeated.sum())
-        before, total = count(share, keep, comm)
-        run_on_all_ranks(comm, lambda: _refuse_empty(total.tokens, data))
-        place(temporary, share, keep, dtype, before, total, comm)
-        size = total.tokens * dtype.itemsize
-        digest = digest_files([temporary.final(".bin")], [size], comm)[0]
-        meta = Meta(
-            format=FORMAT, documents=total.documents, sequences=total.sequences, tokens=total.tokens, dtype=dtype.name,
-            tokens_digest=digest, tokenizer=tokenizer.name, tokenizer_digest=tokenizer.digest, eos=tokenizer.eos,
-            eos_written=eos, source_bytes=total.source_bytes, dropped_duplicates=dropped,
-        )  # fmt: skip
-        run_on_root(comm, lambda: _publish(temporary, meta, tokenizer))
-    return meta
+    def __init__(self, interval_s: float = 3.0):
+        self.interval_s, self.started_s, self.printed_s = interval_s, 0.0, 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self.started_s, self.printed_s = self.started_s or now, self.printed_s or now
+        if now - self.printed_s >= self.interval_s or (done == total and self.printed_s > self.started_s):
+            self.printed_s = now
+            percent, speed = 100 * done / max(1, total), done / 1e6 / max(1e-3, now - self.started_s)
+            print(f"preparing text: {percent:3.0f}% of {total / 1e6:,.0f} MB on rank 0, {speed:.1f} MB/s", file=sys.stderr)
 
 
-def survey(data: Data, comm: Comm, progress: Progress = silent) -> Statistics:
-    """What the text of `data` is made of; nothing is written. Collective."""
-    sources = agree_on_sources(data, comm)
-    tokenizer = agree_on_tokenizer(data, sources, comm)
-    mine = deal(items_of(sources), comm.rank, comm.size)
-    dtype = token_dtype(tokenizer.vocab_size)
+class TextInput(NamedTuple):
+    """The text of a corpus and the tokenizer for it; the same on every rank."""
 
-    def encode() -> Share:
-        with open(os.devnull, "wb") as nowhere:
-            return encode_share(mine, reading_of(data), tokenizer, nowhere, dtype, scripts=True, progress=progress)
-
-    share = run_on_all_ranks(comm, encode)
-    documents = compare_documents(share, comm)
-    run_on_all_ranks(comm, lambda: _refuse_empty(len(documents.lengths), data))
-    return Statistics(
-        documents=len(documents.lengths),
-        tokens=int(documents.lengths.sum()),
-        source_bytes=int(documents.source_bytes.sum()),
-        tokenizer=tokenizer.name,
-        lengths=length_distribution(documents.lengths),
-        duplicates=int(documents.repeated.sum()),
-        duplicate_bytes=int(documents.source_bytes[documents.repeated].sum()),
-        scripts=by_script(np.sum(comm.all_gather_json(share.scripts.tolist()), axis=0)),
-    )
+    sources: Sequence[TextSource]
+    options: TextOptions
+    tokenizer: Tokenizer
 
 
-def _refuse_empty(amount: int, data: Data) -> None:
-    if not amount:
-        raise DataError(f"{data.source or 'the embedded corpus'}: holds no text")
+def broadcast_sources(data: DataConfig, comm: Comm) -> list[TextSource]:
+    """Return the sources that rank 0 finds, on every rank. Collective; raises FileError, DataError or ConfigError."""
+    rows = comm.broadcast_json(run_on_root(comm, lambda: find_sources(data.source)))
+    return [TextSource(*row) for row in rows]
 
 
-# What all ranks must agree on before they start.
+def resolve_settings(data: DataConfig) -> tuple[TextOptions, str]:
+    """Return how to read the text, and the tokenizer that auto stands for. No user can repair the embedded corpus's files."""
+    options = TextOptions(data.encoding_errors if data.source else "replace", data.text_key)
+    return options, "bpe:2048" if data.tokenizer == "auto" else data.tokenizer
 
 
-def agree_on_sources(data: Data, comm: Comm) -> list[Source]:
-    """Rank 0's view of what the path holds, on every rank. Collective; raises FileError, DataError or ConfigError."""
+def open_text(data: DataConfig, comm: Comm, sources: Sequence[TextSource] | None = None) -> TextInput:
+    """Find the sources unless they are given, and let rank 0 load or train the tokenizer. Collective."""
+    files, (options, spec) = sources or broadcast_sources(data, comm), resolve_settings(data)
 
-    def find() -> list[Source]:
-        if data.source and prefix_of(data.source):
-            raise ConfigError(f"--data.path {data.source}: these are prepared tokens; give the text they were made from")
-        return discover(data.source)
-
-    found = run_on_root(comm, find)
-    return [Source(*values) for values in comm.broadcast_json([astuple(source) for source in found or []])]
-
-
-def reading_of(data: Data) -> Reading:
-    """How text is taken from files; in the embedded corpus nobody can put a file right."""
-    return Reading(data.encoding_errors if data.source else "replace", data.text_key)
-
-
-def agree_on_tokenizer(data: Data, sources: Sequence[Source], comm: Comm) -> Tokenizer:
-    """The tokenizer that --data.tokenizer asks for, loaded or trained by rank 0, on every rank. Collective."""
-
-    def make() -> list:
-        spec = DEFAULT_TOKENIZER if data.tokenizer == "auto" else data.tokenizer
-        size = bpe_size(spec)
-        tokenizer = named_tokenizer(spec) if size is None else train_bpe(_sample(sources, reading_of(data)), size)
+    def make_tokenizer() -> list:
+        size = parse_bpe_size(spec)
+        tokenizer = train_bpe(sample_text(files, options), size) if size else tokenizer_from_spec(spec)
         return [tokenizer.json, tokenizer.eos, spec]
 
-    return Tokenizer(*comm.broadcast_json(run_on_root(comm, make)))
+    return TextInput(files, options, Tokenizer(*comm.broadcast_json(run_on_root(comm, make_tokenizer))))
 
 
-def _sample(sources: Sequence[Source], reading: Reading) -> Iterator[str]:
-    """Text to train a tokenizer on, evenly spread over the corpus and bounded."""
-    items = items_of(sources)
-    total = sum(item.size for item in items)
-    chosen = spread(items, max(1, len(items) * TRAINING_BYTES // max(TRAINING_BYTES, total)))
-    for item in chosen:
-        plain = item.source.format != "parquet" and not item.source.codec
-        left = 2 * BLOCK_BYTES if plain else TRAINING_BYTES // len(chosen)  # how much the others hold, nobody knows
-        for piece in pieces_of(item, reading):
-            yield piece.text[:left]
-            left -= len(piece.text)
-            if left <= 0:
-                break
+def encode_text(
+    text: TextInput, comm: Comm, out: IO[bytes], eos: bool, progress: Progress, inspect: Callable[[str], None] | None = None
+) -> NDArray:
+    """Write the tokens of this rank's part of the text to `out`, one batch at a time; return a table of SEQUENCE rows.
+
+    Documents, each a run of rows, end with the tokenizer's eos if `eos`. `inspect` receives every chunk of text. Raises
+    FileError or DataError.
+    """
+    tokenizer, dtype = text.tokenizer, token_files.token_dtype(text.tokenizer.vocab_size)
+    rows = []
+    for batch in read_batches(partition_items(text.sources, comm.rank, comm.size), text.options, progress):
+        for chunk, ids in zip(batch, tokenizer.encode_batch([chunk.text for chunk in batch]), strict=True):
+            ids = np.append(ids, tokenizer.eos) if chunk.is_last and eos else ids
+            out.write(ids.astype(dtype).tobytes())
+            data = chunk.text.encode()
+            key = hashlib.blake2b(data, digest_size=16, salt=chunk.number.to_bytes(16, "little")).digest()
+            rows.append((len(ids), chunk.is_last, len(data), struct.unpack("<2q", key)))
+            if inspect:
+                inspect(chunk.text)
+    return np.array(rows, dtype=SEQUENCE)
 
 
-# Encoding to part files.
+def gather_documents(sequences: NDArray, comm: Comm) -> tuple[NDArray, NDArray, NDArray[np.bool_]]:
+    """Return the document of each of this rank's sequences, the SEQUENCE sums of all documents, and which are duplicates.
+
+    Collective; 48 bytes a document travel to every rank. A document may lie on several ranks.
+    """
+    ended = comm.all_gather_json(int(sequences["is_last"].sum()))
+    number = sum(ended[: comm.rank]) + np.cumsum(sequences["is_last"]) - sequences["is_last"]
+    first = np.flatnonzero(np.diff(number, prepend=-1))
+    mine = np.empty((0, 6), np.int64)
+    if len(first):  # add up this rank's parts of each document
+        mine = np.column_stack([number[first], np.add.reduceat(sequences.view(np.int64).reshape(-1, 5), first)])
+    documents = np.zeros((sum(ended), 5), dtype=np.int64)
+    for rows in all_gather_rows(comm, mine):
+        np.add.at(documents, rows[:, 0], rows[:, 1:])
+    is_duplicate = np.ones(len(documents), dtype=bool)
+    is_duplicate[np.unique(documents[:, 3:], axis=0, return_index=True)[1]] = False  # the first of equal keys
+    return number, documents.view(SEQUENCE)[:, 0], is_duplicate
 
 
-def _encode(
-    sources: Sequence[Source], reading: Reading, tokenizer: Tokenizer, part: Path, eos: bool, comm: Comm, progress: Progress
-) -> Share:
-    mine = deal(items_of(sources), comm.rank, comm.size)
-    with touching(part, "write"), open(part, "wb") as out:
-        return encode_share(mine, reading, tokenizer, out, token_dtype(tokenizer.vocab_size), eos, progress=progress)
+def prepare_tokens(
+    data: DataConfig, output: str | Path, comm: Comm, drop_duplicates: bool = False, eos: bool = True,
+    progress: Progress = no_progress, sources: Sequence[TextSource] | None = None,
+) -> TokenMetadata:  # fmt: skip
+    """Write the text of `data` as PREFIX.bin, .idx, .json and .tokenizer.json, PREFIX being `output`. Collective.
+
+    Every document ends with the tokenizer's eos unless `eos` is False. Memory does not grow with the text. Raises FileError
+    if one of the files exists, ConfigError or DataError, on every rank, and leaves nothing behind then.
+    """
+    prefix = Path(output).expanduser()
+    run_on_root(comm, lambda: _check_absent(prefix))
+    text = open_text(data, comm, sources)
+    tokenizer, dtype = text.tokenizer, token_files.token_dtype(text.tokenizer.vocab_size)
+    with _temporary_prefix(prefix, comm) as temporary:
+        part, tokens = with_ending(temporary, f".part-{comm.rank:05d}"), with_ending(temporary, ".bin")
+
+        def encode() -> NDArray:
+            with file_errors(part, "write"), open(part, "wb") as out:
+                return encode_text(text, comm, out, eos, progress)
+
+        def copy_into_place() -> None:
+            _copy_selected(part, tokens, sequences["tokens"] * dtype.itemsize, keep, before.tokens * dtype.itemsize)
+            ends = before.sequences + 1 + np.flatnonzero(selected["is_last"])
+            token_files.write_index(with_ending(temporary, ".idx"), dtype, selected["tokens"], ends, before, total)
+
+        sequences = run_on_all_ranks(comm, encode)
+        keep, dropped = np.ones(len(sequences), bool), 0
+        if drop_duplicates:
+            document, _, is_duplicate = gather_documents(sequences, comm)
+            keep, dropped = ~is_duplicate[document], int(is_duplicate.sum())
+        selected = sequences[keep]
+        amounts = [len(selected), *(int(selected[name].sum()) for name in ("tokens", "is_last", "source_bytes"))]
+        counts = np.array(comm.all_gather_json(amounts), dtype=np.int64)
+        before, total = (TokenCounts(*part.sum(axis=0).tolist()) for part in (counts[: comm.rank], counts))
+        if not total.tokens:
+            raise CollectiveError(DataError(f"{data.source or 'the embedded corpus'}: holds no text"))
+        run_on_all_ranks(comm, copy_into_place)
+        digest = digest_files([tokens], [total.tokens * dtype.itemsize], comm)[0]
+        metadata = TokenMetadata(
+            **total._asdict(), dtype=dtype.name, tokens_digest=digest, tokenizer=tokenizer.name,
+            tokenizer_digest=tokenizer.digest, eos=tokenizer.eos, eos_written=eos, dropped_duplicates=dropped,
+        )  # fmt: skip
+        run_on_root(comm, lambda: _finish_files(temporary, prefix, metadata, tokenizer.json))
+    return metadata
 
 
-def _publish(temporary: Temporaries, meta: Meta, tokenizer: Tokenizer) -> None:
-    """Give the files their names, the .idx last."""
-    write_durably(temporary.final(".tokenizer.json"), tokenizer.json.encode())
-    write_durably(temporary.final(".json"), (json.dumps(asdict(meta), indent=2) + "\n").encode())
-    give_names(temporary)
+def _check_absent(prefix: Path) -> None:
+    for path in (with_ending(prefix, ending) for ending in ENDINGS):
+        if path.exists():
+            raise FileError(f"{path}: exists and is not overwritten; remove it or choose another name")
 
 
-def read_meta(prefix: Path) -> Meta | None:
-    """What PREFIX.json says; None where there is none, as with Megatron's own files. Raises DataError."""
-    path = with_ending(prefix, ".json")
-    if not path.exists():
-        return None
-    with touching(path):
-        text = path.read_bytes()
+@contextmanager
+def _temporary_prefix(prefix: Path, comm: Comm) -> Iterator[Path]:
+    """Make a folder beside the output that all ranks see, for files of the same name, and remove it at the end. Collective."""
+    folder = with_ending(prefix, f".{comm.broadcast_json(secrets.token_hex(4))}.tmp")
     try:
-        values = json.loads(text)
-        if values["format"] != FORMAT:
-            raise ValueError(f"format {values['format']}, and only {FORMAT} is known")
-        return Meta(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: is not what mpilm.prepare writes beside its tokens: {error}") from None
+        run_on_root(comm, file_errors(folder, "create")(lambda: folder.mkdir(parents=True)))
+        run_on_all_ranks(
+            comm, file_errors(folder, "see (rank 0 has just created it; all ranks must share the folder)")(folder.stat)
+        )
+        yield folder / prefix.name
+    finally:
+        if comm.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy_selected(part: Path, target: Path, sizes: NDArray, keep: NDArray[np.bool_], offset: int) -> None:
+    """Copy the sequences of `sizes` bytes that are kept from a part file into another file, from `offset` on."""
+    with token_files.open_shared(target) as out, open(part, "rb") as source:
+        out.seek(offset)
+        for size, is_selected in zip(sizes.tolist(), keep.tolist()):
+            if len(data := source.read(size)) < size:
+                raise FileError(f"{part}: ends at byte {source.tell()}, inside a sequence; is the disk full?")
+            if is_selected:
+                out.write(data)
+
+
+def _finish_files(temporary: Path, prefix: Path, metadata: TokenMetadata, tokenizer_json: str) -> None:
+    """Give the files their names, the .idx last; raises FileError if another job was faster."""
+    write_durably(with_ending(temporary, ".tokenizer.json"), tokenizer_json.encode())
+    write_durably(with_ending(temporary, ".json"), (json.dumps(asdict(metadata), indent=2) + "\n").encode())
+    _check_absent(prefix)
+    for ending in ENDINGS:
+        with file_errors(with_ending(prefix, ending), "write"):
+            os.rename(with_ending(temporary, ending), with_ending(prefix, ending))
+
+
+def collect_statistics(data: DataConfig, comm: Comm, progress: Progress = no_progress) -> dict[str, str]:
+    """Encode the text of `data`, duplicates included, and return a table to print; nothing is written. Collective."""
+    text = open_text(data, comm)
+    characters: Counter[str] = Counter()
+
+    def encode() -> NDArray:
+        with open(os.devnull, "wb") as out:
+            return encode_text(text, comm, out, True, progress, characters.update)
+
+    _, documents, is_duplicate = gather_documents(run_on_all_ranks(comm, encode), comm)
+    if not len(documents):
+        raise CollectiveError(DataError(f"{data.source or 'the embedded corpus'}: holds no text"))
+    lengths, nbytes = documents["tokens"], documents["source_bytes"]
+    low, median, p90, p99, high = np.percentile(lengths, [0, 50, 90, 99, 100])
+    distribution = {"min": low, "median": median, "mean": lengths.mean(), "90%": p90, "99%": p99, "max": high}
+    percent = 100 / nbytes.sum()
+    scripts = sum((Counter(theirs) for theirs in comm.all_gather_json(count_scripts(characters))), Counter())
+    return {
+        "documents": f"{len(documents):,}",
+        "bytes of text": f"{nbytes.sum():,}",
+        f"tokens ({text.tokenizer.name})": f"{lengths.sum():,}",
+        "bytes per token": f"{nbytes.sum() / lengths.sum():.3f}",
+        "exact duplicates": f"{is_duplicate.sum():,} documents, {percent * nbytes[is_duplicate].sum():.2f}% of the bytes",
+        **{f"tokens a document, {name}": f"{value:,.1f}" for name, value in distribution.items()},
+        **{f"bytes in {script}": f"{percent * count:.3f}%" for script, count in scripts.most_common()},
+    }
+
+
+def count_scripts(characters: Mapping[str, int]) -> Counter[str]:
+    """Return the UTF-8 bytes of each script, or other kind of character, in a text with so many of each character."""
+    scripts: Counter[str] = Counter()
+    for character, count in characters.items():
+        name, kind = unicodedata.name(character, ""), KINDS.get(unicodedata.category(character)[0], "whitespace")
+        kind = f"{'ASCII' if character.isascii() else 'other'} {'whitespace' if character.isspace() else kind}"
+        if kind == "other letters" and any(word in name for word in LETTER_NAMES):
+            kind = f"{name.split()[0]} letters"  # such as GREEK letters
+        kind = "U+FFFD" if character == "\ufffd" else kind
+        scripts[kind] += count * len(character.encode())
+    return scripts
+
+
+def prepare_command(data: DataConfig, output: str, stats: bool, drop_duplicates: bool) -> Callable[[Comm], None]:
+    """Check a command line and return what the ranks do for it: print statistics, write token files, or both."""
+    if output and (not Path(output).name or output.endswith("/") or Path(output).is_dir()):
+        raise ConfigError(f"--output {output} is a folder; write a prefix such as {output.rstrip('/')}/tokens")
+    if not output and not stats:
+        raise ConfigError("name the files to write with --output PREFIX, or ask for --stats")
+
+    def run(comm: Comm) -> None:
+        comm = comm.with_options(gpu_aware=False, yield_while_waiting=True)  # ranks wait while rank 0 trains the tokenizer
+        progress = ProgressLine() if comm.rank == 0 else no_progress
+        if stats:
+            table = collect_statistics(data, comm, progress)
+            if comm.rank == 0:
+                print("\n".join(f"{name:<{max(map(len, table))}}  {value:>16}" for name, value in table.items()), flush=True)
+        if output:
+            made = prepare_tokens(data, output, comm, drop_duplicates, progress=progress)
+            dropped = f", {made.dropped_duplicates:,} duplicates dropped" if made.dropped_duplicates else ""
+            written = f"{made.tokens:,} tokens of {made.dtype} in {count_noun(made.documents, 'document')}{dropped}"
+            ratio = f"{made.source_bytes / made.tokens:.2f} bytes a token with {made.tokenizer}"
+            if comm.rank == 0:
+                print(f"{output}.bin: {written}; {ratio}", flush=True)
+
+    return run

@@ -1,124 +1,123 @@
-"""Samples of one length from one corpus, or from several in stated parts: any of them by its number alone."""
-
-from __future__ import annotations
+"""Samples of a corpus, or of a mixture of corpora, and the examples made of them (see ExampleSource for numbers and seeds)."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
+from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus
-from mpilm.data.order import Indices, key_of, permute, sample_at
+from mpilm.data.objective import CausalObjective, Objective
+from mpilm.data.order import VALIDATION_KEY, Indices, mix_key, permute, pick_samples
 from mpilm.errors import ConfigError, DataError
+from mpilm.model.loss import IGNORE_INDEX
 
-HELD_OUT_KEY = key_of(0x6576616C)  # the same for every seed: runs with different seeds are compared on the same text
-MIX_KEY = 0x6D6978
-PERIOD = 2**16  # samples in which each corpus has exactly its part, to the nearest whole number
-
-
-class Samples(Protocol):
-    """What a TextStream reads from."""
-
-    context_length: int
-
-    @property
-    def eval_samples(self) -> int: ...
-
-    def train(self, numbers: Indices, seed: int) -> Indices:
-        """The samples read at these places of the endless stream of a run: (B,) -> (B, T + 1) tokens."""
-        ...
-
-    def held_out(self, numbers: Indices) -> Indices:
-        """Held-out samples, in a fixed shuffled order, so that a few speak for all."""
-        ...
+MIXTURE_KEY, OBJECTIVE_KEY = 0x6D6978, 0x6D61736B
+MIXTURE_PERIOD = 2**16  # samples in which each corpus has its part to the nearest whole number, and at least one
 
 
 class CorpusSamples:
     """A corpus cut into samples of T + 1 tokens that overlap by one: sample i covers tokens [i T, i T + T + 1).
 
-    The last `eval_fraction` of the tokens is held out; no training sample reaches into it. Raises ConfigError naming
-    --model.context-length when a sample does not fit.
+    The last `eval_fraction` of the tokens is the validation split, into which no training sample reaches. Raises ConfigError
+    naming --model.context-length if no sample fits.
     """
 
     def __init__(self, corpus: Corpus, context_length: int, eval_fraction: float):
         self.corpus, self.context_length = corpus, context_length
-        total = len(corpus.tokens)
-        self.boundary = total - int(total * eval_fraction)
-        """The first held-out token."""
-        self.train_samples = max(0, self.boundary - 1) // context_length
-        self.eval_samples = max(0, total - self.boundary - 1) // context_length
-        self._refuse_too_short(eval_fraction)
-
-    def _refuse_too_short(self, eval_fraction: float) -> None:
-        train, held_out = self.boundary, len(self.corpus.tokens) - self.boundary
+        held_out = int(len(corpus.tokens) * eval_fraction)
+        self.boundary = train = len(corpus.tokens) - held_out  # the first token of the validation split
+        self.train_samples = max(0, train - 1) // context_length
+        self.eval_samples = max(0, held_out - 1) // context_length
         if self.train_samples and (self.eval_samples or not eval_fraction):
             return
         shortest = min(train, held_out) if eval_fraction else train
+        split = f"{train} tokens to train on and {held_out} held out"
         if shortest < 2:
-            raise DataError(
-                f"--data.path {self.corpus.source}: {train} tokens to train on and {held_out} held out are too few for one "
-                "sample; give more text, or another --data.eval-fraction (0: hold out nothing)"
-            )
-        raise ConfigError(
-            f"--model.context-length {self.context_length}: of {self.corpus.source}, {train} tokens to train on and {held_out} "
-            f"held out hold no whole sample of that length; the largest value that works is {shortest - 1}, or give more text"
-        )
+            advice = "give more text, or another --data.eval-fraction (0: hold out nothing)"
+            raise DataError(f"--data.path {corpus.source}: {split} are too few for one sample; {advice}")
+        problem = f"of {corpus.source}, {split} hold no whole sample of that length"
+        advice = f"the largest value that works is {shortest - 1}, or give more text"
+        raise ConfigError(f"--model.context-length {context_length}: {problem}; {advice}")
 
-    def train(self, numbers: Indices, seed: int) -> Indices:
-        return self._rows(0, sample_at(numbers, seed, self.train_samples))
-
-    def held_out(self, numbers: Indices) -> Indices:
-        return self._rows(self.boundary, permute(numbers, self.eval_samples, HELD_OUT_KEY))
-
-    def _rows(self, origin: int, samples: Indices) -> Indices:
-        starts = (origin + samples * self.context_length).tolist()
-        return np.stack([self.corpus.read(start, start + self.context_length + 1) for start in starts])
+    def read(self, numbers: Indices, seed: int | None) -> Indices:
+        """Return the tokens of samples, (B, T + 1)."""
+        origin, count = (self.boundary, self.eval_samples) if seed is None else (0, self.train_samples)
+        starts = origin + self.context_length * pick_samples(numbers, seed, count)
+        return np.stack([self.corpus.read(start, start + self.context_length + 1) for start in starts.tolist()])
 
 
-class Mixture:
-    """Several corpora, of which each has its part of the samples, whatever its size; `parts` add up to 1.
+class CorpusMixture:
+    """Several corpora, of which each has its part of the samples, whatever its size; the validation split is that of each.
 
-    A keyed permutation of every PERIOD samples says which corpus is read when, and how far each has come, so that nothing has
-    to be counted or stored. Held out is the end of each, together.
+    A keyed permutation of every MIXTURE_PERIOD samples determines which corpus is read when, and how many samples of it came
+    before, so that nothing needs to be counted or stored.
     """
 
     def __init__(self, corpora: Sequence[CorpusSamples], parts: Sequence[float]):
         self.corpora, self.context_length = corpora, corpora[0].context_length
-        self.ends = shares(parts)
+        slots = np.maximum(1, np.round(np.array(parts) / sum(parts) * MIXTURE_PERIOD)).astype(np.int64)
+        slots[slots.argmax()] += MIXTURE_PERIOD - slots.sum()
+        self.slot_ends = np.cumsum(slots)
+        self.eval_ends = np.cumsum([corpus.eval_samples for corpus in corpora])
+        self.eval_samples = int(self.eval_ends[-1])
 
-    @property
-    def eval_samples(self) -> int:
-        return sum(corpus.eval_samples for corpus in self.corpora)
-
-    def train(self, numbers: Indices, seed: int) -> Indices:
-        which, places = self.place(numbers, seed)
-        rows = [
-            self.corpora[i].train(np.array([place]), key_of(seed, MIX_KEY, i))
-            for i, place in zip(which.tolist(), places.tolist())
-        ]
+    def read(self, numbers: Indices, seed: int | None) -> Indices:
+        """Return the tokens of samples, (B, T + 1)."""
+        which, places = self.locate(numbers, seed)
+        seeds = [None if seed is None else mix_key(seed, MIXTURE_KEY, i) for i in range(len(self.corpora))]
+        rows = [self.corpora[i].read(np.array([place]), seeds[i]) for i, place in zip(which.tolist(), places.tolist())]
         return np.concatenate(rows)
 
-    def place(self, numbers: Indices, seed: int) -> tuple[Indices, Indices]:
-        """Which corpus each sample of the stream comes from, and how many came from there before; 2 x (B,)."""
-        rounds, within = np.divmod(np.asarray(numbers, dtype=np.int64), PERIOD)
-        slots = np.empty_like(within)
-        for each in np.unique(rounds):
-            slots[rounds == each] = permute(within[rounds == each], PERIOD, key_of(seed, MIX_KEY, int(each)))
-        starts = np.concatenate([[0], self.ends[:-1]])
-        which = np.searchsorted(self.ends, slots, side="right")
-        return which, rounds * (self.ends - starts)[which] + slots - starts[which]
-
-    def held_out(self, numbers: Indices) -> Indices:
-        ends = np.cumsum([corpus.eval_samples for corpus in self.corpora])
-        drawn = permute(numbers, self.eval_samples, HELD_OUT_KEY)
-        which = np.searchsorted(ends, drawn, side="right")
-        firsts = np.concatenate([[0], ends[:-1]])
-        rows = [self.corpora[i].held_out(np.array([number - firsts[i]])) for i, number in zip(which.tolist(), drawn.tolist())]
-        return np.concatenate(rows)
+    def locate(self, numbers: Indices, seed: int | None) -> tuple[Indices, Indices]:
+        """Return for each sample the corpus it comes from, and how many samples of that corpus came before; 2 x (B,)."""
+        if seed is None:
+            rounds, slots, ends = np.zeros_like(numbers), pick_samples(numbers, None, self.eval_samples), self.eval_ends
+        else:
+            rounds, within = np.divmod(np.asarray(numbers, dtype=np.int64), MIXTURE_PERIOD)
+            slots, ends = np.empty_like(within), self.slot_ends
+            for each in np.unique(rounds):
+                slots[rounds == each] = permute(within[rounds == each], MIXTURE_PERIOD, mix_key(seed, MIXTURE_KEY, int(each)))
+        sizes = np.diff(ends, prepend=0)
+        which = np.searchsorted(ends, slots, side="right")
+        return which, rounds * sizes[which] + slots - (ends - sizes)[which]
 
 
-def shares(parts: Sequence[float]) -> Indices:
-    """Where the slots of each corpus end among PERIOD ones: at least one each, the nearest whole numbers of the parts."""
-    counts = np.maximum(1, np.round(np.array(parts) / sum(parts) * PERIOD)).astype(np.int64)
-    counts[counts.argmax()] += PERIOD - counts.sum()
-    return np.cumsum(counts)
+Samples = CorpusSamples | CorpusMixture
+
+
+class TextExamples:
+    """Examples of running text.
+
+    With a packing of "concat" a sample is one text, whatever documents it has parts of. With "documents", attention stays
+    inside each document, positions begin anew, and no token is predicted from another document; `eos` ends documents.
+    """
+
+    def __init__(self, samples: Samples, objective: Objective | None = None, packing: str = "concat", eos: int = -1):
+        self.samples, self.objective, self.packing, self.eos = samples, objective or CausalObjective(), packing, eos
+        self.context_length, self.eval_samples = samples.context_length, samples.eval_samples
+
+    def make_batch(self, numbers: Indices, seed: int | None) -> Batch:
+        """Return the examples of these numbers."""
+        rows, key = self.samples.read(numbers, seed), VALIDATION_KEY if seed is None else seed
+        inputs, targets = self.objective(rows, [mix_key(key, number, OBJECTIVE_KEY) for number in numbers.tolist()])
+        if self.packing == "concat":
+            return Batch.from_arrays(tokens=inputs, targets=targets, positions=np.arange(self.context_length), samples=numbers)
+        documents, positions = find_documents(rows, self.eos)
+        if self.objective.is_causal:
+            targets = np.where(documents[:, 1:] == documents[:, :-1], targets, IGNORE_INDEX)
+        places = {"positions": positions[:, :-1], "documents": documents[:, :-1]}
+        return Batch.from_arrays(tokens=inputs, targets=targets, samples=numbers, **places)
+
+    def count_targets(self, numbers: Indices, seed: int | None) -> int:
+        """Return how many targets these examples have, without making them if the number is fixed."""
+        if not self.objective.whole_words and (self.packing == "concat" or not self.objective.is_causal):
+            return len(numbers) * self.objective.target_count(self.context_length)
+        return self.make_batch(numbers, seed).target_tokens
+
+
+def find_documents(rows: Indices, eos: int) -> tuple[Indices, Indices]:
+    """Return the document of each token, counted from the first in its row, and its position there; 2 x (B, T)."""
+    begins = np.zeros(rows.shape, dtype=bool)
+    begins[:, 1:] = rows[:, :-1] == eos
+    places = np.arange(rows.shape[1])
+    return np.cumsum(begins, axis=1), places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)

@@ -1,179 +1,337 @@
-"""What a path holds: the files to read, in corpus order, and the work items they are cut into.
+"""From a path to text: its input files in corpus order, work items, and the chunks of text in each.
 
-Both depend on the files alone, never on the number of ranks.
+A document is one chunk or several: a text longer than BLOCK_BYTES is cut near each multiple of it, where a line begins,
+whatever file it comes from. So neither order nor chunks, each of which is encoded at once, depend on the number of ranks.
 """
 
-from __future__ import annotations
-
+import gzip
+import io
+import json
 import os
+import re
+import sys
 import sysconfig
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
-from mpilm.data.files import hex_digest, touching
-from mpilm.errors import DataError, FileError, UserError
+from mpilm.data.files import file_errors, hex_digest
+from mpilm.data.token_files import find_prefix
+from mpilm.errors import ConfigError, DataError, FileError, UserError
 
-BLOCK_BYTES = 2**20  # a long text is cut into sequences of about this size
+BLOCK_BYTES = 2**20
+WINDOW_BYTES = 2**16  # how far behind a multiple of BLOCK_BYTES a cut may lie
+READ_BYTES = 2**18
+PARQUET_ROWS = 1024  # at once
+BATCH_CHARACTERS, BATCH_CHUNKS = 2**20, 2**14  # that are worth encoding together
+TRAINING_BYTES = 16 * 2**20  # of text that a BPE is trained on; its time and memory grow with it
 
-PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".xml", ".csv", ".tsv")
-CODE = (
-    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".f", ".f90", ".rs", ".go", ".java", ".js", ".ts", ".jl", ".r",
-    ".sh", ".toml", ".yaml", ".yml", ".sql", ".lua", ".rb", ".pl", ".scala", ".hs", ".cs",
-)  # fmt: skip
-JSON_LINES = (".jsonl", ".ndjson")
-CODECS = {".gz": "gzip", ".zst": "zstd"}
-LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+PROSE = "txt text md markdown rst tex html htm xml csv tsv"
+CODE = "py pyi c h cc cpp hpp cu f f90 rs go java js ts jl r sh toml yaml yml sql lua rb pl scala hs cs"
+FORMATS = {**dict.fromkeys(f"{PROSE} {CODE}".split(), "text"), "jsonl": "jsonl", "ndjson": "jsonl", "parquet": "parquet"}
+CODECS = {"gz": "gzip", "zst": "zstd"}
+EXCLUDED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+REPLACE = "put U+FFFD in such places with --data.encoding-errors replace"
+
+Progress = Callable[[int, int], None]  # called with the bytes done and the bytes to do, of this rank's text
 
 
-@dataclass(frozen=True)
-class Source:
+class TextSource(NamedTuple):
     """One input file."""
 
     path: str
-    format: str
-    """text, jsonl or parquet."""
-    codec: str
-    """gzip, zstd or empty."""
-    size: int
-    """Bytes on disk when it was listed; nothing beyond is read."""
-    parts: int
-    """Work items: blocks of bytes, or row groups."""
+    format: str  # text, jsonl or parquet
+    codec: str  # gzip, zstd or empty
+    size: int  # bytes on disk when the file was listed; nothing beyond is read
+    parts: int  # work items: blocks of bytes, or row groups
 
 
-@dataclass(frozen=True)
-class Item:
-    """One piece of work: part number `part` of a source."""
+class WorkItem(NamedTuple):
+    """The piece of a source that a rank reads at a time."""
 
-    source: Source
-    part: int
+    source: TextSource
+    part: int  # number of the block or row group
 
     @property
     def size(self) -> int:
-        """About how many bytes of the file it stands for; what items are dealt out by."""
+        """About how many bytes of the file it covers."""
         return max(1, self.source.size // self.source.parts)
 
 
-def discover(path: str) -> list[Source]:
-    """The files of a path in corpus order: a file; a folder, searched through; or, for "", the embedded corpus.
+class TextOptions(NamedTuple):
+    """Settings for taking text from files. Their names and values are part of the cache's keys."""
 
-    A folder's files are sorted by relative name; hidden ones, empty ones and those whose suffix is not known as text are
-    left out. Raises FileError, or DataError where nothing is left.
+    encoding_errors: str = "stop"  # or replace: U+FFFD in the place of what is not UTF-8
+    text_key: str = "text"  # the field of a JSON object, or column of a Parquet file, that holds the text
+
+
+class DocumentChunk(NamedTuple):
+    """Part of a document."""
+
+    text: str
+    number: int  # counted from 0 at the beginning of the document
+    is_last: bool  # whether the document ends here
+
+
+class _Place(NamedTuple):
+    """The place of a text, for messages. Only they need the number of a line, for which the file is read from its beginning."""
+
+    source: TextSource
+    offset: int = 0  # byte of the uncompressed file, or of the value in a row
+    row: str = ""  # row group and row of a Parquet file
+
+    def __str__(self) -> str:
+        return f"{self.source.path}: {self.row or f'line {_line_number(self.source, self.offset)}'}"
+
+
+def find_sources(path: str) -> list[TextSource]:
+    """Return the input files of a path in corpus order: a file, the files below a folder or, for "", the embedded corpus.
+
+    A folder is sorted by relative name, without files that are hidden, empty or not known as text by their suffix. The
+    embedded corpus is Python's standard library, without its tests, in an order as good as random, so that its end, which is
+    held out, is like the rest. Raises FileError, ConfigError for token files, or DataError if no file is left.
     """
+    if find_prefix(path):
+        raise ConfigError(f"--data.path {path}: these are prepared tokens; give the text they were made from")
+    root = Path(path or sysconfig.get_path("stdlib")).expanduser()
+    names = _list_files(root, set() if path else EXCLUDED_DIRS) if root.is_dir() else [""]
     if not path:
-        return embedded()
-    given = Path(path).expanduser()
-    with touching(path):
-        given.stat()
-    if not given.is_dir():
-        sources = [_source(given, kind_of(given) or _kind_of_unknown(given))]
-    else:
-        names = _walk(given)
-        sources = [_source(given / name, kind) for name in names if (kind := kind_of(Path(name)))]
-    sources = [source for source in sources if source.size]
+        names = sorted((name for name in names if name.endswith(".py")), key=hex_digest)
+    sources = [source for name in names if (source := _make_source(root / name, is_named=not name))]
     if not sources:
-        raise DataError(_nothing(given))
+        known = "files are read whose names end in .txt, .md, .py, .jsonl, .parquet and the like, also with .gz or .zst"
+        problem = f"no file in this folder holds text; {known}" if root.is_dir() else "the file is empty"
+        raise DataError(f"{root}: {problem}")
     return sources
 
 
-def _nothing(given: Path) -> str:
-    if not given.is_dir():
-        return f"{given}: the file is empty"
-    kinds = ", ".join((*PROSE[:3], *CODE[:1], *JSON_LINES[:1], ".parquet"))
-    return f"{given}: no file in this folder holds text; taken are names ending in {kinds} and the like, also with .gz or .zst"
-
-
-def kind_of(path: Path) -> tuple[str, str] | None:
-    """(format, codec) that a name speaks of; None for a name that speaks of neither."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    codec = CODECS.get(suffixes[-1], "") if suffixes else ""
-    suffix = (suffixes[:-1] if codec else suffixes)[-1:]
-    if suffix == [".parquet"] and not codec:
-        return "parquet", ""
-    if suffix and suffix[0] in JSON_LINES:
-        return "jsonl", codec
-    if suffix and suffix[0] in PROSE + CODE:
-        return "text", codec
-    return None
-
-
-def _kind_of_unknown(path: Path) -> tuple[str, str]:
-    """A file that was named by itself is read as text whatever its suffix, or as JSON lines when it is a .json."""
-    inner = path.with_suffix("") if path.suffix.lower() in CODECS else path
-    return "jsonl" if inner.suffix.lower() == ".json" else "text", CODECS.get(path.suffix.lower(), "")
-
-
-def _walk(folder: Path, left_out: frozenset[str] = frozenset()) -> list[str]:
-    """Relative names of the files below a folder, sorted; hidden files and folders, and those folders, left out."""
+def _list_files(folder: Path, excluded: set[str]) -> list[str]:
+    """Return the sorted relative names of the files below a folder, without hidden ones, hidden folders and excluded ones."""
     names: list[str] = []
 
-    def stop(error: OSError) -> None:
+    def fail(error: OSError) -> None:
         raise FileError(f"{error.filename}: cannot be listed: {error.strerror}")
 
-    for where, folders, files in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
-        base = Path(where).relative_to(folder)
-        names += [(base / name).as_posix() for name in files if not name.startswith(".")]
+    for where, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in excluded]
+        names += [(Path(where) / name).relative_to(folder).as_posix() for name in files if not name.startswith(".")]
     return sorted(names)
 
 
-def _source(path: Path, kind: tuple[str, str]) -> Source:
-    form, codec = kind
-    with touching(path):
-        size = path.stat().st_size
+def _make_source(path: Path, is_named: bool) -> TextSource | None:
+    """Return the source of a file; None if it is empty, or if its suffix is unknown and the user has not named this file."""
+    suffixes = [suffix[1:].lower() for suffix in path.suffixes]
+    codec = CODECS.get(suffixes[-1], "") if suffixes else ""
+    suffix = "".join((suffixes[:-1] if codec else suffixes)[-1:])
+    default = {"json": "jsonl"}.get(suffix, "text") if is_named else ""
+    form = default if suffix == "parquet" and codec else FORMATS.get(suffix, default)
+    if not form:
+        return None
+    size = file_errors(path)(path.stat)().st_size
     blocks = 1 if codec else -(-size // BLOCK_BYTES)
-    parts = parquet_file(str(path)).num_row_groups if form == "parquet" else blocks
-    return Source(str(path), form, codec, size if parts else 0, parts)
+    parts = _open_parquet(str(path)).num_row_groups if form == "parquet" else blocks
+    return TextSource(str(path), form, codec, size, parts) if size and parts else None
 
 
-def parquet_file(path: str) -> Any:
-    """The opened file; raises DataError when it is not Parquet or pyarrow is missing."""
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise missing("pyarrow", path) from None
-    try:
-        with touching(path):
-            return ParquetFile(path)
-    except ArrowException as error:
-        raise DataError(f"{path}: is not a Parquet file that can be read: {error}") from None
-
-
-def missing(library: str, path: str) -> UserError:
-    return UserError(f"{path}: reading it needs {library}; install it with: pip install 'mpilm[data]'")
-
-
-def embedded() -> list[Source]:
-    """The embedded corpus: the source text of this interpreter's standard library, tests left out.
-
-    The order is fixed but as good as random, so that the end held out for evaluation is like the rest.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    names = [name for name in _walk(root, LEFT_OUT) if name.endswith(".py")]
-    sources = [_source(root / name, ("text", "")) for name in sorted(names, key=hex_digest)]
-    return [source for source in sources if source.size]
-
-
-def items_of(sources: Sequence[Source]) -> list[Item]:
-    """The work items of all sources, in corpus order."""
-    return [Item(source, part) for source in sources for part in range(source.parts)]
-
-
-def deal(items: Sequence[Item], rank: int, ranks: int) -> list[Item]:
-    """The contiguous run of items that a rank works on; runs of about equal bytes."""
-    total = sum(item.size for item in items)
-    mine, done = [], 0
+def partition_items(sources: Sequence[TextSource], rank: int = 0, ranks: int = 1) -> list[WorkItem]:
+    """Return the work items that a rank reads: a run of all, in corpus order; all ranks read about equally many bytes."""
+    items = [WorkItem(source, part) for source in sources for part in range(source.parts)]
+    total, done, mine = sum(item.size for item in items), 0, []
     for item in items:
-        if (2 * done + item.size) * ranks // (2 * total) == rank:  # by the middle of the item
+        if (2 * done + item.size) * ranks // (2 * total) == rank:  # the rank in whose share the middle of the item lies
             mine.append(item)
         done += item.size
     return mine
 
 
-def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """At most `most` items, evenly spaced over all."""
-    if len(items) <= most:
-        return list(items)
-    return [items[len(items) * i // most] for i in range(most)]
+def read_chunks(item: WorkItem, options: TextOptions) -> Iterator[DocumentChunk]:
+    """Yield the text of one item, without empty documents; raises FileError, or DataError with file, line and byte."""
+    source, part = item
+    if source.format == "parquet":
+        yield from _read_parquet(item, options)
+    elif source.format == "jsonl":
+        for line, place in read_json_lines(item):
+            text = _find_text(parse_json(_decode(line, options, place), place), options.text_key, place)
+            yield from _chunk_text(text, options, place)
+    else:
+        with open_source(source) as file:
+            if source.codec:
+                yield from _chunk_stream(file, options, _Place(source))
+                return
+            start, stop = _block_start(file, source, part), _block_start(file, source, part + 1)
+            file.seek(start)
+            data = file.read(stop - start)
+            yield DocumentChunk(_decode(data, options, _Place(source, start)), part, is_last=part + 1 == source.parts)
+
+
+def sample_text(sources: Sequence[TextSource], options: TextOptions) -> Iterator[str]:
+    """Yield a bounded amount of text to train a tokenizer on, evenly spread over the corpus."""
+    items = partition_items(sources)
+    count = max(1, len(items) * TRAINING_BYTES // max(TRAINING_BYTES, sum(item.size for item in items)))
+    for item in (items[len(items) * i // count] for i in range(min(count, len(items)))):
+        is_plain = item.source.format != "parquet" and not item.source.codec
+        left = 2 * BLOCK_BYTES if is_plain else TRAINING_BYTES // count  # how much the others hold is unknown
+        for chunk in read_chunks(item, options):
+            yield chunk.text[:left]
+            left -= len(chunk.text)
+            if left <= 0:
+                break
+
+
+def read_batches(items: Sequence[WorkItem], options: TextOptions, progress: Progress) -> Iterator[list[DocumentChunk]]:
+    """Yield the chunks of all items in batches."""
+    batch: list[DocumentChunk] = []
+    total, done, characters = sum(item.size for item in items), 0, 0
+    for item in items:
+        for chunk in read_chunks(item, options):
+            batch.append(chunk)
+            characters += len(chunk.text)
+            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_CHUNKS:
+                yield batch
+                batch, characters = [], 0
+            progress(done, total)
+        done += item.size
+    yield batch
+    progress(total, total)
+
+
+def find_cut(window: bytes) -> int:
+    """Return where a block ends in `window`, which begins at a multiple of BLOCK_BYTES.
+
+    It ends before the first line that begins with a visible character, else before the first line, else before the first
+    character, so that words and runs of white space, and thereby tokens, stay in one block.
+    """
+    line = re.search(rb"\n(?=[^ \t\r\n\v\f])", window) or re.search(rb"\n(?=.)", window, re.DOTALL)
+    return line.end() if line else next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
+
+
+def _block_start(file: IO[bytes], source: TextSource, part: int) -> int:
+    """Return the byte of an uncompressed text file at which a block begins, or the last one ends."""
+    if part in (0, source.parts):
+        return source.size if part else 0
+    start = file.seek(part * BLOCK_BYTES)
+    return start + find_cut(file.read(min(WINDOW_BYTES, source.size - start)))
+
+
+def _chunk_stream(file: IO[bytes], options: TextOptions, place: _Place) -> Iterator[DocumentChunk]:
+    """Yield the chunks of a stream: the blocks that an uncompressed text file of these bytes has."""
+    text, boundary, number, is_last = b"", BLOCK_BYTES, 0, False
+    while not is_last:
+        text += file.read(boundary + WINDOW_BYTES - len(text))
+        is_last = len(text) <= boundary
+        cut = len(text) if is_last else boundary + find_cut(text[boundary:])
+        if cut or number:
+            yield DocumentChunk(_decode(text[:cut], options, place), number, is_last)
+        text, boundary, number = text[cut:], boundary - cut + BLOCK_BYTES, number + 1
+        place = place._replace(offset=place.offset + cut)
+
+
+def _chunk_text(text: str, options: TextOptions, place: _Place) -> Iterator[DocumentChunk]:
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+        if options.encoding_errors == "stop":
+            raise DataError(f"{place}: the text holds half a surrogate pair, which is no character; {REPLACE}") from None
+        data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    return _chunk_stream(io.BytesIO(data), options, place)
+
+
+def _decode(data: bytes, options: TextOptions, place: _Place) -> str:
+    try:
+        return data.decode("utf-8", "strict" if options.encoding_errors == "stop" else "replace")
+    except UnicodeDecodeError as error:
+        place = place._replace(offset=place.offset + error.start)
+        what = f"is not UTF-8 (0x{data[error.start]:02x}: {error.reason}); convert the file, or {REPLACE}"
+        raise DataError(f"{place}, byte {place.offset}: {what}") from None
+
+
+def _line_number(source: TextSource, offset: int) -> int:
+    """Return the line, counted from 1, of a byte of the uncompressed file."""
+    line = 1
+    with open_source(source) as file:
+        while offset > 0 and (data := file.read(min(READ_BYTES, offset))):
+            line, offset = line + data.count(b"\n"), offset - len(data)
+    return line
+
+
+def read_json_lines(item: WorkItem) -> Iterator[tuple[bytes, _Place]]:
+    """Yield the lines that begin in this part of a file, without blank ones, and the place of each for messages."""
+    source, start = item.source, item.part * BLOCK_BYTES
+    with open_source(source) as file:
+        if start:
+            start = file.seek(start - 1) + len(file.readline())
+        place, stop = _Place(source, start), sys.maxsize if source.codec else min(source.size, (item.part + 1) * BLOCK_BYTES)
+        while place.offset < stop and (line := file.readline()):
+            if line.strip():
+                yield line, place
+            place = _Place(source, place.offset + len(line))
+
+
+def parse_json(text: str | bytes, place: object) -> Any:
+    """Return the value of a JSON text; raises DataError naming the place."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: is not JSON: {error}") from None
+
+
+def _find_text(value: Any, key: str, place: _Place) -> str:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: is not a JSON object, but {type(value).__name__}")
+    if isinstance(text := value.get(key), str):
+        return text
+    problem = f'has {type(text).__name__ + " and no text" if key in value else "nothing"} under "{key}"'
+    keys = ", ".join(sorted(map(str, value)))[:200] or "none"
+    raise DataError(f"{place}: {problem}; its keys are: {keys}; name the one of the text with --data.text-key")
+
+
+def _read_parquet(item: WorkItem, options: TextOptions) -> Iterator[DocumentChunk]:
+    path, key, row = item.source.path, options.text_key, 0
+    file = _open_parquet(path)
+    if key not in (names := file.schema_arrow.names):
+        raise DataError(f'{path}: has no column "{key}", but {", ".join(names)}; name the right one with --data.text-key')
+    if str(kind := file.schema_arrow.field(key).type) not in ("string", "large_string"):
+        raise DataError(f'{path}: column "{key}" holds {kind}, not text; name the right one with --data.text-key')
+    with file_errors(path):
+        for batch in file.iter_batches(PARQUET_ROWS, row_groups=[item.part], columns=[key]):
+            for value in batch.column(0).cast("large_binary").to_pylist():
+                place = _Place(item.source, row=f"row group {item.part}, row {row}")
+                yield from _chunk_text(_decode(value or b"", options, place), options, place)
+                row += 1
+
+
+def _open_parquet(path: str) -> Any:
+    pyarrow = _import_pyarrow(path)
+    try:
+        with file_errors(path):
+            return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: is not a Parquet file that can be read: {error}") from None
+
+
+def _import_pyarrow(path: str) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading it needs pyarrow; install it with: pip install 'mpilm[data]'") from None
+    return pyarrow
+
+
+@contextmanager
+def open_source(source: TextSource) -> Iterator[IO[bytes]]:
+    """Open a source to read its uncompressed bytes; raises FileError, or DataError if compressed bytes are cut or damaged."""
+    with file_errors(source.path), open(source.path, "rb") as raw:
+        if not source.codec:
+            yield raw
+            return
+        is_zstd = source.codec == "zstd"
+        expanded = _import_pyarrow(source.path).CompressedInputStream(raw, "zstd") if is_zstd else gzip.GzipFile(fileobj=raw)
+        try:
+            yield io.BufferedReader(expanded, READ_BYTES)
+        except (EOFError, OSError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno:  # of the disk, not of what it holds
+                raise
+            what = f"cannot be uncompressed, the file is cut or damaged: {error}"
+            raise DataError(f"{source.path}: near byte {raw.tell()}: {what}") from None

@@ -1,7 +1,5 @@
 """The hardware of this rank: its device, its cores and threads, and its peak FLOP rate."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform
@@ -15,7 +13,7 @@ import torch
 
 import mpilm
 from mpilm.comm.base import Comm
-from mpilm.config import Config, Model, Parallel, Train, resolve
+from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, resolve_config
 from mpilm.data.files import hex_digest
 from mpilm.errors import ConfigError
 from mpilm.model.families import build_model
@@ -40,7 +38,7 @@ class Hardware:
     is_bound: bool = False  # detect_hardware has bound it to its own cores
 
 
-def detect_hardware(train: Train, world: Comm, bind: bool = True) -> Hardware:
+def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardware:
     """Return the resources of this rank, and configure torch for them. Collective.
 
     `bind`: restrict the rank to a slice of the node's cores if ranks share them.
@@ -110,9 +108,9 @@ def parse_omp_threads(value: str) -> int:
 
 def _load_libraries(device: torch.device) -> None:
     """Make torch load its math libraries, so that the program's own memory is known before the model is allocated."""
-    model = build_model(resolve(Config(model=Model(n_layers=1, n_heads=4, d_model=128, context_length=128))).model, 128).to(
-        device
-    )
+    model = build_model(
+        resolve_config(Config(model=ModelConfig(n_layers=1, n_heads=4, d_model=128, context_length=128))).model, 128
+    ).to(device)
     for parameter in model.parameters():
         parameter.data.zero_()
     tokens = torch.zeros(2, 128, dtype=torch.int64, device=device)
@@ -195,7 +193,7 @@ def software_fingerprint(world: Comm) -> dict[str, str]:
     return {"source": source[:12], **{name: versions[name] for name in ("mpilm", "torch", "mpi")}}
 
 
-def numerics_environment(hardware: Hardware, world: Comm, parallel: Parallel) -> dict[str, str]:
+def numerics_environment(hardware: Hardware, world: Comm, parallel: ParallelConfig) -> dict[str, str]:
     """Return what may change the last bits of a result although no setting that decides it has changed."""
     return {
         **software_versions(world),
@@ -206,11 +204,11 @@ def numerics_environment(hardware: Hardware, world: Comm, parallel: Parallel) ->
     }
 
 
-def _describe_exchange(parallel: Parallel) -> str:
+def _describe_exchange(parallel: ParallelConfig) -> str:
     """Return how gradients are exchanged (stored in trainer.json, where 0.1.0 wrote these words)."""
     if parallel.sync_every:
         return f"apart for {parallel.sync_every} steps"
-    return f"compressed to rank {parallel.compress}" if parallel.compress else parallel.wire_dtype
+    return f"compressed to rank {parallel.powersgd_rank}" if parallel.powersgd_rank else parallel.wire_dtype
 
 
 def processor_name() -> str:

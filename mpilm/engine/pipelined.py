@@ -3,15 +3,13 @@
 What depends on the layout is in this file and train_model.py; what is computed, on which data and how often, is not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mpilm.config import Config, Model, Train
+from mpilm.config.schema import Config, ModelConfig, TrainConfig
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
@@ -183,13 +181,13 @@ def _owned_slices(flats: Iterable[FlatParameters]) -> dict[ParamSlice, Tensor]:
     return {item: x for flat in flats for item, x in flat.owned_slices(flat.values).items()}
 
 
-def meta_model(shape: Model, vocab_size: int) -> nn.Module:
+def meta_model(shape: ModelConfig, vocab_size: int) -> nn.Module:
     """Return the whole model without memory."""
     with torch.device("meta"):
         return build_model(shape, vocab_size)
 
 
-def draw_values(flat: FlatParameters, shape: Model, seed: int) -> None:
+def draw_values(flat: FlatParameters, shape: ModelConfig, seed: int) -> None:
     """Draw the initial values, from (seed, name, shape), of what this rank owns of a stage."""
     name, values = "", torch.empty(0)
     for item, out in flat.owned_slices(flat.values).items():
@@ -200,10 +198,10 @@ def draw_values(flat: FlatParameters, shape: Model, seed: int) -> None:
 
 
 def resolve_model_layouts(
-    shape: Model,
+    shape: ModelConfig,
     vocab_size: int,
     blocks_per_stage: Sequence[int],
-    optimizer: str = Train.optimizer,
+    optimizer: str = TrainConfig.optimizer,
     mesh: MeshShape = MeshShape(),  # noqa: B008 - frozen
 ) -> dict[str, ParamLayout]:
     """Return the layout of every parameter of the model divided into these stages."""

@@ -1,7 +1,5 @@
 """One training step, and the validation loss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm
-from mpilm.config import microbatches
+from mpilm.config.schema import microbatch_count
 from mpilm.data.batch import Batch, Batches
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.engine.train_model import TrainModel
@@ -24,7 +22,7 @@ STOP_REASON_COUNT = 8  # length of the one-hot stop reason in reduce_loss_and_fl
 class MicrobatchSource(Protocol):
     """The training data by step and microbatch (data/batch.py)."""
 
-    def train(self, step: int, m: int) -> Batch: ...
+    def training_batch(self, step: int, m: int) -> Batch: ...
     def target_tokens(self, step: int) -> int: ...
 
 
@@ -70,10 +68,10 @@ def forward_backward(
     """Return the loss of a step, the norm of its gradient (left in `model.sums`) and the agreed flags. Collective over the
     mesh."""
     tokens, progress = max(1, source.target_tokens(step)), model.mesh.progress
-    model.forward_backward(step, partial(source.train, step), tokens)
+    model.forward_backward(step, partial(source.training_batch, step), tokens)
     with progress.span("compute"):  # waits for a GPU
         losses = {m: float(loss) for m, loss in model.results().items()}
-    loss, flags = reduce_loss_and_flags(losses, microbatches(model.config), model.mesh.world, flags)
+    loss, flags = reduce_loss_and_flags(losses, microbatch_count(model.config), model.mesh.world, flags)
     with progress.span("optimizer"):
         return loss / tokens, model.gradient_norm(), flags
 
@@ -95,7 +93,7 @@ def validation_loss(model: PipelinedModel, batches: Batches, eval_batches: int) 
     The number is the same on every layout.
     """
     total = batches.eval_microbatches(eval_batches)
-    losses = model.forward(total, batches.evaluation)
+    losses = model.forward(total, batches.evaluation_batch)
     return total_loss(losses, total, model.mesh.world) / max(1, batches.eval_targets(eval_batches))
 
 

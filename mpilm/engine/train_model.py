@@ -1,7 +1,5 @@
 """A model in training: a PipelinedModel with gradient reducers and an optimizer for what this rank owns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import prod
@@ -9,17 +7,17 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from mpilm.config import Config, microbatches
+from mpilm.config.schema import Config, microbatch_count
 from mpilm.data.batch import Batch
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.mesh.mesh import Mesh
 from mpilm.ops.tree import block_of_rank, strided_assignment
 from mpilm.optim.norm import compile_row_sum, global_norm
 from mpilm.optim.optimizer import Optimizer, moment_shapes
-from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_stage, select_trained
+from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.parallel.pipeline.stage import StepInputs
@@ -45,7 +43,7 @@ class TrainModel(PipelinedModel):
 
         super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment, build)
         self.row_sum = compile_row_sum() if config.train.compile and device.type == "cuda" else None
-        total, parallel, data = microbatches(config), config.parallel, self.data
+        total, parallel, data = microbatch_count(config), config.parallel, self.data
         self.microbatch_ids = (
             strided_assignment(data.rank, data.size, total)
             if self.zero >= 2
@@ -54,7 +52,7 @@ class TrainModel(PipelinedModel):
         """The microbatches of this replica, in the order in which it computes them."""
         diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
         self.optimizer = Optimizer(self.flats, config.train, diloco)
-        actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatches(config, mesh.shape))
+        actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatch_count(config, mesh.shape))
         self.program = lower(actions[self.pipeline.rank], len(blocks_per_stage), len(self.microbatch_ids))
 
     @property
@@ -177,6 +175,6 @@ class TrainModel(PipelinedModel):
     def forward_backward(self, step: int, fetch: Callable[[int], Batch], target_tokens: int) -> None:
         """Run this replica's microbatches forward and backward and reduce the gradients over all replicas. Collective."""
         if self.is_local_sgd:  # the mean over this replica's own tokens
-            target_tokens = max(1, target_tokens * len(self.microbatch_ids) // microbatches(self.config))
+            target_tokens = max(1, target_tokens * len(self.microbatch_ids) // microbatch_count(self.config))
         self._run(self.program, StepInputs(fetch, self.microbatch_ids, step, target_tokens, self.token_losses))
         self.tied.add_gradients(self.sums)

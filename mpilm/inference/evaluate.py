@@ -1,7 +1,5 @@
 """Evaluation of a model on a text: every token is scored once, window by window, whatever the number of ranks."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -16,24 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpilm.checkpoint.format import read_json, step_of
+from mpilm.checkpoint.format import checkpoint_step, read_json
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.config import Config, Data
+from mpilm.config.parse import merge_settings
+from mpilm.config.schema import Config, DataConfig
 from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus, open_corpus
-from mpilm.data.files import touching, write_durably
-from mpilm.data.indexed import document_starts, prefix_of
-from mpilm.data.objective import Masked, Objective, objective_of
-from mpilm.data.order import key_of
-from mpilm.data.prepare import silent
-from mpilm.data.progress import ProgressLine
+from mpilm.data.files import file_errors, write_durably
+from mpilm.data.objective import MaskedObjective, Objective, make_objective
+from mpilm.data.order import mix_key
+from mpilm.data.prepare import ProgressLine, no_progress
+from mpilm.data.token_files import document_starts, find_prefix
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
 from mpilm.model.loss import IGNORE_INDEX
-from mpilm.settings import merge
 from mpilm.telemetry.display import ProgressCounter
 
 MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text
@@ -90,14 +87,14 @@ class WindowBatches:
     def __call__(self, m: int) -> Batch:
         numbers = np.arange(*self.groups[m])
         rows = np.stack([self._row(n) for n in numbers.tolist()])
-        inputs, targets = self.objective(rows, [key_of(MASK_KEY, n) for n in numbers.tolist()])
+        inputs, targets = self.objective(rows, [mix_key(MASK_KEY, n) for n in numbers.tolist()])
         tokens, target_ids = (torch.from_numpy(np.ascontiguousarray(x)) for x in (inputs, targets))
         count = int(np.count_nonzero(targets != IGNORE_INDEX))
         return Batch(tokens, target_ids, torch.arange(tokens.shape[1]), torch.from_numpy(numbers), count)
 
     def _row(self, number: int) -> np.ndarray:
         row = self.corpus.read(int(self.windows.start[number]), int(self.windows.stop[number]))
-        return row if self.objective.looks_ahead else np.append(row, 0)  # an objective ignores the last token
+        return row if self.objective.is_causal else np.append(row, 0)  # an objective ignores the last token
 
 
 def row_scores(logits: Tensor, batch: Batch) -> Tensor:
@@ -156,34 +153,36 @@ def evaluate_model(config: Config, options: EvaluateOptions, world: Comm) -> Non
     tokenizer = run_on_all_ranks(world, lambda: load_tokenizer(config.data, config.model))
     model = load_model(config, world).model
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
-    progress = ProgressLine() if world.rank == 0 else silent
+    progress = ProgressLine() if world.rank == 0 else no_progress
     corpus = open_corpus(data, yielding, eos=options.held_out, progress=progress)
-    objective = objective_of(config.model, config.data, tokenizer)
+    objective = make_objective(config.model, config.data, tokenizer)
     run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, options))
     segments = run_on_all_ranks(world, lambda: _find_segments(data, options, corpus))
-    windows = cut_windows(segments, config.model.context_length, objective.looks_ahead)
+    windows = cut_windows(segments, config.model.context_length, objective.is_causal)
     run_on_all_ranks(world, lambda: _check_not_empty(windows, corpus))
     table = score_windows(model, corpus, windows, objective, config.train.micro_batch, world.rank == 0)
     run_on_root(world, lambda: _write_results(config, options, corpus, segments, windows, table))
 
 
-def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, Data]:
+def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, DataConfig]:
     """Return the config, with the folder's tokenizer unless another is named, and the data to open."""
-    training_only = [key for key in ("format", "packing", "too_long") if getattr(config.data, key) != getattr(Data(), key)]
+    training_only = [
+        key for key in ("format", "packing", "too_long") if getattr(config.data, key) != getattr(DataConfig(), key)
+    ]
     if training_only:
         flag = training_only[0].replace("_", "-")
         raise ConfigError(f"--data.{flag} is for training; evaluate reads running text, window by window")
     if not options.held_out:
         resolved = config_from_folder(config, options.context_length)
-        is_prepared = config.data.source and prefix_of(config.data.source)  # prepared tokens name their tokenizer
+        is_prepared = config.data.source and find_prefix(config.data.source)  # prepared tokens name their tokenizer
         return resolved, config.data if is_prepared else resolved.data
     folder = Path(config.model.init_from).expanduser()
-    if config.data != Data():
+    if config.data != DataConfig():
         raise ConfigError("--held-out true scores what the run has held out of its own text; omit the --data settings")
     config = config_from_folder(config, options.context_length)
     if not (folder / "trainer.json").is_file():
         raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
-    data = merge(Data(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
+    data = merge_settings(DataConfig(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
     for is_refused, reason in (
         (data.format == "chat", "the run was trained on conversations, and only running text can be scored"),
         (len(data.path) > 1, "the run has mixed several corpora; score each with --data.path"),
@@ -205,11 +204,11 @@ def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, co
         trainer = read_json(Path(folder).expanduser() / "trainer.json")
         if trainer["content"]["data.path"] != corpus.fingerprint:
             raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
-    if isinstance(objective, Masked) and objective.tokenizer.vocab_size > config.model.vocab_size:
+    if isinstance(objective, MaskedObjective) and objective.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, which a bert model needs")
 
 
-def _find_segments(data: Data, options: EvaluateOptions, corpus: Corpus) -> np.ndarray:
+def _find_segments(data: DataConfig, options: EvaluateOptions, corpus: Corpus) -> np.ndarray:
     """Return the boundaries of the parts that are scored separately."""
     total = len(corpus.tokens)
     first = total - int(total * data.eval_fraction) if options.held_out else 0
@@ -232,7 +231,7 @@ def _write_results(
     if not math.isfinite(result["loss"]):
         raise NonFiniteError(f"the loss is {result['loss']}: weights in {config.model.init_from} are not finite")
     folder = _results_folder(config.model.init_from, options.run_dir)
-    with touching(folder, "write"):
+    with file_errors(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
     for name, value in result.items():
@@ -249,6 +248,6 @@ def _results_folder(init_from: str, run_dir: str) -> Path:
     if run_dir != "auto":
         return Path(run_dir)
     model = Path(init_from).expanduser().resolve()
-    if step_of(model) is not None and (model.parents[1] / "config.toml").is_file():
+    if checkpoint_step(model) is not None and (model.parents[1] / "config.toml").is_file():
         return Path(os.path.relpath(model.parents[1]))
     return Path("runs") / f"evaluation-{model.name}"

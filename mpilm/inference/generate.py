@@ -1,7 +1,5 @@
 """Text generation: sequences sampled token by token, several in flight if the model is distributed; the generate command."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +11,14 @@ from torch import Tensor
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.config import Config, Generate
+from mpilm.config.schema import Config, GenerateConfig
 from mpilm.data.batch import Batch
-from mpilm.data.files import touching, writable
-from mpilm.data.template import Template, find_template
+from mpilm.data.chat import ChatTemplate, find_chat_template
+from mpilm.data.files import file_errors, is_valid_utf8
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
-from mpilm.errors import ConfigError, DataError
+from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
-from mpilm.model.sample import sample_token
 from mpilm.model.sequence_info import KVCache
 from mpilm.telemetry.display import ProgressCounter
 
@@ -54,7 +51,7 @@ class GeneratedSequence:
 def generate(
     model: PipelinedModel,
     prompts: Mapping[int, list[int]],
-    settings: Generate,
+    settings: GenerateConfig,
     eos: int,
     on_done: Callable[[int], None] = lambda number: None,
 ) -> dict[int, list[int]]:
@@ -73,7 +70,7 @@ def generate(
     return generated
 
 
-def _begin_sequence(prompt: list[int], number: int, settings: Generate, model: PipelinedModel) -> GeneratedSequence:
+def _begin_sequence(prompt: list[int], number: int, settings: GenerateConfig, model: PipelinedModel) -> GeneratedSequence:
     generator = torch.Generator().manual_seed((settings.seed + number) % 2**63)
     capacity = len(prompt) + settings.max_tokens
     return GeneratedSequence(list(prompt), len(prompt), model.config.model.context_length, capacity, generator)
@@ -83,7 +80,7 @@ def _begin_sequence(prompt: list[int], number: int, settings: Generate, model: P
 def _generate_group(
     model: PipelinedModel,
     sequences: Mapping[int, GeneratedSequence],
-    settings: Generate,
+    settings: GenerateConfig,
     eos: int,
     on_done: Callable[[int], None],
 ) -> None:
@@ -101,7 +98,7 @@ def _generate_group(
 
 
 def _sample_tokens(
-    model: PipelinedModel, active: Mapping[int, GeneratedSequence], logits: Mapping[int, Tensor], settings: Generate
+    model: PipelinedModel, active: Mapping[int, GeneratedSequence], logits: Mapping[int, Tensor], settings: GenerateConfig
 ) -> list[int]:
     """Sample the next token of each sequence on the rank with the logits, and broadcast them along the pipeline."""
     tokens = torch.zeros(len(active), dtype=torch.int64)
@@ -110,6 +107,22 @@ def _sample_tokens(
             tokens[place] = sample_token(logits[number].cpu(), settings, sequence.generator)
     model.pipeline.broadcast(tokens, (len(model.blocks_per_stage) - 1) % model.pipeline.size)
     return tokens.tolist()
+
+
+def sample_token(logits: Tensor, settings: GenerateConfig, generator: torch.Generator) -> int:  # (V,)
+    """Draw a token from the logits after temperature, top-k and top-p (Holtzman et al., arXiv 1904.09751). Raises
+    NonFiniteError if the logits are not finite."""
+    if not torch.isfinite(logits).all():
+        raise NonFiniteError("the model's logits are not finite; its weights probably are not either")
+    if settings.temperature == 0.0:
+        return int(logits.argmax())
+    sorted_logits, tokens = (logits / settings.temperature).sort(descending=True, stable=True)
+    probs = sorted_logits.softmax(dim=0)
+    if settings.top_k:
+        probs[settings.top_k :] = 0.0
+    mass_before = probs.cumsum(dim=0) - probs
+    probs[mass_before >= settings.top_p] = 0.0
+    return int(tokens[torch.multinomial(probs, 1, generator=generator)])
 
 
 # The command.
@@ -134,19 +147,19 @@ def generate_texts(config: Config, world: Comm) -> None:
         _print_texts(prompts, [text for _, text in in_order], bool(settings.prompts), settings.chat)
 
 
-def _load_template(config: Config) -> Template | None:
+def _load_template(config: Config) -> ChatTemplate | None:
     """Return the chat template of a chat; raise ConfigError if the model cannot generate or has no template."""
     if config.model.arch == "bert":
         raise ConfigError(f"{config.model.init_from} is a bert model: it fills masks and cannot continue a text")
     if not config.generate.chat:
         return None
-    template = find_template(config.data.tokenizer)
+    template = find_chat_template(config.data.tokenizer)
     if template is None:
         raise ConfigError(f"--generate.chat true: no chat template beside the tokenizer in {config.data.tokenizer}")
     return template
 
 
-def _read_prompts(settings: Generate) -> list[str]:
+def _read_prompts(settings: GenerateConfig) -> list[str]:
     if not settings.prompts:
         return [settings.prompt]
     if settings.prompt:
@@ -156,7 +169,7 @@ def _read_prompts(settings: Generate) -> list[str]:
         data = sys.stdin.buffer.read()
     else:
         path = Path(settings.prompts).expanduser()
-        with touching(path):
+        with file_errors(path):
             data = path.read_bytes()
     try:
         lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
@@ -177,14 +190,14 @@ def _parse_prompt(line: str, where: str) -> str:
         raise DataError(f"--generate.prompts {where} is not JSON: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise DataError(f'--generate.prompts {where} is not an object with a "prompt" that is a string')
-    if not writable(value["prompt"]):
+    if not is_valid_utf8(value["prompt"]):
         raise DataError(f"--generate.prompts {where} contains half a surrogate pair, which is not text")
     return value["prompt"]
 
 
-def _encode(prompt: str, tokenizer: Tokenizer, template: Template | None) -> list[int]:
+def _encode(prompt: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
     if template is not None:
-        return tokenizer.encode_marked(template.prompt(prompt))[0].tolist()
+        return tokenizer.encode_rendered(template.render_prompt(prompt))[0].tolist()
     return tokenizer.encode(prompt).tolist() or [tokenizer.eos]
 
 

@@ -1,24 +1,21 @@
 """A trained model loaded from its folder and distributed over the ranks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
-from mpilm.checkpoint.pretrained import refuse_other_shape, shape_of, tokenizer_folder
+from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_folder, read_pretrained_config
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import check_same_on_all_ranks, run_on_all_ranks
-from mpilm.config import Config, Data, Model, flatten, resolve
-from mpilm.data.tokenizer import Tokenizer, named_tokenizer
+from mpilm.config.check import check_config
+from mpilm.config.schema import Config, DataConfig, ModelConfig, flatten, resolve_config
+from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
 from mpilm.engine.hardware import Hardware, detect_hardware
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.engine.weights import load_initial_weights
 from mpilm.errors import ConfigError
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
-from mpilm.parallel.feasible import cut_by_cost
 from mpilm.parallel.flat_layout import ALIGNMENT
-from mpilm.trainer.material import refuse_more_ids
-from mpilm.validation import validate
+from mpilm.parallel.layout_check import partition_by_cost
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,14 @@ def config_from_folder(config: Config, context_length: int = 0) -> Config:
     folder = config.model.init_from
     if not folder:
         raise ConfigError("--model.init-from is required: the folder of a checkpoint, RUN/checkpoints/step-NNNNNNNN")
-    shape = replace(shape_of(folder, config.model.base), init_from=folder, base=config.model.base)
+    shape = replace(read_pretrained_config(folder, config.model.base), init_from=folder, base=config.model.base)
     shape = replace(shape, context_length=context_length or shape.context_length)
-    refuse_other_shape(shape)
+    check_pretrained_shape(shape)
     data = config.data
     if data.tokenizer == "auto":
-        data = replace(data, tokenizer=tokenizer_folder(folder, shape.base))
-    config = resolve(replace(config, model=shape, data=data))
-    validate(config)
+        data = replace(data, tokenizer=find_tokenizer_folder(folder, shape.base))
+    config = resolve_config(replace(config, model=shape, data=data))
+    check_config(config)
     return config
 
 
@@ -56,16 +53,16 @@ def load_model(config: Config, world: Comm) -> LoadedModel:
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed)
     vocab_size = config.model.vocab_size
-    blocks_per_stage = run_on_all_ranks(world, lambda: cut_by_cost(config, vocab_size))
+    blocks_per_stage = run_on_all_ranks(world, lambda: partition_by_cost(config, vocab_size))
     model = PipelinedModel(config, Mesh.build(shape, world), blocks_per_stage, vocab_size, hardware.device, ALIGNMENT)
     load_initial_weights(model, world)
     return LoadedModel(config, hardware, model)
 
 
-def load_tokenizer(data: Data, model: Model) -> Tokenizer:
+def load_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
     """Return the tokenizer of a config from `config_from_folder`; raise ConfigError if its ids exceed the model's rows."""
-    tokenizer = named_tokenizer(data.tokenizer)
-    refuse_more_ids(tokenizer, model)
+    tokenizer = tokenizer_from_spec(data.tokenizer)
+    check_vocab_fits(tokenizer, model)
     return tokenizer
 
 

@@ -3,8 +3,6 @@
 On the holder's host a lock is stale if the process is gone, elsewhere if the file is no longer touched. No clocks are compared.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

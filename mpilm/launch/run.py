@@ -1,7 +1,5 @@
 """Start and end of every command: find the world, run, and exit on all ranks alike."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import faulthandler
@@ -16,14 +14,13 @@ from typing import NoReturn
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks
-from mpilm.errors import ConfigError, LostRankError, PreemptedError, UserError
+from mpilm.errors import ConfigError, LostRankError, PreemptedError, UserError, is_first_process
 
 Body = Callable[[Comm], None]
 ROOT_FIRST_S = 0.5  # delay of the other ranks when a terminal interrupts all of them
 START_TIMEOUT_S = 1800.0  # for all ranks to start; thousands take minutes
 FAULT_VARIABLE = "MPILM_FAULT"  # set by tests (mpilm/testing/faults.py)
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
-RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "SLURM_PROCID")
 
 
 def run(parse: Callable[[], Body]) -> NoReturn:
@@ -165,7 +162,7 @@ def connect_world() -> Comm:
             "to another MPI than the library that Python loads; use the mpirun that came with it (in a virtual environment: its "
             "bin/mpirun), or the type that srun --mpi=list names for it (pmi2 for MPICH, pmix for Open MPI)"
         )
-        if next((os.environ[v] for v in RANK_VARIABLES if v in os.environ), "0") == "0":
+        if is_first_process():
             print(f"mpilm: error: {mismatch}", file=sys.stderr, flush=True)
         raise SystemExit(mismatch.code)
     return comm

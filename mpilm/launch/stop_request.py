@@ -1,7 +1,5 @@
 """Requests to save and stop: a signal, a file, the end of the run's time."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

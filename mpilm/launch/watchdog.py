@@ -4,8 +4,6 @@ A thread on every rank checks how long the current phase has lasted. A rank past
 lowest of these ranks reports on all of them and ends the job.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import faulthandler

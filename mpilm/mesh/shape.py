@@ -1,7 +1,5 @@
 """Coordinates of ranks on the four axes of a mesh: pure arithmetic, for any number of ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

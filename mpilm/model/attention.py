@@ -1,7 +1,5 @@
 """Self-attention with grouped queries. The core, which mixes positions, is an attribute and can be exchanged."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -9,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpilm.config import Model
+from mpilm.config.schema import ModelConfig
 from mpilm.model.layers import Conv1D, Dropout, Linear, RMSNorm, apply_rotary
 from mpilm.model.sequence_info import SequenceInfo
 
@@ -65,7 +63,9 @@ class Attention(nn.Module):
     `qk_norm` normalises the queries and keys of each head (Dehghani et al., arXiv 2302.05442).
     """
 
-    def __init__(self, model: Model, core: AttentionFn, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False):
+    def __init__(
+        self, model: ModelConfig, core: AttentionFn, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False
+    ):
         super().__init__()
         self.head_width = model.head_width
         self.q = Linear(model.d_model, model.n_heads * model.head_width, qkv_bias)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 class FusedQKVAttention(nn.Module):
     """GPT-2's attention: one matrix makes queries, keys and values."""
 
-    def __init__(self, model: Model, core: AttentionFn):
+    def __init__(self, model: ModelConfig, core: AttentionFn):
         super().__init__()
         self.head_width = model.head_width
         self.qkv = Conv1D(model.d_model, 3 * model.d_model)

@@ -4,8 +4,6 @@ A new family needs a builder in BUILDERS here, an entry in MODULE_NAMES (hf/name
 sizes in flops.py, and its name and adapter targets in the config.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -13,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpilm.config import Model
+from mpilm.config.schema import ModelConfig
 from mpilm.model.attention import Attention, AttentionCore, FusedQKVAttention
 from mpilm.model.layers import Conv1D, Dropout, Embedding, FeedForward, LayerNorm, Linear, RMSNorm, RotaryEmbedding, SwiGLU
 from mpilm.model.lora import add_lora, lora_initial_std
@@ -24,21 +22,21 @@ from mpilm.model.transformer import Block, PostNormBlock, Transformer
 INIT_STD = 0.02
 
 
-def build_model(model: Model, vocab_size: int) -> Transformer:
+def build_model(model: ModelConfig, vocab_size: int) -> Transformer:
     """Build a model with its adapters, if it has any. Its parameters have no values yet."""
     transformer = BUILDERS[model.arch](model, vocab_size)
     add_lora(transformer, model)
     return transformer
 
 
-def tied_parameters(model: Model) -> Mapping[str, str]:
+def tied_parameters(model: ModelConfig) -> Mapping[str, str]:
     """Return the parameters that always have the value of another: with tie-embeddings, one matrix has two uses."""
     if not model.tie_embeddings:
         return {}
     return {"head.weight": "embed.tokens.weight" if model.arch in ("gpt2", "bert") else "embed.weight"}
 
 
-def initial_std(name: str, model: Model) -> float | None:
+def initial_std(name: str, model: ModelConfig) -> float | None:
     """Return the deviation of a parameter's initial values, or None for ones. Matrices that add to a residual stream which is
     never normalised start smaller."""
     if name.endswith("norm.weight"):
@@ -55,7 +53,7 @@ def initial_std(name: str, model: Model) -> float | None:
 class TokenEmbedding(Embedding):
     """A learned vector for each token."""
 
-    def __init__(self, model: Model, vocab_size: int):
+    def __init__(self, model: ModelConfig, vocab_size: int):
         super().__init__(vocab_size, model.d_model)
         self.dropout = Dropout(model.dropout, "embed")
 
@@ -63,7 +61,7 @@ class TokenEmbedding(Embedding):
         return self.dropout(F.embedding(tokens, self.weight), info.dropout_keys)
 
 
-def build_llama(model: Model, vocab_size: int) -> Transformer:
+def build_llama(model: ModelConfig, vocab_size: int) -> Transformer:
     """Build a Llama (Touvron et al., arXiv 2302.13971), Qwen or Mixtral model: RMSNorm, rotary positions, SwiGLU. Qwen 2 adds
     biases to queries, keys and values; Qwen 3 normalises queries and keys; Mixtral has a mixture of experts."""
     width, eps, qwen = model.d_model, model.norm_eps, model.arch == "qwen"
@@ -83,7 +81,7 @@ def build_llama(model: Model, vocab_size: int) -> Transformer:
 class TokenPositionEmbedding(nn.Module):
     """A learned vector for each token, plus one for its position."""
 
-    def __init__(self, model: Model, vocab_size: int):
+    def __init__(self, model: ModelConfig, vocab_size: int):
         super().__init__()
         self.tokens = Embedding(vocab_size, model.d_model)
         self.positions = Embedding(model.context_length, model.d_model)
@@ -93,7 +91,7 @@ class TokenPositionEmbedding(nn.Module):
         return self.dropout(self.tokens(tokens) + self.positions(info.positions), info.dropout_keys)
 
 
-def build_gpt2(model: Model, vocab_size: int) -> Transformer:
+def build_gpt2(model: ModelConfig, vocab_size: int) -> Transformer:
     """Build a GPT-2 model (Radford et al., 2019): learned positions, LayerNorm before each part, GELU, biases everywhere."""
     width, eps = model.d_model, model.norm_eps
 
@@ -110,7 +108,7 @@ def build_gpt2(model: Model, vocab_size: int) -> Transformer:
 class BertEmbedding(TokenPositionEmbedding):
     """Learned vectors for the token, its position and its segment, normalised."""
 
-    def __init__(self, model: Model, vocab_size: int):
+    def __init__(self, model: ModelConfig, vocab_size: int):
         super().__init__(model, vocab_size)
         self.segments = Embedding(2, model.d_model)  # of sentences A and B; mpilm has A only
         self.norm = LayerNorm(model.d_model, model.norm_eps)
@@ -120,7 +118,7 @@ class BertEmbedding(TokenPositionEmbedding):
         return self.dropout(self.norm(x), info.dropout_keys)
 
 
-def build_bert(model: Model, vocab_size: int) -> Transformer:
+def build_bert(model: ModelConfig, vocab_size: int) -> Transformer:
     """Build a BERT model (Devlin et al., arXiv 1810.04805): an encoder that sees both sides and predicts masked tokens."""
     width, eps = model.d_model, model.norm_eps
 
@@ -135,7 +133,7 @@ def build_bert(model: Model, vocab_size: int) -> Transformer:
     return Transformer(BertEmbedding(model, vocab_size), blocks, norm, head)
 
 
-BUILDERS: Mapping[str, Callable[[Model, int], Transformer]] = {
+BUILDERS: Mapping[str, Callable[[ModelConfig, int], Transformer]] = {
     "llama": build_llama,
     "qwen": build_llama,
     "mixtral": build_llama,

@@ -4,18 +4,16 @@ The activation counts are what torch saves for backward; a test compares them wi
 4 bytes: a bfloat16 value is half a float.
 """
 
-from __future__ import annotations
-
-from mpilm.config import LORA_TARGETS, Model
+from mpilm.config.schema import LORA_TARGETS, ModelConfig
 
 
-def parameter_count(model: Model, vocab_size: int) -> int:
+def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     """Return the number of parameters; a tied matrix counts once."""
     tied = vocab_size * model.d_model * model.tie_embeddings
     return model.n_layers * block_numel(model) + sum(embedding_and_head_numel(model, vocab_size)) - tied
 
 
-def block_numel(model: Model) -> int:
+def block_numel(model: ModelConfig) -> int:
     """Return the number of parameters of one block: matrices, two norms, biases, and norms inside attention."""
     queries, keys = _attention_widths(model)
     if _has_biases(model):
@@ -26,7 +24,7 @@ def block_numel(model: Model) -> int:
     return _matrix_numel(model) + vectors
 
 
-def embedding_and_head_numel(model: Model, vocab_size: int) -> tuple[int, int]:
+def embedding_and_head_numel(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
     """Return the parameters of the embedding, and of norm and head; a tied matrix counts in both, with a gradient each."""
     width, positions, matrix = model.d_model, model.context_length * model.d_model, vocab_size * model.d_model
     if model.arch == "bert":  # positions, two segments, norm; projection, its bias and norm, output matrix and bias
@@ -34,7 +32,7 @@ def embedding_and_head_numel(model: Model, vocab_size: int) -> tuple[int, int]:
     return (matrix + positions, matrix + 2 * width) if model.arch == "gpt2" else (matrix, matrix + width)
 
 
-def block_matrices(model: Model) -> list[tuple[int, int, int]]:
+def block_matrices(model: ModelConfig) -> list[tuple[int, int, int]]:
     """Return the matrices of a block: (width in, width out, number of equal ones, of which a token uses some)."""
     width, (queries, keys), ff = model.d_model, _attention_widths(model), model.d_ff
     if model.arch == "gpt2":
@@ -49,21 +47,21 @@ def block_matrices(model: Model) -> list[tuple[int, int, int]]:
     return [*attention, (width, ff, 1), (width, ff, 1), (ff, width, 1)]
 
 
-def _matrix_numel(model: Model, experts: int | None = None) -> int:
+def _matrix_numel(model: ModelConfig, experts: int | None = None) -> int:
     """Return the elements of a block's matrices, counting at most that many experts."""
     return sum(a * b * (min(count, experts) if experts else count) for a, b, count in block_matrices(model))
 
 
-def _has_biases(model: Model) -> bool:
+def _has_biases(model: ModelConfig) -> bool:
     return model.arch in ("gpt2", "bert")
 
 
-def _attention_widths(model: Model) -> tuple[int, int]:
+def _attention_widths(model: ModelConfig) -> tuple[int, int]:
     """Return the width of all query heads and of all key heads."""
     return model.n_heads * model.head_width, model.n_kv_heads * model.head_width
 
 
-def flops_by_part(model: Model, vocab_size: int) -> dict[str, int]:
+def flops_by_part(model: ModelConfig, vocab_size: int) -> dict[str, int]:
     """Return the floating-point operations of forward and backward for one token: of the embedding, of a block, and of head and
     loss. They are 6 per matrix element that the token uses, and those of attention (Narayanan et al., arXiv 2104.04473)."""
     block = 6 * _matrix_numel(model, experts=model.experts_per_token) + attention_flops_per_token(model)
@@ -71,20 +69,20 @@ def flops_by_part(model: Model, vocab_size: int) -> dict[str, int]:
     return {"embed": 2 * model.d_model, "block": block, "head": 6 * head}
 
 
-def attention_flops_per_token(model: Model) -> int:
+def attention_flops_per_token(model: ModelConfig) -> int:
     """Return those of a block's attention core for one token, a third of them in forward; a causal mask halves them."""
     visible = 2 if model.arch == "bert" else 1
     return 6 * visible * _attention_widths(model)[0] * model.context_length
 
 
-def flops_per_token(model: Model, vocab_size: int) -> int:
+def flops_per_token(model: ModelConfig, vocab_size: int) -> int:
     """Return the floating-point operations of forward and backward for one token, in matrices and attention."""
     parts = flops_by_part(model, vocab_size)
     return model.n_layers * parts["block"] + parts["head"]
 
 
 def activation_bytes(
-    model: Model, vocab_size: int, tokens: int, dtype: str, layers: int | None = None, first: bool = True,
+    model: ModelConfig, vocab_size: int, tokens: int, dtype: str, layers: int | None = None, first: bool = True,
     last: bool = True, recompute: str = "none",
 ) -> dict[str, int]:  # fmt: skip
     """Return the bytes that a microbatch of `tokens` tokens needs in part of a model: `layers` blocks (None: all), with the
@@ -114,12 +112,12 @@ def activation_bytes(
     }
 
 
-def saved_floats_per_token(model: Model, dtype: str) -> float:
+def saved_floats_per_token(model: ModelConfig, dtype: str) -> float:
     """Return the floats per token that a block saves for backward."""
     return sum(_block_floats(model, 0.5 if dtype == "bfloat16" else 1.0))
 
 
-def _block_floats(model: Model, half: float) -> tuple[float, float]:
+def _block_floats(model: ModelConfig, half: float) -> tuple[float, float]:
     """Return the floats per token that a block saves for backward, outside and inside the attention core."""
     width, (queries, keys), heads = model.d_model, _attention_widths(model), model.n_heads
     norm = width + 2 if _has_biases(model) else 2 * width + 1  # LayerNorm's input, mean, deviation; RMSNorm's normalised input
@@ -135,12 +133,12 @@ def _block_floats(model: Model, half: float) -> tuple[float, float]:
     return block + half * 2 * width, (1 + 2 * half) * heads * model.context_length + half * 2 * (queries - keys)
 
 
-def _input_floats(model: Model, half: float, matrices: int) -> float:
+def _input_floats(model: ModelConfig, half: float, matrices: int) -> float:
     """Return the floats of one input of so many matrices; autocast makes a copy for each."""
     return model.d_model * (1 if half == 1.0 else half * matrices)
 
 
-def _feed_forward_floats(model: Model, half: float) -> float:
+def _feed_forward_floats(model: ModelConfig, half: float) -> float:
     if _has_biases(model):
         return _input_floats(model, half, 1) + half * 2 * model.d_ff
     expert = _input_floats(model, half, 2) + half * 4 * model.d_ff
@@ -150,7 +148,7 @@ def _feed_forward_floats(model: Model, half: float) -> float:
     return _input_floats(model, half, 1) + model.n_experts + model.experts_per_token * routed
 
 
-def _split_backward_floats(model: Model) -> float:
+def _split_backward_floats(model: ModelConfig) -> float:
     """Return the elements per token of the inputs of a block's matrices and of the gradients of their outputs."""
     width, (queries, keys) = model.d_model, _attention_widths(model)
     feed_forward = 2 * width + (2 if _has_biases(model) else 3) * model.d_ff

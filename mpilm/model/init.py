@@ -4,8 +4,6 @@ numpy's Philox and its table-driven normal distribution give the same numbers on
 generators differ between vector widths.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The parts of a block: projections, norms, feed-forward layers, rotary positions, dropout."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -2,18 +2,16 @@
 (inner, in); B is (out, inner) and starts at zero. They are applied from outside, by hooks on the layers of a plain model.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 
 from torch import nn
 
-from mpilm.config import LORA_TARGETS, Model
+from mpilm.config.schema import LORA_TARGETS, ModelConfig
 from mpilm.model.layers import Conv1D, Linear
 
 
-def add_lora(transformer: nn.Module, model: Model) -> None:
+def add_lora(transformer: nn.Module, model: ModelConfig) -> None:
     """Give the blocks of `transformer` the adapters that `model` asks for."""
     if not model.lora_rank:
         return
@@ -26,7 +24,7 @@ def add_lora(transformer: nn.Module, model: Model) -> None:
             layer.register_forward_hook(lambda layer, inputs, y: y + layer.lora(inputs[0]) * factor)
 
 
-def lora_initial_std(name: str, model: Model) -> float:
+def lora_initial_std(name: str, model: ModelConfig) -> float:
     """Return the deviation of an adapter matrix's initial values: that of PEFT, whose distribution is uniform, not normal."""
     if name.endswith(".b.weight"):
         return 0.0
@@ -34,6 +32,6 @@ def lora_initial_std(name: str, model: Model) -> float:
     return 1 / math.sqrt(3 * widths.get(name.split(".")[-4], model.d_model))
 
 
-def is_frozen(name: str, model: Model) -> bool:
+def is_frozen(name: str, model: ModelConfig) -> bool:
     """Return whether training leaves a parameter unchanged: with adapters, it trains nothing else."""
     return bool(model.lora_rank) and ".lora." not in name

@@ -1,7 +1,5 @@
 """The loss: a sum over tokens, never a mean, so that sums of parts are exact."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -1,13 +1,11 @@
 """Mixture of experts: a router sends each token to a few of several feed-forward layers (Jiang et al., arXiv 2401.04088)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpilm.config import Model
+from mpilm.config.schema import ModelConfig
 from mpilm.model.layers import Linear, SwiGLU
 from mpilm.model.sequence_info import NO_DOCUMENT, SequenceInfo
 
@@ -18,7 +16,7 @@ class MixtureOfExperts(nn.Module):
     The router is also trained by a load-balancing loss, which only backward sees: the reported loss does not include it.
     """
 
-    def __init__(self, model: Model):
+    def __init__(self, model: ModelConfig):
         super().__init__()
         self.top_k, self.balance_weight = model.experts_per_token, model.router_loss / model.n_layers
         self.router = Linear(model.d_model, model.n_experts, bias=False)

@@ -1,7 +1,5 @@
 """The inputs of a model beside the tokens: SequenceInfo, and the KVCache of decoding."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The frame that all families share: embedding, blocks, norm, head."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from torch import Tensor, nn

@@ -6,8 +6,6 @@ is always such a range. A rank folds its contiguous block of microbatches into a
 the tree from all their nodes, which gives the same bits for any number of ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

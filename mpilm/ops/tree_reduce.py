@@ -4,8 +4,6 @@ Ranks exchange slices (all-to-all), and each adds what it received. Followed by 
 2 (p-1)/p n elements a rank, as many as a ring all-reduce.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from typing import Protocol
 

@@ -1,13 +1,11 @@
 """The interface of an optimizer for some of the parameters."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from mpilm.config import Train
+from mpilm.config.schema import TrainConfig
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice
 from mpilm.parallel.layout import Shape
@@ -22,7 +20,7 @@ class ParameterOptimizer(ABC):
         """Return the shapes of the moments, by name, of a parameter of this shape."""
 
     @abstractmethod
-    def __init__(self, flats: Mapping[int, FlatParameters], train: Train): ...
+    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig): ...
 
     @abstractmethod
     def set_step(self, step: int) -> None:

@@ -5,15 +5,13 @@ start and 70 MiB (measured with torch 2.13). They run on whole spans of the flat
 depend on where a span begins and ends, and spans end at multiples of the layout's alignment however the vector is sharded.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from mpilm.config import Train
+from mpilm.config.schema import TrainConfig
 from mpilm.ops.tree import Interval
 from mpilm.optim.base import ParameterOptimizer
 from mpilm.parallel.flat import FlatParameters, FlatVector
@@ -32,7 +30,7 @@ class ElementwiseOptimizer(ParameterOptimizer):
     def state_shapes(cls, shape: Shape) -> Mapping[str, Shape]:
         return dict.fromkeys(cls.STATE_NAMES, shape)
 
-    def __init__(self, flats: Mapping[int, FlatParameters], train: Train):
+    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig):
         self.flats, self.train = flats, train
         device = next(iter(flats.values())).device
         self.spans = {

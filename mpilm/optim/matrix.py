@@ -4,8 +4,6 @@ They compute what torch.optim.Adafactor and torch.optim.Muon compute, to the las
 the one rank that owns a parameter updates it, so nothing is computed twice and nothing more is sent.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -13,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mpilm.config import Train
+from mpilm.config.schema import TrainConfig
 from mpilm.optim.base import ParameterOptimizer
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals
@@ -31,7 +29,7 @@ class UnshardedOptimizer(ParameterOptimizer):
 
     STATE_NAMES: tuple[str, ...]
 
-    def __init__(self, flats: Mapping[int, FlatParameters], train: Train):
+    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig):
         self.flats, self.train, self.count = flats, train, 0
         self.stages = {name: stage for stage, flat in flats.items() for name in _owned_unsharded(flat)}
         self.moments = {name: self._zeros(name) for name in self.stages}

@@ -5,8 +5,6 @@ one power of two q, about 2^-51 of the largest square. The multiples are added a
 few for billions of elements.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

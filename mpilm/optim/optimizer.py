@@ -1,12 +1,10 @@
 """The optimizers of train.optimizer, each a pair of parameter optimizers that divide the parameters between them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from mpilm.config import Train
+from mpilm.config.schema import TrainConfig
 from mpilm.optim.base import ParameterOptimizer
 from mpilm.optim.elementwise import SGD, AdamW
 from mpilm.optim.matrix import Adafactor, Muon
@@ -49,7 +47,7 @@ def moment_shapes(optimizer: str, layouts: Mapping[str, ParamLayout], local_sgd:
 class Optimizer:
     """Updates the stages of this rank, and holds the outer optimizer of local SGD if replicas synchronize only now and then."""
 
-    def __init__(self, flats: Mapping[int, FlatParameters], train: Train, diloco: DiLoCo | None = None):
+    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig, diloco: DiLoCo | None = None):
         self.diloco = diloco
         self.optimizers = [optimizer(flats, train) for optimizer in dict.fromkeys(OPTIMIZERS[train.optimizer])]
 

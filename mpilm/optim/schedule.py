@@ -1,13 +1,11 @@
 """The learning-rate schedule: a pure function of the step."""
 
-from __future__ import annotations
-
 import math
 
-from mpilm.config import Train
+from mpilm.config.schema import TrainConfig
 
 
-def learning_rate(train: Train, step: int) -> float:
+def learning_rate(train: TrainConfig, step: int) -> float:
     """Return the learning rate of step `step`, counted from 0: linear warm-up, then the schedule down to min-lr."""
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps

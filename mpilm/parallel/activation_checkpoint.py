@@ -8,8 +8,6 @@ torch.utils.checkpoint does the same for programs that draw random numbers as th
 80 MiB and 3 s on every rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

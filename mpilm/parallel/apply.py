@@ -1,7 +1,5 @@
 """The one function that turns a plain model into a stage of a parallel one, and the reason for its order."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,7 +8,7 @@ import torch
 from torch import nn
 
 from mpilm.comm.base import Comm
-from mpilm.config import Config
+from mpilm.config.schema import Config
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.compile import compile_blocks
 from mpilm.parallel.flat import FlatParameters

@@ -1,7 +1,5 @@
 """A backward pass that starts from a given gradient."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

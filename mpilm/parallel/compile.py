@@ -4,8 +4,6 @@ Blocks are compiled one by one, not the model as a whole: fusion must not depend
 blocks are one function of their parameters, so one compilation serves all of them.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

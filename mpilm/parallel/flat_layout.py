@@ -6,8 +6,6 @@ each), and a bucket into one slice for each rank of the reduce axes. Under ZeRO 
 parameter that must stay unsharded has buckets of its own, owned by one rank; the slices of the other ranks are empty.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

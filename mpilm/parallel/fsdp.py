@@ -5,8 +5,6 @@ unit before it computes, and released afterwards. What autograd has saved of a u
 memory; they see the values of the next gather.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap

@@ -1,7 +1,5 @@
 """The layout table: the facts about each parameter that initialisation, reduction, clipping and checkpoints read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod

@@ -1,7 +1,5 @@
 """The parallel plan: for each family, the pipeline stage of every module and the cut of every parameter. Pure."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Each use has its own gradient, summed over all microbatches; then the sums are added, in the same order wherever the uses are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 
 import torch

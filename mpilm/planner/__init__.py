@@ -1,1 +1,1 @@
-"""What a layout will take of memory and time, from a calibration of the machine: pure arithmetic, without torch and MPI."""
+"""Predictions of step time and memory for parallel layouts, from the profile of a machine; without torch and MPI."""

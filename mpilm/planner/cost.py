@@ -1,13 +1,13 @@
-"""How long a step takes in a layout: the seconds of every action, the pipeline simulated from them, and what comes after."""
-
-from __future__ import annotations
+"""The time of a training step in a layout: the seconds of each action, the pipeline simulated from them, and the rest."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from typing import Literal
 
-from mpilm.config import Config, Model
+from mpilm.config.schema import Config, ModelConfig
+from mpilm.errors import FileError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import (
     attention_flops_per_token,
@@ -16,384 +16,299 @@ from mpilm.model.flops import (
     embedding_and_head_numel,
     saved_floats_per_token,
 )
-from mpilm.parallel.feasible import replica_microbatches
 from mpilm.parallel.flat_layout import BUCKET
+from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
-from mpilm.parallel.pipeline.simulate import simulate
-from mpilm.planner.machine import Compute, Curve, Machine, Memory, Network, at, on
-from mpilm.planner.memory import RETURNED_BYTES
+from mpilm.planner.profile import ComputeRates, MachineProfile, MemoryRates, NetworkRates, interpolate, interpolate2d, total_s
+from mpilm.planner.simulate import simulate
 
-FAMILY = {"llama": "llama", "qwen": "llama", "mixtral": "llama", "gpt2": "gpt2", "bert": "gpt2"}
-"""Whose norms, activations and positions an architecture has: what is calibrated under that name."""
-ROUNDS = 2  # of a pipeline's length: steps with more microbatches than this are prolonged, not simulated
-Costs = tuple[tuple[tuple[str, int], float], ...]
-KINDS = ("F", "B", "I", "W")
+CALIBRATED_AS = {"llama": "llama", "qwen": "llama", "mixtral": "llama", "gpt2": "gpt2", "bert": "gpt2"}  # same norms
+MMAP_THRESHOLD_BYTES = 32 << 20  # glibc returns larger tensors to the kernel as soon as they are freed
+WIRE_RATIO = {"float32": 1.0, "bfloat16": 0.5}  # bytes on the wire, relative to float32
+SIMULATED_ROUNDS = 2  # microbatches in lengths of the pipeline: longer steps are extrapolated
+ActionTimes = dict[tuple[str, int], float]  # seconds by kind and stage
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one training step, of the average rank: computing, waiting in the pipeline, talking, and the rest."""
+    """Seconds of one training step on the average rank."""
 
     compute_s: float
     bubble_s: float
     communication_s: float
-    update_s: float
-    """Norm, clipping and optimizer."""
-    fixed_s: float
-    """What does not depend on the size of anything."""
-
-    @property
-    def total_s(self) -> float:
-        return self.compute_s + self.bubble_s + self.communication_s + self.update_s + self.fixed_s
+    update_s: float  # norm, clipping and optimizer
+    fixed_s: float  # independent of every size
 
     @property
     def parts(self) -> dict[str, float]:
-        return {
-            "compute": self.compute_s,
-            "bubble": self.bubble_s,
-            "communication": self.communication_s,
-            "update": self.update_s,
-            "fixed": self.fixed_s,
-        }
+        return {name.removesuffix("_s"): seconds for name, seconds in vars(self).items()}
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A layout on a machine: `ranks_per_node` as they are placed, node after node."""
+class PlacedLayout:
+    """A parallel layout on a machine whose nodes are filled with ranks one after the other.
+
+    Ranks that differ along the data axis are neighbours; those of a pipeline are a whole data axis apart.
+    """
 
     config: Config
     vocab_size: int
-    machine: Machine
+    machine: MachineProfile
     shape: MeshShape
     ranks_per_node: int
-    cut: tuple[int, ...]
-
-    @property
-    def model(self) -> Model:
-        return self.config.model
+    cut: tuple[int, ...]  # layers of each stage
 
     @property
     def tokens(self) -> int:
-        """Of a microbatch."""
-        return self.config.train.micro_batch * self.model.context_length
-
-    @cached_property
-    def rates(self) -> Compute:
-        return self.machine.computing(self.ranks_per_node, self.config.train.dtype)
-
-    @cached_property
-    def streams(self) -> Memory:
-        return self.machine.streaming(self.ranks_per_node)
-
-    @cached_property
-    def block(self) -> Mapping[str, float]:
-        return block_s(self)
-
-    @cached_property
-    def ends(self) -> Mapping[str, float]:
-        return ends_s(self)
-
-    @cached_property
-    def slowness(self) -> float:
-        """Times that computing takes longer in training, and where ranks share a core, than parts of it alone."""
-        kept = self.tokens * saved_floats_per_token(self.model, self.config.train.dtype)
-        return self.crowding * at(self.rates.training, kept)
+        """Tokens of a microbatch."""
+        return self.config.train.micro_batch * self.config.model.context_length
 
     @property
-    def crowding(self) -> float:
-        """How many times longer a rank takes than one that was measured: it has another part of the node's cores."""
-        return self.ranks_per_node / self.rates.ranks if self.machine.device == "cpu" else 1.0
+    def step_tokens(self) -> int:
+        return self.config.train.global_batch * self.config.model.context_length
 
-    def numel(self, stage: int) -> int:
-        """Parameters that a stage has gradients for, both uses of a tied matrix counted."""
-        first, last = embedding_and_head_numel(self.model, self.vocab_size)
-        return self.cut[stage] * block_numel(self.model) + first * (stage == 0) + last * (stage == len(self.cut) - 1)
+    @property
+    def ranks(self) -> int:
+        return self.shape.size
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of the replica that has the most."""
+        return replica_microbatch_count(self.config, self.shape)
 
     @cached_property
-    def stages(self) -> Sequence[range]:
+    def stages_of_rank(self) -> Sequence[range]:
         """The stages of each rank of a pipeline."""
         return [range(rank, len(self.cut), self.shape.pipeline) for rank in range(self.shape.pipeline)]
 
-    # Networks. Ranks that differ along data are neighbours; those of a pipeline are a whole data axis apart.
+    def numel(self, stage: int) -> int:
+        """Return the number of gradient elements of a stage; both uses of a tied matrix count."""
+        first, last = embedding_and_head_numel(self.config.model, self.vocab_size)
+        blocks = self.cut[stage] * block_numel(self.config.model)
+        return blocks + first * (stage == 0) + last * (stage == len(self.cut) - 1)
+
+    @cached_property
+    def compute_rates(self) -> ComputeRates:
+        """The rates measured with the nearest number of ranks on a node."""
+        rates = [each for each in self.machine.compute if each.dtype == self.config.train.dtype]
+        if not rates:
+            raise FileError(f"{self.machine.source} holds no rates for {self.config.train.dtype}: run mpilm.doctor --calibrate")
+        return min(rates, key=self._distance)
+
+    @cached_property
+    def memory_rates(self) -> MemoryRates:
+        """The rates measured with the nearest number of ranks on a node."""
+        return min(self.machine.memory, key=self._distance)
+
+    def _distance(self, rates: ComputeRates | MemoryRates) -> float:
+        return abs(math.log(rates.ranks / max(1, self.ranks_per_node)))
 
     @property
-    def data_within(self) -> bool:
-        """Whether the replicas of a stage are all on one node."""
-        return self.ranks_per_node % self.shape.data == 0 or self.shape.size <= self.ranks_per_node
+    def oversubscription(self) -> float:
+        """Slowdown of a rank that has another share of the node's cores than the ranks that were measured."""
+        return self.ranks_per_node / self.compute_rates.ranks if self.machine.device == "cpu" else 1.0
+
+    def memory_s(self, operation: str, numel: float) -> float:
+        """Return the seconds of an operation, named by a field of MemoryRates, on vectors of so many elements."""
+        return self.oversubscription * total_s(getattr(self.memory_rates, operation), numel)
 
     @property
-    def nodes(self) -> int:
-        """Nodes that the replicas of a stage fill, each of them whole; 1 where they do not."""
-        return self.shape.data // self.ranks_per_node if self.shape.data % self.ranks_per_node == 0 else 1
+    def has_replicas_on_one_node(self) -> bool:
+        """True if all replicas of a stage are on one node."""
+        return self.ranks_per_node % self.shape.data == 0 or self.ranks <= self.ranks_per_node
 
     @property
-    def together(self) -> int:
-        """Replicas of a stage that share a memory, on each node as many; 1 where they do not."""
-        if self.data_within:
+    def replicas_sharing_memory(self) -> int:
+        """Replicas of a stage on each node; 1 if nodes have unequal numbers of them."""
+        if self.has_replicas_on_one_node:
             return self.shape.data
         return self.ranks_per_node if self.shape.data % self.ranks_per_node == 0 else 1
 
-    @property
-    def data_network(self) -> Network | None:
-        return self.machine.within if self.data_within else self.machine.across or self.machine.within
-
-    @property
-    def pipeline_network(self) -> Network | None:
-        within = self.shape.size <= self.ranks_per_node
-        return self.machine.within if within else self.machine.across or self.machine.within
+    def network(self, one_node: bool) -> NetworkRates | None:
+        """Return the network between ranks of one node, or of several."""
+        return self.machine.within if one_node else self.machine.across or self.machine.within
 
 
-# Computing.
+def linear_s(rates: ComputeRates, tokens: float, inputs: int, outputs: int) -> tuple[float, float]:
+    """Return the seconds of a matrix product, and of its backward, which is two products."""
+    flops, side = 2 * tokens * inputs * outputs, math.sqrt(inputs * outputs)
+    backward_s = 2 * flops * interpolate2d(rates.linear_backward, tokens, side)
+    return flops * interpolate2d(rates.linear_forward, tokens, side), backward_s
 
 
-def linear_s(setting: Setting, tokens: float, sides: tuple[int, int], backward: bool) -> float:
-    """Of the product of so many rows with a matrix; backward is two products."""
-    surface = setting.rates.linear_backward if backward else setting.rates.linear_forward
-    flops = 2 * tokens * sides[0] * sides[1] * (1 + backward)
-    return flops * on(surface, tokens, math.sqrt(sides[0] * sides[1]))
+def attention_s(rates: ComputeRates, model: ModelConfig, tokens: float) -> tuple[float, float]:
+    """Return the seconds of the attention core of a block, forward and backward."""
+    flops, sizes = tokens * attention_flops_per_token(model), (model.context_length, model.head_width)
+    backward_s = flops * 2 / 3 * interpolate2d(rates.attention_backward, *sizes)
+    return flops / 3 * interpolate2d(rates.attention_forward, *sizes), backward_s
 
 
-def block_s(setting: Setting) -> dict[str, float]:
-    """Of one block and microbatch: forward, backward, and of it the weight gradients, which zero-bubble does apart."""
-    model, tokens = setting.model, setting.tokens
-    found = {"F": 0.0, "B": 0.0, "W": 0.0}
-    for a, b, alike in block_matrices(model):
-        met = min(alike, model.experts_per_token)
-        each = tokens * met / alike  # of several experts each has its share of the tokens
-        backward = alike * linear_s(setting, each, (a, b), backward=True)
-        found["F"] += alike * linear_s(setting, each, (a, b), backward=False)
-        found["B"] += backward
-        found["W"] += backward / 2
-    flops = tokens * attention_flops_per_token(model)
-    core, kept = model.context_length, tokens * saved_floats_per_token(model, setting.config.train.dtype)
-    family = FAMILY[model.arch]
-    attention_f = flops / 3 * on(setting.rates.attention_forward, core, model.head_width)
-    rest_f = kept * at(setting.rates.rest_forward[family], kept)
-    found["F"] += attention_f + rest_f
-    found["B"] += flops * 2 / 3 * on(setting.rates.attention_backward, core, model.head_width)
-    found["B"] += kept * at(setting.rates.rest_backward[family], kept)
-    found["B"] += {"none": 0.0, "attention": attention_f, "block": found["F"]}[setting.config.train.recompute]
-    return {kind: seconds * setting.slowness for kind, seconds in found.items()}
+def block_s(layout: PlacedLayout) -> tuple[float, float, float]:
+    """Return the seconds of F, B and W for one block and microbatch; B includes W, which zero-bubble schedules split off."""
+    model, rates, train = layout.config.model, layout.compute_rates, layout.config.train
+    products_f = products_b = 0.0
+    for inputs, outputs, copies in block_matrices(model):
+        used = min(copies, model.experts_per_token)  # experts, which share the tokens
+        forward_s, backward_s = linear_s(rates, layout.tokens * used / copies, inputs, outputs)
+        products_f, products_b = products_f + copies * forward_s, products_b + copies * backward_s
+    attention_f, attention_b = attention_s(rates, model, layout.tokens)
+    family, saved = CALIBRATED_AS[model.arch], layout.tokens * saved_floats_per_token(model, train.dtype)
+    forward = products_f + attention_f + total_s(rates.rest_forward[family], saved)
+    recomputed = {"none": 0.0, "attention": attention_f, "block": forward}[train.recompute]
+    return forward, products_b + attention_b + total_s(rates.rest_backward[family], saved) + recomputed, products_b / 2
 
 
-def ends_s(setting: Setting) -> dict[str, float]:
-    """The same of norm, head and loss; and "embed", the backward of the embedding."""
-    tokens, vocab_size, width = setting.tokens, setting.vocab_size, setting.model.d_model
-    logits, matrix = tokens * vocab_size, vocab_size * width
-    backward = linear_s(setting, tokens, (width, vocab_size), backward=True) + _given_back_s(setting, matrix)
-    forward = linear_s(setting, tokens, (width, vocab_size), backward=False) + _given_back_s(setting, logits)
-    found = {
-        "F": forward + logits * at(setting.rates.loss_forward, logits),
-        "B": backward + logits * at(setting.rates.loss_backward, logits),
-        "W": backward / 2,
-        "embed": matrix * at(setting.streams.embedding, matrix),
-    }
-    return {kind: seconds * setting.slowness for kind, seconds in found.items()}
+def head_s(layout: PlacedLayout) -> tuple[float, float, float]:
+    """Return the seconds of F, B and W for norm, head and loss of a microbatch."""
+    rates, width = layout.compute_rates, layout.config.model.d_model
+    logits, matrix = layout.tokens * layout.vocab_size, layout.vocab_size * width
+    forward, backward = linear_s(rates, layout.tokens, width, layout.vocab_size)
+    forward, backward = forward + _page_fault_s(layout, logits), backward + _page_fault_s(layout, matrix)
+    return forward + total_s(rates.loss_forward, logits), backward + total_s(rates.loss_backward, logits), backward / 2
 
 
-def _given_back_s(setting: Setting, numel: float) -> float:
-    """Of memory that the C library gives back each time, since it is so large, and takes anew."""
-    large = 4 * numel >= RETURNED_BYTES and setting.machine.device == "cpu"
-    return numel * at(setting.streams.fresh, numel) if large else 0.0
+def _page_fault_s(layout: PlacedLayout, numel: float) -> float:
+    """Return the seconds of touching new pages, for a tensor that the C library returns to the kernel after each use."""
+    returned = 4 * numel >= MMAP_THRESHOLD_BYTES and layout.machine.device == "cpu"
+    return total_s(layout.memory_rates.fresh, numel) if returned else 0.0
 
 
-def action_s(setting: Setting, kind: str, stage: int) -> float:
-    """Of one microbatch in a stage, without messages."""
-    block, ends, blocks = setting.block, setting.ends, setting.cut[stage]
-    first, last = stage == 0, stage == len(setting.cut) - 1
-    numel = setting.numel(stage)
-    gathered = setting.crowding * numel * at(setting.streams.add, numel)  # into the sums
-    if kind == "F":
-        return blocks * block["F"] + last * ends["F"]
-    whole = blocks * block["B"] + last * ends["B"] + first * ends["embed"] + gathered
-    weights = blocks * block["W"] + last * ends["W"] + gathered
-    return {"B": whole, "I": whole - weights, "W": weights}[kind]
+def compute_s(layout: PlacedLayout) -> ActionTimes:
+    """Return the seconds of each action on one microbatch, without messages."""
+    model, times, block, head = layout.config.model, ActionTimes(), block_s(layout), head_s(layout)
+    saved = layout.tokens * saved_floats_per_token(model, layout.config.train.dtype)
+    slowdown = layout.oversubscription * interpolate(layout.compute_rates.training, saved)  # against parts measured alone
+    embedding_s = slowdown * total_s(layout.memory_rates.embedding, layout.vocab_size * model.d_model)
+    for stage, layers in enumerate(layout.cut):
+        last, add_s = stage == len(layout.cut) - 1, layout.memory_s("add", layout.numel(stage))  # into the gradients
+        forward, backward, weight = (slowdown * (layers * one + last * end) for one, end in zip(block, head))
+        backward, weight = backward + (stage == 0) * embedding_s + add_s, weight + add_s
+        times |= {("F", stage): forward, ("B", stage): backward, ("I", stage): backward - weight, ("W", stage): weight}
+    return times
 
 
-# Talking.
-
-
-def exchange_s(network: Network | None, ranks: int, numel: float) -> float:
-    """Exchange the slices of a vector: each rank has its own of all ranks then."""
-    return _moved_s(network, network.exchange, ranks, numel) if network is not None else 0.0
-
-
-def gather_s(network: Network | None, ranks: int, numel: float) -> float:
-    """Bring the slices of a vector to all ranks."""
-    return _moved_s(network, network.gather, ranks, numel) if network is not None else 0.0
-
-
-def _moved_s(network: Network, rates: Curve, ranks: int, numel: float) -> float:
-    """Of all slices but a rank's own, with the messages beyond those that the rates were measured with."""
-    if ranks == 1 or numel <= 0:
+def collective_s(network: NetworkRates | None, operation: Literal["exchange", "gather"], ranks: int, numel: float) -> float:
+    """Return the seconds of exchanging or gathering the slices of a vector, of which a rank keeps its own."""
+    if network is None or ranks == 1 or numel <= 0:
         return 0.0
-    messages = math.ceil(numel / BUCKET) * max(0, ranks - network.ranks)
-    return numel * (ranks - 1) / ranks * at(rates, numel) + messages * network.latency_s
+    messages = math.ceil(numel / BUCKET) * max(0, ranks - network.ranks)  # beyond those that the rates include
+    return numel * (ranks - 1) / ranks * interpolate(getattr(network, operation), numel) + messages * network.latency_s
 
 
-def shared_s(network: Network, ranks: int, numel: float, gather: bool) -> float:
-    """The sum in shared memory, of which each rank has its slice, or with `gather` all."""
+def shared_memory_s(network: NetworkRates, ranks: int, numel: float, gather: bool) -> float:
+    """Return the seconds of a reduce-scatter in shared memory; with `gather`, of an all-reduce."""
 
-    def passes(count: int, gathered: bool) -> float:  # of the whole vector through a rank: slices of all, then all slices
+    def passes(count: int, gathered: bool) -> float:  # over the whole vector by one rank: slices of all, then all slices
         return 1 + 1 / count + gathered * 2 * (count - 1) / count
 
-    return numel * at(network.shared, numel) * passes(ranks, gather) / passes(network.ranks, True)
+    return total_s(network.shared, numel) * passes(ranks, gather) / passes(network.ranks, True)
 
 
-def reduce_s(setting: Setting, stage: int) -> float:
-    """The sum of a stage's gradient over the replicas once a step (ZeRO 0 and 1)."""
-    data, numel, network = setting.shape.data, setting.numel(stage), setting.data_network
-    parallel = setting.config.parallel
+def reduce_s(layout: PlacedLayout, stage: int) -> float:
+    """Return the seconds of summing a stage's gradient over the replicas once a step (ZeRO 0 and 1)."""
+    parallel, data, per_node, numel = layout.config.parallel, layout.shape.data, layout.ranks_per_node, layout.numel(stage)
+    network, within = layout.network(layout.has_replicas_on_one_node), layout.machine.within
     if data == 1 or network is None or parallel.zero >= 2:
         return 0.0
-    if parallel.sync_every or parallel.compress:  # by the library's own sum, which moves as much as this exchange
-        part = 1 / parallel.sync_every if parallel.sync_every else _thin(setting)
-        return part * (exchange_s(network, data, numel) + gather_s(network, data, numel))
-    if parallel.reduce != "sent" and setting.config.train.reproducible and setting.machine.within is not None:
-        if setting.data_within and network.shared:
-            return shared_s(network, data, numel, parallel.zero == 0)
-        if setting.nodes > 1 and setting.machine.within.shared:
-            return _by_nodes_s(setting, network, numel)
-    half = 0.5 if parallel.wire_dtype == "bfloat16" else 1.0
-    adding = numel * at(setting.streams.add, numel) * setting.crowding
-    gathering = gather_s(network, data, numel) if parallel.zero == 0 else 0.0
-    return half * (exchange_s(network, data, numel) + gathering) + adding
+    sent_s = collective_s(network, "exchange", data, numel)
+    gather_s = collective_s(network, "gather", data, numel)
+    if parallel.sync_every or parallel.powersgd_rank:  # MPI_Allreduce moves as much as an exchange and a gather
+        return (sent_s + gather_s) * (1 / parallel.sync_every if parallel.sync_every else _compression_ratio(layout))
+    gather, wire = parallel.zero == 0, WIRE_RATIO[parallel.wire_dtype]
+    if parallel.reduce != "messages" and layout.config.train.reproducible and within is not None and within.shared:
+        if layout.has_replicas_on_one_node:
+            return shared_memory_s(within, data, numel, gather)
+        if data % per_node == 0:  # each rank of a node exchanges its slice with its peers on the other nodes
+            peers, part = data // per_node, numel / per_node
+            across = collective_s(network, "exchange", peers, part) + gather * collective_s(network, "gather", peers, part)
+            off_node = (network.ranks - 1) / max(1, network.ranks - per_node)  # the rates mix in messages within nodes
+            return shared_memory_s(within, per_node, numel, gather) + wire * off_node * across
+    return wire * (sent_s + gather * gather_s) + layout.memory_s("add", numel)
 
 
-def _by_nodes_s(setting: Setting, network: Network, numel: float) -> float:
-    """Within each node in shared memory, and then each rank its part of it across the nodes."""
-    assert setting.machine.within is not None
-    parallel, part = setting.config.parallel, numel / setting.ranks_per_node
-    half = 0.5 if parallel.wire_dtype == "bfloat16" else 1.0
-    gather = parallel.zero == 0
-    across = exchange_s(network, setting.nodes, part) + gather * gather_s(network, setting.nodes, part)
-    leaving = (network.ranks - 1) / max(1, network.ranks - setting.ranks_per_node)  # measured were messages within nodes too
-    return shared_s(setting.machine.within, setting.ranks_per_node, numel, gather) + half * leaving * across
+def _compression_ratio(layout: PlacedLayout) -> float:
+    """Return the part of a gradient that PowerSGD sends."""
+    rank, sides = layout.config.parallel.powersgd_rank, block_matrices(layout.config.model)
+    full = sum(a * b * copies for a, b, copies in sides)
+    return min(1.0, sum(rank * (a + b) * copies for a, b, copies in sides) / full)
 
 
-def _thin(setting: Setting) -> float:
-    """The part of a gradient that travels when matrices are compressed."""
-    rank, sides = setting.config.parallel.compress, block_matrices(setting.model)
-    whole = sum(a * b * alike for a, b, alike in sides)
-    return min(1.0, sum(rank * (a + b) * alike for a, b, alike in sides) / whole)
+def _exposed_reduce_s(layout: PlacedLayout, stage: int, backward_s: float) -> float:
+    """Return the part of `reduce_s` that nothing hides: a GPU sums all but the last bucket during the last backward."""
+    seconds, parallel = reduce_s(layout, stage), layout.config.parallel
+    if layout.machine.device != "cuda" or parallel.powersgd_rank or parallel.sync_every:
+        return seconds
+    return max(seconds * min(1.0, BUCKET / layout.numel(stage)), seconds - backward_s)
 
 
-def _exposed_s(setting: Setting, stage: int) -> float:
-    """What of the sum nobody computes beside: on a GPU it goes on while the last backward does, but for the last bucket."""
-    whole = reduce_s(setting, stage)
-    if setting.machine.device != "cuda" or setting.config.parallel.compress or setting.config.parallel.sync_every:
-        return whole
-    last = whole * min(1.0, BUCKET / setting.numel(stage))
-    return max(last, whole - action_s(setting, "B", stage))
+def zero_s(layout: PlacedLayout) -> ActionTimes:
+    """Return the seconds that ZeRO-2 and 3 add to each action: exchanging its gradient, gathering the parameters."""
+    parallel, data, times = layout.config.parallel, layout.shape.data, ActionTimes()
+    network = layout.network(layout.has_replicas_on_one_node)
+    for stage in range(len(layout.cut)):
+        numel, exchange_s, gather_s = layout.numel(stage), 0.0, 0.0
+        if parallel.zero >= 2:
+            exchange_s = WIRE_RATIO[parallel.wire_dtype] * collective_s(network, "exchange", data, numel)
+            exchange_s += data * layout.memory_s("add", numel / data)
+        if parallel.zero == 3:
+            gather_s = collective_s(network, "gather", data, numel) + layout.memory_s("fresh", numel)
+        times |= {("F", stage): gather_s, ("B", stage): gather_s + exchange_s, ("I", stage): gather_s, ("W", stage): exchange_s}
+    return times
 
 
-def round_s(setting: Setting, kind: str, stage: int) -> float:
-    """What ZeRO-2 and 3 add to an action: the exchange of a microbatch's gradient, and the weights that are gathered."""
-    zero, data, network, numel = setting.config.parallel.zero, setting.shape.data, setting.data_network, setting.numel(stage)
-    found = 0.0
-    if zero >= 2 and kind in ("B", "W"):
-        half = 0.5 if setting.config.parallel.wire_dtype == "bfloat16" else 1.0
-        found += half * exchange_s(network, data, numel) + numel * at(setting.streams.add, numel / data) * setting.crowding
-    if zero == 3 and kind != "W":
-        found += gather_s(network, data, numel) + numel * at(setting.streams.fresh, numel) * setting.crowding
-    return found
-
-
-def transfer_s(setting: Setting) -> float:
-    """Of the activation of a microbatch, from one stage to the next."""
-    network = setting.pipeline_network
-    if network is None or setting.shape.pipeline == 1:
-        return 0.0
-    return network.latency_s + 4 * setting.tokens * setting.model.d_model / network.bandwidth
-
-
-# The step.
-
-
-def step_time(setting: Setting) -> StepTime:
-    """What a step takes; its pipeline is simulated."""
-    slowest = max(range(setting.shape.pipeline), key=lambda rank: _compute_s(setting, rank))
-    busy = sum(_compute_s(setting, rank) for rank in range(setting.shape.pipeline)) / setting.shape.pipeline
-    total, spoken = _pipeline_s(setting)
-    reducing = max(sum(_exposed_s(setting, stage) for stage in theirs) for theirs in setting.stages)
-    mine = sum(setting.numel(stage) for stage in setting.stages[slowest])
+def step_time(layout: PlacedLayout) -> StepTime:
+    """Predict the seconds of a step."""
+    compute, zero, pipeline = compute_s(layout), zero_s(layout), layout.stages_of_rank
+    busy = [layout.microbatches * sum(compute[kind, stage] for stage in stages for kind in "FB") for stages in pipeline]
+    busy_s = sum(busy) / len(busy)
+    sharding_s = layout.microbatches * sum(zero[kind, stage] for kind, stage in zero if kind in "FB") / len(busy)
+    numel = [sum(map(layout.numel, stages)) for stages in pipeline]
+    weights = numel[busy.index(max(busy))] if layout.config.parallel.zero in (1, 2) else 0  # gathered after the update
+    gather_s = collective_s(layout.network(layout.has_replicas_on_one_node), "gather", layout.shape.data, weights)
+    exposed_s = max(sum(_exposed_reduce_s(layout, stage, compute["B", stage]) for stage in stages) for stages in pipeline)
+    agree_s, network = 0.0, layout.network(layout.ranks <= layout.ranks_per_node)
+    if network is not None and layout.ranks > 1:  # three small all-reduces, for loss and norm, as high as their trees
+        agree_s = 3 * network.reduce_s * math.log2(layout.ranks) / max(1.0, math.log2(network.ranks))
     return StepTime(
-        compute_s=busy,
-        bubble_s=max(0.0, total - busy - spoken),
-        communication_s=spoken + reducing + _publish_s(setting, mine),
-        update_s=max(_update_s(setting, sum(map(setting.numel, theirs))) for theirs in setting.stages),
-        fixed_s=setting.machine.step_s + _agreement_s(setting),
+        compute_s=busy_s,
+        bubble_s=max(0.0, _pipeline_s(layout, {key: compute[key] + zero[key] for key in compute}) - busy_s - sharding_s),
+        communication_s=sharding_s + exposed_s + gather_s,
+        update_s=max(_update_s(layout, each) for each in numel),
+        fixed_s=layout.machine.step_s + agree_s,
     )
 
 
-def _compute_s(setting: Setting, rank: int) -> float:
-    """All forwards and backwards of a rank."""
-    count = replica_microbatches(setting.config, setting.shape)
-    return count * sum(action_s(setting, kind, stage) for stage in setting.stages[rank] for kind in "FB")
-
-
-def _pipeline_s(setting: Setting) -> tuple[float, float]:
-    """Seconds from the first forward to the last backward, and those that the average rank spends on messages of ZeRO."""
-    count, pipeline = replica_microbatches(setting.config, setting.shape), setting.shape.pipeline
-    spoken = sum(round_s(setting, kind, stage) for stages in setting.stages for stage in stages for kind in "FB") / pipeline
+def _pipeline_s(layout: PlacedLayout, times: ActionTimes) -> float:
+    """Return the seconds from the first forward to the last backward of the replica that has the most microbatches."""
+    count, pipeline = layout.microbatches, layout.shape.pipeline
     if pipeline == 1:
-        return _compute_s(setting, 0) + count * spoken, count * spoken
-    few = count
-    if count > (ROUNDS + 1) * pipeline:  # each further round of microbatches takes as long as the one before
-        few = ROUNDS * pipeline + count % pipeline
-    total = simulated_s(setting, few)
-    if few < count:
-        before = simulated_s(setting, few - pipeline)
-        total += (count - few) / pipeline * (total - before)
-    return total, count * spoken
+        return count * sum(times[kind, stage] for kind, stage in times if kind in "FB")
+    if count <= (SIMULATED_ROUNDS + 1) * pipeline:
+        return simulated_s(layout, times, count)
+    few = SIMULATED_ROUNDS * pipeline + count % pipeline
+    few_s = simulated_s(layout, times, few)  # each further round of microbatches takes as long as the one before
+    return few_s + (count - few) / pipeline * (few_s - simulated_s(layout, times, few - pipeline))
 
 
-def simulated_s(setting: Setting, count: int) -> float:
-    """Of the pipeline, with so many microbatches."""
-    parallel = setting.config.parallel
-    costs = tuple(_costs(setting).items())
-    return _step_s(parallel.schedule, parallel.pipeline, parallel.chunks, count, costs, transfer_s(setting))
+def simulated_s(layout: PlacedLayout, times: ActionTimes, microbatches: int) -> float:
+    """Return the seconds of the pipeline with so many microbatches, simulated."""
+    parallel, transfer_s, stages = layout.config.parallel, 0.0, len(layout.cut)
+    network = layout.network(layout.ranks <= layout.ranks_per_node)
+    if network is not None:  # the activations of a microbatch, to the next stage
+        transfer_s = network.latency_s + 4 * layout.tokens * layout.config.model.d_model / network.bandwidth
+    ranks = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, microbatches)
+    programs = [lower(actions, stages) for actions in ranks]
+    return simulate(programs, lambda kind, stage: times.get((kind, stage), 0.0), transfer_s).step_s
 
 
-@lru_cache(maxsize=1 << 12)  # layouts that differ in what comes after the pipeline only
-def _step_s(name: str, pipeline: int, chunks: int, count: int, costs: Costs, transfer_s: float) -> float:
-    compute = schedule(name, pipeline, chunks, count)
-    programs = [lower(actions, pipeline * chunks) for actions in compute]
-    known = dict(costs)
-    return simulate(programs, lambda kind, stage: known.get((kind, stage), 0.0), transfer_s).step_s
-
-
-def _costs(setting: Setting) -> dict[tuple[str, int], float]:
-    """Seconds of each action, with the messages that ZeRO has in it."""
-    return {
-        (kind, stage): action_s(setting, kind, stage) + round_s(setting, kind, stage)
-        for kind in KINDS
-        for stage in range(len(setting.cut))
-    }
-
-
-def _update_s(setting: Setting, numel: int) -> float:
-    """Norm, clipping and optimizer of a rank's stages."""
-    streams, parallel = setting.streams, setting.config.parallel
-    part = numel / setting.shape.data
-    updated = part if parallel.zero else numel
-    scaling = at(streams.scale, updated) if setting.config.train.clip_norm else 0.0
-    each = part * at(streams.norm, part) + updated * (scaling + at(streams.adamw, updated))
-    return each * setting.crowding
-
-
-def _publish_s(setting: Setting, numel: int) -> float:
-    """ZeRO-1 and 2 gather the weights after the update."""
-    if setting.config.parallel.zero not in (1, 2):
-        return 0.0
-    return gather_s(setting.data_network, setting.shape.data, numel)
-
-
-def _agreement_s(setting: Setting) -> float:
-    """The loss and the norm of the gradient: three small sums over all ranks, whose time grows with the tree's height."""
-    ranks, machine = setting.shape.size, setting.machine
-    network = machine.within if ranks <= setting.ranks_per_node else machine.across or machine.within
-    if ranks == 1 or network is None:
-        return 0.0
-    return 3 * network.reduce_s * math.log2(ranks) / max(1.0, math.log2(network.ranks))
+def _update_s(layout: PlacedLayout, numel: int) -> float:
+    """Return the seconds of norm, clipping and optimizer for the stages of a rank."""
+    shard = numel / layout.shape.data
+    updated = shard if layout.config.parallel.zero else numel
+    scale_s = layout.memory_s("scale", updated) if layout.config.train.clip_norm else 0.0
+    return layout.memory_s("norm", shard) + scale_s + layout.memory_s("adamw", updated)

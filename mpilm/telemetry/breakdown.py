@@ -1,7 +1,5 @@
 """Breakdown of a step's time by category, from the spans that a rank recorded (comm/activity.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from mpilm.comm.progress import CommCall, Span

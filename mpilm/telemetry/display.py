@@ -1,7 +1,5 @@
 """Console output of a training run: a live view on a terminal, lines elsewhere, and the same lines in RUN/log.txt."""
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Live view of a run in a terminal, from the rows of its metrics: while it trains, or from its folder (mpilm.watch)."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import statistics
@@ -17,10 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mpilm.config import Config
+from mpilm.config.parse import merge_settings, read_toml
+from mpilm.config.schema import Config
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import count_noun, format_duration, format_mebibytes
-from mpilm.settings import merge, read_toml
 from mpilm.telemetry.metrics import MetricsFollower, MetricsRow
 
 MAX_POINTS = 4000  # losses that the curve is drawn from
@@ -191,7 +189,7 @@ def watch_run(folder: str, interval_s: float, once: bool) -> None:
 
 def _open_view(folder: str) -> LiveView:
     path = Path(folder) / "config.toml"
-    config = merge(Config(), read_toml(path), str(path))
+    config = merge_settings(Config(), read_toml(path), str(path))
     return LiveView(str(Path(folder)), config.train.steps, config.checkpoint.every)
 
 

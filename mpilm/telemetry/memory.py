@@ -1,7 +1,5 @@
 """Memory that this process really uses."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import re

@@ -1,7 +1,5 @@
 """RUN/metrics.jsonl: one JSON object per row."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

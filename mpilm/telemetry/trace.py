@@ -1,7 +1,5 @@
 """RUN/trace-A-B.json: what every rank did in steps A to B, on one clock, in the Chrome trace format, which Perfetto opens."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

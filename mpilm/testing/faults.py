@@ -8,8 +8,6 @@ The environment variable MPILM_FAULT describes the faults, separated by semicolo
 prints a line when it fires. The code under test contains no fault points: `install_faults` wraps the functions in POINTS.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import functools
@@ -40,9 +38,9 @@ POINTS: Mapping[str, Sequence[str]] = {
     "checkpoint.open": ["mpilm.checkpoint.save:AsyncSave.__init__"],
     "checkpoint.write": ["mpilm.checkpoint.save:BlockWriter.write"],
     "checkpoint.fsync": ["mpilm.checkpoint.save:BlockWriter.sync"],
-    "checkpoint.manifest": ["mpilm.checkpoint.format:Writer.write_manifest"],
-    "checkpoint.rename": ["mpilm.checkpoint.format:Writer.publish"],
-    "checkpoint.cleanup": ["mpilm.checkpoint.manager:CheckpointManager.start_pruning"],
+    "checkpoint.manifest": ["mpilm.checkpoint.format:FolderWriter.write_manifest"],
+    "checkpoint.rename": ["mpilm.checkpoint.format:FolderWriter.rename"],
+    "checkpoint.cleanup": ["mpilm.checkpoint.manager:CheckpointManager._start_pruning"],
     "recover.agree": ["mpilm.trainer.recovery.elastic:agree_on_survivors"],
     "recover.give": ["mpilm.trainer.recovery.memory_checkpoint:RecoveredState.broadcast_range"],
     "leaving": ["mpilm.trainer.loop:exit_barrier"],

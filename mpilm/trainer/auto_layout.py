@@ -1,7 +1,5 @@
 """The layout chosen at the start: by the planner (parallel.auto), and the number of blocks in each stage."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.config import Config, replaced, to_dict
+from mpilm.config.schema import Config, override, to_dict
 from mpilm.engine.hardware import Hardware, software_versions
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.errors import ConfigError
@@ -20,13 +18,12 @@ from mpilm.mesh.mesh import Mesh
 from mpilm.model.loss import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.apply import make_autocast, prune_to_stage
-from mpilm.parallel.feasible import cut_by_cost
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import select_stage
+from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.partition import partition_layers
-from mpilm.planner.machine import Machine as Measured
-from mpilm.planner.machine import read
-from mpilm.planner.search import Job, adopted, search
+from mpilm.planner.profile import MachineProfile, read_profile
+from mpilm.planner.search import PlannedJob, search
 
 CHOSEN_SETTINGS = ("pipeline", "schedule", "chunks", "zero")
 MEASURE_S = 0.5  # for each part: long compared with a scheduler's time slice, so that sharing a core shows
@@ -44,29 +41,30 @@ def choose_layout(config: Config, vocab_size: int, hardware: Hardware, world: Co
     choice = run_on_root(world, lambda: _plan_layout(config, vocab_size, hardware, world, ranks_per_node))
     settings, recompute, note = world.broadcast_json(choice)
     changes = {f"parallel__{name}": value for name, value in settings.items()}
-    return replaced(config, parallel__auto="", train__recompute=recompute, **changes), note
+    return override(config, parallel__auto="", train__recompute=recompute, **changes), note
 
 
 def _plan_layout(config: Config, vocab_size: int, hardware: Hardware, world: Comm, ranks_per_node: int) -> list[object]:
     """Return the settings of the layout, recomputation, and a note."""
     if config.model.lora_rank:
         raise ConfigError("--parallel.auto plans for training full models: remove it or --model.lora-rank")
-    profile = read(config.parallel.auto, "--parallel.auto")
+    profile = read_profile(config.parallel.auto, "--parallel.auto")
     _check_same_machine(profile, hardware, world)
-    base = replaced(config, parallel__auto="")
-    found, rejected = search(Job(base, vocab_size, profile, ranks_per_node), world.size)
-    if not found:
-        raise ConfigError(f"--parallel.auto: no layout of {world.size} ranks works: {rejected[0].words}: {rejected[0].reason}")
-    best = adopted(base, found[0])
+    base = override(config, parallel__auto="")
+    try:
+        found, _ = search(PlannedJob(base, vocab_size, profile, ranks_per_node), world.size)
+    except ConfigError as error:
+        raise ConfigError(f"--parallel.auto: {error}") from None
+    best = found[0].config
     note = (
-        f"chosen among {len(found)} by {config.parallel.auto} (--parallel.auto): {found[0].words}; predicted step time "
+        f"chosen among {len(found)} by {config.parallel.auto} (--parallel.auto): {found[0].label}; predicted step time "
         f"{found[0].time.total_s:.3g} s"
     )
     settings = to_dict(best.parallel)
     return [{name: settings[name] for name in CHOSEN_SETTINGS}, best.train.recompute, note]
 
 
-def _check_same_machine(profile: Measured, hardware: Hardware, world: Comm) -> None:
+def _check_same_machine(profile: MachineProfile, hardware: Hardware, world: Comm) -> None:
     here = {**software_versions(world), "device": hardware.device.type}
     for name in ("processor", "device", "torch"):
         if getattr(profile, name) != here[name]:
@@ -84,7 +82,7 @@ def partition_model(config: Config, mesh: Mesh, vocab_size: int, device: torch.d
     """
     parallel = config.parallel
     if parallel.balance == "cost" or parallel.cut or parallel.pipeline == 1:
-        return run_on_all_ranks(mesh.world, lambda: cut_by_cost(config, vocab_size))
+        return run_on_all_ranks(mesh.world, lambda: partition_by_cost(config, vocab_size))
     own_s = [_time_part(config, vocab_size, device, part, mesh.world) for part in range(3)]
     everyone = mesh.world.all_gather_json(own_s)
     embed_s, block_s, head_s = (statistics.median(part) for part in zip(*everyone))

@@ -1,22 +1,20 @@
 """Construction of a run from a config and a world: a straight list of steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpilm.checkpoint.pretrained import files_of
-from mpilm.checkpoint.save import PARAMETER
+from mpilm.checkpoint.format import PARAMETER
+from mpilm.checkpoint.pretrained import list_pretrained_files
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.progress import Progress
-from mpilm.config import Config, flatten
+from mpilm.config.schema import Config, flatten
 from mpilm.data.batch import Batches
 from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
-from mpilm.data.prepare import silent
-from mpilm.data.progress import ProgressLine
+from mpilm.data.prepare import ProgressLine, no_progress
+from mpilm.data.training_data import TrainingData, open_training_data
 from mpilm.engine.hardware import Hardware, detect_hardware, numerics_environment, processor_name, software_fingerprint
 from mpilm.engine.train_model import TrainModel
 from mpilm.engine.weights import load_checkpoint_state, load_initial_weights
@@ -24,11 +22,10 @@ from mpilm.errors import ConfigError
 from mpilm.launch.stop_request import StopRequest
 from mpilm.launch.watchdog import PREPARATION
 from mpilm.mesh.mesh import Mesh
-from mpilm.parallel.feasible import mesh_shape
 from mpilm.parallel.flat_layout import ALIGNMENT
+from mpilm.parallel.layout_check import resolve_mesh_shape
 from mpilm.telemetry.memory import MemoryMeter, trim_heap
 from mpilm.trainer.auto_layout import choose_layout, partition_model
-from mpilm.trainer.material import Material, open_material
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 from mpilm.trainer.run import Run
 from mpilm.trainer.run_folder import RunFolder, open_run_folder
@@ -39,17 +36,17 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     check_same_on_all_ranks(world, "settings", flatten(config))
     check_same_on_all_ranks(world, "programs", software_fingerprint(world))
     if not config.parallel.auto:
-        run_on_all_ranks(world, lambda: mesh_shape(config, world.size))  # refused before anything is read
+        run_on_all_ranks(world, lambda: resolve_mesh_shape(config, world.size))  # refused before anything is read
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed)
     progress = progress or Progress()
     progress.enter(PREPARATION, 0)
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)  # rank 0 may train a tokenizer on all cores
-    data = open_material(config, yielding, ProgressLine() if world.rank == 0 else silent)
+    data = open_training_data(config, yielding, ProgressLine() if world.rank == 0 else no_progress)
     progress.enter("start", 0)
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     config, layout_note = choose_layout(config, vocab_size, hardware, world)
-    shape = run_on_all_ranks(world, lambda: mesh_shape(config, world.size))
+    shape = run_on_all_ranks(world, lambda: resolve_mesh_shape(config, world.size))
     mesh = Mesh.build(shape, InstrumentedComm(world, True, progress), progress)
     content = _digest_content(config, data, world)
     environment = numerics_environment(hardware, world, config.parallel)
@@ -64,7 +61,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     except BaseException:
         folder.release()
         raise
-    batches = Batches(data.stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
+    batches = Batches(data.examples, config.train.seed, config.train.global_batch, config.train.micro_batch)
     stop_request = StopRequest(folder.path / "stop", config.run.time_limit, query_slurm=world.rank == 0)
     return Run(
         config, hardware, mesh, data, batches, folder, content, model, stop_request, folder.bad_steps, memory, layout_note
@@ -74,21 +71,21 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
 def _common_alignment(config: Config, world: Comm, hardware: Hardware) -> int:
     """Return the alignment of flat vectors for the largest thread count of all ranks. Collective."""
     environments = world.all_gather_json([hardware.threads, processor_name()])
-    if config.parallel.compress and any(other != environments[0] for other in environments):
+    if config.parallel.powersgd_rank and any(other != environments[0] for other in environments):
         raise CollectiveError(
             ConfigError(
-                "--parallel.compress: each rank decompresses the gradient itself, and with unequal threads or processors the "
+                "--parallel.powersgd-rank: each rank decompresses the gradient itself, and with unequal threads or processors the "
                 "bits would differ; set --train.threads, and use nodes of one kind"
             )
         )
     return ALIGNMENT * max(threads for threads, _ in environments)
 
 
-def _digest_content(config: Config, data: Material, world: Comm) -> Mapping[str, str]:
+def _digest_content(config: Config, data: TrainingData, world: Comm) -> Mapping[str, str]:
     """Return digests of what the result depends on beside the settings. Collective."""
     content = {**data.content, "model.init_from": ""}
     if config.model.init_from:
-        files = files_of(Path(config.model.init_from).expanduser(), config.model.base)
+        files = list_pretrained_files(Path(config.model.init_from).expanduser(), config.model.base)
         sizes = run_on_all_ranks(world, lambda: [path.stat().st_size for path in files])
         content["model.init_from"] = hex_digest(*digest_files(files, sizes, world))
     return content

@@ -1,7 +1,5 @@
 """The description of a run before its first step: the start row of metrics.jsonl and the header."""
 
-from __future__ import annotations
-
 import shlex
 import socket
 import sys
@@ -14,13 +12,13 @@ from typing import Any
 import torch
 
 import mpilm
-from mpilm.config import LORA_TARGETS, microbatches
+from mpilm.config.schema import LORA_TARGETS, microbatch_count
 from mpilm.engine.hardware import measure_peak_flops, processor_name, software_versions
 from mpilm.formatting import count_noun, format_mebibytes
 from mpilm.mesh.shape import AXES
 from mpilm.model.flops import flops_per_token
 from mpilm.ops.tree import utilization
-from mpilm.parallel.feasible import replica_microbatches
+from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.parallel.reduce.step import StepReducer
 from mpilm.trainer.memory import list_parts, predict_memory
@@ -54,7 +52,7 @@ def describe_run(run: Run) -> RunDescription:
         "time": time.time(),
         "ranks": world.size,
         "layout": layout_row(run),
-        "microbatches": microbatches(config),
+        "microbatches": microbatch_count(config),
         "parameters": trained + frozen,
         "parameters_trained": trained,
         "parameters_on_rank": world.all_gather_json(run.model.local_numel),
@@ -100,9 +98,9 @@ def header_lines(run: Run, description: RunDescription) -> Iterator[str]:
     if model.lora_rank:
         targets = ", ".join(model.lora_targets or LORA_TARGETS[model.arch])
         yield f"           {trained:,} of them are trained, in adapters of rank {model.lora_rank} on {targets}"
-    for number, line in enumerate(run.data.said):
+    for number, line in enumerate(run.data.summary_lines):
         yield f"  data     {line}" if number % 2 == 0 else f"           {line}"
-    batch, m = config.train.global_batch, microbatches(config)
+    batch, m = config.train.global_batch, microbatch_count(config)
     tokens = batch * model.context_length
     yield f"  a step   {batch} sequences of {model.context_length} = {tokens:,} tokens, in {count_noun(m, 'microbatch')}"
     yield from _uneven_lines(run, m)
@@ -143,7 +141,7 @@ def _layout_lines(run: Run) -> Iterator[str]:
     if run.layout_note:
         yield f"           {run.layout_note}"
     if len(run.model.blocks_per_stage) > 1:
-        count = replica_microbatches(run.config, run.mesh.shape)
+        count = replica_microbatch_count(run.config, run.mesh.shape)
         bubble = analytic_bubble(parallel.schedule, parallel.pipeline, parallel.chunks, count)
         idle = f"; bubble {bubble:.0%} of a step if stages are even" if bubble is not None else ""
         stages = ",".join(map(str, run.model.blocks_per_stage))
@@ -160,8 +158,8 @@ def _reduction_lines(run: Run) -> Iterator[str]:
             f"           replicas train independently and synchronize every {parallel.sync_every} steps; loss and norm are "
             "over all replicas"
         )
-    elif parallel.compress:
-        yield f"           gradients of matrices are compressed to rank {parallel.compress}"
+    elif parallel.powersgd_rank:
+        yield f"           gradients of matrices are compressed to rank {parallel.powersgd_rank}"
     else:
         reducers = [reducer for reducer in run.model.reducers.values() if isinstance(reducer, StepReducer)]
         timings = ", ".join(f"{method} {1000 * seconds:.1f} ms" for method, seconds in run.model.reduce_timings.items())

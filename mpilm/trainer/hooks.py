@@ -1,9 +1,8 @@
 """Hooks: what happens around a training step. trainer/loop.py states their order."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
+from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.progress import Span
 from mpilm.engine.step import StepResult, validation_loss
@@ -15,7 +14,6 @@ from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
 from mpilm.trainer.recovery.replica_check import check_replicas_equal
 from mpilm.trainer.recovery.skip import skip_step
 from mpilm.trainer.run import Run
-from mpilm.trainer.saver import Saver
 
 
 @dataclass
@@ -92,7 +90,7 @@ def is_checked(run: Run, step: int) -> bool:
 class BadStepRecovery(Hook):
     """Skips or rewinds steps that changed nothing; records the losses of the others."""
 
-    def __init__(self, run: Run, log: RunLog, checkpoints: Saver, in_memory: InMemoryCheckpoint | None):
+    def __init__(self, run: Run, log: RunLog, checkpoints: CheckpointManager, in_memory: InMemoryCheckpoint | None):
         self.run, self.log, self.checkpoints, self.in_memory = run, log, checkpoints, in_memory
 
     def after_step(self, event: StepEvent) -> None:
@@ -145,13 +143,14 @@ class Logging(Hook):
 
 
 class CheckpointPolling(Hook):
-    """Publishes a checkpoint once no rank is writing it any more."""
+    """Commits a checkpoint once no rank is writing it any more."""
 
-    def __init__(self, checkpoints: Saver):
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: CheckpointManager, log: RunLog):
+        self.checkpoints, self.log = checkpoints, log
 
     def after_step(self, event: StepEvent) -> None:
-        self.checkpoints.poll(event.done, event.result.flags.checkpoint_pending)
+        if self.checkpoints.poll(event.result.flags.checkpoint_pending):
+            self.log.restart_clock(event.done)
 
 
 class Evaluation(Hook):
@@ -176,12 +175,13 @@ class Evaluation(Hook):
 class Checkpointing(Hook):
     """Starts to save a checkpoint every checkpoint.every steps, after the last one, before a stop and after a rewind."""
 
-    def __init__(self, run: Run, checkpoints: Saver):
-        self.run, self.checkpoints = run, checkpoints
+    def __init__(self, run: Run, checkpoints: CheckpointManager, log: RunLog):
+        self.run, self.checkpoints, self.log = run, checkpoints, log
 
     def after_step(self, event: StepEvent) -> None:
-        if saves_checkpoint(self.run, event) and not (event.recovered and self.checkpoints.exists(event.done)):
-            self.checkpoints.begin(event.done, event.eval_loss)
+        if saves_checkpoint(self.run, event) and not (event.recovered and self.checkpoints.has_saved(event.done)):
+            self.checkpoints.save(event.done, event.eval_loss)
+            self.log.restart_clock(event.done)
 
     def finish(self) -> None:
         self.checkpoints.close()
@@ -190,7 +190,7 @@ class Checkpointing(Hook):
 class Stopping(Hook):
     """Ends the run early if the ranks have agreed to, once the checkpoint is written."""
 
-    def __init__(self, run: Run, checkpoints: Saver):
+    def __init__(self, run: Run, checkpoints: CheckpointManager):
         self.run, self.checkpoints = run, checkpoints
 
     def after_step(self, event: StepEvent) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from mpilm.comm.collective_errors import run_on_root
 from mpilm.comm.progress import Span
-from mpilm.config import flatten
+from mpilm.config.schema import flatten
 from mpilm.engine.step import StepResult
 from mpilm.errors import FileError
 from mpilm.formatting import format_duration, format_mebibytes

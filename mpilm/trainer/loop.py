@@ -1,22 +1,22 @@
 """The training loop."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator
+from functools import partial
 
+from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.progress import Progress
-from mpilm.config import Config, traced_steps
+from mpilm.config.schema import Config, trace_step_range
 from mpilm.data.corpus import unigram_loss
 from mpilm.engine.step import StepFlags, train_step
-from mpilm.errors import FileError
+from mpilm.errors import UserError
 from mpilm.inference.generate import generate
 from mpilm.launch.watchdog import EXITING, Watchdog
-from mpilm.telemetry.report import page
+from mpilm.report.page import write_report
 from mpilm.telemetry.trace import Trace
 from mpilm.trainer.build import build_run
 from mpilm.trainer.describe import describe_run, layout_row
@@ -38,7 +38,7 @@ from mpilm.trainer.log import RunLog
 from mpilm.trainer.memory import is_out_of_memory, out_of_memory_error
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint, RecoveredState
 from mpilm.trainer.run import Run
-from mpilm.trainer.saver import Saver
+from mpilm.trainer.save_state import collect_state
 
 
 def train(
@@ -64,8 +64,16 @@ def train(
         watchdog.is_signalled = lambda: run.stop_request.signalled
         log = RunLog.open(run, describe_run(run))
         stack.callback(log.display.close)
-        checkpoints = Saver(run, log)
-        tracing = Tracing(run, log, Trace(traced_steps(config), run.mesh, layout_row(run)))
+        checkpoints = CheckpointManager(
+            run.folder.checkpoints,
+            config.checkpoint,
+            run.mesh.world,
+            progress,
+            partial(collect_state, run),
+            log.log_save,
+            log.log_save_failure,
+        )
+        tracing = Tracing(run, log, Trace(trace_step_range(config), run.mesh, layout_row(run)))
         try:
             run_steps(run, log, checkpoints, tracing, in_memory, recovered)
         except CollectiveError as error:
@@ -87,7 +95,7 @@ def train(
 def run_steps(
     run: Run,
     log: RunLog,
-    checkpoints: Saver,
+    checkpoints: CheckpointManager,
     tracing: Tracing,
     in_memory: InMemoryCheckpoint | None,
     recovered: RecoveredState | None,
@@ -95,9 +103,9 @@ def run_steps(
     """Run the remaining steps and their hooks. Collective."""
     reporting: list[Hook] = [
         Logging(log),  # first: it measures the time since the previous step
-        CheckpointPolling(checkpoints),  # before a new checkpoint begins
+        CheckpointPolling(checkpoints, log),  # before a new checkpoint begins
         Evaluation(run, log),  # before saving: a checkpoint stores its evaluation loss
-        Checkpointing(run, checkpoints),
+        Checkpointing(run, checkpoints, log),
         Stopping(run, checkpoints),  # last: it raises
     ]
     hooks: list[Hook] = [
@@ -108,7 +116,7 @@ def run_steps(
         ReplicaCheck(run),  # before the state is logged and saved
         *reporting,
     ]
-    checkpoints.reserve()
+    checkpoints.reserve_memory(run.folder.step, run.config.train.steps)
     if recovered is not None:  # ranks may have been lost before all hooks of its step had run
         for hook in reporting:
             hook.after_step(StepEvent(recovered.done, recovered.result(), [], recovered=True))
@@ -117,7 +125,7 @@ def run_steps(
         run.progress.enter("compilation" if compiles else "step", step)
         for hook in hooks:
             hook.before_step(step)
-        flags = StepFlags(run.stop_request.stop_reason(log.next_step_s()), checkpoints.busy)
+        flags = StepFlags(run.stop_request.stop_reason(log.next_step_s()), checkpoints.is_writing)
         result = train_step(run.model, run.batches, step, flags, run.bad_steps.spike_threshold(run.config.train))
         event = StepEvent(step + 1, result, run.progress.drain_spans())
         for hook in hooks:
@@ -172,6 +180,6 @@ def _write_report(run: Run, log: RunLog) -> None:
     """Write report.html on rank 0. Errors here never fail the run."""
     if log.is_root:
         try:
-            page.write([run.folder.path])
-        except FileError as error:
+            write_report([run.folder.path])
+        except UserError as error:
             log.log_line(f"no report: {error}")

@@ -1,34 +1,22 @@
 """The memory that a rank will use, predicted before the first step, and the message when memory runs out."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Mapping
 
 import torch
 
-from mpilm.checkpoint.assemble import IN_FLIGHT
-from mpilm.checkpoint.format import BLOCK_BYTES
 from mpilm.errors import OutOfMemoryError
 from mpilm.formatting import format_mebibytes
-from mpilm.planner.memory import COMPILER_BYTES, FIRST_STEP_BYTES, copied_bytes, step_bytes
+from mpilm.planner.memory import memory_parts, step_bytes
 from mpilm.trainer.run import Run
-
-SAVING_BYTES = (IN_FLIGHT + 1) * BLOCK_BYTES
 
 
 def predict_memory(run: Run) -> dict[str, int]:
     """Return the bytes that this rank will use, by part."""
     config, model, device = run.config, run.model, run.hardware.device.type
     step = step_bytes(config, model.vocab_size, model.blocks_per_stage, list(model.stages), model.program, device)
-    held = model.memory_bytes()
-    if device == "cuda":
-        return {"program": run.memory.program_bytes, **held, **step}  # of the GPU; checkpoints are copied to the host
-    saving = max(0, min(SAVING_BYTES, held["weights"] + held["moments"]) - sum(step.values()))  # between steps
-    if config.checkpoint.asynchronous:
-        saving = copied_bytes(model.saved_bytes, run.mesh.world.size)  # the copy exists beside the next steps
-    program = run.memory.program_bytes + FIRST_STEP_BYTES + COMPILER_BYTES * config.train.compile
-    return {"program": program, **held, **step, "checkpoint": saving}
+    resident = {"program": run.memory.program_bytes, **model.memory_bytes()}
+    return memory_parts(config, device, resident, step, model.saved_bytes, run.mesh.world.size)
 
 
 def list_parts(parts: Mapping[str, int]) -> str:

@@ -1,19 +1,17 @@
 """The record of a training run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpilm.comm.progress import Progress
-from mpilm.config import Config
+from mpilm.config.schema import Config
 from mpilm.data.batch import Batches
+from mpilm.data.training_data import TrainingData
 from mpilm.engine.hardware import Hardware
 from mpilm.engine.train_model import TrainModel
 from mpilm.launch.stop_request import StopRequest
 from mpilm.mesh.mesh import Mesh
 from mpilm.telemetry.memory import MemoryMeter
-from mpilm.trainer.material import Material
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.run_folder import RunFolder
 
@@ -25,7 +23,7 @@ class Run:
     config: Config
     hardware: Hardware
     mesh: Mesh
-    data: Material
+    data: TrainingData
     batches: Batches
     folder: RunFolder
     content: Mapping[str, str]  # digests of what the run has read, by setting

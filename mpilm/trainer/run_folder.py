@@ -1,7 +1,5 @@
 """The run folder: found or created, compared with the present settings, never overwritten."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Mapping
@@ -9,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpilm.checkpoint.format import checkpoints, incomplete, read_json, step_of
-from mpilm.checkpoint.save import remove_leftovers, set_aside
-from mpilm.checkpoint.verify import Verify, newest_valid, with_help
+from mpilm.checkpoint.format import checkpoint_step, list_checkpoints, list_incomplete, read_json
+from mpilm.checkpoint.manager import remove_leftovers, set_aside
+from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
-from mpilm.config import Config, flatten, mathematics, to_dict
+from mpilm.config.parse import merge_settings, read_toml
+from mpilm.config.schema import OLD_NAMES, Config, flatten, result_settings, to_dict
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.launch.lock import LOCK_NAME, FolderLock
 from mpilm.model.init import hash_key
-from mpilm.settings import merge, read_toml
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 
@@ -63,7 +61,7 @@ def open_run_folder(
     `content`: digests of the corpus and the tokenizer by CONTENT_KEYS. `environment`: versions, threads and device, compared
     with those of the checkpoint. `recovered`: the state to resume from instead of a checkpoint.
     """
-    opened = with_help(comm, lambda verify: _open(config, content, environment, recovered, verify))
+    opened = run_on_root_with_verify(comm, lambda verify: _open(config, content, environment, recovered, verify))
     values = None
     if opened:
         state = opened.bad_steps.state_dict()
@@ -75,7 +73,11 @@ def open_run_folder(
 
 
 def _open(
-    config: Config, content: Mapping[str, str], environment: Mapping[str, str], recovered: RecoveredState | None, verify: Verify
+    config: Config,
+    content: Mapping[str, str],
+    environment: Mapping[str, str],
+    recovered: RecoveredState | None,
+    verify: Verifier,
 ) -> RunFolder:
     if recovered is not None:
         path, lock, done = recovered.folder, _lock(recovered.folder), recovered.done
@@ -86,7 +88,7 @@ def _open(
     lock = _lock(path)
     try:
         checkpoint, broken, notes = _choose_checkpoint(path, config, content, environment, verify)
-        step = step_of(checkpoint) if checkpoint else 0
+        step = checkpoint_step(checkpoint) if checkpoint else 0
         assert step is not None
         if step > config.train.steps:
             raise ConfigError(f"{checkpoint} is at step {step}, past --train.steps {config.train.steps}; ask for more steps")
@@ -114,7 +116,7 @@ def _prepare_folder(path: Path, config: Config, broken: Mapping[Path, str]) -> l
         write_config(path / "config.toml", config)  # first: it marks the folder as a run's
         (path / "checkpoints").mkdir(exist_ok=True)
         remove_leftovers(path / "checkpoints")
-        aside = set_aside([*broken, *incomplete(path / "checkpoints")])
+        aside = set_aside([*broken, *list_incomplete(path / "checkpoints")])
     except OSError as error:
         raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None
     return [*broken.values(), *(f"set aside as {folder}" for folder in aside)]
@@ -123,7 +125,9 @@ def _prepare_folder(path: Path, config: Config, broken: Mapping[Path, str]) -> l
 def _choose_path(config: Config) -> Path:
     if config.run.dir != "auto":
         return Path(config.run.dir)
-    key = mathematics(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
+    first_names = {new: old for old, new in OLD_NAMES.items()}  # a renamed setting must not change the name of the folder
+    settings = result_settings(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
+    key = {first_names.get(name, name): value for name, value in settings.items()}
     path = Path("runs") / f"{config.model.arch}-{hash_key(sorted(key.items())) & 0xFFFFFF:06x}"
     if config.checkpoint.resume != "never":
         return path
@@ -139,20 +143,20 @@ def _check_is_same_run(path: Path, config: Config) -> None:
         raise ConfigError(f"--run.dir {path} exists and is not a run folder; choose another")
     if config.checkpoint.resume == "never":
         raise ConfigError(f"--run.dir {path} holds a run, and --checkpoint.resume is never; choose another folder")
-    if config.checkpoint.resume == "auto" and not checkpoints(path / "checkpoints"):
-        old = merge(Config(), read_toml(path / "config.toml"), str(path / "config.toml"))
-        _check_same_result(mathematics(old), config, f"the run in {path}")
+    if config.checkpoint.resume == "auto" and not list_checkpoints(path / "checkpoints"):
+        old = merge_settings(Config(), read_toml(path / "config.toml"), str(path / "config.toml"))
+        _check_same_result(result_settings(old), config, f"the run in {path}")
 
 
 def _choose_checkpoint(
-    path: Path, config: Config, content: Mapping[str, str], environment: Mapping[str, str], verify: Verify
+    path: Path, config: Config, content: Mapping[str, str], environment: Mapping[str, str], verify: Verifier
 ) -> tuple[Path | None, dict[Path, str], list[str]]:
     """Return the verified checkpoint to resume from, the broken ones with their problems, and notes."""
     resume = config.checkpoint.resume
     if resume == "never":
         return None, {}, []
     if resume == "auto" or _has_continued_from(path, resume):
-        checkpoint, broken = newest_valid(path / "checkpoints", verify)
+        checkpoint, broken = find_newest_valid(path / "checkpoints", verify)
     else:
         checkpoint, broken = Path(resume), {}
         _check_is_newest(checkpoint, path)
@@ -165,15 +169,15 @@ def _choose_checkpoint(
 
 def _has_continued_from(path: Path, resume: str) -> bool:
     """Return whether this run started from the given checkpoint and has saved since: the same job was submitted again."""
-    if not checkpoints(path / "checkpoints") or not (path / "config.toml").is_file():
+    if not list_checkpoints(path / "checkpoints") or not (path / "config.toml").is_file():
         return False
     return read_toml(path / "config.toml").get("checkpoint", {}).get("resume") == resume
 
 
 def _check_is_newest(checkpoint: Path, path: Path) -> None:
-    if step_of(checkpoint) is None or not checkpoint.is_dir():
+    if checkpoint_step(checkpoint) is None or not checkpoint.is_dir():
         raise FileError(f"--checkpoint.resume {checkpoint} is not a checkpoint folder (.../checkpoints/step-NNNNNNNN)")
-    newest = checkpoints(path / "checkpoints")[-1:]
+    newest = list_checkpoints(path / "checkpoints")[-1:]
     if newest and newest[0].resolve() != checkpoint.resolve():
         raise ConfigError(
             f"--run.dir {path} already holds {newest[0].name}; to resume from {checkpoint} choose another --run.dir, "
@@ -187,7 +191,7 @@ def _compare_with_checkpoint(
     """Refuse differences that the result depends on; return notes on the others."""
     source = str(checkpoint / "trainer.json")
     trainer = read_json(checkpoint / "trainer.json")
-    old = mathematics(merge(Config(), trainer["config"], source)) | trainer["content"]
+    old = result_settings(merge_settings(Config(), trainer["config"], source)) | trainer["content"]
     _check_same_result(old, config, str(checkpoint), content)
     before = trainer["conditions"]
     changed = [f"{key} was {before[key]}, is {now}" for key, now in environment.items() if before.get(key, now) != now]
@@ -196,7 +200,7 @@ def _compare_with_checkpoint(
 
 def _check_same_result(old: Mapping[str, Any], config: Config, what: str, content: Mapping[str, str] | None = None) -> None:
     """Raise ConfigError naming each setting that the result depends on and that differs from the old run's."""
-    new = mathematics(config) | dict(content or {})
+    new = result_settings(config) | dict(content or {})
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
     changed = [k for k in new if k in old and old[k] != new[k] and k not in allowed]
     if changed:

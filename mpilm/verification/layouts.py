@@ -1,7 +1,5 @@
 """Comparison of every layout of these ranks with the serial run: the same losses, gradients and weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +11,8 @@ from torch import Tensor
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.config import Config, Parallel, flatten, resolve
+from mpilm.config.check import check_config
+from mpilm.config.schema import Config, ParallelConfig, flatten, resolve_config
 from mpilm.data.batch import Batch
 from mpilm.engine.hardware import Hardware, detect_hardware
 from mpilm.engine.step import forward_backward, optimizer_step
@@ -23,10 +22,9 @@ from mpilm.formatting import count_noun
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.init import hash_key
-from mpilm.parallel.feasible import cut_by_cost, mesh_shape
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
+from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
 from mpilm.parallel.pipeline.schedules import SCHEDULES
-from mpilm.validation import validate
 
 VOCAB_SIZE = 331
 CUDA_TOLERANCE = 1e-4  # relative to the largest element: GPU kernels may add in another order each time
@@ -40,7 +38,7 @@ class RandomTokens:
     def __init__(self, config: Config, vocab_size: int = VOCAB_SIZE):
         self.config, self.vocab_size = config, vocab_size
 
-    def train(self, step: int, m: int) -> Batch:
+    def training_batch(self, step: int, m: int) -> Batch:
         rows, length = self.config.train.micro_batch, self.config.model.context_length
         generator = np.random.Generator(np.random.Philox(key=hash_key("verify", self.config.train.seed, step, m)))
         tokens = torch.from_numpy(generator.integers(0, self.vocab_size, (rows, length + 1), dtype=np.int64))
@@ -70,28 +68,28 @@ class LayoutDifference:
     bits_equal: bool
 
 
-def list_layouts(config: Config, ranks: int) -> Iterator[tuple[Parallel, str]]:
+def list_layouts(config: Config, ranks: int) -> Iterator[tuple[ParallelConfig, str]]:
     """Yield all layouts of so many ranks, each with the reason why it cannot run this model, or ""."""
     for pipeline in (p for p in range(1, ranks + 1) if ranks % p == 0):
         schedules = tuple(SCHEDULES) if pipeline > 1 or ranks == 1 else ("1f1b",)
         for schedule in schedules:
             for zero in (0, 1, 2, 3) if ranks > pipeline else (0,):
-                parallel = Parallel(pipeline=pipeline, schedule=schedule, zero=zero)  # type: ignore[arg-type]
-                yield resolve(replace(config, parallel=parallel)).parallel, _why_invalid(config, parallel, ranks)
+                parallel = ParallelConfig(pipeline=pipeline, schedule=schedule, zero=zero)  # type: ignore[arg-type]
+                yield resolve_config(replace(config, parallel=parallel)).parallel, _why_invalid(config, parallel, ranks)
 
 
-def _why_invalid(config: Config, parallel: Parallel, ranks: int) -> str:
+def _why_invalid(config: Config, parallel: ParallelConfig, ranks: int) -> str:
     try:
-        changed = resolve(replace(config, parallel=parallel))
-        validate(changed)
-        mesh_shape(changed, ranks)
-        cut_by_cost(changed, VOCAB_SIZE)
+        changed = resolve_config(replace(config, parallel=parallel))
+        check_config(changed)
+        resolve_mesh_shape(changed, ranks)
+        partition_by_cost(changed, VOCAB_SIZE)
         return ""
     except ConfigError as error:
         return str(error)
 
 
-def layout_label(parallel: Parallel, ranks: int) -> str:
+def layout_label(parallel: ParallelConfig, ranks: int) -> str:
     """Return the layout as columns of a table."""
     schedule = parallel.schedule if parallel.pipeline > 1 or ranks == 1 else "-"
     return f"{ranks // parallel.pipeline:>4}  {parallel.pipeline:>8}  {schedule:<11}  {parallel.zero:>4}"
@@ -106,7 +104,7 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
     world = InstrumentedComm(world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed))
     tolerance = CUDA_TOLERANCE if hardware.device.type == "cuda" else 0.0
-    serial = run_layout(replace(config, parallel=resolve(Config()).parallel), SelfComm("world"), hardware)
+    serial = run_layout(replace(config, parallel=resolve_config(Config()).parallel), SelfComm("world"), hardware)
     print_line(f"{'data':>4}  {'pipeline':>8}  {'schedule':<11}  {'ZeRO':>4}  {'loss':>9}  {'gradient':>9}  {'weight':>9}")
     failed = ran = 0
     for parallel, reason in list_layouts(config, world.size):
@@ -139,7 +137,7 @@ def run_layout(config: Config, world: Comm, hardware: Hardware, flip_bit: bool =
     """Train for `train.steps` on one layout. Collective over `world`."""
     mesh = Mesh.build(MeshShape(config.parallel.pipeline, world.size // config.parallel.pipeline), world)
     alignment = ALIGNMENT * hardware.threads
-    model = TrainModel(config, mesh, cut_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, hardware.device, alignment)
+    model = TrainModel(config, mesh, partition_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, hardware.device, alignment)
     model.init_parameters()
     source, numbers, gradients = RandomTokens(config), list[float](), []
     for step in range(config.train.steps):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from benchmarks.measure import BENCH, pairwise, report, rounds
 
 if TYPE_CHECKING:
-    from mpilm.config import Config
+    from mpilm.config.schema import Config
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bfloat16, FLOP/s
 SIZES = {  # sequences at once, and a step
@@ -62,14 +62,14 @@ def compare(preset: str, device: str, wanted: int, name: str, finish: Callable[[
 
 def training(preset: str) -> tuple[Config, int]:
     """What is trained, and its vocabulary."""
-    from mpilm.config import replaced, resolve
-    from mpilm.presets import PRESETS
+    from mpilm.config.presets import PRESETS
+    from mpilm.config.schema import override, resolve_config
 
     micro, batch = SIZES[preset]
     changes = {"micro_batch": micro, "global_batch": batch, "dtype": "bfloat16", "compile": True, "lr": 1e-4}
-    return resolve(replaced(PRESETS[preset](), **{f"train__{key}": value for key, value in changes.items()})), VOCABULARIES[
-        preset
-    ]
+    return resolve_config(
+        override(PRESETS[preset](), **{f"train__{key}": value for key, value in changes.items()})
+    ), VOCABULARIES[preset]
 
 
 def both(config: Config, vocab_size: int, device: str) -> dict[str, Callable[[], Callable[[int], object]]]:
@@ -82,14 +82,14 @@ def both(config: Config, vocab_size: int, device: str) -> dict[str, Callable[[],
     from mpilm.engine.train_model import TrainModel
     from mpilm.mesh.mesh import Mesh
     from mpilm.mesh.shape import MeshShape
-    from mpilm.parallel.feasible import cut_by_cost
+    from mpilm.parallel.layout_check import partition_by_cost
     from mpilm.verification.layouts import RandomTokens
 
     source = RandomTokens(config, vocab_size)
 
     def mpilm_loop() -> Callable[[int], object]:
         mesh = Mesh.build(MeshShape(), SelfComm("world"))
-        model = TrainModel(config, mesh, cut_by_cost(config, vocab_size), vocab_size, torch.device(device), 16)
+        model = TrainModel(config, mesh, partition_by_cost(config, vocab_size), vocab_size, torch.device(device), 16)
         model.init_parameters()
         return lambda number: train_step(model, source, number)
 

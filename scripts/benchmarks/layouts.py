@@ -39,25 +39,27 @@ def shards_worker(args: argparse.Namespace) -> None:
     import torch
 
     from mpilm.comm.mpi import mpi_world
-    from mpilm.config import Parallel, Train, replaced, resolve
+    from mpilm.config.presets import PRESETS
+    from mpilm.config.schema import ParallelConfig, TrainConfig, override, resolve_config
     from mpilm.engine.hardware import detect_hardware
     from mpilm.engine.step import train_step
     from mpilm.engine.train_model import TrainModel
     from mpilm.mesh.mesh import Mesh
-    from mpilm.parallel.feasible import cut_by_cost, mesh_shape
-    from mpilm.presets import PRESETS
+    from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
     from mpilm.telemetry.memory import proportional_bytes, trim_heap
     from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
     comm = mpi_world()
-    config = replaced(PRESETS["llama-100m"](), model__context_length=16, model__n_layers=16, model__tie_embeddings=False)
-    train = Train(global_batch=8, micro_batch=1, threads=1, device="cpu")
-    config = resolve(dataclasses.replace(config, train=train, parallel=Parallel(pipeline=args.pipeline, zero=args.zero)))
+    config = override(PRESETS["llama-100m"](), model__context_length=16, model__n_layers=16, model__tie_embeddings=False)
+    train = TrainConfig(global_batch=8, micro_batch=1, threads=1, device="cpu")
+    config = resolve_config(
+        dataclasses.replace(config, train=train, parallel=ParallelConfig(pipeline=args.pipeline, zero=args.zero))
+    )
     detect_hardware(config.train, comm)
-    mesh = Mesh.build(mesh_shape(config, comm.size), comm)
+    mesh = Mesh.build(resolve_mesh_shape(config, comm.size), comm)
 
     def trained(config) -> TrainModel:  # type: ignore[no-untyped-def]
-        model = TrainModel(config, mesh, cut_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, torch.device("cpu"), 16)
+        model = TrainModel(config, mesh, partition_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, torch.device("cpu"), 16)
         model.init_parameters()
         for step in range(2):
             train_step(model, RandomTokens(config), step)
@@ -65,7 +67,7 @@ def shards_worker(args: argparse.Namespace) -> None:
         comm.barrier()
         return model
 
-    trained(replaced(config, model__d_model=48, model__d_ff=128))  # so that the program itself is all there
+    trained(override(config, model__d_model=48, model__d_ff=128))  # so that the program itself is all there
     before = proportional_bytes()
     comm.barrier()
     model = trained(config)
@@ -136,17 +138,17 @@ def pipeline_worker(args: argparse.Namespace) -> None:
 def pipeline_side(config, comm) -> Callable[[int], tuple[float, float]]:  # type: ignore[no-untyped-def]
     """Median seconds of forward, backward and reduction of a step, and the same simulated from the costs of the actions."""
     from mpilm.engine.step import train_step
-    from mpilm.parallel.feasible import replica_microbatches
+    from mpilm.parallel.layout_check import replica_microbatch_count
     from mpilm.parallel.pipeline.actions import Action
     from mpilm.parallel.pipeline.lower import lower
     from mpilm.parallel.pipeline.schedules import schedule
-    from mpilm.parallel.pipeline.simulate import simulate
+    from mpilm.planner.simulate import simulate
     from mpilm.trainer.build import build_run
 
     run = build_run(config, comm)
-    run.mesh.check(False)
+    run.mesh.check_calls(False)
     parallel, stages = config.parallel, len(run.model.cut)
-    actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatches(config, run.mesh.shape))
+    actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatch_count(config, run.mesh.shape))
     programs = [lower(theirs, stages) for theirs in actions]
 
     def measure(number: int) -> tuple[float, float]:

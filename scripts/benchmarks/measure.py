@@ -82,10 +82,10 @@ def report(
 
 
 def configured(folder: str, preset: str, **changes: object):  # type: ignore[no-untyped-def]
-    from mpilm.config import replaced, resolve
-    from mpilm.presets import PRESETS
+    from mpilm.config.presets import PRESETS
+    from mpilm.config.schema import override, resolve_config
 
-    return resolve(replaced(PRESETS[preset](), run__dir=folder, run__eval_every=0, checkpoint__resume="auto", **changes))
+    return resolve_config(override(PRESETS[preset](), run__dir=folder, run__eval_every=0, checkpoint__resume="auto", **changes))
 
 
 def mpilm_side(config, comm) -> Callable[[int], None]:  # type: ignore[no-untyped-def]
@@ -94,7 +94,7 @@ def mpilm_side(config, comm) -> Callable[[int], None]:  # type: ignore[no-untype
     from mpilm.trainer.build import build_run
 
     run = build_run(config, comm)
-    run.mesh.check(False)
+    run.mesh.check_calls(False)
     return lambda step: train_step(run.model, run.batches, step) and None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpilm.config import Config
+from mpilm.config.schema import Config
 from mpilm.engine.step import MicrobatchSource
 from mpilm.model.families import build_model, initial_std
 from mpilm.model.init import initial_value
@@ -76,7 +76,7 @@ def torch_loop(
         optimizer.zero_grad(set_to_none=True)
         losses = []
         for m in mine:
-            batch = source.train(number, m).to(torch.device(device))
+            batch = source.training_batch(number, m).to(torch.device(device))
             quiet = m != mine[-1] and ranks > 1
             with without_exchange(wrapped) if quiet else nullcontext():
                 with torch.autocast(device, torch.bfloat16) if train.dtype == "bfloat16" else nullcontext():

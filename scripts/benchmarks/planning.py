@@ -15,12 +15,12 @@ from pathlib import Path
 
 from benchmarks.measure import BENCH, OTHERS_ALLOWED, Load, mpirun, over_all, table
 from benchmarks.speed import training_run
-from mpilm.cli import parse
-from mpilm.config import Config, replaced, resolve
-from mpilm.planner.machine import read
-from mpilm.planner.search import Job, flags, search
-from mpilm.presets import PRESETS as CONFIGS
-from mpilm.presets import VOCABULARIES
+from mpilm.config.parse import parse
+from mpilm.config.presets import PRESETS as CONFIGS
+from mpilm.config.presets import VOCABULARIES
+from mpilm.config.schema import Config, override, resolve_config
+from mpilm.planner.profile import read_profile
+from mpilm.planner.search import PlannedJob, search, to_flags
 
 PRESETS = {  # changes that make a step of a few seconds of it
     "tiny": {},
@@ -55,13 +55,13 @@ def plan_memory(args: argparse.Namespace) -> None:
         rows, ratios = [("model and layout", "predicted MiB", "measured MiB", "predicted / measured (goal: 0.93 .. 1.07)")], []
         for name, words in MODELS.items():
             config = replaced_by(words)
-            for each in search(Job(config, 2048, read(machine)), RANKS)[0]:
-                chosen = [] if each.config.parallel == resolve(Config()).parallel else flags(each).split()
+            for each in search(PlannedJob(config, 2048, read_profile(machine)), RANKS)[0]:
+                chosen = [] if each.config.parallel == resolve_config(Config()).parallel else to_flags(each).split()
                 _, _, printed = training_run(RANKS, 4, "--checkpoint.every", "2", *words, *chosen)
                 measured = float(re.findall(r"memory ([\d,]+) MiB", printed)[-1].replace(",", ""))
                 said = each.memory_bytes / 2**20
                 ratios.append(said / measured)
-                rows.append((f"{name}: {each.words}", f"{said:.0f}", f"{measured:.0f}", f"{said / measured:.3f}"))
+                rows.append((f"{name}: {each.label}", f"{said:.0f}", f"{measured:.0f}", f"{said / measured:.3f}"))
                 print("  ".join(rows[-1]), flush=True)
     table(f"memory of a rank, {RANKS} ranks", rows)
     print(f"  predicted / measured: median {statistics.median(ratios):.3f}, {min(ratios):.3f} .. {max(ratios):.3f}")
@@ -70,18 +70,18 @@ def plan_memory(args: argparse.Namespace) -> None:
 
 def replaced_by(words: list[str]) -> Config:
     """The config of a command line."""
-    return resolve(parse(words, Config(), "train", "", CONFIGS))
+    return resolve_config(parse(words, Config(), "train", "", CONFIGS))
 
 
-def job(preset: str, machine: str) -> Job:
-    config = resolve(replaced(CONFIGS[preset](), **PRESETS.get(preset, {})))
-    return Job(config, VOCABULARIES.get(preset, 2048), read(machine))
+def job(preset: str, machine: str) -> PlannedJob:
+    config = resolve_config(override(CONFIGS[preset](), **PRESETS.get(preset, {})))
+    return PlannedJob(config, VOCABULARIES.get(preset, 2048), read_profile(machine))
 
 
 def compare(preset: str, machine: str, wanted: int) -> None:
     """Every layout in turn, each in processes of its own, since models do not go when they are let go."""
     found = [each for each in search(job(preset, machine), RANKS)[0] if each.config.train.recompute == "none"]
-    times: dict[str, list[float]] = {each.words: [] for each in found}
+    times: dict[str, list[float]] = {each.label: [] for each in found}
     for _ in range(wanted):
         for number, each in enumerate(found):
             words = ["--preset", preset, "--folder", machine, "--pipeline", str(number)]
@@ -91,9 +91,9 @@ def compare(preset: str, machine: str, wanted: int) -> None:
                     subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
                 )
                 if done["others"] <= OTHERS_ALLOWED:
-                    times[each.words].append(done["step_s"])
+                    times[each.label].append(done["step_s"])
                     break
-    show(preset, {each.words: each.time for each in found}, times)
+    show(preset, {each.label: each.time for each in found}, times)
 
 
 def plan_worker(args: argparse.Namespace) -> None:
@@ -103,7 +103,7 @@ def plan_worker(args: argparse.Namespace) -> None:
     comm = mpi_world()
     planned = job(args.preset, args.folder)
     each = search(planned, comm.size)[0][args.pipeline]
-    everyone, step = over_all(comm), side(each.config, planned.vocab_size, each.setting.cut, comm)
+    everyone, step = over_all(comm), side(each.config, planned.vocab_size, each.layout.cut, comm)
     turn(step, WARM_UP, comm, everyone)
     load = Load(everyone)
     took_s = turn(step, STEPS.get(args.preset, 3), comm, everyone)
@@ -128,11 +128,11 @@ def side(config, vocab_size: int, cut, comm) -> Callable[[], object]:  # type: i
     from mpilm.engine.step import train_step
     from mpilm.engine.train_model import TrainModel
     from mpilm.mesh.mesh import Mesh
-    from mpilm.parallel.feasible import mesh_shape
+    from mpilm.parallel.layout_check import resolve_mesh_shape
     from mpilm.verification.layouts import RandomTokens
 
     machine = detect_hardware(config.train, comm)
-    model = TrainModel(config, Mesh.build(mesh_shape(config, comm.size), comm), cut, vocab_size, machine.device, 16)
+    model = TrainModel(config, Mesh.build(resolve_mesh_shape(config, comm.size), comm), cut, vocab_size, machine.device, 16)
     for flat in model.flats.values():
         flat.values.tensor.normal_(0.0, 0.02)
     model.all_gather_parameters()

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.measure import BENCH, OTHERS_ALLOWED, TURNS, Load, configured, mpirun, over_all, ratio_row, table
@@ -32,40 +33,38 @@ def checkpoint(args: argparse.Namespace) -> None:
         subprocess.run([*mpirun(2), sys.executable, BENCH, "checkpoint-worker", *words], check=True)
 
 
-class Quiet:
-    """In the place of a run's log."""
-
-    def skip_time(self, done: int) -> None: ...
-    def saved(self, path: Path, took_s: float) -> None: ...
-    def failed(self, words: str) -> None: ...
-
-
 def checkpoint_worker(args: argparse.Namespace) -> None:
-    from mpilm.checkpoint.save import save
-    from mpilm.checkpoint.verify import with_help
+    from mpilm.checkpoint.manager import CheckpointManager
+    from mpilm.checkpoint.save import save_checkpoint
+    from mpilm.checkpoint.verify import run_on_root_with_verify
     from mpilm.comm.mpi import mpi_world
     from mpilm.engine.weights import load_checkpoint_state
     from mpilm.trainer.build import build_run
-    from mpilm.trainer.saver import Saver, state_of
+    from mpilm.trainer.save_state import collect_state
 
     comm = mpi_world()
     run = build_run(configured(f"{args.folder}/run", "llama-100m", **SHAPE), comm)
-    run.mesh.check(False)
-    saver = Saver(run, Quiet())  # type: ignore[arg-type]
-    saver.reserve()
+    run.mesh.check_calls(False)
+    saver = CheckpointManager(
+        run.folder.checkpoints, run.config.checkpoint, comm, run.progress, partial(collect_state, run),
+        on_saved=lambda *_: None, on_failed=lambda message: None,
+    )  # fmt: skip
+    saver.reserve_memory(run.folder.step, run.config.train.steps)
     folder = Path(args.folder)
     share = run.model.saved_bytes // comm.size
     found: dict[str, list[float]] = {}
     everyone = over_all(comm)
 
     def read(path: Path) -> None:
-        with_help(comm, lambda check: check(path))
+        run_on_root_with_verify(comm, lambda check: check(path))
         load_checkpoint_state(run.model, path, 1, comm)
 
     for number in range(TURNS):
         load = Load(everyone)
         took = stall(run, saver, comm, 1 + number * (BEFORE + AFTER))
-        took["write"] = timed(comm, lambda number=number: save(folder / "saved", number, state_of(run, number, None), comm))
+        took["write"] = timed(
+            comm, lambda number=number: save_checkpoint(folder / "saved", number, collect_state(run, number, None), comm)
+        )
         took["write raw"] = timed(comm, lambda: write_raw(folder / f"raw-{comm.rank}", share))
         (path,) = (folder / "saved").iterdir()
         forget(comm, path)
@@ -108,13 +107,13 @@ def stall(run, saver, comm, first: int) -> dict[str, float]:  # type: ignore[no-
 
     def step(number: int) -> float:
         def body() -> None:
-            result = train_step(run.model, run.batches, number, StepFlags(0, saver.busy))
-            saver.look(number + 1, result.heard.busy)
+            result = train_step(run.model, run.batches, number, StepFlags(0, saver.is_writing))
+            saver.poll(result.flags.checkpoint_pending)
 
         return timed(comm, body)
 
     usual = statistics.median([step(first + i) for i in range(BEFORE)])
-    waited = timed(comm, lambda: saver.begin(first + BEFORE, None))
+    waited = timed(comm, lambda: saver.save(first + BEFORE, None))
     for i in range(AFTER):
         step(first + BEFORE + i)
     saver.close()

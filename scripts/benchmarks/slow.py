@@ -16,10 +16,10 @@ from benchmarks.measure import ROOT, mpirun, table
 
 RANKS_PER_HOST, MBIT, DELAY_MS, STEPS = 2, 100, 2, 60
 WAYS = {
-    "all ranks to all (reduce sent)": ["--parallel.reduce", "sent"],
-    "nodes at home, then across (reduce shared)": ["--parallel.reduce", "shared"],
-    "the same as bfloat16 (wire-dtype)": ["--parallel.reduce", "shared", "--parallel.wire-dtype", "bfloat16"],
-    "PowerSGD, rank 4 (compress)": ["--parallel.compress", "4"],
+    "all ranks to all (reduce sent)": ["--parallel.reduce", "messages"],
+    "nodes at home, then across (reduce shared)": ["--parallel.reduce", "shared-memory"],
+    "the same as bfloat16 (wire-dtype)": ["--parallel.reduce", "shared-memory", "--parallel.wire-dtype", "bfloat16"],
+    "PowerSGD, rank 4 (compress)": ["--parallel.powersgd-rank", "4"],
     "DiLoCo, every 10 steps (sync-every)": ["--parallel.sync-every", "10"],
 }
 

@@ -37,11 +37,10 @@ def torch_side(config, rank: int = 0, ranks: int = 1, **ways: Callable) -> Calla
     from mpilm.comm.base import SelfComm
     from mpilm.data.batch import Batches
     from mpilm.data.corpus import open_corpus
-    from mpilm.data.samples import CorpusSamples
-    from mpilm.data.stream import TextStream
+    from mpilm.data.samples import CorpusSamples, TextExamples
 
     corpus = open_corpus(config.data, SelfComm())
-    stream = TextStream(CorpusSamples(corpus, config.model.context_length, config.data.eval_fraction))
+    stream = TextExamples(CorpusSamples(corpus, config.model.context_length, config.data.eval_fraction))
     batches = Batches(stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
     return torch_loop(config, batches, corpus.tokenizer.vocab_size, rank=rank, ranks=ranks, **ways)
 
@@ -152,9 +151,9 @@ def guards_worker(args: argparse.Namespace) -> None:
     def guarded(step: int) -> None:
         checking = step % STEPS == 0  # ten times as often as --fault.check-every asks by default
         run.mesh.activity.enter("step", step)
-        run.mesh.check(checking)
+        run.mesh.check_calls(checking)
         train_step(run.model, run.batches, step)
-        run.mesh.check(False)
+        run.mesh.check_calls(False)
         if checking:
             check_replicas_equal(run.model, step + 1)
 

@@ -21,11 +21,11 @@ def generate(args: argparse.Namespace) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mpilm.comm.base import SelfComm
-    from mpilm.config import Generate
+    from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
+    from mpilm.config.schema import GenerateConfig
     from mpilm.data.tokenizer import bytes_tokenizer
     from mpilm.inference.generate import generate
     from mpilm.inference.load import config_from_folder, load_model
-    from mpilm.usage import Compute, Folder, Stages, used
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -38,9 +38,9 @@ def generate(args: argparse.Namespace) -> None:
         theirs = LlamaForCausalLM(shape).eval()
         theirs.save_pretrained(folder)
         (Path(folder) / "tokenizer.json").write_text(bytes_tokenizer().json)
-        config = used(Folder(folder), Stages(), Compute(device="cpu", threads=1))
+        config = to_config(ModelFolder(folder), InferenceParallel(), InferenceCompute(device="cpu", threads=1))
         ours = load_model(config_from_folder(config), SelfComm()).model
-        settings = Generate(max_tokens=WRITTEN, temperature=0.0)
+        settings = GenerateConfig(max_tokens=WRITTEN, temperature=0.0)
         written = generate(ours, {0: prompt}, settings, stop=-1)[0]
 
         def transformers_generate(_: int) -> None:
@@ -61,13 +61,13 @@ def generate(args: argparse.Namespace) -> None:
 def prepare_worker(args: argparse.Namespace) -> None:
     from mpilm.comm.base import SelfComm
     from mpilm.comm.mpi import mpi_world
-    from mpilm.config import Data
-    from mpilm.data.prepare import prepare as make_tokens
+    from mpilm.config.schema import DataConfig
+    from mpilm.data.prepare import prepare_tokens as make_tokens
     from mpilm.data.tokenizer import load_tokenizer
 
     comm = mpi_world().with_options(gpu_aware=False, yield_while_waiting=True)
     folder = Path(args.folder)
-    data = Data(path=(str(folder / "texts"),), tokenizer=str(folder / "tokenizer.json"))
+    data = DataConfig(path=(str(folder / "texts"),), tokenizer=str(folder / "tokenizer.json"))
     library = load_tokenizer(folder / "tokenizer.json")._library
 
     def alone(number: int) -> None:
@@ -95,13 +95,13 @@ def prepare_worker(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    from mpilm.data.sources import embedded
+    from mpilm.data.sources import find_sources
     from mpilm.data.tokenizer import train_bpe
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "texts").mkdir()
-        texts = [Path(source.path).read_bytes().decode(errors="replace") for source in embedded()[:FILES]]
+        texts = [Path(source.path).read_bytes().decode(errors="replace") for source in find_sources("")[:FILES]]
         (folder / "tokenizer.json").write_text(train_bpe(texts[:100], 8192).json)
         for i in range(0, len(texts), 8):
             (folder / "texts" / f"{i:04}.txt").write_text("".join(texts[i : i + 8]))

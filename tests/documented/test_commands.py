@@ -20,7 +20,7 @@ from helpers import LAUNCHER, OPEN_MPI
 from machines import machine
 
 from mpilm.engine.hardware import processor_name
-from mpilm.planner.machine import write
+from mpilm.planner.profile import write_profile
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,8 +36,8 @@ ELSEWHERE = {
     r"(MPILM_TORCH_INDEX=\S+ )?scripts/quickstart": "scripts/environment",
     r"sbatch .*|jobs/chain .*|scripts/slurm-here .*|export MPILM_SRUN_MPI.*": "tests/faults/test_slurm.py",
     r"scripts/hosts-here .*": "tests/faults/test_network.py",
-    r"mpirun -n 2 python -m mpilm.doctor --calibrate": "tests/ranks/test_planner.py",
-    r"mpirun -n 4 python -m mpilm.doctor": "tests/mpi/test_examine.py",
+    r"mpirun -n 2 python -m mpilm.doctor --calibrate": "tests/ranks/test_doctor.py",
+    r"mpirun -n 4 python -m mpilm.doctor": "tests/mpi/test_doctor.py",
     r"mpirun -n 2 python -m mpilm.verify": "tests/faults/test_verify.py",
     r"mpirun --with-ft ulfm .*": "tests/faults/test_elastic.py",
     r"mpirun -n 3 python scripts/own_model.py": "tests/mpi/test_data_parallel.py",
@@ -119,7 +119,7 @@ def stand_ins(tmp_path_factory):
     rows(folder / "code.jsonl", [{"text": text} for text in texts.values()])
     rows(folder / "chats.jsonl", [{"prompt": f"What is {i}?", "response": f"{i} is a number."} for i in range(300)])
     (folder / "prompts.txt").write_text("def main(\nclass A:\n")
-    write(folder / "machine.json", this_machine())
+    write_profile(folder / "machine.json", this_machine())
     for name in ("scripts", "jobs"):
         (folder / name).symlink_to(ROOT / name)
     mine = "--data.path my_texts/ --data.tokenizer bpe:300 --run.dir runs/mine --run.trace-steps 1:2"

@@ -1,10 +1,10 @@
-"""What a person gets to see who made a mistake: one message that names what is wrong, and the promised exit code."""
+"""Wrong input: one message that names what is wrong, and the promised exit code."""
 
 import json
 
 import numpy as np
 import pytest
-from helpers import mpirun, refusal
+from helpers import mpirun, refusal, refusal_in_process
 from text import tiny_config, write_text, write_tokens
 
 from mpilm.comm.base import SelfComm
@@ -24,99 +24,32 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("MPILM_CACHE", str(tmp_path / "cache"))
 
 
-def refused(*flags, ranks=0, code=CONFIG):
-    """The one message of a small training run that must not start."""
-    return refusal("train", *SMALL, *flags, ranks=ranks, code=code, limit_s=LIMIT_S)
+def error_of(*flags, code=CONFIG):
+    """Return the message of a small training run that must not start, on one rank in this process."""
+    return refusal_in_process("train", *SMALL, *flags, code=code)
 
 
-# On real ranks: said once, and nobody left waiting.
+# Whole jobs: the message appears once, and no rank is left waiting.
 
 
-def test_more_ranks_than_microbatches(tmp_path):
-    message = refused("--data.path", write_text(tmp_path), "--run.dir", tmp_path / "run", ranks=3)
+def test_train_more_ranks_than_microbatches_is_error_of(tmp_path):
+    flags = ("--data.path", write_text(tmp_path), "--run.dir", tmp_path / "run")
+    message = refusal("train", *SMALL, *flags, ranks=3, limit_s=LIMIT_S)
     assert "3 ranks, but a step has only 2 microbatches" in message
     assert "start 2 ranks or fewer, or make the batch 6" in message
     assert not (tmp_path / "run").exists()
 
 
-def test_a_corpus_that_is_not_there_on_two_ranks(tmp_path):
-    missing = tmp_path / "none.txt"
-    assert str(missing) in refused("--data.path", missing, "--run.dir", tmp_path / "run", ranks=2, code=FILE)
-
-
-def test_a_folder_that_cannot_be_written_on_two_ranks(tmp_path):
+def test_train_unwritable_run_folder_on_two_ranks_is_error_of(tmp_path):
     (tmp_path / "file").write_text("root may write anywhere but below a file")
     folder = tmp_path / "file" / "run"
-    message = refused("--data.path", write_text(tmp_path), "--run.dir", folder, ranks=2, code=FILE)
+    flags = ("--data.path", write_text(tmp_path), "--run.dir", folder)
+    message = refusal("train", *SMALL, *flags, ranks=2, code=FILE, limit_s=LIMIT_S)
     assert "--run.dir" in message
     assert str(folder) in message
 
 
-# On one.
-
-
-def test_an_empty_file(tmp_path):
-    (tmp_path / "empty.txt").touch()
-    message = refused("--data.path", tmp_path / "empty.txt", "--run.dir", tmp_path / "run", code=DATA)
-    assert str(tmp_path / "empty.txt") in message
-
-
-def test_text_that_is_not_utf8(tmp_path):
-    (tmp_path / "latin.txt").write_bytes(b"x" * 1000 + b"caf\xe9 " + b"y" * 1000)
-    message = refused("--data.path", tmp_path / "latin.txt", "--run.dir", tmp_path / "run", code=DATA)
-    assert str(tmp_path / "latin.txt") in message
-    assert "1003" in message
-
-
-def test_a_truncated_bin(tmp_path):
-    prefix = write_tokens(tmp_path)
-    file = prefix.with_suffix(".bin")
-    file.write_bytes(file.read_bytes()[:-101])
-    assert str(file) in refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
-
-
-@pytest.mark.parametrize("change", ["one bit", "another file of this size"])
-def test_tokens_that_are_not_those_that_were_prepared(tmp_path, change):
-    prefix = write_tokens(tmp_path)
-    file = prefix.with_suffix(".bin")
-    content = bytearray(file.read_bytes())
-    content = content[::-1] if change != "one bit" else content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
-    file.write_bytes(content)
-    message = refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
-    assert f"{file}: has been altered: it is not what the .json beside it was written for" in message
-
-
-def test_a_token_beyond_the_vocabulary(tmp_path):
-    prefix = write_tokens(tmp_path)
-    file = prefix.with_suffix(".bin")
-    tokens = np.fromfile(file, dtype=np.uint16)
-    tokens[:] = 300
-    tokens.tofile(file)
-    prefix.with_suffix(".json").unlink()  # tokens of another program
-    message = refused("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
-    assert str(file) in message
-    assert "300" in message
-
-
-def test_a_key_that_is_none(tmp_path):
-    file = tmp_path / "a.toml"
-    file.write_text("[train]\nlearning-rate = 1\n")
-    assert f"--config {file}: unknown key train.learning-rate" in refused("--config", file)
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (("--model.d-model", 15), "--model.d-model 15 is not divisible by --model.n-heads 2"),
-        (("--train.steps", 0), "--train.steps must be above zero, not 0"),
-        (("--train.lr", -1), "--train.lr must not be negative, but is -1.0"),
-    ],
-)
-def test_settings_that_cannot_work(flags, says):
-    assert says in refused(*flags)
-
-
-def test_a_flag_that_is_none():
+def test_train_unknown_flag_ends_without_traceback():
     done = mpirun(0, "-m", "mpilm.train", "--train.stepps", 3, limit_s=LIMIT_S)
     assert done.returncode == CONFIG
     assert "--train.stepps" in done.stderr
@@ -124,9 +57,66 @@ def test_a_flag_that_is_none():
     assert done.stdout == ""
 
 
-def test_a_context_longer_than_the_corpus(tmp_path):
+# On one rank, in this process.
+
+
+def test_train_missing_corpus_is_error_of(tmp_path):
+    missing = tmp_path / "none.txt"
+    assert str(missing) in error_of("--data.path", missing, "--run.dir", tmp_path / "run", code=FILE)
+
+
+def test_train_empty_file_is_refused(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    message = error_of("--data.path", tmp_path / "empty.txt", "--run.dir", tmp_path / "run", code=DATA)
+    assert str(tmp_path / "empty.txt") in message
+
+
+def test_train_text_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"x" * 1000 + b"caf\xe9 " + b"y" * 1000)
+    message = error_of("--data.path", tmp_path / "latin.txt", "--run.dir", tmp_path / "run", code=DATA)
+    assert str(tmp_path / "latin.txt") in message
+    assert "1003" in message
+
+
+def test_train_truncated_bin_is_refused(tmp_path):
+    prefix = write_tokens(tmp_path)
+    file = prefix.with_suffix(".bin")
+    file.write_bytes(file.read_bytes()[:-101])
+    assert str(file) in error_of("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
+
+
+@pytest.mark.parametrize("change", ["one bit", "another file of this size"])
+def test_train_altered_tokens_are_refused(tmp_path, change):
+    prefix = write_tokens(tmp_path)
+    file = prefix.with_suffix(".bin")
+    content = bytearray(file.read_bytes())
+    content = content[::-1] if change != "one bit" else content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+    file.write_bytes(content)
+    message = error_of("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
+    assert f"{file}: has been altered: it is not what the .json beside it was written for" in message
+
+
+def test_train_token_beyond_the_vocabulary_is_refused(tmp_path):
+    prefix = write_tokens(tmp_path)
+    file = prefix.with_suffix(".bin")
+    tokens = np.fromfile(file, dtype=np.uint16)
+    tokens[:] = 300
+    tokens.tofile(file)
+    prefix.with_suffix(".json").unlink()  # tokens of another program
+    message = error_of("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
+    assert str(file) in message
+    assert "300" in message
+
+
+def test_train_unknown_key_in_a_file_is_error_of(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("[train]\nlearning-rate = 1\n")
+    assert f"--config {file}: unknown key train.learning-rate" in error_of("--config", file)
+
+
+def test_train_context_longer_than_the_corpus_is_refused(tmp_path):
     flags = ("--data.path", write_text(tmp_path), "--run.dir", tmp_path / "run", "--model.context-length", 100000)
-    message = refused(*flags)
+    message = error_of(*flags)
     assert "--model.context-length 100000" in message
     largest = int(message.partition("the largest value that works is ")[2].split(",")[0])
     assert 100 < largest < 100000
@@ -134,7 +124,7 @@ def test_a_context_longer_than_the_corpus(tmp_path):
 
 @pytest.fixture
 def made(tmp_path):
-    """A run of two steps and the flags that go on with it."""
+    """A run of two steps; the flags that resume it."""
     config = tiny_config(
         write_tokens(tmp_path), tmp_path / "run", model__n_layers=1, model__d_model=16, model__n_heads=2, model__n_kv_heads=0,
         model__dropout=0.0, train__steps=2, train__global_batch=4, train__warmup_steps=20, run__eval_every=0,
@@ -143,31 +133,31 @@ def made(tmp_path):
     return "--data.path", tmp_path / "tokens", "--run.dir", tmp_path / "run"
 
 
-def test_a_run_of_other_settings(made, tmp_path):
-    message = refused(*made, "--train.lr", 0.01)
+def test_train_resume_with_other_settings_is_refused(made, tmp_path):
+    message = error_of(*made, "--train.lr", 0.01)
     assert str(tmp_path / "run") in message
     assert "train.lr: was 0.003, now 0.01" in message
     assert "--checkpoint.allow-change train.lr" in message
 
 
-def test_a_checkpoint_of_another_shape(made, tmp_path):
+def test_train_checkpoint_of_another_shape_is_refused(made, tmp_path):
     start = tmp_path / "run" / "checkpoints" / "step-00000002"
     flags = ("--model.d-model", 32, "--checkpoint.allow-change", "model.d-model", "model.d-ff", "model.head-width")
-    message = refused(*made[:3], tmp_path / "other", "--checkpoint.resume", start, *flags)
+    message = error_of(*made[:3], tmp_path / "other", "--checkpoint.resume", start, *flags)
     assert str(start / "model.safetensors") in message
     assert "this model needs" in message
 
 
-def test_a_damaged_checkpoint(made, tmp_path):
+def test_train_damaged_checkpoint_is_refused(made, tmp_path):
     file = tmp_path / "run" / "checkpoints" / "step-00000002" / "trainer.json"
     file.write_text(json.dumps({"step": 2}))
-    message = refused(*made, code=DATA)
+    message = error_of(*made, code=DATA)
     assert f"no checkpoint in {tmp_path / 'run'} is whole" in message
     assert str(file) in message
 
 
-def test_the_same_flags_work_when_nothing_is_wrong(made):
-    """So that each refusal above is for the reason it names."""
+def test_train_same_flags_work_when_nothing_is_wrong(made):
+    """Each refusal above is therefore for the reason that it names."""
     done = mpirun(0, "-m", "mpilm.train", *SMALL, *made, "--train.steps", 3, limit_s=LIMIT_S)
     assert done.returncode == 0, done.stderr
     assert "from step 2" in done.stdout

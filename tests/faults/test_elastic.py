@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from training_jobs import read_outcome, run_serially, slow_case, start_job, train_arguments
 
-from mpilm.checkpoint.format import checkpoints
+from mpilm.checkpoint.format import list_checkpoints
 from mpilm.telemetry.metrics import read_metrics
 
 STEPS = 60
@@ -127,7 +127,7 @@ def test_what_nobody_else_holds_ends_the_job_in_good_order(tmp_path, data, uncut
     assert output.count("mpilm: error") == 1
     assert "the same command goes on from the newest checkpoint" in output
     assert "end" not in [row.get("event") for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000025"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000025"]
     with start_job(2, words(data, tmp_path / "run", "--fault.elastic", "false"), tmp_path) as job:
         assert job.wait() == 0, job.output
     assert read_outcome(tmp_path / "run")[:2] == uncut[:2]

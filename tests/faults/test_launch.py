@@ -135,7 +135,7 @@ def test_help_and_wrong_flags_are_printed_once(tmp_path: Path, leave: str, code:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_help_on_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
     prepare = f"""
-        from mpilm.launch.run import RANK_VARIABLES
+        from mpilm.errors import RANK_VARIABLES
         import os
         if next(os.environ[name] for name in RANK_VARIABLES if name in os.environ) == "{rank}":
             raise SystemExit("usage: train [-h]\\n", 0)

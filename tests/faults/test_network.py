@@ -43,11 +43,11 @@ def test_a_slow_network_that_loses_packets_changes_nothing_but_the_time(tmp_path
 
 
 def test_nodes_add_at_home_and_then_across_to_the_same_bits(tmp_path, data):
-    words = ("--train.steps", 6, "--parallel.reduce", "shared")
+    words = ("--train.steps", 6, "--parallel.reduce", "shared-memory")
     (tmp_path / "serial").mkdir()
     wanted = run_serially(train_arguments(data, tmp_path / "serial" / "run", *words), tmp_path / "serial")
     sent = {}
-    for way in ("shared", "sent"):
+    for way in ("shared-memory", "messages"):
         folder = tmp_path / way
         folder.mkdir()
         two_each = [str(ROOT / "scripts" / "hosts-here"), "--slots", "2"]
@@ -55,12 +55,12 @@ def test_nodes_add_at_home_and_then_across_to_the_same_bits(tmp_path, data):
             4, train_arguments(data, folder / "run", *words, "--parallel.reduce", way), folder, within=two_each
         ) as job:
             assert job.wait(120) == 0, job.output
-            assert ("gradients are added in memory that the ranks of a node share" in job.output) == (way == "shared"), (
+            assert ("gradients are added in memory that the ranks of a node share" in job.output) == (way == "shared-memory"), (
                 job.output
             )
             sent[way] = int(re.search(r"packets, ([\d,]+) bytes carried", job.output).group(1).replace(",", ""))
         assert read_outcome(folder / "run") == wanted
-    assert sent["shared"] < sent["sent"]
+    assert sent["shared-memory"] < sent["messages"]
 
 
 @pytest.mark.slow

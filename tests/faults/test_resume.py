@@ -10,7 +10,7 @@ import pytest
 from helpers import OPEN_MPI, mpirun
 from training_jobs import ROOT, read_outcome, run_serially, start_job, train_arguments
 
-from mpilm.checkpoint.format import checkpoints
+from mpilm.checkpoint.format import list_checkpoints
 from mpilm.telemetry.metrics import read_metrics
 
 STEPS = 120
@@ -31,9 +31,9 @@ def uninterrupted(tmp_path_factory, data):
 def test_killed_on_two_ranks_and_gone_on_with_on_three(tmp_path, data, uninterrupted):
     run, after_s = tmp_path / "run", random.random() * 0.5
     with start_job(2, words(data, run), tmp_path) as job:
-        job.wait_for(lambda: checkpoints(run / "checkpoints"))
+        job.wait_for(lambda: list_checkpoints(run / "checkpoints"))
         time.sleep(after_s)
-    left = checkpoints(run / "checkpoints")
+    left = list_checkpoints(run / "checkpoints")
     assert left
     assert left[-1].name < f"step-{STEPS:08d}", f"it was done {after_s:.3f} s after the first checkpoint"
     done = mpirun(3, *words(data, run))

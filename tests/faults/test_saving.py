@@ -8,8 +8,8 @@ import subprocess
 import pytest
 from training_jobs import read_outcome, run_serially, slow_case, start_job, train_arguments
 
-from mpilm.checkpoint.format import checkpoints
-from mpilm.checkpoint.verify import newest_valid, verify
+from mpilm.checkpoint.format import list_checkpoints
+from mpilm.checkpoint.verify import find_newest_valid, verify_checkpoint
 from mpilm.errors import DataError, FileError
 
 STEPS = 40
@@ -52,7 +52,7 @@ def test_killed_on_the_way(tmp_path, data, uninterrupted, point, rank, ways):
         assert job.wait(40) != 0
         assert f"fault: kill at checkpoint.{point}" in job.output
         said = acknowledged(job.output)
-    found, broken = newest_valid(run / "checkpoints")
+    found, broken = find_newest_valid(run / "checkpoints")
     assert not broken
     assert found is None or found.name >= f"step-{said}"
     assert found is not None or not said
@@ -69,9 +69,9 @@ def test_a_disk_that_is_full_on_one_rank(tmp_path, data, uninterrupted):
     with start_job(2, words(data, run), tmp_path, MPILM_FAULT=fault) as job:
         assert job.wait(40) == 74, job.output
     assert job.output.count("mpilm: error") == 1
-    assert "could not be written: No space left on device; the older ones are as they were (on rank 1)" in job.output
-    assert checkpoints(run / "checkpoints")
-    assert newest_valid(run / "checkpoints")[1] == {}
+    assert "could not be written: No space left on device; older checkpoints are unchanged (on rank 1)" in job.output
+    assert list_checkpoints(run / "checkpoints")
+    assert find_newest_valid(run / "checkpoints")[1] == {}
     with start_job(2, words(data, run), tmp_path) as job:
         assert job.wait() == 0, job.output
     assert read_outcome(run)[1] == uninterrupted[1]
@@ -95,8 +95,8 @@ def test_a_disk_that_fails(tmp_path, data, error):
         assert job.wait(40) == 74, job.output
     assert job.output.count("fault: ") == 1
     assert job.output.count("mpilm: error") == 1
-    assert f"could not be written: {ERRORS[error]}; the older ones are as they were" in job.output
-    assert newest_valid(run / "checkpoints")[0] is not None
+    assert f"could not be written: {ERRORS[error]}; older checkpoints are unchanged" in job.output
+    assert find_newest_valid(run / "checkpoints")[0] is not None
 
 
 def test_a_folder_that_goes_away(tmp_path, data):
@@ -107,8 +107,8 @@ def test_a_folder_that_goes_away(tmp_path, data):
         (run / "checkpoints").rename(tmp_path / "moved")
         assert job.wait(40) == 74, job.output
     assert job.output.count("mpilm: error") == 1
-    assert "could not be written: not all ranks see its folder; the older ones are as they were" in job.output
-    assert newest_valid(tmp_path / "moved")[0] is not None
+    assert "could not be written: not all ranks see its folder; older checkpoints are unchanged" in job.output
+    assert find_newest_valid(tmp_path / "moved")[0] is not None
 
 
 def test_a_disk_that_is_too_small(tmp_path, data):
@@ -121,7 +121,7 @@ def test_a_disk_that_is_too_small(tmp_path, data):
         with start_job(2, words(data, small / "run"), tmp_path) as job:
             assert job.wait(40) == 74, job.output
         assert "needs 0." in job.output
-        assert "MiB are free there; the older ones are as they were" in job.output
+        assert "MiB are free there; older checkpoints are unchanged" in job.output
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 
@@ -131,7 +131,7 @@ def saved(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("saved")
     with start_job(2, words(data, folder / "run", "--train.steps", 4), folder) as job:
         assert job.wait() == 0, job.output
-    return checkpoints(folder / "run" / "checkpoints")[-1]
+    return list_checkpoints(folder / "run" / "checkpoints")[-1]
 
 
 def test_every_flipped_bit_and_every_cut_is_found(tmp_path, saved):
@@ -148,12 +148,12 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path, saved):
             changed[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(changed)
         with pytest.raises((DataError, FileError)) as caught:
-            verify(copy)
+            verify_checkpoint(copy)
         name = path.name
         assert name in str(caught.value) or (name == "manifest.json" and "checkpoint file" in str(caught.value))
         path.write_bytes(content)
         found += 1
-    verify(copy)
+    verify_checkpoint(copy)
     assert found == FLIPS
 
 
@@ -168,4 +168,4 @@ def test_parts_that_are_not_its_own(tmp_path, saved, change):
     if change == "a folder":
         part.mkdir()
     with pytest.raises((DataError, FileError), match=r"trainer\.json"):
-        verify(copy)
+        verify_checkpoint(copy)

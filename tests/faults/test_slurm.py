@@ -12,8 +12,8 @@ import pytest
 from helpers import LAUNCHER, OPEN_MPI
 from training_jobs import ROOT, SMALL, logged_step, read_outcome, run_serially, train_arguments
 
-from mpilm.checkpoint.format import checkpoints
-from mpilm.checkpoint.verify import verify
+from mpilm.checkpoint.format import list_checkpoints
+from mpilm.checkpoint.verify import verify_checkpoint
 
 HERE = ROOT / "scripts" / "slurm-here"
 STEPS = 1500
@@ -136,7 +136,7 @@ def test_a_job_that_is_preempted_and_warned_becomes_the_whole_run(cluster, tmp_p
     assert "as SIGUSR1 asked; saved" in cluster.log(job)
     state = cluster.ended(job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), cluster.log(job)
-    assert cluster.log(job).count("all answers were right") == 1  # the doctor, on the first start only
+    assert cluster.log(job).count("all checks passed") == 1  # the doctor, on the first start only
     assert "4 ranks" in cluster.log(job)
     assert not stale.exists()
     assert read_outcome(run)[:2] == uncut[:2]
@@ -171,8 +171,8 @@ def test_a_job_that_is_cancelled_saves_and_stays_away(cluster, tmp_path, data):
     cluster.ask("scancel", job)
     state = cluster.ended(job)
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), cluster.log(job)
-    (saved,) = checkpoints(run / "checkpoints")
-    verify(saved)
+    (saved,) = list_checkpoints(run / "checkpoints")
+    verify_checkpoint(saved)
     assert "goes back" not in cluster.log(job)
 
 

@@ -7,8 +7,8 @@ import time
 import pytest
 from training_jobs import logged_step, read_outcome, run_serially, start_job, train_arguments
 
-from mpilm.checkpoint.format import checkpoints
-from mpilm.checkpoint.verify import verify
+from mpilm.checkpoint.format import list_checkpoints
+from mpilm.checkpoint.verify import verify_checkpoint
 
 STEPS = 300
 ENDED = 75
@@ -40,8 +40,8 @@ def test_it_stops_and_goes_on(tmp_path, data, uninterrupted, way):
         job.wait_for(lambda: logged_step(run) >= 20)
         WAYS[way](job, run)
         assert job.wait(20) == ENDED, job.output
-    (saved,) = checkpoints(run / "checkpoints")
-    verify(saved)
+    (saved,) = list_checkpoints(run / "checkpoints")
+    verify_checkpoint(saved)
     step = int(saved.name.split("-")[1])
     assert 20 <= step < STEPS
     assert logged_step(run) == step
@@ -64,7 +64,7 @@ def test_one_rank_without_a_launcher(tmp_path, data):
         job.wait_for(lambda: logged_step(run) >= 5)
         job.process.terminate()
         assert job.wait(20) == ENDED, job.output
-    assert len(checkpoints(run / "checkpoints")) == 1
+    assert len(list_checkpoints(run / "checkpoints")) == 1
 
 
 def test_slices_of_time_make_the_whole_run(tmp_path, data, uninterrupted):
@@ -95,17 +95,17 @@ def test_no_step_is_started_that_cannot_be_finished(tmp_path, data):
         assert time.monotonic() - began < 5 + 2  # the limit began before step 1; what the processes need to go
     assert "as run.time-limit asked; saved" in job.output
     assert 2 <= logged_step(run) <= 7
-    assert len(checkpoints(run / "checkpoints")) == 1
+    assert len(list_checkpoints(run / "checkpoints")) == 1
 
 
 def test_sigterm_to_the_launcher_leaves_the_older_checkpoint(tmp_path, data, uninterrupted):
     """It gives the ranks no time under mpirun; README says which signal does."""
     run = tmp_path / "run"
     with start_job(2, words(data, run, "--checkpoint.every", 20), tmp_path) as job:
-        job.wait_for(lambda: checkpoints(run / "checkpoints"))
+        job.wait_for(lambda: list_checkpoints(run / "checkpoints"))
         os.kill(job.process.pid, signal.SIGTERM)
         assert job.wait(20) != 0
-    verify(checkpoints(run / "checkpoints")[-1])
+    verify_checkpoint(list_checkpoints(run / "checkpoints")[-1])
     with start_job(2, words(data, run, "--checkpoint.every", 20), tmp_path) as job:
         assert job.wait() == 0, job.output
     assert read_outcome(run)[1] == uninterrupted[1]

@@ -11,7 +11,7 @@ from runs import small_config
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config import replaced
+from mpilm.config.schema import override
 from mpilm.engine.hardware import Hardware
 from mpilm.parallel.flat_layout import ParamSlice
 from mpilm.verification import layouts as prove
@@ -51,7 +51,7 @@ def test_compiled_blocks_have_the_same_bits_in_every_layout():
     done, verdicts = verify(2, "--train.compile", "true", "--model.dropout", 0, limit_s=110)
     refused = verdicts.pop(("1", "2", "zero-bubble", "0"))
     assert refused.startswith(
-        "not run: --parallel.schedule zero-bubble takes apart what --train.compile true makes one piece of"
+        "not run: --parallel.schedule zero-bubble runs parts of a block separately, which cannot be compiled"
     )
     assert verdicts == dict.fromkeys((place for place in ON_TWO if place[2] != "zero-bubble"), "equal bits"), done.stdout
     assert (done.returncode, done.stderr) == (0, "")
@@ -63,7 +63,7 @@ def test_compiled_blocks_have_the_same_bits_in_every_layout():
 )
 def test_compiled_steps_are_those_that_are_not(arch):
     plain = small_config(model__arch=arch, model__dropout=0.0)
-    compiled = replaced(plain, train__compile=True)
+    compiled = override(plain, train__compile=True)
     cpu = Hardware(torch.device("cpu"), 1, False)
     row = prove._compare(*(prove.run_layout(config, SelfComm(), cpu, False) for config in (compiled, plain)), SelfComm())
     assert max(row.loss, row.gradient, row.weight) < prove.CUDA_TOLERANCE  # as where other kernels add in another order
@@ -89,7 +89,7 @@ def test_one_changed_bit_is_noticed_on_every_layout():
 def test_without_a_launcher_it_is_one_rank_and_says_why_a_layout_is_not_run():
     done, verdicts = verify(0, "--model.n-layers", 1)
     reason = verdicts.pop(("1", "1", "interleaved", "0"))
-    assert re.match("not run: --parallel.pipeline 1 with 2 stages a rank makes 2 stages, and --model.n-layers is 1", reason)
+    assert re.match("not run: --parallel.pipeline 1 with 2 stages per rank makes 2 stages, and --model.n-layers is 1", reason)
     assert verdicts == {("1", "1", schedule, "0"): "equal bits" for schedule in ("1f1b", "gpipe", "zero-bubble")}, done.stdout
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -125,7 +125,7 @@ def test_nan_is_no_difference_that_a_gpu_may_have(monkeypatch):
         (
             "verify",
             ("--model.d-model", 15),
-            "--model.d-model 15 is not divisible by --model.n-heads 2; the nearest that is: 16",
+            "--model.d-model 15 is not divisible by --model.n-heads 2; the nearest value that works: 16",
         ),
     ],
 )

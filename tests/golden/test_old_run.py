@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpilm.checkpoint.format import checkpoints
-from mpilm.comm.threads import run_ranks
-from mpilm.config import Config, replaced
+from mpilm.checkpoint.format import list_checkpoints
+from mpilm.config.parse import merge_settings, read_toml
+from mpilm.config.schema import Config, override
 from mpilm.engine.hardware import processor_name
-from mpilm.settings import merge, read_toml
 from mpilm.telemetry.metrics import read_metrics
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 
 OLD = Path(__file__).with_name("run-0.1")
@@ -34,14 +34,14 @@ OLD = Path(__file__).with_name("run-0.1")
 def test_old_run_resumes_to_the_same_bits(tmp_path, ranks, changes):
     run = tmp_path / "run"
     shutil.copytree(OLD, run, ignore=shutil.ignore_patterns("corpus.txt", "expected.json"))
-    old = merge(Config(), read_toml(run / "config.toml"), "config.toml")
-    config = replaced(old, data__path=(str(OLD / "corpus.txt"),), run__dir=str(run), train__device="cpu", **changes)
+    old = merge_settings(Config(), read_toml(run / "config.toml"), "config.toml")
+    config = override(old, data__path=(str(OLD / "corpus.txt"),), run__dir=str(run), train__device="cpu", **changes)
     run_ranks(ranks, lambda comm: loop.train(config, comm))
 
     expected = json.loads((OLD / "expected.json").read_text())
     rows = read_metrics(run / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
-    newest = checkpoints(run / "checkpoints")[-1]
+    newest = list_checkpoints(run / "checkpoints")[-1]
     assert newest.name == "step-00000008"
     assert losses == pytest.approx(expected["losses"], rel=1e-4)
     if (expected["torch"], expected["processor"]) == (torch.__version__, processor_name()):

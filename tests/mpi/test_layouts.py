@@ -8,7 +8,7 @@ from runs import assemble, layout, serial_config, small_config, train_steps
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config import Config
+from mpilm.config.schema import Config
 from mpilm.launch.run import launcher_world_size
 from mpilm.parallel.pipeline.schedules import SCHEDULES
 from mpilm.verification.layouts import list_layouts, verify_layouts

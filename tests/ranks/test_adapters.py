@@ -8,7 +8,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from checkpoints import write_published
+from checkpoints import write_hf_model
 from runs import (
     FAMILIES,
     differing,
@@ -25,19 +25,19 @@ from safetensors.torch import load_file, save_file
 from text import tiny_config, write_tokens
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from mpilm.checkpoint.pretrained import base_of, shape_of, tokenizer_folder
+from mpilm.checkpoint.pretrained import find_base_model, find_tokenizer_folder, read_pretrained_config
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
-from mpilm.config import Config, resolve
+from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
+from mpilm.config.schema import Config, resolve_config
 from mpilm.engine.step import train_step
 from mpilm.errors import ConfigError, FileError
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.schedule import learning_rate
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
-from mpilm.usage import Compute, Folder, Stages, used
 
 WHERE = {"llama": (), "gpt2": ("o",), "qwen2": ("q", "v"), "qwen3": (), "mixtral": (), "bert": ("down", "q")}
 PEFT_WORDS = {
@@ -63,7 +63,7 @@ def bases(tmp_path_factory):
         for parameter in model.parameters():
             parameter.data.normal_(0.0, 0.1)
         found[family] = tmp_path_factory.mktemp("bases") / family
-        write_published(found[family], model, shape, 300)
+        write_hf_model(found[family], model, shape, 300)
     return found
 
 
@@ -72,7 +72,7 @@ def job(data, folder, base, **changes):
     asked = {"model__lora_rank": 4, "model__lora_alpha": 6.0, "train__steps": 4, "checkpoint__every": 2, "run__eval_every": 2}
     config = tiny_config(data, folder, **asked | changes)
     ours = {key: getattr(config.model, key) for key in ("lora_rank", "lora_alpha", "lora_targets", "router_loss")}
-    return replace(config, model=replace(shape_of(base), **ours, init_from=str(base)))
+    return replace(config, model=replace(read_pretrained_config(base), **ours, init_from=str(base)))
 
 
 def theirs(base, family):
@@ -82,7 +82,7 @@ def theirs(base, family):
 
 def logits(folder, tokens, base=""):
     """What our model in a folder makes of tokens, without a training run."""
-    config = config_from_folder(used(Folder(str(folder), base), Stages(), Compute()))
+    config = config_from_folder(to_config(ModelFolder(str(folder), base), InferenceParallel(), InferenceCompute()))
     model = load_model(config, SelfComm()).model.stages[0].model
     with torch.no_grad():
         return model(tokens, SequenceInfo(torch.arange(tokens.shape[1])))
@@ -207,7 +207,7 @@ def test_the_model_is_left_as_it_was_and_the_adapter_is_small(tmp_path, data, ba
         "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "trainer.json", "manifest.json",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    assert base_of(checkpoint) == bases["llama"].resolve()
+    assert find_base_model(checkpoint) == bases["llama"].resolve()
 
 
 def test_an_adapter_is_trained_further(tmp_path, data, bases, tokens):
@@ -215,10 +215,10 @@ def test_an_adapter_is_trained_further(tmp_path, data, bases, tokens):
     run_ranks(1, lambda comm: train(job(data, tmp_path / "one", bases["llama"], train__lr=0.05), comm))
     checkpoint = tmp_path / "one" / "checkpoints" / "step-00000004"
     other = job(data, tmp_path / "two", checkpoint, train__steps=1, train__lr=0.0, train__min_lr=0.0)
-    assert shape_of(checkpoint).lora_rank == 4
+    assert read_pretrained_config(checkpoint).lora_rank == 4
     run_ranks(3, lambda comm: train(other, comm))
     later = tmp_path / "two" / "checkpoints" / "step-00000001"
-    assert base_of(later) == bases["llama"].resolve()
+    assert find_base_model(later) == bases["llama"].resolve()
     assert torch.equal(logits(later, tokens), logits(checkpoint, tokens))
 
 
@@ -261,15 +261,15 @@ def changed(adapter, **config):
 )
 def test_adapters_of_other_kinds(adapter, config, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        shape_of(changed(adapter, **config))
+        read_pretrained_config(changed(adapter, **config))
     assert str(adapter / "adapter_config.json") in str(caught.value)
 
 
 def test_an_adapter_whose_model_is_elsewhere(adapter, bases, tokens, tmp_path):
     expected = logits(adapter, tokens)
     changed(adapter, base_model_name_or_path="no/model")
-    with pytest.raises(FileError, match=r"holds an adapter to 'no/model', no folder of a model here; say with --model.base"):
-        shape_of(adapter)
+    with pytest.raises(FileError, match=r"holds an adapter to 'no/model', which is not a model folder here; set --model.base"):
+        read_pretrained_config(adapter)
     assert torch.equal(logits(adapter, tokens, base=str(bases["llama"])), expected)
     shutil.copytree(bases["llama"], tmp_path / "beside")
     changed(adapter, base_model_name_or_path="../beside")  # as seen from the adapter
@@ -277,24 +277,22 @@ def test_an_adapter_whose_model_is_elsewhere(adapter, bases, tokens, tmp_path):
 
 
 def test_an_adapter_without_a_tokenizer_has_its_models(adapter, bases):
-    assert tokenizer_folder(adapter) == str(bases["llama"])
+    assert find_tokenizer_folder(adapter) == str(bases["llama"])
     (adapter / "tokenizer.json").touch()
-    assert tokenizer_folder(adapter) == str(adapter)
+    assert find_tokenizer_folder(adapter) == str(adapter)
 
 
 def test_targets_in_any_order_are_the_same():
     every = tiny_config("", "", model__lora_rank=2, model__lora_targets=("down", "v", "q", "k", "o", "gate", "up", "q")).model
-    assert resolve(Config(model=every)).model.lora_targets == ()
+    assert resolve_config(Config(model=every)).model.lora_targets == ()
     some = replace(every, lora_targets=("v", "q", "v"))
-    assert resolve(Config(model=some)).model.lora_targets == ("q", "v")
+    assert resolve_config(Config(model=some)).model.lora_targets == ("q", "v")
 
 
 def test_tensors_that_no_adapter_here_has(adapter, tokens):
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 32)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(
-        CollectiveError, match=re.escape("the adapter that llama may have, base_model.model.lm_head.lora_A.weight")
-    ):
+    with pytest.raises(CollectiveError, match=re.escape("an adapter of a llama model, base_model.model.lm_head.lora_A.weight")):
         logits(adapter, tokens)
 
 

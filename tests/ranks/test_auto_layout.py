@@ -6,9 +6,9 @@ import pytest
 import torch
 from runs import layout, small_config
 
-from mpilm.comm.threads import run_ranks
 from mpilm.mesh.mesh import Mesh
-from mpilm.parallel.feasible import mesh_shape
+from mpilm.parallel.layout_check import resolve_mesh_shape
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import auto_layout
 
 CPU = torch.device("cpu")
@@ -17,7 +17,9 @@ BLOCK_S = (0.0, 1.0, 0.0)  # embedding, block, head: only blocks take time
 
 
 def partition_on_threads(size, config):
-    return run_ranks(size, lambda comm: auto_layout.partition_model(config, Mesh.build(mesh_shape(config, size), comm), V, CPU))
+    return run_ranks(
+        size, lambda comm: auto_layout.partition_model(config, Mesh.build(resolve_mesh_shape(config, size), comm), V, CPU)
+    )
 
 
 def measured_partition(size, seconds, **changes):

@@ -9,8 +9,8 @@ from contract import CONTRACT, MISMATCHES, check_odd_rank_is_named, check_unequa
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.threads import PeerFailedError, run_ranks
 from mpilm.errors import RanksDisagreeError
+from mpilm.testing.threads import PeerFailedError, run_ranks
 
 SIZES = (1, 2, 3, 4, 8)
 

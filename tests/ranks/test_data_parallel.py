@@ -11,9 +11,9 @@ from torch import nn
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
 from mpilm.data_parallel import DataParallel
 from mpilm.errors import ConfigError
+from mpilm.testing.threads import run_ranks
 
 COUNT = 7
 ALONE = SelfComm("world")

@@ -16,14 +16,14 @@ from runs import (
 )
 from text import tiny_config, write_tokens
 
-from mpilm.checkpoint.format import checkpoints, step_of
+from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
-from mpilm.config import mathematics, microbatches, replaced, resolve
+from mpilm.config.schema import microbatch_count, override, resolve_config, result_settings
 from mpilm.engine.step import train_step
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import ParamLayout
 from mpilm.parallel.reduce.diloco import OUTER_BETA, OUTER_LR, OUTER_MOMENTUM, DiLoCo
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.verification.layouts import RandomTokens
 
@@ -84,18 +84,18 @@ def test_replica_between_synchronizations_is_a_run_of_its_own(pipeline):
         def __init__(self, r, each):
             self.inner, self.first = RandomTokens(config), r * each
 
-        def train(self, step, m):
-            return self.inner.train(step, m + self.first)
+        def training_batch(self, step, m):
+            return self.inner.training_batch(step, m + self.first)
 
         def target_tokens(self, step):
             return self.inner.target_tokens(step) // 2
 
-    each = microbatches(config) // 2
-    alone = replaced(config, parallel__sync_every=0, parallel__pipeline=1, train__global_batch=each * config.train.micro_batch)
+    each = microbatch_count(config) // 2
+    alone = override(config, parallel__sync_every=0, parallel__pipeline=1, train__global_batch=each * config.train.micro_batch)
 
     def train_alone(r):
         def one(comm):
-            model = build_train_model(resolve(alone), comm)
+            model = build_train_model(resolve_config(alone), comm)
             for step in range(2):
                 train_step(model, Half(r, each), step)
             return {"value": model.owned_slices()}
@@ -155,14 +155,14 @@ def test_resumed_run_may_switch_to_local_sgd_and_back(tmp_path, data):
     settings = {"checkpoint__every": 2, "run__eval_every": 2, "checkpoint__allow_change": ("parallel.sync-every",)}
     for steps, sync_every in ((2, 0), (4, 2), (6, 0)):
         train_to_end(tiny_config(data, tmp_path / "run", train__steps=steps, parallel__sync_every=sync_every, **settings), 2)
-    (newest,) = checkpoints(tmp_path / "run" / "checkpoints")[-1:]
-    assert step_of(newest) == 6
+    (newest,) = list_checkpoints(tmp_path / "run" / "checkpoints")[-1:]
+    assert checkpoint_step(newest) == 6
 
 
-@pytest.mark.parametrize("key", ["parallel__compress", "parallel__sync_every"])
+@pytest.mark.parametrize("key", ["parallel__powersgd_rank", "parallel__sync_every"])
 def test_resume_with_another_way_to_reduce_is_refused(tmp_path, data, key):
-    assert mathematics(small_config()) != mathematics(small_config(**QUIET, **{key: 4}))
-    assert mathematics(small_config()) == mathematics(small_config(parallel__wire_dtype="bfloat16", parallel__zero=1))
+    assert result_settings(small_config()) != result_settings(small_config(**QUIET, **{key: 4}))
+    assert result_settings(small_config()) == result_settings(small_config(parallel__wire_dtype="bfloat16", parallel__zero=1))
     train_to_end(tiny_config(data, tmp_path / "run", train__steps=1), 1)
     changed = tiny_config(data, tmp_path / "run", train__steps=4, **QUIET, **{key: 4})
     with pytest.raises(CollectiveError, match=key.replace("__", ".")):
@@ -175,10 +175,10 @@ class InfiniteWeight:
     def __init__(self, config, model, bad_step):
         self.inner, self.model, self.bad_step = RandomTokens(config), model, bad_step
 
-    def train(self, step, m):
+    def training_batch(self, step, m):
         for flat in self.model.flats.values():
             flat.values.tensor[-1] = float("inf") if step == self.bad_step else 1.0
-        return self.inner.train(step, m)
+        return self.inner.training_batch(step, m)
 
     def target_tokens(self, step):
         return self.inner.target_tokens(step)
@@ -189,7 +189,7 @@ class InfiniteWeight:
     [
         (2, {"parallel__wire_dtype": "bfloat16", "parallel__reduce": "sent"}),
         (2, {"parallel__wire_dtype": "bfloat16", "parallel__zero": 2}),
-        (3, {"parallel__compress": 2}),
+        (3, {"parallel__powersgd_rank": 2}),
     ],
 )
 def test_skipped_step_leaves_no_bad_residuals(size, changes):
@@ -231,8 +231,8 @@ def test_run_stopped_between_synchronizations_synchronizes_first(tmp_path, data)
         pytest.raises(CollectiveError, match="stopped after step"),
     ):
         run_ranks(2, lambda comm: loop.train(config, comm))
-    (folder,) = checkpoints(tmp_path / "run" / "checkpoints")
-    assert step_of(folder) < 25
+    (folder,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoint_step(folder) < 25
 
 
 def test_checkpoint_takes_inner_moments_from_one_replica():

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_published
+from checkpoints import write_hf_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import FAMILIES, full_model, small_config
@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
-from mpilm.config import Data
-from mpilm.data.prepare import prepare
+from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
+from mpilm.config.schema import DataConfig
+from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.inference.evaluate import EvaluateOptions, cut_windows, evaluate_model, group_windows
 from mpilm.model.init import initial_value
 from mpilm.telemetry.metrics import read_metrics
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
-from mpilm.usage import Compute, Folder, Stages, used
 
 T = 16
 OPTIONS = EvaluateOptions(documents=False, held_out=False, context_length=0, run_dir="auto")
@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
             mean = 1.0 if name.endswith("norm.weight") else 0.0
             p.data.copy_(initial_value(2, name, tuple(p.shape), 0.1) + mean)
         made[family] = tmp_path_factory.mktemp(family)
-        write_published(made[family], model, shape, tokenizer.vocab_size)
+        write_hf_model(made[family], model, shape, tokenizer.vocab_size)
         (made[family] / "tokenizer.json").write_text(tokenizer.json)
     return made
 
@@ -61,7 +61,12 @@ def evaluate_on_threads(folder, path, out, size=1, pipeline=1, micro_batch=3, **
     """Return evaluation.json of a model folder and a text."""
 
     def body(comm):
-        config = used(Folder(str(folder)), Stages(pipeline), Compute(device="cpu", threads=1), data=Data(path=(str(path),)))
+        config = to_config(
+            ModelFolder(str(folder)),
+            InferenceParallel(pipeline),
+            InferenceCompute(device="cpu", threads=1),
+            data=DataConfig(path=(str(path),)),
+        )
         config = replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=micro_batch))
         evaluate_model(config, replace(OPTIONS, run_dir=str(out), **options), comm)
 
@@ -181,7 +186,7 @@ def test_bert_without_a_mask_token_is_refused(folders, tmp_path):
 
 
 def test_tokens_of_another_tokenizer_are_refused(folders, tmp_path):
-    prepare(Data(path=(str(write_text(tmp_path)),), tokenizer="bpe:257"), tmp_path / "tokens", SelfComm("world"))
+    prepare_tokens(DataConfig(path=(str(write_text(tmp_path)),), tokenizer="bpe:257"), tmp_path / "tokens", SelfComm("world"))
     with pytest.raises(CollectiveError, match="was tokenized with another tokenizer than that of"):
         evaluate_on_threads(folders["llama"], tmp_path / "tokens", tmp_path / "out")
 
@@ -208,7 +213,11 @@ def test_held_out_text_of_a_run_has_its_last_validation_loss(tmp_path, family, p
 
     def body(comm):
         options = replace(OPTIONS, held_out=True)
-        evaluate_model(used(Folder(str(checkpoint)), Stages(), Compute(device="cpu", threads=1)), options, comm)
+        evaluate_model(
+            to_config(ModelFolder(str(checkpoint)), InferenceParallel(), InferenceCompute(device="cpu", threads=1)),
+            options,
+            comm,
+        )
 
     run_ranks(2, body)
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())

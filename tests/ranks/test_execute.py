@@ -11,7 +11,6 @@ from runs import assemble, differing, layout, serial_config, small_config, train
 
 from mpilm.comm.base import Request, SelfComm, unpack_into
 from mpilm.comm.progress import Progress
-from mpilm.comm.threads import PeerFailedError, ThreadComm, run_ranks
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
 from mpilm.ops.tree import block_of_rank
@@ -19,6 +18,7 @@ from mpilm.parallel.pipeline.actions import Action, Message
 from mpilm.parallel.pipeline.execute import StageMessenger, execute
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only
+from mpilm.testing.threads import PeerFailedError, ThreadComm, run_ranks
 
 ALL_SCHEDULES = {**SCHEDULES, "forward only": forward_only}
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import write_published
+from checkpoints import write_hf_model
 from runs import FAMILIES, full_model, small_config
 from tokenizers import Tokenizer as Library
 from tokenizers import models
@@ -14,18 +14,18 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
-from mpilm.config import Generate
+from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
+from mpilm.config.schema import GenerateConfig
 from mpilm.inference.generate import GeneratedSequence, generate, generate_texts
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.init import initial_value
-from mpilm.usage import Compute, Folder, Stages, used
+from mpilm.testing.threads import run_ranks
 
 V = 97
 DECODERS = [family for family in FAMILIES if family != "bert"]
 PROMPTS = {0: [5], 1: [1, 2, 3], 2: list(range(40)), 3: [7, 7], 4: [9, 30, 2, 44], 5: [0] * 8}
-GREEDY = Generate(max_tokens=12, temperature=0.0)
-SAMPLED = Generate(max_tokens=12, temperature=1.0, seed=3)
+GREEDY = GenerateConfig(max_tokens=12, temperature=0.0)
+SAMPLED = GenerateConfig(max_tokens=12, temperature=1.0, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
             mean = 1.0 if name.endswith("norm.weight") else 0.0
             p.data.copy_(initial_value(2, name, tuple(p.shape), 0.3) + mean)
         made[family] = tmp_path_factory.mktemp(family)
-        write_published(made[family], model, shape, V)
+        write_hf_model(made[family], model, shape, V)
         (made[family] / "tokenizer.json").write_text("{}")  # named, but not read
     return made
 
@@ -48,7 +48,9 @@ def generate_on_threads(folder, size, settings, pipeline=1, prompts=PROMPTS, eos
     """Return the tokens after each prompt, on which all ranks of a pipeline agree."""
 
     def body(comm):
-        config = used(Folder(str(folder)), Stages(pipeline), Compute(device="cpu", threads=1), generate=settings)
+        config = to_config(
+            ModelFolder(str(folder)), InferenceParallel(pipeline), InferenceCompute(device="cpu", threads=1), generate=settings
+        )
         model = load_model(config_from_folder(config), comm).model
         own = {n: prompts[n] for n in list(prompts)[model.data.rank :: model.data.size]}
         return generate(model, own, settings, eos)
@@ -61,7 +63,7 @@ def generate_on_threads(folder, size, settings, pipeline=1, prompts=PROMPTS, eos
 
 
 @pytest.fixture(scope="module")
-def serial(folders):
+def serial_config(folders):
     """The sampled texts of each family on one rank."""
     return {family: generate_on_threads(folders[family], 1, SAMPLED) for family in DECODERS}
 
@@ -136,7 +138,7 @@ def test_text_depends_on_its_seed_and_number(folders):
 
 
 def test_each_text_is_reported_once_it_is_complete(folders):
-    config = used(Folder(str(folders["llama"])), Stages(1), Compute(device="cpu", threads=1))
+    config = to_config(ModelFolder(str(folders["llama"])), InferenceParallel(1), InferenceCompute(device="cpu", threads=1))
     model, done = load_model(config_from_folder(config), SelfComm("world")).model, []
     generate(model, PROMPTS, GREEDY, -1, done.append)
     assert sorted(done) == list(PROMPTS)
@@ -156,7 +158,9 @@ def test_chat_prompt_goes_through_the_template(folders, tmp_path, capsys):
     tokenizer.add_special_tokens(["<u>", "<a>", "</s>"])
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
     settings = replace(GREEDY, prompt="abc", chat=True)
-    config = used(Folder(str(folder)), Stages(), Compute(device="cpu", threads=1), generate=settings)
+    config = to_config(
+        ModelFolder(str(folder)), InferenceParallel(), InferenceCompute(device="cpu", threads=1), generate=settings
+    )
     with pytest.raises(CollectiveError, match="no chat template beside the tokenizer"):
         generate_texts(config, SelfComm("world"))
     template = "{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>"

@@ -17,8 +17,7 @@ from runs import (
     train_on_threads,
 )
 
-from mpilm.comm.threads import run_ranks
-from mpilm.config import Generate
+from mpilm.config.schema import GenerateConfig
 from mpilm.engine.step import train_step
 from mpilm.inference.generate import generate
 from mpilm.model.flops import parameter_count
@@ -27,7 +26,8 @@ from mpilm.parallel.flat_layout import ALIGNMENT, BUCKET
 from mpilm.parallel.layout import select_owned, select_stage
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import SCHEDULES, schedule
-from mpilm.parallel.pipeline.simulate import simulate
+from mpilm.planner.simulate import simulate
+from mpilm.testing.threads import run_ranks
 from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
 FACTORS = {
@@ -36,7 +36,7 @@ FACTORS = {
     "schedule": list(SCHEDULES),
     "chunks": [1, 2, 3],
     "zero": [0, 1, 2, 3],
-    "reduce": ["shared", "sent"],
+    "reduce": ["shared-memory", "messages"],
     "recompute": ["none", "attention", "block"],
     "optimizer": list(OPTIMIZERS),
     "family": list(FAMILIES),
@@ -153,7 +153,7 @@ def test_model_in_training_generates_the_same_tokens_on_all_ranks(size, settings
     def sample(comm, config):
         model = build_train_model(config, comm)
         train_step(model, RandomTokens(config), 0)
-        return generate(model, {0: [1, 2, 3]}, Generate(max_tokens=9, temperature=1.0), eos=-1)
+        return generate(model, {0: [1, 2, 3]}, GenerateConfig(max_tokens=9, temperature=1.0), eos=-1)
 
     config = small_config(**settings, model__tie_embeddings=tie, train__global_batch=4)
     (expected,) = run_ranks(1, lambda comm: sample(comm, serial_config(config)))
@@ -240,7 +240,7 @@ def test_zero_3_gathers_two_units_at_most_and_releases_them(size, settings, reco
         assert gathered_bytes(model) == 0
         train_step(model, RandomTokens(config), 0)
         eval_loss(model, 1)
-        generate(model, {0: [1, 2, 3]}, Generate(max_tokens=2), eos=-1)
+        generate(model, {0: [1, 2, 3]}, GenerateConfig(max_tokens=2), eos=-1)
         assert after_computation
         assert not any(after_computation)
         assert 0 < max(gathered) <= max(stage.parameters.memory_bytes for stage in model.stages.values())

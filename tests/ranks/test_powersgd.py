@@ -10,12 +10,12 @@ from text import tiny_config, write_tokens
 
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.threads import run_ranks
 from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.step import train_step
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.layout import ParamLayout
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import build, loop
 from mpilm.verification.layouts import RandomTokens
 
@@ -78,7 +78,7 @@ def test_compression_errors_are_sent_in_later_steps(size):
 
 def test_compressed_step_sends_fewer_bytes():
     def sent_bytes(comm, rank):
-        config = small_config(model__d_model=64, parallel__compress=rank, parallel__reduce="sent")
+        config = small_config(model__d_model=64, parallel__powersgd_rank=rank, parallel__reduce="sent")
         model = build_train_model(config, InstrumentedComm(comm))
         train_step(model, RandomTokens(config), 0)
         return sum(model.data.sent_bytes.values())
@@ -88,13 +88,13 @@ def test_compressed_step_sends_fewer_bytes():
 
 
 def test_rank_too_high_to_compress_sends_everything_uncompressed():
-    numbers, _ = train_on_threads(2, small_config(parallel__compress=500))
+    numbers, _ = train_on_threads(2, small_config(parallel__powersgd_rank=500))
     uncompressed, _ = train_on_threads(2, small_config(train__reproducible=False))
     assert numbers == pytest.approx(uncompressed, rel=1e-5)
 
 
 def test_ranks_with_unequal_threads_are_refused(tmp_path):
-    config = tiny_config(write_tokens(tmp_path), tmp_path / "run", parallel__compress=2)
+    config = tiny_config(write_tokens(tmp_path), tmp_path / "run", parallel__powersgd_rank=2)
 
     def detect_unequal(train, world):
         return replace(detect_hardware(train, world), threads=1 + world.rank)

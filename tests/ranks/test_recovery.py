@@ -14,21 +14,21 @@ import torch
 from runs import layout, read_tensor_files, train_to_end
 from text import tiny_config, write_tokens
 
-from mpilm.checkpoint.format import folder_name
-from mpilm.checkpoint.save import save
+from mpilm.checkpoint.format import checkpoint_name
+from mpilm.checkpoint.save import save_checkpoint
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
-from mpilm.config import replaced
+from mpilm.config.schema import override
 from mpilm.data.batch import Batches
 from mpilm.engine.step import train_step
 from mpilm.errors import NonFiniteError, RanksDisagreeError
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.telemetry.metrics import read_metrics
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
-from mpilm.trainer.saver import state_of
+from mpilm.trainer.save_state import collect_state
 
 BATCH = {"train__global_batch": 8, "run__eval_every": 0}  # 4 microbatches
 
@@ -91,12 +91,12 @@ def test_nonfinite_step_is_skipped_and_its_microbatch_named(
         assert row["step"] == 2
         assert "microbatch 3: gradient of blocks.1.attn_norm.weight)" in row["why"]
         assert "microbatch 3" in capsys.readouterr().out
-        assert json.loads((run / "checkpoints" / folder_name(4) / "trainer.json").read_text())["skipped"] == [2]
+        assert json.loads((run / "checkpoints" / checkpoint_name(4) / "trainer.json").read_text())["skipped"] == [2]
         names = sorted(path.name for path in (run / "checkpoints").iterdir())
-        assert names == [folder_name(step) for step in (1, 3, 4)]  # a skipped step is not saved: it changed nothing
+        assert names == [checkpoint_name(step) for step in (1, 3, 4)]  # a skipped step is not saved: it changed nothing
         for removed in ((3, 4), (4,)) if resumes else ():
             for step in removed:
-                shutil.rmtree(run / "checkpoints" / folder_name(step))
+                shutil.rmtree(run / "checkpoints" / checkpoint_name(step))
             assert train_to_end(tiny_config(data, run, **NONFINITE), 1) == skipped
 
 
@@ -151,8 +151,8 @@ def random_tokens_in(*steps):
         tokens = torch.randint(0, 256, batch.tokens.shape, generator=generator)
         return replace(batch, tokens=tokens, targets=tokens.roll(-1, 1)) if step in steps else batch
 
-    original = Batches.train
-    with mock.patch.object(Batches, "train", read):
+    original = Batches.training_batch
+    with mock.patch.object(Batches, "training_batch", read):
         yield
 
 
@@ -166,8 +166,8 @@ def train_by_hand(tmp_path_factory, data):
         run = build_run(tiny_config(data, folder / "run", **SPIKED), SelfComm())
         for step in TRAINED[on_spike]:
             train_step(run.model, run.batches, step)
-        save(folder, STEPS, state_of(run, STEPS, None), SelfComm())
-        return read_tensor_files(folder / folder_name(STEPS))
+        save_checkpoint(folder, STEPS, collect_state(run, STEPS, None), SelfComm())
+        return read_tensor_files(folder / checkpoint_name(STEPS))
 
     return train_steps
 
@@ -185,10 +185,10 @@ def test_spike_of_the_loss_is_skipped_or_rewound(tmp_path, data, train_by_hand, 
     with random_tokens_in(*SPIKES):
         found = train_to_end(config, size)
         output = capsys.readouterr().out
-        trainer = json.loads((checkpoints / folder_name(STEPS) / "trainer.json").read_text())
+        trainer = json.loads((checkpoints / checkpoint_name(STEPS) / "trainer.json").read_text())
         if resumes:
-            shutil.rmtree(checkpoints / folder_name(STEPS))
-            assert train_to_end(replaced(config, parallel__pipeline=1, parallel__zero=0), 1 if size > 1 else 3) == found
+            shutil.rmtree(checkpoints / checkpoint_name(STEPS))
+            assert train_to_end(override(config, parallel__pipeline=1, parallel__zero=0), 1 if size > 1 else 3) == found
         if resumes and on_spike == "rewind":  # from the checkpoint of 16, which knows of no spike
             for path in sorted(checkpoints.iterdir())[2:]:
                 shutil.rmtree(path)

@@ -9,7 +9,6 @@ from text import tiny_config
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.threads import run_ranks
 from mpilm.engine.pipelined import draw_values, resolve_model_layouts
 from mpilm.model.loss import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
@@ -21,6 +20,7 @@ from mpilm.parallel.reduce.rounds import RoundReducer
 from mpilm.parallel.reduce.shared_memory import detect_topology
 from mpilm.parallel.reduce.step import StepReducer
 from mpilm.parallel.tied import TiedParameters
+from mpilm.testing.threads import run_ranks
 
 V = 29
 METHODS = [
@@ -301,6 +301,8 @@ def test_fastest_method_is_the_same_on_all_ranks(zero, monkeypatch):
     found = run_ranks(4, lambda comm: build.fastest_method(comm, 5000, zero == 0, "float32"), ranks_per_node=2)
     assert all(theirs == found[0] for theirs in found)
     method, timings = found[0]
-    assert set(timings) == {"shared", "sent"}
+    assert set(timings) == {"shared-memory", "messages"}
     assert timings[method] == min(timings.values()) > 0
-    assert run_ranks(3, lambda comm: build.fastest_method(comm, 5000, True, "float32"), ranks_per_node=1) == [("sent", {})] * 3
+    assert (
+        run_ranks(3, lambda comm: build.fastest_method(comm, 5000, True, "float32"), ranks_per_node=1) == [("messages", {})] * 3
+    )

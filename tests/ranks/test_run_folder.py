@@ -7,14 +7,14 @@ import pytest
 from runs import layout
 from text import TINY, tiny_config, write_tokens
 
-from mpilm.checkpoint.format import folder_name
+from mpilm.checkpoint.format import checkpoint_name
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
-from mpilm.config import replaced, resolve
+from mpilm.config.parse import merge_settings, read_toml
+from mpilm.config.schema import override, resolve_config
 from mpilm.data.corpus import open_corpus
 from mpilm.errors import ConfigError, DataError, FileError
-from mpilm.settings import merge, read_toml
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
 from mpilm.trainer.run_folder import open_run_folder
 
@@ -36,7 +36,7 @@ def stored(tmp_path_factory):
 def run(stored, tmp_path):
     """A copy of that run, and its config."""
     shutil.copytree(stored.run.dir, tmp_path / "run")
-    return replaced(stored, run__dir=str(tmp_path / "run"))
+    return override(stored, run__dir=str(tmp_path / "run"))
 
 
 def open_and_release(config, content, environment, comm):
@@ -71,11 +71,11 @@ def refusal_of(config, kind=ConfigError, content=None):
 
 
 def test_new_run_folder_has_the_resolved_settings(tmp_path):
-    config = resolve(replaced(TINY, run__dir=str(tmp_path / "a" / "b")))
+    config = resolve_config(override(TINY, run__dir=str(tmp_path / "a" / "b")))
     found = open_and_release(config, CONTENT, ENVIRONMENT, SELF)
     assert (found.path, found.checkpoint, found.step, found.notes) == (tmp_path / "a" / "b", None, 0, ())
     written = tmp_path / "a" / "b" / "config.toml"
-    assert merge(TINY, read_toml(str(written)), str(written)) == config
+    assert merge_settings(TINY, read_toml(str(written)), str(written)) == config
     assert config.model.d_ff > 0
     assert (
         open_and_release(config, CONTENT, ENVIRONMENT, SELF) == found
@@ -84,13 +84,13 @@ def test_new_run_folder_has_the_resolved_settings(tmp_path):
 
 def test_run_resumes_from_the_newest_checkpoint(run):
     found = open_as_train(run)
-    assert (found.step, found.checkpoint) == (4, Path(run.run.dir) / "checkpoints" / folder_name(4))
+    assert (found.step, found.checkpoint) == (4, Path(run.run.dir) / "checkpoints" / checkpoint_name(4))
 
 
 def test_all_ranks_get_the_same_answer_and_the_same_refusal(run):
     found = run_ranks(3, lambda comm: open_and_release(run, corpus_content(run), ENVIRONMENT, comm))
     assert [f.step for f in found] == [4, 4, 4]
-    changed = replaced(run, train__seed=5)
+    changed = override(run, train__seed=5)
 
     def body(comm):
         with pytest.raises(CollectiveError, match=r"train\.seed: was 0, now 5"):
@@ -100,27 +100,27 @@ def test_all_ranks_get_the_same_answer_and_the_same_refusal(run):
 
 
 def test_changed_settings_are_refused_and_named(run):
-    message = refusal_of(replaced(run, train__lr=0.5, train__global_batch=32, model__dropout=0.2, run__log_every=9))
+    message = refusal_of(override(run, train__lr=0.5, train__global_batch=32, model__dropout=0.2, run__log_every=9))
     for row in ("train.lr: was 0.003, now 0.5", "train.global_batch: was 16, now 32", "model.dropout: was 0.1, now 0.2"):
         assert f"\n  {row}\n" in message
-    assert folder_name(4) in message
+    assert checkpoint_name(4) in message
     assert "log_every" not in message
 
 
 def test_changed_setting_can_be_allowed(run):
-    changed = replaced(run, train__lr=0.5, train__seed=3)
+    changed = override(run, train__lr=0.5, train__seed=3)
     assert "--checkpoint.allow-change train.seed train.lr" in refusal_of(changed).replace(
         "train.lr train.seed", "train.seed train.lr"
     )
-    assert "train.seed" in refusal_of(replaced(changed, checkpoint__allow_change=("train.lr",)))
-    assert open_as_train(replaced(changed, checkpoint__allow_change=("train.lr", "train.seed"))).step == 4
+    assert "train.seed" in refusal_of(override(changed, checkpoint__allow_change=("train.lr",)))
+    assert open_as_train(override(changed, checkpoint__allow_change=("train.lr", "train.seed"))).step == 4
 
 
 def test_settings_without_influence_on_the_result_may_change(run):
-    changed = replaced(run, train__steps=9, train__threads=2, run__eval_every=1, checkpoint__keep=9, generate__seed=4)
+    changed = override(run, train__steps=9, train__threads=2, run__eval_every=1, checkpoint__keep=9, generate__seed=4)
     assert open_as_train(changed).step == 4
     other_layout = layout(2, "zero-bubble", 3, cut=(1, 1), balance="measured")
-    assert open_as_train(replaced(run, **other_layout, train__recompute="block")).step == 4
+    assert open_as_train(override(run, **other_layout, train__recompute="block")).step == 4
 
 
 @pytest.mark.parametrize("key", ["data.path", "data.tokenizer"])
@@ -128,65 +128,65 @@ def test_other_corpus_is_refused_by_content_not_by_path(run, key):
     other = {**corpus_content(run), key: "f" * 64}
     assert f"{key}: was content" in refusal_of(run, content=other)
     assert "now content ffffffffffff" in refusal_of(run, content=other)
-    moved = replaced(run, data__path=("/somewhere/else",))
+    moved = override(run, data__path=("/somewhere/else",))
     assert open_as_train(moved, corpus_content(run)).step == 4
 
 
 def test_changed_setting_is_refused_before_the_first_checkpoint_too(tmp_path):
-    config = resolve(replaced(TINY, run__dir=str(tmp_path / "run")))
+    config = resolve_config(override(TINY, run__dir=str(tmp_path / "run")))
     open_and_release(config, CONTENT, ENVIRONMENT, SELF)
-    assert "train.lr: was 0.003, now 0.004" in refusal_of(replaced(config, train__lr=0.004), content=CONTENT)
+    assert "train.lr: was 0.003, now 0.004" in refusal_of(override(config, train__lr=0.004), content=CONTENT)
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    config = resolve(replaced(TINY, run__dir=str(tmp_path / "mine")))
+    config = resolve_config(override(TINY, run__dir=str(tmp_path / "mine")))
     assert "exists and is not a run folder" in refusal_of(config, content=CONTENT)
     assert "exists and is not a run folder" in refusal_of(
-        replaced(config, run__dir=str(tmp_path / "mine" / "thesis.tex")), content=CONTENT
+        override(config, run__dir=str(tmp_path / "mine" / "thesis.tex")), content=CONTENT
     )
 
 
 def test_empty_folder_is_used(tmp_path):
-    config = resolve(replaced(TINY, run__dir=str(tmp_path)))
+    config = resolve_config(override(TINY, run__dir=str(tmp_path)))
     assert open_and_release(config, CONTENT, ENVIRONMENT, SELF).step == 0
 
 
 def test_resume_never_refuses_a_folder_with_a_run(run):
-    assert "holds a run, and --checkpoint.resume is never" in refusal_of(replaced(run, checkpoint__resume="never"))
+    assert "holds a run, and --checkpoint.resume is never" in refusal_of(override(run, checkpoint__resume="never"))
 
 
 def test_automatic_folder_name_follows_the_result_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = resolve(TINY)
+    config = resolve_config(TINY)
     first = open_and_release(config, CONTENT, ENVIRONMENT, SELF).path
     assert first.parent == Path("runs")
     assert open_and_release(config, CONTENT, ENVIRONMENT, SELF).path == first
     for same in ({"run__log_every": 7}, layout(2, "gpipe", 1)):
-        assert open_and_release(replaced(config, **same), CONTENT, ENVIRONMENT, SELF).path == first
-    assert open_and_release(replaced(config, train__seed=7), CONTENT, ENVIRONMENT, SELF).path != first
-    fresh = replaced(config, checkpoint__resume="never")
+        assert open_and_release(override(config, **same), CONTENT, ENVIRONMENT, SELF).path == first
+    assert open_and_release(override(config, train__seed=7), CONTENT, ENVIRONMENT, SELF).path != first
+    fresh = override(config, checkpoint__resume="never")
     assert open_and_release(fresh, CONTENT, ENVIRONMENT, SELF).path == Path(f"{first}-2")
     assert open_and_release(fresh, CONTENT, ENVIRONMENT, SELF).path == Path(f"{first}-3")
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_refused(run):
-    assert "is at step 4, past --train.steps 3; ask for more steps" in refusal_of(replaced(run, train__steps=3))
+    assert "is at step 4, past --train.steps 3; ask for more steps" in refusal_of(override(run, train__steps=3))
 
 
 @pytest.mark.parametrize("name", ["checkpoints/step-00000009", "nothing", "config.toml", "checkpoints"])
 def test_resume_from_no_checkpoint_folder_is_refused(run, tmp_path, name):
     asked = Path(run.run.dir) / name
-    config = replaced(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(asked))
+    config = override(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(asked))
     assert refusal_of(config, FileError).startswith(f"--checkpoint.resume {asked} is not a checkpoint folder")
 
 
 def test_resume_from_a_named_checkpoint(run, tmp_path):
-    older, newest = (Path(run.run.dir) / "checkpoints" / folder_name(step) for step in (2, 4))
-    assert open_as_train(replaced(run, checkpoint__resume=str(newest))).step == 4
-    assert "already holds step-00000004" in refusal_of(replaced(run, checkpoint__resume=str(older)))
-    assert open_as_train(replaced(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(older))).step == 2
+    older, newest = (Path(run.run.dir) / "checkpoints" / checkpoint_name(step) for step in (2, 4))
+    assert open_as_train(override(run, checkpoint__resume=str(newest))).step == 4
+    assert "already holds step-00000004" in refusal_of(override(run, checkpoint__resume=str(older)))
+    assert open_as_train(override(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(older))).step == 2
 
 
 def test_run_without_a_complete_checkpoint_is_refused(run):
@@ -194,13 +194,13 @@ def test_run_without_a_complete_checkpoint_is_refused(run):
         (folder / "config.json").unlink()
     message = refusal_of(run, DataError)
     assert "no checkpoint in" in message
-    assert folder_name(2) in message
-    assert folder_name(4) in message
+    assert checkpoint_name(2) in message
+    assert checkpoint_name(4) in message
 
 
 def test_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    config = resolve(replaced(TINY, run__dir=str(tmp_path / "file" / "run")))
+    config = resolve_config(override(TINY, run__dir=str(tmp_path / "file" / "run")))
     assert "cannot be written" in refusal_of(config, FileError, CONTENT)
 
 
@@ -215,7 +215,7 @@ def test_note_names_what_may_change_the_last_bits(run):
 
 @pytest.mark.parametrize("damage", ["altered weights", "no manifest"])
 def test_broken_checkpoint_is_set_aside_and_written_again(run, damage):
-    newest = Path(run.run.dir, "checkpoints", folder_name(4))
+    newest = Path(run.run.dir, "checkpoints", checkpoint_name(4))
     complete = (newest / "model.safetensors").read_bytes()
     if damage == "no manifest":
         (newest / "manifest.json").unlink()
@@ -232,7 +232,7 @@ def test_broken_checkpoint_is_set_aside_and_written_again(run, damage):
 
 def test_branch_submitted_again_resumes_itself(run, tmp_path):
     """It was started from a checkpoint of another run, with the same command each time."""
-    start = Path(run.run.dir, "checkpoints", folder_name(2))
-    branch = replaced(run, run__dir=str(tmp_path / "branch"), checkpoint__resume=str(start), train__steps=3)
+    start = Path(run.run.dir, "checkpoints", checkpoint_name(2))
+    branch = override(run, run__dir=str(tmp_path / "branch"), checkpoint__resume=str(start), train__steps=3)
     run_ranks(1, lambda comm: train(branch, comm))
     assert open_as_train(branch).step == 3

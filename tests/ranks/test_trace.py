@@ -12,14 +12,14 @@ from text import tiny_config, write_tokens
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
-from mpilm.parallel.feasible import cut_by_cost
+from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.actions import parse_action
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.telemetry.breakdown import CATEGORIES
 from mpilm.telemetry.metrics import read_metrics
 from mpilm.telemetry.trace import ClockOffset, measure_clock_offset, to_root_time
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
 
 SETTINGS = {"run__trace_steps": "2:3", "model__n_layers": 4, "train__steps": 4}
@@ -58,7 +58,7 @@ def test_trace_has_every_action_of_the_schedule_in_order(tmp_path, data, size, l
     assert trace["mpilm"] | {"clock_error_us": 0.0} == {
         "steps": [2, 3], "ranks": size, "clock_error_us": 0.0,
         "layout": {"pipeline": parallel.pipeline, "data": replicas, "context": 1, "tensor": 1, "zero": parallel.zero,
-                   "schedule": parallel.schedule, "cut": list(cut_by_cost(config, 256)) if stages > 1 else [4]},
+                   "schedule": parallel.schedule, "cut": list(partition_by_cost(config, 256)) if stages > 1 else [4]},
     }  # fmt: skip
     count = -(-8 // replicas)
     compute = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, count)
@@ -157,7 +157,7 @@ def test_trace_steps_already_done_prints_a_note(tmp_path, data, capsys):
         config = tiny_config(data, tmp_path / "run", train__steps=steps, run__trace_steps="1:2" if steps == 3 else "")
         run_ranks(2, lambda comm, config=config: train(config, comm))
     assert capsys.readouterr().out.count("nothing to trace: the steps 1:2 of --run.trace-steps were done before") == 1
-    assert "Of the last start. Predicted" in (tmp_path / "run" / "report.html").read_text()
+    assert "Last start only. Predicted" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_trace_not_requested_writes_no_file(tmp_path, data):

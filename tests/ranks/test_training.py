@@ -13,18 +13,17 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_published
+from checkpoints import write_hf_model
 from runs import FAMILIES, assemble, differing, full_batch, full_model, layout, owned_state, train_to_end, train_until_killed
 from text import tiny_config, write_tokens
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from mpilm.checkpoint.format import folder_name
-from mpilm.checkpoint.pretrained import shape_of
+from mpilm.checkpoint.format import checkpoint_name
+from mpilm.checkpoint.pretrained import read_pretrained_config
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.threads import run_ranks
-from mpilm.config import Data, replaced
-from mpilm.data.prepare import prepare
+from mpilm.config.schema import DataConfig, override
+from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.engine import hardware
 from mpilm.engine.step import total_loss, train_step, validation_loss
@@ -32,6 +31,7 @@ from mpilm.model.loss import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.schedule import learning_rate
 from mpilm.telemetry.metrics import read_metrics
+from mpilm.testing.threads import run_ranks
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
 
@@ -58,7 +58,7 @@ def test_training_equals_the_plain_loop_of_transformers_and_torch(tmp_path, data
     config = tiny_config(data, tmp_path / "run", **changes, **FAMILIES[family])
     settings = config.train
     run = build_run(config, SelfComm())
-    write_published(tmp_path / "start", run.model.stages[0].model, config.model, run.model.vocab_size)
+    write_hf_model(tmp_path / "start", run.model.stages[0].model, config.model, run.model.vocab_size)
     auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
     reference = auto.from_pretrained(tmp_path / "start")
     matrices = [p for p in reference.parameters() if p.ndim >= 2]
@@ -95,17 +95,17 @@ def test_run_started_from_a_folder_has_its_model(tmp_path, data, family, size, s
     model, _ = full_model(config.model, 300, torch.device("cpu"))
     for p in model.parameters():
         p.data.normal_(0.0, 0.1)
-    write_published(tmp_path / "start", model, config.model, 300)
-    config = replaced(config, model__init_from=str(tmp_path / "start"))
+    write_hf_model(tmp_path / "start", model, config.model, 300)
+    config = override(config, model__init_from=str(tmp_path / "start"))
     run_ranks(size, lambda comm: train(config, comm))
     run = build_run(tiny_config(data, tmp_path / "other", **shape), SelfComm())
-    batches = [run.batches.train(0, m) for m in range(4)]
+    batches = [run.batches.training_batch(0, m) for m in range(4)]
     with torch.no_grad():
         losses = [float(loss_sum(model(batch.tokens, SequenceInfo(batch.positions)), batch.targets)) for batch in batches]
     row = next(row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("step") == 1)
     assert row["loss"] == pytest.approx(sum(losses) / run.batches.target_tokens(0), rel=1e-6)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
-    assert shape_of(checkpoint) == replace(config.model, init_from="")
+    assert read_pretrained_config(checkpoint) == replace(config.model, init_from="")
     auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
     assert auto.from_pretrained(checkpoint).config.vocab_size == 300
 
@@ -114,7 +114,7 @@ def test_validation_loss_is_the_mean_over_the_held_out_text(tmp_path, data):
     """Over all of it, without dropout, with a last microbatch that is smaller than the others."""
     config = tiny_config(data, tmp_path / "run", run__eval_batches=0, train__micro_batch=4, data__eval_fraction=0.031)
     run = build_run(config, SelfComm())
-    batches = [run.batches.evaluation(i) for i in range(run.batches.eval_microbatches())]
+    batches = [run.batches.evaluation_batch(i) for i in range(run.batches.eval_microbatches())]
     assert batches[-1].tokens.shape[0] < 4
     with torch.no_grad():
         model = run.model.stages[0].model
@@ -201,7 +201,7 @@ def test_run_resumed_on_another_layout_equals_one_never_stopped(tmp_path, data, 
 def test_run_with_a_damaged_checkpoint_resumes_from_the_one_before(tmp_path, data, uninterrupted, capsys):
     config = tiny_config(data, tmp_path / "run", **RESUMED)
     train_until_killed(config, 1, 5)
-    path = tmp_path / "run" / "checkpoints" / folder_name(4) / "optimizer.safetensors"
+    path = tmp_path / "run" / "checkpoints" / checkpoint_name(4) / "optimizer.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -232,7 +232,7 @@ def test_complete_run_is_left_unchanged(tmp_path, data, capsys):
 def test_run_branched_from_a_checkpoint_equals_one_never_stopped(tmp_path, data, uninterrupted):
     config = tiny_config(data, tmp_path / "run", **RESUMED)
     train_until_killed(config, 2, 5)
-    start = tmp_path / "run" / "checkpoints" / folder_name(4)
+    start = tmp_path / "run" / "checkpoints" / checkpoint_name(4)
     branch = tiny_config(data, tmp_path / "branch", checkpoint__resume=str(start), **RESUMED, **layout(2))
     assert train_to_end(branch, 2) == uninterrupted("adamw")[0]
     assert start.exists()
@@ -256,13 +256,13 @@ def test_mixture_resumed_on_other_ranks_equals_one_never_stopped(tmp_path, mixed
     train_until_killed(tiny_config(mixed, tmp_path / "run", **changes, **layout(zero=3)), 3, 3)
     config = tiny_config(mixed, tmp_path / "run", **changes, **layout(2))
     assert train_to_end(config, 2) == expected
-    other = replaced(config, data__path=(*mixed[:3], "3"), train__steps=5)
+    other = override(config, data__path=(*mixed[:3], "3"), train__steps=5)
     with pytest.raises(CollectiveError, match=r"data\.path: was content"):
         train_to_end(other, 2)
 
 
 def test_mixture_of_corpora_with_different_tokenizers_is_refused(tmp_path, mixed):
-    prepare(Data(path=(mixed[2],), tokenizer="bpe:300"), tmp_path / "b", SelfComm())
+    prepare_tokens(DataConfig(path=(mixed[2],), tokenizer="bpe:300"), tmp_path / "b", SelfComm())
     config = tiny_config((mixed[0], "1", str(tmp_path / "b"), "1"), tmp_path / "run", data__tokenizer="auto")
     with pytest.raises(CollectiveError, match=r"was made with another one|was made with another tokenizer"):
         build_run(config, SelfComm())
@@ -294,7 +294,7 @@ def chats(tmp_path_factory):
     model, _ = full_model(shape, 257, torch.device("cpu"))
     for p in model.parameters():
         p.data.normal_(0.0, 0.05)
-    write_published(folder / "model", model, shape, 257)
+    write_hf_model(folder / "model", model, shape, 257)
     (folder / "model" / "tokenizer.json").write_text(bytes_tokenizer().json)
     (folder / "model" / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": "{{ bos_token }}" + TEMPLATE, "bos_token": "B"})
@@ -332,7 +332,7 @@ def test_loss_of_conversations_counts_the_answers_alone(tmp_path, chats):
     config = chat_config(chats, tmp_path / "run", model__dropout=0.0, data__eval_fraction=0.0, data__packing="documents")
     run = build_run(config, SelfComm())
     reference = AutoModelForCausalLM.from_pretrained(chats / "model")
-    numbers = np.arange(run.batches.stream.train_samples)
+    numbers = np.arange(run.batches.examples.train_samples)
     losses, count = 0.0, 0
     for line in (chats / "chats.jsonl").read_text().splitlines():
         user, answer = (message["content"] for message in json.loads(line)["messages"])
@@ -343,10 +343,10 @@ def test_loss_of_conversations_counts_the_answers_alone(tmp_path, chats):
             logits = reference(torch.tensor([ids[:-1]])).logits[0]
         losses += float(torch.nn.functional.cross_entropy(logits[begin - 1 :], torch.tensor(ids[begin:]), reduction="sum"))
         count += len(ids) - begin
-    examples = run.batches.stream.train(numbers, 0)
-    info = SequenceInfo(torch.from_numpy(examples.positions), documents=torch.from_numpy(examples.documents))
+    examples = run.batches.examples.make_batch(numbers, 0)
+    info = SequenceInfo(examples.positions, documents=examples.documents)
     with torch.no_grad():
-        ours = loss_sum(run.model.stages[0].model(torch.from_numpy(examples.read), info), torch.from_numpy(examples.targets))
+        ours = loss_sum(run.model.stages[0].model(examples.tokens, info), examples.targets)
     assert examples.target_tokens == count
     assert float(ours) == pytest.approx(losses, rel=1e-5)
 

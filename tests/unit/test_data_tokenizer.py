@@ -1,4 +1,4 @@
-"""Tokenizers: the bytes, trained and loaded ones."""
+"""Tokenizers: bytes, trained and loaded ones, their mask tokens and their words."""
 
 import json
 import os
@@ -7,28 +7,29 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpilm.data.tokenizer import EOS, bpe_size, bytes_tokenizer, load_tokenizer, named_tokenizer, train_bpe
+from mpilm.data.tokenizer import EOS, Tokenizer, bytes_tokenizer, load_tokenizer, parse_bpe_size, tokenizer_from_spec, train_bpe
 from mpilm.errors import ConfigError, DataError, FileError
 
 TEXTS = ["the cat sat on the mat, the cat sat\n" * 20, "Größe, 猫 and 🐈; def f(x):\n    return x\n" * 10]
 AWKWARD = st.text() | st.sampled_from([EOS, f"a{EOS}b", "\r\n\t ", "\ufeff", "\x00\x7f"])
+SENTENCE = "the (quick) brown-fox_jumps over 13 lazy dogs; thé élan naïve.\n"
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=AWKWARD)
-def test_bytes_are_the_bytes_and_the_library_agrees(text):
+def test_bytes_tokenizer_encodes_bytes_as_the_library_does(text):
     tokenizer = bytes_tokenizer()
     ids = tokenizer.encode(text)
     assert bytes(ids.tolist()) == text.encode()
-    library = tokenizer._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
-    assert ids.tolist() == library
+    assert ids.tolist() == tokenizer._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
     assert tokenizer.decode(ids) == text
 
 
-def test_bytes_tokenizer_is_a_hugging_face_tokenizer(tmp_path):
+def test_bytes_tokenizer_loads_in_transformers(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = bytes_tokenizer()
@@ -47,53 +48,47 @@ def trained():
 
 @settings(max_examples=50, deadline=None)
 @given(text=AWKWARD)
-def test_bpe_keeps_every_text(trained, text):
-    tokenizer = trained
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.eos not in ids
+def test_train_bpe_keeps_every_text(trained, text):
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert trained.eos not in ids
 
 
-def test_bpe_has_the_size_asked_for_and_shortens_text():
-    tokenizer = train_bpe(TEXTS, 300)
-    assert tokenizer.vocab_size == 300
-    assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0]) / 2
-    assert tokenizer.encode_batch(TEXTS)[1].dtype == np.int32
+def test_train_bpe_has_the_size_asked_for_and_shortens_text(trained):
+    assert trained.vocab_size == 300
+    assert len(trained.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+    assert trained.encode_batch(TEXTS)[1].dtype == np.int32
 
 
-def test_bpe_is_the_same_in_every_process_and_with_any_number_of_threads():
+def test_train_bpe_is_the_same_in_every_process_and_with_any_threads(trained):
     code = f"TEXTS = {TEXTS!r}\nfrom mpilm.data.tokenizer import train_bpe\nprint(train_bpe(TEXTS, 300).digest)"
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**env(), "RAYON_NUM_THREADS": n}
-        ).stdout
-        for n in ("1", "3")
-    }
-    assert digests == {train_bpe(TEXTS, 300).digest + "\n"}
+    for threads in ("1", "3"):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAYON_NUM_THREADS": threads}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        assert done.stdout == trained.digest + "\n"
 
 
-def env():
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-
-def test_eos_is_found_by_its_usual_names_or_where_the_config_says(tmp_path):
+def test_load_tokenizer_finds_eos_by_usual_names_or_config(tmp_path):
     values = json.loads(bytes_tokenizer().json)
-    values["added_tokens"][0]["content"] = "</s>"
-    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+
+    def name_eos(name):
+        values["added_tokens"][0]["content"] = name
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+
+    name_eos("</s>")
     assert load_tokenizer(tmp_path).eos == 256
-    values["added_tokens"][0]["content"] = "<fin>"
-    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    name_eos("<fin>")
     with pytest.raises(DataError, match="no token that ends a document"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<fin>"}}))
     assert load_tokenizer(tmp_path).eos == 256
 
 
-def test_a_tokenizer_that_cuts_and_adds_tokens_does_neither_here(tmp_path):
-    from tokenizers import Tokenizer
+def test_load_tokenizer_neither_truncates_nor_pads_nor_adds_tokens(tmp_path):
     from tokenizers.processors import TemplateProcessing
 
-    library = Tokenizer.from_str(bytes_tokenizer().json)
+    library = tokenizers.Tokenizer.from_str(bytes_tokenizer().json)
     library.enable_truncation(3)
     library.enable_padding(length=64)
     library.post_processor = TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 256)])
@@ -101,7 +96,7 @@ def test_a_tokenizer_that_cuts_and_adds_tokens_does_neither_here(tmp_path):
     assert load_tokenizer(tmp_path).encode("abcdef").tolist() == list(b"abcdef")
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path):
+def test_load_tokenizer_wrong_file_raises(tmp_path):
     with pytest.raises(FileError, match=r"holds no tokenizer\.json"):
         load_tokenizer(tmp_path)
     with pytest.raises(FileError, match="nowhere"):
@@ -112,14 +107,50 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["bpe:", "bpe:x", "bpe:12", "bpe:-5", "bpe:99999999", "bpe:²"])
-def test_bad_sizes_name_the_setting(spec):
+def test_parse_bpe_size_wrong_size_raises(spec):
     with pytest.raises(ConfigError, match=r"--data\.tokenizer"):
-        bpe_size(spec)
+        parse_bpe_size(spec)
 
 
-def test_specs():
-    assert bpe_size("bpe:300") == 300
-    assert bpe_size("bytes") is None
-    assert named_tokenizer("bytes") == bytes_tokenizer()
+def test_tokenizer_from_spec_reads_bytes_and_refuses_unknown_names():
+    assert parse_bpe_size("bpe:300") == 300
+    assert parse_bpe_size("bytes") is None
+    assert tokenizer_from_spec("bytes") == bytes_tokenizer()
     with pytest.raises(ConfigError, match=r"--data\.tokenizer byte"):
-        named_tokenizer("byte")
+        tokenizer_from_spec("byte")
+
+
+def test_with_mask_adds_one_token_after_all_others():
+    plain = bytes_tokenizer()
+    masked = plain.with_mask()
+    assert plain.mask is None
+    assert masked.mask == plain.vocab_size == masked.vocab_size - 1
+    assert masked.with_mask() is masked
+    assert masked.decode([65, masked.mask]) == "A[MASK]"
+    assert np.array_equal(masked.encode(SENTENCE), plain.encode(SENTENCE))
+    assert masked.encode("[MASK]").tolist() == list(b"[MASK]")  # in a text it is text
+    assert masked.eos == plain.eos
+
+
+def split_words(tokenizer):
+    tokens = tokenizer.encode(SENTENCE).astype(np.int64)
+    return [tokenizer.decode(part) for part in np.split(tokens, np.flatnonzero(tokenizer.word_starts(tokens))[1:])]
+
+
+def test_word_starts_of_bytes_are_runs_of_letters_and_digits():
+    words = "the, ,(,quick,), ,brown,-,fox,_,jumps, ,over, ,13, ,lazy, ,dogs,;, ,thé, ,élan, ,naïve,.,\n"
+    assert split_words(bytes_tokenizer()) == words.split(",")
+
+
+def test_word_starts_of_bpe_join_tokens():
+    parts = split_words(train_bpe([SENTENCE * 3], 300))
+    assert "".join(parts) == SENTENCE
+    assert {"over", "thé", "lazy", "dogs", "quick", "naïve"} <= {part.strip() for part in parts}
+
+
+def test_word_starts_of_wordpiece_continue_with_hashes():
+    vocabulary = {"[UNK]": 0, "play": 1, "##ing": 2, "##s": 3, "chess": 4, "[SEP]": 5, "[MASK]": 6}
+    library = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer = Tokenizer(library.to_str(), 5, "x")
+    assert tokenizer.mask == 6
+    assert tokenizer.word_starts(np.array([1, 2, 3, 4, 3, 5])).tolist() == [True, False, False, True, False, True]

@@ -6,10 +6,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mpilm.parallel.pipeline.draw import ACTION_COLORS, draw_svg, draw_text
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import SCHEDULES, schedule
-from mpilm.parallel.pipeline.simulate import simulate
+from mpilm.planner.draw import ACTION_COLORS, draw_svg, draw_text
+from mpilm.planner.simulate import simulate
 
 SECONDS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 SVG = "{http://www.w3.org/2000/svg}"

@@ -8,15 +8,15 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from checkpoints import write_published
+from checkpoints import write_hf_model
 from runs import full_model
 from safetensors.torch import load_file, save_file
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from mpilm.checkpoint.load import load_published
+from mpilm.checkpoint.load import load_hf_weights
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config import Config, Model, resolve
+from mpilm.config.schema import Config, ModelConfig, resolve_config
 from mpilm.engine.pipelined import resolve_model_layouts
 from mpilm.errors import ConfigError
 from mpilm.model.families import build_model
@@ -51,12 +51,12 @@ CLASSES = {
 }
 
 
-def settings_of(family: str, **changes) -> Model:
-    base = Model(n_layers=2, n_heads=4, d_model=32, context_length=T)
-    return resolve(Config(model=replace(base, **FAMILIES[family], **changes))).model
+def settings_of(family: str, **changes) -> ModelConfig:
+    base = ModelConfig(n_layers=2, n_heads=4, d_model=32, context_length=T)
+    return resolve_config(Config(model=replace(base, **FAMILIES[family], **changes))).model
 
 
-def random_model(settings: Model):
+def random_model(settings: ModelConfig):
     """All parameters drawn, norms and biases too, and large enough for logits of some size."""
     model, flat = full_model(settings, V, torch.device("cpu"))
     for layout in select_owned(resolve_model_layouts(settings, V, (settings.n_layers,))):
@@ -82,7 +82,7 @@ def read(folder, **changes):
     shapes = {
         layout.name: layout.shape for layout in select_owned(resolve_model_layouts(settings, vocab_size, (settings.n_layers,)))
     }
-    load_published(folder, flat.owned_slices(flat.values), shapes, settings, SelfComm("world"))
+    load_hf_weights(folder, flat.owned_slices(flat.values), shapes, settings, SelfComm("world"))
     return model, settings
 
 
@@ -91,7 +91,7 @@ def write(folder, family, **changes):
     settings = settings_of(family, **changes)
     model = random_model(settings)
     folder.mkdir(exist_ok=True)
-    write_published(folder, model, settings, V)
+    write_hf_model(folder, model, settings, V)
     return model
 
 

@@ -5,14 +5,14 @@ import torch
 from runs import full_model
 from text import tiny_config
 
-from mpilm.config import resolve
+from mpilm.config.presets import PRESETS, VOCABULARIES
+from mpilm.config.schema import resolve_config
 from mpilm.engine.pipelined import resolve_model_layouts
 from mpilm.model.flops import activation_bytes, flops_per_token, parameter_count
 from mpilm.model.loss import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.layout import select_owned
-from mpilm.presets import PRESETS, VOCABULARIES
 
 V, CPU = 300, torch.device("cpu")
 
@@ -102,7 +102,7 @@ def test_parameter_count_is_that_of_the_layouts(family, layers):
     ],
 )  # fmt: skip
 def test_parameter_count_of_a_published_model_is_the_published_one(preset, count):
-    assert parameter_count(resolve(PRESETS[preset]()).model, VOCABULARIES[preset]) == count
+    assert parameter_count(resolve_config(PRESETS[preset]()).model, VOCABULARIES[preset]) == count
 
 
 def test_flops_per_token_are_six_per_matrix_element_and_the_attention():

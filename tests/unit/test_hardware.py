@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from mpilm.comm.base import SelfComm
-from mpilm.comm.threads import run_ranks
-from mpilm.config import Parallel, Train
+from mpilm.config.schema import ParallelConfig, TrainConfig
 from mpilm.engine import hardware
 from mpilm.engine.hardware import choose_device, detect_hardware, fair_share, numerics_environment, slice_affinity
 from mpilm.errors import ConfigError
+from mpilm.testing.threads import run_ranks
 
 UNLIMITED = float("inf")
 
@@ -76,7 +76,7 @@ def bound_cores(monkeypatch, ranks, processes, environment=(), device="cpu", **o
         monkeypatch.delenv(name, raising=False)
     for name in environment:
         monkeypatch.setenv(name, "close")
-    found = run_ranks(ranks, lambda comm: detect_hardware(Train(threads=1), comm, **options))
+    found = run_ranks(ranks, lambda comm: detect_hardware(TrainConfig(threads=1), comm, **options))
     assert [m.is_bound for m in found] == [bool(bound)] * ranks
     return sorted(bound)
 
@@ -113,14 +113,14 @@ def test_threads_follow_the_cores_of_a_rank(monkeypatch, cores, ranks, threads, 
     monkeypatch.setattr(hardware, "_read_cgroup_cores", lambda _: UNLIMITED)
     monkeypatch.setattr(hardware, "_load_libraries", lambda _: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    found = run_ranks(ranks, lambda comm: detect_hardware(Train(device="cpu"), comm))
+    found = run_ranks(ranks, lambda comm: detect_hardware(TrainConfig(device="cpu"), comm))
     assert [(m.threads, m.oversubscribed) for m in found] == [(threads, oversubscribed)] * ranks
 
 
 def test_threads_setting_overrides_omp_num_threads(monkeypatch):
     monkeypatch.setattr(hardware, "_load_libraries", lambda _: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
-    train = Train(device="cpu")
+    train = TrainConfig(device="cpu")
     assert detect_hardware(train, SelfComm()).threads == 3
     assert torch.get_num_threads() == 3
     assert detect_hardware(replace(train, threads=2), SelfComm()).threads == 2
@@ -143,11 +143,11 @@ def test_gpus_are_assigned_round_robin(monkeypatch):
 
 
 def test_numerics_environment_names_what_may_change_the_last_bits():
-    found = numerics_environment(hardware.Hardware(torch.device("cpu"), 3, False), SelfComm(), Parallel(compress=4))
+    found = numerics_environment(hardware.Hardware(torch.device("cpu"), 3, False), SelfComm(), ParallelConfig(compress=4))
     assert set(found) == {"mpilm", "torch", "python", "mpi", "processor", "threads", "device", "compile", "exchange"}
     assert (found["threads"], found["device"], found["torch"]) == ("3", "cpu", torch.__version__)
     assert (found["compile"], found["exchange"]) == ("false", "compressed to rank 4")
-    for parallel, exchange in ((Parallel(), "float32"), (Parallel(sync_every=20), "apart for 20 steps")):
+    for parallel, exchange in ((ParallelConfig(), "float32"), (ParallelConfig(sync_every=20), "apart for 20 steps")):
         assert (
             numerics_environment(hardware.Hardware(torch.device("cpu"), 3, False), SelfComm(), parallel)["exchange"] == exchange
         )

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from program_check import check_programs
 
 from mpilm.parallel.pipeline.actions import COMPUTE, Action, parse_action
-from mpilm.parallel.pipeline.check import check_programs
 from mpilm.parallel.pipeline.lower import lower
 from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only, schedule
 

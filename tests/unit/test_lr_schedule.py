@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from mpilm.config import Train
+from mpilm.config.schema import TrainConfig
 from mpilm.optim.schedule import learning_rate
 
 
 def train(**changes):
-    return Train(**{"steps": 100, "lr": 1.0, "min_lr": 0.1, "warmup_steps": 10, **changes})
+    return TrainConfig(**{"steps": 100, "lr": 1.0, "min_lr": 0.1, "warmup_steps": 10, **changes})
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -13,7 +13,6 @@ from text import tiny_config
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mpilm.comm.threads import run_ranks
 from mpilm.engine.pipelined import draw_values, resolve_model_layouts
 from mpilm.model.attention import AttentionCore, attention_mask
 from mpilm.model.families import build_model, initial_std
@@ -24,6 +23,7 @@ from mpilm.model.layers import Dropout, RotaryEmbedding
 from mpilm.model.loss import IGNORE_INDEX, loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel.layout import select_owned
+from mpilm.testing.threads import run_ranks
 
 V = 53
 

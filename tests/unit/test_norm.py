@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import mpilm.optim.norm as norm_module
 from mpilm.comm.base import SelfComm
-from mpilm.comm.threads import run_ranks
 from mpilm.optim.norm import global_norm
+from mpilm.testing.threads import run_ranks
 
 
 def noise(count, seed=0, spread=3.0):

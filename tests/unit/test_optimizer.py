@@ -4,7 +4,7 @@ import pytest
 import torch
 from runs import CPU, assemble, differing
 
-from mpilm.config import Train
+from mpilm.config.schema import TrainConfig
 from mpilm.optim.elementwise import AdamW
 from mpilm.optim.optimizer import OPTIMIZERS, Optimizer, moment_shapes, needs_full_parameter
 from mpilm.optim.schedule import learning_rate
@@ -15,7 +15,7 @@ SHAPES = {"embed": (13, 8), "blocks.0.norm": (8,), "blocks.0.up": (24, 8), "bloc
 
 
 def train(**changes):
-    return Train(**{"steps": 100, "lr": 0.1, "min_lr": 0.01, "warmup_steps": 10, **changes})
+    return TrainConfig(**{"steps": 100, "lr": 0.1, "min_lr": 0.01, "warmup_steps": 10, **changes})
 
 
 def parts(settings, zero=0, rank=0, ranks=1):

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
-from mpilm.config import Generate
+from mpilm.config.schema import GenerateConfig
 from mpilm.errors import NonFiniteError
-from mpilm.model.sample import sample_token
+from mpilm.inference.generate import sample_token
 
 LOGITS = torch.tensor([0.0, math.log(6), math.log(2), math.log(1)])  # 0.1, 0.6, 0.2, 0.1
 
@@ -20,27 +20,27 @@ def frequencies(settings, count=2000):
 
 
 def test_sample_token_follows_the_probabilities():
-    assert frequencies(Generate(temperature=1.0)) == pytest.approx({0: 0.1, 1: 0.6, 2: 0.2, 3: 0.1}, abs=0.05)
+    assert frequencies(GenerateConfig(temperature=1.0)) == pytest.approx({0: 0.1, 1: 0.6, 2: 0.2, 3: 0.1}, abs=0.05)
 
 
 def test_sample_token_with_temperature_scales_the_logits():
-    hot = frequencies(Generate(temperature=2.0))
+    hot = frequencies(GenerateConfig(temperature=2.0))
     weights = {token: math.exp(float(LOGITS[token]) / 2) for token in range(4)}
     assert hot == pytest.approx({token: w / sum(weights.values()) for token, w in weights.items()}, abs=0.05)
-    assert set(frequencies(Generate(temperature=0.0), 10)) == {1}
-    assert set(frequencies(Generate(temperature=0.05), 100)) == {1}
+    assert set(frequencies(GenerateConfig(temperature=0.0), 10)) == {1}
+    assert set(frequencies(GenerateConfig(temperature=0.05), 100)) == {1}
 
 
 @pytest.mark.parametrize(("k", "possible"), [(1, {1}), (2, {1, 2}), (3, {0, 1, 2}), (0, {0, 1, 2, 3}), (99, {0, 1, 2, 3})])
 def test_sample_token_with_top_k_leaves_the_k_most_probable(k, possible):
-    assert set(frequencies(Generate(temperature=1.0, top_k=k))) == possible
+    assert set(frequencies(GenerateConfig(temperature=1.0, top_k=k))) == possible
 
 
 @pytest.mark.parametrize(("p", "possible"), [(0.01, {1}), (0.59, {1}), (0.7, {1, 2}), (0.85, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
 def test_sample_token_with_top_p_leaves_the_most_probable_mass(p, possible):
-    assert set(frequencies(Generate(temperature=1.0, top_p=p))) == possible
+    assert set(frequencies(GenerateConfig(temperature=1.0, top_p=p))) == possible
 
 
 def test_sample_token_from_logits_that_are_not_finite_is_refused():
     with pytest.raises(NonFiniteError, match="logits are not finite"):
-        sample_token(torch.tensor([0.0, math.nan]), Generate(), torch.Generator())
+        sample_token(torch.tensor([0.0, math.nan]), GenerateConfig(), torch.Generator())

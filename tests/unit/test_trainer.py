@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config import Config, Fault, Train, replaced
+from mpilm.config.schema import Config, FaultConfig, TrainConfig, override
 from mpilm.errors import NonFiniteError
 from mpilm.trainer.memory import is_out_of_memory
 from mpilm.trainer.recovery.bad_steps import MIN_LOSSES, WINDOW, BadStepTracker
@@ -31,7 +31,7 @@ def test_spike_threshold_follows_losses_and_settings(changes, losses, threshold)
     tracker = BadStepTracker()
     for loss in losses:
         tracker.record(loss)
-    train = Train(**{"on_spike": "skip", "spike_factor": 2.0, **changes})
+    train = TrainConfig(**{"on_spike": "skip", "spike_factor": 2.0, **changes})
     assert tracker.spike_threshold(train) == pytest.approx(threshold)
 
 
@@ -50,7 +50,7 @@ def test_bad_steps_survive_a_checkpoint_and_a_rewind():
 
 @pytest.mark.parametrize(("on_spike", "kinds"), [("ignore", "not finite: 2"), ("skip", "not finite or spikes: 2")])
 def test_more_bad_steps_than_allowed_end_the_run(on_spike, kinds):
-    config = replaced(Config(fault=Fault(max_bad_steps=1)), train__on_spike=on_spike)
+    config = override(Config(fault=FaultConfig(max_bad_steps=1)), train__on_spike=on_spike)
     run = SimpleNamespace(config=config, bad_steps=BadStepTracker(bad=[26]))
     _check_bad_step_budget(run, "step 26: loss 9.2")
     run.bad_steps.bad.append(28)

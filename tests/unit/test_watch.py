@@ -77,7 +77,7 @@ def test_watch_resumed_run_is_followed_to_its_end(folder, monkeypatch, capsys):
         ((), "no folder: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME"),
         (("{}/none",), "{}/none: folder not found"),
         (("{}/empty",), "{}/empty: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME"),
-        (("{}/broken",), "{}/broken/config.toml: is not TOML: "),
+        (("{}/broken",), "{}/broken/config.toml: is not valid TOML: "),
         (("{}/newer",), "{}/newer/config.toml: unknown key train.zzz; "),
         (("{}", "--interval", "0"), "--interval 0.0: must be above zero"),
     ],

@@ -1,13 +1,11 @@
 """PEFT's adapter_config.json, written from a model's settings and read back."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mpilm.config import LORA_TARGETS, Model
+from mpilm.config.schema import LORA_TARGETS, ModelConfig
 from mpilm.errors import ConfigError
 from mpilm.model.hf.names import hf_module_name
 
@@ -22,7 +20,7 @@ SUPPORTED: Mapping[str, tuple[Any, ...]] = {  # key -> the values that mpilm sup
 MLP_MATRICES = ("gate", "up", "down")
 
 
-def hf_adapter_config(model: Model, base: str) -> dict[str, Any]:
+def hf_adapter_config(model: ModelConfig, base: str) -> dict[str, Any]:
     """Return the adapter_config.json of a model with adapters; `base` is the folder of the model without them."""
     return {
         "peft_type": "LORA",
@@ -46,7 +44,7 @@ def read_base_model(config: Mapping[str, Any], where: str) -> str:
     return base
 
 
-def add_hf_adapter(model: Model, config: Mapping[str, Any], where: str) -> Model:
+def add_hf_adapter(model: ModelConfig, config: Mapping[str, Any], where: str) -> ModelConfig:
     """Return `model` with the adapters that an adapter_config.json describes. Raises ConfigError, which names the file `where`,
     for adapters that mpilm does not support."""
     supported = {**SUPPORTED, "fan_in_fan_out": (model.arch == "gpt2",)}
@@ -74,7 +72,7 @@ def _first_module(name: str, arch: str) -> str:
     return hf_module_name(f"blocks.0.{'mlp' if name in MLP_MATRICES else 'attn'}.{name}", arch)
 
 
-def _target_modules(model: Model) -> str | list[str]:
+def _target_modules(model: ModelConfig) -> str | list[str]:
     """Return the last parts of the target modules' names if no other modules share them, otherwise a pattern of whole names."""
     allowed = LORA_TARGETS[model.arch]
     targets = [name for name in allowed if name in (model.lora_targets or allowed)]

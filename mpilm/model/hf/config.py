@@ -1,12 +1,10 @@
 """config.json, written from a model's settings and read back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpilm.config import Config, Model, resolve
+from mpilm.config.schema import Config, ModelConfig, resolve_config
 from mpilm.errors import ConfigError
 
 
@@ -69,14 +67,14 @@ ROPE_THETA = {"mixtral": 1e6}  # the default of rope_theta; for other types it i
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def hf_model_type(model: Model) -> str:
+def hf_model_type(model: ModelConfig) -> str:
     """Return the model_type of a model."""
     if model.arch == "qwen":
         return "qwen3" if model.qk_norm else "qwen2"
     return model.arch
 
 
-def hf_config(model: Model, vocab_size: int, eos: int) -> dict[str, Any]:
+def hf_config(model: ModelConfig, vocab_size: int, eos: int) -> dict[str, Any]:
     """Return the config.json from which transformers builds the same model."""
     name = hf_model_type(model)
     spec = MODEL_TYPES[name]
@@ -100,7 +98,7 @@ def hf_config(model: Model, vocab_size: int, eos: int) -> dict[str, Any]:
     return config | {"attention_dropout": 0.0}
 
 
-def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[Model, int]:
+def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
     """Return the model, without dropout, and the vocabulary size that a config.json describes. Raises ConfigError, which names
     the file `where`, for a model that mpilm does not support."""
     name = config.get("model_type")
@@ -117,7 +115,7 @@ def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[Model, int]:
         raise ConfigError(f"{where}: {', '.join(unsupported)} of this model is not supported")
     try:
         settings = {
-            ours: _read(config, key, getattr(Model(), ours), spec.defaults.get(ours)) for ours, key in spec.keys.items()
+            ours: _read(config, key, getattr(ModelConfig(), ours), spec.defaults.get(ours)) for ours, key in spec.keys.items()
         }
         if "n_kv_heads" in settings:  # has rotary positions
             theta = {"rope_theta": config.get("rope_theta") or rope.get("rope_theta")}
@@ -127,8 +125,8 @@ def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[Model, int]:
         vocab_size = _read(config, "vocab_size", 1)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
-    model = Model(arch=spec.arch, qk_norm=name == "qwen3", **settings)  # type: ignore[arg-type]
-    return resolve(Config(model=model)).model, vocab_size
+    model = ModelConfig(arch=spec.arch, qk_norm=name == "qwen3", **settings)  # type: ignore[arg-type]
+    return resolve_config(Config(model=model)).model, vocab_size
 
 
 def _read(config: Mapping[str, Any], key: str, like: Any, default: Any = None) -> Any:

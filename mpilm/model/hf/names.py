@@ -1,7 +1,5 @@
 """The table from our module names to Hugging Face's, and the search for them in a file."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

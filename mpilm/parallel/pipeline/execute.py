@@ -1,7 +1,5 @@
 """The interpreter of a pipeline program: it walks the list of actions and contains no scheduling logic."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """Lowering: add the communication to a schedule of compute actions, which gives the program that a rank executes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from mpilm.parallel.pipeline.actions import COMPUTE, WEIGHT_GRADIENT, Action

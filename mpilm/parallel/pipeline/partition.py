@@ -1,7 +1,5 @@
 """The partition of layers into pipeline stages: contiguous and as even as possible. Pure arithmetic."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from operator import itemgetter

@@ -4,8 +4,6 @@
 stage always run in the order of the microbatches, so no schedule changes the order of a sum.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType

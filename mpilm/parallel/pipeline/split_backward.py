@@ -5,8 +5,6 @@ Applied from outside: each Linear and Conv1D of a model puts what its weight gra
 that autograd would have computed, with the same bits.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial

@@ -1,7 +1,5 @@
 """One pipeline stage of the model, as the interpreter runs it. With one stage it is the whole model."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -5,8 +5,6 @@ distance that all replicas have moved is the gradient of an outer optimizer, SGD
 settings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

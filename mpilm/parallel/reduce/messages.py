@@ -1,7 +1,5 @@
 """Reduction across ranks by messages, bucket by bucket, with several buckets in flight."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -5,8 +5,6 @@ matrices (a, b): P = M Q, orthogonalized, then Q = M^T P. The update uses P Q^T,
 error of its own matrix to its next gradient. Vectors, and matrices that would not get smaller, are sent uncompressed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

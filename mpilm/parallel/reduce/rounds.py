@@ -5,8 +5,6 @@ rank accumulates its slices in the order of the fixed tree (ops/tree.py). So it 
 and 1 + log2(M/d) shards (Rajbhandari et al., arXiv 1910.02054, section 5).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -5,8 +5,6 @@ Across nodes, ranks with equal local rank exchange partial sums, so each slice l
 an all-reduce each rank then copies the other slices from where they were added.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Reproducible: additions follow the fixed tree of ops/tree.py. Each rank accumula
 ranks complete the tree from all their nodes. Otherwise the MPI library's all-reduce adds in an order of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

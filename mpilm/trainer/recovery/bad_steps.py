@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mpilm.config import Train
+from mpilm.config.schema import TrainConfig
 
 WINDOW = 64  # losses remembered
 MIN_LOSSES = 16  # before one can be a spike
@@ -37,7 +37,7 @@ class BadStepTracker:
     def record(self, loss: float) -> None:
         self.losses = [*self.losses, loss][-WINDOW:]
 
-    def spike_threshold(self, train: Train) -> float:
+    def spike_threshold(self, train: TrainConfig) -> float:
         """Return the highest loss that is not a spike."""
         if train.on_spike == "ignore" or len(self.losses) < MIN_LOSSES:
             return math.inf

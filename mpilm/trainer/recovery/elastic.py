@@ -4,16 +4,14 @@ The survivors shrink the world, reassemble the state of the last complete step f
 and continue. W. Bland et al., Post-failure recovery of MPI communication capability, 2013, sections 3 and 4.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.progress import Progress
-from mpilm.config import Config, replaced
-from mpilm.errors import ConfigError, LostRankError, from_code
+from mpilm.config.schema import Config, override
+from mpilm.errors import ConfigError, LostRankError, error_from_code
 from mpilm.trainer.loop import train
 from mpilm.trainer.recovery.memory_checkpoint import CMD_BROADCAST, InMemoryCheckpoint, RecoveredState, latest_complete_step
 
@@ -62,7 +60,7 @@ def _working_ranks(config: Config, world: Comm) -> Comm | None:
 
 def _without_zero_if_single_replica(config: Config, ranks: int) -> Config:
     single = ranks == config.parallel.pipeline
-    return replaced(config, parallel__zero=0) if single and config.parallel.zero else config
+    return override(config, parallel__zero=0) if single and config.parallel.zero else config
 
 
 def _idle_spare(world: Comm, recovered: RecoveredState | None) -> None:
@@ -72,7 +70,7 @@ def _idle_spare(world: Comm, recovered: RecoveredState | None) -> None:
         assert recovered is not None
         recovered.broadcast_ranges()
     if command:
-        raise CollectiveError(from_code(*command))
+        raise CollectiveError(error_from_code(*command))
 
 
 def agree_on_survivors(

@@ -1,7 +1,5 @@
 """Checkpoints in memory: copies of the last steps on other ranks, from which a run continues after a rank is lost."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.save import PARAMETER
+from mpilm.checkpoint.format import PARAMETER
 from mpilm.comm.base import Comm
 from mpilm.comm.progress import Progress
 from mpilm.engine.step import NO_FLAGS, StepResult

@@ -1,7 +1,5 @@
 """Comparison of weights that replicas must hold alike: it notices processors or memory that fail silently."""
 
-from __future__ import annotations
-
 import torch
 
 from mpilm.comm.collective_errors import CollectiveError

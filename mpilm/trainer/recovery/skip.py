@@ -1,7 +1,5 @@
 """Recovery from a step that changed nothing, because it was not finite or a spike: find the cause, then skip or rewind."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator
@@ -10,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.format import read_json, step_of
-from mpilm.checkpoint.verify import newest_valid, with_help
+from mpilm.checkpoint.format import checkpoint_step, read_json
+from mpilm.checkpoint.manager import CheckpointManager
+from mpilm.checkpoint.verify import find_newest_valid, run_on_root_with_verify
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.engine.step import MicrobatchSource, StepResult, forward_backward
 from mpilm.engine.train_model import TrainModel
@@ -21,10 +20,9 @@ from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.run import Run
-from mpilm.trainer.saver import Saver
 
 
-def skip_step(run: Run, log: RunLog, checkpoints: Saver, done: int, result: StepResult) -> bool:
+def skip_step(run: Run, log: RunLog, checkpoints: CheckpointManager, done: int, result: StepResult) -> bool:
     """Report where step `done` went wrong and skip it, or rewind; return whether a checkpoint's state was restored.
 
     Collective. Raises CollectiveError once there are too many bad steps.
@@ -43,15 +41,15 @@ def skip_step(run: Run, log: RunLog, checkpoints: Saver, done: int, result: Step
     return rewound_to is not None
 
 
-def _rewind(run: Run, checkpoints: Saver, done: int) -> int | None:
+def _rewind(run: Run, checkpoints: CheckpointManager, done: int) -> int | None:
     """Restore the newest checkpoint's state; return its step, or None if there is no checkpoint yet. Collective."""
     checkpoints.finish()
     folder, world = run.folder.checkpoints, run.mesh.world
-    path = with_help(world, lambda verify: newest_valid(folder, verify)[0])
+    path = run_on_root_with_verify(world, lambda verify: find_newest_valid(folder, verify)[0])
     name = world.broadcast_json(path.name if path else "")
     if not name:
         return None
-    step = step_of(folder / name)
+    step = checkpoint_step(folder / name)
     assert step is not None
     trainer = world.broadcast_json(run_on_root(world, lambda: read_json(folder / name / "trainer.json")))
     before = BadStepTracker.from_state(trainer)

@@ -1,0 +1,1 @@
+"""Settings: their definition (schema), named configs (presets), reading (parse) and checking (check)."""

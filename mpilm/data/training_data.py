@@ -1,0 +1,101 @@
+"""Everything a run reads: corpora or conversations, opened on all ranks, and the examples made of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mpilm.comm.base import Comm
+from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks
+from mpilm.config.schema import Config
+from mpilm.data.batch import ExampleSource
+from mpilm.data.chat import ChatExamples, ChatTemplate, find_chat_template, read_chats
+from mpilm.data.corpus import Corpus, open_corpora
+from mpilm.data.files import hex_digest
+from mpilm.data.objective import make_objective
+from mpilm.data.prepare import broadcast_sources
+from mpilm.data.samples import CorpusMixture, CorpusSamples, TextExamples
+from mpilm.data.sources import Progress
+from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
+from mpilm.errors import ConfigError
+from mpilm.formatting import count_noun
+
+EOS_SEARCH_TOKENS = 10**7  # at the beginning of a corpus
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of a run. Equal on every rank."""
+
+    tokenizer: Tokenizer  # of the model: with a mask token if the objective needs one
+    examples: ExampleSource
+    content: Mapping[str, str]  # digests of what was read, by setting
+    template: ChatTemplate | None  # the chat template that goes with the tokenizer
+    corpora: Sequence[CorpusSamples]  # of running text
+    summary_lines: Sequence[str]  # for the header of the run
+
+
+def open_training_data(config: Config, comm: Comm, progress: Progress) -> TrainingData:
+    """Open, or prepare, the data that `config` names. Collective; raises AgreedError."""
+    template = run_on_all_ranks(comm, lambda: find_chat_template(config.data.tokenizer))
+    if config.data.format == "chat":
+        return _open_chats(config, template, comm)
+    return _open_texts(config, template, comm, progress)
+
+
+def _open_texts(config: Config, template: ChatTemplate | None, comm: Comm, progress: Progress) -> TrainingData:
+    data, context_length = config.data, config.model.context_length
+    opened = open_corpora(data, comm, progress)
+    first = opened[0][0]
+    tokenizer = run_on_all_ranks(comm, lambda: _tokenizer_for_model(first.tokenizer, config))
+    corpora = run_on_all_ranks(
+        comm, lambda: [CorpusSamples(corpus, context_length, data.eval_fraction) for corpus, _ in opened]
+    )
+    run_on_all_ranks(comm, lambda: _check_have_eos([corpus for corpus, _ in opened], data.packing))
+    samples = CorpusMixture(corpora, [part for _, part in opened]) if len(corpora) > 1 else corpora[0]
+    examples = TextExamples(samples, make_objective(config.model, data, tokenizer), data.packing, tokenizer.eos)
+    mixture = (f"{corpus.fingerprint} {part!r}" for corpus, part in opened)
+    fingerprint = hex_digest(*mixture) if len(opened) > 1 else first.fingerprint
+    content = {"data.path": fingerprint, "data.tokenizer": first.tokenizer.digest}
+    lines: list[str] = []
+    for of, (corpus, part) in zip(corpora, opened):
+        name, share = first.tokenizer.name, "" if part == 1.0 else f" {part:.1%} of the samples,"
+        lines += [
+            f"{corpus.source}: {len(corpus.tokens):,} tokens of {name}, {count_noun(corpus.documents, 'document')},{share}",
+            f"{of.eval_samples:,} of {of.eval_samples + of.train_samples:,} sequences held out",
+        ]
+    return TrainingData(tokenizer, examples, content, template, corpora, lines)
+
+
+def _check_have_eos(corpora: Sequence[Corpus], packing: str) -> None:
+    """Raise ConfigError if documents are to be kept apart, which the token that ends them does, and no document has it."""
+    for corpus in corpora:
+        eos = corpus.tokenizer.eos
+        if packing == "documents" and corpus.documents > 1 and not (corpus.tokens[:EOS_SEARCH_TOKENS] == eos).any():
+            problem = f"in {corpus.source} no document ends with token {eos}, which ends documents with its tokenizer"
+            advice = "prepare the text again, or write --data.packing concat"
+            raise ConfigError(f"--data.packing documents: {problem}; {advice}")
+
+
+def _open_chats(config: Config, template: ChatTemplate | None, comm: Comm) -> TrainingData:
+    data = config.data
+    sources = broadcast_sources(data, comm)
+    if any(source.format != "jsonl" for source in sources):
+        message = f"--data.format chat reads JSON lines, and --data.path {data.source} holds others: name .jsonl files"
+        raise CollectiveError(ConfigError(message))
+    tokenizer = run_on_all_ranks(comm, lambda: _tokenizer_for_model(tokenizer_from_spec(data.tokenizer), config))
+    chats = read_chats(sources, tokenizer, template, comm)
+    examples = run_on_all_ranks(comm, lambda: ChatExamples(chats, config.model.context_length, data, tokenizer.eos))
+    content = {"data.path": hex_digest(*(values.tobytes() for values in chats)), "data.tokenizer": tokenizer.digest}
+    lines = [
+        f"{data.source}: {len(chats.ends):,} conversations, {examples.truncated:,} of them cut at the context and "
+        f"{examples.left_out:,} left out,",
+        f"{len(chats.tokens):,} tokens of {tokenizer.name}, {examples.targets.sum():,} to be learnt, in "
+        f"{len(examples.rows):,} rows, {examples.eval_samples:,} held out",
+    ]
+    return TrainingData(tokenizer, examples, content, template, [], lines)
+
+
+def _tokenizer_for_model(tokenizer: Tokenizer, config: Config) -> Tokenizer:
+    """Return the tokenizer with what the model needs; raises ConfigError if the model has no rows for all its ids."""
+    tokenizer = tokenizer.with_mask() if config.model.arch == "bert" else tokenizer
+    check_vocab_fits(tokenizer, config.model)
+    return tokenizer

@@ -1,0 +1,56 @@
+"""Check that this MPI is healthy, before a long job and on its nodes.
+
+Check the ranks that mpirun starts: libraries and versions, cores and binding, every message and collective against known
+answers, latency and bandwidth, clocks, shared memory. Print what is wrong and what to do; exit with a code other than 0 if a
+check fails.
+
+--calibrate also measures, in a minute or two, how fast everything is that a training step consists of, for mpilm.plan and for
+train --parallel.auto; start as many ranks a node as a job will have.
+
+$ mpirun -n 4 python -m mpilm.doctor
+$ mpirun -n 4 python -m mpilm.doctor --drill true        # kill a rank at the end, which must end the job
+$ mpirun -n 4 python -m mpilm.doctor --calibrate         # measure what mpilm.plan needs: machine.json
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from mpilm.comm.base import Comm
+from mpilm.config.parse import parse
+from mpilm.config.schema import Range
+from mpilm.launch.run import Body, run
+
+Megabytes = Annotated[int, Range("from 1 to 1024", lambda value: 1 <= value <= 1024)]
+
+
+@dataclass(frozen=True)
+class DoctorArguments:
+    """The checks to run, and the calibration."""
+
+    megabytes: Megabytes = 16  # Size of the largest messages.
+    drill: bool = False  # Kill the last rank at the end: the job must end within seconds, with a non-zero exit code.
+    calibrate: bool = False  # Measure this machine for mpilm.plan, while nothing else runs here, and write a machine file.
+    output: str = "machine.json"  # The file that --calibrate writes.
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # The device that --calibrate measures; auto: a GPU if torch finds one.
+
+
+def main() -> Body:
+    config = parse(sys.argv[1:], DoctorArguments(), "doctor", __doc__ or "")
+
+    def body(comm: Comm) -> None:
+        from mpilm.doctor.calibrate import write_calibration
+        from mpilm.doctor.checks import kill_last_rank, run_checks
+
+        run_checks(comm, config.megabytes << 20)
+        if config.calibrate:
+            write_calibration(comm, config.device, Path(config.output))
+        if config.drill:
+            kill_last_rank(comm)
+
+    return body
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,155 @@
+"""Calibration: measure a machine, correct the profile by whole training steps, and write it.
+
+All ranks measure at the same time, since those of a node share its memory and its clock rate; then the first rank of each node
+measures alone, with all cores. Numbers are medians over the calls of a rank, and over the ranks.
+"""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpilm.comm.base import Comm, SelfComm
+from mpilm.comm.collective_errors import CollectiveError, run_on_root
+from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
+from mpilm.data.files import file_errors
+from mpilm.doctor.measure import Bench, measure_network, measure_rates, time_collective
+from mpilm.engine.hardware import cores_per_rank, detect_hardware, software_versions
+from mpilm.engine.step import train_step
+from mpilm.engine.train_model import TrainModel
+from mpilm.errors import ConfigError
+from mpilm.formatting import count_noun
+from mpilm.mesh.mesh import Mesh
+from mpilm.mesh.shape import MeshShape
+from mpilm.model.flops import saved_floats_per_token
+from mpilm.parallel.flat_layout import ALIGNMENT
+from mpilm.planner.cost import PlacedLayout, step_time
+from mpilm.planner.profile import FORMAT, ComputeRates, Curve, MachineProfile, write_profile
+from mpilm.telemetry.memory import MemoryMeter
+from mpilm.verification.layouts import RandomTokens
+
+TRAINED, VOCAB_SIZE = ((128, 128), (512, 192), (1024, 512)), 2048  # tokens and width of models that are trained
+DISK_BYTES = 128 << 20
+
+
+def write_calibration(comm: Comm, device: str, path: Path) -> None:
+    """Measure this machine and write its profile. Collective; raises AgreedError."""
+    profile = calibrate(comm, device)
+    run_on_root(comm, lambda: write_profile(path, profile))
+    if comm.rank == 0:
+        print(f"{'calibrated':<12}{path}: for python -m mpilm.plan --machine {path}", flush=True)
+
+
+def calibrate(comm: Comm, device: str) -> MachineProfile:
+    """Measure this machine with these ranks. Collective."""
+    hardware = detect_hardware(TrainConfig(device=device), comm, bind=False)  # type: ignore[arg-type] # one rank alone measures all cores
+    comm = comm.with_options(gpu_aware=False, yield_while_waiting=hardware.oversubscribed)
+    node, cuda = comm.split_node(), hardware.device.type == "cuda"
+    sizes = comm.all_gather_json(node.size)
+    if len(set(sizes)) > 1:
+        raise CollectiveError(ConfigError(
+            f"nodes have {min(sizes)} to {max(sizes)} ranks: start the same number on each, as many as a job will have"
+        ))  # fmt: skip
+    program_bytes = MemoryMeter(hardware.device).program_bytes
+    cores = max(1, round(sum(node.all_gather_json(float(cores_per_rank(node))))))
+    bench = Bench(comm, node, hardware.device)
+    compute, memory = measure_rates(bench, hardware.threads, node.size)
+    alone = replace(bench, comm=comm.with_options(gpu_aware=False, yield_while_waiting=True), alone=True)
+    if node.size > 1 and not cuda:
+        with _threads(cores if node.rank == 0 else 1):
+            rates = measure_rates(alone, cores, 1)
+        compute, memory = compute + rates[0], memory + rates[1]
+    software = {
+        name: version for name, version in software_versions(comm).items() if name in ("mpilm", "torch", "processor", "mpi")
+    }
+    profile = MachineProfile(
+        format=FORMAT, made=time.strftime("%Y-%m-%d %H:%M"), device=hardware.device.type, **software,
+        nodes=comm.size // node.size, ranks_per_node=node.size, gpus=torch.cuda.device_count() if cuda else 1, cores=cores,
+        memory_bytes=_memory_bytes(hardware.device), program_bytes=max(comm.all_gather_json(program_bytes)),
+        compute=tuple(compute), memory=tuple(memory), within=measure_network(bench, node),
+        across=measure_network(bench, comm, node.size) if node.size < comm.size else None,
+        write_bandwidth=_write_bandwidth(bench), step_s=1e-9,
+    )  # fmt: skip
+    corrected = []
+    for each in compute:
+        ranks = bench if each.ranks == node.size else alone
+        with _threads(each.threads if ranks is bench or node.rank == 0 else 1):
+            corrected.append(replace(each, training=_training_slowdown(ranks, profile, each)))
+    profile = replace(profile, compute=tuple(corrected))
+    return replace(profile, step_s=_unexplained_s(bench, profile))
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return total
+
+
+def _training_slowdown(bench: Bench, profile: MachineProfile, rates: ComputeRates) -> Curve:
+    """Measure whole steps of small models, on every rank by itself, against the sum of their parts."""
+    bench.progress(f"steps in {rates.dtype}, {count_noun(rates.ranks, 'rank')} a node")
+    points = []
+    for tokens, width in TRAINED:
+        layout, step = _small_model(bench, SelfComm("alone"), profile, rates.ranks, tokens, width, rates.dtype)
+        predicted, took_s = step_time(layout), bench.time_call(step)
+        saved = tokens * saved_floats_per_token(layout.config.model, rates.dtype)
+        points.append((saved, max(0.5, (took_s - predicted.update_s) / predicted.compute_s)))
+    return tuple(points)
+
+
+def _unexplained_s(bench: Bench, profile: MachineProfile) -> float:
+    """Measure what a step of a tiny model takes beyond its prediction: Python and small messages. Collective."""
+    bench.progress("a whole step")
+    layout, step = _small_model(bench, bench.comm, profile, profile.ranks_per_node, 32, 64, "float32")
+    took_s = time_collective(bench.comm, bench.comm, step, 20)
+    return max(0.05 * took_s, took_s - step_time(layout).total_s)
+
+
+def _small_model(
+    bench: Bench, comm: Comm, profile: MachineProfile, ranks_per_node: int, tokens: int, width: int, dtype: Any
+) -> tuple[PlacedLayout, Callable[[], object]]:
+    """Return a model of a few blocks, replicated over `comm`, and its training step on so many tokens a microbatch."""
+    model = ModelConfig(n_layers=3, n_heads=max(1, width // 64), d_model=width, context_length=min(tokens, 256))
+    rows = max(1, tokens // model.context_length)
+    microbatches = comm.size if comm is bench.comm else 2
+    train = TrainConfig(global_batch=microbatches * rows, micro_batch=rows, dtype=dtype)
+    config, shape, cut = resolve_config(Config(model=model, train=train)), MeshShape(data=comm.size), (model.n_layers,)
+    trained = TrainModel(config, Mesh.build(shape, comm), cut, VOCAB_SIZE, bench.device, ALIGNMENT)
+    trained.init_parameters()
+    source, steps = RandomTokens(config, VOCAB_SIZE), count()
+    layout = PlacedLayout(config, VOCAB_SIZE, profile, shape, ranks_per_node, cut)
+    return layout, lambda: train_step(trained, source, next(steps))
+
+
+def _write_bandwidth(bench: Bench) -> float:
+    """Measure the bytes a second that rank 0 writes here, until they are on the disk. Collective; raises AgreedError."""
+    bench.progress("the disk")
+
+    def write() -> float:
+        data = torch.randint(0, 255, (DISK_BYTES,), dtype=torch.uint8, device="cpu").numpy().tobytes()
+        with file_errors(Path.cwd(), "write"), tempfile.TemporaryFile(dir=".", buffering=0) as file:
+            start_s = time.perf_counter()
+            file.write(data)
+            os.fsync(file.fileno())
+            return DISK_BYTES / (time.perf_counter() - start_s)
+
+    return float(bench.comm.broadcast_json(run_on_root(bench.comm, write)))

@@ -1,0 +1,115 @@
+"""Check that a layout works on a number of ranks, before anything is built; refusals name the nearest that works. Pure."""
+
+from mpilm.config.check import check_config
+from mpilm.config.schema import Config, microbatch_count, override, resolve_config
+from mpilm.errors import ConfigError
+from mpilm.formatting import count_noun
+from mpilm.mesh.shape import MeshShape
+from mpilm.model.flops import flops_by_part
+from mpilm.parallel.pipeline.partition import partition_layers, validate_partition
+from mpilm.parallel.pipeline.schedules import find_schedule_problem
+
+Remedy = tuple[str, dict[str, int], int]  # text, settings to change, ranks
+Problem = tuple[str, list[list[Remedy]]]  # reason, and remedies by kind, of each kind the best first
+
+
+def resolve_mesh_shape(config: Config, ranks: int) -> MeshShape:
+    """Return the mesh on which `ranks` ranks run `config`; raises ConfigError naming the setting and values that work."""
+    problem = _find_problem(config, ranks)
+    if problem is not None:
+        reason, kinds = problem
+        texts = ((text for text, changes, n in kind if _works(override(config, **changes), n)) for kind in kinds)
+        advice = ", or ".join(filter(None, (next(working, "") for working in texts)))
+        raise ConfigError(f"{reason}; {advice}" if advice else reason)
+    _check_cut(config)
+    return MeshShape(pipeline=config.parallel.pipeline, data=ranks // config.parallel.pipeline)
+
+
+def replica_microbatch_count(config: Config, shape: MeshShape) -> int:
+    """Return the microbatches per step of a data replica; where they do not divide evenly, some replicas have one fewer."""
+    return -(-microbatch_count(config) // shape.data)
+
+
+def partition_by_cost(config: Config, vocab_size: int) -> tuple[int, ...]:
+    """Return the layers of each stage: parallel.cut if set, else balanced by FLOPs, including embedding, head and loss."""
+    parallel, model = resolve_config(config).parallel, resolve_config(config).model
+    stages = parallel.pipeline * parallel.chunks
+    if parallel.cut:
+        return validate_partition(parallel.cut, model.n_layers, stages)
+    flops = flops_by_part(model, vocab_size)
+    return partition_layers(model.n_layers, stages, flops["embed"], flops["head"], flops["block"])
+
+
+def _works(config: Config, ranks: int) -> bool:
+    try:
+        check_config(config)
+        _check_cut(config)
+        return _find_problem(config, ranks) is None
+    except ConfigError:
+        return False
+
+
+def _check_cut(config: Config) -> None:
+    parallel = resolve_config(config).parallel
+    if parallel.cut:
+        validate_partition(parallel.cut, config.model.n_layers, parallel.pipeline * parallel.chunks)
+
+
+def _find_problem(config: Config, ranks: int) -> Problem | None:
+    """Return why these ranks cannot run `config`, and what to change; None if they can."""
+    return _find_pipeline_problem(config, ranks) or _find_data_problem(config, ranks)
+
+
+def _find_pipeline_problem(config: Config, ranks: int) -> Problem | None:
+    """Look for more stages than layers, and for a pipeline that does not divide the ranks."""
+    parallel, layers = resolve_config(config).parallel, config.model.n_layers
+    pipeline, chunks, stages = parallel.pipeline, parallel.chunks, parallel.pipeline * parallel.chunks
+    if stages <= layers and ranks % pipeline == 0:
+        return None
+    divisors = [size for size in range(ranks, 0, -1) if ranks % size == 0]
+    if stages > layers:
+        fewer_chunks = range(min(chunks - 1, layers // pipeline), 1, -1)
+        largest = f"is the largest that fits {ranks} ranks"
+        return (
+            f"--parallel.pipeline {pipeline} with {count_noun(chunks, 'stage')} per rank makes {stages} stages, and "
+            f"--model.n-layers is {layers}: each stage needs a layer",
+            [
+                [(f"--parallel.chunks {n}", {"parallel__chunks": n}, ranks) for n in fewer_chunks],
+                [(f"--parallel.pipeline {n} {largest}", {"parallel__pipeline": n}, ranks) for n in divisors if n < pipeline],
+                [(f"--model.n-layers {stages}", {"model__n_layers": stages}, ranks)],
+            ],
+        )
+    divisors.sort(key=lambda size: (abs(size - pipeline), size))
+    nearest = [(f"the nearest that does: {n}", {"parallel__pipeline": n}, ranks) for n in divisors]
+    more = -(-ranks // pipeline) * pipeline
+    reason = f"--parallel.pipeline {pipeline} does not divide {count_noun(ranks, 'rank')}"
+    return reason, [nearest, [(f"start {more} ranks", {}, more)]]
+
+
+def _find_data_problem(config: Config, ranks: int) -> Problem | None:
+    """Look for replicas without a microbatch, for a single one to shard over, and for sizes that the schedule cannot use."""
+    parallel, train, total = resolve_config(config).parallel, config.train, microbatch_count(config)
+    pipeline, data, rank_count = parallel.pipeline, ranks // parallel.pipeline, count_noun(ranks, "rank")
+    if data > total:
+        replicas = rank_count if pipeline == 1 else f"{rank_count} make {data} replicas of the pipeline"
+        fewer = [n * pipeline for n in range(total, 0, -1)]
+        batches = [data * train.micro_batch, data * train.micro_batch * pipeline]  # the schedule may need one per stage
+        return (
+            f"{replicas}, but a step has only {count_noun(total, 'microbatch')} (--train.global-batch {train.global_batch} "
+            f"over --train.micro-batch {train.micro_batch})",
+            [
+                [(f"start {n} ranks or fewer" if n > 1 else "start 1 rank", {}, n) for n in fewer],
+                [(f"make the batch {n}", {"train__global_batch": n}, ranks) for n in batches],
+            ],
+        )
+    if parallel.zero and data == 1:
+        one = f"{rank_count} with --parallel.pipeline {pipeline} leave{'s' * (ranks == 1)} 1"
+        without = [("write --parallel.zero 0", {"parallel__zero": 0}, ranks)]
+        reason = f"--parallel.zero {parallel.zero} shards over the data-parallel ranks, and {one}"
+        return reason, [without, [(f"start {2 * pipeline} ranks", {}, 2 * pipeline)]]
+    count = replica_microbatch_count(config, MeshShape(pipeline=pipeline, data=data))
+    misfit = find_schedule_problem(parallel.schedule, pipeline, parallel.chunks, count)
+    below = count // pipeline * pipeline
+    near = sorted((n for n in (below, below + pipeline) if n), key=lambda n: (abs(n - count), -n))
+    batches = [n * data * train.micro_batch for n in near]
+    return (misfit, [[(f"--train.global-batch {n}", {"train__global_batch": n}, ranks) for n in batches]]) if misfit else None

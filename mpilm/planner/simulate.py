@@ -1,0 +1,162 @@
+"""Event-driven simulation of a step: the programs of all ranks in one process, with what each rank does when and waits for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from mpilm.parallel.pipeline.actions import COMPUTE, Action, ActionKind, Message
+
+Program = Sequence[Action]
+ActionCosts = Mapping[tuple[ActionKind, int], float] | Callable[[ActionKind, int], float]
+
+
+@dataclass(frozen=True)
+class TimelineEvent:
+    """A stretch of time on a rank: an action, or the wait before it."""
+
+    rank: int
+    action: Action
+    start_s: float
+    end_s: float
+    waiting: bool = False  # the rank waits for the message that `action` needs
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One step of a pipeline: the events of each rank, in order of time."""
+
+    by_rank: tuple[tuple[TimelineEvent, ...], ...]
+
+    @cached_property
+    def events(self) -> tuple[TimelineEvent, ...]:
+        """All events, rank by rank."""
+        return tuple(event for events in self.by_rank for event in events)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.by_rank)
+
+    @cached_property
+    def chunks(self) -> int:
+        """Stages per rank."""
+        return 1 + max((event.action.stage for event in self.events), default=0) // self.ranks
+
+    @cached_property
+    def step_s(self) -> float:
+        """Seconds from the first start to the last end."""
+        return max((event.end_s for event in self.events), default=0.0)
+
+    @property
+    def bubble(self) -> float:
+        """The fraction of the step in which the average rank does not compute."""
+        busy_s = sum(event.end_s - event.start_s for event in self.events if not event.waiting)
+        return 1 - busy_s / self.ranks / self.step_s if self.step_s else 0.0
+
+    def peak_in_flight(self, rank: int) -> int:
+        """Return the most microbatches in flight at once, counted per stage: from forward to the end of backward (with W)."""
+        actions = [event.action for event in self.by_rank[rank] if not event.waiting]
+        last = next((kind for kind in "WB" if any(action.kind == kind for action in actions)), "F")  # forward only: at once
+        in_flight = peak = 0
+        for action in actions:
+            in_flight += action.kind == "F"
+            peak = max(peak, in_flight)
+            in_flight -= action.kind == last
+        return peak
+
+
+def simulate(
+    programs: Sequence[Program],
+    costs: ActionCosts,
+    transfer_s: float = 0.0,
+    real_microbatches: int | None = None,
+    blocking: bool = False,
+) -> Timeline:
+    """Return the timeline of lowered programs, one per rank; raise ValueError, naming who waits for what, on a deadlock.
+
+    `costs` gives the seconds of (kind, stage); REDUCE may be left out. Microbatches from `real_microbatches` on cost nothing.
+    A message travels for `transfer_s` once it is sent and its receive is posted (nothing is buffered). A compute action
+    waits for its message. A SEND waits until the one before it on its channel has arrived or, if `blocking`, until it has
+    arrived itself.
+    """
+
+    def cost_s(action: Action) -> float:
+        if action.is_padding(real_microbatches):
+            return 0.0
+        if callable(costs):
+            return costs(action.kind, action.stage)
+        key = action.kind, action.stage
+        return costs.get(key, 0.0) if action.kind == "REDUCE" else costs[key]
+
+    simulation = _Simulation(programs, cost_s, transfer_s, blocking)
+    while any(simulation.advance(rank) for rank in range(len(programs))):
+        pass
+    simulation.check_finished()
+    return Timeline(tuple(map(tuple, simulation.events)))
+
+
+class _Simulation:
+    """The next action and the clock of each rank. Times do not depend on the order in which ranks are advanced."""
+
+    def __init__(self, programs: Sequence[Program], cost_s: Callable[[Action], float], transfer_s: float, blocking: bool):
+        self.programs, self.cost_s, self.transfer_s, self.blocking = programs, cost_s, transfer_s, blocking
+        self.next, self.clock_s = [0] * len(programs), [0.0] * len(programs)
+        self.events: list[list[TimelineEvent]] = [[] for _ in programs]
+        self.sent_s: dict[Message, float] = {}
+        self.posted_s: dict[Message, float] = {}
+        self.last_sent: dict[tuple[int, str], Message] = {}  # by channel
+
+    def advance(self, rank: int) -> bool:
+        """Execute actions until the rank has to wait; return whether it executed any."""
+        start = self.next[rank]
+        while self.next[rank] < len(self.programs[rank]) and self._execute(rank, self.programs[rank][self.next[rank]]):
+            self.next[rank] += 1
+        return self.next[rank] > start
+
+    def check_finished(self) -> None:
+        """Raise ValueError unless every rank has reached the end of its program."""
+        stuck = []
+        for rank, (i, program) in enumerate(zip(self.next, self.programs)):
+            if i < len(program):
+                awaited = self._awaited(program[i])
+                assert awaited is not None
+                missing = "send" if awaited not in self.sent_s else "receive"
+                stuck.append(f"rank {rank} waits at {program[i]} for the {missing} of {_describe(awaited)}")
+        if stuck:
+            raise ValueError("deadlock: " + "; ".join(stuck))
+
+    def _awaited(self, action: Action) -> Message | None:
+        """Return the message that must arrive before the action ends (a blocking SEND) or begins (all others)."""
+        message = action.message
+        if message is None or action.kind in ("RECV_F", "RECV_B"):
+            return None
+        if action.kind in COMPUTE:
+            return message if message in self.posted_s else None
+        return message if self.blocking else self.last_sent.get(message.channel)
+
+    def _execute(self, rank: int, action: Action) -> bool:
+        """Execute one action of a rank; return whether it could."""
+        message, start_s = action.message, self.clock_s[rank]
+        if message and self.blocking and action.kind in ("SEND_F", "SEND_B"):
+            self.sent_s.setdefault(message, start_s)
+        awaited = self._awaited(action)
+        if awaited is not None:
+            if awaited not in self.sent_s or awaited not in self.posted_s:
+                return False
+            start_s = max(start_s, self.sent_s[awaited] + self.transfer_s, self.posted_s[awaited] + self.transfer_s)
+        if start_s > self.clock_s[rank]:
+            self.events[rank].append(TimelineEvent(rank, action, self.clock_s[rank], start_s, waiting=True))
+        self.clock_s[rank] = start_s
+        if message is None or action.kind in COMPUTE:
+            self.clock_s[rank] += self.cost_s(action)
+            self.events[rank].append(TimelineEvent(rank, action, start_s, self.clock_s[rank]))
+        elif action.kind in ("RECV_F", "RECV_B"):
+            self.posted_s[message] = start_s
+        else:
+            self.sent_s.setdefault(message, start_s)
+            self.last_sent[message.channel] = message
+        return True
+
+
+def _describe(message: Message) -> str:
+    tensor, source = ("activation", message.stage - 1) if message.direction == "F" else ("gradient", message.stage + 1)
+    return f"the {tensor} of microbatch {message.microbatch} from stage {source} to stage {message.stage}"

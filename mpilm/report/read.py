@@ -1,0 +1,126 @@
+"""Reading a run folder as far as it is complete: absent and broken parts are listed, not raised."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpilm.config.parse import read_toml
+from mpilm.errors import FileError, UserError
+from mpilm.formatting import count_noun
+from mpilm.telemetry.metrics_table import MetricsTable, Row, read_metrics_table
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """The contents of a run folder."""
+
+    folder: Path
+    metrics: MetricsTable
+    config: dict[str, Any]  # resolved settings, "section.key" -> value
+    config_text: str
+    trace: Mapping[str, Any] | None
+    missing: list[str]  # a sentence for each part that is absent or broken
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name or str(self.folder)
+
+    def find_events(self, *kinds: str) -> list[Row]:
+        return [row for row in self.metrics.events if row["event"] in kinds]
+
+    @property
+    def starts(self) -> list[Row]:
+        return self.find_events("start")
+
+    @property
+    def start(self) -> Row:
+        """Return the row of the last start; empty if none was logged."""
+        return self.starts[-1] if self.starts else {}
+
+    @property
+    def ranks(self) -> int:
+        """Return the number of ranks of the last start; 0 if unknown."""
+        return self.start.get("ranks", 0)
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether the last start ran to its end or was stopped."""
+        return [row["event"] for row in self.find_events("start", "end", "stopped")][-1:] in (["end"], ["stopped"])
+
+    def name_rank(self, rank: int) -> str:
+        """Return the rank with its host, if that is known."""
+        hosts = self.start.get("hosts", [])
+        return f"rank {rank} {hosts[rank]}" if rank < len(hosts) else f"rank {rank}"
+
+
+def read_run(folder: str | Path) -> RecordedRun:
+    """Read a run folder. Raises FileError if it is not one."""
+    path, missing = Path(folder), list[str]()
+    try:
+        if not path.exists():
+            raise FileError(f"{path} does not exist; pass a run folder, such as runs/NAME")
+        if path.is_file():
+            raise FileError(f"{path} is a file; pass the run folder, such as {path.parent}")
+        if not (path / "metrics.jsonl").exists() and not (path / "config.toml").exists():
+            raise FileError(f"{path} is not a run folder: it has neither metrics.jsonl nor config.toml")
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from None
+    metrics, config, text = MetricsTable(), dict[str, Any](), ""
+    try:
+        metrics = read_metrics_table(path / "metrics.jsonl")
+    except OSError as error:
+        missing.append(f"metrics.jsonl cannot be read: {error.strerror}.")
+    try:
+        config = _flatten_sections(read_toml(path / "config.toml", "config.toml"))
+        text = (path / "config.toml").read_text(encoding="utf-8")
+    except (UserError, OSError) as error:
+        missing.append(f"{error}.")
+    run = RecordedRun(path, metrics, config, text, _load_trace(path, missing), missing)
+    missing += _find_gaps(run)
+    return run
+
+
+def _flatten_sections(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten_sections(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _load_trace(folder: Path, missing: list[str]) -> Mapping[str, Any] | None:
+    """Return the newest trace of the run; None if it has none that can be read."""
+    path = max(folder.glob("trace-*.json"), key=os.path.getmtime, default=None)
+    if path is None:
+        return None
+    try:
+        trace = json.loads(path.read_bytes())
+        if isinstance(trace, dict) and isinstance(trace.get("traceEvents"), list):
+            return trace
+        missing.append(f"{path.name} is not a trace.")
+    except (OSError, ValueError, RecursionError) as error:
+        missing.append(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or 'it is not complete JSON'}.")
+    return None
+
+
+def _find_gaps(run: RecordedRun) -> list[str]:
+    """Return a sentence for everything that is broken, or that an older version or a run still going on did not log."""
+    metrics = run.metrics
+    bad_steps = metrics.columns["step"][~np.isfinite(metrics.columns["loss"])]
+    bad_losses = f"{len(bad_steps):,} logged {'loss is' if len(bad_steps) == 1 else 'losses are'} not finite"
+    has_no_mfu = metrics.count and run.starts and np.isnan(metrics.columns["mfu"]).all()
+    gaps = (
+        (metrics.truncated, "The last line of metrics.jsonl is incomplete; it was ignored."),
+        (metrics.unreadable, f"{count_noun(metrics.unreadable, 'line')} of metrics.jsonl cannot be read."),
+        (not metrics.count, "No step has been logged yet."),
+        (len(bad_steps), f"{bad_losses}, first at step {next(iter(bad_steps), 0):,.0f}."),
+        (metrics.count and not run.starts, "metrics.jsonl has no start row: ranks, layout and versions are unknown."),
+        (run.starts and not run.has_ended, "metrics.jsonl has no end row: the run is still going on, or was killed."),
+        (metrics.count and not any("rank_s" in row for row in metrics.samples), "The run logged no times of its ranks."),
+        (has_no_mfu, "The run logged no MFU, because the peak speed of the machine was unknown."),
+    )
+    return [sentence for applies, sentence in gaps if applies]

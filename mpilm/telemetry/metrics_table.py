@@ -1,0 +1,119 @@
+"""RUN/metrics.jsonl as arrays, for files of up to millions of rows."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mpilm.telemetry.metrics import parse_row
+
+Row = dict[str, Any]
+COLUMNS = ("step", "time", "tokens", "loss", "grad_norm", "lr", "step_s", "tokens_per_s", "mfu")
+EVALUATION_COLUMNS = ("step", "time", "eval_loss")
+PER_RANK = ("memory_bytes", "rank_s")  # lists with a value for each rank
+CUTS = tuple(f', "{key}"'.encode() for key in PER_RANK)  # within a string the quotes would be escaped
+ROW_KINDS = frozenset({"loss", "eval_loss", "event"})  # every row has one of these keys
+START_TYPES = {"ranks": int, "layout": dict, "versions": dict, "hosts": list, "command": str}  # other values are dropped
+BLOCK_BYTES = 4 << 20
+SAMPLES = 400  # rows whose per-rank values are read
+
+
+@dataclass(frozen=True)
+class MetricsTable:
+    """The rows of metrics.jsonl by kind."""
+
+    columns: Mapping[str, np.ndarray] = field(default_factory=lambda: dict.fromkeys(COLUMNS, np.empty(0)))
+    # float64, one value per logged step; NaN where the row lacks it
+    evaluations: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))  # (N, 3): EVALUATION_COLUMNS
+    events: tuple[Row, ...] = ()
+    samples: tuple[Row, ...] = ()  # whole rows with per-rank values, evenly spread over the file
+    unreadable: int = 0  # lines that are not rows
+    truncated: bool = False  # the last line is incomplete
+
+    @property
+    def count(self) -> int:
+        """Return the number of logged steps."""
+        return len(self.columns["step"])
+
+
+def read_metrics_table(path: Path) -> MetricsTable:
+    """Read a metrics file of up to millions of rows. Raises OSError."""
+    steps, events, evaluations, unreadable, truncated = [_to_array([], COLUMNS)], list[Row](), list[Row](), 0, False
+    with open(path, "rb") as file:
+        while lines := file.readlines(BLOCK_BYTES):
+            if not lines[-1].endswith(b"\n"):
+                truncated = bool(lines.pop())
+            rows = parse_rows(lines)
+            unreadable += len(lines) - len(rows)
+            steps.append(_to_array([row for row in rows if "event" not in row and ("loss" in row or "step_s" in row)], COLUMNS))
+            evaluations += [row for row in rows if "eval_loss" in row]
+            events += [
+                {key: value for key, value in row.items() if isinstance(value, START_TYPES.get(key, object))}
+                for row in rows
+                if "event" in row
+            ]
+        samples = _sample_rows(file)
+    columns = dict(zip(COLUMNS, np.concatenate(steps).T))
+    return MetricsTable(columns, _to_array(evaluations, EVALUATION_COLUMNS), tuple(events), samples, unreadable, truncated)
+
+
+def parse_rows(lines: Sequence[bytes]) -> list[Row]:
+    """Parse rows without their per-rank values, which come last and are most of the text; drop lines that are not rows."""
+    heads = [_cut_per_rank(line) for line in lines]
+    try:
+        rows = json.loads(b"[" + b",".join(heads) + b"]")  # a single call takes a third of the time
+        if len(rows) != len(lines):
+            raise ValueError("a line held several values")
+    except (ValueError, RecursionError):
+        rows = [parse_row(head) or parse_row(line) for head, line in zip(heads, lines)]
+    for i, row in enumerate(rows):
+        if isinstance(row, dict) and not ROW_KINDS & row.keys():  # the per-rank values came first
+            rows[i] = parse_row(lines[i])
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step", 0), int)]
+
+
+def _cut_per_rank(line: bytes) -> bytes:
+    for cut in CUTS:
+        at = line.find(cut)
+        if at > 0:
+            return line[:at] + b"}\n"
+    return line
+
+
+def _sample_rows(file: BinaryIO) -> tuple[Row, ...]:
+    """Return about SAMPLES rows that hold per-rank values, evenly spread over the file."""
+    starts = {0: None}  # an ordered set
+    for offset in np.linspace(0, file.seek(0, os.SEEK_END), SAMPLES, endpoint=False).astype(int).tolist():
+        file.seek(offset)
+        file.readline()
+        starts[file.tell()] = None
+    rows = [parse_row(file.readline()) for start in starts if file.seek(start) == start]
+    return tuple(row for row in rows if row and "event" not in row and any(key in row for key in PER_RANK))
+
+
+def _to_array(rows: Sequence[Row], keys: Sequence[str]) -> np.ndarray:
+    """Return the numbers of rows as float64, (rows, keys); NaN for anything that is not a number."""
+    # The first way is the fastest, and needs all keys in all rows; the last one takes rows of any kind.
+    for pick in (itemgetter(*keys), lambda row: [row.get(key, np.nan) for key in keys]):
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            return np.array(list(map(pick, rows)), dtype=float).reshape(-1, len(keys))
+    return np.array([[to_float(row.get(key)) for key in keys] for row in rows])
+
+
+def to_float(value: Any) -> float:
+    """Return `value` as a float; NaN if it is not a number."""
+    try:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
+    except OverflowError:
+        return float("nan")
+
+
+def per_rank_values(value: Any) -> np.ndarray | None:
+    """Return a list with a number for each rank as an array; None for anything else."""
+    return np.array([to_float(each) for each in value]) if isinstance(value, list) and value else None

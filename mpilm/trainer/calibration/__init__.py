@@ -1,1 +1,0 @@
-"""The doctor's --calibrate: how long this machine takes for each thing that a training step is made of."""
