@@ -18,23 +18,26 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 CORE = {
     "comm", "mesh", "ops", "model", "data", "parallel", "optim", "checkpoint", "engine", "trainer", "launch", "config",
 }  # fmt: skip
-LAYERS = {
-    "__init__": 0, "formatting": 0, "errors": 0, "config": 0,
-    "comm": 1, "model": 1, "testing": 1,
-    "launch": 2, "mesh": 2, "data": 2,
-    "ops": 3,
-    "parallel": 4,
-    "optim": 5, "checkpoint": 5, "telemetry": 5, "planner": 5,
-    "engine": 6, "report": 6,
-    "inference": 7, "verification": 7,
-    "trainer": 8, "doctor": 8,
-}  # fmt: skip
-COMMAND_LAYER = 9  # every other file at the top of the package
+ROOMS = (  # from the lowest layer to the highest
+    ("__init__", "errors", "formatting"),
+    ("config",),
+    ("comm", "model"),
+    ("testing",),
+    ("launch", "mesh", "data"),
+    ("ops",),
+    ("parallel",),
+    ("optim", "checkpoint", "telemetry", "planner"),
+    ("engine", "report"),
+    ("inference", "verification"),
+    ("trainer", "doctor"),
+)
+LAYERS = {room: layer for layer, rooms in enumerate(ROOMS) for room in rooms}
+COMMAND_LAYER = len(ROOMS)  # every other file at the top of the package
 PURE = (
     "errors", "formatting", "config.schema", "config.presets", "config.parse", "config.check", "mesh.shape", "ops.tree",
     "parallel.layout", "parallel.plan", "parallel.flat_layout", "parallel.layout_check", "parallel.pipeline.partition",
-    "parallel.pipeline.actions", "parallel.pipeline.schedules", "parallel.pipeline.lower", "parallel.pipeline.check",
-    "parallel.pipeline.simulate", "parallel.pipeline.draw", "data.order", "optim.schedule",
+    "parallel.pipeline.actions", "parallel.pipeline.schedules", "parallel.pipeline.lower", "planner.simulate", "planner.draw",
+    "data.order", "optim.schedule",
 )  # fmt: skip
 PARALLEL_WORDS = {"rank", "ranks", "mesh", "comm", "comms", "communicator", "world", "mpi"}
 MATRIX_RANKS = {"lora_rank"}  # ranks of matrices, which a model may know
@@ -51,6 +54,7 @@ HOME_MADE_WORDS = {
     "say", "said", "heard", "look", "whole", "apart", "met", "meet", "kept", "carried", "told", "speaks", "mind", "wish",
     "fleeting", "dealt", "owed", "asked", "glance", "forgetful", "anew",
 }  # fmt: skip
+FIELD_NAMES = {"whole_words"}  # BERT's whole-word masking
 HEADLESS = re.compile(r"(What|Of|How|Where|Whether|Which|Whose|In what|As it|But for)\b")
 
 Functions = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -89,7 +93,7 @@ def imported_names(name: str) -> Iterator[str]:
 def room_and_layer(part: str) -> tuple[str, int]:
     """Return the folder that `part` of the package belongs to, and its layer; files of one layer at the top are one folder."""
     if (PACKAGE / part).is_dir():
-        assert part in LAYERS, f"mpilm/{part}/ has no layer; give it one in LAYERS (design, section 3)"
+        assert part in LAYERS, f"mpilm/{part}/ has no layer; give it one in ROOMS (design, section 3)"
         return part, LAYERS[part]
     layer = LAYERS.get(part, COMMAND_LAYER)
     return f"layer {layer}", layer
@@ -264,7 +268,7 @@ def test_names_are_the_words_of_the_field() -> None:
         f"mpilm/{name}:{line}: {identifier}"
         for name in NAMES
         for line, identifier in defined_names(tree(name))
-        if name_words(identifier) & HOME_MADE_WORDS
+        if name_words(identifier) & HOME_MADE_WORDS and identifier not in FIELD_NAMES
     }
     rule = "a name is the word of a paper, torch, Megatron or DeepSpeed, or a noun phrase an engineer would say aloud"
     assert_no_breaches(rule, sorted(found))
@@ -349,8 +353,8 @@ def test_rules_detect_breaches() -> None:
     assert module_level_state(ast.parse("def f():\n    global x\n    x = 1")) == ["global x"]
     assert module_level_state(ast.parse("SIZES = [1]\n__all__ = ['f']\nn = 3")) == []
     assert name_words("localRank") | name_words("world_size") | name_words("MPIComm") >= {"rank", "world"}
-    assert room_and_layer("config") == (("config", 0) if (PACKAGE / "config").is_dir() else ("layer 0", 0))
-    assert room_and_layer("comm") == ("comm", 1)
+    assert room_and_layer("errors") == ("layer 0", 0)
+    assert room_and_layer("comm") == ("comm", 2)
     assert room_and_layer("train") == (f"layer {COMMAND_LAYER}", COMMAND_LAYER)
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
     assert cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []

@@ -187,7 +187,7 @@ class InfiniteWeight:
 @pytest.mark.parametrize(
     ("size", "changes"),
     [
-        (2, {"parallel__wire_dtype": "bfloat16", "parallel__reduce": "sent"}),
+        (2, {"parallel__wire_dtype": "bfloat16", "parallel__reduce": "messages"}),
         (2, {"parallel__wire_dtype": "bfloat16", "parallel__zero": 2}),
         (3, {"parallel__powersgd_rank": 2}),
     ],

@@ -63,7 +63,7 @@ def generate_on_threads(folder, size, settings, pipeline=1, prompts=PROMPTS, eos
 
 
 @pytest.fixture(scope="module")
-def serial_config(folders):
+def serial(folders):
     """The sampled texts of each family on one rank."""
     return {family: generate_on_threads(folders[family], 1, SAMPLED) for family in DECODERS}
 

@@ -78,7 +78,7 @@ def test_compression_errors_are_sent_in_later_steps(size):
 
 def test_compressed_step_sends_fewer_bytes():
     def sent_bytes(comm, rank):
-        config = small_config(model__d_model=64, parallel__powersgd_rank=rank, parallel__reduce="sent")
+        config = small_config(model__d_model=64, parallel__powersgd_rank=rank, parallel__reduce="messages")
         model = build_train_model(config, InstrumentedComm(comm))
         train_step(model, RandomTokens(config), 0)
         return sum(model.data.sent_bytes.values())

@@ -81,7 +81,7 @@ def skipped(tmp_path_factory, data):
     ],
 )  # fmt: skip
 def test_nonfinite_step_is_skipped_and_its_microbatch_named(
-    tmp_path, data, skipped_step_2, size, settings, value, resumes, capsys
+    tmp_path, data, skipped, size, settings, value, resumes, capsys
 ):
     """A run resumed before or after the step skips it too."""
     config, run = tiny_config(data, tmp_path / "run", **NONFINITE, **settings), tmp_path / "run"

@@ -143,7 +143,7 @@ def test_gpus_are_assigned_round_robin(monkeypatch):
 
 
 def test_numerics_environment_names_what_may_change_the_last_bits():
-    found = numerics_environment(hardware.Hardware(torch.device("cpu"), 3, False), SelfComm(), ParallelConfig(compress=4))
+    found = numerics_environment(hardware.Hardware(torch.device("cpu"), 3, False), SelfComm(), ParallelConfig(powersgd_rank=4))
     assert set(found) == {"mpilm", "torch", "python", "mpi", "processor", "threads", "device", "compile", "exchange"}
     assert (found["threads"], found["device"], found["torch"]) == ("3", "cpu", torch.__version__)
     assert (found["compile"], found["exchange"]) == ("false", "compressed to rank 4")
