@@ -22,7 +22,7 @@ from mpilm.model.init import hash_key
 from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import resolve_layouts
-from mpilm.parallel.reduce.step import StepReducer
+from mpilm.parallel.reduce.build import make_step_reducer
 
 
 def launch(main: Body) -> NoReturn:
@@ -61,7 +61,7 @@ class DataParallel:
         for fixed in [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]:
             fixed.data = fixed.detach().contiguous()
             comm.broadcast(fixed.data)
-        self.reducer = StepReducer(self.flat, model, comm, microbatches, overlap=self.flat.device.type == "cuda")
+        self.reducer = make_step_reducer(self.flat, model, comm, microbatches, overlap=self.flat.device.type == "cuda")
 
     def microbatches(self, step: int) -> Iterator[int]:
         """Yield the numbers of this rank's microbatches; call backward in each round. After the last round, gradients are

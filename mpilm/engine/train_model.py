@@ -57,7 +57,7 @@ class TrainModel(PipelinedModel):
 
     @property
     def is_local_sgd(self) -> bool:
-        """Whether replicas train independently and synchronize every few steps."""
+        """True if replicas train independently and synchronize every few steps."""
         return self.config.parallel.sync_every > 0
 
     def are_replicas_in_sync(self, done: int) -> bool:

@@ -21,6 +21,9 @@ class Sliceable(Protocol):
         """Return the number of elements of each rank's slice."""
 
     @property
+    def numel(self) -> int: ...
+
+    @property
     def longest_slice(self) -> int: ...
 
 

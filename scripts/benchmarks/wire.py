@@ -126,13 +126,13 @@ def gradient_sum(numel: int, comm, zero: int, shared: bool) -> Callable[[], obje
 
     from mpilm.parallel.flat import FlatParameters
     from mpilm.parallel.layout import resolve_layouts
-    from mpilm.parallel.reduce.step import StepReducer
+    from mpilm.parallel.reduce.build import make_step_reducer
 
     model = nn.Module()
     model.weight = nn.Parameter(torch.empty(0))
     flat = FlatParameters(resolve_layouts({"weight": (numel,)}, {}), torch.device("cpu"), zero, comm.rank, comm.size)
     flat.install(model)
-    total = StepReducer(flat, model, comm, comm.size, shared=shared)
+    total = make_step_reducer(flat, model, comm, comm.size, shared=shared)
     total.begin(0)
     total.end(0)
 

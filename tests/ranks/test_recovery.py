@@ -80,9 +80,7 @@ def skipped(tmp_path_factory, data):
         (2, layout(2, "interleaved"), math.nan, False),
     ],
 )  # fmt: skip
-def test_nonfinite_step_is_skipped_and_its_microbatch_named(
-    tmp_path, data, skipped, size, settings, value, resumes, capsys
-):
+def test_nonfinite_step_is_skipped_and_its_microbatch_named(tmp_path, data, skipped, size, settings, value, resumes, capsys):
     """A run resumed before or after the step skips it too."""
     config, run = tiny_config(data, tmp_path / "run", **NONFINITE, **settings), tmp_path / "run"
     with nonfinite_gradient(1, 3, "blocks.1.attn_norm.weight", value):

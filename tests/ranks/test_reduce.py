@@ -16,9 +16,9 @@ from mpilm.ops.tree import block_of_rank, strided_assignment
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.reduce import build
+from mpilm.parallel.reduce.build import make_step_reducer
 from mpilm.parallel.reduce.rounds import RoundReducer
 from mpilm.parallel.reduce.shared_memory import detect_topology
-from mpilm.parallel.reduce.step import StepReducer
 from mpilm.parallel.tied import TiedParameters
 from mpilm.testing.threads import run_ranks
 
@@ -83,7 +83,7 @@ class Replica:
         table = resolve_model_layouts(shape_of(tie), V, (1,))
         self.flat = FlatParameters(table, CPU, zero, comm.rank, comm.size)
         if zero < 2:
-            self.reducer = StepReducer(self.flat, self.model, comm, total, reproducible, overlap, shared, wire_dtype)
+            self.reducer = make_step_reducer(self.flat, self.model, comm, total, reproducible, overlap, shared, wire_dtype)
             self.microbatch_ids = range(*block_of_rank(comm.rank, comm.size, total))
         else:
             self.reducer = RoundReducer(self.flat, self.model, comm, total, wire_dtype)
