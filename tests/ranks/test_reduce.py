@@ -213,7 +213,7 @@ def test_rank_needs_log2_buffers_and_a_shard_of_them():
 def test_reduction_within_and_across_nodes_has_the_bits_of_the_tree(size, ranks_per_node, total, tie, zero):
     def body(comm):
         replica = Replica(comm, tie, total, zero)
-        assert replica.reducer.is_shared
+        assert replica.reducer.reducer.uses_shared_buffers
         assert replica.reducer.reducer.topology.inter_node.size == size // ranks_per_node
         for _ in range(2):
             replica.step(replica.backward)
