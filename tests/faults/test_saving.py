@@ -10,16 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import HAS_OTHER_MPI, OTHER_PYTHON
 from training_jobs import read_outcome, run_serially, sleep_in_steps, slow_case, start_job, train_arguments
 
 from mpilm.checkpoint.format import list_checkpoints
 from mpilm.checkpoint.verify import find_newest_valid
-from mpilm.comm.mpi import mpi_library_name
 from mpilm.telemetry.metrics import read_metrics
 
 STEPS = 48
-OTHER_PYTHON = os.environ.get("MPILM_TEST_OTHER_PYTHON", "")
-OTHER_MPIRUN = Path(OTHER_PYTHON or ".").with_name("mpirun")
 SYNCHRONOUS = ("--checkpoint.asynchronous", "false")
 DISK_FULL = "could not be written: No space left on device; older checkpoints are unchanged (on rank 1)"
 
@@ -122,9 +120,11 @@ def test_file_system_too_small_for_a_checkpoint_ends_the_run(tmp_path, data):
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-@pytest.mark.skipif(not OTHER_MPIRUN.exists(), reason="MPILM_TEST_OTHER_PYTHON names no Python with another MPI library")
+@pytest.mark.skipif(not HAS_OTHER_MPI, reason="MPILM_TEST_OTHER_PYTHON names no Python with another MPI library")
 def test_other_mpi_library_gives_the_same_bits(tmp_path, data, uninterrupted):
-    path = f"{OTHER_MPIRUN.parent}:{os.environ['PATH']}"
+    from mpilm.comm.mpi import mpi_library_name
+
+    path = f"{Path(OTHER_PYTHON).parent}:{os.environ['PATH']}"
     with start_job(2, arguments(data, tmp_path / "run"), tmp_path, python=OTHER_PYTHON, PATH=path) as job:
         assert job.wait() == 0, job.output
     assert read_outcome(tmp_path / "run") == uninterrupted
