@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from safetensors.torch import save_file
-from text import tiny
+from text import tiny_config
 from torch import Tensor, nn
 
 from mpilm.checkpoint import format, plan, save
@@ -100,7 +100,7 @@ def slice_tensors(tensors: Mapping[str, Tensor], sharding: Sharding, rank: int) 
 
 def make_state(tensors: Tensors, sharding: Sharding, rank: int) -> CheckpointState:
     return CheckpointState(
-        model=tiny(Path(), Path()).model,
+        model=tiny_config(Path(), Path()).model,
         tokenizer=bytes_tokenizer(),
         template=None,
         trainer={"step": 7},

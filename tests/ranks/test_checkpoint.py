@@ -30,7 +30,7 @@ from checkpoints import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from text import tiny
+from text import tiny_config
 from transformers import AutoModelForCausalLM
 
 from mpilm.checkpoint import save as save_module
@@ -119,7 +119,7 @@ def test_save_writes_the_bytes_of_earlier_versions(tmp_path):
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("shard", [20_000, 5_000_000_000])
 def test_save_in_one_file_or_several_is_read_by_transformers(tmp_path, tie, shard):
-    config = tiny("", "", model__tie_embeddings=tie, model__dropout=0.0).model
+    config = tiny_config("", "", model__tie_embeddings=tie, model__dropout=0.0).model
     model = build_model(config, bytes_tokenizer().vocab_size)
     torch.manual_seed(0)
     own = {name: p.detach().normal_(std=0.1) for name, p in model.named_parameters() if name not in tied_parameters(config)}

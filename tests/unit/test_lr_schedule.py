@@ -1,4 +1,4 @@
-"""The learning rate by its closed forms."""
+"""The learning-rate schedule against its closed forms."""
 
 import math
 
@@ -13,7 +13,7 @@ def train(**changes):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_warm_up_is_linear_and_ends_at_the_top(schedule):
+def test_warmup_is_linear_up_to_the_peak(schedule):
     rates = [learning_rate(train(lr_schedule=schedule), step) for step in range(10)]
     assert rates == pytest.approx([(step + 1) / 10 for step in range(10)], rel=1e-12)
 
@@ -33,15 +33,14 @@ def test_warm_up_is_linear_and_ends_at_the_top(schedule):
         ("linear", 500, 0.1),
     ],
 )
-def test_closed_forms(schedule, step, expected):
+def test_schedule_equals_its_closed_form(schedule, step, expected):
     assert learning_rate(train(lr_schedule=schedule), step) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (5, 0), (5, 5), (5, 50), (7, 6)])
-def test_odd_lengths_stay_within_bounds(schedule, steps, warmup):
+def test_schedule_of_any_length_is_positive_and_falls(schedule, steps, warmup):
     settings = train(lr_schedule=schedule, steps=steps, warmup_steps=warmup)
     rates = [learning_rate(settings, step) for step in range(steps)]
     assert all(0 < rate <= 1.0 for rate in rates)
-    falls = rates[warmup:]
-    assert falls == sorted(falls, reverse=True)
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
