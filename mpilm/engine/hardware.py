@@ -17,7 +17,7 @@ from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
 from mpilm.data.files import hex_digest
 from mpilm.errors import ConfigError
 from mpilm.model.families import build_model
-from mpilm.model.loss import loss_sum
+from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.compile import require_compiler
 

@@ -5,16 +5,20 @@ What depends on the layout is in this file and train_model.py; what is computed,
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from mpilm.checkpoint.load import load_hf_weights
+from mpilm.checkpoint.pretrained import find_base_model, has_adapter
+from mpilm.comm.base import Comm
+from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import Config, ModelConfig, TrainConfig
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.families import build_model, initial_std, tied_parameters
-from mpilm.model.init import initial_value
+from mpilm.model.families import build_model, initial_std, initial_value, tied_parameters
 from mpilm.model.lora import is_frozen
 from mpilm.model.sequence_info import KVCache
 from mpilm.ops.tree import block_of_rank
@@ -194,6 +198,22 @@ def draw_values(flat: FlatParameters, shape: ModelConfig, seed: int) -> None:
             name, full_shape = item.name, flat.layout.spans[item.name][1].shape
             values = initial_value(seed, name, full_shape, initial_std(name, shape)).flatten()
         out.copy_(values[item.start : item.stop])
+
+
+def load_initial_weights(model: PipelinedModel, world: Comm) -> None:
+    """Load the weights in the folder that model.init-from names; draw an adapter that it does not hold. Collective."""
+    shape = model.config.model
+    folder = Path(shape.init_from).expanduser()
+    base = run_on_all_ranks(world, lambda: find_base_model(folder, shape.base))
+    if not shape.lora_rank:
+        load_hf_weights(base, model.owned_slices(), model.shapes, shape, world)
+        return model.all_gather_parameters()
+    load_hf_weights(base, model.frozen_slices(), model.frozen_shapes, shape, world)
+    model.sync_frozen_parameters()
+    if has_adapter(folder):
+        load_hf_weights(folder, model.owned_slices(), model.shapes, shape, world, adapter=True)
+        return model.all_gather_parameters()
+    return model.init_trained_parameters()
 
 
 def resolve_model_layouts(

@@ -9,8 +9,7 @@ from mpilm.config.check import check_config
 from mpilm.config.schema import Config, DataConfig, ModelConfig, flatten, resolve_config
 from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
 from mpilm.engine.hardware import Hardware, detect_hardware
-from mpilm.engine.pipelined import PipelinedModel
-from mpilm.engine.weights import load_initial_weights
+from mpilm.engine.pipelined import PipelinedModel, load_initial_weights
 from mpilm.errors import ConfigError
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape

@@ -5,14 +5,13 @@ the one rank that owns a parameter updates it, so nothing is computed twice and 
 """
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from mpilm.config.schema import TrainConfig
-from mpilm.optim.base import ParameterOptimizer
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals
 from mpilm.parallel.layout import Shape
@@ -24,10 +23,15 @@ ITERATIONS = 5
 EPS_NORM = 1e-7
 
 
-class UnshardedOptimizer(ParameterOptimizer):
-    """Updates the unsharded parameters one after the other."""
+class UnshardedOptimizer(ABC):
+    """Updates the unsharded parameters one after the other. Gradients are flat vectors by stage."""
 
     STATE_NAMES: tuple[str, ...]
+
+    @classmethod
+    @abstractmethod
+    def state_shapes(cls, shape: Shape) -> Mapping[str, Shape]:
+        """Return the shapes of the moments, by name, of a parameter of this shape."""
 
     def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig):
         self.flats, self.train, self.count = flats, train, 0

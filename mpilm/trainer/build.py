@@ -15,8 +15,8 @@ from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
 from mpilm.data.training_data import TrainingData, open_training_data
 from mpilm.engine.hardware import Hardware, detect_hardware, numerics_environment, processor_name, software_fingerprint
-from mpilm.engine.train_model import TrainModel
-from mpilm.engine.weights import load_checkpoint_state, load_initial_weights
+from mpilm.engine.pipelined import load_initial_weights
+from mpilm.engine.train_model import TrainModel, load_checkpoint_state
 from mpilm.errors import ConfigError
 from mpilm.launch.stop_request import StopRequest
 from mpilm.launch.watchdog import PREPARATION

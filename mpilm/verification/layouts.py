@@ -21,7 +21,7 @@ from mpilm.errors import ConfigError, RanksDisagreeError
 from mpilm.formatting import count_noun
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.init import hash_key
+from mpilm.model.layers import hash_key
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
 from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
 from mpilm.parallel.pipeline.schedules import SCHEDULES
