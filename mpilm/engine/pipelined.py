@@ -113,17 +113,11 @@ class PipelinedModel:
 
     # Values.
 
-    def init_parameters(self) -> None:
-        """Draw every parameter from (seed, name, shape). Collective."""
-        for flat in self.frozen.values():
+    def init_parameters(self, frozen: bool = True) -> None:
+        """Draw the trained parameters, and the `frozen` ones, from (seed, name, shape). Collective."""
+        for flat in self.flat_parameters if frozen else self.flats.values():
             draw_values(flat, self.config.model, self.config.train.seed)
         self.sync_frozen_parameters()
-        self.init_trained_parameters()
-
-    def init_trained_parameters(self) -> None:
-        """Draw the trained parameters. Collective."""
-        for flat in self.flats.values():
-            draw_values(flat, self.config.model, self.config.train.seed)
         self.all_gather_parameters()
 
     def all_gather_parameters(self) -> None:
@@ -140,10 +134,6 @@ class PipelinedModel:
     def owned_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the slices of trained parameters that this rank updates."""
         return _owned_slices(self.flats.values())
-
-    def frozen_slices(self) -> dict[ParamSlice, Tensor]:
-        """Return this rank's slices of frozen parameters, to be filled before `sync_frozen_parameters`."""
-        return _owned_slices(self.frozen.values())
 
     # Computation.
 
@@ -208,12 +198,12 @@ def load_initial_weights(model: PipelinedModel, world: Comm) -> None:
     if not shape.lora_rank:
         load_hf_weights(base, model.owned_slices(), model.shapes, shape, world)
         return model.all_gather_parameters()
-    load_hf_weights(base, model.frozen_slices(), model.frozen_shapes, shape, world)
+    load_hf_weights(base, _owned_slices(model.frozen.values()), model.frozen_shapes, shape, world)
+    if not has_adapter(folder):
+        return model.init_parameters(frozen=False)
+    load_hf_weights(folder, model.owned_slices(), model.shapes, shape, world, adapter=True)
     model.sync_frozen_parameters()
-    if has_adapter(folder):
-        load_hf_weights(folder, model.owned_slices(), model.shapes, shape, world, adapter=True)
-        return model.all_gather_parameters()
-    return model.init_trained_parameters()
+    return model.all_gather_parameters()
 
 
 def resolve_model_layouts(

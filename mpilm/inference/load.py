@@ -53,7 +53,7 @@ def load_model(config: Config, world: Comm) -> LoadedModel:
     world = world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed)
     vocab_size = config.model.vocab_size
     blocks_per_stage = run_on_all_ranks(world, lambda: partition_by_cost(config, vocab_size))
-    model = PipelinedModel(config, Mesh.build(shape, world), blocks_per_stage, vocab_size, hardware.device, ALIGNMENT)
+    model = PipelinedModel(config, Mesh(shape, world), blocks_per_stage, vocab_size, hardware.device, ALIGNMENT)
     load_initial_weights(model, world)
     return LoadedModel(config, hardware, model)
 

@@ -36,12 +36,10 @@ class UnshardedOptimizer(ABC):
     def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig):
         self.flats, self.train, self.count = flats, train, 0
         self.stages = {name: stage for stage, flat in flats.items() for name in _owned_unsharded(flat)}
-        self.moments = {name: self._zeros(name) for name in self.stages}
-
-    def _zeros(self, name: str) -> dict[str, Tensor]:
-        flat = self.flats[self.stages[name]]
-        shapes = self.state_shapes(flat.layout.spans[name][1].local_shape)
-        return {state: torch.zeros(shape, device=flat.device) for state, shape in shapes.items()}
+        self.moments: dict[str, dict[str, Tensor]] = {}
+        for name, stage in self.stages.items():
+            shapes = self.state_shapes(flats[stage].layout.spans[name][1].local_shape)
+            self.moments[name] = {state: torch.zeros(shape, device=flats[stage].device) for state, shape in shapes.items()}
 
     def set_step(self, step: int) -> None:
         self.count = step

@@ -18,7 +18,6 @@ MANTISSA = 52
 ROW = 1 << 11  # so many multiples below 2^51 add up to less than 2^63
 LOW_BITS = 31  # in the low word of a row's sum, and then of the total
 
-
 RowSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -64,11 +63,11 @@ def _sum_of_squares(piece: Tensor, exponent: int, row_sum: RowSum | None = None)
     Adding C = 1.5 2^52 q to a square rounds it to a multiple of q; the integer is then in the low bits of the sum.
     """
     shift = torch.tensor(1.5 * math.ldexp(1.0, MANTISSA + exponent), dtype=torch.float64, device=piece.device)
-    shift_sum = _wrap_int64(ROW * int(shift.view(torch.int64)))
+    shift_sum = ROW * shift.view(torch.int64)
     total = 0
     if row_sum is not None:
         full = piece.numel() // ROW * ROW
-        high, low = row_sum(piece[:full].view(-1, ROW), shift, torch.tensor(shift_sum, device=piece.device)).tolist()
+        high, low = row_sum(piece[:full].view(-1, ROW), shift, shift_sum).tolist()
         total, piece = (high << LOW_BITS) + low, piece[full:]
     size = min(CHUNK[piece.device.type], piece.numel())
     padded = torch.zeros(-(-size // ROW) * ROW, dtype=torch.float64, device=piece.device)
@@ -80,8 +79,3 @@ def _sum_of_squares(piece: Tensor, exponent: int, row_sum: RowSum | None = None)
         rows = squares.view(torch.int64).view(-1, ROW).sum(1) - shift_sum  # both wrap around; the difference is exact
         total += (int((rows >> LOW_BITS).sum()) << LOW_BITS) + int((rows % 2**LOW_BITS).sum())
     return total
-
-
-def _wrap_int64(value: int) -> int:
-    """Return the integer as a signed 64-bit word holds it."""
-    return (value + 2**63) % 2**64 - 2**63

@@ -135,7 +135,7 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
 
 def run_layout(config: Config, world: Comm, hardware: Hardware, flip_bit: bool = False) -> LayoutOutcome:
     """Train for `train.steps` on one layout. Collective over `world`."""
-    mesh = Mesh.build(MeshShape(config.parallel.pipeline, world.size // config.parallel.pipeline), world)
+    mesh = Mesh(MeshShape(config.parallel.pipeline, world.size // config.parallel.pipeline), world)
     alignment = ALIGNMENT * hardware.threads
     model = TrainModel(config, mesh, partition_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, hardware.device, alignment)
     model.init_parameters()
