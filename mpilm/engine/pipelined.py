@@ -68,6 +68,10 @@ class PipelinedModel:
         self.pipeline, self.data, self.reduce_comm = mesh.comm("pipeline"), mesh.comm("data"), mesh.comm(*REDUCE_AXES)
         self.zero = config.parallel.zero
         self.layouts = resolve_model_layouts(config.model, vocab_size, blocks_per_stage, config.train.optimizer, mesh.shape)
+        trained, frozen_layouts = select_trained(self.layouts), select_frozen(self.layouts)
+        # Global shapes of the parameters that are optimized and saved, in the order of the model, and of the frozen ones.
+        self.shapes = {layout.name: layout.shape for layout in select_owned(trained)}
+        self.frozen_shapes = {layout.name: layout.shape for layout in select_owned(frozen_layouts)}
         self.flats: dict[int, FlatParameters] = {}  # trained parameters, by stage
         self.frozen: dict[int, FlatParameters] = {}  # frozen parameters, of stages that have any
         self.stages: dict[int, ModelStage] = {}
@@ -86,24 +90,11 @@ class PipelinedModel:
             if frozen is not None:
                 self.frozen[stage] = frozen
             self.stages[stage] = ModelStage(parts, config.model.d_model, config.train.seed, device, mesh.progress)
-        self.tied = TiedParameters(select_trained(self.layouts), self.flats, self.pipeline)
+        self.flat_parameters = [*self.flats.values(), *self.frozen.values()]
+        self.tied = TiedParameters(trained, self.flats, self.pipeline)
+        self.tied_frozen = TiedParameters(frozen_layouts, self.frozen, self.pipeline)
         self.messenger = StageMessenger(self.pipeline)
         self.token_losses = compiled_token_losses() if config.train.compile else token_losses
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shapes of the parameters that are optimized and saved, in the order of the model."""
-        return {layout.name: layout.shape for layout in select_owned(select_trained(self.layouts))}
-
-    @property
-    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shapes of the frozen parameters."""
-        return {layout.name: layout.shape for layout in select_owned(select_frozen(self.layouts))}
-
-    @property
-    def flat_parameters(self) -> list[FlatParameters]:
-        """The flat vectors of this rank's stages, trained and frozen."""
-        return [*self.flats.values(), *self.frozen.values()]
 
     @property
     def local_numel(self) -> int:
@@ -117,7 +108,7 @@ class PipelinedModel:
         """Draw the trained parameters, and the `frozen` ones, from (seed, name, shape). Collective."""
         for flat in self.flat_parameters if frozen else self.flats.values():
             draw_values(flat, self.config.model, self.config.train.seed)
-        self.sync_frozen_parameters()
+        self.tied_frozen.copy_values()
         self.all_gather_parameters()
 
     def all_gather_parameters(self) -> None:
@@ -126,10 +117,6 @@ class PipelinedModel:
         if self.zero in (1, 2):
             for flat in self.flats.values():
                 all_gather_shards(flat, self.reduce_comm)
-
-    def sync_frozen_parameters(self) -> None:
-        """Copy tied frozen parameters to their other uses, once. Collective."""
-        TiedParameters(select_frozen(self.layouts), self.frozen, self.pipeline).copy_values()
 
     def owned_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the slices of trained parameters that this rank updates."""
@@ -142,8 +129,7 @@ class PipelinedModel:
     ) -> Mapping[int, Tensor]:
         """Run `total` microbatches forward, divided over the replicas, without dropout; return `results()`. Collective."""
         ids = range(*block_of_rank(self.data.rank, self.data.size, total))
-        self._run(self._forward_program(-(-total // self.data.size), len(ids)), StepInputs(fetch, ids, output_fn=output_fn))
-        return self.results()
+        return self._run_forward(-(-total // self.data.size), StepInputs(fetch, ids, output_fn=output_fn))
 
     def results(self) -> Mapping[int, Tensor]:
         """Return the outputs of this rank's microbatches, by number; empty on ranks without the last stage."""
@@ -156,13 +142,13 @@ class PipelinedModel:
         """
         ids = list(batches)
         inputs = StepInputs(batches.__getitem__, ids, output_fn=lambda logits, _: logits[0, -1].float(), kv_caches=kv_caches)
-        self._run(self._forward_program(len(ids), len(ids)), inputs)
-        return self.results()
+        return self._run_forward(len(ids), inputs)
 
-    def _forward_program(self, count: int, present: int) -> list[Action]:
-        parallel = self.config.parallel
-        actions = forward_only(parallel.pipeline, parallel.chunks, count)[self.pipeline.rank]
-        return lower(actions, len(self.blocks_per_stage), present)
+    def _run_forward(self, count: int, inputs: StepInputs) -> Mapping[int, Tensor]:
+        """Run `count` microbatches forward, of which this replica has those in `inputs`; return `results()`."""
+        actions = forward_only(self.config.parallel.pipeline, self.config.parallel.chunks, count)[self.pipeline.rank]
+        self._run(lower(actions, len(self.blocks_per_stage), len(inputs.microbatch_ids)), inputs)
+        return self.results()
 
     def _run(self, program: Sequence[Action], inputs: StepInputs) -> None:
         for stage in self.stages.values():
@@ -202,7 +188,7 @@ def load_initial_weights(model: PipelinedModel, world: Comm) -> None:
     if not has_adapter(folder):
         return model.init_parameters(frozen=False)
     load_hf_weights(folder, model.owned_slices(), model.shapes, shape, world, adapter=True)
-    model.sync_frozen_parameters()
+    model.tied_frozen.copy_values()
     return model.all_gather_parameters()
 
 

@@ -87,20 +87,15 @@ def optimizer_step(model: TrainModel, step: int, norm: float) -> float:
 
 
 def validation_loss(model: PipelinedModel, batches: Batches, eval_batches: int) -> float:
-    """Return the mean loss per token, in nats, over so many global batches of held-out text (0: all). Collective over the mesh.
-
-    The number is the same on every layout.
-    """
+    """Return the mean loss per token, in nats, over so many global batches of held-out text (0: all), the same on every
+    layout. Collective over the mesh."""
     total = batches.eval_microbatches(eval_batches)
     losses = model.forward(total, batches.evaluation_batch)
     return total_loss(losses, total, model.mesh.world) / max(1, batches.eval_targets(eval_batches))
 
 
 def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm) -> float:
-    """Return the sum of the losses of all microbatches, each computed on one rank, in the order of their numbers.
-
-    Collective.
-    """
+    """Return the sum of the losses of all microbatches, each computed on one rank, in the order of microbatches. Collective."""
     return reduce_loss_and_flags(losses, total, comm, NO_FLAGS)[0]
 
 

@@ -18,7 +18,7 @@ from mpilm.mesh.mesh import Mesh
 from mpilm.ops.tree import Interval, block_of_rank, strided_assignment
 from mpilm.optim.norm import compile_row_sum, global_norm
 from mpilm.optim.optimizer import Optimizer, moment_shapes
-from mpilm.parallel.flat import FlatParameters, FlatVector
+from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_stage, select_trained
 from mpilm.parallel.layout_check import replica_microbatch_count
@@ -45,27 +45,24 @@ class TrainModel(PipelinedModel):
             return self.reducers[stage]
 
         super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment, build)
+        self.is_local_sgd = config.parallel.sync_every > 0  # replicas train independently and synchronize every few steps
         self.row_sum = compile_row_sum() if config.train.compile and device.type == "cuda" else None
-        self.norm_intervals = {  # the part of the gradient, by stage, that this rank contributes to the norm
-            stage: flat.owned if self.is_local_sgd else self._unique_intervals(flat) for stage, flat in self.flats.items()
-        }
-        parallel, data, total = config.parallel, self.data, microbatch_count(config)
-        self.microbatch_count = total
-        self.microbatch_ids = (
-            strided_assignment(data.rank, data.size, total)
-            if self.zero >= 2
-            else range(*block_of_rank(data.rank, data.size, total))
-        )
-        """The microbatches of this replica, in the order in which it computes them."""
+        self.sums = {stage: reducer.sums for stage, reducer in self.reducers.items()}  # the summed gradients, by stage
+        self.norm_shards = [  # the part of the gradient that this rank contributes to the norm
+            self.sums[stage].view(*interval)
+            for stage, flat in self.flats.items()
+            for interval in (flat.owned if self.is_local_sgd else self._unique_intervals(flat))
+        ]
+        self.microbatch_count, parallel = microbatch_count(config), config.parallel
+        assigned = self.data.rank, self.data.size, self.microbatch_count
+        # The microbatches of this replica, in the order in which it computes them.
+        self.microbatch_ids = strided_assignment(*assigned) if self.zero >= 2 else range(*block_of_rank(*assigned))
         diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
         self.optimizer = Optimizer(self.flats, config.train, diloco)
+        owned = {layout.name: layout for layout in select_owned(select_trained(self.layouts))}
+        self.moment_shapes = moment_shapes(config.train.optimizer, owned, self.is_local_sgd)  # global, by name and parameter
         actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatch_count(config, mesh.shape))
         self.program = lower(actions[self.pipeline.rank], len(blocks_per_stage), len(self.microbatch_ids))
-
-    @property
-    def is_local_sgd(self) -> bool:
-        """True if replicas train independently and synchronize every few steps."""
-        return self.config.parallel.sync_every > 0
 
     def are_replicas_in_sync(self, done: int) -> bool:
         """Return whether all replicas have the same weights after `done` steps."""
@@ -86,12 +83,6 @@ class TrainModel(PipelinedModel):
             reducer.reset_residuals()
 
     # What is saved, and by which ranks it is held.
-
-    @property
-    def moment_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Global shapes of all moments, by name and parameter."""
-        layouts = {layout.name: layout for layout in select_owned(select_trained(self.layouts))}
-        return moment_shapes(self.config.train.optimizer, layouts, self.is_local_sgd)
 
     @property
     def saved_bytes(self) -> int:
@@ -142,11 +133,6 @@ class TrainModel(PipelinedModel):
 
     # Gradients.
 
-    @property
-    def sums(self) -> dict[int, FlatVector]:
-        """The summed gradients, by stage."""
-        return {stage: reducer.sums for stage, reducer in self.reducers.items()}
-
     def gradient_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the summed gradient of the parameter slices that this rank updates."""
         return {item: x for stage, flat in self.flats.items() for item, x in flat.owned_slices(self.sums[stage]).items()}
@@ -164,10 +150,9 @@ class TrainModel(PipelinedModel):
 
     def gradient_norm(self) -> float:
         """Return the norm of the gradient; of replicas that train independently, the largest. Collective over the mesh."""
-        shards = [self.sums[stage].view(*interval) for stage, parts in self.norm_intervals.items() for interval in parts]
         if not self.is_local_sgd:
-            return global_norm(shards, self.mesh.world, self.row_sum)
-        largest = torch.tensor([global_norm(shards, self.pipeline, self.row_sum)], dtype=torch.float64, device="cpu")
+            return global_norm(self.norm_shards, self.mesh.world, self.row_sum)
+        largest = torch.tensor([global_norm(self.norm_shards, self.pipeline, self.row_sum)], dtype=torch.float64, device="cpu")
         self.data.all_reduce(largest, "max")
         return float(largest)
 

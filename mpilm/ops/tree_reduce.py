@@ -81,19 +81,16 @@ class TreeReduction:
         in_order = sorted(node for contributed in nodes for node in contributed)
         position = {node: i for i, node in enumerate(in_order)}
         self.positions = [[position[node] for node in contributed] for contributed in nodes]
-        self.merges, self._remaining = plan_merges(in_order, microbatches)
+        self.merges, remaining = plan_merges(in_order, microbatches)
+        self.remaining = [node for node, _ in remaining]  # after the additions: the root alone if the nodes cover the tree
+        self._sums = [position for _, position in remaining]
         self.node_count = len(in_order)
-
-    @property
-    def remaining(self) -> list[TreeNode]:
-        """The nodes that remain after the additions: the root alone if the nodes cover the tree."""
-        return [node for node, _ in self._remaining]
 
     def merge(self, incoming: Sequence[Tensor]) -> list[Tensor]:
         """Add in tree order, in place; return the tensors of the nodes that remain."""
         for into, other in self.merges:
             incoming[into].add_(incoming[other])
-        return [incoming[position] for _, position in self._remaining]
+        return [incoming[position] for position in self._sums]
 
     def merge_into(self, incoming: Sequence[Tensor], out: Tensor) -> None:
         """Do the same if the root alone remains, and write it to `out`: one of `incoming`, or disjoint from all of them."""

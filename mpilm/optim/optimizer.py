@@ -38,10 +38,8 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 
 class ElementwiseOptimizer(ABC):
-    """Updates the parameters that ZeRO may divide anywhere, with moments of their own shape, named in `STATE_NAMES`.
-
-    Moments and gradients are flat vectors by stage.
-    """
+    """Updates the parameters that ZeRO may divide anywhere. Gradients are flat vectors by stage, and so are the moments, which
+    have the shapes of the parameters and are named in `STATE_NAMES`."""
 
     STATE_NAMES: Sequence[str]
 
@@ -145,10 +143,8 @@ def needs_full_parameter(optimizer: str) -> Callable[[str, Shape], bool]:
 
 
 def moment_shapes(optimizer: str, layouts: Mapping[str, ParamLayout], local_sgd: bool = False) -> dict[str, dict[str, Shape]]:
-    """Return the shapes of all moments of these parameters, by name and parameter.
-
-    `local_sgd`: replicas synchronize through an outer optimizer (parallel/reduce/diloco.py).
-    """
+    """Return the shapes of all moments of these parameters, by name and parameter. With `local_sgd`, replicas synchronize
+    through an outer optimizer (parallel/reduce/diloco.py)."""
     shapes: dict[str, dict[str, Shape]] = {}
     if local_sgd:
         shapes[OUTER_MOMENTUM] = {name: layout.shape for name, layout in layouts.items()}
