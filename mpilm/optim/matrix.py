@@ -29,9 +29,9 @@ class UnshardedOptimizer(ABC):
     STATE_NAMES: tuple[str, ...]
 
     @classmethod
-    @abstractmethod
     def state_shapes(cls, shape: Shape) -> Mapping[str, Shape]:
         """Return the shapes of the moments, by name, of a parameter of this shape."""
+        return dict.fromkeys(cls.STATE_NAMES, shape)
 
     def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig):
         self.flats, self.train, self.count = flats, train, 0
@@ -100,10 +100,6 @@ class Muon(UnshardedOptimizer):
     that one learning rate serves both (Liu et al., arXiv 2502.16982, section 2.2)."""
 
     STATE_NAMES = ("momentum_buffer",)
-
-    @classmethod
-    def state_shapes(cls, shape: Shape) -> Mapping[str, Shape]:
-        return {"momentum_buffer": shape}
 
     def update(self, value: Tensor, gradient: Tensor, moments: Mapping[str, Tensor], lr: float, weight_decay: float) -> None:
         momentum = self.train.momentum
