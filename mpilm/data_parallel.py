@@ -19,7 +19,7 @@ from mpilm.engine.hardware import cores_per_rank
 from mpilm.engine.step import total_loss
 from mpilm.errors import ConfigError, DataError
 from mpilm.launch.run import Body, run
-from mpilm.model.init import hash_key
+from mpilm.model.layers import hash_key
 from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import resolve_layouts

@@ -88,7 +88,7 @@ def serial_config(config: Config) -> Config:
 
 def build_train_model(config: Config, comm: Comm, checks_calls: bool = False, alignment: int = ALIGNMENT) -> TrainModel:
     """Return a model with its initial values. Collective."""
-    mesh = Mesh.build(resolve_mesh_shape(config, comm.size), InstrumentedComm(comm, checks_calls))
+    mesh = Mesh(resolve_mesh_shape(config, comm.size), InstrumentedComm(comm, checks_calls))
     model = TrainModel(config, mesh, partition_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, CPU, alignment)
     model.init_parameters()
     return model

@@ -7,8 +7,7 @@ from mpilm.checkpoint.format import MANIFEST, list_checkpoints
 from mpilm.config.schema import ModelConfig, order_lora_targets
 from mpilm.data.files import read_json
 from mpilm.errors import ConfigError, FileError
-from mpilm.model.hf.adapter import ADAPTER_CONFIG, add_hf_adapter, read_base_model
-from mpilm.model.hf.config import read_hf_config
+from mpilm.model.hf.config import ADAPTER_CONFIG, add_hf_adapter, read_base_model, read_hf_config
 
 USER_SETTABLE = ("dropout", "router_loss", "base")  # not part of a folder's shape
 ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_targets")  # user-settable unless the folder holds an adapter

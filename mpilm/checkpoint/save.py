@@ -30,8 +30,7 @@ from mpilm.config.schema import ModelConfig
 from mpilm.data.chat import ChatTemplate
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import FileError
-from mpilm.model.hf.adapter import ADAPTER_CONFIG, hf_adapter_config
-from mpilm.model.hf.config import hf_config
+from mpilm.model.hf.config import ADAPTER_CONFIG, hf_adapter_config, hf_config
 from mpilm.parallel.flat_layout import ParamSlice
 
 TAG = 5  # one tag is enough: two ranks send and receive their messages in the order of blocks

@@ -1,7 +1,7 @@
 """Checks of the settings before anything starts: limits that their types state, and rules across settings."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from math import isfinite
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -27,17 +27,16 @@ def check_config(config: Any) -> None:
 
 def _check_limits(section: Any, prefix: str = "") -> None:
     """Raise ConfigError for a value outside the limits that its type states. TOML values do not pass through tyro."""
-    for item in fields(section):
-        value, name = getattr(section, item.name), prefix + item.name
+    for key, value in vars(section).items():
         if is_dataclass(value):
-            _check_limits(value, name + ".")
+            _check_limits(value, f"{prefix}{key}.")
             continue
-        kind = schema.get_setting_types(type(section))[item.name]
+        kind = schema.get_setting_types(type(section))[key]
         kind, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)
         kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
         for each in value if isinstance(value, tuple) else (value,):
             if problem := _find_limit_problem(each, kind, limits):
-                raise ConfigError(f"{flag_of(name)} {problem}")
+                raise ConfigError(f"{flag_of(prefix + key)} {problem}")
 
 
 def _find_limit_problem(value: Any, kind: Any, limits: list[Any]) -> str:

@@ -1,6 +1,6 @@
 """Settings of the commands that use a trained model: generate and evaluate."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mpilm.config.schema import Config, DataConfig, GenerateConfig, NonNegativeInt, PositiveInt, Threads, TrainConfig, override
@@ -77,7 +77,7 @@ class EvaluateArguments:
 
 def to_config(model: ModelFolder, parallel: InferenceParallel, compute: InferenceCompute, **sections: Any) -> Config:
     """Return the config of a run that only uses a model; `sections` are further sections by name."""
-    train: dict[str, Any] = {"micro_batch": 1} | {item.name: getattr(compute, item.name) for item in fields(compute)}
+    train: dict[str, Any] = {"micro_batch": 1} | vars(compute)
     config = Config(train=TrainConfig(**train, global_batch=train["micro_batch"]), **sections)
     changes = {"model__init_from": model.init_from, "model__base": model.base, "parallel__pipeline": parallel.pipeline}
     return override(config, **changes)

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -145,7 +145,7 @@ def merge_settings(
     Settings of a training run that `base` lacks are skipped, so that every command accepts the config.toml of a run. Raises
     ConfigError naming the source and the key if a key is unknown or a value has the wrong type.
     """
-    known = {item.name: getattr(base, item.name) for item in fields(base)}  # type: ignore[arg-type]
+    known = vars(base)
     changes: dict[str, Any] = {}
     for written, value in values.items():
         name, items = _replace_old(prefix + written.replace("-", "_"), value if isinstance(value, list) else [value], warnings)

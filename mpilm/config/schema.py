@@ -7,7 +7,7 @@ of a run folder holds the values that were used.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -295,16 +295,15 @@ def trace_step_range(config: Config) -> range:
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Return every setting as "section.key" -> value."""
     flat: dict[str, Any] = {}
-    for item in fields(config):
-        value, name = getattr(config, item.name), prefix + item.name
-        flat.update(flatten(value, name + ".") if is_dataclass(value) else {name: value})
+    for key, value in vars(config).items():
+        flat.update(flatten(value, f"{prefix}{key}.") if is_dataclass(value) else {prefix + key: value})
     return flat
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the settings as nested dictionaries of plain values, as TOML and JSON hold them."""
-    values = {item.name: getattr(config, item.name) for item in fields(config)}
-    return {key: list(v) if isinstance(v, tuple) else to_dict(v) if is_dataclass(v) else v for key, v in values.items()}
+    values = vars(config).items()
+    return {key: list(v) if isinstance(v, tuple) else to_dict(v) if is_dataclass(v) else v for key, v in values}
 
 
 def override(config: T, **changes: Any) -> T:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpilm.data.order import Indices
-from mpilm.model.loss import IGNORE_INDEX
+from mpilm.model.layers import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def _small_model(
     microbatches = comm.size if comm is bench.comm else 2
     train = TrainConfig(global_batch=microbatches * rows, micro_batch=rows, dtype=dtype)
     config, shape, cut = resolve_config(Config(model=model, train=train)), MeshShape(data=comm.size), (model.n_layers,)
-    trained = TrainModel(config, Mesh.build(shape, comm), cut, VOCAB_SIZE, bench.device, ALIGNMENT)
+    trained = TrainModel(config, Mesh(shape, comm), cut, VOCAB_SIZE, bench.device, ALIGNMENT)
     trained.init_parameters()
     source, steps = RandomTokens(config, VOCAB_SIZE), count()
     layout = PlacedLayout(config, VOCAB_SIZE, profile, shape, ranks_per_node, cut)

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpilm.comm.base import Comm, SelfComm
-from mpilm.config.schema import Config, ModelConfig, resolve_config
+from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
 from mpilm.formatting import count_noun
 from mpilm.model.families import build_model
 from mpilm.model.flops import block_matrices, block_numel, saved_floats_per_token
-from mpilm.model.loss import loss_sum
+from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
-from mpilm.optim.elementwise import EPS
 from mpilm.optim.norm import global_norm
+from mpilm.optim.optimizer import fused_adamw
 from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.flat_layout import BUCKET, FlatLayout
 from mpilm.parallel.fsdp import ReleasableBuffer
@@ -211,13 +211,10 @@ def _memory_operations(size: int, device: torch.device) -> dict[str, Callable[[]
         "add": lambda: a.add_(b),
         "scale": lambda: a.mul_(0.999),
         "norm": lambda: global_norm([a], SelfComm("alone")),
-        "adamw": lambda: torch._fused_adamw_(
-            [a], [b], [c], [d], [], [step], lr=0.0, beta1=0.9, beta2=0.95, weight_decay=0.0, eps=EPS, amsgrad=False,
-            maximize=False,
-        ),
+        "adamw": lambda: fused_adamw([a], [b], [[c], [d]], step, TrainConfig(), lr=0.0, weight_decay=0.0),
         "embedding": embedding,
         "fresh": touch,
-    }  # fmt: skip
+    }
 
 
 def measure_network(bench: Bench, comm: Comm, distance: int = 1) -> NetworkRates | None:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import platform
-import time
+import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,11 +13,11 @@ import torch
 
 import mpilm
 from mpilm.comm.base import Comm
-from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, resolve_config
+from mpilm.config.schema import Config, ParallelConfig, TrainConfig, override, resolve_config
 from mpilm.data.files import hex_digest
 from mpilm.errors import ConfigError
 from mpilm.model.families import build_model
-from mpilm.model.loss import loss_sum
+from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.compile import require_compiler
 
@@ -76,10 +76,10 @@ def _bind_cores(node: Comm, threads: int) -> bool:
 
 
 def slice_affinity(affinities: Sequence[Sequence[int]], rank: int, threads: int) -> Sequence[int]:
-    """Return this rank's even slice of the node's cores.
+    """Return this rank's even slice of the node's cores, or nothing if the launcher has already pinned the ranks, if the node
+    has one rank, or if slices would be smaller than the thread count.
 
-    Empty if the launcher has already pinned the ranks, if the node has one rank, or if slices would be smaller than the thread
-    count. `affinities`: the cores of each rank; neighbours in the list are neighbours on the chip.
+    `affinities`: the cores of each rank; neighbours in the list are neighbours on the chip.
     """
     cores, size = affinities[rank], len(affinities)
     if size == 1 or len(cores) // size < threads or any(other != cores for other in affinities):
@@ -108,9 +108,8 @@ def parse_omp_threads(value: str) -> int:
 
 def _load_libraries(device: torch.device) -> None:
     """Make torch load its math libraries, so that the program's own memory is known before the model is allocated."""
-    model = build_model(
-        resolve_config(Config(model=ModelConfig(n_layers=1, n_heads=4, d_model=128, context_length=128))).model, 128
-    ).to(device)
+    shape = resolve_config(override(Config(), model__n_layers=1)).model
+    model = build_model(shape, vocab_size=128).to(device)
     for parameter in model.parameters():
         parameter.data.zero_()
     tokens = torch.zeros(2, 128, dtype=torch.int64, device=device)
@@ -155,22 +154,15 @@ def choose_device(setting: str, node: Comm) -> torch.device:
 
 
 def measure_peak_flops(device: torch.device, dtype: str) -> tuple[float | None, str]:
-    """Return this rank's peak FLOP/s, or None if it is unknown, and its source.
-
-    A GPU's peak is the vendor's number; a CPU's is the best of a few matrix products, which all ranks of a node should time at
-    once.
-    """
+    """Return this rank's peak FLOP/s, or None if it is unknown, and its source: for a GPU the vendor's number, for a CPU the
+    best of a few matrix products, which all ranks of a node should time at once."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = next((peak for key, peak in GPU_PEAKS.items() if key in name), None) if dtype == "bfloat16" else None
         return known, "the vendor's number"
-    a = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=getattr(torch, dtype))
-    out, times = torch.empty_like(a), []
-    for _ in range(5):
-        start_s = time.perf_counter()
-        torch.mm(a, a, out=out)
-        times.append(time.perf_counter() - start_s)
-    return 2 * PROBE_SIZE**3 / min(times), f"a product of {PROBE_SIZE} x {PROBE_SIZE} matrices, measured at the start"
+    a, out = torch.ones(2, PROBE_SIZE, PROBE_SIZE, dtype=getattr(torch, dtype))
+    fastest_s = min(timeit.repeat(lambda: torch.mm(a, a, out=out), number=1, repeat=5))
+    return 2 * PROBE_SIZE**3 / fastest_s, f"a product of {PROBE_SIZE} x {PROBE_SIZE} matrices, measured at the start"
 
 
 def software_versions(world: Comm) -> dict[str, str]:

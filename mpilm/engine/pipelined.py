@@ -5,16 +5,20 @@ What depends on the layout is in this file and train_model.py; what is computed,
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from mpilm.checkpoint.load import load_hf_weights
+from mpilm.checkpoint.pretrained import find_base_model, has_adapter
+from mpilm.comm.base import Comm
+from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import Config, ModelConfig, TrainConfig
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.families import build_model, initial_std, tied_parameters
-from mpilm.model.init import initial_value
+from mpilm.model.families import build_model, initial_std, initial_value, tied_parameters
 from mpilm.model.lora import is_frozen
 from mpilm.model.sequence_info import KVCache
 from mpilm.ops.tree import block_of_rank
@@ -64,6 +68,10 @@ class PipelinedModel:
         self.pipeline, self.data, self.reduce_comm = mesh.comm("pipeline"), mesh.comm("data"), mesh.comm(*REDUCE_AXES)
         self.zero = config.parallel.zero
         self.layouts = resolve_model_layouts(config.model, vocab_size, blocks_per_stage, config.train.optimizer, mesh.shape)
+        trained, frozen_layouts = select_trained(self.layouts), select_frozen(self.layouts)
+        # Global shapes of the parameters that are optimized and saved, in the order of the model, and of the frozen ones.
+        self.shapes = {layout.name: layout.shape for layout in select_owned(trained)}
+        self.frozen_shapes = {layout.name: layout.shape for layout in select_owned(frozen_layouts)}
         self.flats: dict[int, FlatParameters] = {}  # trained parameters, by stage
         self.frozen: dict[int, FlatParameters] = {}  # frozen parameters, of stages that have any
         self.stages: dict[int, ModelStage] = {}
@@ -82,24 +90,11 @@ class PipelinedModel:
             if frozen is not None:
                 self.frozen[stage] = frozen
             self.stages[stage] = ModelStage(parts, config.model.d_model, config.train.seed, device, mesh.progress)
-        self.tied = TiedParameters(select_trained(self.layouts), self.flats, self.pipeline)
+        self.flat_parameters = [*self.flats.values(), *self.frozen.values()]
+        self.tied = TiedParameters(trained, self.flats, self.pipeline)
+        self.tied_frozen = TiedParameters(frozen_layouts, self.frozen, self.pipeline)
         self.messenger = StageMessenger(self.pipeline)
         self.token_losses = compiled_token_losses() if config.train.compile else token_losses
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shapes of the parameters that are optimized and saved, in the order of the model."""
-        return {layout.name: layout.shape for layout in select_owned(select_trained(self.layouts))}
-
-    @property
-    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shapes of the frozen parameters."""
-        return {layout.name: layout.shape for layout in select_owned(select_frozen(self.layouts))}
-
-    @property
-    def flat_parameters(self) -> list[FlatParameters]:
-        """The flat vectors of this rank's stages, trained and frozen."""
-        return [*self.flats.values(), *self.frozen.values()]
 
     @property
     def local_numel(self) -> int:
@@ -109,17 +104,11 @@ class PipelinedModel:
 
     # Values.
 
-    def init_parameters(self) -> None:
-        """Draw every parameter from (seed, name, shape). Collective."""
-        for flat in self.frozen.values():
+    def init_parameters(self, frozen: bool = True) -> None:
+        """Draw the trained parameters, and the `frozen` ones, from (seed, name, shape). Collective."""
+        for flat in self.flat_parameters if frozen else self.flats.values():
             draw_values(flat, self.config.model, self.config.train.seed)
-        self.sync_frozen_parameters()
-        self.init_trained_parameters()
-
-    def init_trained_parameters(self) -> None:
-        """Draw the trained parameters. Collective."""
-        for flat in self.flats.values():
-            draw_values(flat, self.config.model, self.config.train.seed)
+        self.tied_frozen.copy_values()
         self.all_gather_parameters()
 
     def all_gather_parameters(self) -> None:
@@ -129,17 +118,9 @@ class PipelinedModel:
             for flat in self.flats.values():
                 all_gather_shards(flat, self.reduce_comm)
 
-    def sync_frozen_parameters(self) -> None:
-        """Copy tied frozen parameters to their other uses, once. Collective."""
-        TiedParameters(select_frozen(self.layouts), self.frozen, self.pipeline).copy_values()
-
     def owned_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the slices of trained parameters that this rank updates."""
         return _owned_slices(self.flats.values())
-
-    def frozen_slices(self) -> dict[ParamSlice, Tensor]:
-        """Return this rank's slices of frozen parameters, to be filled before `sync_frozen_parameters`."""
-        return _owned_slices(self.frozen.values())
 
     # Computation.
 
@@ -148,8 +129,7 @@ class PipelinedModel:
     ) -> Mapping[int, Tensor]:
         """Run `total` microbatches forward, divided over the replicas, without dropout; return `results()`. Collective."""
         ids = range(*block_of_rank(self.data.rank, self.data.size, total))
-        self._run(self._forward_program(-(-total // self.data.size), len(ids)), StepInputs(fetch, ids, output_fn=output_fn))
-        return self.results()
+        return self._run_forward(-(-total // self.data.size), StepInputs(fetch, ids, output_fn=output_fn))
 
     def results(self) -> Mapping[int, Tensor]:
         """Return the outputs of this rank's microbatches, by number; empty on ranks without the last stage."""
@@ -162,13 +142,13 @@ class PipelinedModel:
         """
         ids = list(batches)
         inputs = StepInputs(batches.__getitem__, ids, output_fn=lambda logits, _: logits[0, -1].float(), kv_caches=kv_caches)
-        self._run(self._forward_program(len(ids), len(ids)), inputs)
-        return self.results()
+        return self._run_forward(len(ids), inputs)
 
-    def _forward_program(self, count: int, present: int) -> list[Action]:
-        parallel = self.config.parallel
-        actions = forward_only(parallel.pipeline, parallel.chunks, count)[self.pipeline.rank]
-        return lower(actions, len(self.blocks_per_stage), present)
+    def _run_forward(self, count: int, inputs: StepInputs) -> Mapping[int, Tensor]:
+        """Run `count` microbatches forward, of which this replica has those in `inputs`; return `results()`."""
+        actions = forward_only(self.config.parallel.pipeline, self.config.parallel.chunks, count)[self.pipeline.rank]
+        self._run(lower(actions, len(self.blocks_per_stage), len(inputs.microbatch_ids)), inputs)
+        return self.results()
 
     def _run(self, program: Sequence[Action], inputs: StepInputs) -> None:
         for stage in self.stages.values():
@@ -194,6 +174,22 @@ def draw_values(flat: FlatParameters, shape: ModelConfig, seed: int) -> None:
             name, full_shape = item.name, flat.layout.spans[item.name][1].shape
             values = initial_value(seed, name, full_shape, initial_std(name, shape)).flatten()
         out.copy_(values[item.start : item.stop])
+
+
+def load_initial_weights(model: PipelinedModel, world: Comm) -> None:
+    """Load the weights in the folder that model.init-from names; draw an adapter that it does not hold. Collective."""
+    shape = model.config.model
+    folder = Path(shape.init_from).expanduser()
+    base = run_on_all_ranks(world, lambda: find_base_model(folder, shape.base))
+    if not shape.lora_rank:
+        load_hf_weights(base, model.owned_slices(), model.shapes, shape, world)
+        return model.all_gather_parameters()
+    load_hf_weights(base, _owned_slices(model.frozen.values()), model.frozen_shapes, shape, world)
+    if not has_adapter(folder):
+        return model.init_parameters(frozen=False)
+    load_hf_weights(folder, model.owned_slices(), model.shapes, shape, world, adapter=True)
+    model.tied_frozen.copy_values()
+    return model.all_gather_parameters()
 
 
 def resolve_model_layouts(

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm
-from mpilm.config.schema import microbatch_count
 from mpilm.data.batch import Batch, Batches
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.engine.train_model import TrainModel
-from mpilm.optim.schedule import learning_rate
+from mpilm.optim.optimizer import learning_rate
 
 STOP_REASON_COUNT = 8  # length of the one-hot stop reason in reduce_loss_and_flags
 
@@ -71,7 +70,7 @@ def forward_backward(
     model.forward_backward(step, partial(source.training_batch, step), tokens)
     with progress.span("compute"):  # waits for a GPU
         losses = {m: float(loss) for m, loss in model.results().items()}
-    loss, flags = reduce_loss_and_flags(losses, microbatch_count(model.config), model.mesh.world, flags)
+    loss, flags = reduce_loss_and_flags(losses, model.microbatch_count, model.mesh.world, flags)
     with progress.span("optimizer"):
         return loss / tokens, model.gradient_norm(), flags
 
@@ -88,20 +87,15 @@ def optimizer_step(model: TrainModel, step: int, norm: float) -> float:
 
 
 def validation_loss(model: PipelinedModel, batches: Batches, eval_batches: int) -> float:
-    """Return the mean loss per token, in nats, over so many global batches of held-out text (0: all). Collective over the mesh.
-
-    The number is the same on every layout.
-    """
+    """Return the mean loss per token, in nats, over so many global batches of held-out text (0: all), the same on every
+    layout. Collective over the mesh."""
     total = batches.eval_microbatches(eval_batches)
     losses = model.forward(total, batches.evaluation_batch)
     return total_loss(losses, total, model.mesh.world) / max(1, batches.eval_targets(eval_batches))
 
 
 def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm) -> float:
-    """Return the sum of the losses of all microbatches, each computed on one rank, in the order of their numbers.
-
-    Collective.
-    """
+    """Return the sum of the losses of all microbatches, each computed on one rank, in the order of microbatches. Collective."""
     return reduce_loss_and_flags(losses, total, comm, NO_FLAGS)[0]
 
 

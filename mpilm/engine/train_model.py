@@ -3,25 +3,29 @@
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from mpilm.checkpoint.format import PARAMETER
+from mpilm.checkpoint.load import load_checkpoint
+from mpilm.comm.base import Comm
 from mpilm.config.schema import Config, microbatch_count
 from mpilm.data.batch import Batch
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.mesh.mesh import Mesh
-from mpilm.ops.tree import block_of_rank, strided_assignment
+from mpilm.ops.tree import Interval, block_of_rank, strided_assignment
 from mpilm.optim.norm import compile_row_sum, global_norm
 from mpilm.optim.optimizer import Optimizer, moment_shapes
-from mpilm.parallel.flat import FlatParameters, FlatVector
+from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_stage, select_trained
 from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.parallel.pipeline.stage import StepInputs
 from mpilm.parallel.reduce.build import build_reducer
-from mpilm.parallel.reduce.diloco import DiLoCo
+from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
 from mpilm.parallel.reduce.rounds import RoundReducer
 from mpilm.parallel.reduce.step import StepReducer
 
@@ -41,23 +45,24 @@ class TrainModel(PipelinedModel):
             return self.reducers[stage]
 
         super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment, build)
+        self.is_local_sgd = config.parallel.sync_every > 0  # replicas train independently and synchronize every few steps
         self.row_sum = compile_row_sum() if config.train.compile and device.type == "cuda" else None
-        total, parallel, data = microbatch_count(config), config.parallel, self.data
-        self.microbatch_ids = (
-            strided_assignment(data.rank, data.size, total)
-            if self.zero >= 2
-            else range(*block_of_rank(data.rank, data.size, total))
-        )
-        """The microbatches of this replica, in the order in which it computes them."""
+        self.sums = {stage: reducer.sums for stage, reducer in self.reducers.items()}  # the summed gradients, by stage
+        self.norm_shards = [  # the part of the gradient that this rank contributes to the norm
+            self.sums[stage].view(*interval)
+            for stage, flat in self.flats.items()
+            for interval in (flat.owned if self.is_local_sgd else self._unique_intervals(flat))
+        ]
+        self.microbatch_count, parallel = microbatch_count(config), config.parallel
+        assigned = self.data.rank, self.data.size, self.microbatch_count
+        # The microbatches of this replica, in the order in which it computes them.
+        self.microbatch_ids = strided_assignment(*assigned) if self.zero >= 2 else range(*block_of_rank(*assigned))
         diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
         self.optimizer = Optimizer(self.flats, config.train, diloco)
+        owned = {layout.name: layout for layout in select_owned(select_trained(self.layouts))}
+        self.moment_shapes = moment_shapes(config.train.optimizer, owned, self.is_local_sgd)  # global, by name and parameter
         actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatch_count(config, mesh.shape))
         self.program = lower(actions[self.pipeline.rank], len(blocks_per_stage), len(self.microbatch_ids))
-
-    @property
-    def is_local_sgd(self) -> bool:
-        """True if replicas train independently and synchronize every few steps."""
-        return self.config.parallel.sync_every > 0
 
     def are_replicas_in_sync(self, done: int) -> bool:
         """Return whether all replicas have the same weights after `done` steps."""
@@ -78,12 +83,6 @@ class TrainModel(PipelinedModel):
             reducer.reset_residuals()
 
     # What is saved, and by which ranks it is held.
-
-    @property
-    def moment_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Global shapes of all moments, by name and parameter."""
-        layouts = {layout.name: layout for layout in select_owned(select_trained(self.layouts))}
-        return moment_shapes(self.config.train.optimizer, layouts, self.is_local_sgd)
 
     @property
     def saved_bytes(self) -> int:
@@ -134,28 +133,15 @@ class TrainModel(PipelinedModel):
 
     # Gradients.
 
-    @property
-    def sums(self) -> dict[int, FlatVector]:
-        """The summed gradients, by stage."""
-        return {stage: reducer.sums for stage, reducer in self.reducers.items()}
-
     def gradient_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the summed gradient of the parameter slices that this rank updates."""
         return {item: x for stage, flat in self.flats.items() for item, x in flat.owned_slices(self.sums[stage]).items()}
 
-    def unique_gradient_shards(self) -> list[Tensor]:
-        """Return parts of the summed gradients that over all ranks contain every parameter once."""
-        return [
-            self.sums[stage].view(*interval)
-            for stage, flat in self.flats.items()
-            for interval in intersect_intervals(flat.unique, self._counted_intervals(flat))
-        ]
-
-    def _counted_intervals(self, flat: FlatParameters) -> list[tuple[int, int]]:
-        """Return the intervals of parameters that this rank counts among the ranks that replicate them."""
+    def _unique_intervals(self, flat: FlatParameters) -> list[Interval]:
+        """Return the intervals that over all ranks contain every parameter of a stage once."""
         spans = flat.layout.spans.items()
-        counted = (name for name, (_, layout) in spans if layout.is_counted_at(self.mesh.coordinate))
-        return merge_intervals(flat.layout.padded_span(name) for name in counted)
+        counted = [name for name, (_, layout) in spans if layout.is_counted_at(self.mesh.coordinate)]
+        return intersect_intervals(flat.unique, merge_intervals(map(flat.layout.padded_span, counted)))
 
     def scale_gradients(self, factor: float) -> None:
         for stage, flat in self.flats.items():
@@ -165,15 +151,24 @@ class TrainModel(PipelinedModel):
     def gradient_norm(self) -> float:
         """Return the norm of the gradient; of replicas that train independently, the largest. Collective over the mesh."""
         if not self.is_local_sgd:
-            return global_norm(self.unique_gradient_shards(), self.mesh.world, self.row_sum)
-        own = [self.sums[stage].view(*interval) for stage, flat in self.flats.items() for interval in flat.owned]
-        largest = torch.tensor([global_norm(own, self.pipeline, self.row_sum)], dtype=torch.float64, device="cpu")
+            return global_norm(self.norm_shards, self.mesh.world, self.row_sum)
+        largest = torch.tensor([global_norm(self.norm_shards, self.pipeline, self.row_sum)], dtype=torch.float64, device="cpu")
         self.data.all_reduce(largest, "max")
         return float(largest)
 
     def forward_backward(self, step: int, fetch: Callable[[int], Batch], target_tokens: int) -> None:
         """Run this replica's microbatches forward and backward and reduce the gradients over all replicas. Collective."""
         if self.is_local_sgd:  # the mean over this replica's own tokens
-            target_tokens = max(1, target_tokens * len(self.microbatch_ids) // microbatch_count(self.config))
+            target_tokens = max(1, target_tokens * len(self.microbatch_ids) // self.microbatch_count)
         self._run(self.program, StepInputs(fetch, self.microbatch_ids, step, target_tokens, self.token_losses))
         self.tied.add_gradients(self.sums)
+
+
+def load_checkpoint_state(model: TrainModel, checkpoint: Path, updates: int, world: Comm) -> None:
+    """Load weights and moments of a verified checkpoint, taken after so many updates. Collective."""
+    slices = {PARAMETER: model.owned_slices(), **model.optimizer.state_slices()}
+    shapes = {PARAMETER: model.shapes, **model.moment_shapes}
+    load_checkpoint(checkpoint, slices, shapes, model.config.model, world, (OUTER_MOMENTUM,))
+    model.optimizer.set_step(updates)
+    model.reset_residuals()
+    model.all_gather_parameters()

@@ -29,7 +29,7 @@ from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
-from mpilm.model.loss import IGNORE_INDEX
+from mpilm.model.layers import IGNORE_INDEX
 from mpilm.telemetry.display import ProgressCounter
 
 MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text

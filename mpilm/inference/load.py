@@ -9,8 +9,7 @@ from mpilm.config.check import check_config
 from mpilm.config.schema import Config, DataConfig, ModelConfig, flatten, resolve_config
 from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
 from mpilm.engine.hardware import Hardware, detect_hardware
-from mpilm.engine.pipelined import PipelinedModel
-from mpilm.engine.weights import load_initial_weights
+from mpilm.engine.pipelined import PipelinedModel, load_initial_weights
 from mpilm.errors import ConfigError
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
@@ -54,7 +53,7 @@ def load_model(config: Config, world: Comm) -> LoadedModel:
     world = world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed)
     vocab_size = config.model.vocab_size
     blocks_per_stage = run_on_all_ranks(world, lambda: partition_by_cost(config, vocab_size))
-    model = PipelinedModel(config, Mesh.build(shape, world), blocks_per_stage, vocab_size, hardware.device, ALIGNMENT)
+    model = PipelinedModel(config, Mesh(shape, world), blocks_per_stage, vocab_size, hardware.device, ALIGNMENT)
     load_initial_weights(model, world)
     return LoadedModel(config, hardware, model)
 

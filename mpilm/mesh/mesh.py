@@ -1,9 +1,5 @@
 """The mesh of a run: this rank's coordinate, and a communicator for each set of axes in use."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.progress import Progress
 from mpilm.mesh.shape import AXES, MeshShape
@@ -16,29 +12,26 @@ Gradients are reduced, and ZeRO shards, over data and context; parameters that a
 
 
 class Mesh:
-    """The ranks of `world` arranged in `shape`. An axis of size 1 has a communicator like any other."""
+    """The ranks of `world` arranged in `shape`. An axis of size 1 has a communicator like any other.
 
-    def __init__(self, shape: MeshShape, world: Comm, comms: Mapping[tuple[str, ...], Comm], progress: Progress | None = None):
-        self.shape, self.world, self._comms, self.progress = shape, world, comms, progress or Progress()
-        self.rank = world.rank
-        self.coordinate = shape.coordinate(world.rank)
+    The constructor creates the communicators, on all ranks in the order of AXIS_SETS. Collective.
+    """
 
-    @classmethod
-    def build(cls, shape: MeshShape, world: Comm, progress: Progress | None = None) -> Mesh:
-        """Create the communicators, on all ranks in the order of AXIS_SETS. Collective."""
+    def __init__(self, shape: MeshShape, world: Comm, progress: Progress | None = None):
         if shape.size != world.size:
             sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape.sizes))
             raise ValueError(f"{world}: a mesh of {sizes} is {shape.size} ranks, not {world.size}")
-        comms: dict[tuple[str, ...], Comm] = {}
+        self.shape, self.world, self.progress = shape, world, progress or Progress()
+        self.rank, self.coordinate = world.rank, shape.coordinate(world.rank)
+        self._comms: dict[tuple[str, ...], Comm] = {}
         for axes in AXIS_SETS:
             used = tuple(axis for axis in axes if getattr(shape, axis) > 1)
-            if axes != used and used in comms:
-                comms[axes] = comms[used]  # the other axes have one rank each
+            if used in self._comms:
+                self._comms[axes] = self._comms[used]  # the other axes have one rank each
             elif not used:  # on all ranks alike, so no rank waits in a split that others skip
-                comms[axes] = SelfComm("+".join(axes))
+                self._comms[axes] = SelfComm("+".join(axes))
             else:
-                comms[axes] = world.split(shape.color(world.rank, axes), world.rank, "+".join(axes))
-        return cls(shape, world, comms, progress)
+                self._comms[axes] = world.split(shape.color(world.rank, axes), world.rank, "+".join(axes))
 
     def comm(self, *axes: str) -> Comm:
         """Return the communicator of the ranks that differ from this one along `axes` only, in world order."""

@@ -8,16 +8,16 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
-import torch.nn.functional as F
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mpilm.config.schema import ModelConfig
 from mpilm.model.attention import Attention, AttentionCore, FusedQKVAttention
-from mpilm.model.layers import Conv1D, Dropout, Embedding, FeedForward, LayerNorm, Linear, RMSNorm, RotaryEmbedding, SwiGLU
+from mpilm.model.layers import Conv1D, FeedForward, LayerNorm, Linear, RMSNorm, RotaryEmbedding, SwiGLU, hash_key
 from mpilm.model.lora import add_lora, lora_initial_std
 from mpilm.model.moe import MixtureOfExperts
-from mpilm.model.sequence_info import SequenceInfo
-from mpilm.model.transformer import Block, PostNormBlock, Transformer
+from mpilm.model.transformer import BertEmbedding, Block, PostNormBlock, TokenEmbedding, TokenPositionEmbedding, Transformer
 
 INIT_STD = 0.02
 
@@ -50,15 +50,16 @@ def initial_std(name: str, model: ModelConfig) -> float | None:
     return INIT_STD
 
 
-class TokenEmbedding(Embedding):
-    """A learned vector for each token."""
+def initial_value(seed: int, name: str, shape: tuple[int, ...], std: float | None) -> Tensor:
+    """Return float32 values for the parameter `name`: normal with deviation `std`, or ones if `std` is None.
 
-    def __init__(self, model: ModelConfig, vocab_size: int):
-        super().__init__(vocab_size, model.d_model)
-        self.dropout = Dropout(model.dropout, "embed")
-
-    def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # type: ignore[override]  # (B, T) -> (B, T, D)
-        return self.dropout(F.embedding(tokens, self.weight), info.dropout_keys)
+    They depend on (seed, name, shape) alone, so that any part of a model can be made anywhere. numpy's Philox and its
+    table-driven normal distribution give the same numbers on every processor; torch's generators differ between vector widths.
+    """
+    if not std:
+        return torch.full(shape, 1.0 if std is None else 0.0)
+    generator = np.random.Generator(np.random.Philox(key=hash_key("init", seed, name)))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(std)
 
 
 def build_llama(model: ModelConfig, vocab_size: int) -> Transformer:
@@ -78,19 +79,6 @@ def build_llama(model: ModelConfig, vocab_size: int) -> Transformer:
     return Transformer(TokenEmbedding(model, vocab_size), blocks, norm, head, rotary)
 
 
-class TokenPositionEmbedding(nn.Module):
-    """A learned vector for each token, plus one for its position."""
-
-    def __init__(self, model: ModelConfig, vocab_size: int):
-        super().__init__()
-        self.tokens = Embedding(vocab_size, model.d_model)
-        self.positions = Embedding(model.context_length, model.d_model)
-        self.dropout = Dropout(model.dropout, "embed")
-
-    def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # (B, T) -> (B, T, D)
-        return self.dropout(self.tokens(tokens) + self.positions(info.positions), info.dropout_keys)
-
-
 def build_gpt2(model: ModelConfig, vocab_size: int) -> Transformer:
     """Build a GPT-2 model (Radford et al., 2019): learned positions, LayerNorm before each part, GELU, biases everywhere."""
     width, eps = model.d_model, model.norm_eps
@@ -103,19 +91,6 @@ def build_gpt2(model: ModelConfig, vocab_size: int) -> Transformer:
     blocks = [build_block(f"blocks.{i}") for i in range(model.n_layers)]
     norm, head = LayerNorm(width, eps), Linear(width, vocab_size, bias=False)
     return Transformer(TokenPositionEmbedding(model, vocab_size), blocks, norm, head)
-
-
-class BertEmbedding(TokenPositionEmbedding):
-    """Learned vectors for the token, its position and its segment, normalised."""
-
-    def __init__(self, model: ModelConfig, vocab_size: int):
-        super().__init__(model, vocab_size)
-        self.segments = Embedding(2, model.d_model)  # of sentences A and B; mpilm has A only
-        self.norm = LayerNorm(model.d_model, model.norm_eps)
-
-    def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # (B, T) -> (B, T, D)
-        x = self.tokens(tokens) + self.positions(info.positions) + self.segments.weight[0]
-        return self.dropout(self.norm(x), info.dropout_keys)
 
 
 def build_bert(model: ModelConfig, vocab_size: int) -> Transformer:

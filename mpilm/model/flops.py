@@ -4,7 +4,7 @@ The activation counts are what torch saves for backward; a test compares them wi
 4 bytes: a bfloat16 value is half a float.
 """
 
-from mpilm.config.schema import LORA_TARGETS, ModelConfig
+from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, ModelConfig
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
@@ -16,7 +16,7 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
 def block_numel(model: ModelConfig) -> int:
     """Return the number of parameters of one block: matrices, two norms, biases, and norms inside attention."""
     queries, keys = _attention_widths(model)
-    if _has_biases(model):
+    if model.arch in GPT2_STYLE:
         return _matrix_numel(model) + 9 * model.d_model + model.d_ff
     vectors = 2 * model.d_model
     if model.arch == "qwen":
@@ -39,7 +39,7 @@ def block_matrices(model: ModelConfig) -> list[tuple[int, int, int]]:
         attention = [(width, queries + 2 * keys, 1), (queries, width, 1)]
     else:
         attention = [(width, queries, 1), (width, keys, 1), (width, keys, 1), (queries, width, 1)]
-    if _has_biases(model):
+    if model.arch in GPT2_STYLE:
         return [*attention, (width, ff, 1), (ff, width, 1)]
     if model.arch == "mixtral":
         experts = [(width, ff, model.n_experts)] * 2 + [(ff, width, model.n_experts)]
@@ -50,10 +50,6 @@ def block_matrices(model: ModelConfig) -> list[tuple[int, int, int]]:
 def _matrix_numel(model: ModelConfig, experts: int | None = None) -> int:
     """Return the elements of a block's matrices, counting at most that many experts."""
     return sum(a * b * (min(count, experts) if experts else count) for a, b, count in block_matrices(model))
-
-
-def _has_biases(model: ModelConfig) -> bool:
-    return model.arch in ("gpt2", "bert")
 
 
 def _attention_widths(model: ModelConfig) -> tuple[int, int]:
@@ -120,7 +116,8 @@ def saved_floats_per_token(model: ModelConfig, dtype: str) -> float:
 def _block_floats(model: ModelConfig, half: float) -> tuple[float, float]:
     """Return the floats per token that a block saves for backward, outside and inside the attention core."""
     width, (queries, keys), heads = model.d_model, _attention_widths(model), model.n_heads
-    norm = width + 2 if _has_biases(model) else 2 * width + 1  # LayerNorm's input, mean, deviation; RMSNorm's normalised input
+    layer_norm, rms_norm = width + 2, 2 * width + 1  # input, mean and deviation; input, deviation and normalised input
+    norm = layer_norm if model.arch in GPT2_STYLE else rms_norm
     block = 2 * norm + _input_floats(model, half, 1 if model.arch == "gpt2" else 3)
     block += half * (2 * queries + 2 * keys) + _feed_forward_floats(model, half)
     if model.qk_norm and model.arch == "qwen":
@@ -139,7 +136,7 @@ def _input_floats(model: ModelConfig, half: float, matrices: int) -> float:
 
 
 def _feed_forward_floats(model: ModelConfig, half: float) -> float:
-    if _has_biases(model):
+    if model.arch in GPT2_STYLE:
         return _input_floats(model, half, 1) + half * 2 * model.d_ff
     expert = _input_floats(model, half, 2) + half * 4 * model.d_ff
     if model.arch != "mixtral":
@@ -151,7 +148,7 @@ def _feed_forward_floats(model: ModelConfig, half: float) -> float:
 def _split_backward_floats(model: ModelConfig) -> float:
     """Return the elements per token of the inputs of a block's matrices and of the gradients of their outputs."""
     width, (queries, keys) = model.d_model, _attention_widths(model)
-    feed_forward = 2 * width + (2 if _has_biases(model) else 3) * model.d_ff
+    feed_forward = 2 * width + (2 if model.arch in GPT2_STYLE else 3) * model.d_ff
     if model.arch == "mixtral":
         feed_forward = width + model.n_experts + model.experts_per_token * feed_forward
     return 2 * (width + queries + keys) + feed_forward

@@ -2,10 +2,49 @@
 
 from dataclasses import replace
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpilm.model.layers import Dropout, RotaryEmbedding
+from mpilm.config.schema import ModelConfig
+from mpilm.model.layers import Dropout, Embedding, LayerNorm, RotaryEmbedding
 from mpilm.model.sequence_info import SequenceInfo
+
+
+class TokenEmbedding(Embedding):
+    """A learned vector for each token."""
+
+    def __init__(self, model: ModelConfig, vocab_size: int):
+        super().__init__(vocab_size, model.d_model)
+        self.dropout = Dropout(model.dropout, "embed")
+
+    def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # type: ignore[override]  # (B, T) -> (B, T, D)
+        return self.dropout(F.embedding(tokens, self.weight), info.dropout_keys)
+
+
+class TokenPositionEmbedding(nn.Module):
+    """A learned vector for each token, plus one for its position."""
+
+    def __init__(self, model: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.tokens = Embedding(vocab_size, model.d_model)
+        self.positions = Embedding(model.context_length, model.d_model)
+        self.dropout = Dropout(model.dropout, "embed")
+
+    def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # (B, T) -> (B, T, D)
+        return self.dropout(self.tokens(tokens) + self.positions(info.positions), info.dropout_keys)
+
+
+class BertEmbedding(TokenPositionEmbedding):
+    """Learned vectors for the token, its position and its segment, normalised."""
+
+    def __init__(self, model: ModelConfig, vocab_size: int):
+        super().__init__(model, vocab_size)
+        self.segments = Embedding(2, model.d_model)  # of sentences A and B; mpilm has A only
+        self.norm = LayerNorm(model.d_model, model.norm_eps)
+
+    def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # (B, T) -> (B, T, D)
+        x = self.tokens(tokens) + self.positions(info.positions) + self.segments.weight[0]
+        return self.dropout(self.norm(x), info.dropout_keys)
 
 
 class Block(nn.Module):

@@ -52,11 +52,9 @@ def plan_accumulation(nodes: Sequence[TreeNode], total: int) -> tuple[list[Accum
     for node in nodes:
         into_sibling = bool(stack) and are_siblings(stack[-1][0], node, total)
         if into_sibling:
-            (first, _), buffer = stack.pop()
+            (first, _), _ = stack.pop()
             node = (first, node[1])
-        else:
-            used = {buffer for _, buffer in stack}
-            buffer = next(b for b in range(len(stack) + 1) if b not in used)
+        buffer = len(stack)  # a merge frees the buffer at the top, so those in use are always the first
         ops.append(AccumulateOp(buffer, not into_sibling, tuple(_push_node(stack, node, buffer, total))))
     return ops, {buffer: node for node, buffer in stack}
 
@@ -67,10 +65,8 @@ def plan_block_accumulation(start: int, stop: int, total: int) -> tuple[list[Acc
 
 
 def plan_merges(nodes: Sequence[TreeNode], total: int) -> tuple[list[tuple[int, int]], list[tuple[TreeNode, int]]]:
-    """Return the additions (to, from) possible among adjacent nodes, and the nodes that remain, each with its position.
-
-    Additions are pairs of positions in `nodes`.
-    """
+    """Return the additions (to, from) possible among adjacent nodes, as pairs of positions in `nodes`, and the nodes that
+    remain, each with its position."""
     stack: list[tuple[TreeNode, int]] = []
     return [merge for position, node in enumerate(nodes) for merge in _push_node(stack, node, position, total)], stack
 

@@ -80,21 +80,17 @@ class TreeReduction:
     def __init__(self, nodes: Sequence[Sequence[TreeNode]], microbatches: int):
         in_order = sorted(node for contributed in nodes for node in contributed)
         position = {node: i for i, node in enumerate(in_order)}
-        self.counts = [len(contributed) for contributed in nodes]
         self.positions = [[position[node] for node in contributed] for contributed in nodes]
-        self.merges, self._remaining = plan_merges(in_order, microbatches)
+        self.merges, remaining = plan_merges(in_order, microbatches)
+        self.remaining = [node for node, _ in remaining]  # after the additions: the root alone if the nodes cover the tree
+        self._sums = [position for _, position in remaining]
         self.node_count = len(in_order)
-
-    @property
-    def remaining(self) -> list[TreeNode]:
-        """The nodes that remain after the additions: the root alone if the nodes cover the tree."""
-        return [node for node, _ in self._remaining]
 
     def merge(self, incoming: Sequence[Tensor]) -> list[Tensor]:
         """Add in tree order, in place; return the tensors of the nodes that remain."""
         for into, other in self.merges:
             incoming[into].add_(incoming[other])
-        return [incoming[position] for _, position in self._remaining]
+        return [incoming[position] for position in self._sums]
 
     def merge_into(self, incoming: Sequence[Tensor], out: Tensor) -> None:
         """Do the same if the root alone remains, and write it to `out`: one of `incoming`, or disjoint from all of them."""
@@ -120,19 +116,17 @@ class TreeReduceScatter:
         """Send the slices of this rank's nodes (`parts`) of a bucket: one all-to-all for the j-th node of all ranks."""
         comm, self.reduction = self.comm, reduction
         slices = self.layout.slices(bucket)
-        own_numel, no_sends = slices[comm.rank], [0] * comm.size
-        self.incoming = [self.workspace[:0]] * reduction.node_count
-        offset = 0
-        for j in range(max(reduction.counts)):
-            sources = [r for r in range(comm.size) if reduction.counts[r] > j]
+        own_numel, empty, offset = slices[comm.rank], self.workspace[:0], 0
+        self.incoming = [empty] * reduction.node_count
+        for j in range(max(map(len, reduction.positions))):
+            sources = {r: positions[j] for r, positions in enumerate(reduction.positions) if len(positions) > j}
             received = self.workspace[offset : offset + own_numel * len(sources)]
-            for i, r in enumerate(sources):
-                self.incoming[reduction.positions[r][j]] = received[i * own_numel : (i + 1) * own_numel]
+            for position, part in zip(sources.values(), received.view(len(sources), own_numel)):
+                self.incoming[position] = part
             offset += received.numel()
-            x, sends = self.workspace[:0], no_sends
-            if j < len(parts):
-                x, sends = self.encoding.encode((bucket, j), parts[j]), slices
-            receives = [own_numel if reduction.counts[r] > j else 0 for r in range(comm.size)]
+            x = self.encoding.encode((bucket, j), parts[j]) if j < len(parts) else empty
+            sends = slices if j < len(parts) else [0] * comm.size
+            receives = [own_numel if r in sources else 0 for r in range(comm.size)]
             self.requests.append(comm.iall_to_all(x, received, sends, receives))
 
     def finish(self) -> list[Tensor]:

@@ -5,14 +5,13 @@ the one rank that owns a parameter updates it, so nothing is computed twice and 
 """
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from mpilm.config.schema import TrainConfig
-from mpilm.optim.base import ParameterOptimizer
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals
 from mpilm.parallel.layout import Shape
@@ -24,20 +23,23 @@ ITERATIONS = 5
 EPS_NORM = 1e-7
 
 
-class UnshardedOptimizer(ParameterOptimizer):
-    """Updates the unsharded parameters one after the other."""
+class UnshardedOptimizer(ABC):
+    """Updates the unsharded parameters one after the other. Gradients are flat vectors by stage."""
 
     STATE_NAMES: tuple[str, ...]
+
+    @classmethod
+    def state_shapes(cls, shape: Shape) -> Mapping[str, Shape]:
+        """Return the shapes of the moments, by name, of a parameter of this shape."""
+        return dict.fromkeys(cls.STATE_NAMES, shape)
 
     def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig):
         self.flats, self.train, self.count = flats, train, 0
         self.stages = {name: stage for stage, flat in flats.items() for name in _owned_unsharded(flat)}
-        self.moments = {name: self._zeros(name) for name in self.stages}
-
-    def _zeros(self, name: str) -> dict[str, Tensor]:
-        flat = self.flats[self.stages[name]]
-        shapes = self.state_shapes(flat.layout.spans[name][1].local_shape)
-        return {state: torch.zeros(shape, device=flat.device) for state, shape in shapes.items()}
+        self.moments: dict[str, dict[str, Tensor]] = {}
+        for name, stage in self.stages.items():
+            shapes = self.state_shapes(flats[stage].layout.spans[name][1].local_shape)
+            self.moments[name] = {state: torch.zeros(shape, device=flats[stage].device) for state, shape in shapes.items()}
 
     def set_step(self, step: int) -> None:
         self.count = step
@@ -98,10 +100,6 @@ class Muon(UnshardedOptimizer):
     that one learning rate serves both (Liu et al., arXiv 2502.16982, section 2.2)."""
 
     STATE_NAMES = ("momentum_buffer",)
-
-    @classmethod
-    def state_shapes(cls, shape: Shape) -> Mapping[str, Shape]:
-        return {"momentum_buffer": shape}
 
     def update(self, value: Tensor, gradient: Tensor, moments: Mapping[str, Tensor], lr: float, weight_decay: float) -> None:
         momentum = self.train.momentum

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from mpilm.comm.base import Comm
 
-CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements; on a CPU the float64 copy of a chunk stays in the core's cache
 MANTISSA = 52
 ROW = 1 << 11  # so many multiples below 2^51 add up to less than 2^63
+CHUNK_ROWS = {"cpu": 1 << 5, "cuda": 1 << 13}  # on a CPU the float64 copy of a chunk stays in the core's cache
 LOW_BITS = 31  # in the low word of a row's sum, and then of the total
-
 
 RowSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -48,40 +47,29 @@ def _largest(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def compile_row_sum() -> RowSum:
-    """Return the fused version of `_row_sum`: one pass over memory."""
+    """Return `_row_sum` as one pass over memory."""
     return torch.compile(_row_sum, dynamic=False)
 
 
 def _row_sum(rows: Tensor, shift: Tensor, shift_sum: Tensor) -> Tensor:  # (R, ROW), (), () -> (2,)
+    """Return the sum of the squares in units of q: a high word, and a low one of LOW_BITS bits for each row.
+
+    Adding `shift`, 1.5 2^52 q, to a square rounds it to a multiple of q; the integer is then in the low bits of the sum.
+    """
     wide = rows.double()
-    sums = torch.addcmul(shift, wide, wide).view(torch.int64).sum(1) - shift_sum
+    squares = torch.addcmul(shift, wide, wide)  # x^2 is exact in float64: fused or not, one rounding
+    sums = squares.view(torch.int64).sum(1) - shift_sum  # both wrap around; the difference is exact
     return torch.stack(((sums >> LOW_BITS).sum(), (sums % 2**LOW_BITS).sum()))
 
 
-def _sum_of_squares(piece: Tensor, exponent: int, row_sum: RowSum | None = None) -> int:
-    """Return the sum of the squares in units of q.
-
-    Adding C = 1.5 2^52 q to a square rounds it to a multiple of q; the integer is then in the low bits of the sum.
-    """
+def _sum_of_squares(piece: Tensor, exponent: int, row_sum: RowSum | None) -> int:
+    """Return the sum of the squares in units of q = 2^exponent."""
     shift = torch.tensor(1.5 * math.ldexp(1.0, MANTISSA + exponent), dtype=torch.float64, device=piece.device)
-    shift_sum = _wrap_int64(ROW * int(shift.view(torch.int64)))
-    total = 0
-    if row_sum is not None:
-        full = piece.numel() // ROW * ROW
-        high, low = row_sum(piece[:full].view(-1, ROW), shift, torch.tensor(shift_sum, device=piece.device)).tolist()
-        total, piece = (high << LOW_BITS) + low, piece[full:]
-    size = min(CHUNK[piece.device.type], piece.numel())
-    padded = torch.zeros(-(-size // ROW) * ROW, dtype=torch.float64, device=piece.device)
-    for chunk in piece.split(CHUNK[piece.device.type]):
-        squares = padded[: -(-chunk.numel() // ROW) * ROW]
-        squares[: chunk.numel()].copy_(chunk)
-        squares[chunk.numel() :] = 0.0
-        torch.addcmul(shift, squares, squares, out=squares)  # x^2 is exact in float64: fused or not, one rounding
-        rows = squares.view(torch.int64).view(-1, ROW).sum(1) - shift_sum  # both wrap around; the difference is exact
-        total += (int((rows >> LOW_BITS).sum()) << LOW_BITS) + int((rows % 2**LOW_BITS).sum())
-    return total
-
-
-def _wrap_int64(value: int) -> int:
-    """Return the integer as a signed 64-bit word holds it."""
-    return (value + 2**63) % 2**64 - 2**63
+    shift_sum = ROW * shift.view(torch.int64)
+    full = piece.numel() // ROW * ROW
+    rows, rest = piece[:full].view(-1, ROW), piece.new_zeros(1, ROW)
+    rest[0, : piece.numel() - full] = piece[full:]
+    chunks = rows.split(CHUNK_ROWS[piece.device.type]) if row_sum is None else ()
+    words = [_row_sum(chunk, shift, shift_sum) for chunk in (*chunks, rest)]
+    words += [] if row_sum is None else [row_sum(rows, shift, shift_sum)]
+    return sum((high << LOW_BITS) + low for high, low in map(Tensor.tolist, words))

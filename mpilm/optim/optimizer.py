@@ -1,18 +1,131 @@
-"""The optimizers of train.optimizer, each a pair of parameter optimizers that divide the parameters between them."""
+"""The optimizers of train.optimizer: AdamW and SGD, which treat each element separately, alone or beside those of matrix.py.
 
-from collections.abc import Callable, Mapping
+Each updates the parameters of its kind among those that this rank owns. AdamW and SGD call torch's fused kernels directly:
+constructing torch.optim.AdamW imports the compiler, which costs each rank a second at the start and 70 MiB (measured with torch
+2.13). The kernels run on whole spans of the flat vector, padding included: their last bits depend on where a span begins and
+ends, and spans end at multiples of the layout's alignment however the vector is sharded.
+"""
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from mpilm.config.schema import TrainConfig
-from mpilm.optim.base import ParameterOptimizer
-from mpilm.optim.elementwise import SGD, AdamW
-from mpilm.optim.matrix import Adafactor, Muon
+from mpilm.ops.tree import Interval
+from mpilm.optim.matrix import Adafactor, Muon, UnshardedOptimizer
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.flat_layout import ParamSlice
+from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals, merge_intervals
 from mpilm.parallel.layout import ParamLayout, Shape
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
 
+EPS = 1e-8  # of AdamW
+Tensors = list[Tensor]
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Return the learning rate of step `step`, counted from 0: linear warm-up, then the schedule down to min-lr."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.lr_schedule == "constant":
+        return train.lr
+    progress = min(1.0, (step + 1 - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
+    remaining = 1.0 - progress if train.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return train.min_lr + (train.lr - train.min_lr) * remaining
+
+
+class ElementwiseOptimizer(ABC):
+    """Updates the parameters that ZeRO may divide anywhere. Gradients are flat vectors by stage, and so are the moments, which
+    have the shapes of the parameters and are named in `STATE_NAMES`."""
+
+    STATE_NAMES: Sequence[str]
+
+    @classmethod
+    def state_shapes(cls, shape: Shape) -> Mapping[str, Shape]:
+        return dict.fromkeys(cls.STATE_NAMES, shape)
+
+    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig):
+        self.flats, self.train = flats, train
+        device = next(iter(flats.values())).device
+        self.spans = {
+            decays: [(stage, span) for stage, flat in flats.items() for span in _owned_intervals(flat, decays)]
+            for decays in (True, False)
+        }
+        self.moments = {
+            name: {stage: FlatVector.zeros(_owned_intervals(flat, True, False), device) for stage, flat in flats.items()}
+            for name in self.STATE_NAMES
+        }
+        self.count = torch.zeros((), device=device)
+
+    def set_step(self, step: int) -> None:
+        self.count.fill_(step)
+
+    def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
+        self.count += 1
+        values = {stage: flat.values for stage, flat in self.flats.items()}
+        for decays, spans in self.spans.items():
+            if not spans:
+                continue  # a small model on many ranks: some ranks have nothing to update
+            moments = [_views(self.moments[name], spans) for name in self.STATE_NAMES]
+            self.update(_views(values, spans), _views(gradients, spans), moments, lr, self.train.weight_decay * decays)
+
+    @abstractmethod
+    def update(self, values: Tensors, gradients: Tensors, moments: list[Tensors], lr: float, weight_decay: float) -> None:
+        """Change `values` and `moments` (a list for each name) in place."""
+
+    def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
+        slices: dict[str, dict[ParamSlice, Tensor]] = {name: {} for name in self.STATE_NAMES}
+        for name, vectors in self.moments.items():
+            for stage, flat in self.flats.items():
+                for item, at in flat.layout.param_slices(vectors[stage].intervals).items():
+                    slices[name][item] = vectors[stage].view(at, at + item.numel)
+        return slices
+
+
+def _views(vectors: Mapping[int, FlatVector], spans: list[tuple[int, Interval]]) -> Tensors:
+    return [vectors[stage].view(*span) for stage, span in spans]
+
+
+def _owned_intervals(flat: FlatParameters, *decays: bool) -> list[Interval]:
+    """Return the intervals that this rank updates of the parameters that may be divided, with weight decay or without."""
+    spans = flat.layout.spans.items()
+    names = (name for name, (_, layout) in spans if not layout.unsharded and layout.decays in decays)
+    return intersect_intervals(merge_intervals(map(flat.layout.padded_span, names)), flat.owned)
+
+
+class AdamW(ElementwiseOptimizer):
+    """AdamW with decoupled weight decay on matrices only (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    STATE_NAMES = ("exp_avg", "exp_avg_sq")
+
+    def update(self, values: Tensors, gradients: Tensors, moments: list[Tensors], lr: float, weight_decay: float) -> None:
+        fused_adamw(values, gradients, moments, self.count, self.train, lr, weight_decay)
+
+
+def fused_adamw(
+    values: Tensors, grads: Tensors, moments: list[Tensors], count: Tensor, train: TrainConfig, lr: float, weight_decay: float
+) -> None:
+    """Update `values` and their first and second `moments` in place, for the `count`-th time."""
+    settings: dict[str, Any] = {"lr": lr, "beta1": train.beta1, "beta2": train.beta2, "weight_decay": weight_decay, "eps": EPS}
+    (exp_avgs, exp_avg_sqs), counts = moments, [count] * len(values)
+    torch._fused_adamw_(values, grads, exp_avgs, exp_avg_sqs, [], counts, **settings, amsgrad=False, maximize=False)
+
+
+class SGD(ElementwiseOptimizer):
+    """Gradient descent with momentum; weight decay, on matrices only, is part of the gradient, as in torch."""
+
+    STATE_NAMES = ("momentum_buffer",)
+
+    def update(self, values: Tensors, gradients: Tensors, moments: list[Tensors], lr: float, weight_decay: float) -> None:
+        buffers = moments[0] if self.train.momentum else []  # as the kernel expects it
+        settings: dict[str, Any] = {"lr": lr, "momentum": self.train.momentum, "dampening": 0.0, "weight_decay": weight_decay}
+        torch._fused_sgd_(values, gradients, buffers, **settings, nesterov=False, maximize=False, is_first_step=False)
+
+
+ParameterOptimizer = ElementwiseOptimizer | UnshardedOptimizer
 OPTIMIZERS: Mapping[str, tuple[type[ParameterOptimizer], type[ParameterOptimizer]]] = {
     "adamw": (AdamW, AdamW),
     "sgd": (SGD, SGD),
@@ -30,10 +143,8 @@ def needs_full_parameter(optimizer: str) -> Callable[[str, Shape], bool]:
 
 
 def moment_shapes(optimizer: str, layouts: Mapping[str, ParamLayout], local_sgd: bool = False) -> dict[str, dict[str, Shape]]:
-    """Return the shapes of all moments of these parameters, by name and parameter.
-
-    `local_sgd`: replicas synchronize through an outer optimizer (parallel/reduce/diloco.py).
-    """
+    """Return the shapes of all moments of these parameters, by name and parameter. With `local_sgd`, replicas synchronize
+    through an outer optimizer (parallel/reduce/diloco.py)."""
     shapes: dict[str, dict[str, Shape]] = {}
     if local_sgd:
         shapes[OUTER_MOMENTUM] = {name: layout.shape for name, layout in layouts.items()}

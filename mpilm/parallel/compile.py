@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mpilm.data.batch import Batch
 from mpilm.errors import ConfigError
-from mpilm.model.loss import loss_sum
+from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 
 

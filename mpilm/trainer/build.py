@@ -15,8 +15,8 @@ from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
 from mpilm.data.training_data import TrainingData, open_training_data
 from mpilm.engine.hardware import Hardware, detect_hardware, numerics_environment, processor_name, software_fingerprint
-from mpilm.engine.train_model import TrainModel
-from mpilm.engine.weights import load_checkpoint_state, load_initial_weights
+from mpilm.engine.pipelined import load_initial_weights
+from mpilm.engine.train_model import TrainModel, load_checkpoint_state
 from mpilm.errors import ConfigError
 from mpilm.launch.stop_request import StopRequest
 from mpilm.launch.watchdog import PREPARATION
@@ -46,7 +46,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     config, layout_note = choose_layout(config, vocab_size, hardware, world)
     shape = run_on_all_ranks(world, lambda: resolve_mesh_shape(config, world.size))
-    mesh = Mesh.build(shape, InstrumentedComm(world, True, progress), progress)
+    mesh = Mesh(shape, InstrumentedComm(world, True, progress), progress)
     content = _digest_content(config, data, world)
     environment = numerics_environment(hardware, world, config.parallel)
     folder = open_run_folder(config, content, environment, world, recovered)

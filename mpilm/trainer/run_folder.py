@@ -16,7 +16,7 @@ from mpilm.config.schema import OLD_NAMES, Config, flatten, result_settings, to_
 from mpilm.data.files import read_json
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.launch.lock import LOCK_NAME, FolderLock
-from mpilm.model.init import hash_key
+from mpilm.model.layers import hash_key
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 

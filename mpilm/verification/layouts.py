@@ -21,7 +21,7 @@ from mpilm.errors import ConfigError, RanksDisagreeError
 from mpilm.formatting import count_noun
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.init import hash_key
+from mpilm.model.layers import hash_key
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
 from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
 from mpilm.parallel.pipeline.schedules import SCHEDULES
@@ -135,7 +135,7 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
 
 def run_layout(config: Config, world: Comm, hardware: Hardware, flip_bit: bool = False) -> LayoutOutcome:
     """Train for `train.steps` on one layout. Collective over `world`."""
-    mesh = Mesh.build(MeshShape(config.parallel.pipeline, world.size // config.parallel.pipeline), world)
+    mesh = Mesh(MeshShape(config.parallel.pipeline, world.size // config.parallel.pipeline), world)
     alignment = ALIGNMENT * hardware.threads
     model = TrainModel(config, mesh, partition_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, hardware.device, alignment)
     model.init_parameters()

@@ -88,7 +88,7 @@ def side_makers(config: Config, vocab_size: int, device: str) -> dict[str, Calla
     source = RandomTokens(config, vocab_size)
 
     def mpilm_loop() -> Callable[[int], object]:
-        mesh = Mesh.build(MeshShape(), SelfComm("world"))
+        mesh = Mesh(MeshShape(), SelfComm("world"))
         model = TrainModel(config, mesh, partition_by_cost(config, vocab_size), vocab_size, torch.device(device), 16)
         model.init_parameters()
         return lambda number: train_step(model, source, number)

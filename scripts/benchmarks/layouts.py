@@ -57,7 +57,7 @@ def shards_worker(args: argparse.Namespace) -> None:
         dataclasses.replace(config, train=train, parallel=ParallelConfig(pipeline=args.pipeline, zero=args.zero))
     )
     detect_hardware(config.train, comm)
-    mesh = Mesh.build(resolve_mesh_shape(config, comm.size), comm)
+    mesh = Mesh(resolve_mesh_shape(config, comm.size), comm)
 
     def train_two_steps(config) -> TrainModel:  # type: ignore[no-untyped-def]
         model = TrainModel(config, mesh, partition_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, torch.device("cpu"), 16)

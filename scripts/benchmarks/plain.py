@@ -11,11 +11,10 @@ from torch import nn
 
 from mpilm.config.schema import Config
 from mpilm.engine.step import MicrobatchSource
-from mpilm.model.families import build_model, initial_std
-from mpilm.model.init import initial_value
-from mpilm.model.loss import loss_sum
+from mpilm.model.families import build_model, initial_std, initial_value
+from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
-from mpilm.optim.schedule import learning_rate
+from mpilm.optim.optimizer import learning_rate
 
 
 def shard_fsdp2(model: nn.Module) -> nn.Module:

@@ -131,7 +131,7 @@ def make_step(config, vocab_size: int, blocks_per_stage, comm) -> Callable[[], o
     from mpilm.parallel.layout_check import resolve_mesh_shape
     from mpilm.verification.layouts import RandomTokens
 
-    hardware, mesh = detect_hardware(config.train, comm), Mesh.build(resolve_mesh_shape(config, comm.size), comm)
+    hardware, mesh = detect_hardware(config.train, comm), Mesh(resolve_mesh_shape(config, comm.size), comm)
     model = TrainModel(config, mesh, blocks_per_stage, vocab_size, hardware.device, 16)
     for flat in model.flats.values():
         flat.values.tensor.normal_(0.0, 0.02)

@@ -48,7 +48,7 @@ def checkpoint_worker(args: argparse.Namespace) -> None:
     from mpilm.checkpoint.save import save_checkpoint
     from mpilm.checkpoint.verify import run_on_root_with_verify
     from mpilm.comm.mpi import mpi_world
-    from mpilm.engine.weights import load_checkpoint_state
+    from mpilm.engine.train_model import load_checkpoint_state
     from mpilm.trainer.build import build_run
     from mpilm.trainer.save_state import collect_state
 

@@ -36,11 +36,12 @@ COMMAND_LAYER = len(ROOMS)  # every other file at the top of the package
 PURE = (
     "errors", "formatting", "config.schema", "config.presets", "config.parse", "config.check", "mesh.shape", "ops.tree",
     "parallel.layout", "parallel.plan", "parallel.flat_layout", "parallel.layout_check", "parallel.pipeline.partition",
-    "data.order", "optim.schedule",
+    "parallel.pipeline.actions", "parallel.pipeline.schedules", "planner.simulate", "planner.draw",
+    "data.order",
 )  # fmt: skip
 PARALLEL_WORDS = {"rank", "ranks", "mesh", "comm", "comms", "communicator", "world", "mpi"}
 MATRIX_RANKS = {"lora_rank"}  # ranks of matrices, which a model may know
-PRIVATE_TORCH_FILES = {"optim/elementwise.py", "doctor/measure.py"}  # torch's fused optimizer kernels, and their timing
+PRIVATE_TORCH_FILES = {"optim/optimizer.py"}  # torch's fused optimizer kernels
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "np.load", "numpy.load"}
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)

@@ -74,7 +74,7 @@ def test_generate_prompts_that_are_no_objects_are_refused(folder, tmp_path):
 
 
 def test_generate_without_a_model_is_refused():
-    assert "--model.init-from is needed" in refusal_in_process("generate")
+    assert "--model.init-from is required" in refusal_in_process("generate")
 
 
 def test_generate_pipeline_that_does_not_divide_the_ranks_is_refused(folder):

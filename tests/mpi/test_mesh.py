@@ -13,7 +13,7 @@ def test_mesh_of_every_shape_connects_its_axes(world: Comm) -> None:
     divisors = [k for k in range(1, world.size + 1) if world.size % k == 0]
     shapes = [MeshShape(*sizes) for sizes in itertools.product(divisors, repeat=len(AXES))]
     for shape in (shape for shape in shapes if shape.size == world.size):
-        mesh = Mesh.build(shape, world)
+        mesh = Mesh(shape, world)
         x = torch.ones(3)
         for axis in AXES:
             comm = mesh.comm(axis)

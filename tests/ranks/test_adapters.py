@@ -34,7 +34,7 @@ from mpilm.engine.step import train_step
 from mpilm.errors import ConfigError, FileError
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.sequence_info import SequenceInfo
-from mpilm.optim.schedule import learning_rate
+from mpilm.optim.optimizer import learning_rate
 from mpilm.testing.threads import run_ranks
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train

@@ -18,7 +18,7 @@ BLOCK_S = (0.0, 1.0, 0.0)  # embedding, block, head: only blocks take time
 
 def partition_on_threads(size, config):
     return run_ranks(
-        size, lambda comm: auto_layout.partition_model(config, Mesh.build(resolve_mesh_shape(config, size), comm), V, CPU)
+        size, lambda comm: auto_layout.partition_model(config, Mesh(resolve_mesh_shape(config, size), comm), V, CPU)
     )
 
 

@@ -24,7 +24,7 @@ from mpilm.config.schema import DataConfig
 from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.inference.evaluate import EvaluateOptions, cut_windows, evaluate_model, group_windows
-from mpilm.model.init import initial_value
+from mpilm.model.families import initial_value
 from mpilm.telemetry.metrics import read_metrics
 from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train

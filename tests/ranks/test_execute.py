@@ -159,7 +159,7 @@ def test_stage_reduces_once_after_its_last_gradient(name, pipeline, data, total)
     chunks, count = 2 if name == "interleaved" else 1, -(-total // data)  # some replicas have one fewer
 
     def body(comm):
-        mesh = Mesh.build(MeshShape(pipeline=pipeline, data=data), comm)
+        mesh = Mesh(MeshShape(pipeline=pipeline, data=data), comm)
         start, stop = block_of_rank(mesh.coordinate["data"], data, total)
         program = programs(name, pipeline, chunks, count, stop - start)[mesh.coordinate["pipeline"]]
         return run_program(mesh.comm("pipeline"), program, present=stop - start, data=mesh.comm("data"))

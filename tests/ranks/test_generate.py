@@ -18,7 +18,7 @@ from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFol
 from mpilm.config.schema import GenerateConfig
 from mpilm.inference.generate import GeneratedSequence, generate, generate_texts
 from mpilm.inference.load import config_from_folder, load_model
-from mpilm.model.init import initial_value
+from mpilm.model.families import initial_value
 from mpilm.testing.threads import run_ranks
 
 V = 97

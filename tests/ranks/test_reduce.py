@@ -10,7 +10,7 @@ from text import tiny_config
 from mpilm.comm.base import SelfComm
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.engine.pipelined import draw_values, resolve_model_layouts
-from mpilm.model.loss import loss_sum
+from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.tree import block_of_rank, strided_assignment
 from mpilm.parallel.flat import FlatParameters

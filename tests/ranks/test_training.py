@@ -27,9 +27,9 @@ from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.engine import hardware
 from mpilm.engine.step import total_loss, train_step, validation_loss
-from mpilm.model.loss import loss_sum
+from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
-from mpilm.optim.schedule import learning_rate
+from mpilm.optim.optimizer import learning_rate
 from mpilm.telemetry.metrics import read_metrics
 from mpilm.testing.threads import run_ranks
 from mpilm.trainer.build import build_run

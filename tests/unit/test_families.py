@@ -19,10 +19,9 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import Config, ModelConfig, resolve_config
 from mpilm.engine.pipelined import resolve_model_layouts
 from mpilm.errors import ConfigError
-from mpilm.model.families import build_model
+from mpilm.model.families import build_model, initial_value
 from mpilm.model.hf.config import hf_config, hf_model_type, read_hf_config
 from mpilm.model.hf.names import LEGACY_KEYS, MODULE_NAMES, hf_name
-from mpilm.model.init import initial_value
 from mpilm.model.moe import load_balancing_loss
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.apply import prune_to_stage

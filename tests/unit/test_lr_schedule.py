@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mpilm.config.schema import TrainConfig
-from mpilm.optim.schedule import learning_rate
+from mpilm.optim.optimizer import learning_rate
 
 
 def train(**changes):

@@ -53,7 +53,7 @@ def test_shape_refuses_empty_axes_and_unknown_places() -> None:
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_mesh_has_a_communicator_for_each_axis(shape: MeshShape) -> None:
     def body(world: Comm) -> None:
-        mesh = Mesh.build(shape, world)
+        mesh = Mesh(shape, world)
         assert (mesh.world, mesh.rank, mesh.coordinate) == (world, world.rank, shape.coordinate(world.rank))
         for axis in AXES:
             comm = mesh.comm(axis)
@@ -69,15 +69,15 @@ def test_mesh_has_a_communicator_for_each_axis(shape: MeshShape) -> None:
 
 
 def test_mesh_of_one_rank_has_axes_of_one() -> None:
-    mesh = Mesh.build(MeshShape(), SelfComm("world"))
+    mesh = Mesh(MeshShape(), SelfComm("world"))
     assert [mesh.comm(axis).size for axis in AXES] == [1, 1, 1, 1]
 
 
 def test_mesh_of_another_size_than_the_world_is_refused() -> None:
     with pytest.raises(ValueError, match="pipeline 2 x data 1 x context 1 x tensor 2 is 4 ranks, not 3"):
-        run_ranks(3, lambda world: Mesh.build(MeshShape(pipeline=2, tensor=2), world))
+        run_ranks(3, lambda world: Mesh(MeshShape(pipeline=2, tensor=2), world))
 
 
 def test_mesh_refuses_an_unknown_axis() -> None:
     with pytest.raises(KeyError, match="expert"):
-        Mesh.build(MeshShape(), SelfComm("world")).comm("expert")
+        Mesh(MeshShape(), SelfComm("world")).comm("expert")

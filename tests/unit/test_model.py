@@ -15,12 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpilm.engine.pipelined import draw_values, resolve_model_layouts
 from mpilm.model.attention import AttentionCore, attention_mask
-from mpilm.model.families import build_model, initial_std
+from mpilm.model.families import build_model, initial_std, initial_value
 from mpilm.model.hf.config import hf_config
 from mpilm.model.hf.names import hf_name
-from mpilm.model.init import hash_key, initial_value
-from mpilm.model.layers import Dropout, RotaryEmbedding
-from mpilm.model.loss import IGNORE_INDEX, loss_sum
+from mpilm.model.layers import IGNORE_INDEX, Dropout, RotaryEmbedding, hash_key, loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel.layout import select_owned
 from mpilm.testing.threads import run_ranks

@@ -5,9 +5,7 @@ import torch
 from runs import CPU, assemble, differing
 
 from mpilm.config.schema import TrainConfig
-from mpilm.optim.elementwise import AdamW
-from mpilm.optim.optimizer import OPTIMIZERS, Optimizer, moment_shapes, needs_full_parameter
-from mpilm.optim.schedule import learning_rate
+from mpilm.optim.optimizer import OPTIMIZERS, AdamW, Optimizer, learning_rate, moment_shapes, needs_full_parameter
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.layout import resolve_layouts
 

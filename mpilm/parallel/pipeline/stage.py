@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from mpilm.comm.progress import Progress
 from mpilm.data.batch import Batch
-from mpilm.model.init import hash_key
-from mpilm.model.loss import loss_sum
+from mpilm.model.layers import hash_key, loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel.autograd import backward_with
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm
-from mpilm.model.init import initial_value
+from mpilm.model.families import initial_value
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.reduce.step import CrossRankReducer
 

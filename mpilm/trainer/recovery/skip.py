@@ -14,8 +14,7 @@ from mpilm.checkpoint.verify import find_newest_valid, run_on_root_with_verify
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.data.files import read_json
 from mpilm.engine.step import MicrobatchSource, StepResult, forward_backward
-from mpilm.engine.train_model import TrainModel
-from mpilm.engine.weights import load_checkpoint_state
+from mpilm.engine.train_model import TrainModel, load_checkpoint_state
 from mpilm.errors import NonFiniteError
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.trainer.log import RunLog
