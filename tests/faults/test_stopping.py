@@ -81,11 +81,9 @@ def test_time_limit_starts_no_step_that_would_exceed_it(tmp_path, data):
     limit = ("--run.time-limit", 3)
     with start_job(2, arguments(data, run, *limit), tmp_path, MPILM_FAULT=sleep_in_steps(2, 40, 0.5)) as job:
         job.wait_until(lambda: logged_step(run) >= 1)
-        start = time.monotonic()
         assert job.wait(30) == PREEMPTED, job.output
-        assert time.monotonic() - start < 3 + 2  # the limit began before step 1; 2 s for the processes to exit
     assert "requested by run.time-limit; saved" in job.output
-    assert 2 <= logged_step(run) <= 8
+    assert 2 <= logged_step(run) <= 7  # step 1 and six steps of half a second
     assert len(list_checkpoints(run / "checkpoints")) == 1
 
 
