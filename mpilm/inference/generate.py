@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
 from mpilm.config.schema import Config, GenerateConfig
 from mpilm.data.batch import Batch
 from mpilm.data.chat import ChatTemplate, find_chat_template
-from mpilm.data.files import file_errors, is_valid_utf8
+from mpilm.data.files import is_valid_utf8, read_bytes
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
-from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
+from mpilm.inference.load import config_from_folder, load_model, load_model_tokenizer
 from mpilm.model.sequence_info import KVCache
 from mpilm.telemetry.display import ProgressCounter
 
@@ -28,9 +28,8 @@ class GeneratedSequence:
     """A sequence being generated."""
 
     tokens: list[int]
-    prompt_length: int
-    window: int  # tokens that the model attends to
     capacity: int  # tokens that the whole sequence can have
+    window: int  # tokens that the model attends to
     generator: torch.Generator
     cache: KVCache = field(init=False)
     cached: int = 0  # tokens whose keys and values are in the cache
@@ -61,19 +60,14 @@ def generate(
     Collective over the pipeline axis, whose ranks pass the same prompts; with ZeRO-3 over the whole mesh.
     """
     in_flight = 2 * len(model.blocks_per_stage) if len(model.blocks_per_stage) > 1 else 1  # so that no stage idles long
-    numbers, generated = list(prompts), dict[int, list[int]]()
-    for first in range(0, len(numbers), in_flight):
-        group = numbers[first : first + in_flight]
-        sequences = {number: _begin_sequence(prompts[number], number, settings, model) for number in group}
-        _generate_group(model, sequences, settings, eos, on_done)
-        generated |= {number: sequence.tokens[sequence.prompt_length :] for number, sequence in sequences.items()}
-    return generated
-
-
-def _begin_sequence(prompt: list[int], number: int, settings: GenerateConfig, model: PipelinedModel) -> GeneratedSequence:
-    generator = torch.Generator().manual_seed((settings.seed + number) % 2**63)
-    capacity = len(prompt) + settings.max_tokens
-    return GeneratedSequence(list(prompt), len(prompt), model.config.model.context_length, capacity, generator)
+    window, sequences = model.config.model.context_length, dict[int, GeneratedSequence]()
+    for number, prompt in prompts.items():
+        generator = torch.Generator().manual_seed((settings.seed + number) % 2**63)
+        sequences[number] = GeneratedSequence(list(prompt), len(prompt) + settings.max_tokens, window, generator)
+    for first in range(0, len(prompts), in_flight):
+        group = dict(list(sequences.items())[first : first + in_flight])
+        _generate_group(model, group, settings, eos, on_done)
+    return {number: sequence.tokens[len(prompts[number]) :] for number, sequence in sequences.items()}
 
 
 @torch.no_grad()
@@ -92,7 +86,7 @@ def _generate_group(
             sequence = active[number]
             if token != eos:
                 sequence.tokens.append(token)
-            if token == eos or len(sequence.tokens) - sequence.prompt_length == settings.max_tokens:
+            if token == eos or len(sequence.tokens) == sequence.capacity:
                 del active[number]
                 on_done(number)
 
@@ -132,10 +126,10 @@ def generate_texts(config: Config, world: Comm) -> None:
     """Print a prompt and its continuation; for a file of prompts, a JSON object each: prompt, text. Collective."""
     config = run_on_all_ranks(world, lambda: config_from_folder(config))
     settings = config.generate
-    tokenizer = run_on_all_ranks(world, lambda: load_tokenizer(config.data, config.model))
+    tokenizer = run_on_all_ranks(world, lambda: load_model_tokenizer(config.data, config.model))
     template = run_on_all_ranks(world, lambda: _load_template(config))
     prompts: list[str] = world.broadcast_json(run_on_root(world, lambda: _read_prompts(settings)))
-    model = load_model(config, world).model
+    model = load_model(config, world)
     own = range(model.data.rank, len(prompts), model.data.size)
     tokens = run_on_all_ranks(world, lambda: {n: _encode(prompts[n], tokenizer, template) for n in own})
     counter = ProgressCounter("texts", len(tokens), world.rank == 0 and len(prompts) > 1)
@@ -143,8 +137,12 @@ def generate_texts(config: Config, world: Comm) -> None:
     texts = {n: tokenizer.decode(ids) for n, ids in generated.items()} if model.pipeline.rank == 0 else {}
     everyone = world.all_gather_json([[n, text] for n, text in texts.items()])
     if world.rank == 0:
-        in_order = sorted(pair for pairs in everyone for pair in pairs)
-        _print_texts(prompts, [text for _, text in in_order], bool(settings.prompts), settings.chat)
+        for (_, text), prompt in zip(sorted(pair for pairs in everyone for pair in pairs), prompts, strict=True):
+            if settings.prompts:
+                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+            else:
+                print(text if settings.chat else prompt + text)
+        sys.stdout.flush()
 
 
 def _load_template(config: Config) -> ChatTemplate | None:
@@ -165,12 +163,7 @@ def _read_prompts(settings: GenerateConfig) -> list[str]:
     if settings.prompt:
         raise ConfigError("--generate.prompt and --generate.prompts exclude each other; remove one of them")
     source = "standard input" if settings.prompts == "-" else settings.prompts
-    if settings.prompts == "-":
-        data = sys.stdin.buffer.read()
-    else:
-        path = Path(settings.prompts).expanduser()
-        with file_errors(path):
-            data = path.read_bytes()
+    data = sys.stdin.buffer.read() if settings.prompts == "-" else read_bytes(Path(settings.prompts).expanduser())
     try:
         lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
@@ -199,12 +192,3 @@ def _encode(prompt: str, tokenizer: Tokenizer, template: ChatTemplate | None) ->
     if template is not None:
         return tokenizer.encode_rendered(template.render_prompt(prompt))[0].tolist()
     return tokenizer.encode(prompt).tolist() or [tokenizer.eos]
-
-
-def _print_texts(prompts: Sequence[str], texts: Sequence[str], as_json: bool, is_chat: bool) -> None:
-    for prompt, text in zip(prompts, texts, strict=True):
-        if as_json:
-            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
-        else:
-            print(text if is_chat else prompt + text)
-    sys.stdout.flush()
