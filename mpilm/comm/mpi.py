@@ -161,11 +161,15 @@ class MpiComm(Comm):
                 time.sleep(min(MAX_SLEEP_S, 1e-6 * tries))
         return status
 
+    def _can_read(self, tensor: Tensor) -> bool:
+        """Return whether MPI can read and write this memory itself."""
+        return not tensor.is_cuda or self.gpu_aware
+
     def _host_buffer(self, source: Tensor | None, out: Tensor | None) -> tuple[Tensor, Callable[[], object]]:
         """Return the memory to pass to MPI for `source` or `out`, and a function that copies the result from there to `out`."""
         tensor = source if source is not None else out
         assert tensor is not None
-        if not tensor.is_cuda or self.gpu_aware:
+        if self._can_read(tensor):
             if tensor.is_cuda:
                 torch.cuda.current_stream(tensor.device).synchronize()  # MPI reads at once, not in stream order
             return tensor, _do_nothing
