@@ -3,9 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mpilm.checkpoint.format import checkpoint_step
 from mpilm.comm.base import Comm
-from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
+from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config.parse import merge_settings
-from mpilm.config.schema import Config, DataConfig
+from mpilm.config.schema import Config, DataConfig, flag_of
 from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus, open_corpus
 from mpilm.data.files import file_errors, read_json, write_durably
@@ -28,9 +28,9 @@ from mpilm.data.token_files import document_starts, find_prefix
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
+from mpilm.formatting import ProgressLine
 from mpilm.inference.load import config_from_folder, load_model, load_model_tokenizer
 from mpilm.model.loss import IGNORE_INDEX
-from mpilm.telemetry.display import ProgressCounter
 
 MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text
 
@@ -77,25 +77,6 @@ def group_windows(sizes: np.ndarray, max_rows: int) -> list[tuple[int, int]]:
     return [(at, min(at + max_rows, end)) for first, end in pairwise(ends) for at in range(first, end, max_rows)]
 
 
-class WindowBatches:
-    """Batches of the windows of a corpus."""
-
-    def __init__(self, corpus: Corpus, windows: EvalWindows, objective: Objective, groups: Sequence[tuple[int, int]]):
-        self.corpus, self.windows, self.objective, self.groups = corpus, windows, objective, groups
-
-    def __call__(self, m: int) -> Batch:
-        numbers = np.arange(*self.groups[m])
-        rows = np.stack([self._row(n) for n in numbers.tolist()])
-        inputs, targets = self.objective(rows, [mix_key(MASK_KEY, n) for n in numbers.tolist()])
-        tokens, target_ids = (torch.from_numpy(np.ascontiguousarray(x)) for x in (inputs, targets))
-        count = int(np.count_nonzero(targets != IGNORE_INDEX))
-        return Batch(tokens, target_ids, torch.arange(tokens.shape[1]), torch.from_numpy(numbers), count)
-
-    def _row(self, number: int) -> np.ndarray:
-        row = self.corpus.read(int(self.windows.start[number]), int(self.windows.stop[number]))
-        return row if self.objective.is_causal else np.append(row, 0)  # an objective ignores the last token
-
-
 def row_scores(logits: Tensor, batch: Batch) -> Tensor:
     """Return the sum of losses, correct predictions and targets of each row, (B, 3) float64."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
@@ -109,12 +90,16 @@ def score_windows(
 ) -> np.ndarray:
     """Return the scores of each window, (windows, 3), the same on all ranks; `rows` windows at a time. Collective."""
     groups = group_windows(windows.stop - windows.start, rows)
-    batches = WindowBatches(corpus, windows, objective, groups)
-    counter = ProgressCounter("batches", -(-len(groups) // model.data.size), verbose)
+    progress, done = ProgressLine("scoring", "batches", verbose), count()
 
     def fetch(m: int) -> Batch:
-        counter()
-        return batches(m)
+        progress(next(done), -(-len(groups) // model.data.size))
+        numbers = np.arange(*groups[m])
+        texts = np.stack([corpus.read(int(windows.start[n]), int(windows.stop[n])) for n in numbers])
+        if not objective.is_causal:
+            texts = np.pad(texts, ((0, 0), (0, 1)))  # an objective ignores the last token
+        tokens, targets = objective(texts, [mix_key(MASK_KEY, n) for n in numbers.tolist()])
+        return Batch.from_arrays(tokens=tokens, targets=targets, positions=np.arange(tokens.shape[1]), samples=numbers)
 
     table = torch.zeros(len(windows), 3, dtype=torch.float64)
     for m, scores in model.forward(len(groups), fetch, row_scores).items():
@@ -157,19 +142,19 @@ def evaluate_model(config: Config, options: EvaluateOptions, world: Comm) -> Non
     run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, options))
     segments = run_on_all_ranks(world, lambda: _find_segments(data, options, corpus))
     windows = cut_windows(segments, config.model.context_length, objective.is_causal)
-    run_on_all_ranks(world, lambda: _check_not_empty(windows, corpus))
+    if not len(windows):
+        raise CollectiveError(
+            DataError(f"--data.path {corpus.source}: {len(corpus.tokens)} tokens are too few to predict anything")
+        )
     table = score_windows(model, corpus, windows, objective, config.train.micro_batch, world.rank == 0)
     run_on_root(world, lambda: _write_results(config, options, corpus, segments, windows, table))
 
 
 def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, DataConfig]:
     """Return the config, with the folder's tokenizer unless another is named, and the data to open."""
-    training_only = [
-        key for key in ("format", "packing", "too_long") if getattr(config.data, key) != getattr(DataConfig(), key)
-    ]
-    if training_only:
-        flag = training_only[0].replace("_", "-")
-        raise ConfigError(f"--data.{flag} is for training; evaluate reads running text, window by window")
+    for key in ("format", "packing", "too_long"):
+        if getattr(config.data, key) != getattr(DataConfig, key):
+            raise ConfigError(f"{flag_of(f'data.{key}')} is for training; evaluate reads running text, window by window")
     if not options.held_out:
         resolved = config_from_folder(config, options.context_length)
         is_prepared = config.data.source and find_prefix(config.data.source)  # prepared tokens name their tokenizer
@@ -214,11 +199,6 @@ def _find_segments(data: DataConfig, options: EvaluateOptions, corpus: Corpus) -
         return np.array([first, total])
     starts = document_starts(corpus.path)
     return np.concatenate([[first], starts[starts > first]])
-
-
-def _check_not_empty(windows: EvalWindows, corpus: Corpus) -> None:
-    if not len(windows):
-        raise DataError(f"--data.path {corpus.source}: {len(corpus.tokens)} tokens are too few to predict anything")
 
 
 def _write_results(

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -14,13 +15,13 @@ from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
 from mpilm.config.schema import Config, GenerateConfig
 from mpilm.data.batch import Batch
 from mpilm.data.chat import ChatTemplate, find_chat_template
-from mpilm.data.files import is_valid_utf8, read_bytes
+from mpilm.data.files import is_valid_utf8, parse_json, read_bytes
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
+from mpilm.formatting import ProgressLine
 from mpilm.inference.load import config_from_folder, load_model, load_model_tokenizer
 from mpilm.model.sequence_info import KVCache
-from mpilm.telemetry.display import ProgressCounter
 
 
 @dataclass
@@ -132,8 +133,8 @@ def generate_texts(config: Config, world: Comm) -> None:
     model = load_model(config, world)
     own = range(model.data.rank, len(prompts), model.data.size)
     tokens = run_on_all_ranks(world, lambda: {n: _encode(prompts[n], tokenizer, template) for n in own})
-    counter = ProgressCounter("texts", len(tokens), world.rank == 0 and len(prompts) > 1)
-    generated = generate(model, tokens, settings, tokenizer.eos, counter)
+    progress, done = ProgressLine("generating", "texts", world.rank == 0 and len(prompts) > 1), count(1)
+    generated = generate(model, tokens, settings, tokenizer.eos, lambda _: progress(next(done), len(tokens)))
     texts = {n: tokenizer.decode(ids) for n, ids in generated.items()} if model.pipeline.rank == 0 else {}
     everyone = world.all_gather_json([[n, text] for n, text in texts.items()])
     if world.rank == 0:
@@ -162,29 +163,26 @@ def _read_prompts(settings: GenerateConfig) -> list[str]:
         return [settings.prompt]
     if settings.prompt:
         raise ConfigError("--generate.prompt and --generate.prompts exclude each other; remove one of them")
-    source = "standard input" if settings.prompts == "-" else settings.prompts
+    source = f"--generate.prompts {'standard input' if settings.prompts == '-' else settings.prompts}"
     data = sys.stdin.buffer.read() if settings.prompts == "-" else read_bytes(Path(settings.prompts).expanduser())
     try:
         lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
-        raise DataError(f"--generate.prompts {source}: byte {error.start} is not UTF-8") from None
+        raise DataError(f"{source}: byte {error.start} is not UTF-8") from None
     lines = lines[:-1] if lines[-1] == "" else lines
     if not lines:
-        raise DataError(f"--generate.prompts {source}: contains no prompts")
+        raise DataError(f"{source}: contains no prompts")
     if not source.endswith(".jsonl"):
         return lines
     return [_parse_prompt(line, f"{source}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
 
 
-def _parse_prompt(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"--generate.prompts {where} is not JSON: {error}") from None
+def _parse_prompt(line: str, place: str) -> str:
+    value = parse_json(line, place)
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise DataError(f'--generate.prompts {where} is not an object with a "prompt" that is a string')
+        raise DataError(f'{place}: is not an object with a "prompt" that is a string')
     if not is_valid_utf8(value["prompt"]):
-        raise DataError(f"--generate.prompts {where} contains half a surrogate pair, which is not text")
+        raise DataError(f"{place}: contains half a surrogate pair, which is not text")
     return value["prompt"]
 
 
