@@ -143,9 +143,8 @@ def evaluate_model(config: Config, options: EvaluateOptions, world: Comm) -> Non
     segments = run_on_all_ranks(world, lambda: _find_segments(data, options, corpus))
     windows = cut_windows(segments, config.model.context_length, objective.is_causal)
     if not len(windows):
-        raise CollectiveError(
-            DataError(f"--data.path {corpus.source}: {len(corpus.tokens)} tokens are too few to predict anything")
-        )
+        problem = f"{len(corpus.tokens)} tokens are too few to predict anything"
+        raise CollectiveError(DataError(f"--data.path {corpus.source}: {problem}"))
     table = score_windows(model, corpus, windows, objective, config.train.micro_batch, world.rank == 0)
     run_on_root(world, lambda: _write_results(config, options, corpus, segments, windows, table))
 

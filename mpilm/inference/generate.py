@@ -29,8 +29,8 @@ class GeneratedSequence:
     """A sequence being generated."""
 
     tokens: list[int]
-    capacity: int  # tokens that the whole sequence can have
     window: int  # tokens that the model attends to
+    capacity: int  # tokens that the whole sequence can have
     generator: torch.Generator
     cache: KVCache = field(init=False)
     cached: int = 0  # tokens whose keys and values are in the cache
@@ -48,6 +48,7 @@ class GeneratedSequence:
         return Batch(tokens[None], tokens[None], positions, tokens[:1], len(tokens)).to(device)
 
 
+@torch.no_grad()
 def generate(
     model: PipelinedModel,
     prompts: Mapping[int, list[int]],
@@ -61,35 +62,25 @@ def generate(
     Collective over the pipeline axis, whose ranks pass the same prompts; with ZeRO-3 over the whole mesh.
     """
     in_flight = 2 * len(model.blocks_per_stage) if len(model.blocks_per_stage) > 1 else 1  # so that no stage idles long
-    window, sequences = model.config.model.context_length, dict[int, GeneratedSequence]()
-    for number, prompt in prompts.items():
-        generator = torch.Generator().manual_seed((settings.seed + number) % 2**63)
-        sequences[number] = GeneratedSequence(list(prompt), len(prompt) + settings.max_tokens, window, generator)
-    for first in range(0, len(prompts), in_flight):
-        group = dict(list(sequences.items())[first : first + in_flight])
-        _generate_group(model, group, settings, eos, on_done)
-    return {number: sequence.tokens[len(prompts[number]) :] for number, sequence in sequences.items()}
-
-
-@torch.no_grad()
-def _generate_group(
-    model: PipelinedModel,
-    sequences: Mapping[int, GeneratedSequence],
-    settings: GenerateConfig,
-    eos: int,
-    on_done: Callable[[int], None],
-) -> None:
-    active = dict(sequences) if settings.max_tokens else {}
-    while active:
-        batches = {number: sequence.next_batch(model.device) for number, sequence in active.items()}
-        logits = model.next_logits(batches, {number: sequence.cache for number, sequence in active.items()})
-        for number, token in zip(list(active), _sample_tokens(model, active, logits, settings)):
-            sequence = active[number]
-            if token != eos:
-                sequence.tokens.append(token)
-            if token == eos or len(sequence.tokens) == sequence.capacity:
-                del active[number]
-                on_done(number)
+    numbers, window = list(prompts) if settings.max_tokens else [], model.config.model.context_length
+    generated = {number: list[int]() for number in prompts}
+    for first in range(0, len(numbers), in_flight):
+        active = dict[int, GeneratedSequence]()
+        for number in numbers[first : first + in_flight]:
+            generator = torch.Generator().manual_seed((settings.seed + number) % 2**63)
+            capacity = len(prompts[number]) + settings.max_tokens
+            active[number] = GeneratedSequence(list(prompts[number]), window, capacity, generator)
+        while active:
+            batches = {number: sequence.next_batch(model.device) for number, sequence in active.items()}
+            logits = model.next_logits(batches, {number: sequence.cache for number, sequence in active.items()})
+            for number, token in zip(list(active), _sample_tokens(model, active, logits, settings)):
+                if token != eos:
+                    active[number].tokens.append(token)
+                    generated[number].append(token)
+                if token == eos or len(generated[number]) == settings.max_tokens:
+                    del active[number]
+                    on_done(number)
+    return generated
 
 
 def _sample_tokens(

@@ -6,7 +6,7 @@ from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_f
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import check_same_on_all_ranks, run_on_all_ranks
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, DataConfig, ModelConfig, flatten, resolve_config
+from mpilm.config.schema import Config, DataConfig, ModelConfig, flatten, override, resolve_config
 from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
 from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.pipelined import PipelinedModel
@@ -29,10 +29,9 @@ def config_from_folder(config: Config, context_length: int = 0) -> Config:
     shape = replace(read_pretrained_config(folder, config.model.base), init_from=folder, base=config.model.base)
     shape = replace(shape, context_length=context_length or shape.context_length)
     check_pretrained_shape(shape)
-    data = config.data
-    if data.tokenizer == "auto":
-        data = replace(data, tokenizer=find_tokenizer_folder(folder, shape.base))
-    config = resolve_config(replace(config, model=shape, data=data))
+    if config.data.tokenizer == "auto":
+        config = override(config, data__tokenizer=find_tokenizer_folder(folder, shape.base))
+    config = resolve_config(replace(config, model=shape))
     check_config(config)
     return config
 

@@ -1,4 +1,4 @@
-"""Breakdown of a step's time by category, from the spans that a rank recorded (comm/activity.py)."""
+"""Breakdown of a step's time by category, from the spans that a rank recorded (comm/progress.py)."""
 
 from collections.abc import Iterable
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from mpilm.config.parse import merge_settings, read_toml
 from mpilm.config.schema import Config
+from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import count_noun, format_duration, format_mebibytes
 from mpilm.telemetry.metrics import MetricsFollower, MetricsRow
@@ -42,14 +43,12 @@ class LiveView:
     """The state of a run after the rows so far, as a renderable of rich. Rows that lack keys that it shows are ignored."""
 
     def __init__(self, name: str, steps: int, save_every: int):
-        self.name = name
-        self.steps = steps  # of the whole run
+        self.name, self.steps = name, steps  # of the whole run
         self.save_every = save_every  # steps between checkpoints; 0: none
         self.final_state = ""  # "done" or "stopped", once the run has ended
-        self._start: MetricsRow = {}
-        self._step: MetricsRow = {}  # the last row of a step
-        self._ranks: MetricsRow = {}  # the last row with numbers of every rank
-        self._evaluation: MetricsRow = {}
+        self._start, self._evaluation = MetricsRow(), MetricsRow()  # the last ones
+        self._step = MetricsRow()  # the last row of a step
+        self._ranks = MetricsRow()  # the last row with numbers of every rank
         self._best_loss = math.inf  # of the evaluations
         self._peak_bytes: list[int] = []  # by rank
         self._step_s = 0.0
@@ -173,8 +172,6 @@ def watch_run(folder: str, interval_s: float, once: bool) -> None:
         raise FileError(f"{folder}: folder not found")
     if not (Path(folder) / "config.toml").is_file():
         raise ConfigError(f"{folder or 'no folder'}: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME")
-    if not interval_s > 0:
-        raise ConfigError(f"--interval {interval_s}: must be above zero")
     follower, console = MetricsFollower(Path(folder) / "metrics.jsonl"), Console()
     view = _follow(_open_view(folder), follower, folder)
     if once or not console.is_terminal:
@@ -195,10 +192,8 @@ def _open_view(folder: str) -> LiveView:
 
 def _follow(view: LiveView, follower: MetricsFollower, folder: str) -> LiveView:
     """Return the view updated with new rows; a fresh view if a resume has removed rows."""
-    try:
+    with file_errors(follower.path):
         rows, restarted = follower.read()
-    except OSError as error:
-        raise FileError(f"{follower.path} cannot be read: {error.strerror}") from None
     view = _open_view(folder) if restarted else view
     for row in rows:
         if row.get("event") == "start":
