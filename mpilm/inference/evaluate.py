@@ -17,6 +17,7 @@ from torch import Tensor
 from mpilm.checkpoint.format import checkpoint_step
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
+from mpilm.config.inference import EvaluateArguments, to_config
 from mpilm.config.parse import merge_settings
 from mpilm.config.schema import Config, DataConfig, flag_of
 from mpilm.data.batch import Batch
@@ -33,16 +34,6 @@ from mpilm.inference.load import config_from_folder, load_model, load_model_toke
 from mpilm.model.loss import IGNORE_INDEX
 
 MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Options of the evaluate command."""
-
-    documents: bool  # score each document by itself, and write the scores
-    held_out: bool  # only the text that the run has held out
-    context_length: int  # 0: the model's
-    run_dir: str  # folder of the results; auto: the run of the checkpoint
 
 
 @dataclass(frozen=True)
@@ -131,37 +122,38 @@ def score_documents(segments: np.ndarray, windows: EvalWindows, table: np.ndarra
 # The command.
 
 
-def evaluate_model(config: Config, options: EvaluateOptions, world: Comm) -> None:
+def evaluate_model(arguments: EvaluateArguments, world: Comm) -> None:
     """Score a text, print the result and write it. Collective."""
-    config, data = run_on_all_ranks(world, lambda: _resolve_inputs(config, options))
+    config, data = run_on_all_ranks(world, lambda: _resolve_inputs(arguments))
     tokenizer = run_on_all_ranks(world, lambda: load_model_tokenizer(config.data, config.model))
     model = load_model(config, world)
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
-    corpus = open_corpus(data, yielding, eos=options.held_out)
+    corpus = open_corpus(data, yielding, eos=arguments.held_out)
     objective = make_objective(config.model, config.data, tokenizer)
-    run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, options))
-    segments = run_on_all_ranks(world, lambda: _find_segments(data, options, corpus))
+    run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, arguments.held_out))
+    segments = run_on_all_ranks(world, lambda: _find_segments(data, arguments, corpus))
     windows = cut_windows(segments, config.model.context_length, objective.is_causal)
     if not len(windows):
         problem = f"{len(corpus.tokens)} tokens are too few to predict anything"
         raise CollectiveError(DataError(f"--data.path {corpus.source}: {problem}"))
     table = score_windows(model, corpus, windows, objective, config.train.micro_batch, world.rank == 0)
-    run_on_root(world, lambda: _write_results(config, options, corpus, segments, windows, table))
+    run_on_root(world, lambda: _write_results(arguments, corpus, segments, windows, table, not objective.is_causal))
 
 
-def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, DataConfig]:
+def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
     """Return the config, with the folder's tokenizer unless another is named, and the data to open."""
+    config = to_config(arguments.model, arguments.parallel, arguments.train, data=arguments.data)
     for key in ("format", "packing", "too_long"):
         if getattr(config.data, key) != getattr(DataConfig, key):
             raise ConfigError(f"{flag_of(f'data.{key}')} is for training; evaluate reads running text, window by window")
-    if not options.held_out:
-        resolved = config_from_folder(config, options.context_length)
+    if not arguments.held_out:
+        resolved = config_from_folder(config, arguments.model.context_length)
         is_prepared = config.data.source and find_prefix(config.data.source)  # prepared tokens name their tokenizer
         return resolved, config.data if is_prepared else resolved.data
     folder = Path(config.model.init_from).expanduser()
     if config.data != DataConfig():
         raise ConfigError("--held-out true scores what the run has held out of its own text; omit the --data settings")
-    config = config_from_folder(config, options.context_length)
+    config = config_from_folder(config, arguments.model.context_length)
     if not (folder / "trainer.json").is_file():
         raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
     data = merge_settings(DataConfig(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
@@ -175,14 +167,14 @@ def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, D
     return config, data
 
 
-def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, config: Config, options: EvaluateOptions) -> None:
+def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, config: Config, held_out: bool) -> None:
     """Raise ConfigError if the tokens do not match the model, or the text is not what the run has held out."""
     folder = config.model.init_from
     if corpus.tokenizer.with_mask().digest != tokenizer.with_mask().digest:
         raise ConfigError(
             f"--data.path {corpus.source} was tokenized with another tokenizer than that of {folder}; pass the text itself"
         )
-    if options.held_out:
+    if held_out:
         trainer = read_json(Path(folder).expanduser() / "trainer.json")
         if trainer["content"]["data.path"] != corpus.fingerprint:
             raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
@@ -190,31 +182,31 @@ def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, co
         raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, which a bert model needs")
 
 
-def _find_segments(data: DataConfig, options: EvaluateOptions, corpus: Corpus) -> np.ndarray:
+def _find_segments(data: DataConfig, arguments: EvaluateArguments, corpus: Corpus) -> np.ndarray:
     """Return the boundaries of the parts that are scored separately."""
     total = len(corpus.tokens)
-    first = total - int(total * data.eval_fraction) if options.held_out else 0
-    if not options.documents:
+    first = total - int(total * data.eval_fraction) if arguments.held_out else 0
+    if not arguments.documents:
         return np.array([first, total])
     starts = document_starts(corpus.path)
     return np.concatenate([[first], starts[starts > first]])
 
 
 def _write_results(
-    config: Config, options: EvaluateOptions, corpus: Corpus, segments: np.ndarray, windows: EvalWindows, table: np.ndarray
+    arguments: EvaluateArguments, corpus: Corpus, segments: np.ndarray, windows: EvalWindows, table: np.ndarray, masked: bool
 ) -> None:
     tokens = int(segments[-1] - segments[0])
-    result = summarize_scores(table, tokens, corpus.bytes_per_token * tokens, config.model.arch == "bert")
+    result = summarize_scores(table, tokens, corpus.bytes_per_token * tokens, masked)
     if not math.isfinite(result["loss"]):
-        raise NonFiniteError(f"the loss is {result['loss']}: weights in {config.model.init_from} are not finite")
-    folder = _results_folder(config.model.init_from, options.run_dir)
+        raise NonFiniteError(f"the loss is {result['loss']}: weights in {arguments.model.init_from} are not finite")
+    folder = _results_folder(arguments.model.init_from, arguments.run.dir)
     with file_errors(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
     for name, value in result.items():
         print(f"{name:<16}{value:,}" if isinstance(value, int) else f"{name:<16}{value:.8g}")
     print(f"written to      {folder / 'evaluation.json'}")
-    if options.documents:
+    if arguments.documents:
         lines = (json.dumps(row) + "\n" for row in score_documents(segments, windows, table))
         write_durably(folder / "documents.jsonl", "".join(lines).encode())
         print(f"documents       {folder / 'documents.jsonl'}", flush=True)
