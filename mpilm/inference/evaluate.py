@@ -76,12 +76,10 @@ def row_scores(logits: Tensor, batch: Batch) -> Tensor:
     return torch.stack([x.double().sum(dim=1) for x in (losses.view_as(batch.targets), correct, counted)], dim=1)
 
 
-def score_windows(
-    model: PipelinedModel, corpus: Corpus, windows: EvalWindows, objective: Objective, rows: int, verbose: bool
-) -> np.ndarray:
-    """Return the scores of each window, (windows, 3), the same on all ranks; `rows` windows at a time. Collective."""
-    groups = group_windows(windows.stop - windows.start, rows)
-    progress, done = ProgressLine("scoring", "batches", verbose), count()
+def score_windows(model: PipelinedModel, corpus: Corpus, windows: EvalWindows, objective: Objective) -> np.ndarray:
+    """Return the scores of each window, (windows, 3), the same on all ranks. Collective."""
+    groups = group_windows(windows.stop - windows.start, model.config.train.micro_batch)
+    progress, done = ProgressLine("scoring", "batches", model.mesh.world.rank == 0), count()
 
     def fetch(m: int) -> Batch:
         progress(next(done), -(-len(groups) // model.data.size))
@@ -136,7 +134,7 @@ def evaluate_model(arguments: EvaluateArguments, world: Comm) -> None:
     if not len(windows):
         problem = f"{len(corpus.tokens)} tokens are too few to predict anything"
         raise CollectiveError(DataError(f"--data.path {corpus.source}: {problem}"))
-    table = score_windows(model, corpus, windows, objective, config.train.micro_batch, world.rank == 0)
+    table = score_windows(model, corpus, windows, objective)
     run_on_root(world, lambda: _write_results(arguments, corpus, segments, windows, table, not objective.is_causal))
 
 

@@ -110,13 +110,13 @@ def draw_schedule(config: PlanConfig, run: Config, ranks: int) -> str:
         f"heaviest, stage {heaviest}, has {work[heaviest] * parallel.chunks:.2f} times an even share of the work",
         f"time: 1 is the forward of a microbatch through 1/{parallel.pipeline} of the model",
         "",
-        draw_text(timeline, config.width or shutil.get_terminal_size((120, 24)).columns, unit=""),
+        draw_text(timeline, config.width or shutil.get_terminal_size((120, 24)).columns),
         f"bubble, simulated: {100 * timeline.bubble:.2f}%"
         + ("" if even is None else f"; by formula, if all stages were equal: {100 * even:.2f}%"),
     ]
     if config.svg:
         with file_errors(f"--svg {config.svg}", "written"):
-            Path(config.svg).write_text(draw_svg(timeline, unit=""), encoding="utf-8")
+            Path(config.svg).write_text(draw_svg(timeline), encoding="utf-8")
         lines.append(f"{config.svg}: the drawing as an SVG image")
     return "\n".join(lines)
 
