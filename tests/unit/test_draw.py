@@ -105,7 +105,7 @@ def test_draw_svg_has_a_labelled_cell_for_each_action(name, v, kinds):
     groups = root.findall(f"{SVG}g")
     assert len(groups) == len(kinds) * p * v * m
     tooltips = [group.findtext(f"{SVG}title") for group in groups]
-    assert tooltips[0] == "0F0: forward, 0 to 1 s"
+    assert tooltips[0] == "0F0: forward, 0 to 1"
     assert len(set(tooltips)) == len(tooltips)
     assert Counter(group.findtext(f"{SVG}text")[0] for group in groups) == dict.fromkeys(kinds, p * v * m)
     assert len({group.find(f"{SVG}rect").get("fill") for group in groups}) == len(kinds) * v  # a shade for each chunk
