@@ -19,10 +19,7 @@ from mpilm.parallel.layout_check import partition_by_cost
 
 
 def config_from_folder(config: Config, context_length: int = 0) -> Config:
-    """Return the config with the shape of the folder in model.init-from, and its tokenizer unless another is named.
-
-    Raises ConfigError, FileError or DataError.
-    """
+    """Return the config with the shape of model.init-from, and its tokenizer unless another is named; raises UserError."""
     folder = config.model.init_from
     if not folder:
         raise ConfigError("--model.init-from is required: the folder of a checkpoint, RUN/checkpoints/step-NNNNNNNN")

@@ -173,30 +173,29 @@ def watch_run(folder: str, interval_s: float, once: bool) -> None:
     if not (Path(folder) / "config.toml").is_file():
         raise ConfigError(f"{folder or 'no folder'}: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME")
     follower, console = MetricsFollower(Path(folder) / "metrics.jsonl"), Console()
-    view = _follow(_open_view(folder), follower, folder)
+    view = _follow(_open_view(Path(folder)), follower)
     if once or not console.is_terminal:
         console.print(view)
         return
     with contextlib.suppress(KeyboardInterrupt), Live(view, console=console, auto_refresh=False) as live:
         while not view.final_state:
             time.sleep(interval_s)
-            view = _follow(view, follower, folder)
+            view = _follow(view, follower)
             live.update(view, refresh=True)
 
 
-def _open_view(folder: str) -> LiveView:
-    path = Path(folder) / "config.toml"
-    config = merge_settings(Config(), read_toml(path), str(path))
-    return LiveView(str(Path(folder)), config.train.steps, config.checkpoint.every)
+def _open_view(folder: Path) -> LiveView:
+    config = merge_settings(Config(), read_toml(folder / "config.toml"), str(folder / "config.toml"))
+    return LiveView(str(folder), config.train.steps, config.checkpoint.every)
 
 
-def _follow(view: LiveView, follower: MetricsFollower, folder: str) -> LiveView:
+def _follow(view: LiveView, follower: MetricsFollower) -> LiveView:
     """Return the view updated with new rows; a fresh view if a resume has removed rows."""
     with file_errors(follower.path):
         rows, restarted = follower.read()
-    view = _open_view(folder) if restarted else view
+    view = _open_view(follower.path.parent) if restarted else view
     for row in rows:
         if row.get("event") == "start":
-            view.steps = _open_view(folder).steps  # a resume may have changed it
+            view.steps = _open_view(follower.path.parent).steps  # a resume may have changed it
         view.update(row)
     return view
