@@ -67,7 +67,7 @@ def draw_svg(timeline: Timeline) -> str:
         parts.append(_svg_rect(x - 0.5, 0, 1, bottom + 6, 'class="tick"'))
         parts.append(_svg_text(x, bottom + 18, f"{i * tick_s:.4g}", 'text-anchor="middle"'))
     for event in filter(_is_drawn, timeline.events):
-        action, label, top = event.action, _label(event.action, timeline), LANE_PX * event.rank + 4
+        action, label, top = event.action, action_label(event.action, timeline), LANE_PX * event.rank + 4
         x, length = LEFT_PX + event.start_s * scale, (event.end_s - event.start_s) * scale
         tooltip = f"{action}: {KIND_NAMES[action.kind]}, {event.start_s:.4g} to {event.end_s:.4g}"
         fill = _fill(action.kind, action.stage // timeline.ranks, timeline)
@@ -88,7 +88,7 @@ def _draw_lane(timeline: Timeline, rank: int, scale: float, panel: int) -> str:
     lane = ""
     for event in timeline.by_rank[rank]:
         room = max(0, round(event.end_s * scale) - len(lane))
-        label, fill = ("", ".") if event.waiting else (_label(event.action, timeline), FILL[event.action.kind])
+        label, fill = ("", ".") if event.waiting else (action_label(event.action, timeline), FILL[event.action.kind])
         left = -len(lane) % panel  # columns left in this panel
         lead = fill * left if left < len(label) else ""
         if len(lead + label) > room:
@@ -110,7 +110,7 @@ def _draw_ruler(start: int, columns: int, scale: float) -> str:
 
 def _summarize(timeline: Timeline) -> str:
     peaks = " ".join(str(timeline.peak_in_flight(rank)) for rank in range(timeline.ranks))
-    chunks = f", over chunks a to {_chunk_letter(timeline.chunks - 1)}" if timeline.chunks > 1 else ""
+    chunks = f", over chunks a to {chunk_letter(timeline.chunks - 1)}" if timeline.chunks > 1 else ""
     step = f"step {timeline.step_s:.4g}; bubble {100 * timeline.bubble:.1f}%"
     return f"{step}; most microbatches in flight{chunks}, rank by rank: {peaks}"
 
@@ -129,13 +129,13 @@ def _fill(kind: str, chunk: int, timeline: Timeline) -> str:
     return 'fill="#' + "".join(f"{round(part + (255 - part) * light):02x}" for part in ACTION_COLORS[kind]) + '"'
 
 
-def _label(action: Action, timeline: Timeline) -> str:
+def action_label(action: Action, timeline: Timeline) -> str:
     """Return kind, microbatch and, where a rank has several stages, the letter of the chunk: F3b."""
-    letter = _chunk_letter(action.stage // timeline.ranks) if timeline.chunks > 1 else ""
+    letter = chunk_letter(action.stage // timeline.ranks) if timeline.chunks > 1 else ""
     return f"{action.kind[0]}{'' if action.microbatch is None else action.microbatch}{letter}"
 
 
-def _chunk_letter(chunk: int) -> str:
+def chunk_letter(chunk: int) -> str:
     return chr(ord("a") + chunk) if chunk < 26 else f"({chunk})"
 
 
@@ -153,4 +153,4 @@ def _fit_label(timeline: Timeline) -> tuple[int, float]:
     cells = [event for event in timeline.events if not event.waiting]
     lengths_s = [event.end_s - event.start_s for event in cells]
     least_s = max(lengths_s) / 4
-    return max(len(_label(cell.action, timeline)) for cell in cells), min(s for s in lengths_s if s >= least_s) or 1.0
+    return max(len(action_label(cell.action, timeline)) for cell in cells), min(s for s in lengths_s if s >= least_s) or 1.0
