@@ -43,12 +43,14 @@ class LiveView:
     """The state of a run after the rows so far, as a renderable of rich. Rows that lack keys that it shows are ignored."""
 
     def __init__(self, name: str, steps: int, save_every: int):
-        self.name, self.steps = name, steps  # of the whole run
+        self.name = name
+        self.steps = steps  # of the whole run
         self.save_every = save_every  # steps between checkpoints; 0: none
         self.final_state = ""  # "done" or "stopped", once the run has ended
-        self._start, self._evaluation = MetricsRow(), MetricsRow()  # the last ones
-        self._step = MetricsRow()  # the last row of a step
-        self._ranks = MetricsRow()  # the last row with numbers of every rank
+        self._start: MetricsRow = {}
+        self._step: MetricsRow = {}  # the last row of a step
+        self._ranks: MetricsRow = {}  # the last row with numbers of every rank
+        self._evaluation: MetricsRow = {}
         self._best_loss = math.inf  # of the evaluations
         self._peak_bytes: list[int] = []  # by rank
         self._step_s = 0.0
