@@ -171,9 +171,9 @@ def _read_prompts(settings: GenerateConfig) -> list[str]:
 def _parse_prompt(line: str, place: str) -> str:
     value = parse_json(line, place)
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise DataError(f'{place}: is not an object with a "prompt" that is a string')
+        raise DataError(f'{place} is not an object with a "prompt" that is a string')
     if not is_valid_utf8(value["prompt"]):
-        raise DataError(f"{place}: contains half a surrogate pair, which is not text")
+        raise DataError(f"{place} contains half a surrogate pair, which is not text")
     return value["prompt"]
 
 
