@@ -10,20 +10,18 @@ $ mpirun -n 4 python -m mpilm.evaluate --model.init-from FOLDER --data.path book
 import sys
 
 from mpilm.comm.base import Comm
-from mpilm.config.inference import EvaluateArguments, to_config
+from mpilm.config.inference import EvaluateArguments
 from mpilm.config.parse import parse
 from mpilm.launch.run import Body, run
 
 
 def main() -> Body:
     arguments = parse(sys.argv[1:], EvaluateArguments(), "evaluate", __doc__ or "")
-    config = to_config(arguments.model, arguments.parallel, arguments.train, data=arguments.data)
 
     def body(comm: Comm) -> None:
-        from mpilm.inference.evaluate import EvaluateOptions, evaluate_model
+        from mpilm.inference.evaluate import evaluate_model
 
-        options = EvaluateOptions(arguments.documents, arguments.held_out, arguments.model.context_length, arguments.run.dir)
-        evaluate_model(config, options, comm)
+        evaluate_model(arguments, comm)
 
     return body
 

@@ -1,6 +1,8 @@
-"""Numbers, durations and byte counts as people read them."""
+"""Numbers, durations, byte counts and progress as people read them."""
 
 import math
+import sys
+import time
 
 
 def format_duration(seconds: float) -> str:
@@ -47,3 +49,20 @@ def count_noun(number: int, noun: str) -> str:
     """Return the number with its noun, in the plural where it is not one: 1 rank, 1,024 ranks, 2 batches."""
     plural = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
     return f"{number:,} {noun}{plural}"
+
+
+class ProgressLine:
+    """Prints the progress of a task on standard error every few seconds. Rank 0 stands for all ranks."""
+
+    def __init__(self, task: str, unit: str, enabled: bool = True, interval_s: float = 3.0):
+        self.task, self.unit, self.enabled, self.interval_s = task, unit, enabled, interval_s
+        self.started_s = self.printed_s = time.monotonic()
+
+    def __call__(self, done: float, total: float) -> None:
+        now_s = time.monotonic()
+        is_end = done == total and self.printed_s > self.started_s
+        if self.enabled and (is_end or now_s - self.printed_s >= self.interval_s):
+            self.printed_s = now_s
+            percent, speed = 100 * done / max(1, total), done / max(1e-3, now_s - self.started_s)
+            text = f"{percent:3.0f}% of {total:,.0f} {self.unit} on rank 0, {speed:.1f} {self.unit}/s"
+            print(f"{self.task}: {text}", file=sys.stderr, flush=True)

@@ -25,11 +25,8 @@ from mpilm.planner.command import PlanConfig, make_plan, plan_presets
 
 
 def main() -> Callable[[], None]:
-    arguments = sys.argv[1:]
-    presets = plan_presets()
-    text = make_plan(
-        parse(arguments, PlanConfig(), "plan", __doc__ or "", presets, with_pretrained_shape, check_pretrained_shape)
-    )
+    shape_of_folder = with_pretrained_shape, check_pretrained_shape
+    text = make_plan(parse(sys.argv[1:], PlanConfig(), "plan", __doc__ or "", plan_presets(), *shape_of_folder))
     return lambda: print(text)
 
 

@@ -1,7 +1,10 @@
 """Watch a run from any machine that sees its folder, while it trains or afterwards.
 
-python -m mpilm.watch runs/mine
-python -m mpilm.watch runs/mine --once true
+Show loss and its curve, speed, where the time of a step goes, memory, the slowest rank, the time left, the next checkpoint.
+It only reads the run folder: start and stop it at any time. It ends with the run or on Ctrl-C.
+
+$ python -m mpilm.watch runs/NAME
+$ python -m mpilm.watch runs/NAME --once true
 """
 
 import sys
@@ -11,29 +14,22 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from mpilm.config.parse import parse
+from mpilm.config.schema import PositiveFloat
 from mpilm.launch.local import run_local
 from mpilm.telemetry.live import watch_run
-
-DESCRIPTION = (
-    "Show how a run is doing: loss and its curve, speed, where the time of a step goes, memory, the slowest rank, the time "
-    "left, the next checkpoint. It only reads the run folder: start and stop it at any time. It ends with the run or on Ctrl-C."
-)
 
 
 @dataclass(frozen=True)
 class WatchConfig:
     """The run to watch."""
 
-    folder: Annotated[str, Positional, arg(metavar="RUN")] = ""
-    """Run folder."""
-    interval: float = 2.0
-    """Seconds between updates."""
-    once: bool = False
-    """Show the present state once and exit."""
+    folder: Annotated[str, Positional, arg(metavar="RUN")] = ""  # Run folder.
+    interval: PositiveFloat = 2.0  # Seconds between updates.
+    once: bool = False  # Show the present state once and exit.
 
 
 def main() -> None:
-    config = parse(sys.argv[1:], WatchConfig(), "watch", DESCRIPTION)
+    config = parse(sys.argv[1:], WatchConfig(), "watch", __doc__ or "")
     watch_run(config.folder, config.interval, config.once)
 
 

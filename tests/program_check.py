@@ -66,7 +66,7 @@ def check_programs(programs: Sequence[Program], real_microbatches: int | None = 
     for rank, program in enumerate(programs):
         _check_program(rank, program, expected)
     _check_channels(programs)
-    simulate(programs, lambda kind, stage: 1.0, real_microbatches=real_microbatches, blocking=blocking)
+    simulate(programs, lambda kind, stage: 1.0, blocking=blocking)
 
 
 def _check_owners(programs: Sequence[Program], stages: int) -> None:

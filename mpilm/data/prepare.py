@@ -10,7 +10,6 @@ import secrets
 import shutil
 import struct
 import sys
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from mpilm.data.sources import TextSource, find_sources, partition_items, read_b
 from mpilm.data.token_files import TokenCounts, TokenMetadata, open_shared, token_dtype, with_ending, write_index
 from mpilm.data.tokenizer import Tokenizer, parse_bpe_size, tokenizer_from_spec, train_bpe
 from mpilm.errors import ConfigError, DataError, FileError
-from mpilm.formatting import count_noun
+from mpilm.formatting import ProgressLine, count_noun
 
 ENDINGS = (".tokenizer.json", ".json", ".bin", ".idx")  # in the order in which files get their names: the .idx completes them
 # A row for each sequence: is_last is 1 if a document ends with it, source_bytes counts its text in UTF-8, key is a hash of text
@@ -39,22 +38,6 @@ ENDINGS = (".tokenizer.json", ".json", ".bin", ".idx")  # in the order in which 
 SEQUENCE = np.dtype([("tokens", "<i8"), ("is_last", "<i8"), ("source_bytes", "<i8"), ("key", "<i8", 2)])
 KINDS = {"L": "letters", "M": "combining marks", "N": "digits", "P": "punctuation", "S": "symbols", "C": "control characters"}
 LETTER_NAMES = ("LETTER", "SYLLABLE", "IDEOGRAPH", "CHARACTER")  # in the Unicode names that begin with the script
-
-
-class ProgressLine:
-    """Prints a line now and then, after some quiet seconds. Rank 0 stands for all ranks."""
-
-    def __init__(self, enabled: bool = True, interval_s: float = 3.0):
-        self.enabled, self.interval_s = enabled, interval_s
-        self.started_s = self.printed_s = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        is_end = done == total and self.printed_s > self.started_s
-        if self.enabled and (is_end or now - self.printed_s >= self.interval_s):
-            self.printed_s = now
-            percent, speed = 100 * done / max(1, total), done / 1e6 / max(1e-3, now - self.started_s)
-            print(f"preparing text: {percent:3.0f}% of {total / 1e6:,.0f} MB on rank 0, {speed:.1f} MB/s", file=sys.stderr)
 
 
 class TextInput(NamedTuple):
@@ -100,8 +83,9 @@ def encode_text(
 
     def encode() -> NDArray:
         items, rows = partition_items(text.sources, comm.rank, comm.size), []
+        progress = ProgressLine("preparing text", "MB", comm.rank == 0)
         with file_errors(path, "written"), open(path, "wb") as out:
-            for batch in read_batches(items, text.settings, ProgressLine(comm.rank == 0)):
+            for batch in read_batches(items, text.settings, lambda done, total: progress(done / 1e6, total / 1e6)):
                 texts, tokens = [chunk.text for chunk in batch], []
                 for chunk, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
                     tokens += [ids, ending] if chunk.is_last else [ids]

@@ -40,7 +40,7 @@ DISK_BYTES = 128 << 20
 
 
 def write_calibration(comm: Comm, device: str, path: Path) -> None:
-    """Measure this machine and write its profile. Collective; raises AgreedError."""
+    """Measure this machine and write its profile. Collective; raises CollectiveError."""
     profile = calibrate(comm, device)
     run_on_root(comm, lambda: write_profile(path, profile))
     if comm.rank == 0:
@@ -66,11 +66,10 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
         with _threads(cores if node.rank == 0 else 1):
             rates = measure_rates(alone, cores, 1)
         compute, memory = compute + rates[0], memory + rates[1]
-    software = {
-        name: version for name, version in software_versions(comm).items() if name in ("mpilm", "torch", "processor", "mpi")
-    }
+    versions = software_versions(comm)
     profile = MachineProfile(
-        format=FORMAT, made=time.strftime("%Y-%m-%d %H:%M"), device=hardware.device.type, **software,
+        format=FORMAT, made=time.strftime("%Y-%m-%d %H:%M"), device=hardware.device.type,
+        **{name: versions[name] for name in ("mpilm", "torch", "processor", "mpi")},
         nodes=comm.size // node.size, ranks_per_node=node.size, gpus=torch.cuda.device_count() if cuda else 1, cores=cores,
         memory_bytes=_memory_bytes(hardware.device), program_bytes=max(comm.all_gather_json(program_bytes)),
         compute=tuple(compute), memory=tuple(memory), within=measure_network(bench, node),
@@ -141,7 +140,7 @@ def _small_model(
 
 
 def _write_bandwidth(bench: Bench) -> float:
-    """Measure the bytes a second that rank 0 writes here, until they are on the disk. Collective; raises AgreedError."""
+    """Measure the bytes a second that rank 0 writes here, until they are on the disk. Collective."""
     bench.progress("the disk")
 
     def write() -> float:

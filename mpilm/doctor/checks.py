@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class CheckReport:
 
 
 def run_checks(comm: Comm, nbytes: int) -> None:
-    """Run every check, with messages of up to `nbytes`. Collective; raises AgreedError (code 88) if an answer is wrong."""
+    """Run every check, with messages of up to `nbytes`. Collective; raises CollectiveError (code 88) for wrong answers."""
     report = CheckReport(comm)
     _print_versions(report)
     node = _check_cores(report)
@@ -112,17 +112,15 @@ def _check_messages(report: CheckReport) -> None:
 
 def _check_collectives(report: CheckReport, nbytes: int) -> None:
     comm, n = report.comm, report.comm.size
-    expected: dict[str, Callable[[Tensor], Tensor]] = {
-        "sum": lambda x: n * x + n * (n - 1) // 2, "max": lambda x: x + n - 1, "min": lambda x: x
-    }  # fmt: skip
     passed = True
     for dtype in REDUCIBLE:
         for count in (1, 1000, nbytes // 64):
             base = torch.arange(count).remainder(1000).to(dtype)
+            expected = {"sum": n * base + n * (n - 1) // 2, "max": base + n - 1, "min": base}
             for op in OPS:
                 x = base + comm.rank
                 comm.all_reduce(x, op)
-                passed = passed and torch.equal(x, expected[op](base))
+                passed = passed and torch.equal(x, expected[op])
     report.check("reduce", passed, f"{len(REDUCIBLE)} dtypes, {len(OPS)} operations")
     mine, gathered = torch.full((1001,), comm.rank, dtype=torch.bfloat16), torch.empty(1001 * n, dtype=torch.bfloat16)
     comm.all_gather(mine, gathered)
@@ -190,8 +188,8 @@ def _check_shared_memory(report: CheckReport, node: Comm) -> None:
         report.print(SHM_FOLDER, f"{format_mebibytes(free)} free")
         if free < SMALL_SHM_BYTES:
             report.warn(
-                f"{SHM_FOLDER} is small (a container has 64 MiB by default), and MPI itself may die there of SIGBUS: enlarge it "
-                "(docker: --shm-size 2g)"
+                f"{SHM_FOLDER} is small (a container has 64 MiB by default), and MPI itself may die there of SIGBUS: "
+                "enlarge it (docker: --shm-size 2g)"
             )
 
 

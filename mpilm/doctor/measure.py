@@ -166,16 +166,13 @@ def _rest_rates(bench: Bench, rates: ComputeRates, arch: str, tokens: int, width
     """
     shape = ModelConfig(arch=arch, n_layers=1, n_heads=max(1, width // 64), d_model=width, context_length=min(tokens, 512))  # type: ignore[arg-type]
     model = resolve_config(Config(model=shape)).model
-    saved, rows, length = (
-        tokens * saved_floats_per_token(model, rates.dtype),
-        tokens // model.context_length,
-        model.context_length,
-    )
+    length, saved = model.context_length, tokens * saved_floats_per_token(model, rates.dtype)
     count = max(1, min(MAX_BLOCKS, round(CACHE_BYTES / (4 * (saved + block_numel(model))))))
     blocks = [build_model(model, 128).get_submodule("blocks.0").to(bench.device) for _ in range(count)]
     parameters = [parameter for block in blocks for parameter in block.parameters()]
     for parameter in parameters:
         parameter.data.fill_(0.01)
+    rows = tokens // length
     x = torch.ones(rows, length, model.d_model, device=bench.device, requires_grad=True)
     sequences = SequenceInfo(torch.arange(length, device=bench.device), dropout_keys=list(range(rows)), loss_weight=1.0)
 

@@ -3,9 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mpilm.checkpoint.format import checkpoint_step
 from mpilm.comm.base import Comm
-from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
+from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
+from mpilm.config.inference import EvaluateArguments, to_config
 from mpilm.config.parse import merge_settings
-from mpilm.config.schema import Config, DataConfig
+from mpilm.config.schema import Config, DataConfig, flag_of
 from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus, open_corpus
 from mpilm.data.files import file_errors, read_json, write_durably
@@ -28,21 +29,11 @@ from mpilm.data.token_files import document_starts, find_prefix
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
-from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
+from mpilm.formatting import ProgressLine
+from mpilm.inference.load import config_from_folder, load_model, load_model_tokenizer
 from mpilm.model.layers import IGNORE_INDEX
-from mpilm.telemetry.display import ProgressCounter
 
 MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Options of the evaluate command."""
-
-    documents: bool  # score each document by itself, and write the scores
-    held_out: bool  # only the text that the run has held out
-    context_length: int  # 0: the model's
-    run_dir: str  # folder of the results; auto: the run of the checkpoint
 
 
 @dataclass(frozen=True)
@@ -77,25 +68,6 @@ def group_windows(sizes: np.ndarray, max_rows: int) -> list[tuple[int, int]]:
     return [(at, min(at + max_rows, end)) for first, end in pairwise(ends) for at in range(first, end, max_rows)]
 
 
-class WindowBatches:
-    """Batches of the windows of a corpus."""
-
-    def __init__(self, corpus: Corpus, windows: EvalWindows, objective: Objective, groups: Sequence[tuple[int, int]]):
-        self.corpus, self.windows, self.objective, self.groups = corpus, windows, objective, groups
-
-    def __call__(self, m: int) -> Batch:
-        numbers = np.arange(*self.groups[m])
-        rows = np.stack([self._row(n) for n in numbers.tolist()])
-        inputs, targets = self.objective(rows, [mix_key(MASK_KEY, n) for n in numbers.tolist()])
-        tokens, target_ids = (torch.from_numpy(np.ascontiguousarray(x)) for x in (inputs, targets))
-        count = int(np.count_nonzero(targets != IGNORE_INDEX))
-        return Batch(tokens, target_ids, torch.arange(tokens.shape[1]), torch.from_numpy(numbers), count)
-
-    def _row(self, number: int) -> np.ndarray:
-        row = self.corpus.read(int(self.windows.start[number]), int(self.windows.stop[number]))
-        return row if self.objective.is_causal else np.append(row, 0)  # an objective ignores the last token
-
-
 def row_scores(logits: Tensor, batch: Batch) -> Tensor:
     """Return the sum of losses, correct predictions and targets of each row, (B, 3) float64."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
@@ -104,17 +76,19 @@ def row_scores(logits: Tensor, batch: Batch) -> Tensor:
     return torch.stack([x.double().sum(dim=1) for x in (losses.view_as(batch.targets), correct, counted)], dim=1)
 
 
-def score_windows(
-    model: PipelinedModel, corpus: Corpus, windows: EvalWindows, objective: Objective, rows: int, verbose: bool
-) -> np.ndarray:
-    """Return the scores of each window, (windows, 3), the same on all ranks; `rows` windows at a time. Collective."""
-    groups = group_windows(windows.stop - windows.start, rows)
-    batches = WindowBatches(corpus, windows, objective, groups)
-    counter = ProgressCounter("batches", -(-len(groups) // model.data.size), verbose)
+def score_windows(model: PipelinedModel, corpus: Corpus, windows: EvalWindows, objective: Objective) -> np.ndarray:
+    """Return the scores of each window, (windows, 3), the same on all ranks. Collective."""
+    groups = group_windows(windows.stop - windows.start, model.config.train.micro_batch)
+    progress, done = ProgressLine("scoring", "batches", model.mesh.world.rank == 0), count()
 
     def fetch(m: int) -> Batch:
-        counter()
-        return batches(m)
+        progress(next(done), -(-len(groups) // model.data.size))
+        numbers = np.arange(*groups[m])
+        texts = np.stack([corpus.read(int(windows.start[n]), int(windows.stop[n])) for n in numbers])
+        if not objective.is_causal:
+            texts = np.pad(texts, ((0, 0), (0, 1)))  # an objective ignores the last token
+        tokens, targets = objective(texts, [mix_key(MASK_KEY, n) for n in numbers.tolist()])
+        return Batch.from_arrays(tokens=tokens, targets=targets, positions=np.arange(tokens.shape[1]), samples=numbers)
 
     table = torch.zeros(len(windows), 3, dtype=torch.float64)
     for m, scores in model.forward(len(groups), fetch, row_scores).items():
@@ -146,38 +120,38 @@ def score_documents(segments: np.ndarray, windows: EvalWindows, table: np.ndarra
 # The command.
 
 
-def evaluate_model(config: Config, options: EvaluateOptions, world: Comm) -> None:
+def evaluate_model(arguments: EvaluateArguments, world: Comm) -> None:
     """Score a text, print the result and write it. Collective."""
-    config, data = run_on_all_ranks(world, lambda: _resolve_inputs(config, options))
-    tokenizer = run_on_all_ranks(world, lambda: load_tokenizer(config.data, config.model))
-    model = load_model(config, world).model
+    config, data = run_on_all_ranks(world, lambda: _resolve_inputs(arguments))
+    tokenizer = run_on_all_ranks(world, lambda: load_model_tokenizer(config.data, config.model))
+    model = load_model(config, world)
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
-    corpus = open_corpus(data, yielding, eos=options.held_out)
+    corpus = open_corpus(data, yielding, eos=arguments.held_out)
     objective = make_objective(config.model, config.data, tokenizer)
-    run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, options))
-    segments = run_on_all_ranks(world, lambda: _find_segments(data, options, corpus))
+    run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, arguments.held_out))
+    segments = run_on_all_ranks(world, lambda: _find_segments(data, arguments, corpus))
     windows = cut_windows(segments, config.model.context_length, objective.is_causal)
-    run_on_all_ranks(world, lambda: _check_not_empty(windows, corpus))
-    table = score_windows(model, corpus, windows, objective, config.train.micro_batch, world.rank == 0)
-    run_on_root(world, lambda: _write_results(config, options, corpus, segments, windows, table))
+    if not len(windows):
+        problem = f"{len(corpus.tokens)} tokens are too few to predict anything"
+        raise CollectiveError(DataError(f"--data.path {corpus.source}: {problem}"))
+    table = score_windows(model, corpus, windows, objective)
+    run_on_root(world, lambda: _write_results(arguments, corpus, segments, windows, table, not objective.is_causal))
 
 
-def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, DataConfig]:
+def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
     """Return the config, with the folder's tokenizer unless another is named, and the data to open."""
-    training_only = [
-        key for key in ("format", "packing", "too_long") if getattr(config.data, key) != getattr(DataConfig(), key)
-    ]
-    if training_only:
-        flag = training_only[0].replace("_", "-")
-        raise ConfigError(f"--data.{flag} is for training; evaluate reads running text, window by window")
-    if not options.held_out:
-        resolved = config_from_folder(config, options.context_length)
+    config = to_config(arguments.model, arguments.parallel, arguments.train, data=arguments.data)
+    for key in ("format", "packing", "too_long"):
+        if getattr(config.data, key) != getattr(DataConfig, key):
+            raise ConfigError(f"{flag_of(f'data.{key}')} is for training; evaluate reads running text, window by window")
+    if not arguments.held_out:
+        resolved = config_from_folder(config, arguments.model.context_length)
         is_prepared = config.data.source and find_prefix(config.data.source)  # prepared tokens name their tokenizer
         return resolved, config.data if is_prepared else resolved.data
     folder = Path(config.model.init_from).expanduser()
     if config.data != DataConfig():
         raise ConfigError("--held-out true scores what the run has held out of its own text; omit the --data settings")
-    config = config_from_folder(config, options.context_length)
+    config = config_from_folder(config, arguments.model.context_length)
     if not (folder / "trainer.json").is_file():
         raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
     data = merge_settings(DataConfig(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
@@ -191,14 +165,14 @@ def _resolve_inputs(config: Config, options: EvaluateOptions) -> tuple[Config, D
     return config, data
 
 
-def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, config: Config, options: EvaluateOptions) -> None:
+def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, config: Config, held_out: bool) -> None:
     """Raise ConfigError if the tokens do not match the model, or the text is not what the run has held out."""
     folder = config.model.init_from
     if corpus.tokenizer.with_mask().digest != tokenizer.with_mask().digest:
         raise ConfigError(
             f"--data.path {corpus.source} was tokenized with another tokenizer than that of {folder}; pass the text itself"
         )
-    if options.held_out:
+    if held_out:
         trainer = read_json(Path(folder).expanduser() / "trainer.json")
         if trainer["content"]["data.path"] != corpus.fingerprint:
             raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
@@ -206,36 +180,31 @@ def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, co
         raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, which a bert model needs")
 
 
-def _find_segments(data: DataConfig, options: EvaluateOptions, corpus: Corpus) -> np.ndarray:
+def _find_segments(data: DataConfig, arguments: EvaluateArguments, corpus: Corpus) -> np.ndarray:
     """Return the boundaries of the parts that are scored separately."""
     total = len(corpus.tokens)
-    first = total - int(total * data.eval_fraction) if options.held_out else 0
-    if not options.documents:
+    first = total - int(total * data.eval_fraction) if arguments.held_out else 0
+    if not arguments.documents:
         return np.array([first, total])
     starts = document_starts(corpus.path)
     return np.concatenate([[first], starts[starts > first]])
 
 
-def _check_not_empty(windows: EvalWindows, corpus: Corpus) -> None:
-    if not len(windows):
-        raise DataError(f"--data.path {corpus.source}: {len(corpus.tokens)} tokens are too few to predict anything")
-
-
 def _write_results(
-    config: Config, options: EvaluateOptions, corpus: Corpus, segments: np.ndarray, windows: EvalWindows, table: np.ndarray
+    arguments: EvaluateArguments, corpus: Corpus, segments: np.ndarray, windows: EvalWindows, table: np.ndarray, masked: bool
 ) -> None:
     tokens = int(segments[-1] - segments[0])
-    result = summarize_scores(table, tokens, corpus.bytes_per_token * tokens, config.model.arch == "bert")
+    result = summarize_scores(table, tokens, corpus.bytes_per_token * tokens, masked)
     if not math.isfinite(result["loss"]):
-        raise NonFiniteError(f"the loss is {result['loss']}: weights in {config.model.init_from} are not finite")
-    folder = _results_folder(config.model.init_from, options.run_dir)
+        raise NonFiniteError(f"the loss is {result['loss']}: weights in {arguments.model.init_from} are not finite")
+    folder = _results_folder(arguments.model.init_from, arguments.run.dir)
     with file_errors(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
     for name, value in result.items():
         print(f"{name:<16}{value:,}" if isinstance(value, int) else f"{name:<16}{value:.8g}")
     print(f"written to      {folder / 'evaluation.json'}")
-    if options.documents:
+    if arguments.documents:
         lines = (json.dumps(row) + "\n" for row in score_documents(segments, windows, table))
         write_durably(folder / "documents.jsonl", "".join(lines).encode())
         print(f"documents       {folder / 'documents.jsonl'}", flush=True)

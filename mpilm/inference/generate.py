@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -14,13 +15,13 @@ from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
 from mpilm.config.schema import Config, GenerateConfig
 from mpilm.data.batch import Batch
 from mpilm.data.chat import ChatTemplate, find_chat_template
-from mpilm.data.files import file_errors, is_valid_utf8
+from mpilm.data.files import is_valid_utf8, parse_json, read_bytes
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
-from mpilm.inference.load import config_from_folder, load_model, load_tokenizer
+from mpilm.formatting import ProgressLine
+from mpilm.inference.load import config_from_folder, load_model, load_model_tokenizer
 from mpilm.model.sequence_info import KVCache
-from mpilm.telemetry.display import ProgressCounter
 
 
 @dataclass
@@ -28,7 +29,6 @@ class GeneratedSequence:
     """A sequence being generated."""
 
     tokens: list[int]
-    prompt_length: int
     window: int  # tokens that the model attends to
     capacity: int  # tokens that the whole sequence can have
     generator: torch.Generator
@@ -48,6 +48,7 @@ class GeneratedSequence:
         return Batch(tokens[None], tokens[None], positions, tokens[:1], len(tokens)).to(device)
 
 
+@torch.no_grad()
 def generate(
     model: PipelinedModel,
     prompts: Mapping[int, list[int]],
@@ -61,40 +62,25 @@ def generate(
     Collective over the pipeline axis, whose ranks pass the same prompts; with ZeRO-3 over the whole mesh.
     """
     in_flight = 2 * len(model.blocks_per_stage) if len(model.blocks_per_stage) > 1 else 1  # so that no stage idles long
-    numbers, generated = list(prompts), dict[int, list[int]]()
+    numbers, window = list(prompts) if settings.max_tokens else [], model.config.model.context_length
+    generated = {number: list[int]() for number in prompts}
     for first in range(0, len(numbers), in_flight):
-        group = numbers[first : first + in_flight]
-        sequences = {number: _begin_sequence(prompts[number], number, settings, model) for number in group}
-        _generate_group(model, sequences, settings, eos, on_done)
-        generated |= {number: sequence.tokens[sequence.prompt_length :] for number, sequence in sequences.items()}
+        active = dict[int, GeneratedSequence]()
+        for number in numbers[first : first + in_flight]:
+            generator = torch.Generator().manual_seed((settings.seed + number) % 2**63)
+            capacity = len(prompts[number]) + settings.max_tokens
+            active[number] = GeneratedSequence(list(prompts[number]), window, capacity, generator)
+        while active:
+            batches = {number: sequence.next_batch(model.device) for number, sequence in active.items()}
+            logits = model.next_logits(batches, {number: sequence.cache for number, sequence in active.items()})
+            for number, token in zip(list(active), _sample_tokens(model, active, logits, settings)):
+                if token != eos:
+                    active[number].tokens.append(token)
+                    generated[number].append(token)
+                if token == eos or len(generated[number]) == settings.max_tokens:
+                    del active[number]
+                    on_done(number)
     return generated
-
-
-def _begin_sequence(prompt: list[int], number: int, settings: GenerateConfig, model: PipelinedModel) -> GeneratedSequence:
-    generator = torch.Generator().manual_seed((settings.seed + number) % 2**63)
-    capacity = len(prompt) + settings.max_tokens
-    return GeneratedSequence(list(prompt), len(prompt), model.config.model.context_length, capacity, generator)
-
-
-@torch.no_grad()
-def _generate_group(
-    model: PipelinedModel,
-    sequences: Mapping[int, GeneratedSequence],
-    settings: GenerateConfig,
-    eos: int,
-    on_done: Callable[[int], None],
-) -> None:
-    active = dict(sequences) if settings.max_tokens else {}
-    while active:
-        batches = {number: sequence.next_batch(model.device) for number, sequence in active.items()}
-        logits = model.next_logits(batches, {number: sequence.cache for number, sequence in active.items()})
-        for number, token in zip(list(active), _sample_tokens(model, active, logits, settings)):
-            sequence = active[number]
-            if token != eos:
-                sequence.tokens.append(token)
-            if token == eos or len(sequence.tokens) - sequence.prompt_length == settings.max_tokens:
-                del active[number]
-                on_done(number)
 
 
 def _sample_tokens(
@@ -132,19 +118,23 @@ def generate_texts(config: Config, world: Comm) -> None:
     """Print a prompt and its continuation; for a file of prompts, a JSON object each: prompt, text. Collective."""
     config = run_on_all_ranks(world, lambda: config_from_folder(config))
     settings = config.generate
-    tokenizer = run_on_all_ranks(world, lambda: load_tokenizer(config.data, config.model))
+    tokenizer = run_on_all_ranks(world, lambda: load_model_tokenizer(config.data, config.model))
     template = run_on_all_ranks(world, lambda: _load_template(config))
     prompts: list[str] = world.broadcast_json(run_on_root(world, lambda: _read_prompts(settings)))
-    model = load_model(config, world).model
+    model = load_model(config, world)
     own = range(model.data.rank, len(prompts), model.data.size)
     tokens = run_on_all_ranks(world, lambda: {n: _encode(prompts[n], tokenizer, template) for n in own})
-    counter = ProgressCounter("texts", len(tokens), world.rank == 0 and len(prompts) > 1)
-    generated = generate(model, tokens, settings, tokenizer.eos, counter)
+    progress, done = ProgressLine("generating", "texts", world.rank == 0 and len(prompts) > 1), count(1)
+    generated = generate(model, tokens, settings, tokenizer.eos, lambda _: progress(next(done), len(tokens)))
     texts = {n: tokenizer.decode(ids) for n, ids in generated.items()} if model.pipeline.rank == 0 else {}
     everyone = world.all_gather_json([[n, text] for n, text in texts.items()])
     if world.rank == 0:
-        in_order = sorted(pair for pairs in everyone for pair in pairs)
-        _print_texts(prompts, [text for _, text in in_order], bool(settings.prompts), settings.chat)
+        for (_, text), prompt in zip(sorted(pair for pairs in everyone for pair in pairs), prompts, strict=True):
+            if settings.prompts:
+                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+            else:
+                print(text if settings.chat else prompt + text)
+        sys.stdout.flush()
 
 
 def _load_template(config: Config) -> ChatTemplate | None:
@@ -164,34 +154,26 @@ def _read_prompts(settings: GenerateConfig) -> list[str]:
         return [settings.prompt]
     if settings.prompt:
         raise ConfigError("--generate.prompt and --generate.prompts exclude each other; remove one of them")
-    source = "standard input" if settings.prompts == "-" else settings.prompts
-    if settings.prompts == "-":
-        data = sys.stdin.buffer.read()
-    else:
-        path = Path(settings.prompts).expanduser()
-        with file_errors(path):
-            data = path.read_bytes()
+    source = f"--generate.prompts {'standard input' if settings.prompts == '-' else settings.prompts}"
+    data = sys.stdin.buffer.read() if settings.prompts == "-" else read_bytes(Path(settings.prompts).expanduser())
     try:
         lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
-        raise DataError(f"--generate.prompts {source}: byte {error.start} is not UTF-8") from None
+        raise DataError(f"{source}: byte {error.start} is not UTF-8") from None
     lines = lines[:-1] if lines[-1] == "" else lines
     if not lines:
-        raise DataError(f"--generate.prompts {source}: contains no prompts")
+        raise DataError(f"{source}: contains no prompts")
     if not source.endswith(".jsonl"):
         return lines
     return [_parse_prompt(line, f"{source}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
 
 
-def _parse_prompt(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"--generate.prompts {where} is not JSON: {error}") from None
+def _parse_prompt(line: str, place: str) -> str:
+    value = parse_json(line, place)
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise DataError(f'--generate.prompts {where} is not an object with a "prompt" that is a string')
+        raise DataError(f'{place} is not an object with a "prompt" that is a string')
     if not is_valid_utf8(value["prompt"]):
-        raise DataError(f"--generate.prompts {where} contains half a surrogate pair, which is not text")
+        raise DataError(f"{place} contains half a surrogate pair, which is not text")
     return value["prompt"]
 
 
@@ -200,12 +182,3 @@ def _encode(prompt: str, tokenizer: Tokenizer, template: ChatTemplate | None) ->
         text = template.render([{"role": "user", "content": prompt}], "the prompt", begin_answer=True)
         return tokenizer.encode_rendered(text)[0].tolist()
     return tokenizer.encode(prompt).tolist() or [tokenizer.eos]
-
-
-def _print_texts(prompts: Sequence[str], texts: Sequence[str], as_json: bool, is_chat: bool) -> None:
-    for prompt, text in zip(prompts, texts, strict=True):
-        if as_json:
-            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
-        else:
-            print(text if is_chat else prompt + text)
-    sys.stdout.flush()

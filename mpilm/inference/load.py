@@ -1,14 +1,14 @@
 """A trained model loaded from its folder and distributed over the ranks."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_folder, read_pretrained_config
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import check_same_on_all_ranks, run_on_all_ranks
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, DataConfig, ModelConfig, flatten, resolve_config
+from mpilm.config.schema import Config, DataConfig, ModelConfig, flatten, override, resolve_config
 from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
-from mpilm.engine.hardware import Hardware, detect_hardware
+from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.pipelined import PipelinedModel, load_initial_weights
 from mpilm.errors import ConfigError
 from mpilm.mesh.mesh import Mesh
@@ -17,35 +17,22 @@ from mpilm.parallel.flat_layout import ALIGNMENT
 from mpilm.parallel.layout_check import partition_by_cost
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model for inference."""
-
-    config: Config  # with the shape of the folder
-    hardware: Hardware
-    model: PipelinedModel
-
-
 def config_from_folder(config: Config, context_length: int = 0) -> Config:
-    """Return the config with the shape of the folder in model.init-from, and its tokenizer unless another is named.
-
-    Raises ConfigError, FileError or DataError.
-    """
+    """Return the config with the shape of model.init-from, and its tokenizer unless another is named; raises UserError."""
     folder = config.model.init_from
     if not folder:
         raise ConfigError("--model.init-from is required: the folder of a checkpoint, RUN/checkpoints/step-NNNNNNNN")
     shape = replace(read_pretrained_config(folder, config.model.base), init_from=folder, base=config.model.base)
     shape = replace(shape, context_length=context_length or shape.context_length)
     check_pretrained_shape(shape)
-    data = config.data
-    if data.tokenizer == "auto":
-        data = replace(data, tokenizer=find_tokenizer_folder(folder, shape.base))
-    config = resolve_config(replace(config, model=shape, data=data))
+    if config.data.tokenizer == "auto":
+        config = override(config, data__tokenizer=find_tokenizer_folder(folder, shape.base))
+    config = resolve_config(replace(config, model=shape))
     check_config(config)
     return config
 
 
-def load_model(config: Config, world: Comm) -> LoadedModel:
+def load_model(config: Config, world: Comm) -> PipelinedModel:
     """Load the model of a config from `config_from_folder`, on all ranks: pipelines of parallel.pipeline ranks. Collective."""
     check_same_on_all_ranks(world, "settings", flatten(config))
     shape = run_on_all_ranks(world, lambda: _mesh_shape(config, world.size))
@@ -55,10 +42,10 @@ def load_model(config: Config, world: Comm) -> LoadedModel:
     blocks_per_stage = run_on_all_ranks(world, lambda: partition_by_cost(config, vocab_size))
     model = PipelinedModel(config, Mesh(shape, world), blocks_per_stage, vocab_size, hardware.device, ALIGNMENT)
     load_initial_weights(model, world)
-    return LoadedModel(config, hardware, model)
+    return model
 
 
-def load_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
+def load_model_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
     """Return the tokenizer of a config from `config_from_folder`; raise ConfigError if its ids exceed the model's rows."""
     tokenizer = tokenizer_from_spec(data.tokenizer)
     check_vocab_fits(tokenizer, model)

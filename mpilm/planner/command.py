@@ -7,8 +7,9 @@ from functools import partial
 from itertools import pairwise
 from math import ceil, inf, log2, nan
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from mpilm.config import schema
 from mpilm.config.check import check_config
 from mpilm.config.presets import PRESETS, VOCABULARIES
 from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, microbatch_count, override, resolve_config
@@ -35,7 +36,7 @@ LIMITS = {
     "fixed": "costs that ranks cannot share take",
 }
 START_BYTES, LOG_BYTES, NUMBER_BYTES = 400, 24, 8  # a rank: gathered at the start, in each row of the log; of one number
-LOWER_BOUNDS = {"ranks": 1, "ranks_per_node": 0, "tokens": 0, "top": 1, "vocabulary": 1, "width": 0}
+RankCounts = Annotated[tuple[int, ...], schema.Range("above zero", lambda value: value > 0)]
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,17 @@ class PlanConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    ranks: tuple[int, ...] = ()  # Ranks of the job, or several numbers to compare: 1,2,4,8; empty: parallel.pipeline ranks.
+    ranks: RankCounts = ()  # Ranks of the job, or several numbers to compare: 1,2,4,8; empty: parallel.pipeline ranks.
     machine: str = "machine.json"  # The machine file that doctor --calibrate has written.
-    ranks_per_node: int = 0  # Ranks on a node; 0: as many as were measured.
-    tokens: float = 0.0  # Tokens to train on, such as 2e9, to predict how long that takes; 0: train.steps.
-    top: int = 8  # Layouts to show.
+    ranks_per_node: schema.NonNegativeInt = 0  # Ranks on a node; 0: as many as were measured.
+    tokens: schema.NonNegativeFloat = 0.0  # Tokens to train on, such as 2e9, to predict how long that takes; 0: train.steps.
+    top: schema.PositiveInt = 8  # Layouts to show.
     plot: str = ""  # A file (.png, .svg, .pdf) for the plot of speed over ranks; empty: none.
     draw: bool = False  # Draw the pipeline schedule instead of ranking layouts.
-    vocabulary: int = 2048  # Vocabulary size: the logits make the last stage slower.
+    vocabulary: schema.PositiveInt = 2048  # Vocabulary size: the logits make the last stage slower.
     costs: str = "1,2,1,1"  # Time of F, B, I and W: forward, backward, and its two halves (zero-bubble); only ratios matter.
     svg: str = ""  # A file to write the drawing to as an SVG image; empty: none.
-    width: int = 0  # Columns of the drawing; 0: those of the terminal.
+    width: schema.NonNegativeInt = 0  # Columns of the drawing; 0: those of the terminal.
 
 
 def plan_presets() -> dict[str, Callable[[], PlanConfig]]:
@@ -75,10 +76,6 @@ def make_plan(config: PlanConfig) -> str:
     check_config(run)
     run = resolve_config(run)
     ranks, draw = config.ranks or (run.parallel.pipeline,), config.draw or bool(config.svg)
-    for name, least in LOWER_BOUNDS.items():
-        value = min(ranks) if name == "ranks" else getattr(config, name)
-        if value < least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if draw and len(ranks) > 1:
         raise ConfigError(f"--draw takes a single number of ranks, not {len(ranks)}; write --ranks {ranks[0]}")
     if draw and config.plot:
@@ -113,13 +110,13 @@ def draw_schedule(config: PlanConfig, run: Config, ranks: int) -> str:
         f"heaviest, stage {heaviest}, has {work[heaviest] * parallel.chunks:.2f} times an even share of the work",
         f"time: 1 is the forward of a microbatch through 1/{parallel.pipeline} of the model",
         "",
-        draw_text(timeline, config.width or shutil.get_terminal_size((120, 24)).columns, unit=""),
+        draw_text(timeline, config.width or shutil.get_terminal_size((120, 24)).columns),
         f"bubble, simulated: {100 * timeline.bubble:.2f}%"
         + ("" if even is None else f"; by formula, if all stages were equal: {100 * even:.2f}%"),
     ]
     if config.svg:
         with file_errors(f"--svg {config.svg}", "written"):
-            Path(config.svg).write_text(draw_svg(timeline, unit=""), encoding="utf-8")
+            Path(config.svg).write_text(draw_svg(timeline), encoding="utf-8")
         lines.append(f"{config.svg}: the drawing as an SVG image")
     return "\n".join(lines)
 

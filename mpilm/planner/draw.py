@@ -23,11 +23,8 @@ text { font: 12px ui-sans-serif, system-ui, sans-serif; fill: #222 }
 """
 
 
-def draw_text(timeline: Timeline, width: int = 120, unit: str = "s") -> str:
-    """Return a drawing for a terminal of `width` columns, in several panels where the step needs them, with its legend.
-
-    `unit` is the unit of the timeline's times; it may be empty.
-    """
+def draw_text(timeline: Timeline, width: int = 120) -> str:
+    """Return a drawing for a terminal of `width` columns, in several panels where the step needs them, with its legend."""
     digits, cell_s = _fit_label(timeline)
     cell = max(3, digits)
     scale = cell / cell_s  # columns per second
@@ -42,18 +39,18 @@ def draw_text(timeline: Timeline, width: int = 120, unit: str = "s") -> str:
     lines: list[str] = []
     for previous, start in zip([0, *starts], starts):
         if start > previous + panel:
-            lines += [f"... {_format_time((previous + panel) / scale)} to {_format_time(start / scale, unit)} omitted ...", ""]
-        lines.append(" " * len(heads[0]) + _draw_ruler(start, min(panel, columns - start), scale, unit))
+            lines += [f"... {(previous + panel) / scale:.4g} to {start / scale:.4g} omitted ...", ""]
+        lines.append(" " * len(heads[0]) + _draw_ruler(start, min(panel, columns - start), scale))
         lines += [(head + lane[start : start + panel]).rstrip() for head, lane in zip(heads, lanes)] + [""]
     legend = "; ".join([f"{kind[0]} {KIND_NAMES[kind]}" for kind in _drawn_kinds(timeline)] + [". waiting"])
-    return "\n".join([*lines, legend, _summarize(timeline, unit)])
+    return "\n".join([*lines, legend, _summarize(timeline)])
 
 
-def draw_svg(timeline: Timeline, unit: str = "s") -> str:
+def draw_svg(timeline: Timeline) -> str:
     """Return a self-contained SVG image, for light and dark pages; each cell has a tooltip."""
     digits, cell_s = _fit_label(timeline)
     scale = min((digits * DIGIT_PX + 4) / cell_s, MAX_WIDTH_PX / max(timeline.step_s, 1e-12))  # pixels per second
-    kinds, summary = _drawn_kinds(timeline), _summarize(timeline, unit)
+    kinds, summary = _drawn_kinds(timeline), _summarize(timeline)
     length, bottom = timeline.step_s * scale, timeline.ranks * LANE_PX + 4
     width, height = max(640, LEFT_PX + round(length) + 24), bottom + 20 * (3 + len(kinds)) + 8
     parts = [
@@ -68,11 +65,11 @@ def draw_svg(timeline: Timeline, unit: str = "s") -> str:
     for i in range(math.floor(timeline.step_s / tick_s + 1e-9) + 1):
         x = LEFT_PX + i * tick_s * scale
         parts.append(_svg_rect(x - 0.5, 0, 1, bottom + 6, 'class="tick"'))
-        parts.append(_svg_text(x, bottom + 18, _format_time(i * tick_s, unit), 'text-anchor="middle"'))
+        parts.append(_svg_text(x, bottom + 18, f"{i * tick_s:.4g}", 'text-anchor="middle"'))
     for event in filter(_is_drawn, timeline.events):
-        action, label, top = event.action, _label(event.action, timeline), LANE_PX * event.rank + 4
+        action, label, top = event.action, action_label(event.action, timeline), LANE_PX * event.rank + 4
         x, length = LEFT_PX + event.start_s * scale, (event.end_s - event.start_s) * scale
-        tooltip = f"{action}: {KIND_NAMES[action.kind]}, {_format_time(event.start_s)} to {_format_time(event.end_s, unit)}"
+        tooltip = f"{action}: {KIND_NAMES[action.kind]}, {event.start_s:.4g} to {event.end_s:.4g}"
         fill = _fill(action.kind, action.stage // timeline.ranks, timeline)
         cell = f"<title>{escape(tooltip)}</title>" + _svg_rect(x, top, max(length - 1, 0.5), BAR_PX, fill)
         if length >= len(label) * DIGIT_PX:
@@ -91,7 +88,7 @@ def _draw_lane(timeline: Timeline, rank: int, scale: float, panel: int) -> str:
     lane = ""
     for event in timeline.by_rank[rank]:
         room = max(0, round(event.end_s * scale) - len(lane))
-        label, fill = ("", ".") if event.waiting else (_label(event.action, timeline), FILL[event.action.kind])
+        label, fill = ("", ".") if event.waiting else (action_label(event.action, timeline), FILL[event.action.kind])
         left = -len(lane) % panel  # columns left in this panel
         lead = fill * left if left < len(label) else ""
         if len(lead + label) > room:
@@ -100,21 +97,21 @@ def _draw_lane(timeline: Timeline, rank: int, scale: float, panel: int) -> str:
     return lane
 
 
-def _draw_ruler(start: int, columns: int, scale: float, unit: str) -> str:
+def _draw_ruler(start: int, columns: int, scale: float) -> str:
     tick_s = round_up_to_tick(12 / scale)
     ruler = ""
     for i in range(math.ceil(start / scale / tick_s), math.ceil((start + columns) / scale / tick_s)):
-        mark = f"|{_format_time(i * tick_s, unit)}"
+        mark = f"|{i * tick_s:.4g}"
         column = round(i * tick_s * scale) - start
         if column + len(mark) <= columns:
             ruler = ruler.ljust(column) + mark
     return ruler
 
 
-def _summarize(timeline: Timeline, unit: str) -> str:
+def _summarize(timeline: Timeline) -> str:
     peaks = " ".join(str(timeline.peak_in_flight(rank)) for rank in range(timeline.ranks))
-    chunks = f", over chunks a to {_chunk_letter(timeline.chunks - 1)}" if timeline.chunks > 1 else ""
-    step = f"step {_format_time(timeline.step_s, unit)}; bubble {100 * timeline.bubble:.1f}%"
+    chunks = f", over chunks a to {chunk_letter(timeline.chunks - 1)}" if timeline.chunks > 1 else ""
+    step = f"step {timeline.step_s:.4g}; bubble {100 * timeline.bubble:.1f}%"
     return f"{step}; most microbatches in flight{chunks}, rank by rank: {peaks}"
 
 
@@ -132,17 +129,13 @@ def _fill(kind: str, chunk: int, timeline: Timeline) -> str:
     return 'fill="#' + "".join(f"{round(part + (255 - part) * light):02x}" for part in ACTION_COLORS[kind]) + '"'
 
 
-def _format_time(value: float, unit: str = "") -> str:
-    return f"{value:.4g} {unit}".rstrip()
-
-
-def _label(action: Action, timeline: Timeline) -> str:
+def action_label(action: Action, timeline: Timeline) -> str:
     """Return kind, microbatch and, where a rank has several stages, the letter of the chunk: F3b."""
-    letter = _chunk_letter(action.stage // timeline.ranks) if timeline.chunks > 1 else ""
+    letter = chunk_letter(action.stage // timeline.ranks) if timeline.chunks > 1 else ""
     return f"{action.kind[0]}{'' if action.microbatch is None else action.microbatch}{letter}"
 
 
-def _chunk_letter(chunk: int) -> str:
+def chunk_letter(chunk: int) -> str:
     return chr(ord("a") + chunk) if chunk < 26 else f"({chunk})"
 
 
@@ -160,4 +153,4 @@ def _fit_label(timeline: Timeline) -> tuple[int, float]:
     cells = [event for event in timeline.events if not event.waiting]
     lengths_s = [event.end_s - event.start_s for event in cells]
     least_s = max(lengths_s) / 4
-    return max(len(_label(cell.action, timeline)) for cell in cells), min(s for s in lengths_s if s >= least_s) or 1.0
+    return max(len(action_label(cell.action, timeline)) for cell in cells), min(s for s in lengths_s if s >= least_s) or 1.0

@@ -81,14 +81,10 @@ def memory_parts(
         return {**resident, **step}  # a checkpoint is copied to the processor's memory
     program_bytes = resident["program"] + FIRST_STEP_BYTES + COMPILER_BYTES * config.train.compile
     blocks = min(CHECKPOINT_WRITE_BYTES, resident["weights"] + resident["moments"])  # written between steps
-    checkpoint = snapshot_bytes(saved, ranks) if config.checkpoint.asynchronous else max(0, blocks - sum(step.values()))
+    checkpoint, share = max(0, blocks - sum(step.values())), saved / ranks
+    if config.checkpoint.asynchronous:  # a copy of the rank's share; blocks are not split, so it may have one more
+        checkpoint = round(share + (ranks > 1) * min(CHECKPOINT_BLOCK_BYTES, share / 3))
     return {**resident, "program": program_bytes, **step, "checkpoint": checkpoint}
-
-
-def snapshot_bytes(saved: float, ranks: int) -> int:
-    """Return the most that a rank copies of an asynchronous checkpoint: blocks are not split, so it may have one more."""
-    share = saved / ranks
-    return round(share + (ranks > 1) * min(CHECKPOINT_BLOCK_BYTES, share / 3))
 
 
 def persistent_bytes(layout: PlacedLayout, stages: Sequence[int]) -> dict[str, int]:

@@ -76,8 +76,6 @@ def search(job: PlannedJob, ranks: int) -> tuple[list[Candidate], dict[str, str]
 
     Raises ConfigError with the reasons if none can run.
     """
-    if ranks < 1:
-        raise ConfigError(f"--ranks {ranks}: a job has at least one rank")
     candidates, rejected = list[Candidate](), dict[str, str]()
     available = USABLE_MEMORY * job.machine.memory_bytes / -(-job.ranks_on_node(ranks) // job.machine.gpus)
     for config in _enumerate_layouts(job, ranks):

@@ -1,13 +1,13 @@
 """Event-driven simulation of a step: the programs of all ranks in one process, with what each rank does when and waits for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from mpilm.parallel.pipeline.actions import COMPUTE, Action, ActionKind, Message
 
 Program = Sequence[Action]
-ActionCosts = Mapping[tuple[ActionKind, int], float] | Callable[[ActionKind, int], float]
+ActionCosts = Callable[[ActionKind, int], float]  # seconds by kind and stage
 
 
 @dataclass(frozen=True)
@@ -64,30 +64,14 @@ class Timeline:
         return peak
 
 
-def simulate(
-    programs: Sequence[Program],
-    costs: ActionCosts,
-    transfer_s: float = 0.0,
-    real_microbatches: int | None = None,
-    blocking: bool = False,
-) -> Timeline:
+def simulate(programs: Sequence[Program], costs: ActionCosts, transfer_s: float = 0.0, blocking: bool = False) -> Timeline:
     """Return the timeline of lowered programs, one per rank; raise ValueError, naming who waits for what, on a deadlock.
 
-    `costs` gives the seconds of (kind, stage); REDUCE may be left out. Microbatches from `real_microbatches` on cost nothing.
     A message travels for `transfer_s` once it is sent and its receive is posted (nothing is buffered). A compute action
     waits for its message. A SEND waits until the one before it on its channel has arrived or, if `blocking`, until it has
     arrived itself.
     """
-
-    def cost_s(action: Action) -> float:
-        if action.is_padding(real_microbatches):
-            return 0.0
-        if callable(costs):
-            return costs(action.kind, action.stage)
-        key = action.kind, action.stage
-        return costs.get(key, 0.0) if action.kind == "REDUCE" else costs[key]
-
-    simulation = _Simulation(programs, cost_s, transfer_s, blocking)
+    simulation = _Simulation(programs, costs, transfer_s, blocking)
     while any(simulation.advance(rank) for rank in range(len(programs))):
         pass
     simulation.check_finished()
@@ -97,8 +81,8 @@ def simulate(
 class _Simulation:
     """The next action and the clock of each rank. Times do not depend on the order in which ranks are advanced."""
 
-    def __init__(self, programs: Sequence[Program], cost_s: Callable[[Action], float], transfer_s: float, blocking: bool):
-        self.programs, self.cost_s, self.transfer_s, self.blocking = programs, cost_s, transfer_s, blocking
+    def __init__(self, programs: Sequence[Program], costs: ActionCosts, transfer_s: float, blocking: bool):
+        self.programs, self.costs, self.transfer_s, self.blocking = programs, costs, transfer_s, blocking
         self.next, self.clock_s = [0] * len(programs), [0.0] * len(programs)
         self.events: list[list[TimelineEvent]] = [[] for _ in programs]
         self.sent_s: dict[Message, float] = {}
@@ -147,7 +131,7 @@ class _Simulation:
             self.events[rank].append(TimelineEvent(rank, action, self.clock_s[rank], start_s, waiting=True))
         self.clock_s[rank] = start_s
         if message is None or action.kind in COMPUTE:
-            self.clock_s[rank] += self.cost_s(action)
+            self.clock_s[rank] += self.costs(action.kind, action.stage)
             self.events[rank].append(TimelineEvent(rank, action, start_s, self.clock_s[rank]))
         elif action.kind in ("RECV_F", "RECV_B"):
             self.posted_s[message] = start_s

@@ -25,12 +25,9 @@ from mpilm.report import page
 class ReportArguments:
     """Runs to show, and files to write."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Run folders."""
-    output: str = ""
-    """File to write; empty: report.html in the run folder or, for several, comparison.html in the first."""
-    png: str = ""
-    """Folder for the charts as PNG images; empty: none."""
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()  # Run folders.
+    output: str = ""  # File to write; empty: report.html in the run folder or, for several, comparison.html in the first.
+    png: str = ""  # Folder for the charts as PNG images; empty: none.
 
 
 def main() -> Callable[[], None]:

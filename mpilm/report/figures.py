@@ -9,8 +9,7 @@ import numpy as np
 
 from mpilm.errors import ConfigError
 from mpilm.formatting import format_number
-from mpilm.planner.draw import ACTION_COLORS
-from mpilm.planner.draw import KIND_NAMES as ACTION_NAMES
+from mpilm.planner.draw import ACTION_COLORS, KIND_NAMES, action_label, chunk_letter
 from mpilm.planner.simulate import TimelineEvent
 from mpilm.report.read import RecordedRun
 from mpilm.report.summary import average_parts, measure_peak_memory, split_step
@@ -185,12 +184,11 @@ def _make_timeline(traced: TracedStep, key: str) -> Chart:
                 bars[event.action.kind, event.action.stage // len(traced.ranks)].append((len(rows), event))
             rows.append(f"{label} {rank}")
     series, chunks = [], traced.measured.chunks
-    for kind, chunk in sorted(bars, key=lambda key: (list(ACTION_NAMES).index(key[0]), key[1])):
+    for kind, chunk in sorted(bars, key=lambda key: (list(KIND_NAMES).index(key[0]), key[1])):
         y, actions = zip(*bars[kind, chunk])
         start, end = np.array([(event.start_s, event.end_s) for event in actions]).T
-        letter = chr(ord("a") + chunk) if chunks > 1 else ""
-        labels = tuple(f"{kind[0]}{'' if e.action.microbatch is None else e.action.microbatch}{letter}" for e in actions)
-        name = ACTION_NAMES[kind] + (f", chunk {letter}" if letter else "")
+        labels = tuple(action_label(event.action, traced.measured) for event in actions)
+        name = KIND_NAMES[kind] + f", chunk {chunk_letter(chunk)}" * (chunks > 1)
         color, opacity = "#{:02x}{:02x}{:02x}".format(*ACTION_COLORS[kind]), 1 - 0.45 * chunk / max(1, chunks - 1)
         series.append(Series(name, end - start, np.array(y), color, "bar", start, labels, opacity))
     return Chart(key, f"Step {traced.step:,}", "ms", tuple(series), rows=tuple(rows))

@@ -1,6 +1,5 @@
 """Writes the page and the images of a report."""
 
-import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mpilm import __version__
+from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import count_noun, format_mebibytes, format_number
 from mpilm.mesh.shape import AXES
@@ -56,10 +56,8 @@ def save_images(runs: Sequence[RecordedRun], folder: str | Path) -> list[Path]:
     Raises ConfigError without matplotlib, FileError if a file cannot be written or is not an image of a report.
     """
     drawn = {Path(folder) / f"{chart.key}.png": figures.draw_chart(chart) for chart in figures.make_charts(runs)}
-    try:
+    with file_errors(f"--png {folder}", "created"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"--png {folder}: cannot be created: {error.strerror}") from None
     for path, figure in drawn.items():
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=150, metadata={"Software": MARKER.decode()})
@@ -70,16 +68,15 @@ def save_images(runs: Sequence[RecordedRun], folder: str | Path) -> list[Path]:
 def _replace_file(path: Path, content: bytes) -> None:
     """Write a file at once, so that a reader sees the old one or the new one. Only a report or its images are overwritten."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with file_errors(path, "written"):
         if path.is_dir():
             raise FileError(f"{path} is a folder; pass the name of a file")
         if path.exists() and path.name != PAGE:
             with open(path, "rb") as file:
                 if MARKER not in file.read(1024):
                     raise FileError(f"{path} exists and is not a report of mpilm, so it was not overwritten; pass another name")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise FileError(f"{path} cannot be written: {error.strerror}") from None
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

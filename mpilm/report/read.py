@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from mpilm.config.parse import read_toml
+from mpilm.data.files import file_errors
 from mpilm.errors import FileError, UserError
 from mpilm.formatting import count_noun
-from mpilm.telemetry.metrics_table import MetricsTable, Row, read_metrics_table
+from mpilm.telemetry.metrics import MetricsRow
+from mpilm.telemetry.metrics_table import MetricsTable, read_metrics_table
 
 
 @dataclass(frozen=True)
@@ -30,26 +32,26 @@ class RecordedRun:
     def name(self) -> str:
         return self.folder.resolve().name or str(self.folder)
 
-    def find_events(self, *kinds: str) -> list[Row]:
+    def find_events(self, *kinds: str) -> list[MetricsRow]:
         return [row for row in self.metrics.events if row["event"] in kinds]
 
     @property
-    def starts(self) -> list[Row]:
+    def starts(self) -> list[MetricsRow]:
         return self.find_events("start")
 
     @property
-    def start(self) -> Row:
-        """Return the row of the last start; empty if none was logged."""
+    def start(self) -> MetricsRow:
+        """The row of the last start; empty if none was logged."""
         return self.starts[-1] if self.starts else {}
 
     @property
     def ranks(self) -> int:
-        """Return the number of ranks of the last start; 0 if unknown."""
+        """Ranks of the last start; 0 if unknown."""
         return self.start.get("ranks", 0)
 
     @property
     def has_ended(self) -> bool:
-        """Return whether the last start ran to its end or was stopped."""
+        """True if the last start ran to its end or was stopped."""
         return [row["event"] for row in self.find_events("start", "end", "stopped")][-1:] in (["end"], ["stopped"])
 
     def name_rank(self, rank: int) -> str:
@@ -61,15 +63,13 @@ class RecordedRun:
 def read_run(folder: str | Path) -> RecordedRun:
     """Read a run folder. Raises FileError if it is not one."""
     path, missing = Path(folder), list[str]()
-    try:
+    with file_errors(path):
         if not path.exists():
             raise FileError(f"{path} does not exist; pass a run folder, such as runs/NAME")
         if path.is_file():
             raise FileError(f"{path} is a file; pass the run folder, such as {path.parent}")
         if not (path / "metrics.jsonl").exists() and not (path / "config.toml").exists():
             raise FileError(f"{path} is not a run folder: it has neither metrics.jsonl nor config.toml")
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}") from None
     metrics, config, text = MetricsTable(), dict[str, Any](), ""
     try:
         metrics = read_metrics_table(path / "metrics.jsonl")

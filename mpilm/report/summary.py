@@ -12,7 +12,8 @@ import numpy as np
 from mpilm.config.schema import Config, flatten, resolve_config
 from mpilm.formatting import count_noun, format_duration, format_number
 from mpilm.report.read import RecordedRun
-from mpilm.telemetry.metrics_table import Row, per_rank_values, to_float
+from mpilm.telemetry.metrics import MetricsRow
+from mpilm.telemetry.metrics_table import per_rank_values, to_float
 
 LOGGED_PARTS = ("compute", "communication", "bubble", "data", "optimizer")
 SLOW = 1.2  # a straggler computes this many times as long as the median rank
@@ -69,7 +70,7 @@ def measure_training_time(run: RecordedRun) -> float:
     return sum(float(within.max() - begin) for begin, within in zip(begins, last_times) if len(within))
 
 
-def list_events(run: RecordedRun) -> tuple[list[Row], str]:
+def list_events(run: RecordedRun) -> tuple[list[MetricsRow], str]:
     """Return the events to list and, if the checkpoints are too many for that, a sentence on them.
 
     Of many events, the first and the last are listed, with a row for the others between them.
@@ -123,7 +124,7 @@ def list_environment(run: RecordedRun) -> list[tuple[str, str]]:
     return [(str(key), str(value)) for key, value in rows]
 
 
-def split_step(row: Row) -> dict[str, np.ndarray] | None:
+def split_step(row: MetricsRow) -> dict[str, np.ndarray] | None:
     """Return the seconds of each part of a step, (ranks,) each; `other` is the rest. None if the row does not hold them."""
     logged = row.get("rank_s")
     parts = {part: per_rank_values(logged.get(part)) for part in LOGGED_PARTS} if isinstance(logged, dict) else {}

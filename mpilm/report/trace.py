@@ -79,7 +79,7 @@ def _simulate_step(by_rank: Sequence[Sequence[TimelineEvent]]) -> Timeline:
     for event in (event for events in by_rank for event in events if _is_timed(event)):
         lengths[event.action.kind, event.action.stage].append(event.end_s - event.start_s)
     costs = {key: statistics.median(values) for key, values in lengths.items()}
-    return simulate([[event.action for event in events] for events in by_rank], costs)
+    return simulate([[event.action for event in events] for events in by_rank], lambda kind, stage: costs[kind, stage])
 
 
 def sum_waits(trace: Mapping[str, Any]) -> list[tuple[str, str, float, float, int, float, float]]:

@@ -10,7 +10,6 @@ from rich.live import Live
 from mpilm.formatting import format_duration
 from mpilm.telemetry.live import LiveView, slowest_rank_note
 
-QUIET_S = 3.0
 REFRESH_S = 0.5
 
 
@@ -85,18 +84,3 @@ class Display:
             self._live.refresh()
             self._live.stop()
             self._live = None
-
-
-class ProgressCounter:
-    """Counts items and prints a line on standard error every few seconds. Called once per item."""
-
-    def __init__(self, noun: str, total: int, enabled: bool):
-        self.noun, self.total, self.enabled = noun, total, enabled
-        self.done, self._printed = 0, time.monotonic()
-
-    def __call__(self, _: Any = None) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if self.enabled and now > self._printed + QUIET_S:
-            self._printed = now
-            print(f"{self.noun}: {self.done:,} of {self.total:,} on rank 0", file=sys.stderr, flush=True)

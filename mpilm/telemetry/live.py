@@ -17,6 +17,7 @@ from rich.text import Text
 
 from mpilm.config.parse import merge_settings, read_toml
 from mpilm.config.schema import Config
+from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import count_noun, format_duration, format_mebibytes
 from mpilm.telemetry.metrics import MetricsFollower, MetricsRow
@@ -173,35 +174,30 @@ def watch_run(folder: str, interval_s: float, once: bool) -> None:
         raise FileError(f"{folder}: folder not found")
     if not (Path(folder) / "config.toml").is_file():
         raise ConfigError(f"{folder or 'no folder'}: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME")
-    if not interval_s > 0:
-        raise ConfigError(f"--interval {interval_s}: must be above zero")
     follower, console = MetricsFollower(Path(folder) / "metrics.jsonl"), Console()
-    view = _follow(_open_view(folder), follower, folder)
+    view = _follow(_open_view(Path(folder)), follower)
     if once or not console.is_terminal:
         console.print(view)
         return
     with contextlib.suppress(KeyboardInterrupt), Live(view, console=console, auto_refresh=False) as live:
         while not view.final_state:
             time.sleep(interval_s)
-            view = _follow(view, follower, folder)
+            view = _follow(view, follower)
             live.update(view, refresh=True)
 
 
-def _open_view(folder: str) -> LiveView:
-    path = Path(folder) / "config.toml"
-    config = merge_settings(Config(), read_toml(path), str(path))
-    return LiveView(str(Path(folder)), config.train.steps, config.checkpoint.every)
+def _open_view(folder: Path) -> LiveView:
+    config = merge_settings(Config(), read_toml(folder / "config.toml"), str(folder / "config.toml"))
+    return LiveView(str(folder), config.train.steps, config.checkpoint.every)
 
 
-def _follow(view: LiveView, follower: MetricsFollower, folder: str) -> LiveView:
+def _follow(view: LiveView, follower: MetricsFollower) -> LiveView:
     """Return the view updated with new rows; a fresh view if a resume has removed rows."""
-    try:
+    with file_errors(follower.path):
         rows, restarted = follower.read()
-    except OSError as error:
-        raise FileError(f"{follower.path} cannot be read: {error.strerror}") from None
-    view = _open_view(folder) if restarted else view
+    view = _open_view(follower.path.parent) if restarted else view
     for row in rows:
         if row.get("event") == "start":
-            view.steps = _open_view(folder).steps  # a resume may have changed it
+            view.steps = _open_view(follower.path.parent).steps  # a resume may have changed it
         view.update(row)
     return view

@@ -1,7 +1,6 @@
 """RUN/metrics.jsonl as arrays, for files of up to millions of rows."""
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mpilm.telemetry.metrics import parse_row
+from mpilm.telemetry.metrics import MetricsRow, parse_row
 
-Row = dict[str, Any]
 COLUMNS = ("step", "time", "tokens", "loss", "grad_norm", "lr", "step_s", "tokens_per_s", "mfu")
 EVALUATION_COLUMNS = ("step", "time", "eval_loss")
 PER_RANK = ("memory_bytes", "rank_s")  # lists with a value for each rank
@@ -31,20 +29,21 @@ class MetricsTable:
     columns: Mapping[str, np.ndarray] = field(default_factory=lambda: dict.fromkeys(COLUMNS, np.empty(0)))
     # float64, one value per logged step; NaN where the row lacks it
     evaluations: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))  # (N, 3): EVALUATION_COLUMNS
-    events: tuple[Row, ...] = ()
-    samples: tuple[Row, ...] = ()  # whole rows with per-rank values, evenly spread over the file
+    events: tuple[MetricsRow, ...] = ()
+    samples: tuple[MetricsRow, ...] = ()  # whole rows with per-rank values, evenly spread over the file
     unreadable: int = 0  # lines that are not rows
     truncated: bool = False  # the last line is incomplete
 
     @property
     def count(self) -> int:
-        """Return the number of logged steps."""
+        """Number of logged steps."""
         return len(self.columns["step"])
 
 
 def read_metrics_table(path: Path) -> MetricsTable:
     """Read a metrics file of up to millions of rows. Raises OSError."""
-    steps, events, evaluations, unreadable, truncated = [_to_array([], COLUMNS)], list[Row](), list[Row](), 0, False
+    steps, events, evaluations = [_to_array([], COLUMNS)], list[MetricsRow](), list[MetricsRow]()
+    unreadable, truncated = 0, False
     with open(path, "rb") as file:
         while lines := file.readlines(BLOCK_BYTES):
             if not lines[-1].endswith(b"\n"):
@@ -63,30 +62,18 @@ def read_metrics_table(path: Path) -> MetricsTable:
     return MetricsTable(columns, _to_array(evaluations, EVALUATION_COLUMNS), tuple(events), samples, unreadable, truncated)
 
 
-def parse_rows(lines: Sequence[bytes]) -> list[Row]:
+def parse_rows(lines: Sequence[bytes]) -> list[MetricsRow]:
     """Parse rows without their per-rank values, which come last and are most of the text; drop lines that are not rows."""
-    heads = [_cut_per_rank(line) for line in lines]
-    try:
-        rows = json.loads(b"[" + b",".join(heads) + b"]")  # a single call takes a third of the time
-        if len(rows) != len(lines):
-            raise ValueError("a line held several values")
-    except (ValueError, RecursionError):
-        rows = [parse_row(head) or parse_row(line) for head, line in zip(heads, lines)]
-    for i, row in enumerate(rows):
-        if isinstance(row, dict) and not ROW_KINDS & row.keys():  # the per-rank values came first
-            rows[i] = parse_row(lines[i])
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step", 0), int)]
+    return [row for line in lines if (row := _parse_head(line) or parse_row(line))]
 
 
-def _cut_per_rank(line: bytes) -> bytes:
-    for cut in CUTS:
-        at = line.find(cut)
-        if at > 0:
-            return line[:at] + b"}\n"
-    return line
+def _parse_head(line: bytes) -> MetricsRow | None:
+    """Return the row without its per-rank values; None if they came first."""
+    row = parse_row(next((line[:at] + b"}\n" for cut in CUTS if (at := line.find(cut)) > 0), line))
+    return row if row and ROW_KINDS & row.keys() else None
 
 
-def _sample_rows(file: BinaryIO) -> tuple[Row, ...]:
+def _sample_rows(file: BinaryIO) -> tuple[MetricsRow, ...]:
     """Return about SAMPLES rows that hold per-rank values, evenly spread over the file."""
     starts = {0: None}  # an ordered set
     for offset in np.linspace(0, file.seek(0, os.SEEK_END), SAMPLES, endpoint=False).astype(int).tolist():
@@ -97,7 +84,7 @@ def _sample_rows(file: BinaryIO) -> tuple[Row, ...]:
     return tuple(row for row in rows if row and "event" not in row and any(key in row for key in PER_RANK))
 
 
-def _to_array(rows: Sequence[Row], keys: Sequence[str]) -> np.ndarray:
+def _to_array(rows: Sequence[MetricsRow], keys: Sequence[str]) -> np.ndarray:
     """Return the numbers of rows as float64, (rows, keys); NaN for anything that is not a number."""
     # The first way is the fastest, and needs all keys in all rows; the last one takes rows of any kind.
     for pick in (itemgetter(*keys), lambda row: [row.get(key, np.nan) for key in keys]):

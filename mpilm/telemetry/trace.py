@@ -1,10 +1,13 @@
-"""RUN/trace-A-B.json: what every rank did in steps A to B, on one clock, in the Chrome trace format, which Perfetto opens."""
+"""The spans that ranks record: the parts of a step, and what every rank did in steps A to B, on one clock.
+
+RUN/trace-A-B.json is in the Chrome trace format, which Perfetto opens.
+"""
 
 import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +16,39 @@ import torch
 from mpilm.comm.base import Comm
 from mpilm.comm.progress import CommCall, Span
 from mpilm.mesh.mesh import Mesh
-from mpilm.parallel.pipeline.actions import Action
+from mpilm.parallel.pipeline.actions import COMPUTE, Action
 
+CATEGORIES = ("compute", "bubble", "communication", "data", "optimizer")
 PINGS = 16  # the one with the shortest round trip counts
 ACTION_CATEGORIES = {"F": "forward", "REDUCE": "reduce", "SEND": "send", "RECV": "receive"}  # B, I and W: "backward"
+
+
+def _categorize(event: object, pipelined: bool) -> str:
+    """Return the part of a step that an event belongs to.
+
+    Communication is exposed time: waiting for messages and for slower ranks, and adding gradients. The bubble is waiting for
+    other stages of a pipeline, also at the end of a step, where all ranks synchronize.
+    """
+    if isinstance(event, Action):
+        return "compute" if event.kind in COMPUTE else "communication"
+    if isinstance(event, CommCall):
+        return "bubble" if event.axis == "pipeline" or (pipelined and event.axis == "world") else "communication"
+    return str(event)
+
+
+def break_down(spans: Iterable[Span], pipelined: bool) -> dict[str, float]:
+    """Return the seconds of each of CATEGORIES. A nested span counts only for itself: in ZeRO-3, forward waits for weights."""
+    seconds = dict.fromkeys(CATEGORIES, 0.0)
+    outer: list[tuple[float, str]] = []  # end and category of the spans around the present one
+    for event, start_s, end_s in sorted(spans, key=lambda span: (span.start_s, -span.end_s)):
+        while outer and outer[-1][0] <= start_s:
+            outer.pop()
+        category = _categorize(event, pipelined)
+        seconds[category] = seconds.get(category, 0.0) + end_s - start_s
+        if outer:
+            seconds[outer[-1][1]] -= end_s - start_s
+        outer.append((end_s, category))
+    return {category: seconds[category] for category in CATEGORIES}
 
 
 class Trace:

@@ -79,6 +79,7 @@ def _exhaust_memory(value: float) -> None:
     torch.empty(1 << 30)
 
 
+OS_ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS")
 KINDS: Mapping[str, Callable[[float], object]] = {
     "kill": lambda value: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda value: os.kill(os.getpid(), signal.SIGSTOP),
@@ -91,10 +92,7 @@ KINDS: Mapping[str, Callable[[float], object]] = {
     "exit": lambda value: sys.exit(3),
     "os_exit": lambda value: os._exit(3),
     "memory": _exhaust_memory,
-    **{
-        name.lower(): functools.partial(_raise_os_error, getattr(errno, name))
-        for name in ("ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS")
-    },
+    **{name.lower(): functools.partial(_raise_os_error, getattr(errno, name)) for name in OS_ERRORS},
 }
 
 
@@ -128,10 +126,8 @@ def install_faults(description: str, rank: int) -> None:
     for fault in [_parse_fault(text) for text in description.split(";") if text.strip()]:
         for target in POINTS[fault.point]:
             module, _, name = target.partition(":")
-            owner: Any = importlib.import_module(module)
             *outer, attribute = name.split(".")
-            for part in outer:
-                owner = getattr(owner, part)
+            owner = functools.reduce(getattr, outer, importlib.import_module(module))
             _wrap(owner, attribute, lambda *_, fault=fault: fault.maybe_fire(rank, step[0]), fault.point.endswith(".after"))
 
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,28 +26,23 @@ class _ThreadWorld:
         self.ranks_per_node = ranks_per_node
         self.condition = threading.Condition()
         self.messages: dict[Any, Any] = {}
-        self.take_counts: dict[Any, int] = defaultdict(int)
         self.failure: str | None = None
         self.timeout_s = timeout_s
 
-    def post(self, key: Any, value: Any) -> None:
+    def post(self, messages: Mapping[Any, Any]) -> None:
         with self.condition:
-            self.messages[key] = value
+            self.messages |= messages
             self.condition.notify_all()
 
-    def take(self, key: Any, takers: int) -> Any:
-        """Return the message under `key` once it is posted; it is deleted after `takers` have read it."""
+    def take(self, key: Any) -> Any:
+        """Return the message under `key` once it is posted, and delete it."""
         with self.condition:
             posted = self.condition.wait_for(lambda: self.failure or key in self.messages, self.timeout_s)
             if self.failure:
                 raise PeerFailedError(self.failure)
             if not posted:
                 raise TimeoutError(f"no message within {self.timeout_s} s for {key}")
-            value = self.messages[key]
-            self.take_counts[key] += 1
-            if self.take_counts[key] == takers:
-                del self.messages[key], self.take_counts[key]
-            return value
+            return self.messages.pop(key)
 
     def fail(self, reason: str) -> None:
         with self.condition:
@@ -69,10 +64,10 @@ class ThreadComm(Comm):
         call = self._call_count
         self._call_count += 1
         key = (self._path, self._group, call)
-        self._world.post((*key, self.rank), (op, value))
+        self._world.post({(*key, self.rank, r): (op, value) for r in range(self.size)})
 
         def collect() -> list[Any]:
-            posts = [self._world.take((*key, r), self.size) for r in range(self.size)]
+            posts = [self._world.take((*key, r, self.rank)) for r in range(self.size)]
             for r, (other, _) in enumerate(posts):
                 if other != op:
                     raise RuntimeError(f"{self}: call {call} is {op} here and {other} on rank {r}")
@@ -140,14 +135,14 @@ class ThreadComm(Comm):
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
         key = self._next_message("send", self.rank, to, tag)
-        self._world.post(key, x.clone())
-        return Request(partial(self._world.take, (*key, "receive started"), 1)) if to != self.rank else Request()
+        self._world.post({key: x.clone()})
+        return Request(partial(self._world.take, (*key, "receive started"))) if to != self.rank else Request()
 
     def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
         key = self._next_message("receive", source, self.rank, tag)
         if source != self.rank:
-            self._world.post((*key, "receive started"), None)
-        return Request(lambda: unpack_into([self._world.take(key, 1)], out))
+            self._world.post({(*key, "receive started"): None})
+        return Request(lambda: unpack_into([self._world.take(key)], out))
 
     def _broadcast(self, x: Tensor, root: int) -> None:
         parts = self._exchange(f"broadcast from {root} {x.dtype} {x.numel()}", x.clone() if self.rank == root else None)()

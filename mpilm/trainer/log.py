@@ -17,10 +17,10 @@ from mpilm.engine.step import StepResult
 from mpilm.errors import FileError
 from mpilm.formatting import format_duration, format_mebibytes
 from mpilm.launch.run import launcher_world_size
-from mpilm.telemetry.breakdown import CATEGORIES, break_down
 from mpilm.telemetry.display import Display
 from mpilm.telemetry.live import LiveView
 from mpilm.telemetry.metrics import MetricsWriter
+from mpilm.telemetry.trace import CATEGORIES, break_down
 from mpilm.telemetry.trackers import Tracker, open_trackers
 from mpilm.trainer.describe import RunDescription, header_lines
 from mpilm.trainer.run import Run

@@ -41,9 +41,9 @@ class RandomTokens:
     def training_batch(self, step: int, m: int) -> Batch:
         rows, length = self.config.train.micro_batch, self.config.model.context_length
         generator = np.random.Generator(np.random.Philox(key=hash_key("verify", self.config.train.seed, step, m)))
-        tokens = torch.from_numpy(generator.integers(0, self.vocab_size, (rows, length + 1), dtype=np.int64))
-        samples = (step * self.config.train.global_batch + m * rows) + torch.arange(rows)
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(length), samples, rows * length)
+        tokens = generator.integers(0, self.vocab_size, (rows, length + 1), dtype=np.int64)
+        samples = step * self.config.train.global_batch + m * rows + np.arange(rows)
+        return Batch.from_arrays(tokens=tokens[:, :-1], targets=tokens[:, 1:], positions=np.arange(length), samples=samples)
 
     def target_tokens(self, step: int) -> int:
         return self.config.train.global_batch * self.config.model.context_length
@@ -75,24 +75,18 @@ def list_layouts(config: Config, ranks: int) -> Iterator[tuple[ParallelConfig, s
         for schedule in schedules:
             for zero in (0, 1, 2, 3) if ranks > pipeline else (0,):
                 parallel = ParallelConfig(pipeline=pipeline, schedule=schedule, zero=zero)  # type: ignore[arg-type]
-                yield resolve_config(replace(config, parallel=parallel)).parallel, _why_invalid(config, parallel, ranks)
+                changed = resolve_config(replace(config, parallel=parallel))
+                yield changed.parallel, _why_invalid(changed, ranks)
 
 
-def _why_invalid(config: Config, parallel: ParallelConfig, ranks: int) -> str:
+def _why_invalid(config: Config, ranks: int) -> str:
     try:
-        changed = resolve_config(replace(config, parallel=parallel))
-        check_config(changed)
-        resolve_mesh_shape(changed, ranks)
-        partition_by_cost(changed, VOCAB_SIZE)
+        check_config(config)
+        resolve_mesh_shape(config, ranks)
+        partition_by_cost(config, VOCAB_SIZE)
         return ""
     except ConfigError as error:
         return str(error)
-
-
-def layout_label(parallel: ParallelConfig, ranks: int) -> str:
-    """Return the layout as columns of a table."""
-    schedule = parallel.schedule if parallel.pipeline > 1 or ranks == 1 else "-"
-    return f"{ranks // parallel.pipeline:>4}  {parallel.pipeline:>8}  {schedule:<11}  {parallel.zero:>4}"
 
 
 def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Callable[[str], None]) -> None:
@@ -108,7 +102,8 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
     print_line(f"{'data':>4}  {'pipeline':>8}  {'schedule':<11}  {'ZeRO':>4}  {'loss':>9}  {'gradient':>9}  {'weight':>9}")
     failed = ran = 0
     for parallel, reason in list_layouts(config, world.size):
-        label = layout_label(parallel, world.size)
+        schedule = parallel.schedule if parallel.pipeline > 1 or world.size == 1 else "-"
+        label = f"{world.size // parallel.pipeline:>4}  {parallel.pipeline:>8}  {schedule:<11}  {parallel.zero:>4}"
         if reason:
             print_line(f"{label}  not run: {reason}")
             continue
@@ -121,9 +116,8 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
         numbers = f"{difference.loss:>9.2g}  {difference.gradient:>9.2g}  {difference.weight:>9.2g}"
         print_line(f"{label}  {numbers}  {verdict}")
     if not ran:
-        raise CollectiveError(
-            ConfigError(f"no layout of {world.size} ranks can run this model and batch, so nothing was verified")
-        )
+        problem = f"no layout of {world.size} ranks can run this model and batch"
+        raise CollectiveError(ConfigError(f"{problem}, so nothing was verified"))
     if failed and self_test:
         raise CollectiveError(RanksDisagreeError(f"the flipped bit was found on {failed} of {ran} layouts, as it must be"))
     if failed:
@@ -165,13 +159,10 @@ def _clone(slices: Slices) -> Slices:
 
 def _compare(outcome: LayoutOutcome, serial: LayoutOutcome, world: Comm) -> LayoutDifference:
     """Return the largest differences over all ranks. Collective."""
-    pairs = list(zip(outcome.numbers, serial.numbers))
-    loss, equal = max(_nan_to_inf(abs(a - b) / abs(b)) for a, b in pairs), all(a == b for a, b in pairs)
-    gradient = 0.0
-    for own, reference in zip(outcome.gradients, serial.gradients):
-        gradient, equal = max(gradient, _difference(own, reference)), equal and _bits_equal(own, reference)
-    weight = _difference(outcome.weights, serial.weights)
-    equal = equal and _bits_equal(outcome.weights, serial.weights)
+    loss = max(_nan_to_inf(abs(a - b) / abs(b)) for a, b in zip(outcome.numbers, serial.numbers))
+    gradients, weights = list(zip(outcome.gradients, serial.gradients)), (outcome.weights, serial.weights)
+    gradient, weight = max(_difference(*pair) for pair in gradients), _difference(*weights)
+    equal = outcome.numbers == serial.numbers and all(_bits_equal(*pair) for pair in (*gradients, weights))
     largest = torch.tensor([loss, gradient, weight, float(not equal)], dtype=torch.float64)
     world.all_reduce(largest, "max")
     loss, gradient, weight, differs = largest.tolist()

@@ -39,7 +39,7 @@ def generate(args: argparse.Namespace) -> None:
         theirs.save_pretrained(folder)
         (Path(folder) / "tokenizer.json").write_text(bytes_tokenizer().json)
         config = to_config(ModelFolder(folder), InferenceParallel(), InferenceCompute(device="cpu", threads=1))
-        ours = load_model(config_from_folder(config), SelfComm()).model
+        ours = load_model(config_from_folder(config), SelfComm())
         settings = GenerateConfig(max_tokens=GENERATED_TOKENS, temperature=0.0)
         tokens = generate(ours, {0: prompt}, settings, eos=-1)[0]
 

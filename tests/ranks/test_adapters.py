@@ -83,7 +83,7 @@ def theirs(base, family):
 def logits(folder, tokens, base=""):
     """What our model in a folder makes of tokens, without a training run."""
     config = config_from_folder(to_config(ModelFolder(str(folder), base), InferenceParallel(), InferenceCompute()))
-    model = load_model(config, SelfComm()).model.stages[0].model
+    model = load_model(config, SelfComm()).stages[0].model
     with torch.no_grad():
         return model(tokens, SequenceInfo(torch.arange(tokens.shape[1])))
 

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -19,18 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
+from mpilm.config.inference import EvaluateArguments, EvaluateCompute, EvaluateModel, EvaluateOutput, InferenceParallel
 from mpilm.config.schema import DataConfig
 from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer
-from mpilm.inference.evaluate import EvaluateOptions, cut_windows, evaluate_model, group_windows
+from mpilm.inference.evaluate import cut_windows, evaluate_model, group_windows
 from mpilm.model.families import initial_value
 from mpilm.telemetry.metrics import read_metrics
 from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
 
 T = 16
-OPTIONS = EvaluateOptions(documents=False, held_out=False, context_length=0, run_dir="auto")
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +55,17 @@ def own_cache(tmp_path_factory):
         yield
 
 
-def evaluate_on_threads(folder, path, out, size=1, pipeline=1, micro_batch=3, **options):
+def evaluate_on_threads(folder, path, out, size=1, pipeline=1, context_length=0, documents=False):
     """Return evaluation.json of a model folder and a text."""
-
-    def body(comm):
-        config = to_config(
-            ModelFolder(str(folder)),
-            InferenceParallel(pipeline),
-            InferenceCompute(device="cpu", threads=1),
-            data=DataConfig(path=(str(path),)),
-        )
-        config = replace(config, train=replace(config.train, micro_batch=micro_batch, global_batch=micro_batch))
-        evaluate_model(config, replace(OPTIONS, run_dir=str(out), **options), comm)
-
-    run_ranks(size, body)
+    arguments = EvaluateArguments(
+        EvaluateModel(str(folder), context_length=context_length),
+        DataConfig(path=(str(path),)),
+        InferenceParallel(pipeline),
+        EvaluateCompute(device="cpu", threads=1, micro_batch=3),
+        EvaluateOutput(str(out)),
+        documents,
+    )
+    run_ranks(size, lambda comm: evaluate_model(arguments, comm))
     return json.loads((out / "evaluation.json").read_text())
 
 
@@ -211,15 +206,9 @@ def test_held_out_text_of_a_run_has_its_last_validation_loss(tmp_path, family, p
     run_ranks(2, lambda comm: train(config, comm))
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
 
-    def body(comm):
-        options = replace(OPTIONS, held_out=True)
-        evaluate_model(
-            to_config(ModelFolder(str(checkpoint)), InferenceParallel(), InferenceCompute(device="cpu", threads=1)),
-            options,
-            comm,
-        )
-
-    run_ranks(2, body)
+    compute = EvaluateCompute(device="cpu", threads=1, micro_batch=1)
+    arguments = EvaluateArguments(EvaluateModel(str(checkpoint)), train=compute, held_out=True)
+    run_ranks(2, lambda comm: evaluate_model(arguments, comm))
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row]
     if family == "bert":  # other masks

@@ -51,7 +51,7 @@ def generate_on_threads(folder, size, settings, pipeline=1, prompts=PROMPTS, eos
         config = to_config(
             ModelFolder(str(folder)), InferenceParallel(pipeline), InferenceCompute(device="cpu", threads=1), generate=settings
         )
-        model = load_model(config_from_folder(config), comm).model
+        model = load_model(config_from_folder(config), comm)
         own = {n: prompts[n] for n in list(prompts)[model.data.rank :: model.data.size]}
         return generate(model, own, settings, eos)
 
@@ -139,7 +139,7 @@ def test_text_depends_on_its_seed_and_number(folders):
 
 def test_each_text_is_reported_once_it_is_complete(folders):
     config = to_config(ModelFolder(str(folders["llama"])), InferenceParallel(1), InferenceCompute(device="cpu", threads=1))
-    model, done = load_model(config_from_folder(config), SelfComm("world")).model, []
+    model, done = load_model(config_from_folder(config), SelfComm("world")), []
     generate(model, PROMPTS, GREEDY, -1, done.append)
     assert sorted(done) == list(PROMPTS)
 

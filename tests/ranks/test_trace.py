@@ -15,9 +15,8 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.actions import parse_action
 from mpilm.parallel.pipeline.schedules import lower, schedule
-from mpilm.telemetry.breakdown import CATEGORIES
 from mpilm.telemetry.metrics import read_metrics
-from mpilm.telemetry.trace import ClockOffset, measure_clock_offset, to_root_time
+from mpilm.telemetry.trace import CATEGORIES, ClockOffset, measure_clock_offset, to_root_time
 from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mpilm.comm.progress import CommCall, Progress, Span
 from mpilm.parallel.pipeline.actions import parse_action
-from mpilm.telemetry.breakdown import CATEGORIES, break_down
+from mpilm.telemetry.trace import CATEGORIES, break_down
 
 FORWARD, REDUCE, SEND = map(parse_action, ("0F0", "0REDUCE", "0SEND_F0"))
 RECEIVE = CommCall("receive", "pipeline", 1, (1,))

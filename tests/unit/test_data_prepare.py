@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from mpilm.comm.base import SelfComm
 from mpilm.config.parse import parse
 from mpilm.config.schema import DataConfig
-from mpilm.data.prepare import ProgressLine, count_scripts, prepare_command
+from mpilm.data.prepare import count_scripts, prepare_command
 from mpilm.errors import ConfigError
+from mpilm.formatting import ProgressLine
 from mpilm.prepare import PrepareArguments
 
 
@@ -62,9 +63,9 @@ def test_count_scripts_counts_every_byte_once(text):
 
 
 def test_progress_line_is_silent_when_there_is_nothing_to_wait_for(capsys):
-    line = ProgressLine()
+    line = ProgressLine("preparing text", "MB")
     for done in range(11):
         line(done, 10)
     assert capsys.readouterr().err == ""
-    ProgressLine(interval_s=0.0)(5_000_000, 10_000_000)
+    ProgressLine("preparing text", "MB", interval_s=0.0)(5, 10)
     assert "50% of 10 MB" in capsys.readouterr().err

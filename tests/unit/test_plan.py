@@ -96,10 +96,10 @@ def test_plan_presets_are_those_of_train():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--draw", "--vocabulary", "0"], "--vocabulary must be at least 1, not 0"),
-        (["--draw", "--ranks", "-1"], "--ranks must be at least 1, not -1"),
-        (["--ranks", "2,0"], "--ranks must be at least 1, not 0"),
-        (["--tokens", "-1"], "--tokens must be at least 0, not -1"),
+        (["--draw", "--vocabulary", "0"], "--vocabulary must be above zero, not 0"),
+        (["--draw", "--ranks", "-1"], "--ranks must be above zero, not -1"),
+        (["--ranks", "2,0"], "--ranks must be above zero, not 0"),
+        (["--tokens", "-1"], "--tokens must be zero or more, not -1.0"),
         (["--draw", "--ranks", "2,4"], "--draw takes a single number of ranks, not 2; write --ranks 2"),
         (["--draw", "--plot", "x.png"], "--plot draws speed over ranks and --draw a pipeline; remove one of them"),
         (["--model.lora-rank", "8"], "--model.lora-rank: predictions are for training all parameters; remove it"),

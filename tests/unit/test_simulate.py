@@ -80,7 +80,7 @@ def test_peak_in_flight_matches_the_papers(p):
 def test_simulate_by_hand_gives_the_same_events():
     programs = [lower(actions, 2) for actions in schedule("1f1b", 2, 1, 1)]
     costs = {("F", 0): 1.0, ("F", 1): 2.0, ("B", 1): 3.0, ("B", 0): 4.0, ("REDUCE", 1): 0.5}
-    timeline = simulate(programs, costs, transfer_s=0.25)
+    timeline = simulate(programs, lambda kind, stage: costs.get((kind, stage), 0.0), transfer_s=0.25)
     assert timeline.by_rank == (
         (
             TimelineEvent(0, parse_action("0F0"), 0.0, 1.0),
@@ -106,7 +106,7 @@ def test_simulate_receive_posted_ahead_hides_the_transfer():
     programs = [
         [parse_action(word) for word in text.split()] for text in ("0F0 0SEND_F0 0F1 0SEND_F1", "1RECV_F0 1RECV_F1 1F0 1F1")
     ]
-    timeline = simulate(programs, {("F", 0): 1.0, ("F", 1): 1.0}, transfer_s=0.5)
+    timeline = simulate(programs, lambda kind, stage: 1.0, transfer_s=0.5)
     assert [(e.start_s, e.end_s) for e in timeline.by_rank[1] if not e.waiting] == [(1.5, 2.5), (2.5, 3.5)]
     late = [programs[0], [parse_action(word) for word in ("1RECV_F0", "1F0", "1RECV_F1", "1F1")]]  # and this is what it saves
     assert simulate(late, lambda kind, stage: 1.0, transfer_s=0.5).step_s == 4.0
@@ -117,18 +117,13 @@ def test_simulate_send_waits_for_the_previous_send_of_its_channel():
     programs = [
         [parse_action(word) for word in text.split()] for text in ("0F0 0SEND_F0 0F1 0SEND_F1 0F2", "3F0 1RECV_F0 1RECV_F1 1F0")
     ]
-    timeline = simulate(programs, {("F", 0): 1.0, ("F", 3): 5.0, ("F", 1): 1.0})
+    timeline = simulate(programs, lambda kind, stage: 5.0 if stage == 3 else 1.0)
     assert [(str(e.action), e.start_s, e.end_s) for e in timeline.by_rank[0] if e.waiting] == [("0SEND_F1", 2.0, 5.0)]
 
 
-def test_simulate_padding_microbatches_cost_nothing():
-    full = run("1f1b", 2, 1, 2)
-    programs = [lower(actions, 2, real_microbatches=2) for actions in schedule("1f1b", 2, 1, 4)]
-    half = simulate(programs, lambda kind, stage: {"F": 1.0, "B": 2.0}.get(kind, 0.0), real_microbatches=2)
-    assert half.step_s == full.step_s
-    none = simulate([lower(a, 2, 0) for a in schedule("1f1b", 2, 1, 4)], lambda kind, stage: 1.0, real_microbatches=0)
-    assert none.step_s == 1.0  # the sums over the data axis take place all the same
-    assert simulate([[]], {}).step_s == simulate([[]], {}).bubble == 0.0
+def test_simulate_empty_program_takes_no_time():
+    timeline = simulate([[]], lambda kind, stage: 1.0)
+    assert timeline.step_s == timeline.bubble == 0.0
 
 
 @given(st.integers(1, 5), st.integers(1, 8), st.lists(st.floats(0.1, 10), min_size=5, max_size=5), st.floats(0, 3))

@@ -79,7 +79,7 @@ def test_watch_resumed_run_is_followed_to_its_end(folder, monkeypatch, capsys):
         (("{}/empty",), "{}/empty: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME"),
         (("{}/broken",), "{}/broken/config.toml: is not valid TOML: "),
         (("{}/newer",), "{}/newer/config.toml: unknown key train.zzz; "),
-        (("{}", "--interval", "0"), "--interval 0.0: must be above zero"),
+        (("{}", "--interval", "0"), "--interval must be above zero, not 0.0"),
     ],
 )
 def test_watch_wrong_argument_names_the_problem(folder, monkeypatch, arguments, message):
