@@ -1,6 +1,7 @@
 """RUN/metrics.jsonl as arrays, for files of up to millions of rows."""
 
 import contextlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,13 +65,25 @@ def read_metrics_table(path: Path) -> MetricsTable:
 
 def parse_rows(lines: Sequence[bytes]) -> list[MetricsRow]:
     """Parse rows without their per-rank values, which come last and are most of the text; drop lines that are not rows."""
-    return [row for line in lines if (row := _parse_head(line) or parse_row(line))]
+    heads = [_cut_per_rank(line) for line in lines]
+    try:
+        rows = json.loads(b"[" + b",".join(heads) + b"]")  # a single call takes a third of the time
+        if len(rows) != len(lines):
+            raise ValueError("a line held several values")
+    except (ValueError, RecursionError):
+        rows = [parse_row(head) or parse_row(line) for head, line in zip(heads, lines)]
+    for i, row in enumerate(rows):
+        if isinstance(row, dict) and not ROW_KINDS & row.keys():  # the per-rank values came first
+            rows[i] = parse_row(lines[i])
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step", 0), int)]
 
 
-def _parse_head(line: bytes) -> MetricsRow | None:
-    """Return the row without its per-rank values; None if they came first."""
-    row = parse_row(next((line[:at] + b"}\n" for cut in CUTS if (at := line.find(cut)) > 0), line))
-    return row if row and ROW_KINDS & row.keys() else None
+def _cut_per_rank(line: bytes) -> bytes:
+    for cut in CUTS:
+        at = line.find(cut)
+        if at > 0:
+            return line[:at] + b"}\n"
+    return line
 
 
 def _sample_rows(file: BinaryIO) -> tuple[MetricsRow, ...]:
