@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -99,53 +98,52 @@ class MpiComm(Comm):
         self._comm.Abort(code)
 
     def _iall_reduce(self, x: Tensor, op: str) -> Request:
-        host, finish = self._host_buffer(x, x)
+        host = self._host_buffer(x)
         request = self._comm.Iallreduce(MPI.IN_PLACE, _as_numbers(host), op=REDUCE_OPS[op])
-        return Request(partial(self._complete, request, finish, host))
+        return Request(partial(self._complete, request, host, x))
 
     def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
-        host_x, _ = self._host_buffer(x, None)
-        host_out, finish = self._host_buffer(None, out)
+        host_x, host_out = self._host_buffer(x), self._host_buffer(out, copy=False)
         own_address = host_out.data_ptr() + sum(counts[: self.rank]) * out.element_size()
         in_place = x.numel() > 0 and host_x.data_ptr() == own_address  # MPI refuses buffers that overlap
         source = MPI.IN_PLACE if in_place else _as_words(host_x)
         request = self._comm.Iallgatherv(source, _as_words(host_out, counts))
-        return Request(partial(self._complete, request, finish, host_x, host_out))
+        return Request(partial(self._complete, request, host_out, out, host_x))
 
     def _iall_to_all(self, x: Tensor, out: Tensor, send_counts: Counts, receive_counts: Counts) -> Request:
-        host_x, _ = self._host_buffer(x, None)
-        host_out, finish = self._host_buffer(None, out)
+        host_x, host_out = self._host_buffer(x), self._host_buffer(out, copy=False)
         request = self._comm.Ialltoallv(_as_words(host_x, send_counts), _as_words(host_out, receive_counts))
-        return Request(partial(self._complete, request, finish, host_x, host_out))
+        return Request(partial(self._complete, request, host_out, out, host_x))
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
-        host, _ = self._host_buffer(x, None)
+        host = self._host_buffer(x)
         request = self._comm.Issend(_as_words(host), to, tag)
-        return Request(partial(self._complete, request, _do_nothing, host))
+        return Request(partial(self._complete, request, host, host))
 
     def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
-        host, finish = self._host_buffer(None, out)
+        host = self._host_buffer(out, copy=False)
         request = self._comm.Irecv(_as_words(host), source, tag)
 
         def complete() -> None:
-            received = self._wait(request).Get_count(MOVE_TYPES[host.element_size()])
+            received = self._complete(request, host, out).Get_count(MOVE_TYPES[host.element_size()])
             if received != host.numel():  # MPI accepts a shorter message silently
                 raise RuntimeError(f"{self}: received {received} elements from rank {source} into a buffer of {host.numel()}")
-            finish()
 
         return Request(complete)
 
     def _broadcast(self, x: Tensor, root: int) -> None:
-        host, finish = self._host_buffer(x, x)
-        flat = host.view(-1)
-        for part in flat.split(MAX_COUNT) if flat.numel() else (flat,):
+        host = self._host_buffer(x)
+        for part in host.view(-1).split(MAX_COUNT):
             self._wait(self._comm.Ibcast(_as_words(part), root))
-        finish()
+        if host is not x:
+            x.copy_(host)
 
-    def _complete(self, request: MPI.Request, finish: Callable[[], object], *buffers: Tensor) -> None:
-        """Wait, then copy the result to its place. `buffers` are passed only to keep them alive until then."""
-        self._wait(request)
-        finish()
+    def _complete(self, request: MPI.Request, host: Tensor, out: Tensor, *sources: Tensor) -> MPI.Status:
+        """Wait, then copy the result from `host` to `out`. `sources` are passed only to keep them alive until then."""
+        status = self._wait(request)
+        if host is not out:
+            out.copy_(host)
+        return status
 
     def _wait(self, request: MPI.Request) -> MPI.Status:
         status = MPI.Status()
@@ -161,42 +159,33 @@ class MpiComm(Comm):
                 time.sleep(min(MAX_SLEEP_S, 1e-6 * tries))
         return status
 
-    def _host_buffer(self, source: Tensor | None, out: Tensor | None) -> tuple[Tensor, Callable[[], object]]:
-        """Return the memory to pass to MPI for `source` or `out`, and a function that copies the result from there to `out`."""
-        tensor = source if source is not None else out
-        assert tensor is not None
-        if not tensor.is_cuda or self.gpu_aware:
+    def _can_read(self, tensor: Tensor) -> bool:
+        """Return whether MPI can read and write this memory itself."""
+        return not tensor.is_cuda or self.gpu_aware
+
+    def _host_buffer(self, tensor: Tensor, copy: bool = True) -> Tensor:
+        """Return the memory to pass to MPI for a tensor: its own, or a host buffer, with its values if `copy` is true."""
+        if self._can_read(tensor):
             if tensor.is_cuda:
                 torch.cuda.current_stream(tensor.device).synchronize()  # MPI reads at once, not in stream order
-            return tensor, _do_nothing
+            return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-        if source is not None:
-            host.copy_(source)
-        return host, (lambda: out.copy_(host)) if out is not None else _do_nothing
-
-
-def _do_nothing() -> None:
-    pass
+        return host.copy_(tensor) if copy else host
 
 
 def _memory(x: Tensor) -> MPI.buffer:
-    return MPI.buffer.fromaddress(x.data_ptr(), x.numel() * x.element_size())
+    if x.numel() > MAX_COUNT:
+        raise ValueError(f"one message of {x.numel()} elements; MPI takes at most {MAX_COUNT}: split it into buckets")
+    return MPI.buffer.fromaddress(x.data_ptr(), x.nbytes)
 
 
 def _as_numbers(x: Tensor) -> list[object]:
-    _check_count(x)
     return [_memory(x), x.numel(), REDUCE_TYPES[x.dtype]]
 
 
 def _as_words(x: Tensor, counts: Counts | None = None) -> list[object]:
     """Describe a buffer as words of its item size: any dtype can be moved so, bf16 and bool included."""
-    _check_count(x)
     return [_memory(x), x.numel() if counts is None else list(counts), MOVE_TYPES[x.element_size()]]
-
-
-def _check_count(x: Tensor) -> None:
-    if x.numel() > MAX_COUNT:
-        raise ValueError(f"one message of {x.numel()} elements; MPI takes at most {MAX_COUNT}: split it into buckets")
 
 
 def mpi_world() -> MpiComm:

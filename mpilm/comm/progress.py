@@ -90,10 +90,10 @@ class Progress:
 
 
 def locate_caller(frame: FrameType | None) -> str:
-    """Return file, line and function of the innermost frame of this package outside comm/ and launch/."""
+    """Return file, line and function of the innermost frame of this package outside comm/, launch/ and testing/."""
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if PACKAGE in path.parents and path.parent.name not in ("comm", "launch"):
+        if PACKAGE in path.parents and path.parent.name not in ("comm", "launch", "testing"):
             return f"{path.relative_to(PACKAGE)}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
     return "code outside mpilm"

@@ -158,9 +158,9 @@ def connect_world() -> Comm:
     comm = mpi_world()
     if announced != comm.size and comm.size == 1:
         mismatch = ConfigError(
-            f"the launcher started {announced} ranks, but {mpi_library_name()} sees a world of 1: mpirun belongs "
-            "to another MPI than the library that Python loads; use the mpirun that came with it (in a virtual environment: its "
-            "bin/mpirun), or the type that srun --mpi=list names for it (pmi2 for MPICH, pmix for Open MPI)"
+            f"the launcher started {announced} ranks, but {mpi_library_name()} sees a world of 1: mpirun belongs to another "
+            "MPI than the library that Python loads; use the mpirun that came with it (in a virtual environment: "
+            "its bin/mpirun), or the type that srun --mpi=list names for it (pmi2 for MPICH, pmix for Open MPI)"
         )
         if is_first_process():
             print(f"mpilm: error: {mismatch}", file=sys.stderr, flush=True)
