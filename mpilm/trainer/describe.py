@@ -4,7 +4,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -31,31 +31,29 @@ class RunDescription:
 
     row: dict[str, Any]  # the start row of metrics.jsonl
     predicted: dict[str, int]  # memory of the rank that needs most, by part
-    threads: list[int]  # of each rank
-
-    @property
-    def predicted_bytes(self) -> int:
-        return sum(self.predicted.values())
+    threads: Sequence[int]  # of each rank
 
 
 def describe_run(run: Run) -> RunDescription:
     """Gather the description from all ranks, and measure their peak FLOP rate. Collective."""
-    world, config = run.mesh.world, run.config
-    predictions = world.all_gather_json(predict_memory(run))
+    world, config, parallel = run.mesh.world, run.config, run.config.parallel
+    predictions = world.all_gather_json(predict_memory(run))  # so that all ranks measure at once
     peak, peak_source = measure_peak_flops(run.hardware.device, config.train.dtype)
-    peaks = world.all_gather_json(peak)
+    facts = [peak, run.model.local_numel, run.hardware.threads, socket.gethostname()]
+    peaks, local_numel, threads, hosts = zip(*world.all_gather_json(facts))
     predicted = max(predictions, key=lambda parts: sum(parts.values()))
     trained, frozen = _parameter_counts(run)
+    sizes = dict(zip(AXES, run.mesh.shape.sizes))
     row = {
         "event": "start",
         "step": run.folder.step,
         "time": time.time(),
         "ranks": world.size,
-        "layout": layout_row(run),
+        "layout": {**sizes, "zero": parallel.zero, "schedule": parallel.schedule, "cut": list(run.model.blocks_per_stage)},
         "microbatches": microbatch_count(config),
         "parameters": trained + frozen,
         "parameters_trained": trained,
-        "parameters_on_rank": world.all_gather_json(run.model.local_numel),
+        "parameters_on_rank": local_numel,
         "predicted_memory_bytes": sum(predicted.values()),
         "predicted_memory_on_rank_bytes": [sum(parts.values()) for parts in predictions],
         "flops_per_token": flops_per_token(config.model, run.model.vocab_size),
@@ -63,18 +61,11 @@ def describe_run(run: Run) -> RunDescription:
         "peak_source": peak_source,
         "threads": run.hardware.threads,
         "device": str(run.hardware.device.type),
-        "hosts": world.all_gather_json(socket.gethostname()),
+        "hosts": hosts,
         "command": _command_line(world.size),
         "versions": software_versions(world),
     }
-    return RunDescription(row, predicted, world.all_gather_json(run.hardware.threads))
-
-
-def layout_row(run: Run) -> dict[str, Any]:
-    """Return the layout as metrics.jsonl stores it."""
-    parallel = run.config.parallel
-    sizes = dict(zip(AXES, run.mesh.shape.sizes))
-    return {**sizes, "zero": parallel.zero, "schedule": parallel.schedule, "cut": list(run.model.blocks_per_stage)}
+    return RunDescription(row, predicted, threads)
 
 
 def _command_line(ranks: int) -> str:
@@ -89,7 +80,7 @@ def _parameter_counts(run: Run) -> tuple[int, int]:
 
 def header_lines(run: Run, description: RunDescription) -> Iterator[str]:
     """Yield the lines printed before the first step."""
-    config, world, model = run.config, run.mesh.world, run.config.model
+    config, model = run.config, run.config.model
     trained, frozen = _parameter_counts(run)
     yield from _machine_lines(run, description.threads)
     yield from _layout_lines(run)
@@ -104,18 +95,17 @@ def header_lines(run: Run, description: RunDescription) -> Iterator[str]:
     tokens = batch * model.context_length
     yield f"  a step   {batch} sequences of {model.context_length} = {tokens:,} tokens, in {count_noun(m, 'microbatch')}"
     yield from _uneven_lines(run, m)
-    where = "" if world.size == 1 else " (largest rank)"
+    where = "" if run.mesh.world.size == 1 else " (largest rank)"
     gpu = " of GPU memory" if run.hardware.device.type == "cuda" else ""
-    yield f"  memory   {format_mebibytes(description.predicted_bytes)}{gpu} predicted peak{where}: " + list_parts(
-        description.predicted
-    )
+    peak = f"{format_mebibytes(sum(description.predicted.values()))}{gpu} predicted peak{where}"
+    yield f"  memory   {peak}: {list_parts(description.predicted)}"
     yield f"  run      {run.folder.path}" + (f", from step {run.folder.step}" if run.folder.step else "")
     for note in run.folder.notes:
         yield f"  note     {note}"
     yield ""
 
 
-def _machine_lines(run: Run, threads: list[int]) -> Iterator[str]:
+def _machine_lines(run: Run, threads: Sequence[int]) -> Iterator[str]:
     hardware, size = run.hardware, run.mesh.world.size
     device = torch.cuda.get_device_name() if hardware.device.type == "cuda" else processor_name()
     text = f"{count_noun(threads[0], 'thread')} each"

@@ -28,8 +28,14 @@ class StepEvent:
     eval_loss: float | None = None  # set by Evaluation
 
 
+@dataclass
 class Hook:
     """Called around each step, on all ranks in the same order, so hooks may be collective."""
+
+    run: Run
+    log: RunLog
+    checkpoints: CheckpointManager
+    in_memory: InMemoryCheckpoint | None  # if the run survives the loss of ranks
 
     def before_step(self, step: int) -> None: ...
 
@@ -43,13 +49,16 @@ def is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
+@dataclass
 class Tracing(Hook):
     """Records the spans of the steps to trace, and writes them after the last of these."""
 
-    def __init__(self, run: Run, log: RunLog, trace: Trace):
-        self.run, self.log, self.trace = run, log, trace
-        if trace.steps and trace.steps[-1] <= run.folder.step:
-            log.log_line(f"nothing to trace: the steps {run.config.run.trace_steps} of --run.trace-steps are already completed")
+    trace: Trace
+
+    def __post_init__(self) -> None:
+        if self.trace.steps and self.trace.steps[-1] <= self.run.folder.step:
+            done = f"the steps {self.run.config.run.trace_steps} of --run.trace-steps are already completed"
+            self.log.log_line(f"nothing to trace: {done}")
 
     def before_step(self, step: int) -> None:
         self.trace.add_after_step(step, self.run.progress.drain_spans())
@@ -72,9 +81,6 @@ class Tracing(Hook):
 class CallChecks(Hook):
     """Lets all ranks compare their communication calls in the first step and in every check-every-th."""
 
-    def __init__(self, run: Run):
-        self.run = run
-
     def before_step(self, step: int) -> None:
         self.run.mesh.check_calls(is_checked(self.run, step))
 
@@ -90,9 +96,6 @@ def is_checked(run: Run, step: int) -> bool:
 class BadStepRecovery(Hook):
     """Skips or rewinds steps that changed nothing; records the losses of the others."""
 
-    def __init__(self, run: Run, log: RunLog, checkpoints: CheckpointManager, in_memory: InMemoryCheckpoint | None):
-        self.run, self.log, self.checkpoints, self.in_memory = run, log, checkpoints, in_memory
-
     def after_step(self, event: StepEvent) -> None:
         if event.result.updated:
             return self.run.bad_steps.record(event.result.loss)
@@ -103,10 +106,7 @@ class BadStepRecovery(Hook):
 
 
 class InMemoryCheckpointing(Hook):
-    """Copies the state to another rank, if the run survives the loss of ranks."""
-
-    def __init__(self, run: Run, in_memory: InMemoryCheckpoint | None):
-        self.run, self.in_memory = run, in_memory
+    """Copies the state to another rank."""
 
     def after_step(self, event: StepEvent) -> None:
         if self.in_memory is not None:
@@ -119,8 +119,7 @@ class InMemoryCheckpointing(Hook):
 class ReplicaCheck(Hook):
     """Compares the weights of replicas after checked steps; replicas of local SGD once they are in sync."""
 
-    def __init__(self, run: Run):
-        self.run, self.pending = run, False
+    pending = False  # a comparison is due
 
     def after_step(self, event: StepEvent) -> None:
         self.pending = self.pending or is_checked(self.run, event.done - 1)
@@ -132,9 +131,6 @@ class ReplicaCheck(Hook):
 class Logging(Hook):
     """Logs the step."""
 
-    def __init__(self, log: RunLog):
-        self.log = log
-
     def after_step(self, event: StepEvent) -> None:
         if event.recovered:
             self.log.log_recovered_step(event.done, event.result)
@@ -145,9 +141,6 @@ class Logging(Hook):
 class CheckpointPolling(Hook):
     """Commits a checkpoint once no rank is writing it any more."""
 
-    def __init__(self, checkpoints: CheckpointManager, log: RunLog):
-        self.checkpoints, self.log = checkpoints, log
-
     def after_step(self, event: StepEvent) -> None:
         if self.checkpoints.poll(event.result.flags.checkpoint_pending):
             self.log.restart_clock(event.done)
@@ -155,9 +148,6 @@ class CheckpointPolling(Hook):
 
 class Evaluation(Hook):
     """Evaluates every eval-every steps, and before a checkpoint is saved."""
-
-    def __init__(self, run: Run, log: RunLog):
-        self.run, self.log = run, log
 
     def after_step(self, event: StepEvent) -> None:
         run, every = self.run, self.run.config.run.eval_every
@@ -175,9 +165,6 @@ class Evaluation(Hook):
 class Checkpointing(Hook):
     """Starts to save a checkpoint every checkpoint.every steps, after the last one, before a stop and after a rewind."""
 
-    def __init__(self, run: Run, checkpoints: CheckpointManager, log: RunLog):
-        self.run, self.checkpoints, self.log = run, checkpoints, log
-
     def after_step(self, event: StepEvent) -> None:
         if saves_checkpoint(self.run, event) and not (event.recovered and self.checkpoints.has_saved(event.done)):
             self.checkpoints.save(event.done, event.eval_loss)
@@ -189,9 +176,6 @@ class Checkpointing(Hook):
 
 class Stopping(Hook):
     """Ends the run early if the ranks have agreed to, once the checkpoint is written."""
-
-    def __init__(self, run: Run, checkpoints: CheckpointManager):
-        self.run, self.checkpoints = run, checkpoints
 
     def after_step(self, event: StepEvent) -> None:
         if stops_early(self.run, event):

@@ -19,7 +19,7 @@ from mpilm.launch.watchdog import EXITING, Watchdog
 from mpilm.report.page import write_report
 from mpilm.telemetry.trace import Trace
 from mpilm.trainer.build import build_run
-from mpilm.trainer.describe import describe_run, layout_row
+from mpilm.trainer.describe import describe_run
 from mpilm.trainer.hooks import (
     BadStepRecovery,
     CallChecks,
@@ -37,8 +37,7 @@ from mpilm.trainer.hooks import (
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.memory import is_out_of_memory, out_of_memory_error
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint, RecoveredState
-from mpilm.trainer.run import Run
-from mpilm.trainer.save_state import collect_state
+from mpilm.trainer.run import Run, collect_state
 
 
 def train(
@@ -62,7 +61,7 @@ def train(
         stack.enter_context(_exit_together(world, progress))
         watchdog.write_below(run.folder.path)
         watchdog.is_signalled = lambda: run.stop_request.signalled
-        log = RunLog.open(run, describe_run(run))
+        log = RunLog(run, describe_run(run))
         stack.callback(log.display.close)
         checkpoints = CheckpointManager(
             run.folder.checkpoints,
@@ -73,9 +72,10 @@ def train(
             log.log_save,
             log.log_save_failure,
         )
-        tracing = Tracing(run, log, Trace(trace_step_range(config), run.mesh, layout_row(run)))
+        trace = Trace(trace_step_range(config), run.mesh, log.description.row["layout"])
+        tracing = Tracing(run, log, checkpoints, in_memory, trace)
         try:
-            run_steps(run, log, checkpoints, tracing, in_memory, recovered)
+            run_steps(run, log, checkpoints, in_memory, tracing, recovered)
         except CollectiveError as error:
             checkpoints.close()
             tracing.write()
@@ -96,24 +96,25 @@ def run_steps(
     run: Run,
     log: RunLog,
     checkpoints: CheckpointManager,
-    tracing: Tracing,
     in_memory: InMemoryCheckpoint | None,
+    tracing: Tracing,
     recovered: RecoveredState | None,
 ) -> None:
     """Run the remaining steps and their hooks. Collective."""
+    parts = run, log, checkpoints, in_memory
     reporting: list[Hook] = [
-        Logging(log),  # first: it measures the time since the previous step
-        CheckpointPolling(checkpoints, log),  # before a new checkpoint begins
-        Evaluation(run, log),  # before saving: a checkpoint stores its evaluation loss
-        Checkpointing(run, checkpoints, log),
-        Stopping(run, checkpoints),  # last: it raises
+        Logging(*parts),  # first: it measures the time since the previous step
+        CheckpointPolling(*parts),  # before a new checkpoint begins
+        Evaluation(*parts),  # before saving: a checkpoint stores its evaluation loss
+        Checkpointing(*parts),
+        Stopping(*parts),  # last: it raises
     ]
     hooks: list[Hook] = [
         tracing,  # the step's own spans, before any hook adds others
-        CallChecks(run),  # ends with the step: what follows is not compared
-        BadStepRecovery(run, log, checkpoints, in_memory),  # before the state is copied, compared or saved
-        InMemoryCheckpointing(run, in_memory),  # before anything that another rank's loss may interrupt
-        ReplicaCheck(run),  # before the state is logged and saved
+        CallChecks(*parts),  # ends with the step: what follows is not compared
+        BadStepRecovery(*parts),  # before the state is copied, compared or saved
+        InMemoryCheckpointing(*parts),  # before anything that another rank's loss may interrupt
+        ReplicaCheck(*parts),  # before the state is logged and saved
         *reporting,
     ]
     checkpoints.reserve_memory(run.folder.step, run.config.train.steps)
@@ -140,14 +141,12 @@ def _exit_together(world: Comm, progress: Progress) -> Iterator[None]:
 
     Nothing watches MPI_Finalize, where a hanging rank would keep the others.
     """
-    failure: CollectiveError | None = None
     try:
         yield
-    except CollectiveError as error:
-        failure = error
+    except CollectiveError:
+        exit_barrier(world, progress)
+        raise
     exit_barrier(world, progress)
-    if failure is not None:
-        raise failure
 
 
 def exit_barrier(world: Comm, progress: Progress) -> None:
@@ -162,7 +161,7 @@ def _finish(run: Run, log: RunLog) -> None:
     corpora = [(samples.corpus, samples.boundary) for samples in run.data.corpora]
     if log.is_root and log.eval_loss is not None and corpora:  # it reads the whole corpus, so before other ranks wait
         unigram = f"; a unigram model of this corpus scores {unigram_loss(corpora):.4f}"
-    peaks = log.gather_peak_memory()
+    peaks = run.mesh.world.all_gather_json(run.peak_bytes)  # before the sample is generated
     log.log_end(took_s, peaks, unigram, _sample_text(run))
     _write_report(run, log)
 

@@ -42,7 +42,7 @@ from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
-from mpilm.trainer.save_state import collect_state
+from mpilm.trainer.run import collect_state
 
 
 @pytest.fixture(scope="module")
