@@ -138,14 +138,6 @@ class Logging(Hook):
             self.log.log_step(event.done, event.result, event.spans)
 
 
-class CheckpointPolling(Hook):
-    """Commits a checkpoint once no rank is writing it any more."""
-
-    def after_step(self, event: StepEvent) -> None:
-        if self.checkpoints.poll(event.result.flags.checkpoint_pending):
-            self.log.restart_clock(event.done)
-
-
 class Evaluation(Hook):
     """Evaluates every eval-every steps, and before a checkpoint is saved."""
 
@@ -163,11 +155,14 @@ class Evaluation(Hook):
 
 
 class Checkpointing(Hook):
-    """Starts to save a checkpoint every checkpoint.every steps, after the last one, before a stop and after a rewind."""
+    """Commits a checkpoint once no rank is writing it any more, and starts to save the next one."""
 
     def after_step(self, event: StepEvent) -> None:
+        has_waited = self.checkpoints.poll(event.result.flags.checkpoint_pending)
         if saves_checkpoint(self.run, event) and not (event.recovered and self.checkpoints.has_saved(event.done)):
             self.checkpoints.save(event.done, event.eval_loss)
+            has_waited = True
+        if has_waited:
             self.log.restart_clock(event.done)
 
     def finish(self) -> None:
@@ -199,6 +194,6 @@ def stops_early(run: Run, event: StepEvent) -> bool:
 
 
 def saves_checkpoint(run: Run, event: StepEvent) -> bool:
-    """Return whether a checkpoint is saved after a step."""
+    """Return whether a checkpoint is saved after a step: every so many, before a stop, after the last one or a rewind."""
     regular = is_due(event.done, run.config.checkpoint.every) and event.result.updated
     return stops_early(run, event) or event.done == run.config.train.steps or event.rewound or regular

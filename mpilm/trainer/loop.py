@@ -24,7 +24,6 @@ from mpilm.trainer.hooks import (
     BadStepRecovery,
     CallChecks,
     Checkpointing,
-    CheckpointPolling,
     Evaluation,
     Hook,
     InMemoryCheckpointing,
@@ -104,7 +103,6 @@ def run_steps(
     parts = run, log, checkpoints, in_memory
     reporting: list[Hook] = [
         Logging(*parts),  # first: it measures the time since the previous step
-        CheckpointPolling(*parts),  # before a new checkpoint begins
         Evaluation(*parts),  # before saving: a checkpoint stores its evaluation loss
         Checkpointing(*parts),
         Stopping(*parts),  # last: it raises

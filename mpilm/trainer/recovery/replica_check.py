@@ -5,6 +5,7 @@ import torch
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.engine.train_model import TrainModel
 from mpilm.errors import RanksDisagreeError
+from mpilm.formatting import name_ranks
 
 
 def check_replicas_equal(model: TrainModel, done: int) -> None:
@@ -15,10 +16,9 @@ def check_replicas_equal(model: TrainModel, done: int) -> None:
     differing = _differing_parameters(model) if model.zero < 3 else []
     everyone = [item for items in model.mesh.world.all_gather_json(differing) for item in items]
     if everyone:
-        name, names = everyone[0][0], {name for name, *_ in everyone}
-        replicas = everyone[0][2]
+        (name, _, replicas), names = everyone[0], {name for name, *_ in everyone}
         ranks = sorted({rank for other, rank, _ in everyone if other == name})
-        odd = f"rank {', '.join(map(str, ranks))} differs from most" if replicas > 2 else "the two differ"
+        odd = f"{name_ranks(ranks)} differ{'s' * (len(ranks) == 1)} from most" if replicas > 2 else "the two differ"
         more = f", and {len(names) - 1} more parameters" if len(names) > 1 else ""
         raise CollectiveError(
             RanksDisagreeError(
