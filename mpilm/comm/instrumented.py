@@ -19,21 +19,17 @@ class InstrumentedComm(Comm):
 
     While `checks_calls` is true, each collective first compares its operation, dtype, counts and position in the order of
     calls over the ranks, and raises RanksDisagreeError on all of them before any data is touched: plain MPI returns garbage
-    without an error. `world_ranks`: world ranks of this communicator's ranks.
+    without an error. `world_ranks`: world ranks of this communicator's ranks, if it is not the world.
     """
 
     def __init__(
-        self,
-        inner: Comm,
-        checks_calls: bool = False,
-        progress: Progress | None = None,
-        world_ranks: Sequence[int] | None = None,
+        self, inner: Comm, checks_calls: bool = False, progress: Progress | None = None, world_ranks: Sequence[int] = ()
     ):
         self.inner, self.checks_calls = inner, checks_calls
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
         self.mpi_library = inner.mpi_library
         self.progress = progress or Progress()
-        self.world_ranks = range(inner.size) if world_ranks is None else world_ranks
+        self.world_ranks = world_ranks or range(inner.size)
         self.calls: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
         self._collective_count = self._message_count = 0

@@ -54,6 +54,7 @@ class MpiComm(Comm):
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.gpu_aware, self.yield_while_waiting = gpu_aware, yield_while_waiting
         self.mpi_library = mpi_library_name()
+        self.is_fault_tolerant = os.environ.get(ULFM_VARIABLE, "").lower() in ("1", "true") and None not in FAILURE_CLASSES
 
     @property
     def mpi_details(self) -> str:  # type: ignore[override]
@@ -76,10 +77,6 @@ class MpiComm(Comm):
         self._family.append(comm)
         return type(self)(comm, name, self.gpu_aware, self.yield_while_waiting, self._family)
 
-    @property
-    def is_fault_tolerant(self) -> bool:  # type: ignore[override]
-        return os.environ.get(ULFM_VARIABLE, "").lower() in ("1", "true") and None not in FAILURE_CLASSES
-
     def is_rank_failure(self, error: BaseException) -> bool:
         return isinstance(error, MPI.Exception) and error.Get_error_class() in FAILURE_CLASSES
 
@@ -99,7 +96,8 @@ class MpiComm(Comm):
 
     def _iall_reduce(self, x: Tensor, op: str) -> Request:
         host = self._host_buffer(x)
-        request = self._comm.Iallreduce(MPI.IN_PLACE, _as_numbers(host), op=REDUCE_OPS[op])
+        numbers = [_memory(host), host.numel(), REDUCE_TYPES[host.dtype]]
+        request = self._comm.Iallreduce(MPI.IN_PLACE, numbers, op=REDUCE_OPS[op])
         return Request(partial(self._complete, request, host, x))
 
     def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
@@ -179,10 +177,6 @@ def _memory(x: Tensor) -> MPI.buffer:
     return MPI.buffer.fromaddress(x.data_ptr(), x.nbytes)
 
 
-def _as_numbers(x: Tensor) -> list[object]:
-    return [_memory(x), x.numel(), REDUCE_TYPES[x.dtype]]
-
-
 def _as_words(x: Tensor, counts: Counts | None = None) -> list[object]:
     """Describe a buffer as words of its item size: any dtype can be moved so, bf16 and bool included."""
     return [_memory(x), x.numel() if counts is None else list(counts), MOVE_TYPES[x.element_size()]]
@@ -209,10 +203,7 @@ def _library_path() -> str:
 
 
 def finalize(code: int) -> None:
-    """Finalize MPI; no communicator may be used afterwards.
-
-    If ranks have failed, MPI would wait for them: this process exits here with `code`.
-    """
+    """Finalize MPI. If ranks have failed, for which MPI would wait, exit here with `code`."""
     if MPI.Is_finalized():
         return
     if os.environ.get(ULFM_VARIABLE) and MPI.COMM_WORLD.Get_failed().Get_size():

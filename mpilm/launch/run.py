@@ -24,10 +24,7 @@ SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PA
 
 
 def run(parse: Callable[[], Body]) -> NoReturn:
-    """Run a command on every rank and exit.
-
-    `parse` validates the arguments without communication and returns the function to call with the world.
-    """
+    """Run a command on every rank and exit. `parse`, without communication, returns the function to call with the world."""
     faulthandler.enable()  # a fatal signal prints the stack of this rank
     faulthandler.dump_traceback_later(START_TIMEOUT_S, exit=True)  # if some ranks never start, or hang before they meet
     comm = connect_world()
@@ -65,18 +62,11 @@ def _run_command(comm: Comm, parse: Callable[[], Body]) -> int:
         if comm.rank == 0:
             prefix = "" if isinstance(error.error, PreemptedError) else "error: "
             print(f"mpilm: {prefix}{error}", file=sys.stderr, flush=True)
-    _wait_before_exit(comm)
-    return int(code)
-
-
-def _wait_before_exit(comm: Comm) -> None:
-    """Wait until the message is printed. Collective.
-
-    Every rank then exits with its own code: when the first one exits with a code other than 0, a launcher ends the others
-    (srun with SIGTERM).
-    """
+    # Wait until the message is printed: when the first rank exits with a code other than 0, a launcher ends the others (srun
+    # with SIGTERM). Every rank then exits with its own code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     comm.barrier()
+    return int(code)
 
 
 def _parse_or_stop(parse: Callable[[], Body]) -> tuple[Body | None, Any]:
@@ -114,12 +104,10 @@ def _abort_job(comm: Comm, error: BaseException) -> NoReturn:
 
 
 def _exit_with_launcher() -> None:
-    """Let the kernel kill this rank when its parent dies: an orphan would wait, or train, for ever (prctl(2),
-    PR_SET_PDEATHSIG)."""
-    if launcher_world_size() is None:
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """Let the kernel kill this rank when its parent dies (PR_SET_PDEATHSIG): an orphan would wait, or train, for ever."""
+    if launcher_world_size() is not None:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def launcher_world_size() -> int | None:

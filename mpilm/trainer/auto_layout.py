@@ -3,6 +3,7 @@
 import statistics
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -36,27 +37,26 @@ def choose_layout(config: Config, vocab_size: int, hardware: Hardware, world: Co
     if not config.parallel.auto:
         return config, ""
     ranks_per_node = max(world.all_gather_json(world.split_node().size))
-    choice = run_on_root(world, lambda: _plan_layout(config, vocab_size, hardware, world, ranks_per_node))
-    changes, note = world.broadcast_json(choice)
-    return override(config, parallel__auto="", **changes), note
-
-
-def _plan_layout(config: Config, vocab_size: int, hardware: Hardware, world: Comm, ranks_per_node: int) -> list[object]:
-    """Return the settings to change, and a note."""
-    if config.model.lora_rank:
-        raise ConfigError("--parallel.auto plans for training full models: remove it or --model.lora-rank")
-    profile = read_profile(config.parallel.auto, "--parallel.auto")
-    _check_same_machine(profile, hardware, world)
     base = override(config, parallel__auto="")
-    try:
-        found, _ = search(PlannedJob(base, vocab_size, profile, ranks_per_node), world.size)
-    except ConfigError as error:
-        raise ConfigError(f"--parallel.auto: {error}") from None
-    best = found[0].config
-    chosen = f"chosen among {len(found)} by {config.parallel.auto} (--parallel.auto): {found[0].label}"
-    changes = {f"parallel__{name}": getattr(best.parallel, name) for name in CHOSEN_SETTINGS}
-    changes["train__recompute"] = best.train.recompute
-    return [changes, f"{chosen}; predicted step time {found[0].time.total_s:.3g} s"]
+
+    def plan() -> list[Any]:
+        """Return the settings to change, and a note."""
+        if config.model.lora_rank:
+            raise ConfigError("--parallel.auto plans for training full models: remove it or --model.lora-rank")
+        profile = read_profile(config.parallel.auto, "--parallel.auto")
+        _check_same_machine(profile, hardware, world)
+        try:
+            found, _ = search(PlannedJob(base, vocab_size, profile, ranks_per_node), world.size)
+        except ConfigError as error:
+            raise ConfigError(f"--parallel.auto: {error}") from None
+        best = found[0].config
+        changes = {f"parallel__{name}": getattr(best.parallel, name) for name in CHOSEN_SETTINGS}
+        chosen = f"chosen among {len(found)} by {config.parallel.auto} (--parallel.auto): {found[0].label}"
+        note = f"{chosen}; predicted step time {found[0].time.total_s:.3g} s"
+        return [changes | {"train__recompute": best.train.recompute}, note]
+
+    changes, note = world.broadcast_json(run_on_root(world, plan))
+    return override(base, **changes), note
 
 
 def _check_same_machine(profile: MachineProfile, hardware: Hardware, world: Comm) -> None:

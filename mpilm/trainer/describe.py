@@ -5,7 +5,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -25,17 +24,11 @@ from mpilm.trainer.memory import list_parts, predict_memory
 from mpilm.trainer.run import Run
 
 
-@dataclass(frozen=True)
-class RunDescription:
-    """The gathered facts about a run."""
+def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
+    """Return the start row of metrics.jsonl and the lines to print before the first step.
 
-    row: dict[str, Any]  # the start row of metrics.jsonl
-    predicted: dict[str, int]  # memory of the rank that needs most, by part
-    threads: Sequence[int]  # of each rank
-
-
-def describe_run(run: Run) -> RunDescription:
-    """Gather the description from all ranks, and measure their peak FLOP rate. Collective."""
+    Collective: gathers the facts from all ranks, and measures their peak FLOP rate.
+    """
     world, config, parallel = run.mesh.world, run.config, run.config.parallel
     predictions = world.all_gather_json(predict_memory(run))  # so that all ranks measure at once
     peak, peak_source = measure_peak_flops(run.hardware.device, config.train.dtype)
@@ -66,24 +59,24 @@ def describe_run(run: Run) -> RunDescription:
         "command": f"mpirun -n {world.size} {command}" if world.size > 1 else command,
         "versions": software_versions(world),
     }
-    return RunDescription(row, predicted, threads)
+    return row, list(_header_lines(run, row, predicted, threads))
 
 
-def header_lines(run: Run, description: RunDescription) -> Iterator[str]:
-    """Yield the lines printed before the first step."""
-    hardware, threads = run.hardware, description.threads
+def _header_lines(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int], threads: Sequence[int]) -> Iterator[str]:
+    """Yield the lines. `predicted`: memory of the rank that needs most, by part; `threads`: of each rank."""
+    hardware = run.hardware
     device = torch.cuda.get_device_name() if hardware.device.type == "cuda" else processor_name()
     text = f"{count_noun(threads[0], 'thread')} each"
     if len(set(threads)) > 1:
         text = f"{', '.join(map(str, threads))} threads (unequal: the last bits depend on which rank computes what)"
     cores = ", more ranks than cores" if hardware.oversubscribed else ", bound to separate cores" if hardware.is_bound else ""
     yield f"mpilm {mpilm.__version__}: {count_noun(len(threads), 'rank')}, {text}{cores}, {device}, {run.config.train.dtype}"
-    for label, text in _header_rows(run, description):
+    for label, text in _header_rows(run, row, predicted):
         yield f"  {label:<8} {text}"
     yield ""
 
 
-def _header_rows(run: Run, description: RunDescription) -> Iterator[tuple[str, str]]:
+def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     """Yield labels and texts; a row without a label continues the one before."""
     hardware = run.hardware
     yield "with", f"torch {torch.__version__}, {run.mesh.world.mpi_library}"
@@ -92,11 +85,11 @@ def _header_rows(run: Run, description: RunDescription) -> Iterator[tuple[str, s
         slow = "threads that share a core are many times slower"
         yield "warning", f"{few}: {slow}; omit --train.threads and OMP_NUM_THREADS"
     yield from _layout_rows(run)
-    yield from _training_rows(run, description.row)
+    yield from _training_rows(run, row)
     where = "" if run.mesh.world.size == 1 else " (largest rank)"
     gpu = " of GPU memory" if hardware.device.type == "cuda" else ""
-    peak = f"{format_mebibytes(description.row['predicted_memory_bytes'])}{gpu} predicted peak{where}"
-    yield "memory", f"{peak}: {list_parts(description.predicted)}"
+    peak = f"{format_mebibytes(row['predicted_memory_bytes'])}{gpu} predicted peak{where}"
+    yield "memory", f"{peak}: {list_parts(predicted)}"
     yield "run", f"{run.folder.path}" + (f", from step {run.folder.step}" if run.folder.step else "")
     for note in run.folder.notes:
         yield "note", note

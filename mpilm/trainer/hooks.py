@@ -78,21 +78,6 @@ class Tracing(Hook):
         self.log.log_line(self.trace.write(self.run.folder.path))
 
 
-class CallChecks(Hook):
-    """Lets all ranks compare their communication calls in the first step and in every check-every-th."""
-
-    def before_step(self, step: int) -> None:
-        self.run.mesh.check_calls(is_checked(self.run, step))
-
-    def after_step(self, event: StepEvent) -> None:
-        self.run.mesh.check_calls(False)
-
-
-def is_checked(run: Run, step: int) -> bool:
-    """Return whether calls and replicas are compared in a step."""
-    return step == run.folder.step or is_due(step, run.config.fault.check_every)
-
-
 class BadStepRecovery(Hook):
     """Skips or rewinds steps that changed nothing; records the losses of the others."""
 
@@ -101,7 +86,7 @@ class BadStepRecovery(Hook):
             return self.run.bad_steps.record(event.result.loss)
         self.run.progress.enter("diagnosis", event.done - 1)
         if self.in_memory is not None:
-            self.in_memory.discard()
+            self.in_memory.snapshots = []  # the state is about to change by something else than a step
         event.rewound = skip_step(self.run, self.log, self.checkpoints, event.done, event.result)
 
 
@@ -110,19 +95,23 @@ class InMemoryCheckpointing(Hook):
 
     def after_step(self, event: StepEvent) -> None:
         if self.in_memory is not None:
-            result = event.result
-            values = [result.loss, result.grad_norm, result.lr, result.updated]
-            trainer = {**self.run.bad_steps.state_dict(), "result": values}
+            values = [event.result.loss, event.result.grad_norm, event.result.lr, event.result.updated]
+            trainer = self.run.bad_steps.state_dict() | {"result": values}
             self.in_memory.save(self.run.model, self.run.folder.path, event.done, trainer)
 
 
-class ReplicaCheck(Hook):
-    """Compares the weights of replicas after checked steps; replicas of local SGD once they are in sync."""
+class ConsistencyCheck(Hook):
+    """Compares the ranks' calls in the first step and every check-every-th, and then the weights of replicas, once in sync."""
 
-    pending = False  # a comparison is due
+    pending = False  # replicas are still to be compared
+
+    def before_step(self, step: int) -> None:
+        is_checked = step == self.run.folder.step or is_due(step, self.run.config.fault.check_every)
+        self.run.mesh.check_calls(is_checked)
+        self.pending = self.pending or is_checked
 
     def after_step(self, event: StepEvent) -> None:
-        self.pending = self.pending or is_checked(self.run, event.done - 1)
+        self.run.mesh.check_calls(False)
         if self.pending and self.run.model.are_replicas_in_sync(event.done):
             check_replicas_equal(self.run.model, event.done)
             self.pending = False
@@ -176,12 +165,9 @@ class Stopping(Hook):
         if stops_early(self.run, event):
             self.checkpoints.close()
             self.finish()
-            raise CollectiveError(
-                PreemptedError(
-                    f"stopped after step {event.done} of {self.run.config.train.steps}, requested by "
-                    f"{STOP_REASONS[event.result.flags.stop_reason]}; saved, and the same command resumes"
-                )
-            )
+            done = f"step {event.done} of {self.run.config.train.steps}"
+            cause = f"requested by {STOP_REASONS[event.result.flags.stop_reason]}"
+            raise CollectiveError(PreemptedError(f"stopped after {done}, {cause}; saved, and the same command resumes"))
 
     def finish(self) -> None:
         if self.run.mesh.rank == 0:

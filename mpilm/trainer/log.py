@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from mpilm.telemetry.display import Display
 from mpilm.telemetry.live import LiveView
 from mpilm.telemetry.metrics import MetricsWriter
 from mpilm.telemetry.trackers import Tracker, open_trackers
-from mpilm.trainer.describe import RunDescription, header_lines
 from mpilm.trainer.run import Run
 from mpilm.trainer.run_folder import writing
 
@@ -28,9 +28,9 @@ ASSUMED_WRITE_RATE = 50e6  # bytes a second of a checkpoint, until one has been 
 class RunLog:
     """Writes metrics.jsonl and trackers, and prints. Exists on every rank, and is called in the same order on all of them."""
 
-    def __init__(self, run: Run, description: RunDescription):
+    def __init__(self, run: Run, start_row: dict[str, Any], header: Sequence[str]):
         """Open the log on all ranks, print the header, and write the start row. Collective."""
-        self.run, self.description, self.is_root, folder = run, description, run.mesh.rank == 0, run.folder
+        self.run, self.start_row, self.is_root, folder = run, start_row, run.mesh.rank == 0, run.folder
         self.live = LiveView(str(folder.path), run.config.train.steps, run.config.checkpoint.every)
         self.sinks: list[MetricsWriter | Tracker] = []
         self.eval_loss: float | None = None
@@ -42,11 +42,11 @@ class RunLog:
                 if self.is_root:
                     trackers = open_trackers(run.config.run.trackers, folder.path, folder.logged, flatten(run.config))
                     self.sinks = [MetricsWriter(folder.path / "metrics.jsonl", folder.logged), *trackers]
-                self._write(description.row)
+                self._write(start_row)
                 return display
 
         self.display = run_on_all_ranks(run.mesh.world, open_files)
-        for line in header_lines(run, description):
+        for line in header:
             self.display.print(line)
         self.display.start(folder.logged)
         self.restart_clock(folder.logged)
@@ -61,7 +61,7 @@ class RunLog:
         step_s = self.step_s = (time.perf_counter() - self.last) / (done - self.last_done)
         row, is_logged = self._step_row(done, result), self._is_logged(done)
         row |= {"step_s": step_s, "tokens_per_s": self.run.batches.step_tokens / step_s}
-        start = self.description.row
+        start = self.start_row
         if start["peak_flops"]:
             row["mfu"] = row["tokens_per_s"] * start["flops_per_token"] / start["peak_flops"]
         if is_logged:
@@ -169,7 +169,7 @@ class RunLog:
         run, config, say = self.run, self.run.config, self.display.print
         done = config.train.steps - run.folder.step
         if done:
-            predicted = format_mebibytes(self.description.row["predicted_memory_bytes"])
+            predicted = format_mebibytes(self.start_row["predicted_memory_bytes"])
             say(f"\n{done} steps in {format_duration(took_s)}; peak memory {format_mebibytes(peak)}, {predicted} predicted")
         else:
             say(f"this run is complete; a larger --train.steps continues it from step {run.folder.step}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
 from functools import partial
 
 from mpilm.checkpoint.manager import CheckpointManager
@@ -18,21 +17,9 @@ from mpilm.inference.generate import generate
 from mpilm.launch.watchdog import EXITING, Watchdog
 from mpilm.report.page import write_report
 from mpilm.telemetry.trace import Trace
+from mpilm.trainer import hooks
 from mpilm.trainer.build import build_run
 from mpilm.trainer.describe import describe_run
-from mpilm.trainer.hooks import (
-    BadStepRecovery,
-    CallChecks,
-    Checkpointing,
-    Evaluation,
-    Hook,
-    InMemoryCheckpointing,
-    Logging,
-    ReplicaCheck,
-    StepEvent,
-    Stopping,
-    Tracing,
-)
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.memory import is_out_of_memory, out_of_memory_error
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint, RecoveredState
@@ -57,22 +44,18 @@ def train(
         run = build_run(config, world, recovered, progress)
         stack.callback(run.folder.release)
         stack.enter_context(run.stop_request.catch_signals())
-        stack.enter_context(_exit_together(world, progress))
+        stack.push(lambda _, error, __: exit_barrier(world, progress, error))
         watchdog.write_below(run.folder.path)
         watchdog.is_signalled = lambda: run.stop_request.signalled
-        log = RunLog(run, describe_run(run))
+        start_row, header = describe_run(run)
+        log = RunLog(run, start_row, header)
         stack.callback(log.display.close)
+        make_state = partial(collect_state, run)
         checkpoints = CheckpointManager(
-            run.folder.checkpoints,
-            config.checkpoint,
-            run.mesh.world,
-            progress,
-            partial(collect_state, run),
-            log.log_save,
-            log.log_save_failure,
+            run.folder.checkpoints, config.checkpoint, run.mesh.world, progress, make_state, log.log_save, log.log_save_failure
         )
-        trace = Trace(trace_step_range(config), run.mesh, log.description.row["layout"])
-        tracing = Tracing(run, log, checkpoints, in_memory, trace)
+        trace = Trace(trace_step_range(config), run.mesh, start_row["layout"])
+        tracing = hooks.Tracing(run, log, checkpoints, in_memory, trace)
         try:
             run_steps(run, log, checkpoints, in_memory, tracing, recovered)
         except CollectiveError as error:
@@ -96,61 +79,51 @@ def run_steps(
     log: RunLog,
     checkpoints: CheckpointManager,
     in_memory: InMemoryCheckpoint | None,
-    tracing: Tracing,
+    tracing: hooks.Tracing,
     recovered: RecoveredState | None,
 ) -> None:
     """Run the remaining steps and their hooks. Collective."""
     parts = run, log, checkpoints, in_memory
-    reporting: list[Hook] = [
-        Logging(*parts),  # first: it measures the time since the previous step
-        Evaluation(*parts),  # before saving: a checkpoint stores its evaluation loss
-        Checkpointing(*parts),
-        Stopping(*parts),  # last: it raises
+    reporting: list[hooks.Hook] = [
+        hooks.Logging(*parts),  # first: it measures the time since the previous step
+        hooks.Evaluation(*parts),  # before saving: a checkpoint stores its evaluation loss
+        hooks.Checkpointing(*parts),
+        hooks.Stopping(*parts),  # last: it raises
     ]
-    hooks: list[Hook] = [
+    all_hooks: list[hooks.Hook] = [
         tracing,  # the step's own spans, before any hook adds others
-        CallChecks(*parts),  # ends with the step: what follows is not compared
-        BadStepRecovery(*parts),  # before the state is copied, compared or saved
-        InMemoryCheckpointing(*parts),  # before anything that another rank's loss may interrupt
-        ReplicaCheck(*parts),  # before the state is logged and saved
+        hooks.BadStepRecovery(*parts),  # before the state is copied, compared or saved
+        hooks.InMemoryCheckpointing(*parts),  # before anything that another rank's loss may interrupt
+        hooks.ConsistencyCheck(*parts),  # before the state is logged and saved
         *reporting,
     ]
     checkpoints.reserve_memory(run.folder.step, run.config.train.steps)
     if recovered is not None:  # ranks may have been lost before all hooks of its step had run
+        event = hooks.StepEvent(recovered.done, recovered.result(), [], recovered=True)
         for hook in reporting:
-            hook.after_step(StepEvent(recovered.done, recovered.result(), [], recovered=True))
+            hook.after_step(event)
     for step in run.remaining_steps:
         compiles = run.config.train.compile and step == run.folder.step
         run.progress.enter("compilation" if compiles else "step", step)
-        for hook in hooks:
+        for hook in all_hooks:
             hook.before_step(step)
         flags = StepFlags(run.stop_request.stop_reason(log.next_step_s()), checkpoints.is_writing)
         result = train_step(run.model, run.batches, step, flags, run.bad_steps.spike_threshold(run.config.train))
-        event = StepEvent(step + 1, result, run.progress.drain_spans())
-        for hook in hooks:
+        event = hooks.StepEvent(step + 1, result, run.progress.drain_spans())
+        for hook in all_hooks:
             hook.after_step(event)
-    for hook in reversed(hooks):
+    for hook in reversed(all_hooks):
         hook.finish()
 
 
-@contextlib.contextmanager
-def _exit_together(world: Comm, progress: Progress) -> Iterator[None]:
-    """Wait for all ranks before the watchdog is closed. Collective, unless an error other than a CollectiveError is raised.
+def exit_barrier(world: Comm, progress: Progress, error: BaseException | None) -> None:
+    """Wait for all ranks before the watchdog is closed, unless an error has ended this rank alone. Collective.
 
     Nothing watches MPI_Finalize, where a hanging rank would keep the others.
     """
-    try:
-        yield
-    except CollectiveError:
-        exit_barrier(world, progress)
-        raise
-    exit_barrier(world, progress)
-
-
-def exit_barrier(world: Comm, progress: Progress) -> None:
-    """Enter the exit phase and wait for all ranks. Collective."""
-    progress.enter(EXITING, progress.step)
-    InstrumentedComm(world, progress=progress).barrier()
+    if error is None or isinstance(error, CollectiveError):
+        progress.enter(EXITING, progress.step)
+        InstrumentedComm(world, progress=progress).barrier()
 
 
 def _finish(run: Run, log: RunLog) -> None:

@@ -26,11 +26,10 @@ def list_parts(parts: Mapping[str, int]) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the host or a GPU has run out of memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's, on a CPU
+    is_torch = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # on a CPU
+    return is_torch or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def out_of_memory_error(run: Run, error: BaseException) -> OutOfMemoryError:

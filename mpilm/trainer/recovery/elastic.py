@@ -22,12 +22,8 @@ RESUME_HINT = "the same command resumes from the newest checkpoint"
 def train_elastic(config: Config, world: Comm) -> None:
     """Train, and continue with the surviving ranks if some are lost. Collective; `world` shrinks."""
     if not world.is_fault_tolerant:
-        raise CollectiveError(
-            ConfigError(
-                f"--fault.elastic needs an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm, not "
-                f"{world.mpi_library} as it was started here"
-            )
-        )
+        needed = "an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm"
+        raise CollectiveError(ConfigError(f"--fault.elastic needs {needed}, not {world.mpi_library} as it was started here"))
     in_memory, progress, recovered, has_lost_ranks = InMemoryCheckpoint(), Progress(), None, False
     members = world.all_gather_json(f"rank {world.rank} ({socket.gethostname()}, process {os.getpid()})")
     own_name = members[world.rank]
@@ -89,9 +85,8 @@ def agree_on_survivors(
         raise CollectiveError(LostRankError(f"{lost} lost, and {few}; {RESUME_HINT}"))
     found = latest_complete_step(everyone, max(all_shapes, key=len))  # a spare that has never trained knows no shapes
     if found is None:
-        raise CollectiveError(
-            LostRankError(f"{lost} lost, together with a part of the state that no other rank holds; {RESUME_HINT}")
-        )
+        missing = "together with a part of the state that no other rank holds"
+        raise CollectiveError(LostRankError(f"{lost} lost, {missing}; {RESUME_HINT}"))
     done, trainer, ranges = found
     spares = world.size % pipeline
     note = f"{lost} lost; {world.size} ranks continue after step {done}{f', {spares} of them as spares' * bool(spares)}"

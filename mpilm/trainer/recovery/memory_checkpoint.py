@@ -64,10 +64,6 @@ class InMemoryCheckpoint:
             new = [Snapshot(done, trainer, state, model)]
         self.snapshots = [old for old in self.snapshots if old.done == done - 1 and old.model is not model] + new
 
-    def discard(self) -> None:
-        """Drop all snapshots: the state is about to change by something else than a step."""
-        self.snapshots = []
-
     def _copy_shards(self, own: Mapping[StateRange, Tensor], data: Comm) -> list[dict[StateRange, Tensor]]:
         """Return copies of this rank's shard and of the previous rank's. Collective over `data`."""
         previous, following = (data.rank - 1) % data.size, (data.rank + 1) % data.size
@@ -153,20 +149,16 @@ def latest_complete_step(
                 trainers.append(trainer)  # the same on all ranks
                 for kind, name, start, stop in ranges:
                     holders[kind, name].append((start, stop, rank))
-        found = [(rank, (*key, start, stop)) for key in numel for start, stop, rank in _cover(holders[key], numel[key])]
+        found = [(rank, (*key, start, stop)) for key in numel for start, stop, rank in _cover(holders[key])]
         if sum(stop - start for _, (*_, start, stop) in found) == sum(numel.values()):
             return done, trainers[0], found
     return None
 
 
-def _cover(holders: Sequence[tuple[int, int, int]], numel: int) -> Iterator[tuple[int, int, int]]:
+def _cover(holders: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
     """Yield adjacent ranges from element 0 on, each with a rank that holds it, up to the first gap."""
     at = 0
-    while at < numel:
-        candidates = (part for part in holders if part[0] <= at < part[1])
-        best = max(candidates, key=lambda part: (part[1], -part[2]), default=None)
-        if best is None:
-            return
-        stop, rank = best[1:]
+    while candidates := [part for part in holders if part[0] <= at < part[1]]:
+        _, stop, rank = max(candidates, key=lambda part: (part[1], -part[2]))
         yield at, stop, rank
         at = stop

@@ -14,10 +14,10 @@ def check_replicas_equal(model: TrainModel, done: int) -> None:
     Raises RanksDisagreeError on all ranks, naming the first parameter that differs, and the ranks.
     """
     differing = _differing_parameters(model) if model.zero < 3 else []
-    everyone = [item for items in model.mesh.world.all_gather_json(differing) for item in items]
+    everyone = [(rank, *item) for rank, items in enumerate(model.mesh.world.all_gather_json(differing)) for item in items]
     if everyone:
-        (name, _, replicas), names = everyone[0], {name for name, *_ in everyone}
-        ranks = sorted({rank for other, rank, _ in everyone if other == name})
+        (_, name, replicas), names = everyone[0], {name for _, name, _ in everyone}
+        ranks = [rank for rank, other, _ in everyone if other == name]
         odd = f"{name_ranks(ranks)} differ{'s' * (len(ranks) == 1)} from most" if replicas > 2 else "the two differ"
         more = f", and {len(names) - 1} more parameters" if len(names) > 1 else ""
         raise CollectiveError(
@@ -28,18 +28,15 @@ def check_replicas_equal(model: TrainModel, done: int) -> None:
         )
 
 
-def _differing_parameters(model: TrainModel) -> list[list[object]]:
-    """Return the parameters whose bits differ from those of most replicas, each with this rank and the number of replicas.
-
-    Collective over the replica axes of every parameter.
-    """
+def _differing_parameters(model: TrainModel) -> list[tuple[str, int]]:
+    """Return the parameters whose bits differ from those of most replicas, and the number of replicas. Collective."""
     by_axes: dict[tuple[str, ...], list[tuple[str, torch.Tensor]]] = {}
     for flat in model.flats.values():
         for name, (_, layout) in flat.layout.spans.items():
             if layout.tied_to is None:
                 bits = flat.parameter(name).view(-1).view(torch.int32).sum(dtype=torch.int64).cpu()
                 by_axes.setdefault(layout.replica_axes, []).append((name, bits))
-    differing: list[list[object]] = []
+    differing: list[tuple[str, int]] = []
     for axes, items in by_axes.items():
         comm = model.mesh.comm(*axes)
         if comm.size > 1:
@@ -47,5 +44,5 @@ def _differing_parameters(model: TrainModel) -> list[list[object]]:
             everyone = torch.empty(comm.size, len(items), dtype=torch.int64)
             comm.all_gather(own, everyone)
             equal = (own == everyone.mode(dim=0).values).tolist()
-            differing += [[name, model.mesh.rank, comm.size] for (name, _), same in zip(items, equal) if not same]
+            differing += [(name, comm.size) for (name, _), same in zip(items, equal) if not same]
     return differing

@@ -27,12 +27,12 @@ def skip_step(run: Run, log: RunLog, checkpoints: CheckpointManager, done: int, 
 
     Collective. Raises CollectiveError once there are too many bad steps.
     """
-    cause = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}"
     is_spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
     if is_spike:
-        cause += f" (a spike: above {run.bad_steps.spike_threshold(run.config.train):.4f})"
+        detail = f"a spike: above {run.bad_steps.spike_threshold(run.config.train):.4f}"
     else:
-        cause += f" ({locate_nonfinite(run.model, run.batches, done - 1)})"
+        detail = locate_nonfinite(run.model, run.batches, done - 1)
+    cause = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm} ({detail})"
     rewound_to = _rewind(run, checkpoints, done) if is_spike and run.config.train.on_spike == "rewind" else None
     if rewound_to is None:
         run.bad_steps.skip(done)
@@ -64,12 +64,9 @@ def _check_bad_step_budget(run: Run, cause: str) -> None:
     bad, allowed = len(run.bad_steps.bad), run.config.fault.max_bad_steps
     if bad > allowed:
         spikes = " or spikes" * (run.config.train.on_spike != "ignore")
-        raise CollectiveError(
-            NonFiniteError(
-                f"{cause}; steps that were not finite{spikes}: {bad}, and --fault.max-bad-steps allows {allowed}. The newest "
-                "checkpoint is from before; a lower --train.lr or a longer --train.warmup-steps may help"
-            )
-        )
+        count = f"steps that were not finite{spikes}: {bad}, and --fault.max-bad-steps allows {allowed}"
+        advice = "The newest checkpoint is from before; a lower --train.lr or a longer --train.warmup-steps may help"
+        raise CollectiveError(NonFiniteError(f"{cause}; {count}. {advice}"))
 
 
 def locate_nonfinite(model: TrainModel, source: MicrobatchSource, step: int) -> str:
