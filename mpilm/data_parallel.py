@@ -1,4 +1,4 @@
-"""Data parallelism for your own torch model and training loop: docs/own-model.md, scripts/own_model.py."""
+"""Data parallelism for your own torch model and training loop: docs/guides/own-model.md, scripts/own_model.py."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,20 +9,21 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpilm.checkpoint.format import MANIFEST, TEMPORARY, FolderWriter, checkpoint_name, read_json
+from mpilm.checkpoint.format import MANIFEST, TEMPORARY, FolderWriter, checkpoint_name
 from mpilm.checkpoint.manager import prune_checkpoints, remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
+from mpilm.data.files import file_errors, read_json
 from mpilm.engine.hardware import cores_per_rank
 from mpilm.engine.step import total_loss
-from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.errors import ConfigError, DataError
 from mpilm.launch.run import Body, run
 from mpilm.model.init import hash_key
 from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import resolve_layouts
-from mpilm.parallel.reduce.step import StepReducer
+from mpilm.parallel.reduce.build import make_step_reducer
 
 
 def launch(main: Body) -> NoReturn:
@@ -61,7 +62,7 @@ class DataParallel:
         for fixed in [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]:
             fixed.data = fixed.detach().contiguous()
             comm.broadcast(fixed.data)
-        self.reducer = StepReducer(self.flat, model, comm, microbatches, overlap=self.flat.device.type == "cuda")
+        self.reducer = make_step_reducer(self.flat, model, comm, microbatches, overlap=self.flat.device.type == "cuda")
 
     def microbatches(self, step: int) -> Iterator[int]:
         """Yield the numbers of this rank's microbatches; call backward in each round. After the last round, gradients are
@@ -91,17 +92,16 @@ class DataParallel:
             if (final / MANIFEST).is_file():
                 return  # this run has just been resumed from it
             tensors, numbers = _split_state(optimizer, self.model) if optimizer is not None else ({}, None)
-            try:
+            with file_errors(f"checkpoint {final}", "written"):
                 final.parent.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(final.parent)
                 temporary.mkdir()
                 writer = FolderWriter(temporary)
-                writer.write_bytes("model.safetensors", save(_copy_to_host(self.model.state_dict())))
-                writer.write_bytes("optimizer.safetensors", save(_copy_to_host(tensors)))
+                for file, values in (("model", self.model.state_dict()), ("optimizer", tensors)):
+                    copies = {name: x.detach().cpu().clone().contiguous() for name, x in values.items()}
+                    writer.write_bytes(f"{file}.safetensors", save(copies))  # refuses tensors that share memory
                 writer.write_json("trainer.json", {"step": step, "optimizer": numbers, "extra": extra})
                 writer.commit(final)
-            except OSError as error:
-                raise FileError(f"checkpoint {final} could not be written: {error.strerror}") from None
             prune_checkpoints(final.parent, keep, keep_best=False)
 
         run_on_root(self.comm, write)
@@ -130,10 +130,6 @@ class DataParallel:
 
         path = self.comm.broadcast_json(run_on_root_with_verify(self.comm, find))
         return run_on_all_ranks(self.comm, read) if path else 0
-
-
-def _copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}  # safetensors refuses shared memory
 
 
 def _parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:

@@ -12,15 +12,16 @@ from unittest import mock
 
 import torch
 from safetensors.torch import save_file
-from text import tiny
+from text import tiny_config
 from torch import Tensor, nn
 
-from mpilm.checkpoint import format, plan, save, verify
+from mpilm.checkpoint import format, plan, save
 from mpilm.checkpoint.format import PARAMETER
 from mpilm.checkpoint.load import load_checkpoint, lookup_tensor, open_tensors
 from mpilm.checkpoint.save import CheckpointState
 from mpilm.comm.base import Comm
 from mpilm.config.schema import ModelConfig
+from mpilm.data import gather
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.model.families import tied_parameters
 from mpilm.model.hf.config import hf_config
@@ -40,7 +41,7 @@ SMALL_DIMS = (0, 1, 2, 3, 7, 16)
 def small_files(block_bytes: int, max_shard_bytes: int = plan.MAX_SHARD_BYTES) -> Iterator[None]:
     """Make blocks and files so small that even tiny models have many."""
     with contextlib.ExitStack() as stack:
-        for module in (plan, format, verify):
+        for module in (plan, format, gather):
             stack.enter_context(mock.patch.object(module, "BLOCK_BYTES", block_bytes))
         stack.enter_context(mock.patch.object(plan, "MAX_SHARD_BYTES", max_shard_bytes))
         yield
@@ -99,7 +100,7 @@ def slice_tensors(tensors: Mapping[str, Tensor], sharding: Sharding, rank: int) 
 
 def make_state(tensors: Tensors, sharding: Sharding, rank: int) -> CheckpointState:
     return CheckpointState(
-        model=tiny(Path(), Path()).model,
+        model=tiny_config(Path(), Path()).model,
         tokenizer=bytes_tokenizer(),
         template=None,
         trainer={"step": 7},

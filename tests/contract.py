@@ -1,4 +1,4 @@
-"""What every communicator promises, written once: tests/ranks and tests/mpi run each of CONTRACT on their own ranks.
+"""The contract of every communicator: tests/ranks and tests/mpi run each body of CONTRACT on their own ranks.
 
 A body is called on every rank with that rank's communicator and works for any number of ranks.
 """
@@ -34,12 +34,12 @@ def contract(body: Callable[[Comm], None]) -> Callable[[Comm], None]:
 
 
 def uneven(size: int, first: int = 0) -> list[int]:
-    """Counts 0, 1, 2, 0, 1, 2, ... over the ranks."""
+    """Return the counts 0, 1, 2, 0, 1, 2, ... over the ranks."""
     return [(first + rank) % 3 for rank in range(size)]
 
 
 def noise(dtype: torch.dtype, count: int, seed: int) -> Tensor:
-    """Any bits that the dtype can hold, NaNs included: what is moved must arrive as it was."""
+    """Return any bits that the dtype can hold, NaNs included: moving must not change them."""
     generator, device = torch.Generator().manual_seed(seed), torch.get_default_device()
     if dtype == torch.bool:
         return torch.randint(0, 2, (count,), generator=generator, device="cpu").bool().to(device)
@@ -171,7 +171,7 @@ def delivers_by_tag_and_in_order(comm: Comm) -> None:
 
 
 @contract
-def ends_a_send_after_its_receive_has_begun(comm: Comm) -> None:
+def ends_a_send_once_its_receive_has_started(comm: Comm) -> None:
     at, x = 0.0, torch.ones(4)
     if comm.rank == 0 and comm.size > 1:
         comm.isend(x, 1).wait()
@@ -229,7 +229,7 @@ def gathers_and_broadcasts_json(comm: Comm) -> None:
 
 
 @contract
-def leaves_a_barrier_when_all_have_come(comm: Comm) -> None:
+def leaves_a_barrier_once_all_ranks_entered(comm: Comm) -> None:
     folder = Path(comm.broadcast_json(tempfile.mkdtemp() if comm.rank == 0 else None))
     (folder / str(comm.rank)).touch()
     comm.barrier()
@@ -241,7 +241,7 @@ def leaves_a_barrier_when_all_have_come(comm: Comm) -> None:
 
 @contract
 def shares_memory(comm: Comm) -> None:
-    """Parts of different sizes, zero at first; what one writes the others read after a barrier."""
+    """Parts of unequal sizes, zero at first; other ranks read after a barrier what one has written."""
     counts = [5000 * (rank % 3) + 7 for rank in range(comm.size)]
     parts = comm.allocate_shared(counts[comm.rank])
     assert parts is not None
@@ -260,8 +260,8 @@ def shares_memory(comm: Comm) -> None:
 
 
 @contract
-def is_not_led_astray_by_a_default_device(comm: Comm) -> None:
-    """torch.set_default_device in a user's program: what ranks tell each other is not the model's."""
+def ignores_the_default_device(comm: Comm) -> None:
+    """A user's program may call torch.set_default_device: messages between ranks stay on the CPU."""
     pieces = [torch.full((5,), float(comm.rank + 1))]
     with torch.device("meta"):
         assert comm.all_gather_json(comm.rank) == list(range(comm.size))
@@ -271,7 +271,7 @@ def is_not_led_astray_by_a_default_device(comm: Comm) -> None:
 
 @contract
 def exchange_has_its_adjoint(comm: Comm) -> None:
-    """<F x, y> = <x, F* y> over all ranks: what backward will rely on. Small integers, so the sums are exact."""
+    """<F x, y> = <x, F* y> over all ranks, on which backward relies. Small integers: the sums are exact."""
     counts = torch.tensor([[(s + 2 * r) % 4 for r in range(comm.size)] for s in range(comm.size)])
     sends, receives = counts[comm.rank].tolist(), counts[:, comm.rank].tolist()
     x, y = _integers(sum(sends), comm.rank), _integers(sum(receives), 100 + comm.rank)
@@ -303,8 +303,8 @@ def _dot(comm: Comm, a: Tensor, b: Tensor) -> float:
 
 
 @contract
-def guards_its_buffers(comm: Comm) -> None:
-    """What MPI would misread is refused on the rank that asks for it, before anything is sent."""
+def refuses_misused_buffers(comm: Comm) -> None:
+    """Buffers that MPI would misread are refused on the calling rank, before anything is sent."""
     n, me = comm.size, f"{comm.name}@rank {comm.rank} of {comm.size}: "
     two, grid = torch.zeros(2 * n), torch.zeros(n, 2).t()
     misuses: list[tuple[type[Exception], str, Callable[[], object]]] = [
@@ -317,12 +317,12 @@ def guards_its_buffers(comm: Comm) -> None:
         (TypeError, "all_reduce cannot sum torch.bfloat16; exchange it and add in float32",
          lambda: comm.all_reduce(torch.zeros(3, dtype=torch.bfloat16))),
         (TypeError, "all_reduce cannot mean torch.float32", lambda: comm.all_reduce(torch.zeros(3), "mean")),
-        (ValueError, "all_gather of a buffer of 3 elements where the counts say 2",
+        (ValueError, "all_gather of a buffer of 3 elements, but the counts add up to 2",
          lambda: comm.all_gather(torch.zeros(3), two)),
         (ValueError, f"all_gather with {n + 1} counts for {n} ranks", lambda: comm.all_gather(two, two, [0] * (n + 1))),
-        (ValueError, f"all_to_all of a buffer of {2 * n} elements where the counts say {3 * n}",
+        (ValueError, f"all_to_all of a buffer of {2 * n} elements, but the counts add up to {3 * n}",
          lambda: comm.all_to_all(two, two.clone(), [3] * n, [2] * n)),
-        (ValueError, "all_to_all into the buffer that it sends from; give another one", lambda: comm.all_to_all(two, two)),
+        (ValueError, "all_to_all into the buffer that it sends from; use another one", lambda: comm.all_to_all(two, two)),
         (ValueError, f"send with rank {n}, which does not exist", lambda: comm.isend(two, n)),
         (ValueError, "receive with rank -1, which does not exist", lambda: comm.irecv(two, -1)),
         (ValueError, f"broadcast with rank {n}, which does not exist", lambda: comm.broadcast(two, n)),
@@ -330,7 +330,7 @@ def guards_its_buffers(comm: Comm) -> None:
     if n > 1:
         odd = torch.zeros(2 * n + 1)
         misuses += [
-            (ValueError, f"all_to_all of {2 * n + 1} elements, which do not divide by {n} ranks; give the counts",
+            (ValueError, f"all_to_all of {2 * n + 1} elements, which {n} ranks do not divide; pass the counts",
              lambda: comm.all_to_all(odd, odd.clone())),
             (ValueError, f"broadcast of a tensor of shape (2, {n}) and strides (1, 2) that is not contiguous",
              lambda: comm.broadcast(grid)),
@@ -339,10 +339,10 @@ def guards_its_buffers(comm: Comm) -> None:
     for kind, message, misuse in misuses:
         with pytest.raises(kind, match="^" + re.escape(me + message)):
             misuse()
-    assert comm.all_gather_json(comm.rank) == list(range(n))  # and all is well afterwards
+    assert comm.all_gather_json(comm.rank) == list(range(n))  # the communicator still works
 
 
-# Calls that do not match: what all ranks but the last do, what the last one does, and how each is named.
+# Calls that do not match: the call of all ranks but the last, that of the last, and the description of each.
 
 Call = Callable[[Comm, Tensor], object]
 MISMATCHES: dict[str, tuple[Call, Call, str, str]] = {
@@ -380,37 +380,37 @@ MISMATCHES: dict[str, tuple[Call, Call, str, str]] = {
 }  # fmt: skip
 
 
-def in_step(comm: Comm, name: str) -> bool:
-    """Whether all ranks have come through the same contract, with no message of it left over to be taken for another one."""
+def ranks_are_in_step(comm: Comm, name: str) -> bool:
+    """Return whether all ranks have finished the same contract, without a message left to be taken for another."""
     return comm.all_gather_json([name, comm.rank]) == [[name, rank] for rank in range(comm.size)]
 
 
-def names_the_odd_rank(comm: Comm, mismatch: str) -> None:
-    """A checking communicator raises on all ranks, names the odd one, and has touched no data. At least 2 ranks."""
-    usual, odd, named_usual, named_odd = MISMATCHES[mismatch]
+def check_odd_rank_is_named(comm: Comm, mismatch: str) -> None:
+    """Check that a checking communicator raises on all ranks, names the odd one and touches no data. At least 2 ranks."""
+    usual, odd, usual_call, odd_call = MISMATCHES[mismatch]
     last = comm.size - 1
-    traced = InstrumentedComm(comm, checks_calls=True)
-    traced.barrier()
+    instrumented = InstrumentedComm(comm, checks_calls=True)
+    instrumented.barrier()
     x = torch.arange(4.0) + comm.rank
     with pytest.raises(RanksDisagreeError) as caught:
-        (odd if comm.rank == last else usual)(traced, x)
+        (odd if comm.rank == last else usual)(instrumented, x)
     head, *table = str(caught.value).splitlines()
     assert head == f"{comm.name}: the ranks do not make the same call:"
     rest = "rank 0" if last == 1 else f"ranks {', '.join(map(str, range(last)))}"
     assert len(table) == 2
-    assert f"  {rest}: call 2: {named_usual} (a place outside of mpilm)" in table
-    assert any(line.startswith(f"  rank {last}: call 2: {named_odd}") for line in table)
+    assert f"  {rest}: call 2: {usual_call} (code outside mpilm)" in table
+    assert any(line.startswith(f"  rank {last}: call 2: {odd_call}") for line in table)
     assert torch.equal(x, torch.arange(4.0) + comm.rank)
     assert comm.all_gather_json(comm.rank) == list(range(comm.size))
 
 
-def names_the_rank_that_expects_other_parts(comm: Comm) -> None:
-    """Counts of an exchange differ from rank to rank by design; each pair of them is compared instead."""
-    last, traced = comm.size - 1, InstrumentedComm(comm, checks_calls=True)
+def check_unequal_counts_are_named(comm: Comm) -> None:
+    """Check counts of an all-to-all, which differ between ranks by design: each pair is compared."""
+    last, instrumented = comm.size - 1, InstrumentedComm(comm, checks_calls=True)
     sends = [1] * comm.size
     receives = [1] * last + [2] if comm.rank == last else sends
     out = torch.zeros(sum(receives))
-    want = re.escape(f"all_to_all brings rank {last} {sends} elements, it expects {[1] * last + [2]}")
-    with pytest.raises(RanksDisagreeError, match=want):
-        traced.all_to_all(torch.ones(comm.size), out, sends, receives)
+    message = re.escape(f"all_to_all brings rank {last} {sends} elements, it expects {[1] * last + [2]}")
+    with pytest.raises(RanksDisagreeError, match=message):
+        instrumented.all_to_all(torch.ones(comm.size), out, sends, receives)
     assert not out.any()

@@ -1,4 +1,4 @@
-"""Jobs of their own, for tests of what a whole command does and how it ends."""
+"""Commands run as jobs of their own, for tests of what they print and how they end."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.errors import UserError
 
 LAUNCHER = Path(sys.executable).with_name("mpirun")  # the one that came with the library in this environment
+OTHER_PYTHON = os.environ.get("MPILM_TEST_OTHER_PYTHON") or "no-other-python"  # of an environment with another MPI library
+HAS_OTHER_MPI = Path(OTHER_PYTHON).with_name("mpirun").is_file() and os.sep in OTHER_PYTHON
 OPEN_MPI = {  # as root, and with more ranks than cores; MPICH reads none of these
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -26,12 +28,15 @@ OPEN_MPI = {  # as root, and with more ranks than cores; MPICH reads none of the
 }
 
 
-def mpirun(ranks: int, *arguments: object, limit_s: float = 60.0, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`mpirun -n RANKS python ARGUMENTS`, or plain python for 0 ranks. Killed, and the test failed, after `limit_s`."""
-    if ranks and not LAUNCHER.exists():
-        pytest.skip(f"there is no {LAUNCHER}")
-    command = [str(LAUNCHER), "-n", str(ranks)] if ranks else []
-    command += [sys.executable, *map(str, arguments)]
+def mpirun(
+    ranks: int, *arguments: object, limit_s: float = 60.0, python: str = sys.executable, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `mpirun -n RANKS python ARGUMENTS`, or plain python for 0 ranks; fail after `limit_s` seconds."""
+    launcher = Path(python).with_name("mpirun")  # that of the library in the environment
+    if ranks and not launcher.exists():
+        pytest.skip(f"there is no {launcher}")
+    command = [str(launcher), "-n", str(ranks)] if ranks else []
+    command += [python, *map(str, arguments)]
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, **OPEN_MPI, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **variables}
     job = subprocess.Popen(
@@ -53,7 +58,7 @@ def mpirun(ranks: int, *arguments: object, limit_s: float = 60.0, **variables: s
 
 
 def refusal(command: str, *arguments: object, ranks: int = 0, code: int = 78, limit_s: float = 60.0) -> str:
-    """Start a command that must be refused with this exit code; the one message that it gives."""
+    """Run a command that must be refused with this exit code; return its one message."""
     done = mpirun(ranks, "-m", f"mpilm.{command}", *arguments, limit_s=limit_s)
     text = f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     assert done.returncode == code, text

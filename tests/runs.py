@@ -1,4 +1,4 @@
-"""Runs of a few steps on any layout, on threads or MPI, and what the ranks then hold, put together by parameter."""
+"""Short runs on any layout, on threads or MPI, and the state they end with, assembled by parameter."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.engine.step import MicrobatchSource, StepResult, total_loss, train_step
 from mpilm.engine.train_model import TrainModel
 from mpilm.mesh.mesh import Mesh
-from mpilm.parallel import flat_layout as shard
-from mpilm.parallel import tied
+from mpilm.parallel import flat_layout, tied
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
 from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
@@ -33,7 +32,7 @@ from mpilm.trainer import loop
 from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
 CPU = torch.device("cpu")
-Held = Mapping[str, Mapping[ParamSlice, Tensor]]  # kind -> what a rank updates
+State = Mapping[str, Mapping[ParamSlice, Tensor]]  # what a rank updates: "value", and moments by name
 
 SMALL = override(
     TINY, model__n_layers=4, model__n_heads=2, model__n_kv_heads=1, model__d_model=16, model__context_length=8,
@@ -55,149 +54,151 @@ SERIAL = {
     "parallel__chunks": 0,
     "parallel__zero": 0,
     "parallel__cut": (),
+    "parallel__reduce": "auto",
 }
 
 
 @dataclass(frozen=True)
-class Left:
-    """What a run leaves: its numbers, the same on all ranks, and what this rank holds of weights and moments."""
+class Outcome:
+    """The outcome of a few steps."""
 
-    numbers: list[float]
-    held: Held
+    numbers: list[float]  # losses and gradient norms, the same on all ranks
+    state: State  # of this rank
 
 
-def small(**changes: Any) -> Config:
-    """SMALL with changes written section__key; refused where it cannot work."""
+def small_config(**changes: Any) -> Config:
+    """Return SMALL with changes written section__key; raise ConfigError if it cannot work."""
     config = resolve_config(override(SMALL, **changes))
     check_config(config)
     return config
 
 
-def on(pipeline: int = 1, schedule: str = "1f1b", zero: int = 0, **more: Any) -> dict[str, Any]:
-    """The settings of a layout."""
+def layout(pipeline: int = 1, schedule: str = "1f1b", zero: int = 0, **more: Any) -> dict[str, Any]:
+    """Return a layout as changes of a config."""
     return {
         "parallel__pipeline": pipeline, "parallel__schedule": schedule, "parallel__zero": zero,
         **{f"parallel__{key}": value for key, value in more.items()},
     }  # fmt: skip
 
 
-def serial(config: Config) -> Config:
-    """The same work on one rank."""
+def serial_config(config: Config) -> Config:
+    """Return the config of the same work on one rank."""
     return resolve_config(override(config, **SERIAL, train__recompute="none"))
 
 
-def sharded(config: Config, comm: Comm, check: bool = False, alignment: int = ALIGNMENT) -> TrainModel:
-    """A model with its initial values. Collective."""
-    mesh = Mesh.build(resolve_mesh_shape(config, comm.size), InstrumentedComm(comm, check))
+def build_train_model(config: Config, comm: Comm, checks_calls: bool = False, alignment: int = ALIGNMENT) -> TrainModel:
+    """Return a model with its initial values. Collective."""
+    mesh = Mesh.build(resolve_mesh_shape(config, comm.size), InstrumentedComm(comm, checks_calls))
     model = TrainModel(config, mesh, partition_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, CPU, alignment)
     model.init_parameters()
     return model
 
 
-def evaluated(model: TrainModel, total: int) -> float:
-    """The loss of `total` microbatches that no step sees. Collective."""
+def eval_loss(model: TrainModel, total: int) -> float:
+    """Return the loss of `total` microbatches that no step uses. Collective."""
     source = RandomTokens(model.config)
-    model.forward(total, lambda m: source.training_batch(1000, m))
-    return total_loss(model.results(), total, model.mesh.world)
+    return total_loss(model.forward(total, lambda m: source.training_batch(1000, m)), total, model.mesh.world)
 
 
-def run(config: Config, comm: Comm, steps: int = 2, **options: Any) -> Left:
-    """Some steps, and an evaluation after the first, over one microbatch more than a step has. Collective."""
-    model, source, numbers = sharded(config, comm, **options), RandomTokens(config), []
+def train_steps(config: Config, comm: Comm, steps: int = 2, **options: Any) -> Outcome:
+    """Train, and evaluate after the first step over one microbatch more than a step has. Collective."""
+    model, source, numbers = build_train_model(config, comm, **options), RandomTokens(config), []
     for step in range(steps):
         result = train_step(model, source, step)
         numbers += [result.loss, result.grad_norm]
         if step == 0:
-            numbers.append(evaluated(model, microbatch_count(config) + 1))
-    return Left(numbers, held(model))
+            numbers.append(eval_loss(model, microbatch_count(config) + 1))
+    return Outcome(numbers, owned_state(model))
 
 
-def held(model: TrainModel) -> Held:
+def owned_state(model: TrainModel) -> State:
+    """Return the weights and moments that this rank updates."""
     return {"value": model.owned_slices(), **model.optimizer.state_slices()}
 
 
-def joined(ranks: Sequence[Held]) -> dict[str, Tensor]:
-    """The bits of every parameter and its moments, flat, in the order of the model, from what the ranks hold.
+def assemble(states: Sequence[State]) -> dict[str, Tensor]:
+    """Return the bits of every parameter and moment, flat, from the state of all ranks.
 
-    What several ranks hold must be the same on each, and nothing may be missing.
+    Replicas must be equal, and nothing may be missing.
     """
     parts: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = {}
-    for rank in ranks:
-        for kind, pieces in rank.items():
-            for piece, values in pieces.items():
-                found = parts.setdefault((kind, piece.name), {})
-                mine = values.flatten().view(torch.int32)
-                assert torch.equal(found.setdefault((piece.start, piece.stop), mine), mine), f"replicas differ in {piece}"
-    return {f"{kind} of {name}": _end_to_end(name, found) for (kind, name), found in sorted(parts.items())}
+    for state in states:
+        for kind, slices in state.items():
+            for item, values in slices.items():
+                of_parameter = parts.setdefault((kind, item.name), {})
+                bits = values.flatten().view(torch.int32)
+                assert torch.equal(of_parameter.setdefault((item.start, item.stop), bits), bits), f"replicas differ in {item}"
+    return {f"{kind} of {name}": _concatenate(name, found) for (kind, name), found in sorted(parts.items())}
 
 
-def _end_to_end(name: str, found: Mapping[tuple[int, int], Tensor]) -> Tensor:
-    ends = sorted(found)
-    assert [start for start, _ in ends] == [0, *(stop for _, stop in ends[:-1])], f"{name}: {ends} leave a gap, or overlap"
-    return torch.cat([found[end] for end in ends])
+def _concatenate(name: str, found: Mapping[tuple[int, int], Tensor]) -> Tensor:
+    ranges = sorted(found)
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])], f"{name}: {ranges} have gaps or overlap"
+    return torch.cat([found[key] for key in ranges])
 
 
 def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors whose bits are not the same."""
+    """Return the names of tensors whose bits differ."""
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def run_threads(size: int, config: Config, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
-    """`run` on thread ranks: the numbers, on which all agree, and weights and moments."""
-    left = run_ranks(size, lambda comm: run(config, comm, **options), timeout_s=30.0)
-    assert all(theirs.numbers == left[0].numbers for theirs in left)
-    return left[0].numbers, joined([theirs.held for theirs in left])
+def train_on_threads(size: int, config: Config, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
+    """Return the numbers of `train_steps` on thread ranks, on which all agree, and the assembled state."""
+    outcomes = run_ranks(size, lambda comm: train_steps(config, comm, **options), timeout_s=30.0)
+    assert all(outcome.numbers == outcomes[0].numbers for outcome in outcomes)
+    return outcomes[0].numbers, assemble([outcome.state for outcome in outcomes])
 
 
 @contextlib.contextmanager
 def small_buckets(numel: int) -> Iterator[None]:
-    """Buckets so small that even these models have many."""
+    """Use buckets so small that even these models have many."""
     with contextlib.ExitStack() as stack:
-        for module in (shard, tied):
+        for module in (flat_layout, tied):
             stack.enter_context(mock.patch.object(module, "BUCKET", numel))
         yield
 
 
-def whole_model(shape: ModelConfig, vocab_size: int, device: torch.device) -> tuple[nn.Module, FlatParameters]:
-    """The whole model on one rank, its parameters views of one flat vector, their values still zero."""
+def full_model(shape: ModelConfig, vocab_size: int, device: torch.device) -> tuple[nn.Module, FlatParameters]:
+    """Return the full model on one rank, and the flat vector its parameters are views of, all zero."""
     model = meta_model(shape, vocab_size)
     flat = FlatParameters(resolve_model_layouts(shape, vocab_size, (shape.n_layers,)), device)
     flat.install(model)
     return model, flat
 
 
-# Whole runs, with a folder.
-
-
-def whole_batch(source: Any, step: int, total: int) -> tuple[Tensor, Tensor]:
-    """Tokens and targets of all microbatches of a step, in one."""
+def full_batch(source: Any, step: int, total: int) -> tuple[Tensor, Tensor]:
+    """Return tokens and targets of all microbatches of a step."""
     batches = [source.training_batch(step, m) for m in range(total)]
     return torch.cat([batch.tokens for batch in batches]), torch.cat([batch.targets for batch in batches])
 
 
-def trained(config: Config, size: int) -> dict[str, bytes]:
-    """Train to the end; the tensors of the newest checkpoint, byte for byte."""
+# Runs with a folder.
+
+
+def train_to_end(config: Config, size: int) -> dict[str, bytes]:
+    """Run the training loop on thread ranks; return the tensor files of the newest checkpoint."""
     run_ranks(size, lambda comm: loop.train(config, comm))
     return newest_tensors(config)
 
 
 def newest_tensors(config: Config) -> dict[str, bytes]:
-    return tensors_of(list_checkpoints(Path(config.run.dir) / "checkpoints")[-1])
+    """Return the tensor files of a run's newest checkpoint."""
+    return read_tensor_files(list_checkpoints(Path(config.run.dir) / "checkpoints")[-1])
 
 
-def tensors_of(folder: Path) -> dict[str, bytes]:
+def read_tensor_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if ".safetensors" in path.name}
 
 
-def stopped(config: Config, size: int, at: int) -> None:
-    """Train as if all ranks had died after step `at`, when all checkpoints before were written."""
+def train_until_killed(config: Config, size: int, step: int) -> None:
+    """Train as if all ranks were killed before step `step` (from 0), after every earlier checkpoint was written."""
     config = override(config, checkpoint__asynchronous=False)
 
-    def step_or_die(model: TrainModel, source: MicrobatchSource, step: int, *more: Any) -> StepResult:
-        if step == at:
+    def step_or_die(model: TrainModel, source: MicrobatchSource, number: int, *more: Any) -> StepResult:
+        if number == step:
             raise KeyboardInterrupt
-        return train_step(model, source, step, *more)
+        return train_step(model, source, number, *more)
 
     with mock.patch.object(loop, "train_step", step_or_die), pytest.raises(KeyboardInterrupt):
         run_ranks(size, lambda comm: loop.train(config, comm))

@@ -1,4 +1,4 @@
-"""A small corpus of the tests' own and a tiny run over it: no golden curve may depend on what a machine has installed."""
+"""A small corpus made here, and a tiny run over it: no stored curve may depend on what a machine has installed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from mpilm.data.tokenizer import bytes_tokenizer
 SYLLABLES = ("ba", "re", "mi", "no", "tu", "ska", "el", "or", "in", "thé", "qu", "ax")
 
 
-def text(sentences: int = 600) -> str:
-    """Sentences of invented words, drawn by a congruential generator written out here."""
+def make_text(sentences: int = 600) -> str:
+    """Return sentences of invented words, drawn by a linear congruential generator."""
     state = 12345
 
     def draw(below: int) -> int:
@@ -41,21 +41,21 @@ def text(sentences: int = 600) -> str:
 
 
 def write_text(folder: Path) -> Path:
-    """A text file of about 20 kB."""
+    """Write a text file of about 20 kB; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "text.txt"
-    path.write_text(text(), encoding="utf-8")
+    path.write_text(make_text(), encoding="utf-8")
     return path
 
 
 def write_tokens(folder: Path) -> Path:
-    """The same as prepared tokens of single bytes; the prefix of their files."""
+    """Write the same as prepared tokens of single bytes; return the prefix of their files."""
     prepare_tokens(DataConfig(path=(str(write_text(folder)),), tokenizer="bytes"), folder / "tokens", SelfComm())
     return folder / "tokens"
 
 
 def corpus_of(tokens: Any) -> Corpus:
-    """A corpus of these ids of bytes."""
+    """Return a corpus of these byte ids."""
     return Corpus(np.asarray(tokens), bytes_tokenizer(), "f", 1, "x", Path("x.bin"), 1.0)
 
 
@@ -70,7 +70,7 @@ TINY = Config(
 """8 microbatches a step, some thirty thousand parameters, dropout on."""
 
 
-def tiny(data: Path | tuple[str, ...], run: Path, **changes: Any) -> Config:
-    """A run of a second over `data`, a path or paths and parts, in the folder `run`; changes are written section__key."""
+def tiny_config(data: Path | tuple[str, ...], run: Path, **changes: Any) -> Config:
+    """Return a run of a second over `data` (a path, or paths and shares) in the folder `run`; changes are section__key."""
     paths = data if isinstance(data, tuple) else (str(data),)
     return resolve_config(override(TINY, data__path=paths, run__dir=str(run), **changes))

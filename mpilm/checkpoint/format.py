@@ -4,21 +4,20 @@ A checkpoint is a folder step-NNNNNNNN. Its manifest.json, written last, holds t
 folder is written under a temporary name and then renamed, so a folder that has its final name and a manifest is complete.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from mpilm.config.schema import ModelConfig
-from mpilm.errors import DataError, FileError
+from mpilm.data.files import BLOCK_BYTES, read_json
+from mpilm.errors import DataError
 from mpilm.model.hf.names import hf_name
 
-BLOCK_BYTES = 16 << 20  # files are written and hashed in fixed blocks, so that several ranks can share one file
 ITEM_BYTES = 4  # all tensors of a checkpoint are float32
 PARAMETER = "parameter"  # the kind of tensor that is not a moment
 MANIFEST = "manifest.json"
@@ -37,15 +36,10 @@ def checkpoint_step(folder: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def list_checkpoints(parent: Path) -> list[Path]:
-    """Return the complete checkpoints in `parent`, oldest first."""
+def list_checkpoints(parent: Path, complete: bool = True) -> list[Path]:
+    """Return the checkpoints in `parent`, oldest first: those with a manifest or, unless `complete`, those without one."""
     folders = [f for f in parent.iterdir() if checkpoint_step(f) is not None] if parent.is_dir() else []
-    return sorted((f for f in folders if (f / MANIFEST).is_file()), key=lambda f: checkpoint_step(f) or 0)
-
-
-def list_incomplete(parent: Path) -> list[Path]:
-    """Return the folders in `parent` that are named like a checkpoint but have no manifest."""
-    return sorted(f for f in parent.iterdir() if checkpoint_step(f) is not None and not (f / MANIFEST).is_file())
+    return sorted((f for f in folders if (f / MANIFEST).is_file() == complete), key=lambda f: checkpoint_step(f) or 0)
 
 
 def file_stem(kind: str, model: ModelConfig) -> str:
@@ -106,13 +100,10 @@ class FolderWriter:
 
     def commit(self, final: Path) -> None:
         """Complete the folder with its manifest, then rename it to `final`; both survive a power loss."""
-        self.write_manifest()
+        self.write_json(MANIFEST, {"format": 1, "files": self.entries})
         sync_folder(self.folder)
         self.rename(final)
         sync_folder(final.parent)
-
-    def write_manifest(self) -> None:
-        self.write_json(MANIFEST, {"format": 1, "files": self.entries})
 
     def rename(self, final: Path) -> None:
         os.rename(self.folder, final)
@@ -152,24 +143,3 @@ def is_file_name(name: Any) -> bool:
 def dump_json(value: Any) -> str:
     """Return the one JSON text that checkpoints hold for a value."""
     return json.dumps(value, indent=2) + "\n"
-
-
-@contextlib.contextmanager
-def reading(path: Path | str) -> Iterator[None]:
-    """Turn an OSError into a FileError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises FileError or DataError naming the file."""
-    try:
-        with reading(path):
-            value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} is not a JSON object")
-    return value

@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mpilm.checkpoint.format import MANIFEST, PARAMETER, TensorShape, file_stem, is_file_name, read_json, reading, stored_name
+from mpilm.checkpoint.format import MANIFEST, PARAMETER, TensorShape, file_stem, is_file_name, stored_name
 from mpilm.checkpoint.verify import run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import ModelConfig
+from mpilm.data.files import file_errors, read_json
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.hf.names import match_keys
 from mpilm.parallel.flat_layout import ParamSlice
@@ -41,7 +42,7 @@ def load_checkpoint(
     folder: Path, slices: SlicesByKind, shapes: ShapesByKind, model: ModelConfig, comm: Comm, optional: Collection[str] = ()
 ) -> None:
     """Fill this rank's slices from a verified checkpoint of any layout. Every rank compares all shapes with the files. Kinds in
-    `optional` stay as they are if the files have none. Collective over `comm`; raises AgreedError on all ranks."""
+    `optional` stay as they are if the files have none. Collective over `comm`; raises CollectiveError on all ranks."""
 
     def read() -> None:
         for kind, kind_shapes in shapes.items():
@@ -57,7 +58,7 @@ def load_hf_weights(
     folder: Path, parameters: Slices, shapes: Shapes, model: ModelConfig, comm: Comm, adapter: bool = False
 ) -> None:
     """Fill this rank's slices from a Hugging Face folder: one safetensors file or several with an index, in F16, BF16, F32 or
-    F64. Collective over `comm`; raises AgreedError on all ranks.
+    F64. Collective over `comm`; raises CollectiveError on all ranks.
 
     With `adapter`, the parameters are those of the adapter in the folder, as PEFT or mpilm writes it. A table of learned
     positions may be longer than the model needs. A folder with a manifest is verified first.
@@ -160,7 +161,7 @@ def _open_folder(folder: Path, stem: str, stack: contextlib.ExitStack) -> Tensor
 
 
 def _open_file(path: Path, stack: contextlib.ExitStack) -> TensorRefs:
-    with reading(path):
+    with file_errors(path):
         file = stack.enter_context(open(path, "rb"))  # noqa: SIM115
         try:
             with safe_open(path, framework="pt"):  # checks that offsets, shapes and dtypes fit each other and the file
@@ -168,11 +169,9 @@ def _open_file(path: Path, stack: contextlib.ExitStack) -> TensorRefs:
                 header = json.loads(file.read(length), object_pairs_hook=_check_unique)
         except (SafetensorError, ValueError) as error:
             raise DataError(f"{path} is not a readable safetensors file: {error}") from None
-    return {
-        name: TensorRef(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    header.pop("__metadata__", None)
+    data = 8 + length
+    return {name: TensorRef(file, x["dtype"], tuple(x["shape"]), data + x["data_offsets"][0]) for name, x in header.items()}
 
 
 def _check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -183,7 +182,7 @@ def _check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_into(file: BinaryIO, out: memoryview, offset: int) -> None:
     while out:
-        with reading(file.name):
+        with file_errors(file.name):
             count = os.preadv(file.fileno(), [out], offset)
         if not count:
             raise DataError(f"{file.name} has been cut: it ends at byte {offset}")

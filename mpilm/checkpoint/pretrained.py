@@ -3,8 +3,9 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
-from mpilm.checkpoint.format import MANIFEST, list_checkpoints, read_json
+from mpilm.checkpoint.format import MANIFEST, list_checkpoints
 from mpilm.config.schema import ModelConfig, order_lora_targets
+from mpilm.data.files import read_json
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.hf.adapter import ADAPTER_CONFIG, add_hf_adapter, read_base_model
 from mpilm.model.hf.config import read_hf_config

@@ -21,15 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.format import (
-    ITEM_BYTES,
-    TEMPORARY,
-    FolderWriter,
-    TensorShape,
-    checkpoint_name,
-    count_blocks,
-    manifest_entry,
-)
+from mpilm.checkpoint.format import TEMPORARY, FolderWriter, TensorShape, checkpoint_name, count_blocks, manifest_entry
 from mpilm.checkpoint.plan import HEADER, ByteRange, FileBlock, ShardOwners, TensorFile, plan_blocks, plan_files, plan_indexes
 from mpilm.checkpoint.pretrained import find_base_model
 from mpilm.comm.base import Comm
@@ -64,47 +56,42 @@ class CheckpointState:
 
 
 def save_checkpoint(parent: Path, step: int, state: CheckpointState, comm: Comm) -> Path:
-    """Write the checkpoint of `step` without copies, and return its folder. Collective; raises AgreedError on all ranks."""
+    """Write the checkpoint of `step` without copies, and return its folder. Collective; raises CollectiveError on all ranks."""
     return AsyncSave(parent, step, state, comm).finalize()
 
 
 class AsyncSave:
     """A checkpoint being saved below `parent`, a folder that all ranks see. The constructor copies the state into `buffers`, a
     thread writes it without messages to other ranks, and `poll` or `finalize` commits it. Without `buffers`, the constructor
-    writes block by block, with neither copies nor a thread. All three are collective and raise AgreedError on all ranks. An
+    writes block by block, with neither copies nor a thread. All three are collective and raise CollectiveError on all ranks. An
     existing checkpoint is never overwritten."""
 
     def __init__(self, parent: Path, step: int, state: CheckpointState, comm: Comm, buffers: WriteBuffers | None = None):
         self.step, self.final, self.took_s = step, parent / checkpoint_name(step), 0.0  # took_s: to copy and to write
         self.state, self.comm, self._began_s = state, comm, time.perf_counter()
-        self._temporary = parent / f"{TEMPORARY}{self.final.name}"
-        self._folder_writer = FolderWriter(self._temporary)  # used on rank 0
+        self.work: Future[None] = Future()  # what this rank writes at the moment
+        self._folder_writer = FolderWriter(parent / f"{TEMPORARY}{self.final.name}")
         self._files = plan_files(state.model, state.shapes)
         self._digests = torch.zeros(sum(count_blocks(file.nbytes) for file in self._files), 32, dtype=torch.uint8)
         self._committing = False
-        run_on_root(comm, lambda: _make_folder(self.final, self._temporary, sum(file.nbytes for file in self._files)))
+        nbytes = sum(file.nbytes for file in self._files)
+        run_on_root(comm, lambda: _make_folder(self.final, self._folder_writer.folder, nbytes))
         plan = plan_blocks(self._files, state.shard_owners, comm.size)
         blocks = assemble_blocks(plan, LocalState(state.slices, self._files), comm, buffers)
-        self._work: Future[None] = Future()  # what this rank writes at the moment
         if buffers is not None:
             self._start_thread(partial(self._write, list(blocks)))
         else:
             with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
                 self._run(partial(self._write, blocks, hasher))
 
-    @property
-    def is_writing(self) -> bool:
-        """True while a thread of this rank is writing."""
-        return not self._work.done()
-
     def poll(self) -> bool:
         """Wait for this rank's writing and take the next step: start the commit on rank 0, or see that it has succeeded. Return
         whether the checkpoint is complete."""
         try:
-            run_on_all_ranks(self.comm, self._work.result)
+            run_on_all_ranks(self.comm, self.work.result)
         except CollectiveError:
             if self.comm.rank == 0:  # a partial checkpoint would only take the space that the next one needs
-                shutil.rmtree(self._temporary, ignore_errors=True)
+                shutil.rmtree(self._folder_writer.folder, ignore_errors=True)
             raise
         if self._committing:
             return True
@@ -120,10 +107,6 @@ class AsyncSave:
             pass
         return self.final
 
-    def join(self) -> None:
-        """Wait until this rank has stopped writing."""
-        self._work.exception()
-
     def _start_thread(self, action: Callable[[], None]) -> None:
         """Run `action` in a thread that takes only the processor time that training leaves."""
 
@@ -132,7 +115,7 @@ class AsyncSave:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             self._run(action)
 
-        self._work = Future()
+        self.work = Future()
         threading.Thread(target=body, name="checkpoint", daemon=True).start()
 
     def _run(self, action: Callable[[], None]) -> None:
@@ -140,14 +123,14 @@ class AsyncSave:
         try:
             with _naming_checkpoint(self.final):
                 action()
-            self._work.set_result(None)
+            self.work.set_result(None)
         except BaseException as error:
-            self._work.set_exception(error)
+            self.work.set_exception(error)
 
     def _write(self, blocks: Iterable[AssembledBlock], hasher: ThreadPoolExecutor | None = None) -> None:
         """Write and hash this rank's blocks and, on rank 0, the metadata. `hasher` hashes a block while it is written."""
         waited_s, failure = _scheduler_wait_s(), None
-        with contextlib.closing(BlockWriter(self._temporary)) as writer:
+        with contextlib.closing(BlockWriter(self._folder_writer.folder)) as writer:
             for block, data in blocks:  # to the end even after a failure, because other ranks send to this one
                 digest = hasher and hasher.submit(sha256_tensor, data)
                 try:
@@ -229,8 +212,8 @@ class LocalState:
             for piece, tensor in tensors.items():
                 if tensor.dtype != torch.float32 or tensor.numel() != piece.numel:
                     raise ValueError(f"{kind} {piece} is held in a tensor of {tensor.numel()} x {tensor.dtype}")
-                data = tensor.detach().view(-1).view(torch.uint8)
-                self._slices[kind, piece.name].append((piece.start * ITEM_BYTES, piece.stop * ITEM_BYTES, data))
+                start, stop = piece.start * tensor.itemsize, piece.stop * tensor.itemsize
+                self._slices[kind, piece.name].append((start, stop, tensor.detach().view(-1).view(torch.uint8)))
         for file in files:
             header = torch.frombuffer(bytearray(file.header), dtype=torch.uint8)
             self._slices[HEADER, file.name] = [(0, len(file.header), header)]
@@ -343,7 +326,4 @@ class BlockWriter:
         with self._stack:
             for (_, flags), handle in self._handles.items():
                 if flags == os.O_CREAT:
-                    self.sync(handle)
-
-    def sync(self, handle: int) -> None:
-        os.fsync(handle)
+                    os.fsync(handle)

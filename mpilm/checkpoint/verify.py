@@ -1,17 +1,17 @@
 """Verification: the ranks share the reading of every byte of a checkpoint, and rank 0 compares it with the manifest."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from mpilm.checkpoint.format import BLOCK_BYTES, count_blocks, list_checkpoints, manifest_entry, read_manifest, reading
+from mpilm.checkpoint.format import list_checkpoints, manifest_entry, read_manifest
 from mpilm.comm.base import Comm, SelfComm
-from mpilm.comm.collective_errors import run_on_root
-from mpilm.errors import DataError, FileError
+from mpilm.comm.collective_errors import CollectiveError, run_on_root
+from mpilm.data.files import file_errors
+from mpilm.data.gather import digest_blocks
+from mpilm.errors import DataError
 
 R = TypeVar("R")
 Verifier = Callable[[Path], None]
@@ -21,25 +21,33 @@ def verify_checkpoint(folder: Path, comm: Comm | None = None) -> None:
     """Read every byte of a checkpoint. Raises DataError naming a file that is missing, cut or altered, and FileError if a file
     cannot be read, which may pass. If `comm` is given, its other ranks must be in `run_on_root_with_verify`."""
     files = read_manifest(folder)
-    for name, entry in files.items():
+    sizes = {name: entry["bytes"] for name, entry in files.items()}
+    for name, expected in sizes.items():
         path = folder / name
-        with reading(path):
+        with file_errors(path):
             if not path.exists():
                 raise DataError(f"checkpoint file {path} is missing")
-            size = path.stat().st_size if path.is_file() else entry["bytes"]
-            if size != entry["bytes"]:
-                raise DataError(f"checkpoint file {path} has {size} bytes, but the manifest lists {entry['bytes']}")
+            size = path.stat().st_size if path.is_file() else expected
+        if size != expected:
+            raise DataError(f"checkpoint file {path} has {size} bytes, but the manifest lists {expected}")
     if comm is not None:
-        comm.broadcast_json([str(folder), files])
-    digests = _hash_files(folder, files, comm or SelfComm())
-    for (name, entry), rows in zip(files.items(), digests.split([count_blocks(entry["bytes"]) for entry in files.values()])):
-        if manifest_entry(entry["bytes"], rows.numpy().tobytes()) != entry:
+        comm.broadcast_json([str(folder), sizes])
+    try:
+        digests = _digest_files(folder, sizes, comm or SelfComm())
+    except CollectiveError as error:
+        raise error.error from None
+    for (name, entry), joined in zip(files.items(), digests):
+        if manifest_entry(entry["bytes"], joined) != entry:
             raise DataError(f"checkpoint file {folder / name} has been altered: its digest is not the manifest's")
+
+
+def _digest_files(folder: Path, sizes: Mapping[str, int], comm: Comm) -> list[bytes]:
+    return digest_blocks([folder / name for name in sizes], list(sizes.values()), comm, hashlib.sha256)
 
 
 def run_on_root_with_verify(comm: Comm, action: Callable[[Verifier], R]) -> R | None:
     """Run `action` on rank 0, passing it a `verify` in which all ranks share the hashing. Errors and results are as in
-    `on_root`. Collective."""
+    `run_on_root`. Collective."""
 
     def run() -> R:
         try:
@@ -49,7 +57,8 @@ def run_on_root_with_verify(comm: Comm, action: Callable[[Verifier], R]) -> R | 
 
     if comm.rank != 0:
         while request := comm.broadcast_json(None):
-            _hash_files(Path(request[0]), request[1], comm, raise_errors=False)
+            with contextlib.suppress(CollectiveError):  # which rank 0 handles
+                _digest_files(Path(request[0]), request[1], comm)
     return run_on_root(comm, run)
 
 
@@ -63,32 +72,3 @@ def find_newest_valid(parent: Path, verify: Verifier = verify_checkpoint) -> tup
         except DataError as error:
             errors[folder] = str(error)
     return None, errors
-
-
-def _hash_files(folder: Path, files: Mapping[str, Mapping[str, Any]], comm: Comm, raise_errors: bool = True) -> Tensor:
-    """Return the sha256 of every block of every file, one per row; each rank reads a share of the blocks. Collective. Raises
-    FileError if any rank could not read."""
-    blocks = [(folder / name, number) for name, entry in files.items() for number in range(count_blocks(entry["bytes"]))]
-    rows, failure = torch.zeros(len(blocks), 32, dtype=torch.uint8), ""
-    for i in range(comm.rank, len(blocks), comm.size):
-        path, number = blocks[i]
-        try:
-            with reading(path):
-                rows[i] = torch.frombuffer(bytearray(_hash_block(path, number)), dtype=torch.uint8)
-        except FileError as error:
-            failure = failure or str(error)
-    failures = [message for message in comm.all_gather_json(failure) if message]
-    comm.all_reduce(rows.view(torch.int64))  # the rows of other ranks are zero
-    if failures and raise_errors:
-        raise FileError(failures[0])
-    return rows
-
-
-def _hash_block(path: Path, number: int) -> bytes:
-    digest, left = hashlib.sha256(), BLOCK_BYTES
-    with open(path, "rb") as file:
-        file.seek(number * BLOCK_BYTES)
-        while left and (chunk := file.read(min(1 << 20, left))):  # stays in the cache until it is hashed
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.digest()

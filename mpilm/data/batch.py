@@ -37,8 +37,7 @@ class Batch:
 
 
 class ExampleSource(Protocol):
-    """Examples that can be made from their numbers alone: places in the endless stream of a run or, with a seed of None, in the
-    validation split, whose order is the same for all runs."""
+    """Examples made from their numbers in the endless stream of a run or, with a seed of None, in the validation split."""
 
     context_length: int
     eval_samples: int

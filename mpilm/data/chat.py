@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,10 @@ from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import DataConfig
 from mpilm.data.batch import Batch
-from mpilm.data.files import is_valid_utf8, read_bytes, read_json_object
+from mpilm.data.files import is_valid_utf8, parse_json, read_bytes, read_json
 from mpilm.data.gather import all_gather_rows
 from mpilm.data.order import Indices, pick_samples
-from mpilm.data.sources import TextSource, parse_json, partition_items, read_json_lines
+from mpilm.data.sources import TextSource, partition_items, read_json_lines
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.loss import IGNORE_INDEX
@@ -27,13 +28,13 @@ ASSISTANT = "assistant"
 Turn = tuple[str, bool]  # text, and whether it is an answer
 
 
+@dataclass(frozen=True)
 class ChatTemplate:
     """The chat template of a tokenizer: messages to the text that the model was made for, rendered as Hugging Face does it."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], folder: str):
-        self.source = source  # in Jinja; it comes from a stranger and runs in a sandbox
-        self.special_tokens = dict(special_tokens)  # that it may use
-        self.folder = folder  # for messages
+    source: str  # in Jinja; it comes from a stranger and runs in a sandbox
+    special_tokens: Mapping[str, str]  # that it may use
+    folder: str  # for messages
 
     @cached_property
     def _template(self) -> Any:
@@ -69,10 +70,6 @@ class ChatTemplate:
             raise DataError(f'{place}: no message has the role "{ASSISTANT}", so there is nothing to learn')
         return turns
 
-    def render_prompt(self, text: str) -> str:
-        """Return what a model reads that is to answer a user."""
-        return self.render([{"role": "user", "content": text}], "the prompt", True)
-
     def render(self, messages: Sequence[Mapping[str, str]], place: object, begin_answer: bool) -> str:
         """Return the text of messages; raises DataError naming `place`."""
         template = self._template
@@ -89,7 +86,7 @@ def find_chat_template(tokenizer: str | Path) -> ChatTemplate | None:
         return None
     folder = path if path.is_dir() else path.parent
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    values = read_json_object(config) if config.is_file() else {}
+    values = read_json(config) if config.is_file() else {}
     source = values.get("chat_template")
     if isinstance(source, list):  # several, by name
         source = {str(each.get("name")): each.get("template") for each in source if isinstance(each, dict)}.get("default")
@@ -147,11 +144,9 @@ def _is_message(value: Any) -> bool:
 
 
 def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> np.ndarray:
-    """Return the tokens of a conversation, and whether each is an answer; (n, 2) int32.
-
-    Rendered text is encoded in one; a token belongs to the turn it begins in. Otherwise each turn is encoded by itself, as a
-    prompt is when a text is generated from it, and an eos ends the answer.
-    """
+    """Return the tokens of a conversation, and whether each is an answer; (n, 2) int32. Rendered text is encoded in one, and a
+    token belongs to the turn it begins in. Otherwise each turn is encoded by itself, as a prompt is when a text is generated
+    from it, and an eos ends the answer."""
     texts, answers = [text for text, _ in turns], [is_answer for _, is_answer in turns]
     if is_rendered:
         tokens, begins = tokenizer.encode_rendered("".join(texts))
@@ -164,12 +159,10 @@ def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> n
 
 
 class ChatExamples:
-    """Examples of conversations, laid into rows of the context length.
-
-    Conversations longer than the context are cut or, with data.too-long "drop", left out, as are those that then have no
-    answer. With data.packing "concat" a row holds one conversation; with "documents", as many as fit, in their order, each by
-    itself. The last data.eval-fraction of the rows is the validation split. Raises ConfigError or DataError if one is empty.
-    """
+    """Examples of conversations, laid into rows of the context length. Conversations longer than the context are cut or, with
+    data.too-long "drop", left out, as are those that then have no answer. With data.packing "concat" a row holds one
+    conversation; with "documents", as many as fit, in their order, each by itself. The last data.eval-fraction of the rows is
+    the validation split. Raises ConfigError or DataError if one is empty."""
 
     def __init__(self, chats: EncodedChats, context_length: int, data: DataConfig, eos: int):
         self.chats, self.context_length, self.eos = chats, context_length, eos

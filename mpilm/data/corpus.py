@@ -7,7 +7,6 @@ cache/files/KEY.json                digests of the input files of a path, so tha
 import json
 import os
 import secrets
-import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,8 +20,8 @@ from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_
 from mpilm.config.schema import DataConfig
 from mpilm.data.files import file_errors, hex_digest
 from mpilm.data.gather import digest_files
-from mpilm.data.prepare import broadcast_sources, no_progress, prepare_tokens, resolve_settings
-from mpilm.data.sources import Progress, TextSource
+from mpilm.data.prepare import broadcast_sources, prepare_tokens, resolve_settings, temporary_folder
+from mpilm.data.sources import TextSource
 from mpilm.data.token_files import TokenMetadata, find_prefix, open_tokens, read_metadata, with_ending
 from mpilm.data.tokenizer import Tokenizer, load_tokenizer, parse_bpe_size, tokenizer_from_spec
 from mpilm.errors import ConfigError, DataError, FileError
@@ -43,6 +42,7 @@ class Corpus:
     source: str  # what the user calls it, for messages
     path: Path  # of the .bin
     bytes_per_token: float  # bytes of UTF-8 text a token stands for, on average
+    part: float = 1.0  # of the samples of a run
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return tokens start to stop; raises DataError naming file and token if one is no id of the tokenizer."""
@@ -54,18 +54,17 @@ class Corpus:
         return tokens.astype(np.int64)
 
 
-def open_corpus(data: DataConfig, comm: Comm, eos: bool = True, progress: Progress = no_progress) -> Corpus:
-    """Open token files; those of text are in the cache, where they are prepared if need be. Collective.
-
-    Documents of text end with the tokenizer's eos if `eos`. Raises AgreedError, also if a rank sees other files than rank 0.
-    """
+def open_corpus(data: DataConfig, comm: Comm, eos: bool = True) -> Corpus:
+    """Open token files; those of text are in the cache, where they are prepared if need be, and end documents with the
+    tokenizer's eos if `eos`. Collective; raises CollectiveError, also if ranks see different files."""
     prepared = comm.broadcast_json(run_on_root(comm, lambda: str(find_prefix(data.source) or "")))
-    prefix = Path(prepared) if prepared else prepare_in_cache(data, comm, eos, progress)
+    prefix = Path(prepared) if prepared else prepare_in_cache(data, comm, eos)
     path, source = with_ending(prefix, ".bin"), data.source or "the embedded corpus"
     tokens, documents, metadata = run_on_all_ranks(comm, lambda: _open_files(prefix, verify=comm.rank == 0))
-    run_on_all_ranks(
-        comm, lambda: _check_same_as_on_root(path, [len(tokens), tokens.dtype.name, metadata and asdict(metadata)], comm)
-    )
+    seen = comm.all_gather_json([socket.gethostname(), len(tokens), tokens.dtype.name, metadata and asdict(metadata)])
+    if others := [host for host, *identity in seen if identity != seen[0][1:]]:
+        advice = "put it, or the cache (MPILM_CACHE), in a folder that all ranks share"
+        raise CollectiveError(FileError(f"{path}: is another file on {others[0]} than on rank 0; {advice}"))
     tokenizer = run_on_all_ranks(comm, lambda: _load_tokenizer(data.tokenizer if prepared else "auto", prefix, metadata))
     trusted = metadata.tokens_digest if metadata and tokens.nbytes > VERIFIED_BYTES else ""
     digest = trusted or digest_files([path], [tokens.nbytes], comm)[0]
@@ -77,20 +76,18 @@ def open_corpus(data: DataConfig, comm: Comm, eos: bool = True, progress: Progre
     return replace(corpus, bytes_per_token=metadata.source_bytes / metadata.tokens)
 
 
-def open_corpora(data: DataConfig, comm: Comm, progress: Progress = no_progress) -> list[tuple[Corpus, float]]:
-    """Open each corpus of data.path, with its part of the samples, all with the tokenizer of the first. Collective."""
-    corpora: list[tuple[Corpus, float]] = []
+def open_corpora(data: DataConfig, comm: Comm) -> list[Corpus]:
+    """Open each corpus of data.path, all with the tokenizer of the first. Collective."""
+    corpora: list[Corpus] = []
     spec = data.tokenizer
     for each, part in data.corpora():
-        corpus = open_corpus(replace(each, tokenizer=spec), comm, progress=progress)
-        first = corpora[0][0] if corpora else corpus
+        corpora.append(replace(open_corpus(replace(each, tokenizer=spec), comm), part=part))
+        first, corpus = corpora[0], corpora[-1]
         if corpus.tokenizer.digest != first.tokenizer.digest:
-            raise CollectiveError(
-                ConfigError(f"{corpus.path} was made with another tokenizer than {first.path}; a model has one")
-            )
+            problem = f"{corpus.path} was made with another tokenizer than {first.path}; a model has one"
+            raise CollectiveError(ConfigError(problem))
         if spec == "auto" or parse_bpe_size(spec):
             spec = str(with_ending(corpus.path.with_suffix(""), ".tokenizer.json"))
-        corpora.append((corpus, part))
     return corpora
 
 
@@ -105,12 +102,6 @@ def _open_files(prefix: Path, verify: bool) -> tuple[NDArray, int, TokenMetadata
     return tokens, documents, metadata
 
 
-def _check_same_as_on_root(path: Path, identity: list, comm: Comm) -> None:
-    if identity != comm.broadcast_json(identity):
-        advice = "put it, or the cache (MPILM_CACHE), in a folder that all ranks share"
-        raise FileError(f"{path}: is another file on {socket.gethostname()} than on rank 0; {advice}")
-
-
 def _load_tokenizer(spec: str, prefix: Path, metadata: TokenMetadata | None) -> Tokenizer:
     """Return the tokenizer the tokens were made with; raises ConfigError if the setting is another, or does not name one."""
     is_made = spec == "auto" or parse_bpe_size(spec)
@@ -118,10 +109,9 @@ def _load_tokenizer(spec: str, prefix: Path, metadata: TokenMetadata | None) -> 
     if metadata is None and named:
         return named
     if metadata is None:
+        problem = f"{prefix}.bin has no {prefix.name}.json of mpilm.prepare beside it"
         advice = "name the tokenizer.json that these tokens were made with (or bytes)"
-        raise ConfigError(
-            f"--data.tokenizer {spec}: {prefix}.bin has no {prefix.name}.json of mpilm.prepare beside it; {advice}"
-        )
+        raise ConfigError(f"--data.tokenizer {spec}: {problem}; {advice}")
     file = with_ending(prefix, ".tokenizer.json")
     tokenizer = replace(load_tokenizer(file, metadata.eos), name=metadata.tokenizer)
     if tokenizer.digest != metadata.tokenizer_digest:
@@ -142,21 +132,15 @@ def _measure_bytes_per_token(corpus: Corpus) -> float:
 
 
 def unigram_loss(corpora: Sequence[tuple[Corpus, int]]) -> float:
-    """Return the loss in nats a token of a unigram model, which has learnt token frequencies alone.
-
-    Each corpus comes with a boundary: frequencies are counted before it, add-one smoothed, and the loss is of what follows.
-    """
-    train = np.sum([_count_ids(corpus, 0, boundary) for corpus, boundary in corpora], axis=0) + 1
-    validation = np.sum([_count_ids(corpus, boundary, len(corpus.tokens)) for corpus, boundary in corpora], axis=0)
+    """Return the loss in nats a token of what follows each boundary, by the add-one smoothed token frequencies before it."""
+    vocab_size = corpora[0][0].tokenizer.vocab_size
+    train, validation = np.ones(vocab_size), np.zeros(vocab_size)
+    for corpus, boundary in corpora:
+        for first in range(0, len(corpus.tokens), COUNTED_TOKENS):
+            before, behind = np.split(corpus.read(first, first + COUNTED_TOKENS), [max(0, boundary - first)])
+            train += np.bincount(before, minlength=vocab_size)
+            validation += np.bincount(behind, minlength=vocab_size)
     return float(-(validation * np.log(train / train.sum())).sum() / validation.sum())
-
-
-def _count_ids(corpus: Corpus, start: int, stop: int) -> NDArray[np.float64]:
-    """Return how often each id of the vocabulary occurs, (vocab_size,)."""
-    counts = np.zeros(corpus.tokenizer.vocab_size)
-    for first in range(start, stop, COUNTED_TOKENS):
-        counts += np.bincount(corpus.read(first, min(stop, first + COUNTED_TOKENS)), minlength=len(counts))
-    return counts
 
 
 def cache_folder() -> Path:
@@ -165,32 +149,27 @@ def cache_folder() -> Path:
     return Path(folder).expanduser()
 
 
-def prepare_in_cache(data: DataConfig, comm: Comm, eos: bool, progress: Progress) -> Path:
-    """Return the prefix of the token files of this text and tokenizer in the cache; prepare them unless they exist. Collective.
-
-    Two jobs may do this at once: each prepares in a folder of its own, and the first to finish gives it its name.
-    """
+def prepare_in_cache(data: DataConfig, comm: Comm, eos: bool) -> Path:
+    """Return the prefix of the token files of this text and tokenizer in the cache; prepare them unless they exist. Two jobs
+    may do this at once: each prepares in a folder of its own, and the first to finish gives it its name. Collective."""
     sources = broadcast_sources(data, comm)
     stats, digests = _digest_sources(data.source, sources, comm)
     folder = Path(comm.broadcast_json(run_on_root(comm, lambda: str(_corpus_folder(data, sources, digests, eos)))))
     if not comm.broadcast_json((folder / "tokens.idx").is_file()):
-        own = with_ending(folder, f".{comm.broadcast_json(secrets.token_hex(4))}")
-        try:
-            prepare_tokens(data, own / "tokens", comm, eos=eos, progress=progress, sources=sources)
+        with temporary_folder(folder, comm) as own:
+            prepare_tokens(data, own / "tokens", comm, eos=eos, sources=sources)
             run_on_root(comm, lambda: _rename_folder(own, folder, sources, stats))
-        finally:
-            if comm.rank == 0:
-                shutil.rmtree(own, ignore_errors=True)
     return folder / "tokens"
 
 
 def _corpus_folder(data: DataConfig, sources: Sequence[TextSource], digests: Sequence[str], eos: bool) -> Path:
     """Return the folder whose name is a digest of everything that the tokens depend on."""
-    options, spec = resolve_settings(data)
-    size = parse_bpe_size(spec)
-    tokenizer = f"bpe:{size}" if size else tokenizer_from_spec(spec).digest
+    settings = resolve_settings(data)
+    size = parse_bpe_size(settings.tokenizer)
+    tokenizer = f"bpe:{size}" if size else tokenizer_from_spec(settings.tokenizer).digest
+    options = {"encoding_errors": settings.encoding_errors, "text_key": settings.text_key}
     content = [[source.format, source.codec, digest] for source, digest in zip(sources, digests, strict=True)]
-    key = hex_digest(json.dumps([TokenMetadata.format, content, tokenizer, options._asdict(), eos]))
+    key = hex_digest(json.dumps([TokenMetadata.format, content, tokenizer, options, eos]))
     return cache_folder() / "corpora" / key[:32]
 
 
@@ -202,7 +181,7 @@ def _rename_folder(own: Path, folder: Path, sources: Sequence[TextSource], stats
         os.rename(own, folder)
     except OSError:
         if not (folder / "tokens.idx").is_file():  # else another job was faster, and has written the same
-            with file_errors(folder, "write"):
+            with file_errors(folder, "written"):
                 raise
 
 
@@ -210,9 +189,8 @@ def _digest_sources(path: str, sources: Sequence[TextSource], comm: Comm) -> tup
     """Return stat and digest of every source, reading only those that have changed. Collective; raises FileError."""
     key = hex_digest(str(Path(path).expanduser().resolve()) if path else "")
     index = cache_folder() / "files" / f"{key[:32]}.json"  # of rank 0
-    stats, known = comm.broadcast_json(
-        run_on_root(comm, lambda: [[_stat(source.path) for source in sources], _read_index(index)])
-    )
+    on_root = run_on_root(comm, lambda: [[_stat(source.path) for source in sources], _read_index(index)])
+    stats, known = comm.broadcast_json(on_root)
     digests = {s.path: known[s.path][2] for s, stat in zip(sources, stats) if known.get(s.path, [])[:2] == stat}
     changed = [source for source in sources if source.path not in digests]
     if changed:
@@ -239,7 +217,7 @@ def _read_index(index: Path) -> dict[str, list]:
 
 def _write_index(index: Path, rows: dict[str, list]) -> None:
     own = with_ending(index, f".{secrets.token_hex(4)}")
-    with file_errors(index, "write"):
+    with file_errors(index, "written"):
         index.parent.mkdir(parents=True, exist_ok=True)
         own.write_text(json.dumps(rows))
         os.replace(own, index)

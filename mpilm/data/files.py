@@ -11,6 +11,8 @@ from typing import Any
 
 from mpilm.errors import DataError, FileError
 
+BLOCK_BYTES = 2**24  # files are digested in blocks, which several ranks can share; their number does not change a digest
+
 
 @contextmanager
 def file_errors(path: str | Path, verb: str = "read") -> Iterator[None]:
@@ -18,7 +20,7 @@ def file_errors(path: str | Path, verb: str = "read") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileError(f"{path}: cannot {verb} it on {socket.gethostname()}: {error.strerror or error}") from None
+        raise FileError(f"{path} cannot be {verb}: {error.strerror or error} (on {socket.gethostname()})") from None
 
 
 def read_bytes(path: Path) -> bytes:
@@ -27,20 +29,25 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises FileError or DataError naming the file."""
+def parse_json(text: str | bytes, place: object) -> Any:
+    """Return the value of a JSON text; raises DataError naming the place."""
     try:
-        values = json.loads(read_bytes(path))
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON: {error}") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: is not JSON: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises FileError or DataError naming the file."""
+    values = parse_json(read_bytes(path), path)
     if not isinstance(values, dict):
-        raise DataError(f"{path}: is not a JSON object")
+        raise DataError(f"{path}: is not a JSON object, but {type(values).__name__}")
     return values
 
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a whole file and wait until it is on the disk; raises FileError."""
-    with file_errors(path, "write"), open(path, "wb") as file:
+    with file_errors(path, "written"), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

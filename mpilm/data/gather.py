@@ -1,8 +1,10 @@
 """Arrays of all ranks, and digests of files whose reading the ranks share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +12,9 @@ from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
-from mpilm.data.files import blake2b_digest, file_errors
+from mpilm.data.files import BLOCK_BYTES, blake2b_digest, file_errors
 
-BLOCK_BYTES = 16 * 2**20  # files are digested in blocks of this size, so the number of ranks does not change a digest
+READ_BYTES = 2**20  # that stay in the cache until they are hashed
 
 
 def all_gather_rows(comm: Comm, rows: NDArray) -> list[NDArray]:
@@ -26,15 +28,23 @@ def all_gather_rows(comm: Comm, rows: NDArray) -> list[NDArray]:
 
 def digest_files(paths: Sequence[Path], sizes: Sequence[int], comm: Comm) -> list[str]:
     """Return the hex digest of each file's first `size` bytes. Collective; raises FileError on every rank."""
+    digests = digest_blocks(paths, sizes, comm, lambda: blake2b(digest_size=32))
+    return [blake2b_digest(size.to_bytes(8, "little") + joined).hex() for size, joined in zip(sizes, digests)]
+
+
+def digest_blocks(paths: Sequence[Path], sizes: Sequence[int], comm: Comm, new_hash: Callable[[], Any]) -> list[bytes]:
+    """Return the joined digests of the blocks of each file. Collective; raises FileError on every rank."""
     blocks = [(path, start) for path, size in zip(paths, sizes, strict=True) for start in range(0, size, BLOCK_BYTES)]
     mine = blocks[len(blocks) * comm.rank // comm.size : len(blocks) * (comm.rank + 1) // comm.size]
-    digests = run_on_all_ranks(comm, lambda: [_digest_block(path, start) for path, start in mine])
+    digests = run_on_all_ranks(comm, lambda: [_digest_block(path, start, new_hash()) for path, start in mine])
     every = (bytes.fromhex(digest) for theirs in comm.all_gather_json(digests) for digest in theirs)
-    parts = [b"".join(islice(every, -(-size // BLOCK_BYTES))) for size in sizes]
-    return [blake2b_digest(size.to_bytes(8, "little") + part).hex() for size, part in zip(sizes, parts)]
+    return [b"".join(islice(every, -(-size // BLOCK_BYTES))) for size in sizes]
 
 
-def _digest_block(path: Path, start: int) -> str:
+def _digest_block(path: Path, start: int, digest: Any) -> str:
+    stop = start + BLOCK_BYTES
     with file_errors(path), open(path, "rb") as file:
         file.seek(start)
-        return blake2b_digest(file.read(BLOCK_BYTES)).hex()
+        while data := file.read(min(READ_BYTES, stop - file.tell())):
+            digest.update(data)
+    return digest.hexdigest()

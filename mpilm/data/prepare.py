@@ -15,9 +15,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config.schema import DataConfig
-from mpilm.data import token_files
 from mpilm.data.files import file_errors, write_durably
 from mpilm.data.gather import all_gather_rows, digest_files
-from mpilm.data.sources import Progress, TextOptions, TextSource, find_sources, partition_items, read_batches, sample_text
-from mpilm.data.token_files import TokenCounts, TokenMetadata, with_ending
+from mpilm.data.sources import TextSource, find_sources, partition_items, read_batches, sample_text
+from mpilm.data.token_files import TokenCounts, TokenMetadata, open_shared, token_dtype, with_ending, write_index
 from mpilm.data.tokenizer import Tokenizer, parse_bpe_size, tokenizer_from_spec, train_bpe
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.formatting import count_noun
@@ -42,20 +41,17 @@ KINDS = {"L": "letters", "M": "combining marks", "N": "digits", "P": "punctuatio
 LETTER_NAMES = ("LETTER", "SYLLABLE", "IDEOGRAPH", "CHARACTER")  # in the Unicode names that begin with the script
 
 
-def no_progress(done: int, total: int) -> None:
-    """Report nothing."""
-
-
 class ProgressLine:
-    """A Progress that prints a line now and then, after some quiet seconds; on rank 0 it stands for all ranks."""
+    """Prints a line now and then, after some quiet seconds. Rank 0 stands for all ranks."""
 
-    def __init__(self, interval_s: float = 3.0):
-        self.interval_s, self.started_s, self.printed_s = interval_s, 0.0, 0.0
+    def __init__(self, enabled: bool = True, interval_s: float = 3.0):
+        self.enabled, self.interval_s = enabled, interval_s
+        self.started_s = self.printed_s = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        self.started_s, self.printed_s = self.started_s or now, self.printed_s or now
-        if now - self.printed_s >= self.interval_s or (done == total and self.printed_s > self.started_s):
+        is_end = done == total and self.printed_s > self.started_s
+        if self.enabled and (is_end or now - self.printed_s >= self.interval_s):
             self.printed_s = now
             percent, speed = 100 * done / max(1, total), done / 1e6 / max(1e-3, now - self.started_s)
             print(f"preparing text: {percent:3.0f}% of {total / 1e6:,.0f} MB on rank 0, {speed:.1f} MB/s", file=sys.stderr)
@@ -65,7 +61,7 @@ class TextInput(NamedTuple):
     """The text of a corpus and the tokenizer for it; the same on every rank."""
 
     sources: Sequence[TextSource]
-    options: TextOptions
+    settings: DataConfig
     tokenizer: Tokenizer
 
 
@@ -75,51 +71,56 @@ def broadcast_sources(data: DataConfig, comm: Comm) -> list[TextSource]:
     return [TextSource(*row) for row in rows]
 
 
-def resolve_settings(data: DataConfig) -> tuple[TextOptions, str]:
-    """Return how to read the text, and the tokenizer that auto stands for. No user can repair the embedded corpus's files."""
-    options = TextOptions(data.encoding_errors if data.source else "replace", data.text_key)
-    return options, "bpe:2048" if data.tokenizer == "auto" else data.tokenizer
+def resolve_settings(data: DataConfig) -> DataConfig:
+    """Return settings with the tokenizer that auto means. Nobody can repair the embedded corpus, so its errors are replaced."""
+    tokenizer = "bpe:2048" if data.tokenizer == "auto" else data.tokenizer
+    return replace(data, tokenizer=tokenizer, encoding_errors=data.encoding_errors if data.source else "replace")
 
 
 def open_text(data: DataConfig, comm: Comm, sources: Sequence[TextSource] | None = None) -> TextInput:
     """Find the sources unless they are given, and let rank 0 load or train the tokenizer. Collective."""
-    files, (options, spec) = sources or broadcast_sources(data, comm), resolve_settings(data)
+    files, settings = sources or broadcast_sources(data, comm), resolve_settings(data)
 
     def make_tokenizer() -> list:
-        size = parse_bpe_size(spec)
-        tokenizer = train_bpe(sample_text(files, options), size) if size else tokenizer_from_spec(spec)
+        spec, size = settings.tokenizer, parse_bpe_size(settings.tokenizer)
+        tokenizer = train_bpe(sample_text(files, settings), size) if size else tokenizer_from_spec(spec)
         return [tokenizer.json, tokenizer.eos, spec]
 
-    return TextInput(files, options, Tokenizer(*comm.broadcast_json(run_on_root(comm, make_tokenizer))))
+    return TextInput(files, settings, Tokenizer(*comm.broadcast_json(run_on_root(comm, make_tokenizer))))
 
 
 def encode_text(
-    text: TextInput, comm: Comm, out: IO[bytes], eos: bool, progress: Progress, inspect: Callable[[str], None] | None = None
+    text: TextInput, comm: Comm, path: str | Path, eos: bool, inspect: Callable[[list[str]], None] = lambda texts: None
 ) -> NDArray:
-    """Write the tokens of this rank's part of the text to `out`, one batch at a time; return a table of SEQUENCE rows.
+    """Write the tokens of this rank's part of the text to a file; return a table of SEQUENCE rows, of which each document is a
+    run. Documents end with the tokenizer's eos if `eos`. `inspect` receives the texts of each batch. Collective; raises
+    CollectiveError, also if the text is empty."""
+    tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
+    ending = np.array([tokenizer.eos] if eos else [], dtype=np.int32)
 
-    Documents, each a run of rows, end with the tokenizer's eos if `eos`. `inspect` receives every chunk of text. Raises
-    FileError or DataError.
-    """
-    tokenizer, dtype = text.tokenizer, token_files.token_dtype(text.tokenizer.vocab_size)
-    rows = []
-    for batch in read_batches(partition_items(text.sources, comm.rank, comm.size), text.options, progress):
-        for chunk, ids in zip(batch, tokenizer.encode_batch([chunk.text for chunk in batch]), strict=True):
-            ids = np.append(ids, tokenizer.eos) if chunk.is_last and eos else ids
-            out.write(ids.astype(dtype).tobytes())
-            data = chunk.text.encode()
-            key = hashlib.blake2b(data, digest_size=16, salt=chunk.number.to_bytes(16, "little")).digest()
-            rows.append((len(ids), chunk.is_last, len(data), struct.unpack("<2q", key)))
-            if inspect:
-                inspect(chunk.text)
-    return np.array(rows, dtype=SEQUENCE)
+    def encode() -> NDArray:
+        items, rows = partition_items(text.sources, comm.rank, comm.size), []
+        with file_errors(path, "written"), open(path, "wb") as out:
+            for batch in read_batches(items, text.settings, ProgressLine(comm.rank == 0)):
+                texts, tokens = [chunk.text for chunk in batch], []
+                for chunk, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+                    tokens += [ids, ending] if chunk.is_last else [ids]
+                    data = chunk.text.encode()
+                    key = hashlib.blake2b(data, digest_size=16, salt=chunk.number.to_bytes(16, "little")).digest()
+                    rows.append((len(ids) + (chunk.is_last and eos), chunk.is_last, len(data), struct.unpack("<2q", key)))
+                out.write(np.concatenate(tokens).astype(dtype).tobytes())
+                inspect(texts)
+        return np.array(rows, dtype=SEQUENCE)
+
+    sequences = run_on_all_ranks(comm, encode)
+    if not any(comm.all_gather_json(int(sequences["tokens"].sum()))):
+        raise CollectiveError(DataError(f"{text.settings.source or 'the embedded corpus'}: holds no text"))
+    return sequences
 
 
 def gather_documents(sequences: NDArray, comm: Comm) -> tuple[NDArray, NDArray, NDArray[np.bool_]]:
-    """Return the document of each of this rank's sequences, the SEQUENCE sums of all documents, and which are duplicates.
-
-    Collective; 48 bytes a document travel to every rank. A document may lie on several ranks.
-    """
+    """Return the document of each of this rank's sequences, the SEQUENCE sums of all documents, and which are duplicates. A
+    document may lie on several ranks. Collective: 48 bytes a document travel to every rank."""
     ended = comm.all_gather_json(int(sequences["is_last"].sum()))
     number = sum(ended[: comm.rank]) + np.cumsum(sequences["is_last"]) - sequences["is_last"]
     first = np.flatnonzero(np.diff(number, prepend=-1))
@@ -136,30 +137,25 @@ def gather_documents(sequences: NDArray, comm: Comm) -> tuple[NDArray, NDArray, 
 
 def prepare_tokens(
     data: DataConfig, output: str | Path, comm: Comm, drop_duplicates: bool = False, eos: bool = True,
-    progress: Progress = no_progress, sources: Sequence[TextSource] | None = None,
+    sources: Sequence[TextSource] | None = None,
 ) -> TokenMetadata:  # fmt: skip
-    """Write the text of `data` as PREFIX.bin, .idx, .json and .tokenizer.json, PREFIX being `output`. Collective.
-
-    Every document ends with the tokenizer's eos unless `eos` is False. Memory does not grow with the text. Raises FileError
-    if one of the files exists, ConfigError or DataError, on every rank, and leaves nothing behind then.
-    """
+    """Write the text of `data` as PREFIX.bin, .idx, .json and .tokenizer.json, PREFIX being `output`. Every document ends with
+    the tokenizer's eos unless `eos` is False. Memory does not grow with the text. Collective; raises FileError if one of the
+    files exists, ConfigError or DataError, on every rank, and leaves nothing behind then."""
     prefix = Path(output).expanduser()
     run_on_root(comm, lambda: _check_absent(prefix))
     text = open_text(data, comm, sources)
-    tokenizer, dtype = text.tokenizer, token_files.token_dtype(text.tokenizer.vocab_size)
-    with _temporary_prefix(prefix, comm) as temporary:
+    tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
+    with temporary_folder(prefix, comm) as folder:
+        temporary = folder / prefix.name
         part, tokens = with_ending(temporary, f".part-{comm.rank:05d}"), with_ending(temporary, ".bin")
-
-        def encode() -> NDArray:
-            with file_errors(part, "write"), open(part, "wb") as out:
-                return encode_text(text, comm, out, eos, progress)
 
         def copy_into_place() -> None:
             _copy_selected(part, tokens, sequences["tokens"] * dtype.itemsize, keep, before.tokens * dtype.itemsize)
             ends = before.sequences + 1 + np.flatnonzero(selected["is_last"])
-            token_files.write_index(with_ending(temporary, ".idx"), dtype, selected["tokens"], ends, before, total)
+            write_index(with_ending(temporary, ".idx"), dtype, selected["tokens"], ends, before, total)
 
-        sequences = run_on_all_ranks(comm, encode)
+        sequences = encode_text(text, comm, part, eos)
         keep, dropped = np.ones(len(sequences), bool), 0
         if drop_duplicates:
             document, _, is_duplicate = gather_documents(sequences, comm)
@@ -168,8 +164,6 @@ def prepare_tokens(
         amounts = [len(selected), *(int(selected[name].sum()) for name in ("tokens", "is_last", "source_bytes"))]
         counts = np.array(comm.all_gather_json(amounts), dtype=np.int64)
         before, total = (TokenCounts(*part.sum(axis=0).tolist()) for part in (counts[: comm.rank], counts))
-        if not total.tokens:
-            raise CollectiveError(DataError(f"{data.source or 'the embedded corpus'}: holds no text"))
         run_on_all_ranks(comm, copy_into_place)
         digest = digest_files([tokens], [total.tokens * dtype.itemsize], comm)[0]
         metadata = TokenMetadata(
@@ -187,15 +181,14 @@ def _check_absent(prefix: Path) -> None:
 
 
 @contextmanager
-def _temporary_prefix(prefix: Path, comm: Comm) -> Iterator[Path]:
-    """Make a folder beside the output that all ranks see, for files of the same name, and remove it at the end. Collective."""
-    folder = with_ending(prefix, f".{comm.broadcast_json(secrets.token_hex(4))}.tmp")
+def temporary_folder(output: Path, comm: Comm) -> Iterator[Path]:
+    """Make a folder beside the output that all ranks see, and remove what is left of it at the end. Collective."""
+    folder = with_ending(output, f".{comm.broadcast_json(secrets.token_hex(4))}.tmp")
     try:
-        run_on_root(comm, file_errors(folder, "create")(lambda: folder.mkdir(parents=True)))
-        run_on_all_ranks(
-            comm, file_errors(folder, "see (rank 0 has just created it; all ranks must share the folder)")(folder.stat)
-        )
-        yield folder / prefix.name
+        run_on_root(comm, file_errors(folder, "created")(lambda: folder.mkdir(parents=True)))
+        seen = "seen (rank 0 has just created it; all ranks must share the folder)"
+        run_on_all_ranks(comm, file_errors(folder, seen)(folder.stat))
+        yield folder
     finally:
         if comm.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -203,7 +196,7 @@ def _temporary_prefix(prefix: Path, comm: Comm) -> Iterator[Path]:
 
 def _copy_selected(part: Path, target: Path, sizes: NDArray, keep: NDArray[np.bool_], offset: int) -> None:
     """Copy the sequences of `sizes` bytes that are kept from a part file into another file, from `offset` on."""
-    with token_files.open_shared(target) as out, open(part, "rb") as source:
+    with open_shared(target) as out, open(part, "rb") as source:
         out.seek(offset)
         for size, is_selected in zip(sizes.tolist(), keep.tolist()):
             if len(data := source.read(size)) < size:
@@ -218,27 +211,26 @@ def _finish_files(temporary: Path, prefix: Path, metadata: TokenMetadata, tokeni
     write_durably(with_ending(temporary, ".json"), (json.dumps(asdict(metadata), indent=2) + "\n").encode())
     _check_absent(prefix)
     for ending in ENDINGS:
-        with file_errors(with_ending(prefix, ending), "write"):
+        with file_errors(with_ending(prefix, ending), "written"):
             os.rename(with_ending(temporary, ending), with_ending(prefix, ending))
 
 
-def collect_statistics(data: DataConfig, comm: Comm, progress: Progress = no_progress) -> dict[str, str]:
+def collect_statistics(data: DataConfig, comm: Comm) -> dict[str, str]:
     """Encode the text of `data`, duplicates included, and return a table to print; nothing is written. Collective."""
     text = open_text(data, comm)
-    characters: Counter[str] = Counter()
+    characters = np.zeros(sys.maxunicode + 1, dtype=np.int64)  # the number of each
 
-    def encode() -> NDArray:
-        with open(os.devnull, "wb") as out:
-            return encode_text(text, comm, out, True, progress, characters.update)
+    def count_characters(texts: list[str]) -> None:
+        counts = np.bincount(np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4"))
+        characters[: len(counts)] += counts
 
-    _, documents, is_duplicate = gather_documents(run_on_all_ranks(comm, encode), comm)
-    if not len(documents):
-        raise CollectiveError(DataError(f"{data.source or 'the embedded corpus'}: holds no text"))
+    _, documents, is_duplicate = gather_documents(encode_text(text, comm, os.devnull, True, count_characters), comm)
     lengths, nbytes = documents["tokens"], documents["source_bytes"]
     low, median, p90, p99, high = np.percentile(lengths, [0, 50, 90, 99, 100])
     distribution = {"min": low, "median": median, "mean": lengths.mean(), "90%": p90, "99%": p99, "max": high}
     percent = 100 / nbytes.sum()
-    scripts = sum((Counter(theirs) for theirs in comm.all_gather_json(count_scripts(characters))), Counter())
+    mine = count_scripts({chr(point): int(characters[point]) for point in np.flatnonzero(characters)})
+    scripts = sum((Counter(theirs) for theirs in comm.all_gather_json(mine)), Counter())
     return {
         "documents": f"{len(documents):,}",
         "bytes of text": f"{nbytes.sum():,}",
@@ -272,13 +264,12 @@ def prepare_command(data: DataConfig, output: str, stats: bool, drop_duplicates:
 
     def run(comm: Comm) -> None:
         comm = comm.with_options(gpu_aware=False, yield_while_waiting=True)  # ranks wait while rank 0 trains the tokenizer
-        progress = ProgressLine() if comm.rank == 0 else no_progress
         if stats:
-            table = collect_statistics(data, comm, progress)
+            table = collect_statistics(data, comm)
             if comm.rank == 0:
                 print("\n".join(f"{name:<{max(map(len, table))}}  {value:>16}" for name, value in table.items()), flush=True)
         if output:
-            made = prepare_tokens(data, output, comm, drop_duplicates, progress=progress)
+            made = prepare_tokens(data, output, comm, drop_duplicates)
             dropped = f", {made.dropped_duplicates:,} duplicates dropped" if made.dropped_duplicates else ""
             written = f"{made.tokens:,} tokens of {made.dtype} in {count_noun(made.documents, 'document')}{dropped}"
             ratio = f"{made.source_bytes / made.tokens:.2f} bytes a token with {made.tokenizer}"

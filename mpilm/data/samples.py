@@ -16,11 +16,9 @@ MIXTURE_PERIOD = 2**16  # samples in which each corpus has its part to the neare
 
 
 class CorpusSamples:
-    """A corpus cut into samples of T + 1 tokens that overlap by one: sample i covers tokens [i T, i T + T + 1).
-
-    The last `eval_fraction` of the tokens is the validation split, into which no training sample reaches. Raises ConfigError
-    naming --model.context-length if no sample fits.
-    """
+    """A corpus cut into samples of T + 1 tokens that overlap by one: sample i covers tokens [i T, i T + T + 1). The last
+    `eval_fraction` of the tokens is the validation split, into which no training sample reaches. Raises ConfigError naming
+    --model.context-length, or DataError, if a split has no sample."""
 
     def __init__(self, corpus: Corpus, context_length: int, eval_fraction: float):
         self.corpus, self.context_length = corpus, context_length
@@ -47,11 +45,9 @@ class CorpusSamples:
 
 
 class CorpusMixture:
-    """Several corpora, of which each has its part of the samples, whatever its size; the validation split is that of each.
-
-    A keyed permutation of every MIXTURE_PERIOD samples determines which corpus is read when, and how many samples of it came
-    before, so that nothing needs to be counted or stored.
-    """
+    """Several corpora, of which each has its part of the samples, whatever its size; the validation split is that of each. A
+    keyed permutation of every MIXTURE_PERIOD samples determines which corpus is read when, and how many samples of it came
+    before, so that nothing needs to be counted or stored."""
 
     def __init__(self, corpora: Sequence[CorpusSamples], parts: Sequence[float]):
         self.corpora, self.context_length = corpora, corpora[0].context_length
@@ -82,17 +78,14 @@ class CorpusMixture:
         return which, rounds * sizes[which] + slots - (ends - sizes)[which]
 
 
-Samples = CorpusSamples | CorpusMixture
-
-
 class TextExamples:
-    """Examples of running text.
+    """Examples of running text. With a packing of "concat" a sample is one text, whatever documents it has parts of. With
+    "documents", attention stays inside each document, positions begin anew, and no token is predicted from another document;
+    `eos` ends documents."""
 
-    With a packing of "concat" a sample is one text, whatever documents it has parts of. With "documents", attention stays
-    inside each document, positions begin anew, and no token is predicted from another document; `eos` ends documents.
-    """
-
-    def __init__(self, samples: Samples, objective: Objective | None = None, packing: str = "concat", eos: int = -1):
+    def __init__(
+        self, samples: CorpusSamples | CorpusMixture, objective: Objective | None = None, packing: str = "concat", eos: int = -1
+    ):
         self.samples, self.objective, self.packing, self.eos = samples, objective or CausalObjective(), packing, eos
         self.context_length, self.eval_samples = samples.context_length, samples.eval_samples
 

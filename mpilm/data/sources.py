@@ -6,7 +6,6 @@ whatever file it comes from. So neither order nor chunks, each of which is encod
 
 import gzip
 import io
-import json
 import os
 import re
 import sys
@@ -17,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from mpilm.data.files import file_errors, hex_digest
+from mpilm.config.schema import DataConfig
+from mpilm.data.files import file_errors, hex_digest, parse_json
 from mpilm.data.token_files import find_prefix
 from mpilm.errors import ConfigError, DataError, FileError, UserError
 
@@ -34,8 +34,6 @@ FORMATS = {**dict.fromkeys(f"{PROSE} {CODE}".split(), "text"), "jsonl": "jsonl",
 CODECS = {"gz": "gzip", "zst": "zstd"}
 EXCLUDED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 REPLACE = "put U+FFFD in such places with --data.encoding-errors replace"
-
-Progress = Callable[[int, int], None]  # called with the bytes done and the bytes to do, of this rank's text
 
 
 class TextSource(NamedTuple):
@@ -60,13 +58,6 @@ class WorkItem(NamedTuple):
         return max(1, self.source.size // self.source.parts)
 
 
-class TextOptions(NamedTuple):
-    """Settings for taking text from files. Their names and values are part of the cache's keys."""
-
-    encoding_errors: str = "stop"  # or replace: U+FFFD in the place of what is not UTF-8
-    text_key: str = "text"  # the field of a JSON object, or column of a Parquet file, that holds the text
-
-
 class DocumentChunk(NamedTuple):
     """Part of a document."""
 
@@ -83,7 +74,13 @@ class _Place(NamedTuple):
     row: str = ""  # row group and row of a Parquet file
 
     def __str__(self) -> str:
-        return f"{self.source.path}: {self.row or f'line {_line_number(self.source, self.offset)}'}"
+        if self.row:
+            return f"{self.source.path}: {self.row}"
+        line, left = 1, self.offset
+        with open_source(self.source) as file:
+            while left > 0 and (data := file.read(min(READ_BYTES, left))):
+                line, left = line + data.count(b"\n"), left - len(data)
+        return f"{self.source.path}: line {line}"
 
 
 def find_sources(path: str) -> list[TextSource]:
@@ -146,63 +143,64 @@ def partition_items(sources: Sequence[TextSource], rank: int = 0, ranks: int = 1
     return mine
 
 
-def read_chunks(item: WorkItem, options: TextOptions) -> Iterator[DocumentChunk]:
+def read_chunks(item: WorkItem, settings: DataConfig) -> Iterator[DocumentChunk]:
     """Yield the text of one item, without empty documents; raises FileError, or DataError with file, line and byte."""
     source, part = item
     if source.format == "parquet":
-        yield from _read_parquet(item, options)
+        yield from _read_parquet(item, settings)
     elif source.format == "jsonl":
         for line, place in read_json_lines(item):
-            text = _find_text(parse_json(_decode(line, options, place), place), options.text_key, place)
-            yield from _chunk_text(text, options, place)
+            text = _find_text(parse_json(_decode(line, settings, place), place), settings.text_key, place)
+            yield from _chunk_text(text, settings, place)
     else:
         with open_source(source) as file:
             if source.codec:
-                yield from _chunk_stream(file, options, _Place(source))
+                yield from _chunk_stream(file, settings, _Place(source))
                 return
             start, stop = _block_start(file, source, part), _block_start(file, source, part + 1)
             file.seek(start)
             data = file.read(stop - start)
-            yield DocumentChunk(_decode(data, options, _Place(source, start)), part, is_last=part + 1 == source.parts)
+            yield DocumentChunk(_decode(data, settings, _Place(source, start)), part, is_last=part + 1 == source.parts)
 
 
-def sample_text(sources: Sequence[TextSource], options: TextOptions) -> Iterator[str]:
+def sample_text(sources: Sequence[TextSource], settings: DataConfig) -> Iterator[str]:
     """Yield a bounded amount of text to train a tokenizer on, evenly spread over the corpus."""
     items = partition_items(sources)
     count = max(1, len(items) * TRAINING_BYTES // max(TRAINING_BYTES, sum(item.size for item in items)))
     for item in (items[len(items) * i // count] for i in range(min(count, len(items)))):
         is_plain = item.source.format != "parquet" and not item.source.codec
         left = 2 * BLOCK_BYTES if is_plain else TRAINING_BYTES // count  # how much the others hold is unknown
-        for chunk in read_chunks(item, options):
+        for chunk in read_chunks(item, settings):
             yield chunk.text[:left]
             left -= len(chunk.text)
             if left <= 0:
                 break
 
 
-def read_batches(items: Sequence[WorkItem], options: TextOptions, progress: Progress) -> Iterator[list[DocumentChunk]]:
-    """Yield the chunks of all items in batches."""
+def read_batches(
+    items: Sequence[WorkItem], settings: DataConfig, progress: Callable[[int, int], None]
+) -> Iterator[list[DocumentChunk]]:
+    """Yield the chunks of all items in batches, calling `progress` with the bytes done and the bytes to do."""
     batch: list[DocumentChunk] = []
     total, done, characters = sum(item.size for item in items), 0, 0
     for item in items:
-        for chunk in read_chunks(item, options):
+        for chunk in read_chunks(item, settings):
             batch.append(chunk)
             characters += len(chunk.text)
             if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_CHUNKS:
                 yield batch
+                progress(done, total)
                 batch, characters = [], 0
-            progress(done, total)
         done += item.size
-    yield batch
+    if batch:
+        yield batch
     progress(total, total)
 
 
 def find_cut(window: bytes) -> int:
-    """Return where a block ends in `window`, which begins at a multiple of BLOCK_BYTES.
-
-    It ends before the first line that begins with a visible character, else before the first line, else before the first
-    character, so that words and runs of white space, and thereby tokens, stay in one block.
-    """
+    """Return where a block ends in `window`, which begins at a multiple of BLOCK_BYTES: before the first line that begins with
+    a visible character, else before the first line, else before the first character. So words and runs of white space, and
+    thereby tokens, stay in one block."""
     line = re.search(rb"\n(?=[^ \t\r\n\v\f])", window) or re.search(rb"\n(?=.)", window, re.DOTALL)
     return line.end() if line else next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
 
@@ -215,7 +213,7 @@ def _block_start(file: IO[bytes], source: TextSource, part: int) -> int:
     return start + find_cut(file.read(min(WINDOW_BYTES, source.size - start)))
 
 
-def _chunk_stream(file: IO[bytes], options: TextOptions, place: _Place) -> Iterator[DocumentChunk]:
+def _chunk_stream(file: IO[bytes], settings: DataConfig, place: _Place) -> Iterator[DocumentChunk]:
     """Yield the chunks of a stream: the blocks that an uncompressed text file of these bytes has."""
     text, boundary, number, is_last = b"", BLOCK_BYTES, 0, False
     while not is_last:
@@ -223,37 +221,33 @@ def _chunk_stream(file: IO[bytes], options: TextOptions, place: _Place) -> Itera
         is_last = len(text) <= boundary
         cut = len(text) if is_last else boundary + find_cut(text[boundary:])
         if cut or number:
-            yield DocumentChunk(_decode(text[:cut], options, place), number, is_last)
+            yield DocumentChunk(_decode(text[:cut], settings, place), number, is_last)
         text, boundary, number = text[cut:], boundary - cut + BLOCK_BYTES, number + 1
         place = place._replace(offset=place.offset + cut)
 
 
-def _chunk_text(text: str, options: TextOptions, place: _Place) -> Iterator[DocumentChunk]:
+def _chunk_text(text: str, settings: DataConfig, place: _Place) -> Iterator[DocumentChunk]:
+    """Yield the chunks of a document in memory, none if it is empty."""
     try:
         data = text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
-        if options.encoding_errors == "stop":
+        if settings.encoding_errors == "stop":
             raise DataError(f"{place}: the text holds half a surrogate pair, which is no character; {REPLACE}") from None
-        data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-    return _chunk_stream(io.BytesIO(data), options, place)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        data = text.encode()
+    if 0 < len(data) <= BLOCK_BYTES:
+        yield DocumentChunk(text, 0, is_last=True)
+    else:
+        yield from _chunk_stream(io.BytesIO(data), settings, place)
 
 
-def _decode(data: bytes, options: TextOptions, place: _Place) -> str:
+def _decode(data: bytes, settings: DataConfig, place: _Place) -> str:
     try:
-        return data.decode("utf-8", "strict" if options.encoding_errors == "stop" else "replace")
+        return data.decode("utf-8", "strict" if settings.encoding_errors == "stop" else "replace")
     except UnicodeDecodeError as error:
         place = place._replace(offset=place.offset + error.start)
         what = f"is not UTF-8 (0x{data[error.start]:02x}: {error.reason}); convert the file, or {REPLACE}"
         raise DataError(f"{place}, byte {place.offset}: {what}") from None
-
-
-def _line_number(source: TextSource, offset: int) -> int:
-    """Return the line, counted from 1, of a byte of the uncompressed file."""
-    line = 1
-    with open_source(source) as file:
-        while offset > 0 and (data := file.read(min(READ_BYTES, offset))):
-            line, offset = line + data.count(b"\n"), offset - len(data)
-    return line
 
 
 def read_json_lines(item: WorkItem) -> Iterator[tuple[bytes, _Place]]:
@@ -269,14 +263,6 @@ def read_json_lines(item: WorkItem) -> Iterator[tuple[bytes, _Place]]:
             place = _Place(source, place.offset + len(line))
 
 
-def parse_json(text: str | bytes, place: object) -> Any:
-    """Return the value of a JSON text; raises DataError naming the place."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: is not JSON: {error}") from None
-
-
 def _find_text(value: Any, key: str, place: _Place) -> str:
     if not isinstance(value, dict):
         raise DataError(f"{place}: is not a JSON object, but {type(value).__name__}")
@@ -287,19 +273,19 @@ def _find_text(value: Any, key: str, place: _Place) -> str:
     raise DataError(f"{place}: {problem}; its keys are: {keys}; name the one of the text with --data.text-key")
 
 
-def _read_parquet(item: WorkItem, options: TextOptions) -> Iterator[DocumentChunk]:
-    path, key, row = item.source.path, options.text_key, 0
+def _read_parquet(item: WorkItem, settings: DataConfig) -> Iterator[DocumentChunk]:
+    path, key = item.source.path, settings.text_key
     file = _open_parquet(path)
     if key not in (names := file.schema_arrow.names):
         raise DataError(f'{path}: has no column "{key}", but {", ".join(names)}; name the right one with --data.text-key')
     if str(kind := file.schema_arrow.field(key).type) not in ("string", "large_string"):
         raise DataError(f'{path}: column "{key}" holds {kind}, not text; name the right one with --data.text-key')
     with file_errors(path):
-        for batch in file.iter_batches(PARQUET_ROWS, row_groups=[item.part], columns=[key]):
-            for value in batch.column(0).cast("large_binary").to_pylist():
-                place = _Place(item.source, row=f"row group {item.part}, row {row}")
-                yield from _chunk_text(_decode(value or b"", options, place), options, place)
-                row += 1
+        batches = file.iter_batches(PARQUET_ROWS, row_groups=[item.part], columns=[key])
+        values = (value for batch in batches for value in batch.column(0).cast("large_binary").to_pylist())
+        for row, value in enumerate(values):
+            place = _Place(item.source, row=f"row group {item.part}, row {row}")
+            yield from _chunk_text(_decode(value or b"", settings, place), settings, place)
 
 
 def _open_parquet(path: str) -> Any:

@@ -25,7 +25,6 @@ from mpilm.errors import DataError
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
-CHECKED_SEQUENCES = 2**20  # at once
 
 
 class TokenCounts(NamedTuple):
@@ -112,17 +111,15 @@ def write_index(path: Path, dtype: np.dtype, lengths: NDArray, ends: NDArray, be
 def open_shared(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that several ranks write parts of, and wait at the end until the disk has it; raises FileError."""
     # If it could be read, a network file system might write back whole pages, with zeros where another node has just written.
-    with file_errors(path, "write"), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+    with file_errors(path, "written"), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
 
 
 def open_tokens(prefix: Path, verify: bool = True) -> tuple[NDArray, int]:
-    """Map PREFIX.bin by the PREFIX.idx beside it, else as bare uint16; return tokens and the number of documents.
-
-    `verify` reads the whole .idx, otherwise its header and sizes. Raises FileError, or DataError with file and byte offset.
-    """
+    """Map PREFIX.bin by the PREFIX.idx beside it, else as bare uint16; return tokens and the number of documents. With `verify`
+    the whole .idx is checked, otherwise its header and sizes. Raises FileError, or DataError with file and byte offset."""
     index, data = with_ending(prefix, ".idx"), with_ending(prefix, ".bin")
     size = file_errors(data)(data.stat)().st_size
     dtype, documents = np.dtype("<u2"), 1
@@ -177,16 +174,12 @@ def _map_index(index: Path) -> tuple[np.dtype, NDArray, NDArray, NDArray]:
 def _check_index(index: Path, dtype: np.dtype, lengths: NDArray, pointers: NDArray, marks: NDArray) -> None:
     """Raise DataError unless sequences follow each other without gaps, and documents begin where sequences do."""
     lengths_at, pointers_at, marks_at, _ = index_offsets(len(lengths), len(marks) - 1)
-    expected = 0
-    for first in range(0, len(lengths), CHECKED_SEQUENCES):
-        part = lengths[first : first + CHECKED_SEQUENCES].astype(np.int64)
-        starts = expected + (np.cumsum(part) - part) * dtype.itemsize
-        if (wrong := (part < 0) | (starts != pointers[first : first + CHECKED_SEQUENCES])).any():
-            row = first + int(np.argmax(wrong))
-            byte = lengths_at + 4 * row if lengths[row] < 0 else pointers_at + 8 * row
-            problem = f"has length {lengths[row]} and pointer {pointers[row]}; the ones before it end at {starts[row - first]}"
-            raise DataError(f"{index}: byte {byte}: sequence {row} {problem}")
-        expected += int(part.sum()) * dtype.itemsize
+    starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
+    if (wrong := (lengths < 0) | (starts != pointers)).any():
+        row = int(np.argmax(wrong))
+        byte = lengths_at + 4 * row if lengths[row] < 0 else pointers_at + 8 * row
+        problem = f"has length {lengths[row]} and pointer {pointers[row]}; the ones before it end at {starts[row]}"
+        raise DataError(f"{index}: byte {byte}: sequence {row} {problem}")
     wrong = np.diff(marks, prepend=0) < 0
     wrong[0], wrong[-1] = marks[0] != 0, wrong[-1] or marks[-1] != len(lengths)
     if wrong.any():

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpilm.config.schema import ModelConfig
-from mpilm.data.files import hex_digest, read_bytes, read_json_object
+from mpilm.data.files import hex_digest, read_bytes, read_json
 from mpilm.errors import ConfigError, DataError, FileError, UserError
 
 TokenIds = NDArray[np.int32]
@@ -158,7 +158,7 @@ def _parse(text: bytes, file: object) -> Any:
 
 def _find_eos(library: Any, file: Path) -> int:
     config = file.parent / "tokenizer_config.json"
-    values = read_json_object(config) if config.is_file() else {}
+    values = read_json(config) if config.is_file() else {}
     named = values.get("eos_token") or values.get("sep_token")
     named = named.get("content") if isinstance(named, dict) else named
     for name in (named, *EOS_NAMES):

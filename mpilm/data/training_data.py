@@ -13,7 +13,6 @@ from mpilm.data.files import hex_digest
 from mpilm.data.objective import make_objective
 from mpilm.data.prepare import broadcast_sources
 from mpilm.data.samples import CorpusMixture, CorpusSamples, TextExamples
-from mpilm.data.sources import Progress
 from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun
@@ -33,36 +32,34 @@ class TrainingData:
     summary_lines: Sequence[str]  # for the header of the run
 
 
-def open_training_data(config: Config, comm: Comm, progress: Progress) -> TrainingData:
-    """Open, or prepare, the data that `config` names. Collective; raises AgreedError."""
+def open_training_data(config: Config, comm: Comm) -> TrainingData:
+    """Open, or prepare, the data that `config` names. Collective; raises CollectiveError."""
     template = run_on_all_ranks(comm, lambda: find_chat_template(config.data.tokenizer))
     if config.data.format == "chat":
         return _open_chats(config, template, comm)
-    return _open_texts(config, template, comm, progress)
+    return _open_texts(config, template, comm)
 
 
-def _open_texts(config: Config, template: ChatTemplate | None, comm: Comm, progress: Progress) -> TrainingData:
+def _open_texts(config: Config, template: ChatTemplate | None, comm: Comm) -> TrainingData:
     data, context_length = config.data, config.model.context_length
-    opened = open_corpora(data, comm, progress)
-    first = opened[0][0]
+    corpora = open_corpora(data, comm)
+    first = corpora[0]
     tokenizer = run_on_all_ranks(comm, lambda: _tokenizer_for_model(first.tokenizer, config))
-    corpora = run_on_all_ranks(
-        comm, lambda: [CorpusSamples(corpus, context_length, data.eval_fraction) for corpus, _ in opened]
-    )
-    run_on_all_ranks(comm, lambda: _check_have_eos([corpus for corpus, _ in opened], data.packing))
-    samples = CorpusMixture(corpora, [part for _, part in opened]) if len(corpora) > 1 else corpora[0]
-    examples = TextExamples(samples, make_objective(config.model, data, tokenizer), data.packing, tokenizer.eos)
-    mixture = (f"{corpus.fingerprint} {part!r}" for corpus, part in opened)
-    fingerprint = hex_digest(*mixture) if len(opened) > 1 else first.fingerprint
+    samples = run_on_all_ranks(comm, lambda: [CorpusSamples(corpus, context_length, data.eval_fraction) for corpus in corpora])
+    run_on_all_ranks(comm, lambda: _check_have_eos(corpora, data.packing))
+    mixture = CorpusMixture(samples, [corpus.part for corpus in corpora]) if len(corpora) > 1 else samples[0]
+    examples = TextExamples(mixture, make_objective(config.model, data, tokenizer), data.packing, tokenizer.eos)
+    parts = (f"{corpus.fingerprint} {corpus.part!r}" for corpus in corpora)
+    fingerprint = hex_digest(*parts) if len(corpora) > 1 else first.fingerprint
     content = {"data.path": fingerprint, "data.tokenizer": first.tokenizer.digest}
     lines: list[str] = []
-    for of, (corpus, part) in zip(corpora, opened):
-        name, share = first.tokenizer.name, "" if part == 1.0 else f" {part:.1%} of the samples,"
+    for corpus, of in zip(corpora, samples):
+        name, share = first.tokenizer.name, "" if corpus.part == 1.0 else f" {corpus.part:.1%} of the samples,"
         lines += [
             f"{corpus.source}: {len(corpus.tokens):,} tokens of {name}, {count_noun(corpus.documents, 'document')},{share}",
             f"{of.eval_samples:,} of {of.eval_samples + of.train_samples:,} sequences held out",
         ]
-    return TrainingData(tokenizer, examples, content, template, corpora, lines)
+    return TrainingData(tokenizer, examples, content, template, samples, lines)
 
 
 def _check_have_eos(corpora: Sequence[Corpus], packing: str) -> None:

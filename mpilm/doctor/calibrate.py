@@ -146,7 +146,7 @@ def _write_bandwidth(bench: Bench) -> float:
 
     def write() -> float:
         data = torch.randint(0, 255, (DISK_BYTES,), dtype=torch.uint8, device="cpu").numpy().tobytes()
-        with file_errors(Path.cwd(), "write"), tempfile.TemporaryFile(dir=".", buffering=0) as file:
+        with file_errors(Path.cwd(), "written"), tempfile.TemporaryFile(dir=".", buffering=0) as file:
             start_s = time.perf_counter()
             file.write(data)
             os.fsync(file.fileno())

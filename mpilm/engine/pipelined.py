@@ -35,8 +35,7 @@ from mpilm.parallel.layout import (
 )
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.execute import StageMessenger, execute
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import forward_only
+from mpilm.parallel.pipeline.schedules import forward_only, lower
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StepInputs, token_losses
 from mpilm.parallel.plan import cut_of, stage_of
 from mpilm.parallel.tied import TiedParameters

@@ -18,8 +18,7 @@ from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_stage, select_trained
 from mpilm.parallel.layout_check import replica_microbatch_count
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import schedule
+from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.parallel.pipeline.stage import StepInputs
 from mpilm.parallel.reduce.build import build_reducer
 from mpilm.parallel.reduce.diloco import DiLoCo
@@ -57,7 +56,7 @@ class TrainModel(PipelinedModel):
 
     @property
     def is_local_sgd(self) -> bool:
-        """Whether replicas train independently and synchronize every few steps."""
+        """True if replicas train independently and synchronize every few steps."""
         return self.config.parallel.sync_every > 0
 
     def are_replicas_in_sync(self, done: int) -> bool:

@@ -14,17 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpilm.checkpoint.format import checkpoint_step, read_json
+from mpilm.checkpoint.format import checkpoint_step
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
 from mpilm.config.parse import merge_settings
 from mpilm.config.schema import Config, DataConfig
 from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus, open_corpus
-from mpilm.data.files import file_errors, write_durably
+from mpilm.data.files import file_errors, read_json, write_durably
 from mpilm.data.objective import MaskedObjective, Objective, make_objective
 from mpilm.data.order import mix_key
-from mpilm.data.prepare import ProgressLine, no_progress
 from mpilm.data.token_files import document_starts, find_prefix
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
@@ -153,8 +152,7 @@ def evaluate_model(config: Config, options: EvaluateOptions, world: Comm) -> Non
     tokenizer = run_on_all_ranks(world, lambda: load_tokenizer(config.data, config.model))
     model = load_model(config, world).model
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
-    progress = ProgressLine() if world.rank == 0 else no_progress
-    corpus = open_corpus(data, yielding, eos=options.held_out, progress=progress)
+    corpus = open_corpus(data, yielding, eos=options.held_out)
     objective = make_objective(config.model, config.data, tokenizer)
     run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, options))
     segments = run_on_all_ranks(world, lambda: _find_segments(data, options, corpus))
@@ -231,7 +229,7 @@ def _write_results(
     if not math.isfinite(result["loss"]):
         raise NonFiniteError(f"the loss is {result['loss']}: weights in {config.model.init_from} are not finite")
     folder = _results_folder(config.model.init_from, options.run_dir)
-    with file_errors(folder, "write"):
+    with file_errors(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
     for name, value in result.items():

@@ -197,7 +197,8 @@ def _parse_prompt(line: str, where: str) -> str:
 
 def _encode(prompt: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
     if template is not None:
-        return tokenizer.encode_rendered(template.render_prompt(prompt))[0].tolist()
+        text = template.render([{"role": "user", "content": prompt}], "the prompt", begin_answer=True)
+        return tokenizer.encode_rendered(text)[0].tolist()
     return tokenizer.encode(prompt).tolist() or [tokenizer.eos]
 
 

@@ -34,7 +34,7 @@ def are_siblings(left: TreeNode, right: TreeNode, total: int) -> bool:
 
 @dataclass(frozen=True)
 class AccumulateOp:
-    """How to accumulate one more node."""
+    """The accumulation of one more node."""
 
     buffer: int  # the buffer that receives it
     overwrite: bool  # the buffer holds nothing yet: copy instead of adding
@@ -50,21 +50,14 @@ def plan_accumulation(nodes: Sequence[TreeNode], total: int) -> tuple[list[Accum
     stack: list[tuple[TreeNode, int]] = []
     ops: list[AccumulateOp] = []
     for node in nodes:
-        covered = node
-        into_sibling = bool(stack) and are_siblings(stack[-1][0], covered, total)
+        into_sibling = bool(stack) and are_siblings(stack[-1][0], node, total)
         if into_sibling:
-            (first, _), top = stack.pop()
-            covered = (first, covered[1])
+            (first, _), buffer = stack.pop()
+            node = (first, node[1])
         else:
             used = {buffer for _, buffer in stack}
-            top = next(b for b in range(len(stack) + 1) if b not in used)
-        buffer, merges = top, []
-        while stack and are_siblings(stack[-1][0], covered, total):
-            (first, _), into = stack.pop()
-            merges.append((into, top))
-            covered, top = (first, covered[1]), into
-        stack.append((covered, top))
-        ops.append(AccumulateOp(buffer, not into_sibling, tuple(merges)))
+            buffer = next(b for b in range(len(stack) + 1) if b not in used)
+        ops.append(AccumulateOp(buffer, not into_sibling, tuple(_push_node(stack, node, buffer, total))))
     return ops, {buffer: node for node, buffer in stack}
 
 
@@ -79,15 +72,18 @@ def plan_merges(nodes: Sequence[TreeNode], total: int) -> tuple[list[tuple[int, 
     Additions are pairs of positions in `nodes`.
     """
     stack: list[tuple[TreeNode, int]] = []
+    return [merge for position, node in enumerate(nodes) for merge in _push_node(stack, node, position, total)], stack
+
+
+def _push_node(stack: list[tuple[TreeNode, int]], node: TreeNode, place: int, total: int) -> list[tuple[int, int]]:
+    """Put a node and the place of its value on the stack; merge siblings at its top and return their additions (to, from)."""
     merges: list[tuple[int, int]] = []
-    for position, node in enumerate(nodes):
-        covered, top = node, position
-        while stack and are_siblings(stack[-1][0], covered, total):
-            (first, _), into = stack.pop()
-            merges.append((into, top))
-            covered, top = (first, covered[1]), into
-        stack.append((covered, top))
-    return merges, stack
+    while stack and are_siblings(stack[-1][0], node, total):
+        (first, _), into = stack.pop()
+        merges.append((into, place))
+        node, place = (first, node[1]), into
+    stack.append((node, place))
+    return merges
 
 
 def utilization(ranks: int, total: int) -> float:

@@ -21,6 +21,9 @@ class Sliceable(Protocol):
         """Return the number of elements of each rank's slice."""
 
     @property
+    def numel(self) -> int: ...
+
+    @property
     def longest_slice(self) -> int: ...
 
 
@@ -42,8 +45,11 @@ class GradientEncoding:
 
 
 class BFloat16Encoding(GradientEncoding):
-    """bfloat16 with error feedback: half the bytes. The rounding error of each message is added to the next one from the same
-    place, so that no error accumulates over the steps (Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847)."""
+    """bfloat16 with error feedback: half the bytes.
+
+    The rounding error of each message is added to the next one from the same place, so that no error accumulates over the steps
+    (Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847).
+    """
 
     dtype = torch.bfloat16
 

@@ -12,10 +12,10 @@ from mpilm.config.schema import Config
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.compile import compile_blocks
 from mpilm.parallel.flat import FlatParameters
-from mpilm.parallel.fsdp import ReplicatedParameters, ShardedParameters
+from mpilm.parallel.fsdp import ShardedParameters
 from mpilm.parallel.layout import ParamLayout, select_frozen, select_trained
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
-from mpilm.parallel.pipeline.stage import GradientReducer, StageParts
+from mpilm.parallel.pipeline.stage import GradientReducer, ReplicatedParameters, StageParts
 from mpilm.parallel.plan import stage_of
 
 ReducerBuilder = Callable[[FlatParameters, nn.Module], GradientReducer]

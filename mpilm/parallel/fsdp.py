@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import Comm, Request
 from mpilm.parallel.flat import FlatParameters, set_parameter
+from mpilm.parallel.pipeline.stage import ReplicatedParameters
 from mpilm.parallel.plan import fsdp_unit
 
 GATHERS_IN_FLIGHT = 2
@@ -95,23 +96,6 @@ class FSDPUnit:
             self.unshard()
         self.pending = None
         self.buffer.release()
-
-
-class ReplicatedParameters:
-    """Parameters that are always full on every rank that uses them. Does nothing."""
-
-    @property
-    def memory_bytes(self) -> int:
-        """Memory of parameters that are full only while they are used."""
-        return 0
-
-    def end_backward(self) -> None: ...
-
-    def join_forward(self) -> None: ...
-
-    def begin_backward(self, name: str) -> None: ...
-
-    def join_backward(self) -> None: ...
 
 
 class ShardedParameters(ReplicatedParameters):

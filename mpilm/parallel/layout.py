@@ -39,7 +39,7 @@ class ParamLayout:
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies: to matrices only."""
+        """True if weight decay applies: to matrices only."""
         return len(self.shape) >= 2
 
     @property

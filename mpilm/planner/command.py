@@ -18,8 +18,7 @@ from mpilm.formatting import count_noun, format_bytes, format_duration, format_m
 from mpilm.model.flops import flops_by_part, parameter_count
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import partition_by_cost, replica_microbatch_count, resolve_mesh_shape
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import analytic_bubble, schedule
+from mpilm.parallel.pipeline.schedules import analytic_bubble, lower, schedule
 from mpilm.planner.cost import PlacedLayout
 from mpilm.planner.draw import draw_svg, draw_text
 from mpilm.planner.profile import read_profile
@@ -119,7 +118,7 @@ def draw_schedule(config: PlanConfig, run: Config, ranks: int) -> str:
         + ("" if even is None else f"; by formula, if all stages were equal: {100 * even:.2f}%"),
     ]
     if config.svg:
-        with file_errors(f"--svg {config.svg}", "write"):
+        with file_errors(f"--svg {config.svg}", "written"):
             Path(config.svg).write_text(draw_svg(timeline, unit=""), encoding="utf-8")
         lines.append(f"{config.svg}: the drawing as an SVG image")
     return "\n".join(lines)

@@ -18,8 +18,7 @@ from mpilm.model.flops import (
 )
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import replica_microbatch_count
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import schedule
+from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.planner.profile import ComputeRates, MachineProfile, MemoryRates, NetworkRates, interpolate, interpolate2d, total_s
 from mpilm.planner.simulate import simulate
 

@@ -10,8 +10,7 @@ from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_
 from mpilm.ops.tree import block_of_rank, plan_accumulation, plan_block_accumulation, plan_merges
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.pipeline.actions import Action
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import schedule
+from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.planner.cost import MMAP_THRESHOLD_BYTES, WIRE_RATIO, PlacedLayout
 
 # glibc keeps smaller blocks that are freed, and the next microbatch does not quite fit where one was. For each byte in use so

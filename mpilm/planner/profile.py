@@ -117,7 +117,7 @@ def write_profile(path: Path, profile: MachineProfile) -> None:
     """Write a profile as JSON, one key a line and five digits a number; raises FileError."""
     content = json.loads(json.dumps(asdict(profile)), parse_float=lambda digits: float(f"{float(digits):.5g}"))
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items() if key != "source")
-    with file_errors(path, "write"):
+    with file_errors(path, "written"):
         path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 

@@ -12,7 +12,6 @@ from mpilm.config.schema import Config, flatten
 from mpilm.data.batch import Batches
 from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
-from mpilm.data.prepare import ProgressLine, no_progress
 from mpilm.data.training_data import TrainingData, open_training_data
 from mpilm.engine.hardware import Hardware, detect_hardware, numerics_environment, processor_name, software_fingerprint
 from mpilm.engine.train_model import TrainModel
@@ -41,7 +40,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     progress = progress or Progress()
     progress.enter(PREPARATION, 0)
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)  # rank 0 may train a tokenizer on all cores
-    data = open_training_data(config, yielding, ProgressLine() if world.rank == 0 else no_progress)
+    data = open_training_data(config, yielding)
     progress.enter("start", 0)
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     config, layout_note = choose_layout(config, vocab_size, hardware, world)

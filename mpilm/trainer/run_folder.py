@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpilm.checkpoint.format import checkpoint_step, list_checkpoints, list_incomplete, read_json
+from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
 from mpilm.checkpoint.manager import remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.config.parse import merge_settings, read_toml
 from mpilm.config.schema import OLD_NAMES, Config, flatten, result_settings, to_dict
-from mpilm.data.files import write_durably
+from mpilm.data.files import read_json, write_durably
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.launch.lock import LOCK_NAME, FolderLock
 from mpilm.model.init import hash_key
@@ -123,7 +123,7 @@ def _prepare_folder(path: Path, config: Config, broken: Mapping[Path, str]) -> l
         os.replace(temporary, path / "config.toml")  # first: it marks the folder as a run's
         (path / "checkpoints").mkdir(exist_ok=True)
         remove_leftovers(path / "checkpoints")
-        aside = set_aside([*broken, *list_incomplete(path / "checkpoints")])
+        aside = set_aside([*broken, *list_checkpoints(path / "checkpoints", complete=False)])
     return [*broken.values(), *(f"set aside as {folder}" for folder in aside)]
 
 

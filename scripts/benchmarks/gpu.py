@@ -1,4 +1,4 @@
-"""One GPU: model FLOPs utilisation, against a plain torch loop that is compiled as a whole."""
+"""One GPU: model FLOPs utilization, against a plain torch loop that is compiled as a whole."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from benchmarks.measure import BENCH, pairwise, report, rounds
+from benchmarks.measure import BENCH, print_report, speed_ratios, time_sides
 
 if TYPE_CHECKING:
     from mpilm.config.schema import Config
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bfloat16, FLOP/s
-SIZES = {  # sequences at once, and a step
+SIZES = {  # sequences per microbatch and per step
     "gpt2-350m": (32, 64),
     "llama-1b": (8, 32),
     "gpt2-124m": (32, 128),
@@ -38,21 +38,21 @@ def gpu_worker(args: argparse.Namespace) -> None:
 
 
 def compare(preset: str, device: str, wanted: int, name: str, finish: Callable[[], object]) -> None:
-    """`finish`: wait until the device has done its work."""
+    """Compare the sides of a preset. `finish` waits until the device has completed its work."""
     from mpilm.comm.base import SelfComm
     from mpilm.model.flops import flops_per_token
 
-    config, vocab_size = training(preset)
-    made, sides = both(config, vocab_size, device), {}
-    for side, make in made.items():
+    config, vocab_size = make_gpu_config(preset)
+    makers, sides = side_makers(config, vocab_size, device), {}
+    for side, make in makers.items():
         began = time.monotonic()
-        sides[side] = finished(make(), finish)
+        sides[side] = with_finish(make(), finish)
         sides[side](0)
         print(f"{preset}: {side}: first step after {time.monotonic() - began:.0f} s", flush=True)
-    times, void = rounds(sides, wanted, SelfComm("world"))
+    times, void = time_sides(sides, wanted, SelfComm("world"))
     tokens = config.train.global_batch * config.model.context_length
-    title = f"{preset} on {name}, {tokens:,} tokens a step, {config.train.micro_batch} sequences at once"
-    report(title, times, {"mpilm / plain torch": (pairwise(times, "plain torch loop", "mpilm"), ">= 0.98")}, void)
+    title = f"{preset} on {name}, {tokens:,} tokens per step, {config.train.micro_batch} sequences per microbatch"
+    print_report(title, times, {"mpilm / plain torch": (speed_ratios(times, "plain torch loop", "mpilm"), ">= 0.98")}, void)
     work = tokens * flops_per_token(config.model, vocab_size)
     peak = next((rate for key, rate in PEAKS.items() if key in name), float("nan"))
     found = {side: work / statistics.median(seconds) / peak for side, seconds in times.items()}
@@ -60,8 +60,8 @@ def compare(preset: str, device: str, wanted: int, name: str, finish: Callable[[
     print("JSON " + json.dumps({"what": f"mfu {preset}", "device": name, "peak": peak, "mfu": found}), flush=True)
 
 
-def training(preset: str) -> tuple[Config, int]:
-    """What is trained, and its vocabulary."""
+def make_gpu_config(preset: str) -> tuple[Config, int]:
+    """Return the config to train and its vocabulary size."""
     from mpilm.config.presets import PRESETS
     from mpilm.config.schema import override, resolve_config
 
@@ -72,8 +72,8 @@ def training(preset: str) -> tuple[Config, int]:
     ), VOCABULARIES[preset]
 
 
-def both(config: Config, vocab_size: int, device: str) -> dict[str, Callable[[], Callable[[int], object]]]:
-    """What makes each side's step."""
+def side_makers(config: Config, vocab_size: int, device: str) -> dict[str, Callable[[], Callable[[int], object]]]:
+    """Return, for each side, the function that makes its step."""
     import torch
 
     from benchmarks.plain import torch_loop
@@ -96,8 +96,8 @@ def both(config: Config, vocab_size: int, device: str) -> dict[str, Callable[[],
     return {"mpilm": mpilm_loop, "plain torch loop": lambda: torch_loop(config, source, vocab_size, device=device)}
 
 
-def finished(step: Callable[[int], object], finish: Callable[[], object]) -> Callable[[int], None]:
-    """A step, and all of its work."""
+def with_finish(step: Callable[[int], object], finish: Callable[[], object]) -> Callable[[int], None]:
+    """Return a step that ends when the device has completed its work."""
 
     def body(number: int) -> None:
         step(number)

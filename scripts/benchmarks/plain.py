@@ -1,4 +1,4 @@
-"""A plain torch loop, written out: what mpilm is compared with."""
+"""A plain torch loop, against which mpilm is compared."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.schedule import learning_rate
 
 
-def sharded(model: nn.Module) -> nn.Module:
-    """FSDP2: parameters, gradients and moments sharded, blocks gathered one at a time."""
+def shard_fsdp2(model: nn.Module) -> nn.Module:
+    """Shard parameters, gradients and moments by FSDP2, which gathers one block at a time."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -30,8 +30,8 @@ def sharded(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def unsharded_gradients(model: Any) -> Iterator[None]:
-    """FSDP2's way to leave out an exchange."""
+def skip_fsdp2_sync(model: Any) -> Iterator[None]:
+    """Skip the gradient exchange of FSDP2."""
     model.set_requires_gradient_sync(False)
     yield
     model.set_requires_gradient_sync(True)
@@ -42,16 +42,16 @@ def torch_loop(
     source: MicrobatchSource,
     vocab_size: int,
     wrap: Callable[[nn.Module], Any] = lambda model: model,
-    without_exchange: Callable[[Any], AbstractContextManager[object]] = lambda wrapped: wrapped.no_sync(),
+    skip_sync: Callable[[Any], AbstractContextManager[object]] = lambda wrapped: wrapped.no_sync(),
     rank: int = 0,
     ranks: int = 1,
     device: str = "cpu",
 ) -> Callable[[int], None]:
-    """One step: the same model and batches, autocast where mpilm has it, torch's own AdamW and clipping, and with train.compile
-    model and loss compiled as one.
+    """Return a training step: the same model and batches, autocast like mpilm's, torch's AdamW and clipping, and with
+    train.compile model and loss compiled as one.
 
-    `wrap` may be DistributedDataParallel; then each rank takes its share of the microbatches, and gradients are averaged, but
-    for those `without_exchange`.
+    `wrap` may be DistributedDataParallel; each rank then takes its share of the microbatches, and gradients are averaged after
+    the last of them. `skip_sync` is the context of the others.
     """
     train, shape = config.train, config.model
     with torch.device(device):
@@ -65,22 +65,22 @@ def torch_loop(
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
-    mine = range(train.global_batch // train.micro_batch)[rank::ranks]
+    own = range(train.global_batch // train.micro_batch)[rank::ranks]
 
-    def loss_of(tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def compute_loss(tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return loss_sum(wrapped(tokens, SequenceInfo(positions)), targets)
 
-    computed = torch.compile(loss_of, dynamic=False) if train.compile else loss_of
+    loss_fn = torch.compile(compute_loss, dynamic=False) if train.compile else compute_loss
 
     def step(number: int) -> None:
         optimizer.zero_grad(set_to_none=True)
         losses = []
-        for m in mine:
+        for m in own:
             batch = source.training_batch(number, m).to(torch.device(device))
-            quiet = m != mine[-1] and ranks > 1
-            with without_exchange(wrapped) if quiet else nullcontext():
+            skips = m != own[-1] and ranks > 1
+            with skip_sync(wrapped) if skips else nullcontext():
                 with torch.autocast(device, torch.bfloat16) if train.dtype == "bfloat16" else nullcontext():
-                    loss = computed(batch.tokens, batch.positions, batch.targets)
+                    loss = loss_fn(batch.tokens, batch.positions, batch.targets)
                 (loss / source.target_tokens(number) * ranks).backward()
             losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)

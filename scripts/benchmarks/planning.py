@@ -1,4 +1,4 @@
-"""What mpilm.plan says beforehand, against what is then measured: the step of every layout, and which is best."""
+"""Predictions of mpilm.plan against measurements: the step time of every layout, the best layout, and memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.measure import BENCH, OTHERS_ALLOWED, Load, mpirun, over_all, table
+from benchmarks.measure import BENCH, MAX_OTHER_CORES, Load, make_reduce, mpirun, print_table
 from benchmarks.speed import training_run
 from mpilm.config.parse import parse
 from mpilm.config.presets import PRESETS as CONFIGS
@@ -22,17 +22,17 @@ from mpilm.config.schema import Config, override, resolve_config
 from mpilm.planner.profile import read_profile
 from mpilm.planner.search import PlannedJob, search, to_flags
 
-PRESETS = {  # changes that make a step of a few seconds of it
+PRESETS = {  # changes that make a step take a few seconds
     "tiny": {},
     "llama-100m": {"train__global_batch": 4, "model__context_length": 256, "train__dtype": "float32"},
     "gpt2-124m": {"train__global_batch": 4, "train__micro_batch": 1, "model__context_length": 256, "train__dtype": "float32"},
 }
 RANKS = 2
-TRIES = 5  # of a layout in a round, where other programs are at work
+ATTEMPTS = 5  # for a layout in a round, while other programs use the machine
 WARM_UP = 2
 MODELS = {"tiny": [], "12 layers of width 384": ["--model.n-layers", "12", "--model.d-model", "384", "--model.n-heads", "6"]}
 STEPS = {"tiny": 10}
-CLOSE = 1.03  # times the fastest: as good as that
+CLOSE = 1.03  # times the fastest step: equally good
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -45,7 +45,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def plan_memory(args: argparse.Namespace) -> None:
-    """What is said of a rank's memory, in every layout of 2 ranks, against what a run of a few steps has used."""
+    """Compare the predicted memory of a rank, in every layout of 2 ranks, with the memory that a short run uses."""
     with tempfile.TemporaryDirectory() as folder:
         machine = args.folder or f"{folder}/machine.json"
         if not Path(machine).exists():
@@ -54,76 +54,76 @@ def plan_memory(args: argparse.Namespace) -> None:
             )
         rows, ratios = [("model and layout", "predicted MiB", "measured MiB", "predicted / measured (goal: 0.93 .. 1.07)")], []
         for name, words in MODELS.items():
-            config = replaced_by(words)
+            config = parse_config(words)
             for each in search(PlannedJob(config, 2048, read_profile(machine)), RANKS)[0]:
                 chosen = [] if each.config.parallel == resolve_config(Config()).parallel else to_flags(each).split()
                 _, _, printed = training_run(RANKS, 4, "--checkpoint.every", "2", *words, *chosen)
                 measured = float(re.findall(r"memory ([\d,]+) MiB", printed)[-1].replace(",", ""))
-                said = each.memory_bytes / 2**20
-                ratios.append(said / measured)
-                rows.append((f"{name}: {each.label}", f"{said:.0f}", f"{measured:.0f}", f"{said / measured:.3f}"))
+                predicted = each.memory_bytes / 2**20
+                ratios.append(predicted / measured)
+                rows.append((f"{name}: {each.label}", f"{predicted:.0f}", f"{measured:.0f}", f"{predicted / measured:.3f}"))
                 print("  ".join(rows[-1]), flush=True)
-    table(f"memory of a rank, {RANKS} ranks", rows)
+    print_table(f"memory of a rank, {RANKS} ranks", rows)
     print(f"  predicted / measured: median {statistics.median(ratios):.3f}, {min(ratios):.3f} .. {max(ratios):.3f}")
     print("JSON " + json.dumps({"what": "plan memory", "ratios": ratios}))
 
 
-def replaced_by(words: list[str]) -> Config:
-    """The config of a command line."""
+def parse_config(words: list[str]) -> Config:
+    """Return the config of a command line."""
     return resolve_config(parse(words, Config(), "train", "", CONFIGS))
 
 
-def job(preset: str, machine: str) -> PlannedJob:
+def make_job(preset: str, machine: str) -> PlannedJob:
     config = resolve_config(override(CONFIGS[preset](), **PRESETS.get(preset, {})))
     return PlannedJob(config, VOCABULARIES.get(preset, 2048), read_profile(machine))
 
 
 def compare(preset: str, machine: str, wanted: int) -> None:
-    """Every layout in turn, each in processes of its own, since models do not go when they are let go."""
-    found = [each for each in search(job(preset, machine), RANKS)[0] if each.config.train.recompute == "none"]
+    """Measure the layouts in turn, each in processes of its own, since a process does not return all memory of a model."""
+    found = [each for each in search(make_job(preset, machine), RANKS)[0] if each.config.train.recompute == "none"]
     times: dict[str, list[float]] = {each.label: [] for each in found}
     for _ in range(wanted):
         for number, each in enumerate(found):
             words = ["--preset", preset, "--folder", machine, "--pipeline", str(number)]
             command = [*mpirun(RANKS), sys.executable, BENCH, "plan-worker", *words]
-            for _ in range(TRIES):
+            for _ in range(ATTEMPTS):
                 done = json.loads(
                     subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
                 )
-                if done["others"] <= OTHERS_ALLOWED:
+                if done["other_cores"] <= MAX_OTHER_CORES:
                     times[each.label].append(done["step_s"])
                     break
-    show(preset, {each.label: each.time for each in found}, times)
+    print_plan(preset, {each.label: each.time for each in found}, times)
 
 
 def plan_worker(args: argparse.Namespace) -> None:
-    """One layout."""
+    """Measure one layout."""
     from mpilm.comm.mpi import mpi_world
 
     comm = mpi_world()
-    planned = job(args.preset, args.folder)
+    planned = make_job(args.preset, args.folder)
     each = search(planned, comm.size)[0][args.pipeline]
-    everyone, step = over_all(comm), side(each.config, planned.vocab_size, each.layout.cut, comm)
-    turn(step, WARM_UP, comm, everyone)
-    load = Load(everyone)
-    took_s = turn(step, STEPS.get(args.preset, 3), comm, everyone)
-    others = everyone(load.others(), "max")
+    reduce, step = make_reduce(comm), make_step(each.config, planned.vocab_size, each.layout.cut, comm)
+    time_step(step, WARM_UP, comm, reduce)
+    load = Load(reduce)
+    took_s = time_step(step, STEPS.get(args.preset, 3), comm, reduce)
+    other_cores = reduce(load.other_cores(), "max")
     if comm.rank == 0:
-        print(json.dumps({"step_s": took_s, "others": others}), flush=True)
+        print(json.dumps({"step_s": took_s, "other_cores": other_cores}), flush=True)
 
 
-def turn(step: Callable[[], object], steps: int, comm, everyone: Callable[..., float]) -> float:  # type: ignore[no-untyped-def]
-    """Seconds of a step, the median of some."""
+def time_step(step: Callable[[], object], steps: int, comm, reduce: Callable[..., float]) -> float:  # type: ignore[no-untyped-def]
+    """Return the median seconds of a step."""
     times = []
     for _ in range(steps):
         comm.barrier()
         began = time.perf_counter()
         step()
-        times.append(everyone(time.perf_counter() - began, "max"))
+        times.append(reduce(time.perf_counter() - began, "max"))
     return statistics.median(times)
 
 
-def side(config, vocab_size: int, cut, comm) -> Callable[[], object]:  # type: ignore[no-untyped-def]
+def make_step(config, vocab_size: int, blocks_per_stage, comm) -> Callable[[], object]:  # type: ignore[no-untyped-def]
     from mpilm.engine.hardware import detect_hardware
     from mpilm.engine.step import train_step
     from mpilm.engine.train_model import TrainModel
@@ -131,8 +131,8 @@ def side(config, vocab_size: int, cut, comm) -> Callable[[], object]:  # type: i
     from mpilm.parallel.layout_check import resolve_mesh_shape
     from mpilm.verification.layouts import RandomTokens
 
-    machine = detect_hardware(config.train, comm)
-    model = TrainModel(config, Mesh.build(resolve_mesh_shape(config, comm.size), comm), cut, vocab_size, machine.device, 16)
+    hardware, mesh = detect_hardware(config.train, comm), Mesh.build(resolve_mesh_shape(config, comm.size), comm)
+    model = TrainModel(config, mesh, blocks_per_stage, vocab_size, hardware.device, 16)
     for flat in model.flats.values():
         flat.values.tensor.normal_(0.0, 0.02)
     model.all_gather_parameters()
@@ -140,22 +140,23 @@ def side(config, vocab_size: int, cut, comm) -> Callable[[], object]:  # type: i
     return lambda: train_step(model, source, next(steps))
 
 
-def show(preset: str, said: dict, times: dict[str, list[float]]) -> None:  # type: ignore[type-arg]
-    measured = {words: statistics.median(seconds) for words, seconds in times.items()}
+def print_plan(preset: str, predictions: dict, times: dict[str, list[float]]) -> None:  # type: ignore[type-arg]
+    measured = {label: statistics.median(seconds) for label, seconds in times.items()}
     rows: list[tuple[str, ...]] = [("layout", "predicted s", "measured s", "predicted / measured")]
-    for words, seconds in measured.items():
-        spread = f"{min(times[words]):.3f} .. {max(times[words]):.3f}"
-        rows.append((words, f"{said[words].total_s:.3f}", f"{seconds:.3f} ({spread})", f"{said[words].total_s / seconds:.3f}"))
-    table(f"plan ({preset}), 2 ranks, {len(next(iter(times.values())))} rounds", rows)
-    errors = [abs(said[words].total_s / seconds - 1) for words, seconds in measured.items()]
+    for label, seconds in measured.items():
+        spread = f"{min(times[label]):.3f} .. {max(times[label]):.3f}"
+        predicted_s = predictions[label].total_s
+        rows.append((label, f"{predicted_s:.3f}", f"{seconds:.3f} ({spread})", f"{predicted_s / seconds:.3f}"))
+    print_table(f"plan ({preset}), 2 ranks, {len(next(iter(times.values())))} rounds", rows)
+    errors = [abs(predictions[label].total_s / seconds - 1) for label, seconds in measured.items()]
     first, fastest = next(iter(measured)), min(measured, key=measured.__getitem__)
     print(f"  error: median {100 * statistics.median(errors):.1f}%, worst {100 * max(errors):.1f}% (goals: 8%, 20%)")
     print(
         f"  picked: {first}; fastest: {fastest}; picked / fastest {measured[first] / measured[fastest]:.3f} (goal: <= {CLOSE})"
     )
-    for words, each in said.items():
-        print(f"    {words}: " + ", ".join(f"{k} {v:.4f}" for k, v in each.parts.items()))
+    for label, each in predictions.items():
+        print(f"    {label}: " + ", ".join(f"{k} {v:.4f}" for k, v in each.parts.items()))
     print(
         "JSON "
-        + json.dumps({"what": f"plan {preset}", "predicted": {w: t.total_s for w, t in said.items()}, "measured": times})
+        + json.dumps({"what": f"plan {preset}", "predicted": {w: t.total_s for w, t in predictions.items()}, "measured": times})
     )

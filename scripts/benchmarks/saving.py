@@ -1,4 +1,4 @@
-"""What a checkpoint costs: writing and reading against the raw disk, and what an asynchronous save takes from training."""
+"""Cost of a checkpoint: writing and reading against the raw disk, and the time that training waits for an asynchronous save."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.measure import BENCH, OTHERS_ALLOWED, TURNS, Load, configured, mpirun, over_all, ratio_row, table
+from benchmarks.measure import (
+    BENCH,
+    MAX_OTHER_CORES,
+    MAX_ROUNDS,
+    Load,
+    format_ratio,
+    make_config,
+    make_reduce,
+    mpirun,
+    print_table,
+)
 
 BLOCK = 16 << 20
 BEFORE, AFTER = 3, 6  # steps before a save, and beside its writing
-SHAPE = {  # 110 million parameters, 4,096 tokens a step
+SHAPE = {  # 110 million parameters, 4,096 tokens per step
     "model__context_length": 512, "model__vocab_size": 32768, "data__tokenizer": "bytes", "train__global_batch": 8,
     "train__micro_batch": 2, "train__threads": 1, "checkpoint__keep": 1, "checkpoint__keep_best": False,
     "checkpoint__every": 100,
@@ -43,93 +53,93 @@ def checkpoint_worker(args: argparse.Namespace) -> None:
     from mpilm.trainer.run import collect_state
 
     comm = mpi_world()
-    run = build_run(configured(f"{args.folder}/run", "llama-100m", **SHAPE), comm)
+    run = build_run(make_config(f"{args.folder}/run", "llama-100m", **SHAPE), comm)
     run.mesh.check_calls(False)
-    saver = CheckpointManager(
-        run.folder.checkpoints, run.config.checkpoint, comm, run.progress, partial(collect_state, run),
-        on_saved=lambda *_: None, on_failed=lambda message: None,
-    )  # fmt: skip
-    saver.reserve_memory(run.folder.step, run.config.train.steps)
+    checkpoints, make_state = run.folder.checkpoints, partial(collect_state, run)
+    manager = CheckpointManager(
+        checkpoints, run.config.checkpoint, run.mesh.world, run.progress, make_state, lambda *_: None, lambda message: None
+    )
+    manager.reserve_memory(run.folder.step, run.config.train.steps)
     folder = Path(args.folder)
     share = run.model.saved_bytes // comm.size
     found: dict[str, list[float]] = {}
-    everyone = over_all(comm)
+    reduce = make_reduce(comm)
 
     def read(path: Path) -> None:
-        run_on_root_with_verify(comm, lambda check: check(path))
+        run_on_root_with_verify(comm, lambda verify: verify(path))
         load_checkpoint_state(run.model, path, 1, comm)
 
-    for number in range(TURNS):
-        load = Load(everyone)
-        took = stall(run, saver, comm, 1 + number * (BEFORE + AFTER))
+    for number in range(MAX_ROUNDS):
+        load = Load(reduce)
+        took = time_save(run, manager, comm, 1 + number * (BEFORE + AFTER))
         took["write"] = timed(
-            comm, lambda number=number: save_checkpoint(folder / "saved", number, collect_state(run, number, None), comm)
+            comm, lambda number=number: save_checkpoint(folder / "saved", number, make_state(number, None), comm)
         )
         took["write raw"] = timed(comm, lambda: write_raw(folder / f"raw-{comm.rank}", share))
         (path,) = (folder / "saved").iterdir()
-        forget(comm, path)
+        drop_page_cache(comm, path)
         took["read"] = timed(comm, lambda path=path: read(path))
         took["read raw"] = timed(comm, lambda: read_raw(folder / f"raw-{comm.rank}"))
         comm.barrier()
         if comm.rank == 0:
             shutil.rmtree(path)
-        others = everyone(load.others(), "max")
-        if number and others < OTHERS_ALLOWED:  # the first one warms up
+        other_cores = reduce(load.other_cores(), "max")
+        if number and other_cores < MAX_OTHER_CORES:  # the first round is a warm-up
             for name, seconds in took.items():
                 found.setdefault(name, []).append(seconds)
         if len(found.get("step", [])) == args.rounds:
             break
     else:
-        raise SystemExit("not valid: too many rounds were void; run this on a quiet machine")
+        raise SystemExit("too many rounds were void; run this on a quiet machine")
     if comm.rank == 0:
-        show(found, run.model.saved_bytes)
+        print_times(found, run.model.saved_bytes)
 
 
-def show(found: dict[str, list[float]], nbytes: int) -> None:
-    def parts(one: str, other: str) -> list[float]:
+def print_times(found: dict[str, list[float]], nbytes: int) -> None:
+    def divide(one: str, other: str) -> list[float]:
         return [a / b for a, b in zip(found[one], found[other])]
 
-    rows = [("", "median s", "lowest .. highest", "")] + [ratio_row(name, seconds, "") for name, seconds in found.items()]
-    table(f"checkpoint of {nbytes / 2**30:.2f} GiB, 2 ranks, {len(found['step'])} rounds", rows)
-    table("ratios", [
+    rows = [("", "median s", "lowest .. highest", "")] + [format_ratio(name, seconds, "") for name, seconds in found.items()]
+    print_table(f"checkpoint of {nbytes / 2**30:.2f} GiB, 2 ranks, {len(found['step'])} rounds", rows)
+    print_table("ratios", [
         ("ratio", "median", "lowest .. highest", "goal"),
-        ratio_row("write raw / write with hashing", parts("write raw", "write"), ">= 0.80"),
-        ratio_row("read raw / read, check and load", parts("read raw", "read"), ""),
-        ratio_row("training waits for a save / a step", parts("waited", "step"), "< 0.05"),
+        format_ratio("write raw / write with hashing", divide("write raw", "write"), ">= 0.80"),
+        format_ratio("read raw / read, check and load", divide("read raw", "read"), ""),
+        format_ratio("training waits for a save / a step", divide("waited", "step"), "< 0.05"),
     ])  # fmt: skip
     print("JSON " + json.dumps({"what": "checkpoint", "times_s": found}))
 
 
-def stall(run, saver, comm, first: int) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    """A step, and how long a save keeps the next one waiting. What its writing takes from the steps beside it is less than
-    their own spread."""
+def time_save(run, manager, comm, first: int) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    """Return the seconds of a step, and those that training waits for a save. The time that the writing takes from the steps
+    beside it is less than their spread, and is not measured."""
     from mpilm.engine.step import StepFlags, train_step
 
     def step(number: int) -> float:
         def body() -> None:
-            result = train_step(run.model, run.batches, number, StepFlags(0, saver.is_writing))
-            saver.poll(result.flags.checkpoint_pending)
+            result = train_step(run.model, run.batches, number, StepFlags(0, manager.is_writing))
+            manager.poll(result.flags.checkpoint_pending)
 
         return timed(comm, body)
 
-    usual = statistics.median([step(first + i) for i in range(BEFORE)])
-    waited = timed(comm, lambda: saver.save(first + BEFORE, None))
+    step_s = statistics.median([step(first + i) for i in range(BEFORE)])
+    waited = timed(comm, lambda: manager.save(first + BEFORE, None))
     for i in range(AFTER):
         step(first + BEFORE + i)
-    saver.close()
-    return {"step": usual, "waited": waited}
+    manager.close()
+    return {"step": step_s, "waited": waited}
 
 
 def timed(comm, body: Callable[[], object]) -> float:  # type: ignore[no-untyped-def]
-    """Seconds until all ranks have done it."""
+    """Return the seconds until `body` has ended on all ranks."""
     comm.barrier()
     began = time.perf_counter()
     body()
-    return over_all(comm)(time.perf_counter() - began, "max")
+    return make_reduce(comm)(time.perf_counter() - began, "max")
 
 
 def write_raw(path: Path, nbytes: int) -> None:
-    """So many bytes past the page cache, and synced."""
+    """Write and sync so many bytes, bypassing the page cache."""
     memory = mmap.mmap(-1, BLOCK)
     memory.write(os.urandom(BLOCK))
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_DIRECT", 0), 0o600)
@@ -147,8 +157,8 @@ def read_raw(path: Path) -> None:
     os.close(handle)
 
 
-def forget(comm, folder: Path) -> None:  # type: ignore[no-untyped-def]
-    """Let the kernel forget what it has read of a folder."""
+def drop_page_cache(comm, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    """Remove the files of a folder from the page cache."""
     for path in folder.iterdir() if comm.rank == 0 else ():
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""A slow network between two pretend hosts: what each way to send less does to the time of a step, the bytes, and the loss."""
+"""Methods that send less over a slow network between two emulated hosts: step time, bytes and loss of each."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import ROOT, mpirun, table
+from benchmarks.measure import ROOT, mpirun, print_table
 
 RANKS_PER_HOST, MBIT, DELAY_MS, STEPS = 2, 100, 2, 60
-WAYS = {
-    "all ranks to all (reduce sent)": ["--parallel.reduce", "messages"],
-    "nodes at home, then across (reduce shared)": ["--parallel.reduce", "shared-memory"],
-    "the same as bfloat16 (wire-dtype)": ["--parallel.reduce", "shared-memory", "--parallel.wire-dtype", "bfloat16"],
-    "PowerSGD, rank 4 (compress)": ["--parallel.powersgd-rank", "4"],
+METHODS = {
+    "every rank to every other (reduce)": ["--parallel.reduce", "messages"],
+    "within a node, then across (reduce)": ["--parallel.reduce", "shared-memory"],
+    "the same in bfloat16 (wire-dtype)": ["--parallel.reduce", "shared-memory", "--parallel.wire-dtype", "bfloat16"],
+    "PowerSGD, rank 4": ["--parallel.powersgd-rank", "4"],
     "DiLoCo, every 10 steps (sync-every)": ["--parallel.sync-every", "10"],
 }
 
 
 def slow(args: argparse.Namespace) -> None:
-    rows: list[tuple[str, ...]] = [("way", "s a step", "times the first", "MB a step", "last loss", "evaluation")]
+    rows: list[tuple[str, ...]] = [("method", "s per step", "speedup", "MB per step", "last loss", "evaluation")]
     found = {}
-    for way, words in WAYS.items():
-        found[way] = of = run(words)
+    for method, words in METHODS.items():
+        found[method] = result = run_training(words)
         first = found[next(iter(found))]["step_s"]
-        rows.append((way, f"{of['step_s']:.3f}", f"{first / of['step_s']:.2f}", f"{of['bytes'] / 1e6 / STEPS:.2f}",
-                     f"{of['loss']:.4f}", f"{of['eval_loss']:.4f}"))  # fmt: skip
+        speedup, megabytes = first / result["step_s"], result["bytes"] / 1e6 / STEPS
+        losses = f"{result['loss']:.4f}", f"{result['eval_loss']:.4f}"
+        rows.append((method, f"{result['step_s']:.3f}", f"{speedup:.2f}", f"{megabytes:.2f}", *losses))
         print("  ".join(rows[-1]), flush=True)
     ranks = 2 * RANKS_PER_HOST
-    table(f"{ranks} ranks on 2 hosts, {MBIT} Mbit/s and {DELAY_MS} ms between them, tiny, {STEPS} steps", rows)
+    print_table(f"{ranks} ranks on 2 hosts, {MBIT} Mbit/s and {DELAY_MS} ms between them, tiny, {STEPS} steps", rows)
     print("JSON " + json.dumps({"what": "slow link", "mbit": MBIT, "found": found}))
 
 
-def run(words: list[str]) -> dict[str, float]:
-    """Train on two hosts; what a step took, what travelled, and the losses."""
+def run_training(words: list[str]) -> dict[str, float]:
+    """Train on two hosts; return the seconds of a step, the bytes sent between the hosts, and the losses."""
     with tempfile.TemporaryDirectory() as folder:
         hosts = [sys.executable, str(ROOT / "scripts" / "hosts-here"), "--slots", str(RANKS_PER_HOST), "--mbit", str(MBIT)]
         settings = {
@@ -65,7 +66,7 @@ def run(words: list[str]) -> dict[str, float]:
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row and "step_s" in row]
     return {
-        "step_s": statistics.mean(row["step_s"] for row in steps[2:]),  # meetings included
+        "step_s": statistics.mean(row["step_s"] for row in steps[2:]),  # steps that synchronize included
         "bytes": float(carried.group(1).replace(",", "")),
         "loss": statistics.mean(row["loss"] for row in steps[-5:]),
         "eval_loss": next(row["eval_loss"] for row in reversed(rows) if "eval_loss" in row),

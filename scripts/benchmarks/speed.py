@@ -1,4 +1,4 @@
-"""Speed, start and memory of data-parallel training, against a plain torch loop, independent runs, and torch DDP."""
+"""Speed, start-up time and memory of data-parallel training, against a plain torch loop, independent runs, and torch DDP."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from pathlib import Path
 
 from benchmarks.measure import (
     BENCH,
-    OTHERS_ALLOWED,
+    MAX_OTHER_CORES,
+    MAX_ROUNDS,
     ROOT,
     STEPS,
-    TURNS,
     Load,
-    configured,
+    make_config,
     mpilm_side,
     mpirun,
-    pairwise,
-    report,
-    rounds,
-    table,
+    print_report,
+    print_table,
+    speed_ratios,
+    time_sides,
 )
 
 
-def torch_side(config, rank: int = 0, ranks: int = 1, **ways: Callable) -> Callable[[int], None]:  # type: ignore[no-untyped-def, type-arg]
-    """The plain torch loop on the batches that mpilm has; `ways`: to share it out (plain.py)."""
+def torch_side(config, rank: int = 0, ranks: int = 1, **options: Callable) -> Callable[[int], None]:  # type: ignore[no-untyped-def, type-arg]
+    """Return the step of the plain torch loop on mpilm's batches; `options`: those of torch_loop that distribute it."""
     from benchmarks.plain import torch_loop
     from mpilm.comm.base import SelfComm
     from mpilm.data.batch import Batches
@@ -42,19 +42,19 @@ def torch_side(config, rank: int = 0, ranks: int = 1, **ways: Callable) -> Calla
     corpus = open_corpus(config.data, SelfComm())
     stream = TextExamples(CorpusSamples(corpus, config.model.context_length, config.data.eval_fraction))
     batches = Batches(stream, config.train.seed, config.train.global_batch, config.train.micro_batch)
-    return torch_loop(config, batches, corpus.tokenizer.vocab_size, rank=rank, ranks=ranks, **ways)
+    return torch_loop(config, batches, corpus.tokenizer.vocab_size, rank=rank, ranks=ranks, **options)
 
 
 def overhead(args: argparse.Namespace) -> None:
     from mpilm.comm.base import SelfComm
 
     with tempfile.TemporaryDirectory() as folder:
-        config = configured(folder, args.preset, train__threads=args.threads)
+        config = make_config(folder, args.preset, train__threads=args.threads)
         comm = SelfComm()
         sides = {"mpilm, one rank": mpilm_side(config, comm), "plain torch loop": torch_side(config)}
-        times, void = rounds(sides, args.rounds, comm)
-    ratios = pairwise(times, "plain torch loop", "mpilm, one rank")
-    report(f"overhead ({args.preset})", times, {"mpilm / plain torch": (ratios, ">= 0.97")}, void)
+        times, void = time_sides(sides, args.rounds, comm)
+    ratios = speed_ratios(times, "plain torch loop", "mpilm, one rank")
+    print_report(f"overhead ({args.preset})", times, {"mpilm / plain torch": (ratios, ">= 0.97")}, void)
 
 
 WIDE = {
@@ -67,20 +67,20 @@ WIDE = {
 
 
 def dtype(args: argparse.Namespace) -> None:
-    """One rank in bfloat16 against itself in float32, on all cores."""
+    """Compare one rank in bfloat16 with itself in float32, on all cores."""
     from mpilm.comm.base import SelfComm
 
     with tempfile.TemporaryDirectory() as folder:
         comm = SelfComm()
-        sides = {name: mpilm_side(configured(f"{folder}/{name}", args.preset, train__dtype=name, **WIDE), comm)
+        sides = {name: mpilm_side(make_config(f"{folder}/{name}", args.preset, train__dtype=name, **WIDE), comm)
                  for name in ("float32", "bfloat16")}  # fmt: skip
-        times, void = rounds(sides, args.rounds, comm)
-    ratios = {"bfloat16 / float32": (pairwise(times, "float32", "bfloat16"), ">= 1.5")}
-    report("6 blocks of width 768, 512 tokens at once", times, ratios, void)
+        times, void = time_sides(sides, args.rounds, comm)
+    ratios = {"bfloat16 / float32": (speed_ratios(times, "float32", "bfloat16"), ">= 1.5")}
+    print_report("6 blocks of width 768, 512 tokens per microbatch", times, ratios, void)
 
 
 SETTINGS = {  # of 10 million parameters with a vocabulary of 2,048
-    "compute-bound": {"train__global_batch": 16, "train__micro_batch": 2},  # 1,024 tokens a rank and step
+    "compute-bound": {"train__global_batch": 16, "train__micro_batch": 2},  # 1,024 tokens per rank and step
     "communication-bound": {"train__global_batch": 2, "train__micro_batch": 1},  # 128
 }
 TEN_MILLION = {"model__d_model": 320, "model__n_layers": 8, "model__n_heads": 5, "model__context_length": 128}
@@ -91,7 +91,7 @@ def data_parallel_worker(args: argparse.Namespace) -> None:
     from accelerate import Accelerator
     from torch.nn.parallel import DistributedDataParallel
 
-    from benchmarks.plain import sharded, unsharded_gradients
+    from benchmarks.plain import shard_fsdp2, skip_fsdp2_sync
     from mpilm.comm.base import SelfComm
     from mpilm.comm.mpi import mpi_world
 
@@ -101,30 +101,30 @@ def data_parallel_worker(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=True)
     for setting, batch in SETTINGS.items():
         shape = {**TEN_MILLION, **batch, "train__threads": 1}
-        config = configured(f"{args.folder}/{setting}", args.preset, **shape)
+        config = make_config(f"{args.folder}/{setting}", args.preset, **shape)
         ranks = {"rank": comm.rank, "ranks": comm.size}
 
         def side(name, comm=comm, shape=shape, setting=setting, **changes):  # type: ignore[no-untyped-def]
-            return mpilm_side(configured(f"{args.folder}/{setting}-{name}", args.preset, **{**shape, **changes}), comm)
+            return mpilm_side(make_config(f"{args.folder}/{setting}-{name}", args.preset, **{**shape, **changes}), comm)
 
         sides = {
             "mpilm, 2 ranks": side("together"),
             "two independent runs": side(f"alone-{comm.rank}", SelfComm(), train__global_batch=config.train.global_batch // 2),
             "torch DDP, gloo": torch_side(config, **ranks, wrap=DistributedDataParallel),
-            "torch FSDP2, gloo": torch_side(config, **ranks, wrap=sharded, without_exchange=unsharded_gradients),
+            "torch FSDP2, gloo": torch_side(config, **ranks, wrap=shard_fsdp2, skip_sync=skip_fsdp2_sync),
             "Accelerate, gloo": torch_side(config, **ranks, wrap=accelerator.prepare),
             "mpilm, ZeRO-3": side("zero", parallel__zero=3),
             "mpilm, MPI's Allreduce": side("library", train__reproducible=False),
         }
-        times, void = rounds(sides, args.rounds, comm)
+        times, void = time_sides(sides, args.rounds, comm)
         if comm.rank == 0:
-            ours, crowd = "mpilm, 2 ranks", setting == "communication-bound"
-            report(f"data-parallel, {setting} ({args.preset}, 10 million parameters)", times, {
-                "mpilm / independent": (pairwise(times, "two independent runs", ours), ">= 0.90" if crowd else ">= 0.97"),
-                "mpilm / DDP": (pairwise(times, "torch DDP, gloo", ours), ">= 1.30" if crowd else ">= 1.00"),
-                "mpilm / Accelerate": (pairwise(times, "Accelerate, gloo", ours), ">= 1.30" if crowd else ">= 1.00"),
-                "mpilm ZeRO-3 / FSDP2": (pairwise(times, "torch FSDP2, gloo", "mpilm, ZeRO-3"), ">= 1.00"),
-                "reproducible / not": (pairwise(times, "mpilm, MPI's Allreduce", ours), ">= 0.97"),
+            ours, small = "mpilm, 2 ranks", setting == "communication-bound"
+            print_report(f"data-parallel, {setting} ({args.preset}, 10 million parameters)", times, {
+                "mpilm / independent": (speed_ratios(times, "two independent runs", ours), ">= 0.90" if small else ">= 0.97"),
+                "mpilm / DDP": (speed_ratios(times, "torch DDP, gloo", ours), ">= 1.30" if small else ">= 1.00"),
+                "mpilm / Accelerate": (speed_ratios(times, "Accelerate, gloo", ours), ">= 1.30" if small else ">= 1.00"),
+                "mpilm ZeRO-3 / FSDP2": (speed_ratios(times, "torch FSDP2, gloo", "mpilm, ZeRO-3"), ">= 1.00"),
+                "reproducible / not": (speed_ratios(times, "mpilm, MPI's Allreduce", ours), ">= 0.97"),
             }, void)  # fmt: skip
     dist.destroy_process_group()
 
@@ -141,29 +141,32 @@ def guards_worker(args: argparse.Namespace) -> None:
     from mpilm.comm.mpi import mpi_world
     from mpilm.engine.step import train_step
     from mpilm.launch.watchdog import Watchdog
-    from mpilm.trainer import build as built
+    from mpilm.trainer import build
     from mpilm.trainer.recovery.replica_check import check_replicas_equal
 
     comm = mpi_world()
-    run = built.build_run(configured(f"{args.folder}/guarded", args.preset, train__threads=1), comm)
-    watchdog = Watchdog(run.mesh.activity, comm, 0.0)
+    run = build.build_run(make_config(f"{args.folder}/guarded", args.preset, train__threads=1), comm)
+    watchdog = Watchdog(run.mesh.progress, comm, 0.0)
 
     def guarded(step: int) -> None:
-        checking = step % STEPS == 0  # ten times as often as --fault.check-every asks by default
-        run.mesh.activity.enter("step", step)
-        run.mesh.check_calls(checking)
+        checks = step % STEPS == 0  # ten times as often as by default (--fault.check-every)
+        run.mesh.progress.enter("step", step)
+        run.mesh.check_calls(checks)
         train_step(run.model, run.batches, step)
         run.mesh.check_calls(False)
-        if checking:
+        if checks:
             check_replicas_equal(run.model, step + 1)
 
-    with mock.patch.object(built, "Traced", lambda inner, *more: inner):
-        bare = mpilm_side(configured(f"{args.folder}/bare", args.preset, train__threads=1), comm)
-    times, void = rounds({"guarded": guarded, "without": bare}, args.rounds, comm)
+    with mock.patch.object(build, "InstrumentedComm", lambda inner, *_: inner):
+        bare = mpilm_side(make_config(f"{args.folder}/bare", args.preset, train__threads=1), comm)
+    times, void = time_sides({"guarded": guarded, "without": bare}, args.rounds, comm)
     watchdog.close()
     if comm.rank == 0:
-        report(
-            f"guards ({args.preset})", times, {"guarded / without": (pairwise(times, "without", "guarded"), ">= 0.99")}, void
+        print_report(
+            f"guards ({args.preset})",
+            times,
+            {"guarded / without": (speed_ratios(times, "without", "guarded"), ">= 0.99")},
+            void,
         )
 
 
@@ -174,7 +177,7 @@ def guards(args: argparse.Namespace) -> None:
 
 
 def training_run(ranks: int, steps: int, *words: str) -> tuple[list[dict], float, str]:  # type: ignore[type-arg]
-    """Rows of metrics, seconds to the first step as the launcher's caller sees it, and what was printed."""
+    """Train; return the metrics rows, the seconds from the call of the launcher to the first step, and the output."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *mpirun(ranks),
@@ -200,22 +203,22 @@ def training_run(ranks: int, steps: int, *words: str) -> tuple[list[dict], float
         return rows, first, "".join(printed)
 
 
-def crowded(args: argparse.Namespace) -> None:
+def oversubscribed(args: argparse.Namespace) -> None:
     steps, times, void = 12, {"8 ranks": [], "2 ranks": []}, 0  # type: ignore[var-annotated]
-    while len(times["2 ranks"]) < args.rounds and void < TURNS:
+    while len(times["2 ranks"]) < args.rounds and void < MAX_ROUNDS:
         load, took = Load(), {}
         for name, ranks in (("8 ranks", 8), ("2 ranks", 2)):
             rows, _, _ = training_run(ranks, steps, "--preset", args.preset)
             took[name] = statistics.median(row["step_s"] for row in rows if row.get("step", 0) > 2)
-        if load.others() > OTHERS_ALLOWED:
+        if load.other_cores() > MAX_OTHER_CORES:
             void += 1
             continue
         for name, seconds in took.items():
             times[name].append(seconds)
-    report(
+    print_report(
         f"crowded ({args.preset})",
         times,
-        {"8 ranks / 2 ranks": (pairwise(times, "2 ranks", "8 ranks"), ">= 0.80")},
+        {"8 ranks / 2 ranks": (speed_ratios(times, "2 ranks", "8 ranks"), ">= 0.80")},
         void,
         steps,
     )
@@ -230,19 +233,19 @@ def start(args: argparse.Namespace) -> None:
         floor = time.monotonic() - began
         _, first, _ = training_run(2, 2, "--preset", args.preset)
         beyond.append((first, floor))
-    beyond = beyond[1:]  # the first filled the caches
+    beyond = beyond[1:]  # the first one filled the caches
     rows = [("", "median s", "lowest .. highest")]
     named = {"mpirun to the first step": [f for f, _ in beyond], "importing torch and mpi4py": [f for _, f in beyond]}
-    named["beyond importing (goal: 3 s at most)"] = [a - b for a, b in beyond]
+    named["difference (goal: at most 3 s)"] = [a - b for a, b in beyond]
     rows += [(n, f"{statistics.median(t):.2f}", f"{min(t):.2f} .. {max(t):.2f}") for n, t in named.items()]
-    table(f"start ({args.preset}): {args.rounds} rounds", rows)
+    print_table(f"start ({args.preset}): {args.rounds} rounds", rows)
 
 
 def memory(args: argparse.Namespace) -> None:
     wide = "--model.d-model 512 --model.n-layers 8 --model.n-heads 8"
     shapes = {
         "tiny": "",
-        "tiny, 16 sequences at once": "--train.micro-batch 16 --train.global-batch 32",
+        "tiny, 16 sequences per microbatch": "--train.micro-batch 16 --train.global-batch 32",
         "26M parameters": f"{wide} --train.global-batch 4",
         "the same in bfloat16": f"{wide} --train.dtype bfloat16 --train.global-batch 8 --train.micro-batch 4",
         "87M parameters": "--preset llama-100m --train.dtype float32 --train.global-batch 2 --data.tokenizer auto",
@@ -251,7 +254,7 @@ def memory(args: argparse.Namespace) -> None:
     for name, words in shapes.items():
         _, _, printed = training_run(2, 3, *words.split())
         measured, predicted = (
-            float(x.replace(",", "")) for x in re.findall(r"memory ([\d,]+) MiB.*most, ([\d,]+) MiB", printed)[0]
+            float(x.replace(",", "")) for x in re.findall(r"peak memory ([\d,]+) MiB, ([\d,]+) MiB", printed)[0]
         )
         rows.append((name, f"{predicted:.0f}", f"{measured:.0f}", f"{measured / predicted:.3f}"))
-    table("memory of a rank", rows)
+    print_table("memory of a rank", rows)

@@ -1,4 +1,4 @@
-"""What is done beside training: writing text, and turning text into tokens."""
+"""Tasks beside training: generating text, and turning text into tokens."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import BENCH, mpirun, pairwise, report, rounds
+from benchmarks.measure import BENCH, mpirun, print_report, speed_ratios, time_sides
 
-WRITTEN = 128  # tokens of a text
-FILES = 240  # of the embedded corpus: some megabytes
+GENERATED_TOKENS = 128
+FILES = 240  # files of the embedded corpus: some megabytes
 
 
 def generate(args: argparse.Namespace) -> None:
-    """A text from the same weights, greedily, one thread each."""
+    """Compare greedy generation from the same weights, with one thread each."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,29 +33,29 @@ def generate(args: argparse.Namespace) -> None:
         vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
     )  # fmt: skip
-    prompt = list(range(1, 17))  # transformers takes its padding token, 0, for no part of a prompt
+    prompt = list(range(1, 17))  # transformers ignores its padding token, 0, in a prompt
     with tempfile.TemporaryDirectory() as folder:
         theirs = LlamaForCausalLM(shape).eval()
         theirs.save_pretrained(folder)
         (Path(folder) / "tokenizer.json").write_text(bytes_tokenizer().json)
         config = to_config(ModelFolder(folder), InferenceParallel(), InferenceCompute(device="cpu", threads=1))
         ours = load_model(config_from_folder(config), SelfComm()).model
-        settings = GenerateConfig(max_tokens=WRITTEN, temperature=0.0)
-        written = generate(ours, {0: prompt}, settings, stop=-1)[0]
+        settings = GenerateConfig(max_tokens=GENERATED_TOKENS, temperature=0.0)
+        tokens = generate(ours, {0: prompt}, settings, eos=-1)[0]
 
         def transformers_generate(_: int) -> None:
-            found = theirs.generate(
-                torch.tensor([prompt]), max_new_tokens=WRITTEN, do_sample=False, eos_token_id=None, pad_token_id=0
+            generated = theirs.generate(
+                torch.tensor([prompt]), max_new_tokens=GENERATED_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
             )  # fmt: skip
-            assert found[0, len(prompt) :].tolist() == written
+            assert generated[0, len(prompt) :].tolist() == tokens
 
         sides = {
-            "mpilm": lambda _: generate(ours, {0: prompt}, settings, stop=-1) and None,
+            "mpilm": lambda _: generate(ours, {0: prompt}, settings, eos=-1) and None,
             "transformers": transformers_generate,
         }
-        times, void = rounds(sides, args.rounds, SelfComm())
-    ratios = pairwise(times, "transformers", "mpilm")
-    report(f"generate, {WRITTEN} tokens", times, {"mpilm / transformers": (ratios, ">= 1.00")}, void)
+        times, void = time_sides(sides, args.rounds, SelfComm())
+    ratios = speed_ratios(times, "transformers", "mpilm")
+    print_report(f"generate, {GENERATED_TOKENS} tokens", times, {"mpilm / transformers": (ratios, ">= 1.00")}, void)
 
 
 def prepare_worker(args: argparse.Namespace) -> None:
@@ -70,28 +70,28 @@ def prepare_worker(args: argparse.Namespace) -> None:
     data = DataConfig(path=(str(folder / "texts"),), tokenizer=str(folder / "tokenizer.json"))
     library = load_tokenizer(folder / "tokenizer.json")._library
 
-    def alone(number: int) -> None:
+    def by_one_rank(number: int) -> None:
         if comm.rank == 0:
             make_tokens(data, folder / f"alone-{number}", SelfComm())
 
-    def by_hand(_: int) -> None:
-        """Read the files, and let the library encode them."""
+    def by_library(_: int) -> None:
+        """Read the files and encode them with the library alone."""
         if comm.rank == 0:
             for path in sorted((folder / "texts").iterdir()):
                 library.encode_batch_fast([path.read_text()], add_special_tokens=False)
 
     sides = {
         "2 ranks": lambda number: make_tokens(data, folder / f"two-{number}", comm) and None,
-        "1 rank": alone,
-        "tokenizers library": by_hand,
+        "1 rank": by_one_rank,
+        "tokenizers library": by_library,
     }
-    times, void = rounds(sides, args.rounds, comm)
+    times, void = time_sides(sides, args.rounds, comm)
     if comm.rank == 0:
         ratios = {
-            "2 ranks / 1 rank": (pairwise(times, "1 rank", "2 ranks"), ">= 1.70"),
-            "1 rank / library": (pairwise(times, "tokenizers library", "1 rank"), ">= 0.90"),
+            "2 ranks / 1 rank": (speed_ratios(times, "1 rank", "2 ranks"), ">= 1.70"),
+            "1 rank / library": (speed_ratios(times, "tokenizers library", "1 rank"), ">= 0.90"),
         }
-        report("prepare", times, ratios, void)
+        print_report("prepare", times, ratios, void)
 
 
 def prepare(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What whole jobs train on."""
+"""The corpus that whole jobs train on."""
 
 import pytest
 from text import write_tokens

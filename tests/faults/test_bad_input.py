@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from helpers import mpirun, refusal, refusal_in_process
-from text import tiny, write_text, write_tokens
+from text import tiny_config, write_text, write_tokens
 
 from mpilm.comm.base import SelfComm
 from mpilm.trainer.loop import train
@@ -125,7 +125,7 @@ def test_train_context_longer_than_the_corpus_is_refused(tmp_path):
 @pytest.fixture
 def made(tmp_path):
     """A run of two steps; the flags that resume it."""
-    config = tiny(
+    config = tiny_config(
         write_tokens(tmp_path), tmp_path / "run", model__n_layers=1, model__d_model=16, model__n_heads=2, model__n_kv_heads=0,
         model__dropout=0.0, train__steps=2, train__global_batch=4, train__warmup_steps=20, run__eval_every=0,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoints import write_hf_model
 from helpers import refusal, refusal_in_process
-from runs import FAMILIES, small, whole_model
+from runs import FAMILIES, full_model, small_config
 from text import write_text
 
 from mpilm.data.tokenizer import bytes_tokenizer
@@ -24,8 +24,8 @@ def own_cache(monkeypatch, tmp_path):
 def folder(tmp_path_factory):
     """A GPT-2 of a few thousand parameters, as transformers would read it."""
     path = tmp_path_factory.mktemp("models") / "gpt2"
-    shape = small(**FAMILIES["gpt2"], model__context_length=16).model
-    model, _ = whole_model(shape, 257, torch.device("cpu"))
+    shape = small_config(**FAMILIES["gpt2"], model__context_length=16).model
+    model, _ = full_model(shape, 257, torch.device("cpu"))
     write_hf_model(path, model, shape, 257)
     (path / "tokenizer.json").write_text(bytes_tokenizer().json)
     return path

@@ -1,139 +1,145 @@
-"""Ranks are lost, and the others go on, or end in good order: never a wrong number, never a hang. Wants Open MPI 5, here or in
-the environment that MPILM_TEST_OTHER_PYTHON names."""
+"""Ranks are lost, and the others continue or exit in good order, with the right numbers and without hanging.
 
-import os
+Needs Open MPI 5, in this environment or the one that MPILM_TEST_OTHER_PYTHON names.
+"""
+
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from training_jobs import command, finished, outcome, slow, started
+from helpers import OTHER_PYTHON
+from training_jobs import read_outcome, run_serially, slow_case, start_job, train_arguments
 
 from mpilm.checkpoint.format import list_checkpoints
 from mpilm.telemetry.metrics import read_metrics
 
-STEPS = 60
+STEPS, SAVED, EVALUATED, LOST = 40, 16, 20, 22  # LOST: the step in which ranks are lost
 LOST_RANK = 89
-POINTS = ("data.next", "forward", "backward", "reduce.before", "reduce.after", "optimizer")
-SAVING = ("checkpoint.open", "checkpoint.write", "checkpoint.manifest", "eval")
 PIPELINE = ("--parallel.pipeline", "2", "--parallel.cut", "1,1")
 
 
-def _open_mpi(python: str) -> bool:
+def _is_open_mpi(python: str) -> bool:
     mpirun = Path(python).with_name("mpirun")
     return mpirun.exists() and "Open MPI" in subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout
 
 
-PYTHON = next((python for python in (sys.executable, os.environ.get("MPILM_TEST_OTHER_PYTHON", "")) if _open_mpi(python)), "")
-pytestmark = pytest.mark.skipif(
-    not PYTHON, reason="there is no Open MPI; MPILM_TEST_OTHER_PYTHON may name a Python that has it"
-)
+PYTHON = next((python for python in (sys.executable, OTHER_PYTHON) if _is_open_mpi(python)), "")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="no Open MPI; MPILM_TEST_OTHER_PYTHON may name a Python that has it")
 
 
-def words(data, run, *more):
-    return command(
-        data, run, "--train.steps", STEPS, "--checkpoint.every", 25, "--run.eval-every", 30, "--model.n-layers", 2,
-        "--fault.elastic", "true", "--fault.step-timeout", 20, *more,
+def arguments(data, run, *more, elastic="true"):
+    return train_arguments(
+        data, run, "--train.steps", STEPS, "--checkpoint.every", SAVED, "--run.eval-every", EVALUATED, "--model.n-layers", 2,
+        "--fault.elastic", elastic, "--fault.step-timeout", 20, *more,
     )  # fmt: skip
 
 
-def hit(tmp_path, data, ranks, *faults, more=()):
-    """The code and the output of a job."""
-    injected = ";".join(faults)
-    line = words(data, tmp_path / "run", *more)
-    with started(ranks, line, tmp_path, python=PYTHON, flags=["--with-ft", "ulfm"], MPILM_FAULT=injected) as job:
-        code = job.end(90)
+def run_with_faults(tmp_path, data, ranks, *faults, flags=()):
+    """Return the exit code and the output of a job in which all these faults fire."""
+    line = arguments(data, tmp_path / "run", *flags)
+    ulfm = ["--with-ft", "ulfm"]
+    with start_job(ranks, line, tmp_path, python=PYTHON, flags=ulfm, MPILM_FAULT=";".join(faults)) as job:
+        code = job.wait(90)
     assert job.output.count("fault: ") == len(faults), job.output
     return code, job.output
 
 
 @pytest.fixture(scope="module")
-def uncut(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("whole")
-    return finished(command(data, folder / "run", *words(data, folder / "run")[2:-4]), folder)
+def uninterrupted(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return run_serially(arguments(data, folder / "run", elastic="false"), folder)
 
 
-def assert_whole(run, uncut):
-    """The same bits, and a row of the same numbers for every step."""
-    assert outcome(run) == uncut
+def assert_equals(run, uninterrupted):
+    """Check that the run has the same bits, and a row of the same numbers for every step."""
+    assert read_outcome(run) == uninterrupted
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
     assert rows[-1]["event"] == "end"
 
 
 @pytest.mark.parametrize(
-    ("ranks", "rank", "point", "more"),
+    ("ranks", "rank", "point", "flags"),
     [
-        (3, 0, "backward", ("--parallel.zero", "2")),
-        (3, 0, "eval", ()),
         (4, 1, "p2p.send", PIPELINE),
-        *(slow(3, i % 3, point, ("--parallel.zero", str(i % 4))) for i, point in enumerate(POINTS)),
-        *(slow(3, i % 3, point, ()) for i, point in enumerate(SAVING)),
-        slow(4, 2, "optimizer", (*PIPELINE, "--parallel.zero", "3")),
-        slow(4, 3, "reduce.after", ("--train.optimizer", "muon", "--parallel.zero", "1")),
+        *(
+            slow_case(3, i % 3, point, ("--parallel.zero", str(i % 4)))
+            for i, point in enumerate(("data.next", "forward", "backward", "reduce.before", "reduce.after", "optimizer"))
+        ),
+        *(
+            slow_case(3, rank, point, ())
+            for rank, point in ((0, "checkpoint.open"), (1, "checkpoint.write"), (0, "checkpoint.manifest"), (0, "eval"))
+        ),
+        slow_case(4, 2, "optimizer", (*PIPELINE, "--parallel.zero", "3")),
+        slow_case(4, 3, "reduce.after", ("--train.optimizer", "muon", "--parallel.zero", "1")),
     ],
-)  # fmt: skip
-def test_the_others_go_on(tmp_path, data, uncut, ranks, rank, point, more):
-    step = "" if point.startswith("checkpoint") or point == "eval" else " step=33"
-    rank = 0 if point in ("checkpoint.open", "checkpoint.manifest") else rank
-    code, output = hit(tmp_path, data, ranks, f"kind=kill rank={rank}{step} point={point}", more=more)
+)
+def test_run_continues_after_a_rank_is_lost(tmp_path, data, uninterrupted, ranks, rank, point, flags):
+    step = "" if point.startswith("checkpoint") or point == "eval" else f" step={LOST}"
+    code, output = run_with_faults(tmp_path, data, ranks, f"kind=kill rank={rank}{step} point={point}", flags=flags)
     assert code == 0, output
-    left = 2 if more[:2] == PIPELINE[:2] else ranks - 1
-    assert re.search(rf"rank {rank} \(\S+ process \d+\) lost; {ranks - 1} ranks go on after step \d+", output), output
-    assert f"mpilm 0.1.0: {left} rank" in output
-    if "muon" in more:
+    working = 2 if flags[:2] == PIPELINE[:2] else ranks - 1
+    message = rf"rank {rank} \(\S+ process \d+\) lost; {ranks - 1} ranks continue after step \d+"
+    assert re.search(message, output), output
+    assert f"mpilm 0.1.0: {working} rank" in output
+    if "muon" in flags:
         (tmp_path / "muon").mkdir()
-        uncut = finished(words(data, tmp_path / "muon" / "run", "--fault.elastic", "false", *more[:2]), tmp_path / "muon")
-    assert_whole(tmp_path / "run", uncut)
+        line = arguments(data, tmp_path / "muon" / "run", *flags[:2], elastic="false")
+        uninterrupted = run_serially(line, tmp_path / "muon")
+    assert_equals(tmp_path / "run", uninterrupted)
 
 
-def test_one_after_the_other(tmp_path, data, uncut):
-    faults = [f"kind=kill rank={rank} step={step} point=forward" for rank, step in ((0, 12), (3, 30), (1, 47))]
-    code, output = hit(tmp_path, data, 4, *faults, more=("--parallel.zero", "2"))
+def test_run_continues_after_ranks_are_lost_one_by_one(tmp_path, data, uninterrupted):
+    """In a backward, an evaluation and a forward, down to one rank."""
+    points = ((0, "backward step=12"), (3, "eval"), (1, "forward step=31"))
+    faults = [f"kind=kill rank={rank} point={point}" for rank, point in points]
+    code, output = run_with_faults(tmp_path, data, 4, *faults, flags=("--parallel.zero", "2"))
     assert code == 0, output
-    assert [int(n) for n in re.findall(r"lost; (\d) ranks? go", output)] == [3, 2, 1]
-    assert_whole(tmp_path / "run", uncut)
+    assert [int(n) for n in re.findall(r"lost; (\d) ranks? continue", output)] == [3, 2, 1]
+    assert_equals(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.slow
-def test_two_at_once(tmp_path, data, uncut):
-    """Of four replicas that hold everything."""
-    faults = [f"kind=kill rank={rank} step=20 point=reduce.before" for rank in (1, 2)]
-    code, output = hit(tmp_path, data, 4, *faults)
+def test_run_continues_after_two_of_four_replicas_are_lost_at_once(tmp_path, data, uninterrupted):
+    faults = [f"kind=kill rank={rank} step={LOST} point=reduce.before" for rank in (1, 2)]
+    code, output = run_with_faults(tmp_path, data, 4, *faults)
     assert code == 0, output
-    assert_whole(tmp_path / "run", uncut)
+    assert_equals(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.parametrize(
-    ("point", "more"), [slow("agree", ()), slow("give after=3", ()), ("give after=20", ("--parallel.zero", "1"))]
+    ("point", "flags"), [slow_case("agree", ()), slow_case("give after=3", ()), ("give after=20", ("--parallel.zero", "1"))]
 )
-def test_another_one_while_the_state_is_brought_together(tmp_path, data, uncut, point, more):
-    faults = ["kind=kill rank=1 step=20 point=forward", f"kind=kill rank=3 point=recover.{point}"]
-    code, output = hit(tmp_path, data, 4, *faults, more=more)
+def test_run_continues_after_another_rank_is_lost_during_recovery(tmp_path, data, uninterrupted, point, flags):
+    faults = [f"kind=kill rank=1 step={LOST} point=forward", f"kind=kill rank=3 point=recover.{point}"]
+    code, output = run_with_faults(tmp_path, data, 4, *faults, flags=flags)
     assert code == 0, output
-    assert "lost; 2 ranks go on after step 20" in output
-    assert_whole(tmp_path / "run", uncut)
+    assert f"lost; 2 ranks continue after step {LOST}" in output
+    assert_equals(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "more"), [slow(2, PIPELINE), (4, ("--parallel.zero", "1"))], ids=["a stage", "a shard and its copy"]
+    ("ranks", "lost", "flags"),
+    [slow_case(2, (1,), PIPELINE), (4, (1, 2), ("--parallel.zero", "1"))],
+    ids=["a stage", "a shard and its copy"],
 )
-def test_what_nobody_else_holds_ends_the_job_in_good_order(tmp_path, data, uncut, ranks, more):
-    faults = [f"kind=kill rank={rank} step=40 point=forward" for rank in ((1,) if ranks == 2 else (1, 2))]
-    at_once = ("--checkpoint.asynchronous", "false")  # or step 40 may come before the disk has step 25
-    code, output = hit(tmp_path, data, ranks, *faults, more=(*more, *at_once))
+def test_run_that_lost_all_copies_of_its_state_exits_and_resumes(tmp_path, data, uninterrupted, ranks, lost, flags):
+    faults = [f"kind=kill rank={rank} step={LOST} point=forward" for rank in lost]
+    synchronous = ("--checkpoint.asynchronous", "false")  # or step LOST may come before the checkpoint is on disk
+    code, output = run_with_faults(tmp_path, data, ranks, *faults, flags=(*flags, *synchronous))
     assert code == LOST_RANK, output
     assert output.count("mpilm: error") == 1
-    assert "the same command goes on from the newest checkpoint" in output
+    assert "the same command resumes from the newest checkpoint" in output
     assert "end" not in [row.get("event") for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000025"]
-    with started(2, words(data, tmp_path / "run", "--fault.elastic", "false"), tmp_path) as job:
-        assert job.end() == 0, job.output
-    assert outcome(tmp_path / "run")[:2] == uncut[:2]
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-{SAVED:08d}"]
+    with start_job(0, arguments(data, tmp_path / "run", elastic="false"), tmp_path) as job:
+        assert job.wait() == 0, job.output
+    assert read_outcome(tmp_path / "run")[:2] == uninterrupted[:2]
 
 
-def test_an_mpi_that_cannot(tmp_path, data):
-    with started(2, words(data, tmp_path / "run"), tmp_path) as job:
-        assert job.end() == 78
-    assert "--fault.elastic needs an MPI that lets the survivors speak: Open MPI 5 under mpirun --with-ft ulfm" in job.output
+def test_mpi_that_does_not_survive_lost_ranks_is_refused(tmp_path, data):
+    with start_job(2, arguments(data, tmp_path / "run"), tmp_path) as job:
+        assert job.wait() == 78
+    assert "--fault.elastic needs an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm" in job.output

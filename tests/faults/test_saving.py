@@ -1,171 +1,132 @@
-"""Checkpoints under fire: killed while they are written, on full disks, flipped and cut; an old or the new one is whole."""
+"""Checkpoints under fire: runs killed at any time and while saving, full disks; the same command resumes to the same bits.
 
-import json
+tests/ranks/test_checkpoint.py and tests/unit/test_format.py have every way in which a write can fail and a file be damaged.
+"""
+
+import os
 import random
-import shutil
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
-from training_jobs import command, finished, outcome, slow, started
+from helpers import HAS_OTHER_MPI, OTHER_PYTHON
+from training_jobs import read_outcome, run_serially, sleep_in_steps, slow_case, start_job, train_arguments
 
 from mpilm.checkpoint.format import list_checkpoints
-from mpilm.checkpoint.verify import find_newest_valid, verify_checkpoint
-from mpilm.errors import DataError, FileError
+from mpilm.checkpoint.verify import find_newest_valid
+from mpilm.telemetry.metrics import read_metrics
 
-STEPS = 40
-FLIPS = 1000
+STEPS = 48
+SYNCHRONOUS = ("--checkpoint.asynchronous", "false")
+DISK_FULL = "could not be written: No space left on device; older checkpoints are unchanged (on rank 1)"
 
 
-def words(data, run, *more):
-    return command(data, run, "--train.steps", STEPS, "--checkpoint.every", 4, "--run.eval-every", 20, *more)
+def arguments(data, run, *more):
+    return train_arguments(data, run, "--train.steps", STEPS, "--checkpoint.every", 4, "--run.eval-every", 24, *more)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("whole")
-    return finished(words(data, folder / "run"), folder)
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return run_serially(arguments(data, folder / "run"), folder)
 
 
-def acknowledged(output):
-    """The newest checkpoint that the run has said to be saved."""
+def newest_reported(output):
+    """Return the step of the newest checkpoint that the run has reported as saved."""
     return max((line.rsplit("step-", 1)[1] for line in output.splitlines() if line.startswith("saved ")), default="")
 
 
-AT_ONCE = ("--checkpoint.asynchronous", "false")
+def start_until_killed(tmp_path, data, point, rank, flags):
+    """Start a run that is killed while it saves its second checkpoint; an old or the new one must be complete."""
+    run = tmp_path / "run"
+    fault = f"kind=kill rank={rank} point=checkpoint.{point} after=1"
+    with start_job(2, arguments(data, run, *flags), tmp_path, MPILM_FAULT=fault) as job:
+        assert job.wait(40) != 0
+        assert f"fault: kill at checkpoint.{point}" in job.output
+    reported = newest_reported(job.output)
+    found, broken = find_newest_valid(run / "checkpoints")
+    assert not broken
+    assert found is None or found.name >= f"step-{reported}"
+    assert found is not None or not reported
 
 
 @pytest.mark.parametrize(
-    ("point", "rank", "ways"),
+    "kills",
     [
-        ("write", 1, ()),
-        ("rename", 0, ()),
-        ("fsync", 1, AT_ONCE),
-        *(slow(point, 0, ()) for point in ("open", "write", "fsync", "manifest", "cleanup")),
-        slow("write", 1, AT_ONCE),
+        [("write", 1, ()), ("rename", 0, ()), ("fsync", 1, SYNCHRONOUS)],
+        slow_case([(point, 0, ()) for point in ("open", "write", "fsync", "manifest", "cleanup")]),
+        slow_case([("write", 1, SYNCHRONOUS)]),
     ],
+    ids=lambda kills: " ".join(point for point, *_ in kills),
 )
-def test_killed_on_the_way(tmp_path, data, uninterrupted, point, rank, ways):
-    """While the third checkpoint is under way; the next start goes on and ends with the same bits."""
-    run = tmp_path / "run"
-    fault = f"kind=kill rank={rank} point=checkpoint.{point} after=2"
-    with started(2, words(data, run, *ways), tmp_path, MPILM_FAULT=fault) as job:
-        assert job.end(40) != 0
-        assert f"fault: kill at checkpoint.{point}" in job.output
-        said = acknowledged(job.output)
-    found, broken = find_newest_valid(run / "checkpoints")
-    assert not broken
-    assert found is None or found.name >= f"step-{said}"
-    assert found is not None or not said
-    with started(3, words(data, run, *ways), tmp_path) as job:
-        assert job.end() == 0, job.output
-    assert outcome(run)[1] == uninterrupted[1]
+def test_run_killed_while_saving_and_at_any_time_resumes_to_the_same_bits(tmp_path, data, uninterrupted, kills):
+    """One start after the other, each on what the one before has left; the last one on three ranks."""
+    run, delay_s = tmp_path / "run", random.random() * 0.3
+    with start_job(2, arguments(data, run), tmp_path, MPILM_FAULT=sleep_in_steps(6, STEPS, 0.05)) as job:
+        job.wait_until(lambda: list_checkpoints(run / "checkpoints"))
+        time.sleep(delay_s)
+        job.kill()
+    assert list_checkpoints(run / "checkpoints")[-1].name < f"step-{STEPS:08d}", f"complete {delay_s:.3f} s after the first"
+    for point, rank, flags in kills:
+        start_until_killed(tmp_path, data, point, rank, flags)
+    with start_job(3, arguments(data, run), tmp_path) as job:
+        assert job.wait() == 0, job.output
+    assert "from step" in job.output
+    assert read_outcome(run) == uninterrupted, f"killed {delay_s:.3f} s after the first checkpoint"
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
-def test_a_disk_that_is_full_on_one_rank(tmp_path, data, uninterrupted):
-    """The run ends and keeps what it has; told to warn, it goes on, and the next one is written."""
-    run = tmp_path / "run"
-    fault = "kind=enospc rank=1 point=checkpoint.write after=2"
-    with started(2, words(data, run), tmp_path, MPILM_FAULT=fault) as job:
-        assert job.end(40) == 74, job.output
+def test_full_disk_on_one_rank_ends_the_run_or_is_only_reported(tmp_path, data, uninterrupted):
+    """With checkpoint.on-error stop, the default, the run keeps what it has; with warn it continues and saves the next one."""
+    run, fault = tmp_path / "run", "kind=enospc rank=1 point=checkpoint.write after=1"
+    with start_job(2, arguments(data, run), tmp_path, MPILM_FAULT=fault) as job:
+        assert job.wait(40) == 74, job.output
     assert job.output.count("mpilm: error") == 1
-    assert "could not be written: No space left on device; older checkpoints are unchanged (on rank 1)" in job.output
+    assert DISK_FULL in job.output
     assert list_checkpoints(run / "checkpoints")
     assert find_newest_valid(run / "checkpoints")[1] == {}
-    with started(2, words(data, run), tmp_path) as job:
-        assert job.end() == 0, job.output
-    assert outcome(run)[1] == uninterrupted[1]
-    with started(2, words(data, tmp_path / "other", "--checkpoint.on-error", "warn"), tmp_path, MPILM_FAULT=fault) as job:
-        assert job.end() == 0, job.output
+    with start_job(2, arguments(data, run, "--checkpoint.on-error", "warn"), tmp_path, MPILM_FAULT=fault) as job:
+        assert job.wait() == 0, job.output
     assert "not saved: " in job.output
-    assert outcome(tmp_path / "other")[1] == uninterrupted[1]
+    assert DISK_FULL in job.output
+    assert read_outcome(run)[1] == uninterrupted[1]
 
 
-ERRORS = {
-    "eio": "Input/output error", "edquot": "Disk quota exceeded", "eacces": "Permission denied",
-    "erofs": "Read-only file system",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("error", ["eio", "edquot", slow("eacces"), slow("erofs")])
-def test_a_disk_that_fails(tmp_path, data, error):
-    run = tmp_path / "run"
-    fault = f"kind={error} rank=0 point=checkpoint.write after=2"
-    with started(2, words(data, run, *(AT_ONCE if error == "edquot" else ())), tmp_path, MPILM_FAULT=fault) as job:
-        assert job.end(40) == 74, job.output
-    assert job.output.count("fault: ") == 1
-    assert job.output.count("mpilm: error") == 1
-    assert f"could not be written: {ERRORS[error]}; older checkpoints are unchanged" in job.output
-    assert find_newest_valid(run / "checkpoints")[0] is not None
-
-
-def test_a_folder_that_goes_away(tmp_path, data):
-    """While one is written; whoever has moved it has the older checkpoints there."""
+@pytest.mark.slow
+def test_checkpoint_folder_moved_away_while_saving_ends_the_run(tmp_path, data):
     run, fault = tmp_path / "run", "kind=sleep rank=0 point=checkpoint.manifest after=2 value=2"
-    with started(2, words(data, run), tmp_path, MPILM_FAULT=fault) as job:
-        job.wait_for(lambda: "fault: " in job.output)
+    with start_job(2, arguments(data, run), tmp_path, MPILM_FAULT=fault) as job:
+        job.wait_until(lambda: "fault: " in job.output)
         (run / "checkpoints").rename(tmp_path / "moved")
-        assert job.end(40) == 74, job.output
+        assert job.wait(40) == 74, job.output
     assert job.output.count("mpilm: error") == 1
     assert "could not be written: not all ranks see its folder; older checkpoints are unchanged" in job.output
     assert find_newest_valid(tmp_path / "moved")[0] is not None
 
 
-def test_a_disk_that_is_too_small(tmp_path, data):
+def test_file_system_too_small_for_a_checkpoint_ends_the_run(tmp_path, data):
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(small)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     try:
-        with started(2, words(data, small / "run"), tmp_path) as job:
-            assert job.end(40) == 74, job.output
+        with start_job(2, arguments(data, small / "run"), tmp_path) as job:
+            assert job.wait(40) == 74, job.output
         assert "needs 0." in job.output
         assert "MiB are free there; older checkpoints are unchanged" in job.output
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("saved")
-    with started(2, words(data, folder / "run", "--train.steps", 4), folder) as job:
-        assert job.end() == 0, job.output
-    return list_checkpoints(folder / "run" / "checkpoints")[-1]
+@pytest.mark.skipif(not HAS_OTHER_MPI, reason="MPILM_TEST_OTHER_PYTHON names no Python with another MPI library")
+def test_other_mpi_library_gives_the_same_bits(tmp_path, data, uninterrupted):
+    from mpilm.comm.mpi import mpi_library_name
 
-
-def test_every_flipped_bit_and_every_cut_is_found(tmp_path, saved):
-    """All files, the manifest too; the file is named."""
-    copy = shutil.copytree(saved, tmp_path / saved.name)
-    draw, found = random.Random(1), 0
-    for trial in range(FLIPS):
-        path = draw.choice(sorted(copy.iterdir()))
-        content = path.read_bytes()
-        changed = bytearray(content)
-        if trial % 10 == 0:
-            del changed[draw.choice([0, 1, len(content) // 2, len(content) - 1]) :]
-        else:
-            changed[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        path.write_bytes(changed)
-        with pytest.raises((DataError, FileError)) as caught:
-            verify_checkpoint(copy)
-        name = path.name
-        assert name in str(caught.value) or (name == "manifest.json" and "checkpoint file" in str(caught.value))
-        path.write_bytes(content)
-        found += 1
-    verify_checkpoint(copy)
-    assert found == FLIPS
-
-
-@pytest.mark.parametrize("change", ["missing", "of another step", "a folder"])
-def test_parts_that_are_not_its_own(tmp_path, saved, change):
-    copy = shutil.copytree(saved, tmp_path / saved.name)
-    part = copy / "trainer.json"
-    if change == "of another step":
-        part.write_text(json.dumps(json.loads(part.read_text()) | {"step": 5}))
-    else:
-        part.unlink()
-    if change == "a folder":
-        part.mkdir()
-    with pytest.raises((DataError, FileError), match=r"trainer\.json"):
-        verify_checkpoint(copy)
+    path = f"{Path(OTHER_PYTHON).parent}:{os.environ['PATH']}"
+    with start_job(2, arguments(data, tmp_path / "run"), tmp_path, python=OTHER_PYTHON, PATH=path) as job:
+        assert job.wait() == 0, job.output
+    assert read_outcome(tmp_path / "run") == uninterrupted
+    (start,) = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "start"]
+    assert start["versions"]["mpi"] not in ("", "no MPI", mpi_library_name())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import LAUNCHER, OPEN_MPI
-from training_jobs import ROOT, SMALL, command, finished, logged_step, outcome
+from training_jobs import ROOT, SMALL, logged_step, read_outcome, run_serially, train_arguments
 
 from mpilm.checkpoint.format import list_checkpoints
 from mpilm.checkpoint.verify import verify_checkpoint
@@ -96,7 +96,7 @@ def _content(path: Path) -> bytes:
 
 
 def words(data, run, *more):
-    return command(
+    return train_arguments(
         data, run, "--train.steps", STEPS, "--run.eval-every", 0, "--checkpoint.every", 0, "--run.log-every", 5, *more
     )[2:]
 
@@ -104,7 +104,7 @@ def words(data, run, *more):
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("whole")
-    return finished(["-m", "mpilm.train", *words(data, folder / "run")], folder)
+    return run_serially(["-m", "mpilm.train", *words(data, folder / "run")], folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -139,7 +139,7 @@ def test_a_job_that_is_preempted_and_warned_becomes_the_whole_run(cluster, tmp_p
     assert cluster.log(job).count("all checks passed") == 1  # the doctor, on the first start only
     assert "4 ranks" in cluster.log(job)
     assert not stale.exists()
-    assert outcome(run)[:2] == uncut[:2]
+    assert read_outcome(run)[:2] == uncut[:2]
 
 
 def _stale_memory(job):
@@ -161,7 +161,7 @@ def test_mpirun_inside_a_job_is_warned_and_goes_on(cluster, tmp_path, data, uncu
     state = cluster.ended(job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     assert "as SIGUSR1 asked; saved" in cluster.log(job)
-    assert outcome(run)[:2] == uncut[:2]
+    assert read_outcome(run)[:2] == uncut[:2]
 
 
 def test_a_job_that_is_cancelled_saves_and_stays_away(cluster, tmp_path, data):
@@ -232,5 +232,5 @@ def test_jobs_that_are_too_short_make_the_whole_run_in_a_chain(cluster, chained,
     assert cluster.ended(second)["ExitCode"] in ("75:0", "0:0"), cluster.log(second)
     assert "from step" in cluster.log(second)
     assert cluster.ended(last)["JobState"] == "COMPLETED", cluster.log(last)
-    uncut = finished(["-m", "mpilm.train", *words(data, tmp_path / "run", *SHORT)], tmp_path)
-    assert outcome(run)[:2] == uncut[:2]
+    uncut = run_serially(["-m", "mpilm.train", *words(data, tmp_path / "run", *SHORT)], tmp_path)
+    assert read_outcome(run)[:2] == uncut[:2]

@@ -1,133 +1,116 @@
-"""Runs that are asked to stop: all ranks save at the same step, end with 75, and go on as if nothing had been."""
+"""Runs that are asked to stop: all ranks save after the same step and exit with 75, and the same command resumes."""
 
 import os
 import signal
 import time
 
 import pytest
-from training_jobs import command, finished, logged_step, outcome, started
+from training_jobs import logged_step, read_outcome, run_serially, sleep_in_steps, start_job, train_arguments
 
 from mpilm.checkpoint.format import list_checkpoints
 from mpilm.checkpoint.verify import verify_checkpoint
 
-STEPS = 300
-ENDED = 75
+STEPS, LAST_QUICK = 60, 5  # steps, and how many of a start are not slowed down
+PREEMPTED = 75
 
 
-def words(data, run, *more):
-    return command(data, run, "--train.steps", STEPS, "--run.eval-every", 100, "--checkpoint.every", 1000, *more)
+def arguments(data, run, *more):
+    return train_arguments(data, run, "--train.steps", STEPS, "--run.eval-every", 20, "--checkpoint.every", 1000, *more)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("whole")
-    return finished(words(data, folder / "run"), folder)
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return run_serially(arguments(data, folder / "run"), folder)
 
 
-WAYS = {
-    "SIGUSR1 to one rank": lambda job, run: os.kill(job.ranks()[1], signal.SIGUSR1),
-    "SIGTERM to one rank": lambda job, run: os.kill(job.ranks()[0], signal.SIGTERM),
-    "SIGUSR1 to the launcher": lambda job, run: os.kill(job.process.pid, signal.SIGUSR1),
-    "stop file": lambda job, run: (run / "stop").touch(),
+def do_nothing(job, run):
+    """Flags or environment of the start are the request."""
+
+
+STOPS = {  # how a start is asked to stop, its flags and environment, and the reason it prints
+    "SIGUSR1 to one rank": (lambda job, run: os.kill(job.rank_processes()[1], signal.SIGUSR1), (), {}, "SIGUSR1"),
+    "SIGTERM to one rank": (lambda job, run: os.kill(job.rank_processes()[0], signal.SIGTERM), (), {}, "SIGTERM"),
+    "SIGUSR1 to the launcher": (lambda job, run: os.kill(job.process.pid, signal.SIGUSR1), (), {}, "SIGUSR1"),
+    "stop file": (lambda job, run: (run / "stop").touch(), (), {}, "its stop file"),
+    "time limit": (do_nothing, ("--run.time-limit", 1), {}, "run.time-limit"),
+    "end of the SLURM job": (do_nothing, (), {"SLURM_JOB_END_TIME": 31}, "the end of the SLURM job"),  # half a minute is kept
 }
-SAID = {"stop file": "its stop file", "SIGTERM to one rank": "SIGTERM"}
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_it_stops_and_goes_on(tmp_path, data, uninterrupted, way):
+def test_run_stopped_in_every_way_and_resumed_equals_one_never_stopped(tmp_path, data, uninterrupted):
+    """One start after the other, each on the checkpoint of the one before; the last one on three ranks."""
+    run, step = tmp_path / "run", 0
+    for name, (stop, flags, variables, reason) in STOPS.items():
+        fault = sleep_in_steps(step + LAST_QUICK, STEPS, 0.15)
+        ends = {key: str(int(time.time()) + seconds) for key, seconds in variables.items()}
+        with start_job(2, arguments(data, run, *flags), tmp_path, MPILM_FAULT=fault, **ends) as job:
+            job.wait_until(lambda since=step: logged_step(run) > since)
+            stop(job, run)
+            assert job.wait(30) == PREEMPTED, f"{name}: {job.output}"
+        newest = list_checkpoints(run / "checkpoints")[-1]
+        verify_checkpoint(newest)
+        before, step = step, int(newest.name.split("-")[1])
+        assert before < step < STEPS, f"{name}: {job.output}"
+        assert logged_step(run) == step
+        message = f"mpilm: stopped after step {step} of {STEPS}, requested by {reason}; saved, and the same command resumes"
+        assert job.output.count("mpilm: stopped") == 1
+        assert message in job.output
+        assert "Traceback" not in job.output
+        assert not (run / "stop").exists()
+        assert not (run / "lock.json").exists()
+    with start_job(3, arguments(data, run), tmp_path) as job:
+        assert job.wait() == 0, job.output
+    outcome = read_outcome(run)
+    assert outcome[1] == uninterrupted[1]
+    assert [row[:3] for row in outcome[2] if row[1]] == [row[:3] for row in uninterrupted[2] if row[1]]
+
+
+def test_single_process_stopped_by_sigterm_saves(tmp_path, data):
     run = tmp_path / "run"
-    with started(2, words(data, run), tmp_path) as job:
-        job.wait_for(lambda: logged_step(run) >= 20)
-        WAYS[way](job, run)
-        assert job.end(20) == ENDED, job.output
-    (saved,) = list_checkpoints(run / "checkpoints")
-    verify_checkpoint(saved)
-    step = int(saved.name.split("-")[1])
-    assert 20 <= step < STEPS
-    assert logged_step(run) == step
-    asked = SAID.get(way, "SIGUSR1")
-    said = f"mpilm: stopped after step {step} of {STEPS}, as {asked} asked; saved, and the same command goes on"
-    assert job.output.count("mpilm: stopped") == 1
-    assert said in job.output
-    assert "Traceback" not in job.output
-    assert not (run / "stop").exists()
-    assert not (run / "lock.json").exists()
-    with started(3, words(data, run), tmp_path) as job:
-        assert job.end() == 0, job.output
-    assert outcome(run)[1] == uninterrupted[1]
-    assert [row for row in outcome(run)[2] if row[1]] == [row for row in uninterrupted[2] if row[1]]
-
-
-def test_one_rank_without_a_launcher(tmp_path, data):
-    run = tmp_path / "run"
-    with started(0, words(data, run), tmp_path) as job:
-        job.wait_for(lambda: logged_step(run) >= 5)
+    with start_job(0, arguments(data, run), tmp_path, MPILM_FAULT=sleep_in_steps(5, STEPS, 0.1, rank=0)) as job:
+        job.wait_until(lambda: logged_step(run) >= 5)
         job.process.terminate()
-        assert job.end(20) == ENDED, job.output
+        assert job.wait(20) == PREEMPTED, job.output
     assert len(list_checkpoints(run / "checkpoints")) == 1
 
 
-def test_slices_of_time_make_the_whole_run(tmp_path, data, uninterrupted):
-    run, slices = tmp_path / "run", 0
-    while True:
-        with started(2, words(data, run, "--run.time-limit", 1), tmp_path) as job:
-            began = time.monotonic()
-            code = job.end(40)
-            slices += 1
-        if code == 0:
-            break
-        assert code == ENDED, job.output
-        assert "as run.time-limit asked" in job.output
-        assert time.monotonic() - began < 12  # starting and leaving included
-        assert slices < 20
-    assert slices > 1
-    assert outcome(run)[1] == uninterrupted[1]
-
-
-def test_no_step_is_started_that_cannot_be_finished(tmp_path, data):
-    """Of a second each, within a limit of five; so many that the limit would be passed by far."""
+def test_time_limit_starts_no_step_that_would_exceed_it(tmp_path, data):
+    """Steps of half a second within a limit of three; so many that the limit would be exceeded by far."""
     run = tmp_path / "run"
-    fault = ";".join(f"kind=sleep rank=1 step={step} point=forward value=1" for step in range(2, 40))
-    with started(2, words(data, run, "--run.time-limit", 5), tmp_path, MPILM_FAULT=fault) as job:
-        job.wait_for(lambda: logged_step(run) >= 1)
-        began = time.monotonic()
-        assert job.end(30) == ENDED, job.output
-        assert time.monotonic() - began < 5 + 2  # the limit began before step 1; what the processes need to go
-    assert "as run.time-limit asked; saved" in job.output
-    assert 2 <= logged_step(run) <= 7
+    limit = ("--run.time-limit", 3)
+    with start_job(2, arguments(data, run, *limit), tmp_path, MPILM_FAULT=sleep_in_steps(2, 40, 0.5)) as job:
+        job.wait_until(lambda: logged_step(run) >= 1)
+        start = time.monotonic()
+        assert job.wait(30) == PREEMPTED, job.output
+        assert time.monotonic() - start < 3 + 2  # the limit began before step 1; 2 s for the processes to exit
+    assert "requested by run.time-limit; saved" in job.output
+    assert 2 <= logged_step(run) <= 8
     assert len(list_checkpoints(run / "checkpoints")) == 1
 
 
-def test_sigterm_to_the_launcher_leaves_the_older_checkpoint(tmp_path, data, uninterrupted):
-    """It gives the ranks no time under mpirun; README says which signal does."""
+def test_sigterm_to_the_launcher_leaves_the_older_checkpoint(tmp_path, data):
+    """mpirun leaves its ranks no time to save; README names the signal that does."""
     run = tmp_path / "run"
-    with started(2, words(data, run, "--checkpoint.every", 20), tmp_path) as job:
-        job.wait_for(lambda: list_checkpoints(run / "checkpoints"))
+    fault = sleep_in_steps(10, STEPS, 0.1)
+    with start_job(2, arguments(data, run, "--checkpoint.every", 5), tmp_path, MPILM_FAULT=fault) as job:
+        job.wait_until(lambda: list_checkpoints(run / "checkpoints"))
         os.kill(job.process.pid, signal.SIGTERM)
-        assert job.end(20) != 0
+        assert job.wait(20) != 0
     verify_checkpoint(list_checkpoints(run / "checkpoints")[-1])
-    with started(2, words(data, run, "--checkpoint.every", 20), tmp_path) as job:
-        assert job.end() == 0, job.output
-    assert outcome(run)[1] == uninterrupted[1]
 
 
-def test_the_end_of_a_slurm_job_is_known(tmp_path, data):
-    run = tmp_path / "run"
-    soon = str(int(time.time()) + 35)  # of which half a minute is kept free
-    with started(2, words(data, run, "--train.steps", 10**6), tmp_path, SLURM_JOB_END_TIME=soon) as job:
-        assert job.end(40) == ENDED, job.output
-    assert "as the end of the SLURM job asked" in job.output
-
-
-def test_a_second_job_on_the_folder_is_refused(tmp_path, data):
-    run, long = tmp_path / "run", ("--train.steps", 10**6)
-    with started(2, words(data, run, *long), tmp_path) as first:
-        first.wait_for(lambda: logged_step(run) >= 1)
-        with started(2, words(data, run, *long), tmp_path) as second:
-            assert second.end(30) == 78, second.output
+def test_second_job_in_a_run_folder_is_refused_and_a_later_one_is_not(tmp_path, data):
+    """A killed job leaves its lock file, which the later job must not mind."""
+    run, endless = tmp_path / "run", ("--train.steps", 10**6)
+    with start_job(2, arguments(data, run, *endless), tmp_path) as first:
+        first.wait_until(lambda: logged_step(run) >= 1)
+        with start_job(2, arguments(data, run, *endless), tmp_path) as second:
+            assert second.wait(30) == 78, second.output
         assert second.output.count("mpilm: error") == 1
-        assert f"--run.dir {run} is in use: process {first.ranks()[0]} on " in second.output
-        first.wait_for(lambda: logged_step(run) >= 10)
+        assert f"--run.dir {run} is in use: process {first.rank_processes()[0]} on " in second.output
+        step = logged_step(run)
+        first.wait_until(lambda: logged_step(run) > step)
         first.kill()
-    with started(2, words(data, run), tmp_path) as third:  # what a killed job leaves is no obstacle
-        third.wait_for(lambda: logged_step(run) >= 5)
+    with start_job(0, arguments(data, run), tmp_path) as third:
+        third.wait_until(lambda: logged_step(run) >= 5)

@@ -1,7 +1,7 @@
-"""A run folder that version 0.1.0 wrote resumes under this version, on other layouts, to the bits it would have reached then.
+"""A run folder written by version 0.1.0 resumes under this version, on other layouts, to the bits it would have reached then.
 
-`run-0.1` holds the first four of eight steps; `expected.json` what 0.1.0 itself reached. The bits are compared where torch and the
-processor are those of `expected.json`; elsewhere the losses, within 1e-4.
+`run-0.1` holds the first four of eight steps, `expected.json` what 0.1.0 reached. Bits are compared if torch and processor are
+those of `expected.json`, otherwise losses within 1e-4.
 """
 
 import json

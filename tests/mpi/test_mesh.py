@@ -1,4 +1,4 @@
-"""Mesh communicators on real MPI, in every shape that the ranks can take."""
+"""Mesh communicators on real MPI, in every shape that these ranks allow."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import AXES, MeshShape
 
 
-def test_every_shape_of_these_ranks(world: Comm) -> None:
+def test_mesh_of_every_shape_connects_its_axes(world: Comm) -> None:
     divisors = [k for k in range(1, world.size + 1) if world.size % k == 0]
     shapes = [MeshShape(*sizes) for sizes in itertools.product(divisors, repeat=len(AXES))]
     for shape in (shape for shape in shapes if shape.size == world.size):
@@ -23,5 +23,6 @@ def test_every_shape_of_these_ranks(world: Comm) -> None:
             send = comm.isend(torch.tensor([world.rank]), (comm.rank + 1) % comm.size)
             comm.irecv(received, (comm.rank - 1) % comm.size).wait()
             send.wait()
-            assert received.item() == shape.previous(world.rank, axis)
+            previous = {**mesh.coordinate, axis: (mesh.coordinate[axis] - 1) % comm.size}
+            assert received.item() == shape.rank(previous)
         assert x.tolist() == [world.size] * 3

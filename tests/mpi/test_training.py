@@ -1,59 +1,49 @@
-"""Training on real MPI: what one rank computes by itself, bit for bit, stopped on the way or not."""
+"""Training runs on real MPI: stopped and resumed on other layouts, they equal one rank by itself."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from runs import differing, held, joined, newest_tensors
-from text import tiny, write_tokens
-from torch import Tensor
+from runs import layout, newest_tensors
+from text import tiny_config, write_tokens
 
 from mpilm.comm.base import Comm, SelfComm
-from mpilm.engine.step import train_step, validation_loss
+from mpilm.engine.step import train_step
 from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
 
 
 @pytest.fixture
-def shared(world: Comm, shared: Path) -> Path:
-    """With the tokens in it."""
+def tokens(world: Comm, shared: Path) -> Path:
+    """Prepared tokens that all ranks see."""
     if world.rank == 0:
         write_tokens(shared)
     world.barrier()
-    return shared
+    return shared / "tokens"
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_the_ranks_compute_what_one_computes(world: Comm, shared: Path, tie: bool) -> None:
-    def outcome(comm: Comm, name: str) -> tuple[list[float], dict[str, Tensor]]:
-        run = build_run(tiny(shared / "tokens", shared / name, model__tie_embeddings=tie, train__steps=4), comm)
-        results = [train_step(run.model, run.batches, step) for step in range(4)]
-        numbers = [number for result in results for number in (result.loss, result.grad_norm)]
-        return [*numbers, validation_loss(run)], joined([held(run.model)])
+def test_run_resumed_on_another_layout_equals_one_rank(world: Comm, shared: Path, tokens: Path) -> None:
+    def train_until(steps: int, comm: Comm, folder: Path, **settings: Any) -> tuple[list[float], dict[str, bytes]]:
+        config = tiny_config(
+            tokens, folder, **settings, model__n_layers=2 * world.size, train__steps=steps, train__global_batch=4 * world.size,
+            train__lr_schedule="constant", run__eval_every=1,
+        )  # fmt: skip
+        train(config, comm)
+        comm.barrier()
+        rows = read_metrics(folder / "metrics.jsonl")
+        return [row[key] for row in rows for key in ("loss", "eval_loss") if key in row], newest_tensors(config)
 
-    together, alone = outcome(world, "together"), outcome(SelfComm(), f"alone-{world.rank}")
-    assert together[0] == alone[0]
-    assert differing(together[1], alone[1]) == []
+    train_until(1, world, shared / "run", **layout(world.size, "interleaved"))
+    resumed = train_until(2, world, shared / "run", **layout(zero=3 if world.size > 1 else 0))
+    serial = train_until(2, SelfComm(), shared / f"serial-{world.rank}")
+    assert resumed == serial
+    assert len(serial[0]) == 4
 
 
-def test_the_librarys_sum_is_close(world: Comm, shared: Path) -> None:
+def test_all_reduce_of_the_library_is_close_to_the_tree(world: Comm, shared: Path, tokens: Path) -> None:
     def losses(reproducible: bool) -> list[float]:
-        folder = shared / f"run-{reproducible}"
-        run = build_run(tiny(shared / "tokens", folder, train__reproducible=reproducible), world)
+        run = build_run(tiny_config(tokens, shared / f"run-{reproducible}", train__reproducible=reproducible), world)
         return [train_step(run.model, run.batches, step).loss for step in range(3)]
 
     assert losses(False) == pytest.approx(losses(True), rel=1e-5)
-
-
-def test_a_run_that_is_gone_on_with(world: Comm, shared: Path) -> None:
-    def trained(name: str, *steps: int) -> tuple[list[float], dict[str, bytes]]:
-        for until in steps:
-            config = tiny(shared / "tokens", shared / name, train__steps=until, train__lr_schedule="constant")
-            train(config, world)
-        world.barrier()
-        rows = read_metrics(shared / name / "metrics.jsonl")
-        return [row["loss"] for row in rows if "loss" in row], newest_tensors(config)
-
-    parts, whole = trained("parts", 2, 5), trained("whole", 5)
-    assert len(whole[0]) == 5
-    assert parts == whole

@@ -9,9 +9,20 @@ import peft
 import pytest
 import torch
 from checkpoints import write_hf_model
-from runs import FAMILIES, differing, on, run_threads, serial, small, stopped, trained, whole_batch, whole_model
+from runs import (
+    FAMILIES,
+    differing,
+    full_batch,
+    full_model,
+    layout,
+    serial_config,
+    small_config,
+    train_on_threads,
+    train_to_end,
+    train_until_killed,
+)
 from safetensors.torch import load_file, save_file
-from text import tiny, write_tokens
+from text import tiny_config, write_tokens
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mpilm.checkpoint.pretrained import find_base_model, find_tokenizer_folder, read_pretrained_config
@@ -46,9 +57,9 @@ def bases(tmp_path_factory):
     """A folder of each family with a tiny model."""
     found = {}
     for family, changes in FAMILIES.items():
-        shape = tiny("", "", model__dropout=0.0, **changes).model
+        shape = tiny_config("", "", model__dropout=0.0, **changes).model
         torch.manual_seed(1)
-        model, _ = whole_model(shape, 300, torch.device("cpu"))
+        model, _ = full_model(shape, 300, torch.device("cpu"))
         for parameter in model.parameters():
             parameter.data.normal_(0.0, 0.1)
         found[family] = tmp_path_factory.mktemp("bases") / family
@@ -59,7 +70,7 @@ def bases(tmp_path_factory):
 def job(data, folder, base, **changes):
     """A run that gives the model of a folder adapters."""
     asked = {"model__lora_rank": 4, "model__lora_alpha": 6.0, "train__steps": 4, "checkpoint__every": 2, "run__eval_every": 2}
-    config = tiny(data, folder, **asked | changes)
+    config = tiny_config(data, folder, **asked | changes)
     ours = {key: getattr(config.model, key) for key in ("lora_rank", "lora_alpha", "lora_targets", "router_loss")}
     return replace(config, model=replace(read_pretrained_config(base), **ours, init_from=str(base)))
 
@@ -135,7 +146,7 @@ def test_it_is_pefts_training_loop(tmp_path, data, bases, family):
     )
     losses = []
     for step in range(settings.steps):
-        tokens, targets = whole_batch(run.batches, step, 8)
+        tokens, targets = full_batch(run.batches, step, 8)
         loss = torch.nn.functional.cross_entropy(reference(tokens).logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -149,8 +160,8 @@ def test_it_is_pefts_training_loop(tmp_path, data, bases, family):
 
 
 LAYOUTS = [
-    (1, on(schedule="zero-bubble")), (3, on(zero=1)), (3, on(zero=2)), (3, on(zero=3)), (2, on(2)),
-    (4, on(2, "interleaved", 2)), (4, on(2, "zero-bubble", 3)), (6, on(3, "zero-bubble", 1)),
+    (1, layout(schedule="zero-bubble")), (3, layout(zero=1)), (3, layout(zero=2)), (3, layout(zero=3)), (2, layout(2)),
+    (4, layout(2, "interleaved", 2)), (4, layout(2, "zero-bubble", 3)), (6, layout(3, "zero-bubble", 1)),
 ]  # fmt: skip
 
 
@@ -159,9 +170,9 @@ CASES = [("llama", *layout) for layout in LAYOUTS] + [(family, *LAYOUTS[i]) for 
 
 @pytest.mark.parametrize(("family", "size", "layout"), CASES, ids=str)
 def test_every_layout_has_the_bits_of_the_serial_run(family, size, layout):
-    config = small(**layout, **FAMILIES[family], model__lora_rank=2, model__lora_targets=WHERE[family], train__lr=0.02)
-    numbers, tensors = run_threads(size, config, steps=3)
-    expected = run_threads(1, serial(config), steps=3)
+    config = small_config(**layout, **FAMILIES[family], model__lora_rank=2, model__lora_targets=WHERE[family], train__lr=0.02)
+    numbers, tensors = train_on_threads(size, config, steps=3)
+    expected = train_on_threads(1, serial_config(config), steps=3)
     assert numbers == expected[0]
     assert len(tensors) == 3 * 2 * 4 * len(WHERE[family] or (0,) * (len(tensors) // 24))
     assert differing(tensors, expected[1]) == []
@@ -170,18 +181,20 @@ def test_every_layout_has_the_bits_of_the_serial_run(family, size, layout):
 @pytest.mark.parametrize(("dtype", "recompute"), [("float32", "attention"), ("bfloat16", "block")])
 @pytest.mark.parametrize(("size", "layout"), LAYOUTS, ids=str)
 def test_so_it_has_with_blocks_recomputed_and_in_bfloat16(size, layout, dtype, recompute):
-    config = small(**layout, model__lora_rank=2, train__recompute=recompute, train__dtype=dtype, model__tie_embeddings=False)
-    numbers, tensors = run_threads(size, config)
-    expected = run_threads(1, serial(config))
+    config = small_config(
+        **layout, model__lora_rank=2, train__recompute=recompute, train__dtype=dtype, model__tie_embeddings=False
+    )
+    numbers, tensors = train_on_threads(size, config)
+    expected = train_on_threads(1, serial_config(config))
     assert numbers == expected[0]
     assert differing(tensors, expected[1]) == []
 
 
-@pytest.mark.parametrize("first", [(2, on(2)), (3, on(zero=3))])
+@pytest.mark.parametrize("first", [(2, layout(2)), (3, layout(zero=3))])
 def test_a_run_goes_on_on_another_layout(tmp_path, data, bases, first):
-    whole = trained(job(data, tmp_path / "whole", bases["llama"]), 1)
-    stopped(job(data, tmp_path / "run", bases["llama"], **first[1]), first[0], at=3)
-    assert trained(job(data, tmp_path / "run", bases["llama"], **on(2, zero=1)), 4) == whole
+    whole = train_to_end(job(data, tmp_path / "whole", bases["llama"]), 1)
+    train_until_killed(job(data, tmp_path / "run", bases["llama"], **first[1]), first[0], step=3)
+    assert train_to_end(job(data, tmp_path / "run", bases["llama"], **layout(2, zero=1)), 4) == whole
 
 
 def test_the_model_is_left_as_it_was_and_the_adapter_is_small(tmp_path, data, bases):
@@ -270,7 +283,7 @@ def test_an_adapter_without_a_tokenizer_has_its_models(adapter, bases):
 
 
 def test_targets_in_any_order_are_the_same():
-    every = tiny("", "", model__lora_rank=2, model__lora_targets=("down", "v", "q", "k", "o", "gate", "up", "q")).model
+    every = tiny_config("", "", model__lora_rank=2, model__lora_targets=("down", "v", "q", "k", "o", "gate", "up", "q")).model
     assert resolve_config(Config(model=every)).model.lora_targets == ()
     some = replace(every, lora_targets=("v", "q", "v"))
     assert resolve_config(Config(model=some)).model.lora_targets == ("q", "v")

@@ -30,11 +30,10 @@ from checkpoints import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from text import tiny
+from text import tiny_config
 from transformers import AutoModelForCausalLM
 
 from mpilm.checkpoint import save as save_module
-from mpilm.checkpoint import verify as verify_module
 from mpilm.checkpoint.format import PARAMETER, TEMPORARY, list_checkpoints, pack_header, read_manifest
 from mpilm.checkpoint.load import load_checkpoint
 from mpilm.checkpoint.plan import StoredTensor, assign_files, plan_blocks
@@ -52,6 +51,7 @@ from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.config.schema import ModelConfig
+from mpilm.data import gather
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.model.families import build_model, tied_parameters
@@ -119,7 +119,7 @@ def test_save_writes_the_bytes_of_earlier_versions(tmp_path):
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("shard", [20_000, 5_000_000_000])
 def test_save_in_one_file_or_several_is_read_by_transformers(tmp_path, tie, shard):
-    config = tiny("", "", model__tie_embeddings=tie, model__dropout=0.0).model
+    config = tiny_config("", "", model__tie_embeddings=tie, model__dropout=0.0).model
     model = build_model(config, bytes_tokenizer().vocab_size)
     torch.manual_seed(0)
     own = {name: p.detach().normal_(std=0.1) for name, p in model.named_parameters() if name not in tied_parameters(config)}
@@ -307,8 +307,8 @@ def test_save_with_an_error_of_another_kind_raises_it(tmp_path, buffers):
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_verify_on_all_ranks_reads_every_block_once(tmp_path, size, monkeypatch):
     read = []
-    plain = verify_module._hash_block
-    monkeypatch.setattr(verify_module, "_hash_block", lambda path, number: read.append((path, number)) or plain(path, number))
+    plain = gather._digest_block
+    monkeypatch.setattr(gather, "_digest_block", lambda path, at, digest: read.append((path, at)) or plain(path, at, digest))
 
     def find_newest(comm):
         return run_on_root_with_verify(comm, lambda verify: find_newest_valid(tmp_path, verify))
@@ -317,7 +317,7 @@ def test_verify_on_all_ranks_reads_every_block_once(tmp_path, size, monkeypatch)
         older, newer = (save_shapes(tmp_path, step=step) for step in (1, 2))
         assert run_ranks(size, find_newest) == [(newer, {}), *[None] * (size - 1)]
         nbytes = {newer / name: entry["bytes"] for name, entry in read_manifest(newer).items()}
-        assert sorted(read) == sorted((path, number) for path, n in nbytes.items() for number in range(-(-n // 100)))
+        assert sorted(read) == sorted((path, at) for path, n in nbytes.items() for at in range(0, n, 100))
         path = newer / "model.safetensors"
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
@@ -332,7 +332,7 @@ def test_verify_on_all_ranks_reads_every_block_once(tmp_path, size, monkeypatch)
 
 def test_verify_with_an_unreadable_share_raises_on_all(tmp_path, monkeypatch):
     folder = save_shapes(tmp_path)
-    monkeypatch.setattr(verify_module, "_hash_block", mock.Mock(side_effect=OSError(5, "Input/output error")))
+    monkeypatch.setattr(gather, "open", mock.Mock(side_effect=OSError(5, "Input/output error")), raising=False)
     with pytest.raises(CollectiveError, match="cannot be read: Input/output error") as caught:
         run_ranks(3, lambda comm: run_on_root_with_verify(comm, lambda verify: find_newest_valid(tmp_path, verify)))
     assert isinstance(caught.value.error, FileError)
@@ -420,7 +420,7 @@ def test_load_where_one_rank_cannot_read_raises_on_all(tmp_path, monkeypatch):
     def body(comm):
         if comm.rank == 1:
             bad.add(threading.get_ident())
-        with pytest.raises(CollectiveError, match=r"cannot be read: Stale file handle \(on rank 1\)") as caught:
+        with pytest.raises(CollectiveError, match=r"cannot be read: Stale file handle \(on \S+\) \(on rank 1\)") as caught:
             assert_loads(folder, draw_tensors(SHAPES), replicate(SHAPES, 2), comm)
         assert isinstance(caught.value.error, FileError)
 

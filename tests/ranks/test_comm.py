@@ -1,11 +1,11 @@
-"""The contract of communicators on ranks that are threads, and on the world of one rank."""
+"""The contract of communicators on thread ranks and on one rank; checks and counts of calls."""
 
 import threading
 from collections.abc import Callable
 
 import pytest
 import torch
-from contract import CONTRACT, MISMATCHES, in_step, names_the_odd_rank, names_the_rank_that_expects_other_parts
+from contract import CONTRACT, MISMATCHES, check_odd_rank_is_named, check_unequal_counts_are_named, ranks_are_in_step
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.instrumented import InstrumentedComm
@@ -17,38 +17,38 @@ SIZES = (1, 2, 3, 4, 8)
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CONTRACT)
-def test_threads_keep_the_contract(name: str, size: int) -> None:
+def test_thread_comm_keeps_the_contract(name: str, size: int) -> None:
     def body(comm: Comm) -> bool:
         CONTRACT[name](comm)
-        return in_step(comm, name)
+        return ranks_are_in_step(comm, name)
 
     assert run_ranks(size, body) == [True] * size
 
 
 @pytest.mark.parametrize("name", CONTRACT)
-def test_the_world_of_one_keeps_the_contract(name: str) -> None:
-    alone = SelfComm("world")
-    CONTRACT[name](alone)
-    assert in_step(alone, name)
+def test_self_comm_keeps_the_contract(name: str) -> None:
+    comm = SelfComm("world")
+    CONTRACT[name](comm)
+    assert ranks_are_in_step(comm, name)
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", CONTRACT)
-def test_tracing_changes_nothing(name: str, size: int) -> None:
+def test_instrumented_comm_keeps_the_contract(name: str, size: int) -> None:
     def body(comm: Comm) -> bool:
-        traced = InstrumentedComm(comm, checks_calls=True)
-        CONTRACT[name](traced)
-        return in_step(traced, name)
+        instrumented = InstrumentedComm(comm, checks_calls=True)
+        CONTRACT[name](instrumented)
+        return ranks_are_in_step(instrumented, name)
 
     assert run_ranks(size, body) == [True] * size
 
 
-def test_results_come_in_rank_order() -> None:
+def test_run_ranks_returns_results_in_rank_order() -> None:
     assert run_ranks(4, lambda comm: comm.rank**2) == [0, 1, 4, 9]
 
 
-@pytest.mark.parametrize("where", ["recv", "barrier", "all_reduce"])
-def test_a_rank_that_raises_releases_the_others(where: str) -> None:
+@pytest.mark.parametrize("call", ["recv", "barrier", "all_reduce"])
+def test_rank_that_raises_releases_the_others(call: str) -> None:
     others: list[BaseException] = []
 
     def body(comm: Comm) -> None:
@@ -60,7 +60,7 @@ def test_a_rank_that_raises_releases_the_others(where: str) -> None:
             "all_reduce": lambda: comm.all_reduce(torch.empty(1)),
         }
         try:
-            waiting[where]()
+            waiting[call]()
         except PeerFailedError as error:
             others.append(error)
             raise
@@ -72,37 +72,37 @@ def test_a_rank_that_raises_releases_the_others(where: str) -> None:
     assert threading.active_count() == before
 
 
-def test_what_never_comes_is_named() -> None:
+def test_message_that_never_arrives_times_out() -> None:
     def body(comm: Comm) -> None:
         if comm.rank == 0:
             comm.irecv(torch.empty(1), 1, tag=4).wait()
 
-    with pytest.raises(TimeoutError, match=r"nothing came within 0\.2 s"):
+    with pytest.raises(TimeoutError, match=r"no message within 0\.2 s"):
         run_ranks(2, body, timeout_s=0.2)
 
 
-def test_a_receive_with_nothing_sent_is_refused_on_one_rank() -> None:
-    with pytest.raises(RuntimeError, match="receive with tag 3, and nothing was sent with it"):
+def test_self_comm_refuses_a_receive_without_a_send() -> None:
+    with pytest.raises(RuntimeError, match="receive with tag 3, but nothing was sent with it"):
         SelfComm().irecv(torch.empty(1), 0, tag=3).wait()
 
 
-def test_counters_are_exact() -> None:
+def test_instrumented_comm_counts_calls_and_bytes() -> None:
     def body(comm: Comm) -> tuple[dict[str, int], dict[str, int]]:
-        traced = InstrumentedComm(comm)
+        instrumented = InstrumentedComm(comm)
         counts = [1, 2, 0]
-        traced.all_reduce(torch.zeros(5))
-        traced.all_reduce(torch.zeros(3, dtype=torch.int64), "max")
-        traced.all_gather(torch.zeros(counts[comm.rank]), torch.zeros(3), counts)
+        instrumented.all_reduce(torch.zeros(5))
+        instrumented.all_reduce(torch.zeros(3, dtype=torch.int64), "max")
+        instrumented.all_gather(torch.zeros(counts[comm.rank]), torch.zeros(3), counts)
         sends = [[0, 1, 2], [3, 4, 0], [1, 1, 1]]
         receives = [row[comm.rank] for row in sends]
         mine = torch.zeros(sum(sends[comm.rank]), dtype=torch.bfloat16)
-        traced.all_to_all(mine, torch.zeros(sum(receives), dtype=torch.bfloat16), sends[comm.rank], receives)
-        traced.broadcast(torch.zeros(7, dtype=torch.uint8), root=1)
+        instrumented.all_to_all(mine, torch.zeros(sum(receives), dtype=torch.bfloat16), sends[comm.rank], receives)
+        instrumented.broadcast(torch.zeros(7, dtype=torch.uint8), root=1)
         if comm.rank == 0:
-            traced.isend(torch.zeros(11), 1).wait()
+            instrumented.isend(torch.zeros(11), 1).wait()
         if comm.rank == 1:
-            traced.irecv(torch.zeros(11), 0).wait()
-        return dict(traced.calls), {op: n for op, n in traced.sent_bytes.items() if n}
+            instrumented.irecv(torch.zeros(11), 0).wait()
+        return dict(instrumented.calls), {op: n for op, n in instrumented.sent_bytes.items() if n}
 
     calls, sent = zip(*run_ranks(3, body))
     collectives = {"all_reduce": 2, "all_gather": 1, "all_to_all": 1, "broadcast": 1}
@@ -117,32 +117,32 @@ def test_counters_are_exact() -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 @pytest.mark.parametrize("mismatch", MISMATCHES)
-def test_checking_names_the_odd_rank(mismatch: str, size: int) -> None:
-    run_ranks(size, lambda comm: names_the_odd_rank(comm, mismatch))
+def test_checked_calls_that_differ_name_the_odd_rank(mismatch: str, size: int) -> None:
+    run_ranks(size, lambda comm: check_odd_rank_is_named(comm, mismatch))
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_checking_compares_the_parts_of_an_exchange(size: int) -> None:
-    run_ranks(size, names_the_rank_that_expects_other_parts)
+def test_checked_all_to_all_with_unequal_counts_names_the_rank(size: int) -> None:
+    run_ranks(size, check_unequal_counts_are_named)
 
 
-def test_checking_allows_messages_between_two_ranks() -> None:
-    """They are no collectives: one rank may send more than another, and the order of the collectives still agrees."""
+def test_checked_calls_ignore_point_to_point_messages() -> None:
+    """One rank may send more messages than another without changing the order of the collectives."""
 
     def body(comm: Comm) -> float:
-        traced = InstrumentedComm(comm, checks_calls=True)
+        instrumented = InstrumentedComm(comm, checks_calls=True)
         if comm.rank == 0:
-            traced.isend(torch.ones(1), 1).wait()
+            instrumented.isend(torch.ones(1), 1).wait()
         if comm.rank == 1:
-            traced.irecv(torch.ones(1), 0).wait()
+            instrumented.irecv(torch.ones(1), 0).wait()
         x = torch.ones(1)
-        traced.all_reduce(x)
+        instrumented.all_reduce(x)
         return x.item()
 
     assert run_ranks(3, body) == [3.0] * 3
 
 
-def test_parts_and_nodes_are_checked_too() -> None:
+def test_checked_comm_passes_checks_on_to_its_parts() -> None:
     def body(comm: Comm) -> None:
         for part in (
             InstrumentedComm(comm, checks_calls=True).split(0, comm.rank, "part"),

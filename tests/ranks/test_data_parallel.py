@@ -214,5 +214,5 @@ def test_data_parallel_save_prunes_old_checkpoints(tmp_path):
 
 def test_data_parallel_save_unwritable_folder_raises(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CollectiveError, match="could not be written"):
+    with pytest.raises(CollectiveError, match="cannot be written"):
         DataParallel(Net(), ALONE, COUNT).save(tmp_path / "file" / "run", 1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import small
+from runs import small_config
 
 from mpilm.comm.base import Request
 from mpilm.comm.collective_errors import CollectiveError
@@ -128,7 +128,10 @@ def test_calibrate_one_node_gives_a_profile_that_is_written_and_read(size, quick
     assert not list(tmp_path.iterdir())  # the file that measured the disk is gone
     write_profile(tmp_path / "machine.json", profile)
     again = read_profile(str(tmp_path / "machine.json"))
-    config, shape = resolve_config(small(model__d_model=128, model__n_layers=4, train__global_batch=16)), MeshShape(data=size)
+    config, shape = (
+        resolve_config(small_config(model__d_model=128, model__n_layers=4, train__global_batch=16)),
+        MeshShape(data=size),
+    )
     predicted_s = [step_time(PlacedLayout(config, 64, each, shape, size, (4,))).total_s for each in (profile, again)]
     assert predicted_s[0] == pytest.approx(predicted_s[1], rel=1e-3)
     assert predicted_s[0] > 0

@@ -1,4 +1,4 @@
-"""The interpreter: what the list says, in its order, and each message to whom it is for, also where nothing is buffered."""
+"""The interpreter of pipeline programs: every action in order, every message to its receiver, also with unbuffered sends."""
 
 from collections import Counter
 from functools import cache, partialmethod
@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from runs import differing, joined, on, run, run_threads, serial, small
+from runs import assemble, differing, layout, serial_config, small_config, train_on_threads, train_steps
 
 from mpilm.comm.base import Request, SelfComm, unpack_into
 from mpilm.comm.progress import Progress
@@ -16,43 +16,44 @@ from mpilm.mesh.shape import MeshShape
 from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.pipeline.actions import Action, Message
 from mpilm.parallel.pipeline.execute import StageMessenger, execute
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only
+from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only, lower
 from mpilm.testing.threads import PeerFailedError, ThreadComm, run_ranks
 
-COMPUTE = {**SCHEDULES, "forward only": forward_only}
+ALL_SCHEDULES = {**SCHEDULES, "forward only": forward_only}
 
 
-class Unbuffered(ThreadComm):
-    """A send is over once its receive is posted, no earlier, and the data travel as late as may be: when one of the two ranks
-    waits. Posting a receive spoils its buffer; whoever writes on what is still being sent is found out."""
+class UnbufferedComm(ThreadComm):
+    """Sends end once their receive is posted, and data move as late as possible: when one of the two ranks waits.
+
+    Posting a receive overwrites its buffer; a sender that changes a tensor in flight is detected.
+    """
 
     def split(self, color, key, name):
         return unbuffered(super().split(color, key, name))
 
     def _isend(self, x, to, tag):
-        request, sent = self._meet(self._message("send", self.rank, to, tag), "from", x), x.clone()
+        request, sent = self._match(self._next_message("send", self.rank, to, tag), "from", x), x.clone()
 
         def finish():
             request.wait()
-            assert torch.equal(x, sent), "written on while it was being sent"
+            assert torch.equal(x, sent), "changed while it was sent"
 
         return Request(finish)
 
     def _irecv(self, out, source, tag):
-        return self._meet(self._message("receive", source, self.rank, tag), "to", out.fill_(-99))
+        return self._match(self._next_message("receive", source, self.rank, tag), "to", out.fill_(-99))
 
-    def _meet(self, key, end, buffer):
+    def _match(self, key, end, buffer):
         world = self._world
-        with world.changed:
-            (ends := world.board.setdefault(key, {}))[end] = buffer
-            world.changed.notify_all()
+        with world.condition:
+            (ends := world.messages.setdefault(key, {}))[end] = buffer
+            world.condition.notify_all()
 
         def finish():
-            with world.changed:
-                there = world.changed.wait_for(lambda: world.failed or len(ends) > 1, world.timeout_s)
-                if world.failed or not there:
-                    raise PeerFailedError(world.failed or f"nobody is at the other end of {key}")
+            with world.condition:
+                matched = world.condition.wait_for(lambda: world.failure or len(ends) > 1, world.timeout_s)
+                if world.failure or not matched:
+                    raise PeerFailedError(world.failure or f"nobody is at the other end of {key}")
                 if "arrived" not in ends:
                     unpack_into([ends["from"]], ends["to"])
                 ends["arrived"] = True
@@ -61,44 +62,44 @@ class Unbuffered(ThreadComm):
 
 
 def unbuffered(comm):
-    return Unbuffered(comm._world, comm._group, comm.rank, comm.name, comm._path)
+    return UnbufferedComm(comm._world, comm._group, comm.rank, comm.name, comm._path)
 
 
-class Numbers:
+class NumberStage:
     """A stage whose activations and gradients are numbers: which of the two, of which stage, microbatch and step.
 
-    `said`: what the stages of a rank are asked, step by step. Nothing is received for microbatches from `present` on.
+    `steps`: receives the actions of all stages of a rank, step by step. Microbatches from `present` on do not exist.
     """
 
-    def __init__(self, stage, stages, said, present=None, data=None, hears=lambda action: None):
-        self.stage, self.stages, self.said, self.present, self.hears = stage, stages, said, present, hears
+    def __init__(self, stage, stages, steps, present=None, data=None, on_action=lambda action: None):
+        self.stage, self.stages, self.steps, self.present, self.on_action = stage, stages, steps, present, on_action
         self.data, self.received, self.gradients = data or SelfComm("data"), {}, torch.tensor(0)
 
-    def _say(self, kind, microbatch=None):
-        self.said[-1].append(Action(self.stage, kind, microbatch))
-        self.hears(self.said[-1][-1])
+    def _record(self, kind, microbatch=None):
+        self.steps[-1].append(Action(self.stage, kind, microbatch))
+        self.on_action(self.steps[-1][-1])
 
-    def _numbers(self, way, stage, microbatch):
-        return torch.tensor([["FB".index(way), stage], [microbatch, len(self.said)]])
+    def _message(self, direction, stage, microbatch):
+        return torch.tensor([["FB".index(direction), stage], [microbatch, len(self.steps)]])
 
     def _compute(self, kind, microbatch):
-        self._say(kind, microbatch)
-        way, neighbour = ("F", self.stage - 1) if kind == "F" else ("B", self.stage + 1)
+        self._record(kind, microbatch)
+        direction, neighbour = ("F", self.stage - 1) if kind == "F" else ("B", self.stage + 1)
         if self.present is None or microbatch < self.present:
             self.gradients += kind in ("B", "W")
             if kind != "W" and 0 <= neighbour < self.stages:
-                assert torch.equal(self.received.pop((way, microbatch)), self._numbers(way, neighbour, microbatch))
+                assert torch.equal(self.received.pop((direction, microbatch)), self._message(direction, neighbour, microbatch))
 
-    def _receive(self, way, microbatch):
-        self._say(f"RECV_{way}", microbatch)
-        return self.received.setdefault((way, microbatch), torch.zeros(2, 2, dtype=torch.int64))
+    def _receive(self, direction, microbatch):
+        self._record(f"RECV_{direction}", microbatch)
+        return self.received.setdefault((direction, microbatch), torch.zeros(2, 2, dtype=torch.int64))
 
-    def _send(self, way, microbatch):
-        self._say(f"SEND_{way}", microbatch)
-        return self._numbers(way, self.stage, microbatch)
+    def _send(self, direction, microbatch):
+        self._record(f"SEND_{direction}", microbatch)
+        return self._message(direction, self.stage, microbatch)
 
     def reduce(self):
-        self._say("REDUCE")
+        self._record("REDUCE")
         self.data.all_reduce(self.gradients)
 
     forward, backward = partialmethod(_compute, "F"), partialmethod(_compute, "B")
@@ -107,30 +108,30 @@ class Numbers:
     output, input_gradient = partialmethod(_send, "F"), partialmethod(_send, "B")
 
 
-def carried_out(program, stages, wire):
+def execute_recorded(program, stages, messenger):
     progress = Progress()
-    progress.take()
-    execute(program, stages, wire, progress)
-    return progress.take()
+    progress.drain_spans()
+    execute(program, stages, messenger, progress)
+    return progress.drain_spans()
 
 
-def walked(comm, program, steps=1, **options):
-    """What the stages of a rank are asked in each step of a program, and how many gradients each has in the end."""
-    said, wire, own = [], StageMessenger(comm), {action.stage for action in program}
-    stages = {stage: Numbers(stage, comm.size * len(own), said, **options) for stage in own}
+def run_program(comm, program, steps=1, **options):
+    """Return the actions of a rank's stages in each step of a program, and the number of gradients of each stage."""
+    recorded, messenger, own = [], StageMessenger(comm), {action.stage for action in program}
+    stages = {stage: NumberStage(stage, comm.size * len(own), recorded, **options) for stage in own}
     for _ in range(steps):
-        said.append([])
-        assert [span.what for span in carried_out(program, stages, wire)] == program
-        assert not any([wire.going, wire.coming, *(stage.received for stage in stages.values())])  # all is sent and used
-    return said, [int(stage.gradients) for stage in stages.values()]
+        recorded.append([])
+        assert [span.event for span in execute_recorded(program, stages, messenger)] == program
+        assert not any([messenger.sends, messenger.receives, *(stage.received for stage in stages.values())])
+    return recorded, [int(stage.gradients) for stage in stages.values()]
 
 
 def programs(name, size, chunks, microbatches, present=None):
-    return [lower(actions, size * chunks, present) for actions in COMPUTE[name](size, chunks, microbatches)]
+    return [lower(actions, size * chunks, present) for actions in ALL_SCHEDULES[name](size, chunks, microbatches)]
 
 
-def cases():
-    """Schedule, ranks, chunks, microbatches, and how many of them are there (None: all)."""
+def program_cases():
+    """Yield schedule, ranks, chunks, microbatches, and how many of these exist (None: all)."""
     for size in (1, 2, 3, 4, 8):
         for name in ("1f1b", "gpipe", "zero-bubble"):
             yield from ((name, size, 1, 1, None), (name, size, 1, 3, 2), (name, size, 1, size + 1, None))
@@ -138,120 +139,121 @@ def cases():
         yield from (("forward only", size, 2, size + 1, size), ("forward only", size, 3, 2, 0))
 
 
-@pytest.mark.parametrize("wire", [lambda comm: comm, unbuffered], ids=["copied", "not copied"])
-@pytest.mark.parametrize(("name", "size", "chunks", "count", "present"), list(cases()))
-def test_stages_do_what_the_list_says_and_receive_what_their_neighbours_sent(name, size, chunks, count, present, wire):
+@pytest.mark.parametrize("wrap", [lambda comm: comm, unbuffered], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(("name", "size", "chunks", "count", "present"), list(program_cases()))
+def test_stages_follow_the_program_and_receive_their_neighbours_messages(name, size, chunks, count, present, wrap):
     each = programs(name, size, chunks, count, present)
-    found = run_ranks(size, lambda comm: walked(wire(comm), each[comm.rank], steps=2, present=present), timeout_s=20.0)
+    found = run_ranks(size, lambda comm: run_program(wrap(comm), each[comm.rank], steps=2, present=present), timeout_s=20.0)
     assert [steps for steps, _ in found] == [[program, program] for program in each]
 
 
 @pytest.mark.parametrize(("name", "chunks"), [("1f1b", 1), ("gpipe", 1), ("zero-bubble", 1), ("interleaved", 3)])
-def test_one_rank_alone_runs_the_same_list(name, chunks):
+def test_single_rank_follows_the_program(name, chunks):
     (program,) = programs(name, 1, chunks, 4)
-    assert walked(SelfComm("pipeline"), program)[0] == [program]
+    assert run_program(SelfComm("pipeline"), program)[0] == [program]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("pipeline", "data", "total"), [(1, 3, 7), (2, 2, 7), (2, 3, 11), (3, 2, 11)])
-def test_a_stage_meets_its_replicas_once_when_all_its_gradients_are_there(name, pipeline, data, total):
+def test_stage_reduces_once_after_its_last_gradient(name, pipeline, data, total):
     chunks, count = 2 if name == "interleaved" else 1, -(-total // data)  # some replicas have one fewer
 
     def body(comm):
         mesh = Mesh.build(MeshShape(pipeline=pipeline, data=data), comm)
         start, stop = block_of_rank(mesh.coordinate["data"], data, total)
         program = programs(name, pipeline, chunks, count, stop - start)[mesh.coordinate["pipeline"]]
-        return walked(mesh.comm("pipeline"), program, present=stop - start, data=mesh.comm("data"))
+        return run_program(mesh.comm("pipeline"), program, present=stop - start, data=mesh.comm("data"))
 
-    for (said,), gradients in run_ranks(pipeline * data, body):
+    for (actions,), gradients in run_ranks(pipeline * data, body):
         assert gradients == [total] * chunks
-        assert Counter(a.stage for a in said if a.kind == "REDUCE") == dict.fromkeys({a.stage for a in said}, 1)
+        assert Counter(a.stage for a in actions if a.kind == "REDUCE") == dict.fromkeys({a.stage for a in actions}, 1)
 
 
-def test_a_program_that_needs_a_buffer_gets_stuck_without_one():
-    """So that not getting stuck above means something."""
+def test_program_that_needs_buffered_sends_hangs_without_them():
+    """The unbuffered communicator above can therefore tell such programs apart."""
     program = lower([Action(stage, "F", microbatch) for stage in (0, 1) for microbatch in (0, 1, 2)], 2)
-    assert run_ranks(1, lambda comm: walked(comm, program)[0]) == [[program]]
+    assert run_ranks(1, lambda comm: run_program(comm, program)[0]) == [[program]]
     with pytest.raises(PeerFailedError, match="nobody is at the other end"):
-        run_ranks(1, lambda comm: walked(unbuffered(comm), program), timeout_s=0.05)
-
-
-LAYOUTS = [(2, on(2, "zero-bubble")), (2, on(2, "gpipe")), (3, on(3)), (4, on(2, "interleaved", 3))]
+        run_ranks(1, lambda comm: run_program(unbuffered(comm), program), timeout_s=0.05)
 
 
 @cache
-def alone(config):
-    return run_threads(1, config, steps=1)
+def train_serially(config):
+    return train_on_threads(1, config, steps=1)
 
 
-@pytest.mark.parametrize(("size", "layout"), LAYOUTS)
-def test_no_memory_of_a_model_is_used_again_while_its_message_is_under_way(size, layout):
-    """Without dropout, which would copy on the way."""
-    config = small(**layout, model__dropout=0.0)
-    left = run_ranks(size, lambda comm: run(config, unbuffered(comm), steps=1), timeout_s=30.0)
-    numbers, tensors = alone(serial(config))
-    assert [theirs.microbatch_ids for theirs in left] == [numbers] * size
-    assert differing(joined([theirs.held for theirs in left]), tensors) == []
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [(2, layout(2, "zero-bubble")), (2, layout(2, "gpipe")), (3, layout(3)), (4, layout(2, "interleaved", 3))],
+)
+def test_model_reuses_no_memory_of_a_message_in_flight(size, settings):
+    """Without dropout, which would copy the activations."""
+    config = small_config(**settings, model__dropout=0.0, train__global_batch=4)
+    outcomes = run_ranks(size, lambda comm: train_steps(config, unbuffered(comm), steps=1), timeout_s=30.0)
+    numbers, tensors = train_serially(serial_config(config))
+    assert [outcome.numbers for outcome in outcomes] == [numbers] * size
+    assert differing(assemble([outcome.state for outcome in outcomes]), tensors) == []
 
 
-def test_a_channel_has_one_send_under_way():
-    said = []
+def test_channel_has_one_send_in_flight():
+    events = []
 
     def isend(x, to, tag):
-        said.append(f"send {x:g}")
-        return Request(lambda: said.append(f"sent {x:g}"))
+        events.append(f"send {x:g}")
+        return Request(lambda: events.append(f"sent {x:g}"))
 
-    wire = StageMessenger(SimpleNamespace(size=4, isend=isend))
-    for stage, way, microbatch in [(1, "F", 0), (1, "B", 1), (2, "F", 2), (1, "F", 3), (1, "F", 4), (2, "F", 5)]:
-        wire.send(Message(stage, way, microbatch), torch.tensor(float(microbatch)))
-    assert said == ["send 0", "send 1", "send 2", "sent 0", "send 3", "sent 3", "send 4", "sent 2", "send 5"]
-    wire.drain()
-    assert sorted(said[9:]) == ["sent 1", "sent 4", "sent 5"]
+    messenger = StageMessenger(SimpleNamespace(size=4, isend=isend))
+    for stage, direction, microbatch in [(1, "F", 0), (1, "B", 1), (2, "F", 2), (1, "F", 3), (1, "F", 4), (2, "F", 5)]:
+        messenger.send(Message(stage, direction, microbatch), torch.tensor(float(microbatch)))
+    assert events == ["send 0", "send 1", "send 2", "sent 0", "send 3", "sent 3", "send 4", "sent 2", "send 5"]
+    messenger.drain()
+    assert sorted(events[9:]) == ["sent 1", "sent 4", "sent 5"]
 
 
-def test_messages_find_their_receives_in_any_order_of_the_channels():
-    wire, messages = StageMessenger(SelfComm("pipeline")), [Message(stage, way, 0) for stage in (1, 2) for way in "FB"]
+def test_messages_match_receives_posted_in_any_order():
+    messenger = StageMessenger(SelfComm("pipeline"))
+    messages = [Message(stage, direction, 0) for stage in (1, 2) for direction in "FB"]
     buffers = [torch.tensor(-1), torch.tensor(-1), torch.tensor(-1), torch.tensor(-1)]
     for number in (3, 1, 0, 2):
-        wire.post(messages[number], buffers[number])
+        messenger.post_receive(messages[number], buffers[number])
     for number, message in enumerate(messages):
-        wire.send(message, torch.tensor(number))
-        wire.wait(message)
+        messenger.send(message, torch.tensor(number))
+        messenger.wait(message)
     assert buffers == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("action", programs("zero-bubble", 3, 1, 2)[1], ids=str)
-def test_what_a_stage_raises_comes_out_as_it_was_and_nothing_is_done_after_it(action):
+def test_error_of_a_stage_is_raised_unchanged_and_ends_the_program(action):
     each, error, done = programs("zero-bubble", 3, 1, 2), ArithmeticError(), []
 
-    def hears(heard):
-        done.append(heard)
-        if heard == action:
+    def on_action(completed):
+        done.append(completed)
+        if completed == action:
             raise error
 
     with pytest.raises(ArithmeticError) as caught:
-        run_ranks(3, lambda comm: walked(comm, each[comm.rank], hears=hears if comm.rank == 1 else str))
+        run_ranks(3, lambda comm: run_program(comm, each[comm.rank], on_action=on_action if comm.rank == 1 else str))
     assert caught.value is error
     assert done == each[1][: each[1].index(action) + 1]
 
 
-def test_times_are_those_of_the_actions_without_the_wait_for_what_they_need():
+def test_spans_of_actions_exclude_the_wait_for_their_message():
     clock = SimpleNamespace(seconds=5.0)
     cost_s = {"F": 1, "B": 2, "REDUCE": 4, "RECV_F": 8, "RECV_B": 16, "SEND_F": 32, "SEND_B": 64}
 
-    def hears(action):
+    def on_action(action):
         clock.seconds += cost_s[action.kind]
 
-    class SlowWire(StageMessenger):
+    class SlowMessenger(StageMessenger):
         def wait(self, message):
-            clock.seconds += 100.0 if message in self.coming else 0.0
+            clock.seconds += 100.0 if message in self.receives else 0.0
             super().wait(message)
 
     (program,) = programs("interleaved", 1, 2, 1)
-    assert " ".join_round(map(str, program)) == "1RECV_F0 0F0 0SEND_F0 1F0 0RECV_B0 1B0 1SEND_B0 1REDUCE 0B0 0REDUCE"
-    stages = {stage: Numbers(stage, 2, [[]], hears=hears) for stage in (0, 1)}
+    assert " ".join(map(str, program)) == "1RECV_F0 0F0 0SEND_F0 1F0 0RECV_B0 1B0 1SEND_B0 1REDUCE 0B0 0REDUCE"
+    stages = {stage: NumberStage(stage, 2, [[]], on_action=on_action) for stage in (0, 1)}
     with mock.patch("mpilm.comm.progress.time", SimpleNamespace(monotonic=lambda: clock.seconds)):
-        spans = carried_out(program, stages, SlowWire(SelfComm("pipeline")))
+        spans = execute_recorded(program, stages, SlowMessenger(SelfComm("pipeline")))
     assert [span.end_s - span.start_s for span in spans] == [cost_s[action.kind] for action in program]
     waits = [span.start_s - before for span, before in zip(spans, [5.0, *(span.end_s for span in spans)])]
     assert waits == [100.0 if str(action) in ("1F0", "0B0") else 0.0 for action in program]

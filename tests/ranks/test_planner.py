@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 from machines import machine
-from runs import on, sharded, small, trained
-from text import tiny, write_tokens
+from runs import build_train_model, layout, small_config, train_to_end
+from text import tiny_config, write_tokens
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
@@ -27,13 +27,13 @@ WIDE = {"model__d_model": 128, "model__n_layers": 4, "train__global_batch": 16}
 @pytest.mark.parametrize(
     ("size", "layout"),
     [
-        (1, on()), (3, on()), (4, on(zero=1)), (4, on(zero=2)), (3, on(zero=2)), (4, on(zero=3)), (2, on(2)),
-        (4, on(2, "interleaved", 1)), (4, on(2, zero=3)), (8, on(4, zero=2)), (4, on(zero=0, reduce="messages")),
-        (3, on(zero=0, reduce="messages")),
+        (1, layout()), (3, layout()), (4, layout(zero=1)), (4, layout(zero=2)), (3, layout(zero=2)), (4, layout(zero=3)),
+        (2, layout(2)), (4, layout(2, "interleaved", 1)), (4, layout(2, zero=3)), (8, layout(4, zero=2)),
+        (4, layout(zero=0, reduce="messages")), (3, layout(zero=0, reduce="messages")),
     ],
 )  # fmt: skip
 def test_persistent_bytes_are_those_that_ranks_hold(size, layout, changes):
-    wrong, _ = mispredicted(resolve_config(small(**WIDE, **layout, **changes)), size, size)
+    wrong, _ = mispredicted(resolve_config(small_config(**WIDE, **layout, **changes)), size, size)
     assert wrong == []
 
 
@@ -44,7 +44,7 @@ def test_persistent_bytes_are_those_that_ranks_hold(size, layout, changes):
 )
 def test_persistent_bytes_of_several_nodes_include_the_exchange(size, ranks_per_node, batch, zero, wire):
     config = resolve_config(
-        small(**WIDE | {"train__global_batch": batch}, **on(zero=zero, reduce="shared-memory", wire_dtype=wire))
+        small_config(**WIDE | {"train__global_batch": batch}, **layout(zero=zero, reduce="shared-memory", wire_dtype=wire))
     )
     wrong, exchange_bytes = mispredicted(config, size, ranks_per_node)
     assert wrong == []
@@ -55,7 +55,7 @@ def mispredicted(config, size, ranks_per_node):
     """Return (part, predicted, held) of all wrong predictions, and the most bytes that an exchange takes."""
 
     def body(comm):
-        model = sharded(config, comm)
+        model = build_train_model(config, comm)
         shape = MeshShape(pipeline=model.pipeline.size, data=model.data.size)
         layout = PlacedLayout(config, VOCAB_SIZE, machine(ranks_per_node), shape, ranks_per_node, model.blocks_per_stage)
         return persistent_bytes(layout, list(model.stages)), model.memory_bytes()
@@ -74,7 +74,7 @@ def profile_of_this_machine(**changes):
 
 def chosen(tmp_path, size, profile, config=None):
     write_profile(tmp_path / "machine.json", profile)
-    config = override(config or resolve_config(small(**WIDE)), parallel__auto=str(tmp_path / "machine.json"))
+    config = override(config or resolve_config(small_config(**WIDE)), parallel__auto=str(tmp_path / "machine.json"))
 
     def body(comm):
         return choose_layout(config, VOCAB_SIZE, detect_hardware(TrainConfig(threads=1, device="cpu"), comm), comm)
@@ -96,8 +96,8 @@ def test_choose_layout_takes_the_fastest_on_all_ranks(tmp_path):
 def test_train_with_a_chosen_layout_gives_the_same_bits(tmp_path):
     write_profile(tmp_path / "machine.json", profile_of_this_machine())
     tokens = write_tokens(tmp_path)
-    alone = trained(tiny(tokens, tmp_path / "alone"), 1)
-    assert trained(tiny(tokens, tmp_path / "chosen", parallel__auto=str(tmp_path / "machine.json")), 2) == alone
+    alone = train_to_end(tiny_config(tokens, tmp_path / "alone"), 1)
+    assert train_to_end(tiny_config(tokens, tmp_path / "chosen", parallel__auto=str(tmp_path / "machine.json")), 2) == alone
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_choose_layout_with_other_settings_stays_valid(tmp_path):
     slow = replace(machine(4).memory[0], adamw=((1.0, 1e-3),))
     profile, config = (
         profile_of_this_machine(memory=(slow,)),
-        resolve_config(small(**WIDE, checkpoint__every=0, run__eval_every=0)),
+        resolve_config(small_config(**WIDE, checkpoint__every=0, run__eval_every=0)),
     )
     ((plain, _), *_) = chosen(tmp_path, 4, profile, config)
     assert plain.parallel.zero > 0

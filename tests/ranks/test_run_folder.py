@@ -1,11 +1,11 @@
-"""The run folder: what is gone on from, what is refused and with which words, and nothing written over."""
+"""The run folder: what a run resumes from, what is refused with which message, and nothing overwritten."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-from runs import on
-from text import TINY, tiny, write_tokens
+from runs import layout
+from text import TINY, tiny_config, write_tokens
 
 from mpilm.checkpoint.format import checkpoint_name
 from mpilm.comm.base import SelfComm
@@ -19,15 +19,15 @@ from mpilm.trainer.loop import train
 from mpilm.trainer.run_folder import open_run_folder
 
 CONTENT = {"data.path": "a" * 64, "data.tokenizer": "b" * 64}
-HERE = {"torch": "1", "threads": "1"}
-ONE = SelfComm()
+ENVIRONMENT = {"torch": "1", "threads": "1"}
+SELF = SelfComm()
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """A run of four steps with checkpoints at 2 and 4; read only."""
     folder = tmp_path_factory.mktemp("stored")
-    config = tiny(write_tokens(folder), folder / "run", train__steps=4, checkpoint__every=2)
+    config = tiny_config(write_tokens(folder), folder / "run", train__steps=4, checkpoint__every=2)
     run_ranks(1, lambda comm: train(config, comm))
     return config
 
@@ -39,20 +39,20 @@ def run(stored, tmp_path):
     return override(stored, run__dir=str(tmp_path / "run"))
 
 
-def look(config, content, present, comm):
-    """Open the run folder, and let others have it."""
-    found = open_run_folder(config, content, present, comm)
+def open_and_release(config, content, environment, comm):
+    """Return the opened run folder, after releasing its lock."""
+    found = open_run_folder(config, content, environment, comm)
     found.release()
     return found
 
 
-def opened(config, content=None):
-    """The run folder as train would open it: the corpus is that of the stored run unless said otherwise."""
-    return look(config, content or content_of(config), HERE, ONE)
+def open_as_train(config, content=None):
+    """Return the run folder as train would open it; by default with the content of the stored run."""
+    return open_and_release(config, content or corpus_content(config), ENVIRONMENT, SELF)
 
 
-def content_of(config):
-    corpus = open_corpus(config.data, ONE)
+def corpus_content(config):
+    corpus = open_corpus(config.data, SELF)
     return {"data.path": corpus.fingerprint, "data.tokenizer": corpus.tokenizer.digest}
 
 
@@ -60,151 +60,153 @@ def snapshot(folder):
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def refused(config, kind=ConfigError, content=None):
-    """The message with which `config` is refused, with nothing changed on disk."""
+def refusal_of(config, kind=ConfigError, content=None):
+    """Return the message that refuses `config`; nothing may change on disk."""
     before = snapshot(Path(config.run.dir).parent)
     with pytest.raises(CollectiveError) as caught:
-        opened(config, content)
+        open_as_train(config, content)
     assert type(caught.value.error) is kind
     assert snapshot(Path(config.run.dir).parent) == before
     return str(caught.value)
 
 
-def test_a_new_folder_holds_the_resolved_settings(tmp_path):
+def test_new_run_folder_has_the_resolved_settings(tmp_path):
     config = resolve_config(override(TINY, run__dir=str(tmp_path / "a" / "b")))
-    found = look(config, CONTENT, HERE, ONE)
+    found = open_and_release(config, CONTENT, ENVIRONMENT, SELF)
     assert (found.path, found.checkpoint, found.step, found.notes) == (tmp_path / "a" / "b", None, 0, ())
     written = tmp_path / "a" / "b" / "config.toml"
     assert merge_settings(TINY, read_toml(str(written)), str(written)) == config
     assert config.model.d_ff > 0
-    assert look(config, CONTENT, HERE, ONE) == found  # a run killed before its first checkpoint starts again
+    assert (
+        open_and_release(config, CONTENT, ENVIRONMENT, SELF) == found
+    )  # a run killed before its first checkpoint starts again
 
 
-def test_goes_on_from_the_newest(run):
-    found = opened(run)
+def test_run_resumes_from_the_newest_checkpoint(run):
+    found = open_as_train(run)
     assert (found.step, found.checkpoint) == (4, Path(run.run.dir) / "checkpoints" / checkpoint_name(4))
 
 
-def test_every_rank_hears_the_same(run):
-    found = run_ranks(3, lambda comm: look(run, content_of(run), HERE, comm))
+def test_all_ranks_get_the_same_answer_and_the_same_refusal(run):
+    found = run_ranks(3, lambda comm: open_and_release(run, corpus_content(run), ENVIRONMENT, comm))
     assert [f.step for f in found] == [4, 4, 4]
     changed = override(run, train__seed=5)
 
     def body(comm):
         with pytest.raises(CollectiveError, match=r"train\.seed: was 0, now 5"):
-            look(changed, content_of(run), HERE, comm)
+            open_and_release(changed, corpus_content(run), ENVIRONMENT, comm)
 
     run_ranks(3, body)
 
 
-def test_every_changed_setting_is_named(run):
-    said = refused(override(run, train__lr=0.5, train__global_batch=32, model__dropout=0.2, run__log_every=9))
+def test_changed_settings_are_refused_and_named(run):
+    message = refusal_of(override(run, train__lr=0.5, train__global_batch=32, model__dropout=0.2, run__log_every=9))
     for row in ("train.lr: was 0.003, now 0.5", "train.global_batch: was 16, now 32", "model.dropout: was 0.1, now 0.2"):
-        assert f"\n  {row}\n" in said
-    assert checkpoint_name(4) in said
-    assert "log_every" not in said
+        assert f"\n  {row}\n" in message
+    assert checkpoint_name(4) in message
+    assert "log_every" not in message
 
 
-def test_a_change_can_be_allowed(run):
+def test_changed_setting_can_be_allowed(run):
     changed = override(run, train__lr=0.5, train__seed=3)
-    assert "--checkpoint.allow-change train.seed train.lr" in refused(changed).replace(
+    assert "--checkpoint.allow-change train.seed train.lr" in refusal_of(changed).replace(
         "train.lr train.seed", "train.seed train.lr"
     )
-    assert "train.seed" in refused(override(changed, checkpoint__allow_change=("train.lr",)))
-    assert opened(override(changed, checkpoint__allow_change=("train.lr", "train.seed"))).step == 4
+    assert "train.seed" in refusal_of(override(changed, checkpoint__allow_change=("train.lr",)))
+    assert open_as_train(override(changed, checkpoint__allow_change=("train.lr", "train.seed"))).step == 4
 
 
-def test_what_the_result_does_not_depend_on_may_change(run):
+def test_settings_without_influence_on_the_result_may_change(run):
     changed = override(run, train__steps=9, train__threads=2, run__eval_every=1, checkpoint__keep=9, generate__seed=4)
-    assert opened(changed).step == 4
-    layout = on(2, "zero-bubble", 3, cut=(1, 1), balance="measured")
-    assert opened(override(run, **layout, train__recompute="block")).step == 4
+    assert open_as_train(changed).step == 4
+    other_layout = layout(2, "zero-bubble", 3, cut=(1, 1), balance="measured")
+    assert open_as_train(override(run, **other_layout, train__recompute="block")).step == 4
 
 
 @pytest.mark.parametrize("key", ["data.path", "data.tokenizer"])
-def test_another_corpus_is_refused_by_content(run, key):
-    other = {**content_of(run), key: "f" * 64}
-    assert f"{key}: was content" in refused(run, content=other)
-    assert "now content ffffffffffff" in refused(run, content=other)
+def test_other_corpus_is_refused_by_content_not_by_path(run, key):
+    other = {**corpus_content(run), key: "f" * 64}
+    assert f"{key}: was content" in refusal_of(run, content=other)
+    assert "now content ffffffffffff" in refusal_of(run, content=other)
     moved = override(run, data__path=("/somewhere/else",))
-    assert opened(moved, content_of(run)).step == 4
+    assert open_as_train(moved, corpus_content(run)).step == 4
 
 
-def test_a_run_without_checkpoints_is_compared_too(tmp_path):
+def test_changed_setting_is_refused_before_the_first_checkpoint_too(tmp_path):
     config = resolve_config(override(TINY, run__dir=str(tmp_path / "run")))
-    look(config, CONTENT, HERE, ONE)
-    assert "train.lr: was 0.003, now 0.004" in refused(override(config, train__lr=0.004), content=CONTENT)
+    open_and_release(config, CONTENT, ENVIRONMENT, SELF)
+    assert "train.lr: was 0.003, now 0.004" in refusal_of(override(config, train__lr=0.004), content=CONTENT)
 
 
-def test_folders_of_others_are_left_alone(tmp_path):
+def test_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     config = resolve_config(override(TINY, run__dir=str(tmp_path / "mine")))
-    assert "exists and is not a run folder" in refused(config, content=CONTENT)
-    assert "exists and is not a run folder" in refused(
+    assert "exists and is not a run folder" in refusal_of(config, content=CONTENT)
+    assert "exists and is not a run folder" in refusal_of(
         override(config, run__dir=str(tmp_path / "mine" / "thesis.tex")), content=CONTENT
     )
 
 
-def test_an_empty_folder_is_taken(tmp_path):
+def test_empty_folder_is_used(tmp_path):
     config = resolve_config(override(TINY, run__dir=str(tmp_path)))
-    assert look(config, CONTENT, HERE, ONE).step == 0
+    assert open_and_release(config, CONTENT, ENVIRONMENT, SELF).step == 0
 
 
-def test_never_does_not_touch_a_run(run):
-    assert "holds a run, and --checkpoint.resume is never" in refused(override(run, checkpoint__resume="never"))
+def test_resume_never_refuses_a_folder_with_a_run(run):
+    assert "holds a run, and --checkpoint.resume is never" in refusal_of(override(run, checkpoint__resume="never"))
 
 
-def test_automatic_names(tmp_path, monkeypatch):
+def test_automatic_folder_name_follows_the_result_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = resolve_config(TINY)
-    first = look(config, CONTENT, HERE, ONE).path
+    first = open_and_release(config, CONTENT, ENVIRONMENT, SELF).path
     assert first.parent == Path("runs")
-    assert look(config, CONTENT, HERE, ONE).path == first
-    for same in ({"run__log_every": 7}, on(2, "gpipe", 1)):
-        assert look(override(config, **same), CONTENT, HERE, ONE).path == first
-    assert look(override(config, train__seed=7), CONTENT, HERE, ONE).path != first
+    assert open_and_release(config, CONTENT, ENVIRONMENT, SELF).path == first
+    for same in ({"run__log_every": 7}, layout(2, "gpipe", 1)):
+        assert open_and_release(override(config, **same), CONTENT, ENVIRONMENT, SELF).path == first
+    assert open_and_release(override(config, train__seed=7), CONTENT, ENVIRONMENT, SELF).path != first
     fresh = override(config, checkpoint__resume="never")
-    assert look(fresh, CONTENT, HERE, ONE).path == Path(f"{first}-2")
-    assert look(fresh, CONTENT, HERE, ONE).path == Path(f"{first}-3")
+    assert open_and_release(fresh, CONTENT, ENVIRONMENT, SELF).path == Path(f"{first}-2")
+    assert open_and_release(fresh, CONTENT, ENVIRONMENT, SELF).path == Path(f"{first}-3")
 
 
-def test_steps_below_the_checkpoint(run):
-    assert "is at step 4, past --train.steps 3; ask for more steps" in refused(override(run, train__steps=3))
+def test_fewer_steps_than_the_checkpoint_has_are_refused(run):
+    assert "is at step 4, past --train.steps 3; ask for more steps" in refusal_of(override(run, train__steps=3))
 
 
 @pytest.mark.parametrize("name", ["checkpoints/step-00000009", "nothing", "config.toml", "checkpoints"])
-def test_a_checkpoint_that_is_not_there(run, tmp_path, name):
+def test_resume_from_no_checkpoint_folder_is_refused(run, tmp_path, name):
     asked = Path(run.run.dir) / name
     config = override(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(asked))
-    assert refused(config, FileError).startswith(f"--checkpoint.resume {asked} is not a checkpoint folder")
+    assert refusal_of(config, FileError).startswith(f"--checkpoint.resume {asked} is not a checkpoint folder")
 
 
-def test_a_checkpoint_asked_for_by_name(run, tmp_path):
+def test_resume_from_a_named_checkpoint(run, tmp_path):
     older, newest = (Path(run.run.dir) / "checkpoints" / checkpoint_name(step) for step in (2, 4))
-    assert opened(override(run, checkpoint__resume=str(newest))).step == 4
-    assert "already holds step-00000004" in refused(override(run, checkpoint__resume=str(older)))
-    assert opened(override(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(older))).step == 2
+    assert open_as_train(override(run, checkpoint__resume=str(newest))).step == 4
+    assert "already holds step-00000004" in refusal_of(override(run, checkpoint__resume=str(older)))
+    assert open_as_train(override(run, run__dir=str(tmp_path / "new"), checkpoint__resume=str(older))).step == 2
 
 
-def test_without_a_whole_checkpoint_nothing_starts_anew(run):
+def test_run_without_a_complete_checkpoint_is_refused(run):
     for folder in (Path(run.run.dir) / "checkpoints").iterdir():
         (folder / "config.json").unlink()
-    said = refused(run, DataError)
-    assert "no checkpoint in" in said
-    assert checkpoint_name(2) in said
-    assert checkpoint_name(4) in said
+    message = refusal_of(run, DataError)
+    assert "no checkpoint in" in message
+    assert checkpoint_name(2) in message
+    assert checkpoint_name(4) in message
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     config = resolve_config(override(TINY, run__dir=str(tmp_path / "file" / "run")))
-    assert "cannot be written" in refused(config, FileError, CONTENT)
+    assert "cannot be written" in refusal_of(config, FileError, CONTENT)
 
 
-def test_notes_on_what_may_change_the_last_bits(run):
-    present = {"torch": "0.0", "threads": "1"}
-    notes = look(run, content_of(run), present, ONE).notes
+def test_note_names_what_may_change_the_last_bits(run):
+    environment = {"torch": "0.0", "threads": "1"}
+    notes = open_and_release(run, corpus_content(run), environment, SELF).notes
     assert len(notes) == 1
     assert "torch was" in notes[0]
     assert "is 0.0" in notes[0]
@@ -212,25 +214,25 @@ def test_notes_on_what_may_change_the_last_bits(run):
 
 
 @pytest.mark.parametrize("damage", ["altered weights", "no manifest"])
-def test_a_broken_checkpoint_is_set_aside_and_written_again(run, damage):
+def test_broken_checkpoint_is_set_aside_and_written_again(run, damage):
     newest = Path(run.run.dir, "checkpoints", checkpoint_name(4))
-    whole = (newest / "model.safetensors").read_bytes()
+    complete = (newest / "model.safetensors").read_bytes()
     if damage == "no manifest":
         (newest / "manifest.json").unlink()
     else:
-        (newest / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    found = opened(run)
+        (newest / "model.safetensors").write_bytes(complete[:-1] + bytes([complete[-1] ^ 1]))
+    found = open_as_train(run)
     assert found.step == 2
     aside = newest.with_name(f"broken-1-{newest.name}")
     assert any(str(aside) in note for note in found.notes)
     assert aside.is_dir()
     run_ranks(2, lambda comm: train(run, comm))
-    assert (newest / "model.safetensors").read_bytes() == whole
+    assert (newest / "model.safetensors").read_bytes() == complete
 
 
-def test_the_same_job_submitted_again_goes_on(run, tmp_path):
-    """Started from a checkpoint of another run, with the same words each time."""
-    began = Path(run.run.dir, "checkpoints", checkpoint_name(2))
-    branch = override(run, run__dir=str(tmp_path / "branch"), checkpoint__resume=str(began), train__steps=3)
+def test_branch_submitted_again_resumes_itself(run, tmp_path):
+    """It was started from a checkpoint of another run, with the same command each time."""
+    start = Path(run.run.dir, "checkpoints", checkpoint_name(2))
+    branch = override(run, run__dir=str(tmp_path / "branch"), checkpoint__resume=str(start), train__steps=3)
     run_ranks(1, lambda comm: train(branch, comm))
-    assert opened(branch).step == 3
+    assert open_as_train(branch).step == 3

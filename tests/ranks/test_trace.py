@@ -7,15 +7,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from runs import on
-from text import tiny, write_tokens
+from runs import layout
+from text import tiny_config, write_tokens
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.actions import parse_action
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import schedule
+from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.telemetry.breakdown import CATEGORIES
 from mpilm.telemetry.metrics import read_metrics
 from mpilm.telemetry.trace import ClockOffset, measure_clock_offset, to_root_time
@@ -47,10 +46,11 @@ def spans(trace, category="", **args):
 
 
 @pytest.mark.parametrize(
-    ("size", "layout"), [(1, on()), (3, on()), (2, on(2)), (4, on(2, "interleaved", zero=1)), (2, on(2, "zero-bubble"))]
+    ("size", "layout"),
+    [(1, layout()), (3, layout()), (2, layout(2)), (4, layout(2, "interleaved", zero=1)), (2, layout(2, "zero-bubble"))],
 )
 def test_trace_has_every_action_of_the_schedule_in_order(tmp_path, data, size, layout):
-    config = tiny(data, tmp_path / "run", **SETTINGS, **layout)
+    config = tiny_config(data, tmp_path / "run", **SETTINGS, **layout)
     trace = train_and_read_trace(config, size)
     parallel = config.parallel
     stages, replicas = parallel.pipeline * parallel.chunks, size // parallel.pipeline
@@ -72,7 +72,7 @@ def test_trace_has_every_action_of_the_schedule_in_order(tmp_path, data, size, l
 
 
 def test_trace_messages_are_arrows_between_ranks_forward_in_time(tmp_path, data):
-    trace = train_and_read_trace(tiny(data, tmp_path / "run", model__tie_embeddings=False, **SETTINGS, **on(2)), 2)
+    trace = train_and_read_trace(tiny_config(data, tmp_path / "run", model__tie_embeddings=False, **SETTINGS, **layout(2)), 2)
     ends = {kind: {e["id"]: e for e in trace["traceEvents"] if e["ph"] == kind} for kind in ("s", "f")}
     assert len(ends["s"]) == 2 * 2 * 8  # steps, directions, microbatches
     assert ends["s"].keys() == ends["f"].keys()
@@ -84,10 +84,10 @@ def test_trace_messages_are_arrows_between_ranks_forward_in_time(tmp_path, data)
     assert all(event["args"]["peer"] == 1 - event["pid"] for event in received)
 
 
-@pytest.mark.parametrize(("size", "layout"), [(1, on()), (2, on(zero=3)), (2, on(2, "interleaved"))])
+@pytest.mark.parametrize(("size", "layout"), [(1, layout()), (2, layout(zero=3)), (2, layout(2, "interleaved"))])
 def test_trace_events_of_a_rank_nest(tmp_path, data, size, layout):
     """Exactly, by the sums that viewers compute: Perfetto drops an event that ends after the one around it."""
-    trace = train_and_read_trace(tiny(data, tmp_path / "run", **SETTINGS, **layout), size)
+    trace = train_and_read_trace(tiny_config(data, tmp_path / "run", **SETTINGS, **layout), size)
     for rank in range(size):
         ends: list[float] = []
         for event in sorted(spans(trace, pid=rank), key=lambda e: (e["ts"], -e["dur"])):
@@ -98,10 +98,10 @@ def test_trace_events_of_a_rank_nest(tmp_path, data, size, layout):
             ends.append(end)
 
 
-@pytest.mark.parametrize(("size", "layout"), [(1, on()), (3, on(zero=3)), (4, on(2)), (2, on(2, "gpipe"))])
+@pytest.mark.parametrize(("size", "layout"), [(1, layout()), (3, layout(zero=3)), (4, layout(2)), (2, layout(2, "gpipe"))])
 def test_trace_and_metrics_rows_agree_on_the_breakdown(tmp_path, data, size, layout):
     """The seconds of each category, computed here from the events alone: every moment belongs to the innermost event."""
-    config = tiny(data, tmp_path / "run", **SETTINGS, **layout)
+    config = tiny_config(data, tmp_path / "run", **SETTINGS, **layout)
     trace = train_and_read_trace(config, size)
     rows = {row["step"]: row for row in read_metrics(Path(config.run.dir) / "metrics.jsonl") if "rank_s" in row}
     pipelined = config.parallel.pipeline > 1
@@ -131,7 +131,7 @@ def categorize(event, pipelined):
 
 
 def test_trace_stopped_run_writes_the_steps_so_far(tmp_path, data):
-    config = tiny(data, tmp_path / "run", run__trace_steps="1:9", run__time_limit=1e-6)
+    config = tiny_config(data, tmp_path / "run", run__trace_steps="1:9", run__time_limit=1e-6)
     with pytest.raises(CollectiveError, match="stopped after step 1 "):
         run_ranks(2, lambda comm: train(config, comm))
     trace = json.loads((tmp_path / "run" / "trace-1-1.json").read_text())
@@ -145,7 +145,7 @@ def test_trace_stopped_run_writes_the_steps_so_far(tmp_path, data):
 
 def test_trace_resumed_run_writes_another_file(tmp_path, data):
     for steps, window in ((2, "1:3"), (4, "1:4")):
-        config = tiny(data, tmp_path / "run", **on(2), train__steps=steps, run__trace_steps=window)
+        config = tiny_config(data, tmp_path / "run", **layout(2), train__steps=steps, run__trace_steps=window)
         run_ranks(2, lambda comm, config=config: train(config, comm))
     assert {path.name for path in (tmp_path / "run").glob("trace*")} == {"trace-1-2.json", "trace-3-4.json"}
     assert "Step 4 on ranks 0, 1, the first replica" in (tmp_path / "run" / "report.html").read_text()
@@ -153,19 +153,19 @@ def test_trace_resumed_run_writes_another_file(tmp_path, data):
 
 def test_trace_steps_already_done_prints_a_note(tmp_path, data, capsys):
     for steps in (2, 3):
-        config = tiny(data, tmp_path / "run", train__steps=steps, run__trace_steps="1:2" if steps == 3 else "")
+        config = tiny_config(data, tmp_path / "run", train__steps=steps, run__trace_steps="1:2" if steps == 3 else "")
         run_ranks(2, lambda comm, config=config: train(config, comm))
     assert capsys.readouterr().out.count("nothing to trace: the steps 1:2 of --run.trace-steps were done before") == 1
     assert "Last start only. Predicted" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_trace_not_requested_writes_no_file(tmp_path, data):
-    run_ranks(2, lambda comm: train(tiny(data, tmp_path / "run"), comm))
+    run_ranks(2, lambda comm: train(tiny_config(data, tmp_path / "run"), comm))
     assert not list((tmp_path / "run").glob("trace*"))
 
 
 def test_trace_unwritable_file_does_not_end_the_run(tmp_path, data, capsys):
-    config = tiny(data, tmp_path / "run", **SETTINGS)
+    config = tiny_config(data, tmp_path / "run", **SETTINGS)
     (tmp_path / "run" / "trace-2-3.json").mkdir(parents=True)
     (tmp_path / "run" / "config.toml").write_text("")  # makes it a run folder
     with mock.patch("mpilm.trainer.run_folder._refuse_foreign"):

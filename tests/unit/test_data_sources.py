@@ -8,17 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpilm.data.sources as sources
-from mpilm.data.sources import TextOptions, TextSource, find_sources, partition_items, read_chunks
+from mpilm.config.schema import DataConfig
+from mpilm.data.sources import TextSource, find_sources, partition_items, read_chunks
 from mpilm.errors import DataError, FileError
 
 
-def read(path, options=TextOptions()):  # noqa: B008 - immutable
-    return [chunk for item in partition_items(find_sources(str(path))) for chunk in read_chunks(item, options)]
+def read(path, config=DataConfig()):  # noqa: B008 - immutable
+    return [chunk for item in partition_items(find_sources(str(path))) for chunk in read_chunks(item, config)]
 
 
-def documents(path, options=TextOptions()):  # noqa: B008
+def documents(path, config=DataConfig()):  # noqa: B008
     texts = [""]
-    for chunk in read(path, options):
+    for chunk in read(path, config):
         assert chunk.number == 0 or texts[-1]
         texts[-1] += chunk.text
         texts += [""] * chunk.is_last
@@ -134,11 +135,11 @@ def test_read_chunks_parquet_by_row_groups(tmp_path):
 
     pq.write_table(pa.table({"body": ["a", None, "b", "", "c"], "n": range(5)}), tmp_path / "x.parquet", row_group_size=2)
     assert len(partition_items(find_sources(str(tmp_path)))) == 3
-    assert documents(tmp_path, TextOptions(text_key="body")) == ["a", "b", "c"]
+    assert documents(tmp_path, DataConfig(text_key="body")) == ["a", "b", "c"]
     with pytest.raises(DataError, match='no column "text", but body, n'):
         read(tmp_path)
     with pytest.raises(DataError, match='column "n" holds int64'):
-        read(tmp_path, TextOptions(text_key="n"))
+        read(tmp_path, DataConfig(text_key="n"))
     (tmp_path / "x.parquet").write_bytes(b"nonsense")
     with pytest.raises(DataError, match=r"x\.parquet: is not a Parquet file"):
         find_sources(str(tmp_path))
@@ -151,7 +152,7 @@ def test_read_chunks_not_utf8_raises_with_place_or_replaces(tmp_path, small_bloc
     for name in ("x.txt", "x.txt.gz"):
         with pytest.raises(DataError, match=rf"{name}: line 31, byte 302: .*--data.encoding-errors replace"):
             read(tmp_path / name)
-        assert documents(tmp_path / name, TextOptions("replace")) == [data.decode("utf-8", "replace")]
+        assert documents(tmp_path / name, DataConfig(encoding_errors="replace")) == [data.decode("utf-8", "replace")]
 
 
 BAD_LINES = {
@@ -173,14 +174,14 @@ def test_read_chunks_bad_json_line_raises_with_place(tmp_path, small_blocks, lin
     with pytest.raises(DataError, match=BAD_LINES[line]):
         read(path)
     if "UTF-8" in BAD_LINES[line] or "surrogate" in BAD_LINES[line]:
-        assert "\ufffd" in documents(path, TextOptions("replace"))[18]
+        assert "\ufffd" in documents(path, DataConfig(encoding_errors="replace"))[18]
 
 
 def test_read_chunks_counts_lines_for_errors_only(tmp_path, small_blocks, monkeypatch):
     """Counting reads the file from its beginning: done for every line, it made 135 MB take an hour."""
     (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n' * 50)
     (tmp_path / "x.txt").write_text("fine\n" * 50)
-    monkeypatch.setattr(sources, "_line_number", None)
+    monkeypatch.setattr(sources._Place, "__str__", None)
     assert documents(tmp_path) == ["fine"] * 50 + ["fine\n" * 50]
 
 
@@ -195,6 +196,6 @@ def test_partition_items_covers_all_in_order_with_equal_bytes(sizes, ranks):
 def test_sample_text_is_bounded_and_from_everywhere(tmp_path, small_blocks, monkeypatch):
     (tmp_path / "x.txt").write_text("".join(f"{i:03}\n" for i in range(160)))
     monkeypatch.setattr(sources, "TRAINING_BYTES", 4 * 64)
-    found = "".join(sources.sample_text(find_sources(str(tmp_path)), TextOptions()))
+    found = "".join(sources.sample_text(find_sources(str(tmp_path)), DataConfig()))
     assert len(found) <= 4 * 80
     assert {int(line) // 40 for line in found.split()} == {0, 1, 2, 3}

@@ -6,8 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import SCHEDULES, schedule
+from mpilm.parallel.pipeline.schedules import SCHEDULES, lower, schedule
 from mpilm.planner.draw import ACTION_COLORS, draw_svg, draw_text
 from mpilm.planner.simulate import simulate
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import write_hf_model
-from runs import whole_model
+from runs import full_model
 from safetensors.torch import load_file, save_file
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -58,7 +58,7 @@ def settings_of(family: str, **changes) -> ModelConfig:
 
 def random_model(settings: ModelConfig):
     """All parameters drawn, norms and biases too, and large enough for logits of some size."""
-    model, flat = whole_model(settings, V, torch.device("cpu"))
+    model, flat = full_model(settings, V, torch.device("cpu"))
     for layout in select_owned(resolve_model_layouts(settings, V, (settings.n_layers,))):
         mean = 1.0 if layout.name.endswith("norm.weight") else 0.0
         flat.parameter(layout.name).copy_(initial_value(1, layout.name, layout.shape, 0.2) + mean)
@@ -78,7 +78,7 @@ def read(folder, **changes):
     """The model of a Hugging Face folder, and its settings, some of them changed."""
     settings, vocab_size = read_hf_config(json.loads((folder / "config.json").read_text()), "config.json")
     settings = replace(settings, **changes)
-    model, flat = whole_model(settings, vocab_size, torch.device("cpu"))
+    model, flat = full_model(settings, vocab_size, torch.device("cpu"))
     shapes = {
         layout.name: layout.shape for layout in select_owned(resolve_model_layouts(settings, vocab_size, (settings.n_layers,)))
     }

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from runs import CPU, whole_model
-from text import tiny
+from runs import CPU, full_model
+from text import tiny_config
 from torch import nn
 
 from mpilm.engine.pipelined import resolve_model_layouts
@@ -16,7 +16,7 @@ SHAPES = {"embed": (5, 3), "norm": (3,), "mlp": (7, 3), "head": (5, 3)}
 TIED = {"head": "embed"}
 
 
-def test_every_offset_is_aligned_and_nothing_overlaps():
+def test_parameters_are_aligned_views_without_overlap():
     flat = FlatParameters(resolve_layouts(SHAPES, {}), CPU)
     buffer = flat.values.tensor
     for number, (name, (at, layout)) in enumerate(flat.layout.spans.items(), start=1):
@@ -24,33 +24,33 @@ def test_every_offset_is_aligned_and_nothing_overlaps():
         assert at % ALIGNMENT == 0
         assert view.shape == layout.shape
         assert view.data_ptr() == buffer.data_ptr() + 4 * at
-        assert not view.any()  # what was written to the others is not here
+        assert not view.any()  # nothing written to the others is here
         view.fill_(number)
     assert buffer.count_nonzero() == sum(layout.numel for _, layout in flat.layout.spans.values())
     assert buffer.numel() == flat.layout.numel == 16 + 16 + 32 + 16
 
 
-def test_a_tied_use_shares_its_owners_memory_and_has_a_gradient_of_its_own():
+def test_tied_copy_on_the_owners_stage_aliases_its_value_but_not_its_gradient():
     flat = FlatParameters(resolve_layouts(SHAPES, TIED), CPU)
     assert flat.parameter("head").data_ptr() == flat.parameter("embed").data_ptr()
     assert flat.values.intervals == [(16, 80)]
     gradient = FlatVector.zeros(flat.reduced, CPU)
-    use, owner = (flat.parameter(name, gradient) for name in ("head", "embed"))
-    assert use.shape == owner.shape == (5, 3)
-    assert use.data_ptr() == gradient.tensor.data_ptr()
+    copy, owner = (flat.parameter(name, gradient) for name in ("head", "embed"))
+    assert copy.shape == owner.shape == (5, 3)
+    assert copy.data_ptr() == gradient.tensor.data_ptr()
     assert owner.data_ptr() == gradient.tensor.data_ptr() + 4 * 64
 
 
 @pytest.mark.parametrize(("zero", "stages"), [(0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
-def test_a_tied_use_has_a_copy_where_its_owner_is_not_whole_on_this_rank(zero, stages):
+def test_tied_copy_is_separate_if_its_owner_is_sharded_or_on_another_stage(zero, stages):
     table = resolve_layouts(SHAPES, TIED, lambda name: int(stages == 2 and name in ("mlp", "head")))
     flat = FlatParameters(select_stage(table, stages - 1), CPU, zero, rank=0, ranks=1)
     assert not flat.aliases_owner
     assert flat.values.intervals[0][0] == 0
-    assert all(start >= flat.layout.tied_copies_numel for start, _ in flat.owned)  # its owner's optimizer updates it
+    assert all(start >= flat.layout.tied_copies_numel for start, _ in flat.owned)  # the owner's optimizer updates it
 
 
-def test_a_vector_with_holes_gives_views_of_what_it_holds():
+def test_vector_of_some_intervals_returns_views_within_them():
     vector = FlatVector([(16, 48), (64, 80)], torch.arange(48.0))
     assert vector.view(16, 48).tolist() == list(range(32))
     assert vector.view(20, 22).tolist() == [4, 5]
@@ -60,49 +60,49 @@ def test_a_vector_with_holes_gives_views_of_what_it_holds():
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 16), (15, 17), (40, 49), (40, 66), (48, 64), (50, 52), (79, 81), (90, 91)])
-def test_what_a_rank_does_not_hold_is_refused(start, stop):
+def test_vector_of_some_intervals_refuses_views_outside(start, stop):
     with pytest.raises(IndexError, match=f"elements {start} to {stop} of a flat vector are not on this rank"):
         FlatVector([(16, 48), (64, 80)], torch.zeros(48)).view(start, stop)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_who_holds_sums_updates_and_counts_what(zero, ranks):
+def test_intervals_held_reduced_owned_and_unique_follow_zero(zero, ranks):
     table = resolve_layouts({**SHAPES, "wide": (40, 10)}, TIED)
     flats = [FlatParameters(table, CPU, zero, rank, ranks) for rank in range(ranks)]
-    uses, end = flats[0].layout.tied_copies_numel, flats[0].layout.numel
+    copies, end = flats[0].layout.tied_copies_numel, flats[0].layout.numel
     everything = [(0, end)]
     for flat in flats:
-        held = flat.shard if zero == 3 else intersect_intervals(everything, [(uses, end)])
+        held = flat.shard if zero == 3 else intersect_intervals(everything, [(copies, end)])
         assert flat.values.intervals == held
         assert flat.values.tensor.numel() == sum(stop - start for start, stop in held)
         assert flat.reduced == (flat.shard if zero else everything)
-        assert flat.owned == intersect_intervals(flat.reduced, [(uses, end)])
-    counted = sorted(interval for flat in flats for interval in flat.unique)
-    assert [i for start, stop in counted for i in range(start, stop)] == list(range(uses, end))
+        assert flat.owned == intersect_intervals(flat.reduced, [(copies, end)])
+    unique = sorted(interval for flat in flats for interval in flat.unique)
+    assert [i for start, stop in unique for i in range(start, stop)] == list(range(copies, end))
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_pieces_are_what_this_rank_updates(zero):
+def test_owned_slices_are_views_of_what_the_rank_updates(zero):
     table = resolve_layouts({**SHAPES, "wide": (40, 10)}, TIED)
     owned = {name: layout.numel for name, layout in table.items() if not layout.tied_to}
     seen = {name: torch.zeros(numel) for name, numel in owned.items()}
     for rank in range(3):
         flat = FlatParameters(table, CPU, zero, rank, ranks=3)
         vector = FlatVector.zeros(flat.reduced, CPU)
-        for piece, view in flat.owned_slices(vector).items():
+        for item, view in flat.owned_slices(vector).items():
             assert view.untyped_storage().data_ptr() == vector.tensor.untyped_storage().data_ptr()
-            assert view.shape == (piece.numel,)
-            seen[piece.name][piece.start : piece.stop] += 1
+            assert view.shape == (item.numel,)
+            seen[item.name][item.start : item.stop] += 1
     assert all((count == (1 if zero else 3)).all() for count in seen.values())
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_installed_parameters_are_views_of_the_vector(tie):
-    model, flat = whole_model(tiny("", "", model__tie_embeddings=tie).model, 11, CPU)
+    model, flat = full_model(tiny_config("", "", model__tie_embeddings=tie).model, 11, CPU)
     parameters = dict(model.named_parameters())
     with torch.device("meta"):
-        assert list(parameters) == [name for name, _ in build_model(tiny("", "").model, 11).named_parameters()]
+        assert list(parameters) == [name for name, _ in build_model(tiny_config("", "").model, 11).named_parameters()]
     flat.values.tensor.fill_(0.5)
     for name, parameter in parameters.items():
         assert isinstance(parameter, nn.Parameter)
@@ -112,12 +112,12 @@ def test_installed_parameters_are_views_of_the_vector(tie):
         assert (parameter == 0.5).all(), name
     shared = parameters["head.weight"].data_ptr() == parameters["embed.weight"].data_ptr()
     assert shared == tie
-    assert parameters["head.weight"] is not parameters["embed.weight"]  # each use has a gradient of its own
+    assert parameters["head.weight"] is not parameters["embed.weight"]  # each has a gradient of its own
     assert flat.layout.spans["head.weight"][1].tied_to == ("embed.weight" if tie else None)
 
 
-def test_the_stages_of_a_model_are_all_of_it():
-    shape = tiny("", "", model__n_layers=3).model
+def test_stages_of_a_model_hold_all_its_parameters():
+    shape = tiny_config("", "", model__n_layers=3).model
     table = resolve_model_layouts(shape, 11, (2, 1))
     stages = [FlatParameters(select_stage(table, stage), CPU) for stage in range(2)]
     assert [len(flat.layout.spans) for flat in stages] == [1 + 2 * 9, 9 + 2]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from runs import whole_model
-from text import tiny
+from runs import full_model
+from text import tiny_config
 
 from mpilm.config.presets import PRESETS, VOCABULARIES
 from mpilm.config.schema import resolve_config
@@ -32,13 +32,13 @@ each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 def settings_of(family, **changes):
     changes = {f"model__{key}": value for key, value in changes.items()}
-    return tiny("", "", model__arch=family.split()[0], **FAMILIES[family] | changes).model
+    return tiny_config("", "", model__arch=family.split()[0], **FAMILIES[family] | changes).model
 
 
 def saved_and_predicted_bytes(settings, dtype, batch=4):
     """The bytes that a forward saves for backward, each storage once, without parameters; and the prediction of them."""
     storages, length = {}, settings.context_length
-    model, flat = whole_model(settings, V, CPU)
+    model, flat = full_model(settings, V, CPU)
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -106,7 +106,7 @@ def test_parameter_count_of_a_published_model_is_the_published_one(preset, count
 
 
 def test_flops_per_token_are_six_per_matrix_element_and_the_attention():
-    settings = tiny("", "", model__tie_embeddings=True).model
+    settings = tiny_config("", "", model__tie_embeddings=True).model
     norms = (2 * settings.n_layers + 1) * settings.d_model
     matrices = parameter_count(settings, V) - norms  # tied: the embedding is counted once, as the head
     attention = (

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import make_state, read_tensors, replicate, small_files
 from safetensors.torch import save_file
-from text import tiny
+from text import tiny_config
 from transformers import AutoTokenizer
 
 from mpilm.checkpoint import load as load_module
@@ -45,7 +45,7 @@ FILES = {
 
 
 def write_checkpoint(parent, tie=True):
-    config = tiny("", "", model__tie_embeddings=tie, model__dropout=0.0).model
+    config = tiny_config("", "", model__tie_embeddings=tie, model__dropout=0.0).model
     own = {n: p.detach() for n, p in build_model(config, 257).named_parameters() if n not in tied_parameters(config)}
     sharding = replicate({name: tuple(x.shape) for name, x in own.items()}, 1)
     state = make_state(dict.fromkeys((PARAMETER, "exp_avg", "exp_avg_sq"), own), sharding, 0)

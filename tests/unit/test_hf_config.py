@@ -1,7 +1,7 @@
 """Reading and writing config.json; tests/unit/test_families.py compares the models themselves."""
 
 import pytest
-from text import tiny
+from text import tiny_config
 from transformers import LlamaConfig
 
 from mpilm.errors import ConfigError
@@ -23,7 +23,7 @@ V = 53
     ],
 )
 def test_hf_config_written_and_read_is_the_same(changes):
-    settings = tiny("", "", model__dropout=0.0, **{f"model__{key}": value for key, value in changes.items()}).model
+    settings = tiny_config("", "", model__dropout=0.0, **{f"model__{key}": value for key, value in changes.items()}).model
     config = hf_config(settings, V, 7)
     assert read_hf_config(config, "x") == (settings, V)
     rewritten = LlamaConfig(**config).to_dict()  # as transformers itself would save it
@@ -53,7 +53,7 @@ def test_hf_config_written_and_read_is_the_same(changes):
     ],
 )
 def test_hf_config_that_is_unsupported_or_wrong_is_refused(changes, message):
-    config = hf_config(tiny("", "").model, V, 0) | changes
+    config = hf_config(tiny_config("", "").model, V, 0) | changes
     with pytest.raises(ConfigError) as caught:
         read_hf_config(config, "some/config.json")
     assert str(caught.value).startswith(f"some/config.json: {message}")
@@ -61,14 +61,14 @@ def test_hf_config_that_is_unsupported_or_wrong_is_refused(changes, message):
 
 @pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size"])
 def test_hf_config_without_a_key_names_it(key):
-    config = hf_config(tiny("", "").model, V, 0)
+    config = hf_config(tiny_config("", "").model, V, 0)
     del config[key]
     with pytest.raises(ConfigError, match=f"lacks '{key}'"):
         read_hf_config(config, "config.json")
 
 
 def test_hf_config_of_newer_versions_has_theta_in_rope_parameters():
-    config = hf_config(tiny("", "").model, V, 0)
+    config = hf_config(tiny_config("", "").model, V, 0)
     del config["rope_theta"]
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 12345.0}
     assert read_hf_config(config, "x")[0].rope_theta == 12345.0

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from program_check import check_programs
 
 from mpilm.parallel.pipeline.actions import COMPUTE, Action, parse_action
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only, schedule
+from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only, lower, schedule
 
 
 def parse(text):

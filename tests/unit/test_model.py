@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers.models.llama.modeling_llama as hf_llama
-from runs import whole_model
-from text import tiny
+from runs import full_model
+from text import tiny_config
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,8 +30,8 @@ V = 53
 
 def make_model(dtype=torch.float32, **changes):
     """A model with norms other than one and logits of some size; and its settings."""
-    config = tiny("", "", **{f"model__{key}": value for key, value in changes.items()})
-    model, flat = whole_model(config.model, V, torch.device("cpu"))
+    config = tiny_config("", "", **{f"model__{key}": value for key, value in changes.items()})
+    model, flat = full_model(config.model, V, torch.device("cpu"))
     draw_values(flat, config.model, config.train.seed)
     for layout in select_owned(resolve_model_layouts(config.model, V, (config.model.n_layers,))):
         flat.parameter(layout.name).add_(initial_value(1, layout.name, layout.shape, 0.05))
@@ -210,7 +210,7 @@ def test_initial_value_equals_the_stored_one():
     ],
 )
 def test_initial_std_follows_the_name(arch, name, std):
-    found = initial_std(name, tiny("", "", model__arch=arch, model__n_kv_heads=0).model)
+    found = initial_std(name, tiny_config("", "", model__arch=arch, model__n_kv_heads=0).model)
     assert found == (pytest.approx(std) if std else std)
     if std:
         values = initial_value(0, name, (200, 200), found)
@@ -244,5 +244,5 @@ def test_attention_counts_its_heads_by_the_width_of_its_matrices():
 
 def test_build_model_on_the_meta_device_takes_no_memory():
     with torch.device("meta"):
-        model = build_model(tiny("", "").model, V)
+        model = build_model(tiny_config("", "").model, V)
     assert all(parameter.is_meta for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""The gradient norm: as good as float64, and the same bits however the gradient is cut."""
+"""The gradient norm: as exact as float64, and the same bits however the gradient is divided."""
 
 import itertools
 import math
@@ -25,49 +25,49 @@ def norm(x):
 
 
 def exact(x):
-    """By float64 squares, which are exact, and Python's exact sum."""
+    """Return the norm by float64 squares, which are exact, and Python's exact sum."""
     return math.sqrt(math.fsum((x.double() ** 2).tolist()))
 
 
 @pytest.mark.parametrize("spread", [0.0, 3.0, 8.0])
 @pytest.mark.parametrize("count", [1, 2, 17, 1000, 200_000])
-def test_is_the_norm(count, spread):
+def test_norm_equals_float64_for_any_count_and_spread(count, spread):
     x = noise(count, spread=spread)
     assert norm(x) == pytest.approx(exact(x), rel=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-10, 1.0, 1e30, 3e38 / 4])
-def test_scales_from_the_smallest_to_the_largest_numbers(scale):
+def test_norm_equals_float64_at_any_scale(scale):
     x = (torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, 5000)) * scale).float()
     assert norm(x) == pytest.approx(exact(x), rel=1e-9)
 
 
 @pytest.mark.parametrize("outlier", [1e3, 1e10, 1e30])
-def test_one_outlier(outlier):
+def test_norm_with_one_outlier_equals_float64(outlier):
     x = noise(10_000)
     x[77] = outlier
     assert norm(x) == pytest.approx(exact(x), rel=1e-9)
 
 
-def test_every_element_the_largest_number_does_not_overflow():
+def test_norm_of_largest_numbers_does_not_overflow():
     x = torch.full((100_000,), torch.finfo(torch.float32).max)
     assert norm(x) == pytest.approx(exact(x), rel=1e-12)
 
 
-def test_billions_of_elements_fit():
+def test_norm_of_billions_of_elements_does_not_overflow():
     x = torch.full((4096,), 1.99999)
     assert global_norm([x] * 2000, SelfComm()) == pytest.approx(exact(x) * math.sqrt(2000), rel=1e-12)
-    words = 2**33 * 2 ** (norm_module.MANTISSA - 1)  # the sum of 2^33 largest squares
-    assert words >> norm_module.LOW_BITS < 2**63
+    total = 2**33 * 2 ** (norm_module.MANTISSA - 1)  # the sum of 2^33 largest squares
+    assert total >> norm_module.LOW_BITS < 2**63
 
 
-def test_small_elements_count_beside_a_large_one():
+def test_norm_counts_small_elements_beside_a_large_one():
     """The largest is 50,000 times the others' deviation: as 8 billion elements they would weigh more than it."""
     x = noise(100_000, spread=0.0) / 50_000
     assert global_norm([x, torch.ones(1)], SelfComm()) ** 2 - 1 == pytest.approx(exact(x) ** 2, rel=1e-6)
 
 
-def test_zeros_and_nothing():
+def test_norm_of_zeros_and_of_nothing_is_zero():
     assert norm(torch.zeros(100)) == 0.0
     assert global_norm([], SelfComm()) == 0.0
     assert global_norm([torch.empty(0), torch.tensor([3.0, 4.0])], SelfComm()) == 5.0
@@ -75,7 +75,7 @@ def test_zeros_and_nothing():
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("at", [0, 500, 999])
-def test_what_is_not_finite_is_never_lost(bad, at):
+def test_norm_with_a_nonfinite_element_is_not_finite_on_any_rank(bad, at):
     x = noise(1000)
     x[at] = bad
     pieces = x.split([0, 500, 300, 200])
@@ -86,10 +86,9 @@ def test_what_is_not_finite_is_never_lost(bad, at):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 700), max_size=9), st.integers(1, 4), st.randoms(use_true_random=False), st.integers(0, 9))
-def test_the_bits_do_not_depend_on_cuts_ranks_or_order(cuts, ranks, random, seed):
+def test_norm_has_the_same_bits_for_any_slices_ranks_and_order(ends, ranks, random, seed):
     x = noise(700, seed, spread=6.0)
-    edges = [0, *sorted(cuts), 700]
-    pieces = [x[a:b].clone() for a, b in itertools.pairwise(edges)]
+    pieces = [x[a:b].clone() for a, b in itertools.pairwise([0, *sorted(ends), 700])]
     random.shuffle(pieces)
     owners = [random.randrange(ranks) for _ in pieces]
 
@@ -99,7 +98,7 @@ def test_the_bits_do_not_depend_on_cuts_ranks_or_order(cuts, ranks, random, seed
     assert run_ranks(ranks, body) == [norm(x)] * ranks
 
 
-def test_the_bits_do_not_depend_on_the_order_of_elements():
+def test_norm_has_the_same_bits_for_any_order_of_elements():
     x = noise(5000, spread=6.0)
     order = torch.from_numpy(np.random.default_rng(0).permutation(5000))
     assert norm(x) == norm(x[order]) == norm(x.flip(0))
@@ -107,17 +106,17 @@ def test_the_bits_do_not_depend_on_the_order_of_elements():
     assert reordered != math.sqrt(float((x.double() ** 2).cumsum(0)[-1]))  # adding one by one can tell the orders apart
 
 
-def test_the_bits_do_not_depend_on_the_chunks(monkeypatch):
+def test_norm_has_the_same_bits_for_any_chunk(monkeypatch):
     x = noise(5000)
-    whole = norm(x)
+    expected = norm(x)
     for chunk in (1, 64, 4999):
         monkeypatch.setattr(norm_module, "CHUNK", {"cpu": chunk})
-        assert norm(x) == whole
+        assert norm(x) == expected
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("count", [1, 2047, 2048, 5000, 200_000])
-def test_whole_rows_at_once_are_the_same_bits(count, compiled):
+def test_row_sum_compiled_or_not_gives_the_same_bits(count, compiled):
     x = noise(count)
-    words = norm_module.compile_row_sum() if compiled else norm_module._row_sum
-    assert global_norm([x, x[:7]], SelfComm(), words) == global_norm([x, x[:7]], SelfComm())
+    row_sum = norm_module.compile_row_sum() if compiled else norm_module._row_sum
+    assert global_norm([x, x[:7]], SelfComm(), row_sum) == global_norm([x, x[:7]], SelfComm())

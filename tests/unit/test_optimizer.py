@@ -1,8 +1,8 @@
-"""Every optimizer against torch's own, and in shards against the whole."""
+"""Every optimizer against torch's own, and in shards against the full update."""
 
 import pytest
 import torch
-from runs import CPU, differing, joined
+from runs import CPU, assemble, differing
 
 from mpilm.config.schema import TrainConfig
 from mpilm.optim.elementwise import AdamW
@@ -19,25 +19,25 @@ def train(**changes):
 
 
 def parts(settings, zero=0, rank=0, ranks=1):
-    """Parameters, their optimizer, and the vector in which it finds their gradients."""
+    """Return parameters, their optimizer, and the vector of their gradients."""
     flat = FlatParameters(
-        resolve_layouts(SHAPES, {}, is_is_unsharded=needs_full_parameter(settings.optimizer)), CPU, zero, rank, ranks
+        resolve_layouts(SHAPES, {}, is_unsharded=needs_full_parameter(settings.optimizer)), CPU, zero, rank, ranks
     )
     return flat, Optimizer({0: flat}, settings), FlatVector.zeros(flat.reduced, CPU)
 
 
 def fill(flat, vector, values):
-    """Give each parameter's part of a vector its values, as far as they are held here."""
-    for piece, view in flat.owned_slices(vector).items():
-        view.copy_(values[piece.name].flatten()[piece.start : piece.stop])
+    """Copy the values of each parameter into the part of a vector that this rank owns."""
+    for item, view in flat.owned_slices(vector).items():
+        view.copy_(values[item.name].flatten()[item.start : item.stop])
 
 
-def randoms(generator):
+def draw(generator):
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def torchs(settings, parameters):
-    """torch's own, of these parameters by name; decay on matrices only."""
+def torch_optimizers(settings, parameters):
+    """Return torch's own optimizers of these named parameters; decay on matrices only."""
 
     def groups(chosen):
         named = [p for name, p in parameters.items() if chosen(name, p)]
@@ -66,15 +66,15 @@ CASES = [(name, decay, 0.9) for name in OPTIMIZERS for decay in (0.1, 0.0)] + [(
 
 
 @pytest.mark.parametrize(("name", "decay", "momentum"), CASES)
-def test_it_is_torchs_with_decay_on_matrices_only(name, decay, momentum):
+def test_optimizer_matches_torch_with_decay_on_matrices_only(name, decay, momentum):
     settings = train(optimizer=name, weight_decay=decay, momentum=momentum)
     flat, ours, vector = parts(settings)
     generator = torch.Generator().manual_seed(0)
-    fill(flat, flat.values, randoms(generator))
+    fill(flat, flat.values, draw(generator))
     theirs = {name: flat.parameter(name).clone().requires_grad_() for name in SHAPES}
-    reference = torchs(settings, theirs)
+    reference = torch_optimizers(settings, theirs)
     for step in range(20):
-        gradients = randoms(generator)
+        gradients = draw(generator)
         fill(flat, vector, gradients)
         for name, parameter in theirs.items():
             parameter.grad = gradients[name].clone()
@@ -83,30 +83,30 @@ def test_it_is_torchs_with_decay_on_matrices_only(name, decay, momentum):
                 group["lr"] = learning_rate(settings, step)
             each.step()
         ours.step({0: vector}, learning_rate(settings, step))
-    moments = ours.pieces()
+    moments = ours.state_slices()
     state = {name: each.state[p] for each in reference for name, p in theirs.items() if p in each.state}
     for name, parameter in theirs.items():
         torch.testing.assert_close(flat.parameter(name), parameter.detach(), rtol=1e-5, atol=1e-6)
     for kind, shapes in moment_shapes(settings.optimizer, {n: layout for n, (_, layout) in flat.layout.spans.items()}).items():
-        assert {piece.name for piece in moments[kind]} == set(shapes)
-        for piece, moment in moments[kind].items():
-            wanted = state.get(piece.name, {}).get(kind)
-            if wanted is None:  # sgd without momentum
+        assert {item.name for item in moments[kind]} == set(shapes)
+        for item, moment in moments[kind].items():
+            expected = state.get(item.name, {}).get(kind)
+            if expected is None:  # sgd without momentum
                 continue
-            assert shapes[piece.name] == tuple(wanted.shape)
-            torch.testing.assert_close(moment, wanted.flatten(), rtol=1e-5, atol=1e-6)
+            assert shapes[item.name] == tuple(expected.shape)
+            torch.testing.assert_close(moment, expected.flatten(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
-def test_what_is_updated_as_a_whole_has_torchs_bits(name):
+def test_unsharded_optimizer_has_the_bits_of_torch(name):
     settings = train(optimizer=name, weight_decay=0.1)
     flat, ours, vector = parts(settings)
     generator = torch.Generator().manual_seed(2)
-    fill(flat, flat.values, randoms(generator))
+    fill(flat, flat.values, draw(generator))
     theirs = {name: flat.parameter(name).clone().requires_grad_() for name in SHAPES}
-    reference = torchs(settings, theirs)[0]
+    reference = torch_optimizers(settings, theirs)[0]
     for _ in range(5):
-        gradients = randoms(generator)
+        gradients = draw(generator)
         fill(flat, vector, gradients)
         for name, parameter in theirs.items():
             parameter.grad = gradients[name].clone()
@@ -120,8 +120,7 @@ def test_what_is_updated_as_a_whole_has_torchs_bits(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_decay_alone(name):
-    """Without a gradient a matrix shrinks by lr x decay, a vector stays."""
+def test_zero_gradient_shrinks_matrices_and_keeps_vectors(name):
     flat, optimizer, gradients = parts(train(optimizer=name, weight_decay=0.25))
     fill(flat, flat.values, {name: torch.ones(shape) for name, shape in SHAPES.items()})
     optimizer.step({0: gradients}, lr=0.5)
@@ -130,53 +129,52 @@ def test_decay_alone(name):
     }
 
 
-def test_moments_of_a_matrix_take_the_room_that_is_said():
-    table = resolve_layouts({"embed": (13, 8), "norm": (5,)}, {}, is_is_unsharded=needs_full_parameter("adafactor"))
+def test_moment_shapes_of_adafactor_are_rows_and_columns():
+    table = resolve_layouts({"embed": (13, 8), "norm": (5,)}, {}, is_unsharded=needs_full_parameter("adafactor"))
     assert moment_shapes("adafactor", table) == {
         "row_var": {"embed": (13, 1)}, "col_var": {"embed": (1, 8)}, "variance": {"norm": (5,)},
     }  # fmt: skip
 
 
-def updated(settings, zero, ranks, steps=3):
-    """The bits of values and moments after some steps, from the shards of all ranks."""
-    found = {}
+def update_on_ranks(settings, zero, ranks, steps=3):
+    """Return the bits of values and moments after some steps, from the shards of all ranks."""
+    states = []
     for rank in range(ranks):
         flat, optimizer, vector = parts(settings, zero, rank, ranks)
         generator = torch.Generator().manual_seed(3)
-        fill(flat, flat.values, randoms(generator))
+        fill(flat, flat.values, draw(generator))
         for _ in range(steps):
-            fill(flat, vector, randoms(generator))
+            fill(flat, vector, draw(generator))
             optimizer.step({0: vector}, 0.1)
-        found[rank] = {"value": flat.owned_slices(flat.values), **optimizer.state_slices()}
-    return joined(list(found.values()))
+        states.append({"value": flat.owned_slices(flat.values), **optimizer.state_slices()})
+    return assemble(states)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("zero", [1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 30])
-def test_an_update_in_shards_has_the_bits_of_the_whole_one(name, zero, ranks):
-    """30 ranks: more than there is anything for."""
-    settings = train(optimizer=name)
-    assert differing(updated(settings, zero, ranks), updated(settings, zero=0, ranks=1)) == []
+def test_update_of_shards_has_the_bits_of_the_full_update(name, zero, ranks):
+    settings = train(optimizer=name)  # 30 ranks: more than have anything to update
+    assert differing(update_on_ranks(settings, zero, ranks), update_on_ranks(settings, zero=0, ranks=1)) == []
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_moments_that_are_put_back_go_on_where_they_were(name):
+def test_restored_moments_continue_to_the_same_bits(name):
     settings = train(optimizer=name)
 
     def run(interrupted):
         flat, optimizer, vector = parts(settings)
         generator = torch.Generator().manual_seed(1)
-        fill(flat, flat.values, randoms(generator))
+        fill(flat, flat.values, draw(generator))
         for step in range(6):
             if interrupted and step == 3:
-                kept = {kind: {p: x.clone() for p, x in of.items()} for kind, of in optimizer.state_slices().items()}
+                saved = {kind: {item: x.clone() for item, x in of.items()} for kind, of in optimizer.state_slices().items()}
                 optimizer = Optimizer({0: flat}, settings)
                 for kind, of in optimizer.state_slices().items():
-                    for piece, moment in of.items():
-                        moment.copy_(kept[kind][piece])
+                    for item, moment in of.items():
+                        moment.copy_(saved[kind][item])
                 optimizer.set_step(3)
-            fill(flat, vector, randoms(generator))
+            fill(flat, vector, draw(generator))
             optimizer.step({0: vector}, 0.1)
         return flat.values.tensor
 
@@ -188,7 +186,7 @@ def test_muon_leaves_embeddings_and_vectors_to_adamw():
     plain = FlatParameters(resolve_layouts(SHAPES, {}), CPU)
     adamw = AdamW({0: plain}, train())
     generator = torch.Generator().manual_seed(4)
-    values, gradients = randoms(generator), randoms(generator)
+    values, gradients = draw(generator), draw(generator)
     for of, target in ((flat, vector), (plain, (other := FlatVector.zeros(plain.reduced, CPU)))):
         fill(of, of.values, values)
         fill(of, target, gradients)

@@ -150,8 +150,9 @@ def test_draw_into_a_missing_folder_exits_with_the_file_code(monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["plan", "--draw", "--svg", "/no/such/folder/plan.svg"])
     code, output = exit_of(capsys, main)
     assert code == FileError.code
-    assert output.err.startswith("mpilm: error: --svg /no/such/folder/plan.svg: cannot write it on ")
-    assert output.err.endswith(": No such file or directory\n")
+    assert output.err.startswith(
+        "mpilm: error: --svg /no/such/folder/plan.svg cannot be written: No such file or directory (on "
+    )
 
 
 # The ranking.

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from mpilm.errors import ConfigError, FileError
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import schedule
+from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.planner.simulate import simulate
 from mpilm.report import figures, summary
 from mpilm.report.page import MARKER, save_images, write_report

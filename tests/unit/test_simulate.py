@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpilm.parallel.pipeline.actions import parse_action
-from mpilm.parallel.pipeline.lower import lower
-from mpilm.parallel.pipeline.schedules import analytic_bubble, find_schedule_problem, forward_only, schedule
+from mpilm.parallel.pipeline.schedules import analytic_bubble, find_schedule_problem, forward_only, lower, schedule
 from mpilm.planner.simulate import TimelineEvent, simulate
 
 RANKS, MICROBATCHES = range(1, 9), range(1, 17)

@@ -1,4 +1,4 @@
-"""The tree of additions: the same bits however the microbatches are dealt to ranks."""
+"""The summation tree: the same bits however the microbatches are assigned to ranks."""
 
 import math
 
@@ -18,40 +18,41 @@ from mpilm.ops.tree import (
 )
 
 SIZES = st.integers(1, 40).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total)))
-TOTALS = range(1, 33)
+UP_TO_32 = [(ranks, total) for total in range(1, 33) for ranks in range(1, total + 1)]
 
 
-def gradients(total, seed=0):
-    """Numbers of very different size, so that another order of additions gives other bits."""
+def random_gradients(total, seed=0):
+    """Return numbers of very different size, so that another order of additions gives other bits."""
     random = np.random.default_rng((total, seed))
     return (random.standard_normal((total, 8)) * 10.0 ** random.integers(-4, 4, (total, 8))).astype(np.float32)
 
 
-def tree(leaves):
-    """The definition: pairs from the left, a last one without a partner as it is, and so on upward."""
+def tree_sum(leaves):
+    """Add as the tree is defined: pairs from the left, a last leaf without a partner unchanged, and so on upward."""
     while len(leaves) > 1:
         pairs = [leaves[i : i + 2] for i in range(0, len(leaves), 2)]
         leaves = [pair[0] + pair[1] if len(pair) == 2 else pair[0] for pair in pairs]
     return leaves[0]
 
 
-def carried_out(folds, nodes, values):
-    """What a rank does with values as they come; the nodes in order with what has become of them, and its buffers."""
+def accumulate(ops, nodes, values):
+    """Carry out the operations; return the nodes with their sums, and the number of buffers."""
     buffers = {}
-    for value, step in zip(values, folds, strict=True):
-        buffers[step.buffer] = value if step.overwrite else buffers[step.buffer] + value
-        for into, other in step.merges:
+    for value, op in zip(values, ops, strict=True):
+        buffers[op.buffer] = value if op.overwrite else buffers[op.buffer] + value
+        for into, other in op.merges:
             buffers[into] = buffers[into] + buffers[other]
     return [(node, buffers[buffer]) for buffer, node in nodes.items()], len(buffers)
 
 
-def folded(leaves, start, stop, total):
-    return carried_out(*plan_block_accumulation(start, stop, total), leaves[start:stop])
+def accumulate_block(leaves, start, stop, total):
+    return accumulate(*plan_block_accumulation(start, stop, total), leaves[start:stop])
 
 
-def shared(leaves, ranks):
+def sum_blocks(leaves, ranks):
+    """Return the sum of blocks that are accumulated by each rank and then merged."""
     total = len(leaves)
-    found = [pair for r in range(ranks) for pair in folded(leaves, *block_of_rank(r, ranks, total), total)[0]]
+    found = [pair for r in range(ranks) for pair in accumulate_block(leaves, *block_of_rank(r, ranks, total), total)[0]]
     nodes, values = [node for node, _ in found], [value for _, value in found]
     merges, remaining = plan_merges(nodes, total)
     assert remaining == [((0, total), 0)]
@@ -60,59 +61,57 @@ def shared(leaves, ranks):
     return values[0]
 
 
-@settings(deadline=None)
-@given(SIZES, st.integers(0, 99))
-def test_any_number_of_ranks_gives_the_bits_of_the_tree(sizes, seed):
-    ranks, total = sizes
-    leaves = gradients(total, seed)
-    assert shared(leaves, ranks).tobytes() == tree(list(leaves)).tobytes()
-
-
-def in_rounds(leaves, ranks):
-    """Microbatches dealt like cards: each round is combined as far as it can be, and what remains is folded. The root's value,
-    and the number of buffers."""
+def sum_rounds(leaves, ranks):
+    """Return the sum of rounds that are merged at once and then accumulated, and the number of buffers."""
     total = len(leaves)
     nodes, values = [], []
     for at in range(0, total, ranks):
-        here = [(leaf, leaf + 1) for leaf in range(at, min(at + ranks, total))]
         sums = list(leaves[at : at + ranks])
-        adds, remaining = plan_merges(here, total)
-        for into, other in adds:
+        merges, remaining = plan_merges([(leaf, leaf + 1) for leaf in range(at, min(at + ranks, total))], total)
+        for into, other in merges:
             sums[into] = sums[into] + sums[other]
         nodes += [node for node, _ in remaining]
         values += [sums[position] for _, position in remaining]
-    found, buffers = carried_out(*plan_accumulation(nodes, total), values)
-    ((root, value),) = found
+    ((root, value),), buffers = accumulate(*plan_accumulation(nodes, total), values)
     assert root == (0, total)
     return value, buffers
 
 
 @settings(deadline=None)
 @given(SIZES, st.integers(0, 99))
-def test_rounds_of_microbatches_give_the_bits_of_the_tree(sizes, seed):
+def test_sum_on_any_number_of_ranks_has_the_bits_of_the_tree(sizes, seed):
     ranks, total = sizes
-    leaves = gradients(total, seed)
-    assert in_rounds(leaves, ranks)[0].tobytes() == tree(list(leaves)).tobytes()
+    leaves = random_gradients(total, seed)
+    expected = tree_sum(list(leaves)).tobytes()
+    assert sum_blocks(leaves, ranks).tobytes() == expected
+    assert sum_rounds(leaves, ranks)[0].tobytes() == expected
+
+
+def test_sum_of_eight_microbatches_has_the_bits_of_the_written_sum():
+    leaves = random_gradients(8)
+    a, b, c, d, e, f, g, h = leaves
+    expected = ((a + b) + (c + d)) + ((e + f) + (g + h))
+    assert {sum_blocks(leaves, ranks).tobytes() for ranks in range(1, 9)} == {expected.tobytes()}
+    assert expected.tobytes() != (a + b + c + d + e + f + g + h).tobytes()  # the comparison can tell orders apart
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("rounds", [1, 2, 4, 8])
-def test_rounds_of_powers_of_two_need_few_buffers(ranks, rounds):
-    assert in_rounds(gradients(ranks * rounds), ranks)[1] == max(1, math.log2(rounds))
+def test_rounds_of_powers_of_two_need_log2_buffers(ranks, rounds):
+    assert sum_rounds(random_gradients(ranks * rounds), ranks)[1] == max(1, math.log2(rounds))
 
 
-@pytest.mark.parametrize("total", TOTALS)
-def test_dealt_microbatches_are_a_round_robin(total):
-    for ranks in range(1, total + 1):
-        hands = [strided_assignment(rank, ranks, total) for rank in range(ranks)]
-        assert sorted(m for hand in hands for m in hand) == list(range(total))
-        rounds = [[hand[i] for hand in hands if i < len(hand)] for i in range(len(hands[0]))]
-        assert [m for each in rounds for m in each] == list(range(total))  # every round in rank order
-        assert all(len(each) == ranks for each in rounds[:-1])
+def test_strided_assignment_fills_every_round_in_rank_order():
+    for ranks, total in UP_TO_32:
+        assigned = [strided_assignment(rank, ranks, total) for rank in range(ranks)]
+        assert sorted(m for ids in assigned for m in ids) == list(range(total))
+        rounds = [[ids[i] for ids in assigned if i < len(ids)] for i in range(len(assigned[0]))]
+        assert [m for ids in rounds for m in ids] == list(range(total))
+        assert all(len(ids) == ranks for ids in rounds[:-1])
 
 
 @pytest.mark.parametrize(
-    ("nodes", "total", "adds", "remaining"),
+    ("nodes", "total", "merges", "remaining"),
     [
         ([(0, 1), (1, 2), (2, 3), (3, 4)], 8, [(0, 1), (2, 3), (0, 2)], [((0, 4), 0)]),
         ([(2, 3), (3, 4), (4, 5)], 8, [(0, 1)], [((2, 4), 0), ((4, 5), 2)]),
@@ -122,27 +121,17 @@ def test_dealt_microbatches_are_a_round_robin(total):
         ([], 8, [], []),
     ],
 )
-def test_adjacent_nodes_are_combined_as_far_as_they_are_siblings(nodes, total, adds, remaining):
-    assert plan_merges(nodes, total) == (adds, remaining)
+def test_merges_of_adjacent_nodes_join_siblings_only(nodes, total, merges, remaining):
+    assert plan_merges(nodes, total) == (merges, remaining)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_eight_microbatches(ranks):
-    leaves = gradients(8)
-    a, b, c, d, e, f, g, h = leaves
-    expected = ((a + b) + (c + d)) + ((e + f) + (g + h))
-    assert shared(leaves, ranks).tobytes() == expected.tobytes()
-    assert expected.tobytes() != (a + b + c + d + e + f + g + h).tobytes()  # the comparison above can tell orders apart
-
-
-def test_three_ranks_send_canonical_partial_sums():
+def test_three_ranks_contribute_canonical_nodes():
     nodes = [list(plan_block_accumulation(*block_of_rank(r, 3, 8), 8)[1].values()) for r in range(3)]
     assert nodes == [[(0, 2), (2, 3)], [(3, 4), (4, 6)], [(6, 8)]]
 
 
-@pytest.mark.parametrize("total", TOTALS)
-def test_blocks_are_even_contiguous_and_in_order(total):
-    for ranks in range(1, total + 1):
+def test_blocks_are_even_contiguous_and_in_order():
+    for ranks, total in UP_TO_32:
         blocks = [block_of_rank(r, ranks, total) for r in range(ranks)]
         lengths = [stop - start for start, stop in blocks]
         assert [leaf for start, stop in blocks for leaf in range(start, stop)] == list(range(total))
@@ -151,12 +140,11 @@ def test_blocks_are_even_contiguous_and_in_order(total):
         assert utilization(ranks, total) == sum(lengths) / (ranks * lengths[0])
 
 
-@pytest.mark.parametrize("total", TOTALS)
-def test_few_buffers_and_few_nodes(total):
-    leaves = gradients(total)
-    for ranks in range(1, total + 1):
+def test_block_accumulation_needs_few_buffers_and_nodes():
+    for ranks, total in UP_TO_32:
+        leaves = random_gradients(total)
         for start, stop in (block_of_rank(r, ranks, total) for r in range(ranks)):
-            nodes, buffers = folded(leaves, start, stop, total)
+            nodes, buffers = accumulate_block(leaves, start, stop, total)
             assert len(nodes) <= max(1, 2 * math.log2(total))
             if len(nodes) == 1:  # the block is a subtree
                 assert buffers <= 1 + math.ceil(math.log2(stop - start))
@@ -179,5 +167,5 @@ def test_few_buffers_and_few_nodes(total):
         ((0, 4), (4, 6), 6, True),
     ],
 )
-def test_siblings(left, right, total, expected):
+def test_siblings_are_the_children_of_one_node(left, right, total, expected):
     assert are_siblings(left, right, total) is expected

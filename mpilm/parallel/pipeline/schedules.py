@@ -1,14 +1,14 @@
-"""Schedules: pure functions from sizes to the compute actions of each rank of a pipeline.
+"""Schedules: pure functions from sizes to the compute actions of each rank of a pipeline, and to programs with communication.
 
 `pipeline` ranks hold `chunks` stages each: stage = chunk * pipeline + rank. Microbatches count from 0. The backwards of a
 stage always run in the order of the microbatches, so no schedule changes the order of a sum.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from mpilm.parallel.pipeline.actions import Action, ActionKind
+from mpilm.parallel.pipeline.actions import COMPUTE, WEIGHT_GRADIENT, Action, ActionKind
 
 Schedule = list[list[Action]]
 
@@ -55,6 +55,24 @@ def schedule(name: str, pipeline: int, chunks: int, microbatches: int) -> Schedu
     if problem := find_schedule_problem(name, pipeline, chunks, microbatches):
         raise ValueError(problem)
     return SCHEDULES[name](pipeline, chunks, microbatches)
+
+
+def lower(actions: Sequence[Action], stages: int, real_microbatches: int | None = None) -> list[Action]:
+    """Return the program of one rank: its compute actions and their communication, in a pipeline of `stages` stages in all.
+
+    A receive is posted one compute action before the one that needs it, so that the message travels meanwhile; at most two
+    receives are posted on a channel. A send follows the action that computed its data. REDUCE follows the last backward of
+    its stage. Microbatches from number `real_microbatches` on are padding of a replica that has fewer than others: the rank
+    computes them, for the collectives within, but sends nothing.
+    """
+    last = {action.stage: i for i, action in enumerate(actions) if action.kind in WEIGHT_GRADIENT}
+    receives = [action.input_receive(stages) for action in actions]
+    program: list[Action | None] = receives[:1]
+    for i, action in enumerate(actions):
+        program += [*receives[i + 1 : i + 2], action, action.output_send(stages)]
+        if last.get(action.stage) == i:
+            program.append(Action(action.stage, "REDUCE"))
+    return [a for a in program if a is not None and (a.kind in COMPUTE or not a.is_padding(real_microbatches))]
 
 
 def find_schedule_problem(name: str, pipeline: int, chunks: int, microbatches: int) -> str | None:

@@ -14,7 +14,6 @@ from mpilm.model.init import hash_key
 from mpilm.model.loss import loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel.autograd import backward_with
-from mpilm.parallel.fsdp import ReplicatedParameters
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue
 
 
@@ -22,11 +21,30 @@ class GradientReducer:
     """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce). This one, for forward-only runs,
     does nothing."""
 
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of gradients in memory that other ranks of the node map too."""
+        return 0
+
     def begin_microbatch(self, i: int) -> None: ...
     def accumulate(self, name: str, gradient: Tensor) -> None: ...
     def end_microbatch(self, i: int) -> None: ...
     def join_round(self, i: int, begin_backward: Callable[[str], None]) -> None: ...
     def reduce(self) -> None: ...
+
+
+class ReplicatedParameters:
+    """The parameters of a stage that are always full on its ranks. parallel/fsdp.py gathers those that are not."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of parameters that are full only while they are used."""
+        return 0
+
+    def end_backward(self) -> None: ...
+    def join_forward(self) -> None: ...
+    def begin_backward(self, name: str) -> None: ...
+    def join_backward(self) -> None: ...
 
 
 def token_losses(logits: Tensor, batch: Batch) -> Tensor:

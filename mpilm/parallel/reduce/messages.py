@@ -8,23 +8,9 @@ from torch import Tensor
 from mpilm.comm.base import Comm, Request
 from mpilm.ops.tree import Interval, TreeNode
 from mpilm.ops.tree_reduce import GradientEncoding, Sliceable, TreeReduceScatter, TreeReduction
+from mpilm.parallel.reduce.step import CrossRankReducer
 
 BUCKETS_IN_FLIGHT = 2  # unless the reduction overlaps with backward
-
-
-class CrossRankReducer:
-    """Reduces the tree nodes that ranks have accumulated to one sum. This one does nothing: a single rank's sum is complete."""
-
-    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
-        """Begin with a bucket: this rank's nodes (`parts`) are complete; the sum goes to the first of them."""
-
-    def finish(self) -> None:
-        """Return when this rank has all the sums it needs."""
-
-    @property
-    def memory_bytes(self) -> int:
-        """Memory used beside the gradients."""
-        return 0
 
 
 class AllReduceBucketReducer:
@@ -79,26 +65,34 @@ def _chain(request: Request, action: Callable[[], object]) -> Request:
 
 
 class MessageReducer(CrossRankReducer):
-    """Reduces buckets one after the other, one in flight for each of `slots`."""
+    """Reduces buckets one after the other, one in flight for each of `slots`; a rank sends `sent_numel` elements in a step."""
 
-    def __init__(self, slots: Sequence[AllReduceBucketReducer | TreeBucketReducer]):
-        self.spans, self.started = slots, 0
+    def __init__(
+        self,
+        slots: Sequence[AllReduceBucketReducer | TreeBucketReducer],
+        encoding: GradientEncoding | None = None,
+        sent_numel: int = 0,
+    ):
+        self.slots, self.encoding, self.sent_numel, self.started = slots, encoding or GradientEncoding(), sent_numel, 0
 
     @property
     def memory_bytes(self) -> int:
-        return sum(slot.memory_bytes for slot in self.spans)
+        return sum(slot.memory_bytes for slot in self.slots) + self.encoding.residual_bytes(self.sent_numel)
+
+    def reset_residuals(self) -> None:
+        self.encoding.reset_residuals()
 
     def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
-        slot = self.spans[self.started % len(self.spans)]
-        if self.started >= len(self.spans):
+        slot = self.slots[self.started % len(self.slots)]
+        if self.started >= len(self.slots):
             slot.finish()
         slot.start(parts, bucket)
         self.started += 1
 
     def finish(self) -> None:
-        for number in range(max(0, self.started - len(self.spans)), self.started):
-            self.spans[number % len(self.spans)].finish()
-        for slot in self.spans:
+        for number in range(max(0, self.started - len(self.slots)), self.started):
+            self.slots[number % len(self.slots)].finish()
+        for slot in self.slots:
             slot.gathering.wait()
         self.started = 0
 
@@ -116,4 +110,5 @@ def tree_message_reducer(
     """Return a reducer that adds in tree order, with `depth` buckets in flight. `nodes`: those each rank contributes."""
     reduction = TreeReduction(nodes, microbatches)
     exchanges = [TreeReduceScatter(comm, layout, reduction.node_count, device, encoding) for _ in range(depth)]
-    return MessageReducer([TreeBucketReducer(exchange, reduction, gather) for exchange in exchanges])
+    slots = [TreeBucketReducer(exchange, reduction, gather) for exchange in exchanges]
+    return MessageReducer(slots, encoding, len(nodes[comm.rank]) * layout.numel)

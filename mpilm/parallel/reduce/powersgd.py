@@ -13,7 +13,7 @@ from torch import Tensor
 from mpilm.comm.base import Comm
 from mpilm.model.init import initial_value
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.reduce.messages import CrossRankReducer
+from mpilm.parallel.reduce.step import CrossRankReducer
 
 
 class PowerSGDReducer(CrossRankReducer):
@@ -35,7 +35,6 @@ class PowerSGDReducer(CrossRankReducer):
         return sum(x.nbytes for x in (*self.errors.values(), *self.q.values()))
 
     def reset_residuals(self) -> None:
-        """Discard the errors: they belong to a state that has been replaced."""
         for error in self.errors.values():
             error.zero_()
 

@@ -54,11 +54,6 @@ class RoundReducer(GradientReducer):
         exchange = self.group_gradient.nbytes + workspace + self.encoding.residual_bytes(self.flat.layout.numel)
         return {"gradients": 4 * sums, "exchange": exchange, "passing": 4 * self.largest_numel}
 
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes of gradients in memory that other ranks of the node map too."""
-        return 0
-
     def reset_residuals(self) -> None:
         self.encoding.reset_residuals()
 

@@ -15,7 +15,8 @@ from mpilm.comm.base import Comm
 from mpilm.ops.tree import Interval, TreeNode
 from mpilm.ops.tree_reduce import GradientEncoding, TreeReduction
 from mpilm.parallel.flat_layout import FlatLayout
-from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, CrossRankReducer, MessageReducer, tree_message_reducer
+from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, MessageReducer, tree_message_reducer
+from mpilm.parallel.reduce.step import CrossRankReducer
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ def detect_topology(comm: Comm) -> NodeTopology | None:
     if not all(comm.all_gather_json(size > 1 and actual == expected)):
         return None
     return NodeTopology(intra_node, comm.split(intra_node.rank, comm.rank, f"{comm.name} across nodes"))
+
+
+def allocate_on_nodes(topology: NodeTopology, comm: Comm, numel: int) -> list[Tensor] | None:
+    """Return memory of so many elements for each rank of this node, shared by them; None on all ranks of `comm` if a node has
+    none. Collective."""
+    parts = topology.intra_node.allocate_shared(numel)
+    return parts if all(comm.all_gather_json(parts is not None)) else None
 
 
 class LocalRankSlices:
@@ -69,6 +77,8 @@ class SharedMemoryReducer(CrossRankReducer):
     `buffers`: the flat vectors of each rank of this node. `nodes_held`: for each rank of the communicator, the tree node that
     each of its buffers holds. Collective over the topology's communicators.
     """
+
+    uses_shared_buffers = True
 
     def __init__(
         self,
@@ -130,14 +140,13 @@ class SharedMemoryReducer(CrossRankReducer):
         }
 
     @property
-    def sent_numel(self) -> int:
-        """Elements that this rank sends to other nodes."""
-        return 0 if self.inter_node is None else sum(x.numel() for x in self.packed)
-
-    @property
     def memory_bytes(self) -> int:
         """Memory of the messages to other nodes."""
         return 0 if self.inter_node is None else self.inter_node.memory_bytes + sum(x.nbytes for x in self.packed)
+
+    def reset_residuals(self) -> None:
+        if self.inter_node is not None:
+            self.inter_node.reset_residuals()
 
     def finish(self) -> None:
         """Reduce all buckets; every rank calls this once its tree nodes are complete."""

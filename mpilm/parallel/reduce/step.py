@@ -10,127 +10,72 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mpilm.comm.base import Comm
-from mpilm.ops.tree import AccumulateOp, block_of_rank, plan_block_accumulation
-from mpilm.ops.tree_reduce import make_encoding
+from mpilm.ops.tree import AccumulateOp, Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.pipeline.stage import GradientReducer
-from mpilm.parallel.reduce.messages import (
-    BUCKETS_IN_FLIGHT,
-    AllReduceBucketReducer,
-    CrossRankReducer,
-    MessageReducer,
-    tree_message_reducer,
-)
-from mpilm.parallel.reduce.powersgd import PowerSGDReducer
-from mpilm.parallel.reduce.shared_memory import SharedMemoryReducer, detect_topology
 
-ReducerFactory = Callable[[FlatVector], CrossRankReducer]
+
+class CrossRankReducer:
+    """Reduces the tree nodes that ranks have accumulated to one sum. This one does nothing: a single rank's sum is complete."""
+
+    uses_shared_buffers = False  # True: other ranks of the node map the buffers too
+
+    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
+        """Begin with a bucket: this rank's nodes (`parts`) are complete; the sum goes to the first of them."""
+
+    def finish(self) -> None:
+        """Return when this rank has all the sums it needs."""
+
+    def reset_residuals(self) -> None:
+        """Discard the errors of earlier messages: they belong to a state that has been replaced."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory used beside the gradients."""
+        return 0
 
 
 class StepReducer(GradientReducer):
-    """Collects the gradients of this rank's block of microbatches and reduces them once .
+    """Collects the gradients of this rank's block of microbatches in `buffers` and lets `reducer` sum them over the ranks.
 
-    `overlap`: start a bucket as soon as the last backward has completed it. `shared`: reduce in shared memory where a node has
-    some. `custom`: makes another reducer for the sum of this rank's block, as a single tensor. Collective over `comm`, the
-    reduce axes.
+    `ops`: the accumulation of each microbatch. `node_buffers`: the buffers that hold a tree node after the last one.
+    `overlap`: start a bucket as soon as the last backward has completed it. Collective over the communicators of `reducer`.
     """
 
     def __init__(
         self,
         flat: FlatParameters,
         model: nn.Module,
-        comm: Comm,
-        microbatches: int,
-        reproducible: bool = True,
+        ops: Sequence[AccumulateOp],
+        buffers: Sequence[FlatVector],
+        node_buffers: Sequence[int],
+        reducer: CrossRankReducer,
         overlap: bool = False,
-        shared: bool = True,
-        wire_dtype: str = "float32",
-        custom: ReducerFactory | None = None,
     ):
-        self.flat, self.overlap, self.encoding = flat, overlap, make_encoding(wire_dtype)
-        start, stop = block_of_rank(comm.rank, comm.size, microbatches)
-        self.microbatch_ids = range(start, stop)
-        self.ops = [AccumulateOp(0, i == 0, ()) for i in range(stop - start)]
-        self.node_buffers = [0]  # the buffers that hold a tree node after the last microbatch
-        if custom is not None:
-            self.ops, _ = plan_block_accumulation(0, stop - start, stop - start)
-        elif reproducible:
-            self.ops, nodes = plan_block_accumulation(start, stop, microbatches)
-            self.node_buffers = list(nodes)
-        self.buffer_count = 1 + max(op.buffer for op in self.ops)
-        self.buckets = flat.layout.buckets
-        may_share = shared and reproducible and custom is None and comm.size > 1 and flat.device.type == "cpu"
-        reducer: CrossRankReducer | None = self._make_shared_reducer(comm, microbatches) if may_share else None
-        self.is_shared = reducer is not None
-        if reducer is None:
-            self.buffers = [FlatVector.zeros([(0, flat.layout.numel)], flat.device) for _ in range(self.buffer_count)]
-            if custom is not None:
-                reducer = custom(self.buffers[0])
-            elif comm.size > 1:
-                reducer = self._make_message_reducer(comm, microbatches, reproducible)
-            else:
-                reducer = CrossRankReducer()
-        self.reducer: CrossRankReducer = reducer
-        self.views = [{name: flat.parameter(name, buffer) for name in flat.layout.spans} for buffer in self.buffers]
-        self.sums = self.buffers[0]
-        self.parts = {bucket: [self.buffers[b].view(*bucket) for b in self.node_buffers] for bucket in self.buckets}
+        self.flat, self.ops, self.buffers, self.reducer = flat, ops, buffers, reducer
+        self.sums, self.buckets = buffers[0], flat.layout.buckets
+        self.views = [{name: flat.parameter(name, buffer) for name in flat.layout.spans} for buffer in buffers]
+        self.parts = {bucket: [buffers[b].view(*bucket) for b in node_buffers] for bucket in self.buckets}
         self.parameters = {name: model.get_parameter(name) for name in flat.layout.spans}
         self.started = len(self.buckets)
         self.overwrite, self.pending = False, dict[str, Tensor]()  # parameters whose first gradient overwrites a buffer
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
-        self._register_overlap_hooks()
-
-    def _make_shared_reducer(self, comm: Comm, microbatches: int) -> SharedMemoryReducer | None:
-        """Allocate the buffers in shared memory; return None if a node has none. Collective."""
-        topology, numel = detect_topology(comm), self.flat.layout.numel
-        if topology is None:
-            return None
-        blocks = [plan_block_accumulation(*block_of_rank(r, comm.size, microbatches), microbatches) for r in range(comm.size)]
-        counts = [1 + max(op.buffer for op in ops) for ops, _ in blocks]
-        parts = topology.intra_node.allocate_shared(self.buffer_count * numel)
-        if not all(comm.all_gather_json(parts is not None)) or parts is None:
-            return None
-        local_counts = [counts[rank] for rank in topology.ranks(topology.inter_node.rank)]
-        buffers = [[part[i * numel : (i + 1) * numel] for i in range(count)] for part, count in zip(parts, local_counts)]
-        self.buffers = [FlatVector([(0, numel)], buffer) for buffer in buffers[topology.intra_node.rank]]
-        nodes_held = [nodes for _, nodes in blocks]
-        return SharedMemoryReducer(
-            topology, self.flat.layout, buffers, nodes_held, microbatches, self.flat.zero == 0, self.encoding
-        )
-
-    def _make_message_reducer(self, comm: Comm, microbatches: int, reproducible: bool) -> MessageReducer:
-        depth = len(self.buckets) if self.overlap else min(BUCKETS_IN_FLIGHT, len(self.buckets))
-        if not reproducible:
-            return MessageReducer([AllReduceBucketReducer(comm) for _ in range(depth)])
-        blocks = [block_of_rank(r, comm.size, microbatches) for r in range(comm.size)]
-        nodes = [list(plan_block_accumulation(*block, microbatches)[1].values()) for block in blocks]
-        return tree_message_reducer(
-            comm, self.flat.layout, nodes, microbatches, self.flat.device, self.flat.zero == 0, depth, self.encoding
-        )
+        self.params_per_bucket = [0] * len(self.buckets)
+        if overlap:
+            self._register_overlap_hooks()
 
     @property
     def memory_bytes(self) -> dict[str, int]:
         """Memory of the partial sums and of their reduction."""
-        exchange = self.reducer.memory_bytes + self.encoding.residual_bytes(self._sent_numel())
-        return {"gradients": 4 * sum(b.tensor.numel() for b in self.buffers), "exchange": exchange}
+        return {"gradients": 4 * sum(b.tensor.numel() for b in self.buffers), "exchange": self.reducer.memory_bytes}
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of gradients in memory that other ranks of the node map too."""
-        return self.memory_bytes["gradients"] if self.is_shared else 0
-
-    def _sent_numel(self) -> int:
-        """Return the elements that this rank sends in a step."""
-        if isinstance(self.reducer, SharedMemoryReducer):
-            return self.reducer.sent_numel
-        return len(self.node_buffers) * self.flat.layout.numel if isinstance(self.reducer, MessageReducer) else 0
+        return self.memory_bytes["gradients"] if self.reducer.uses_shared_buffers else 0
 
     def reset_residuals(self) -> None:
-        self.encoding.reset_residuals()
-        if isinstance(self.reducer, PowerSGDReducer):
-            self.reducer.reset_residuals()
+        self.reducer.reset_residuals()
 
     def begin_microbatch(self, i: int) -> None:
         """Direct the gradients of this rank's i-th microbatch to the buffer that the tree wants.
@@ -189,9 +134,7 @@ class StepReducer(GradientReducer):
 
     def _register_overlap_hooks(self) -> None:
         """Count, for each bucket, the parameters whose gradients it waits for."""
-        self.params_per_bucket = [0] * len(self.buckets)
-        self.remaining = list(self.params_per_bucket)
-        for name, (at, layout) in self.flat.layout.spans.items() if self.overlap else ():
+        for name, (at, layout) in self.flat.layout.spans.items():
             touched = [b for b, (start, stop) in enumerate(self.buckets) if at < stop and at + layout.numel > start]
             for b in touched:
                 self.params_per_bucket[b] += 1

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.format import read_json
 from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.collective_errors import CollectiveError
+from mpilm.data.files import read_json
 from mpilm.engine.step import MicrobatchSource, StepResult, forward_backward
 from mpilm.engine.train_model import TrainModel
 from mpilm.engine.weights import load_checkpoint_state

@@ -1,0 +1,158 @@
+"""The hardware of a rank: its cores among the ranks of a node, its threads, its GPU."""
+
+import os
+from dataclasses import replace
+from fractions import Fraction
+from itertools import count, repeat
+
+import pytest
+import torch
+
+from mpilm.comm.base import SelfComm
+from mpilm.config.schema import ParallelConfig, TrainConfig
+from mpilm.engine import hardware
+from mpilm.engine.hardware import choose_device, detect_hardware, fair_share, numerics_environment, slice_affinity
+from mpilm.errors import ConfigError
+from mpilm.testing.threads import run_ranks
+
+UNLIMITED = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("affinities", "rank", "limit", "share"),
+    [
+        ([[0, 1, 2, 3]], 0, UNLIMITED, 4),
+        ([[0, 1, 2, 3]] * 2, 1, UNLIMITED, 2),
+        ([[0, 1, 2, 3]] * 3, 0, UNLIMITED, Fraction(4, 3)),
+        ([[0, 1]] * 8, 5, UNLIMITED, Fraction(1, 4)),
+        ([[0, 1], [2, 3]], 0, UNLIMITED, 2),  # bound by the launcher
+        ([[0, 1], [1, 2]], 0, UNLIMITED, Fraction(3, 2)),
+        ([[0, 1, 2, 3], [3]], 1, UNLIMITED, Fraction(1, 2)),
+        ([[0, 1, 2, 3]] * 2, 0, 2.0, 1),  # a container's quota
+        ([[0, 1, 2, 3]] * 2, 0, 100.0, 2),
+        ([list(range(64))], 0, 1.5, Fraction(3, 2)),
+    ],
+)
+def test_fair_share_divides_cores_among_their_ranks(affinities, rank, limit, share):
+    assert fair_share(affinities, rank, limit) == share
+
+
+@pytest.mark.parametrize(
+    ("affinities", "threads", "expected"),
+    [
+        ([[0, 1]] * 2, 1, [[0], [1]]),
+        ([[0, 2, 1, 3]] * 2, 2, [[0, 2], [1, 3]]),
+        ([list(range(8))] * 3, 2, [[0, 1], [2, 3, 4], [5, 6, 7]]),
+        ([list(range(8))] * 2, 1, [[0, 1, 2, 3], [4, 5, 6, 7]]),  # room for others
+        ([[0, 1]] * 2, 2, [[], []]),
+        ([[0, 1]] * 3, 1, [[], [], []]),
+        ([[0], [1]], 1, [[], []]),  # bound by the launcher
+        ([[0, 1], [1, 2]], 1, [[], []]),
+        ([[0, 1, 2, 3]], 2, [[]]),
+    ],
+)
+def test_slice_affinity_gives_each_rank_its_own_neighbours(affinities, threads, expected):
+    assert [slice_affinity(affinities, rank, threads) for rank in range(len(affinities))] == expected
+
+
+def bound_cores(monkeypatch, ranks, processes, environment=(), device="cpu", **options):
+    """Return the cores to which ranks were bound, on a node of 4 cores."""
+    bound = []
+    monkeypatch.setattr(hardware, "_allowed_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(hardware, "_read_cgroup_cores", lambda _: UNLIMITED)
+    monkeypatch.setattr(hardware, "_load_libraries", lambda _: None)
+    monkeypatch.setattr(hardware, "choose_device", lambda setting, node: torch.device(device))
+    monkeypatch.setattr(hardware, "_core_position", lambda core: [core % 2])
+    monkeypatch.setattr(os, "getpid", lambda: next(processes))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: bound.append(cores))
+    for name in (*hardware.BINDING_VARIABLES, "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name in environment:
+        monkeypatch.setenv(name, "close")
+    found = run_ranks(ranks, lambda comm: detect_hardware(TrainConfig(threads=1), comm, **options))
+    assert [m.is_bound for m in found] == [bool(bound)] * ranks
+    return sorted(bound)
+
+
+def test_ranks_of_a_node_are_bound_to_neighbouring_cores(monkeypatch):
+    assert bound_cores(monkeypatch, 2, count(100)) == [[0, 2], [1, 3]]
+
+
+def test_ranks_are_not_bound_as_threads_on_gpus_or_if_the_user_binds(monkeypatch):
+    assert bound_cores(monkeypatch, 2, repeat(100)) == []
+    assert bound_cores(monkeypatch, 2, count(100), bind=False) == []
+    assert bound_cores(monkeypatch, 2, count(100), device="cuda") == []
+    assert bound_cores(monkeypatch, 5, count(100)) == []
+    for name in hardware.BINDING_VARIABLES:
+        assert bound_cores(monkeypatch, 2, count(100), [name]) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("200000 100000\n", 2.0), ("50000 100000\n", 0.5), ("max 100000\n", UNLIMITED), ("", UNLIMITED), (None, UNLIMITED)],
+)
+def test_cgroup_quota_is_read(tmp_path, content, cores):
+    file = tmp_path / "cpu.max"
+    if content is not None:
+        file.write_text(content)
+    assert hardware._read_cgroup_cores(file) == cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads", "oversubscribed"), [(4, 1, 4, False), (4, 2, 2, False), (4, 3, 1, False), (2, 3, 1, True)]
+)
+def test_threads_follow_the_cores_of_a_rank(monkeypatch, cores, ranks, threads, oversubscribed):
+    monkeypatch.setattr(hardware, "_allowed_cores", lambda: list(range(cores)))
+    monkeypatch.setattr(hardware, "_read_cgroup_cores", lambda _: UNLIMITED)
+    monkeypatch.setattr(hardware, "_load_libraries", lambda _: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = run_ranks(ranks, lambda comm: detect_hardware(TrainConfig(device="cpu"), comm))
+    assert [(m.threads, m.oversubscribed) for m in found] == [(threads, oversubscribed)] * ranks
+
+
+def test_threads_setting_overrides_omp_num_threads(monkeypatch):
+    monkeypatch.setattr(hardware, "_load_libraries", lambda _: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    train = TrainConfig(device="cpu")
+    assert detect_hardware(train, SelfComm()).threads == 3
+    assert torch.get_num_threads() == 3
+    assert detect_hardware(replace(train, threads=2), SelfComm()).threads == 2
+    assert torch.get_num_threads() == 2
+
+
+def test_missing_gpu_is_refused_if_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", SelfComm()).type == "cpu"
+    assert choose_device("cpu", SelfComm()).type == "cpu"
+    with pytest.raises(ConfigError, match=r"--train\.device cuda: torch sees no GPU here"):
+        choose_device("cuda", SelfComm())
+
+
+def test_gpus_are_assigned_round_robin(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert [device.index for device in run_ranks(5, lambda comm: choose_device("auto", comm))] == [0, 1, 0, 1, 0]
+
+
+def test_numerics_environment_names_what_may_change_the_last_bits():
+    found = numerics_environment(hardware.Hardware(torch.device("cpu"), 3, False), SelfComm(), ParallelConfig(powersgd_rank=4))
+    assert set(found) == {"mpilm", "torch", "python", "mpi", "processor", "threads", "device", "compile", "exchange"}
+    assert (found["threads"], found["device"], found["torch"]) == ("3", "cpu", torch.__version__)
+    assert (found["compile"], found["exchange"]) == ("false", "compressed to rank 4")
+    for parallel, exchange in ((ParallelConfig(), "float32"), (ParallelConfig(sync_every=20), "apart for 20 steps")):
+        assert (
+            numerics_environment(hardware.Hardware(torch.device("cpu"), 3, False), SelfComm(), parallel)["exchange"] == exchange
+        )
+    assert torch.backends.cpu.get_cpu_capability() in found["processor"]
+
+
+def test_allowed_cores_are_the_affinity_of_the_process():
+    assert hardware._allowed_cores() == sorted(os.sched_getaffinity(0))
