@@ -155,7 +155,7 @@ def test_trace_steps_already_done_prints_a_note(tmp_path, data, capsys):
     for steps in (2, 3):
         config = tiny_config(data, tmp_path / "run", train__steps=steps, run__trace_steps="1:2" if steps == 3 else "")
         run_ranks(2, lambda comm, config=config: train(config, comm))
-    assert capsys.readouterr().out.count("nothing to trace: the steps 1:2 of --run.trace-steps were done before") == 1
+    assert capsys.readouterr().out.count("nothing to trace: the steps 1:2 of --run.trace-steps are already completed") == 1
     assert "Last start only. Predicted" in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -168,7 +168,7 @@ def test_trace_unwritable_file_does_not_end_the_run(tmp_path, data, capsys):
     config = tiny_config(data, tmp_path / "run", **SETTINGS)
     (tmp_path / "run" / "trace-2-3.json").mkdir(parents=True)
     (tmp_path / "run" / "config.toml").write_text("")  # makes it a run folder
-    with mock.patch("mpilm.trainer.run_folder._refuse_foreign"):
+    with mock.patch("mpilm.trainer.run_folder._check_is_same_run"):
         run_ranks(3, lambda comm: train(config, comm))
     assert f"no trace: {tmp_path / 'run' / 'trace-2-3.json'} cannot be written: Is a directory" in capsys.readouterr().out
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["event"] == "end"
