@@ -55,7 +55,10 @@ class Comm(ABC):
         return self._iall_reduce(x, op)
 
     def iall_gather(self, x: Tensor, out: Tensor, counts: Counts | None = None) -> Request:
-        """Concatenate the x of all ranks, `counts[r]` elements of rank r, into the flat `out`, of which x may be a part."""
+        """Concatenate the x of all ranks into the flat `out`; `counts[r]` elements come from rank r.
+
+        x may be this rank's own part of `out`.
+        """
         counts = self._check_counts("all_gather", counts, out.numel())
         self._check_buffers("all_gather", x, out, (x.numel(), counts[self.rank]), (out.numel(), sum(counts)))
         return self._iall_gather(x, out, counts)

@@ -203,7 +203,7 @@ def _library_path() -> str:
 
 
 def finalize(code: int) -> None:
-    """Finalize MPI. If ranks have failed, for which MPI would wait, exit here with `code`."""
+    """Finalize MPI. If ranks have failed, MPI would wait for them: this process exits here with `code`."""
     if MPI.Is_finalized():
         return
     if os.environ.get(ULFM_VARIABLE) and MPI.COMM_WORLD.Get_failed().Get_size():

@@ -24,7 +24,10 @@ SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PA
 
 
 def run(parse: Callable[[], Body]) -> NoReturn:
-    """Run a command on every rank and exit. `parse`, without communication, returns the function to call with the world."""
+    """Run a command on every rank and exit.
+
+    `parse` validates the arguments without communication and returns the function to call with the world.
+    """
     faulthandler.enable()  # a fatal signal prints the stack of this rank
     faulthandler.dump_traceback_later(START_TIMEOUT_S, exit=True)  # if some ranks never start, or hang before they meet
     comm = connect_world()
@@ -62,15 +65,15 @@ def _run_command(comm: Comm, parse: Callable[[], Body]) -> int:
         if comm.rank == 0:
             prefix = "" if isinstance(error.error, PreemptedError) else "error: "
             print(f"mpilm: {prefix}{error}", file=sys.stderr, flush=True)
-    # Wait until the message is printed: when the first rank exits with a code other than 0, a launcher ends the others (srun
-    # with SIGTERM). Every rank then exits with its own code.
+    # Wait until the message is printed: when the first rank exits with a code other than 0, a launcher ends the others
+    # (srun with SIGTERM). Every rank then exits with its own code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     comm.barrier()
     return int(code)
 
 
 def _parse_or_stop(parse: Callable[[], Body]) -> tuple[Body | None, Any]:
-    """Return the function to call, or text and exit code of the parser's SystemExit(text, code) or of any other."""
+    """Return the function to call, or the text and exit code of a SystemExit, of which the parser's has both as arguments."""
     try:
         return parse(), None
     except SystemExit as stop:

@@ -81,9 +81,9 @@ def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int])
     hardware = run.hardware
     yield "with", f"torch {torch.__version__}, {run.mesh.world.mpi_library}"
     if hardware.threads > max(1.0, float(hardware.cores)):
-        few = f"{hardware.threads} threads a rank on {float(hardware.cores):.2g} core{'s' * (hardware.cores > 1)}"
-        slow = "threads that share a core are many times slower"
-        yield "warning", f"{few}: {slow}; omit --train.threads and OMP_NUM_THREADS"
+        sharing = f"{hardware.threads} threads a rank on {float(hardware.cores):.2g} core{'s' * (hardware.cores > 1)}"
+        advice = "threads that share a core are many times slower; omit --train.threads and OMP_NUM_THREADS"
+        yield "warning", f"{sharing}: {advice}"
     yield from _layout_rows(run)
     yield from _training_rows(run, row)
     where = "" if run.mesh.world.size == 1 else " (largest rank)"
@@ -114,8 +114,8 @@ def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
 def _describe_reduction(run: Run) -> Iterator[str]:
     parallel = run.config.parallel
     if parallel.sync_every:
-        often = f"every {parallel.sync_every} steps"
-        yield f"replicas train independently and synchronize {often}; loss and norm are over all replicas"
+        synchronized = f"replicas train independently and synchronize every {parallel.sync_every} steps"
+        yield f"{synchronized}; loss and norm are over all replicas"
     elif parallel.powersgd_rank:
         yield f"gradients of matrices are compressed to rank {parallel.powersgd_rank}"
     else:

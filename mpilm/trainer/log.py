@@ -40,9 +40,9 @@ class RunLog:
             with writing(folder.path):
                 display = Display(self.is_root, self.live, folder.path / "log.txt", launcher_world_size() is not None)
                 if self.is_root:
-                    trackers = open_trackers(run.config.run.trackers, folder.path, folder.logged, flatten(run.config))
-                    self.sinks = [MetricsWriter(folder.path / "metrics.jsonl", folder.logged), *trackers]
-                self._write(start_row)
+                    self.sinks = [MetricsWriter(folder.path / "metrics.jsonl", folder.logged)]
+                    self._write(start_row)  # not into trackers: its numbers make no curves
+                    self.sinks += open_trackers(run.config.run.trackers, folder.path, folder.logged, flatten(run.config))
                 return display
 
         self.display = run_on_all_ranks(run.mesh.world, open_files)

@@ -61,8 +61,8 @@ def open_run_folder(
     opened = run_on_root_with_verify(comm, lambda verify: _open(config, content, environment, recovered, verify))
     values, lock = opened or (None, None)
     path, checkpoint, step, logged, trainer, notes = comm.broadcast_json(values)
-    bad_steps, checkpoint = BadStepTracker.from_state(trainer), Path(checkpoint) if checkpoint else None
-    return RunFolder(Path(path), checkpoint, step, logged, bad_steps, tuple(notes), lock)
+    checkpoint = Path(checkpoint) if checkpoint else None
+    return RunFolder(Path(path), checkpoint, step, logged, BadStepTracker.from_state(trainer), tuple(notes), lock)
 
 
 def _open(
@@ -80,7 +80,8 @@ def _open(
         return [str(path), "", done, done - 1, trainer, [recovered.note]], lock
     path = _choose_path(config)
     _check_is_same_run(path, config)
-    lock, trainer, notes = _lock(path), {}, list[str]()
+    lock = _lock(path)
+    trainer, notes = dict[str, Any](), list[str]()
     try:
         checkpoint, broken = _choose_checkpoint(path, config, verify)
         if checkpoint is not None:

@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-from mpilm.trainer.save_state import collect_state
 from runs import layout, read_tensor_files, train_to_end
 from text import tiny_config, write_tokens
 
@@ -29,6 +28,7 @@ from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
+from mpilm.trainer.run import collect_state
 
 BATCH = {"train__global_batch": 8, "run__eval_every": 0}  # 4 microbatches
 

@@ -6,6 +6,7 @@ and continue. W. Bland et al., Post-failure recovery of MPI communication capabi
 
 import os
 import socket
+from typing import Any
 
 from mpilm.checkpoint.format import PARAMETER
 from mpilm.comm.base import Comm
@@ -22,8 +23,12 @@ RESUME_HINT = "the same command resumes from the newest checkpoint"
 def train_elastic(config: Config, world: Comm) -> None:
     """Train, and continue with the surviving ranks if some are lost. Collective; `world` shrinks."""
     if not world.is_fault_tolerant:
-        needed = "an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm"
-        raise CollectiveError(ConfigError(f"--fault.elastic needs {needed}, not {world.mpi_library} as it was started here"))
+        raise CollectiveError(
+            ConfigError(
+                "--fault.elastic needs an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm, not "
+                f"{world.mpi_library} as it was started here"
+            )
+        )
     in_memory, progress, recovered, has_lost_ranks = InMemoryCheckpoint(), Progress(), None, False
     members = world.all_gather_json(f"rank {world.rank} ({socket.gethostname()}, process {os.getpid()})")
     own_name = members[world.rank]
@@ -33,19 +38,18 @@ def train_elastic(config: Config, world: Comm) -> None:
                 recovered, members = agree_on_survivors(config, world, in_memory, own_name, members)
             working = _working_ranks(config, world)
             if working is None:
-                return _idle_spare(world, recovered)
-            single = working.size == config.parallel.pipeline  # a single replica, which ZeRO cannot shard
-            train(override(config, parallel__zero=0) if single else config, working, in_memory, recovered, progress)
-            world.broadcast_json(None)
-            return
-        except CollectiveError as error:
-            world.broadcast_json([error.error.code, str(error.error)])
-            raise
+                failure = _idle_spare(world, recovered)
+            else:
+                failure = _train_working(config, working, in_memory, recovered, progress)
+                world.broadcast_json(failure)
+            break
         except Exception as error:
             if not world.is_rank_failure(error):
                 raise
         world.shrink()
         has_lost_ranks = True
+    if failure:
+        raise CollectiveError(error_from_code(*failure))
 
 
 def _working_ranks(config: Config, world: Comm) -> Comm | None:
@@ -58,14 +62,28 @@ def _working_ranks(config: Config, world: Comm) -> Comm | None:
     return working if world.rank < count else None
 
 
-def _idle_spare(world: Comm, recovered: RecoveredState | None) -> None:
-    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed."""
+def _train_working(
+    config: Config, working: Comm, in_memory: InMemoryCheckpoint, recovered: RecoveredState | None, progress: Progress
+) -> list[Any] | None:
+    """Train on the working ranks; return code and message of the error with which they end, if any."""
+    single = working.size == config.parallel.pipeline  # a single replica, which ZeRO cannot shard
+    try:
+        train(override(config, parallel__zero=0) if single else config, working, in_memory, recovered, progress)
+    except CollectiveError as error:
+        return [error.error.code, str(error.error)]
+    return None
+
+
+def _idle_spare(world: Comm, recovered: RecoveredState | None) -> list[Any] | None:
+    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed.
+
+    Returns code and message of the error with which the working ranks end, if any.
+    """
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
     while (command := yielding.broadcast_json(None)) == CMD_BROADCAST:
         assert recovered is not None
         recovered.broadcast_ranges({})
-    if command:
-        raise CollectiveError(error_from_code(*command))
+    return command  # type: ignore[no-any-return]
 
 
 def agree_on_survivors(
@@ -81,8 +99,8 @@ def agree_on_survivors(
     survivors, everyone, all_shapes = zip(*world.all_gather_json([own_name, snapshots, shapes]))
     lost = ", ".join(name for name in members if name not in survivors)
     if world.size < pipeline:
-        few = f"{world.size} ranks are too few for --parallel.pipeline {pipeline}"
-        raise CollectiveError(LostRankError(f"{lost} lost, and {few}; {RESUME_HINT}"))
+        too_few = f"{world.size} ranks are too few for --parallel.pipeline {pipeline}"
+        raise CollectiveError(LostRankError(f"{lost} lost, and {too_few}; {RESUME_HINT}"))
     found = latest_complete_step(everyone, max(all_shapes, key=len))  # a spare that has never trained knows no shapes
     if found is None:
         missing = "together with a part of the state that no other rank holds"

@@ -53,8 +53,8 @@ def _rewind(run: Run, checkpoints: CheckpointManager, done: int) -> int | None:
     found = world.broadcast_json(run_on_root_with_verify(world, find))
     if found is None:
         return None
-    (name, trainer), before = found, BadStepTracker.from_state(found[1])
-    step: int = trainer["step"]
+    name, trainer = found
+    before, step = BadStepTracker.from_state(trainer), int(trainer["step"])
     load_checkpoint_state(run.model, folder / name, step - len(before.skipped), world)
     run.bad_steps.rewind(before, step, done)
     return step
