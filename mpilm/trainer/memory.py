@@ -26,10 +26,11 @@ def list_parts(parts: Mapping[str, int]) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the host or a GPU has run out of memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    is_torch = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # on a CPU
-    return is_torch or isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's, on a CPU
 
 
 def out_of_memory_error(run: Run, error: BaseException) -> OutOfMemoryError:
