@@ -1,5 +1,6 @@
-"""The description of a run before its first step: the start row of metrics.jsonl and the header."""
+"""Description of a run: start row of metrics.jsonl, header, predicted memory, and the error when memory runs out."""
 
+import errno
 import shlex
 import socket
 import sys
@@ -13,6 +14,7 @@ import torch
 import mpilm
 from mpilm.config.schema import LORA_TARGETS, microbatch_count
 from mpilm.engine.hardware import measure_peak_flops, processor_name, software_versions
+from mpilm.errors import OutOfMemoryError
 from mpilm.formatting import count_noun, format_mebibytes
 from mpilm.mesh.shape import AXES
 from mpilm.model.flops import flops_per_token
@@ -20,7 +22,7 @@ from mpilm.ops.tree import utilization
 from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.parallel.reduce.step import StepReducer
-from mpilm.trainer.memory import list_parts, predict_memory
+from mpilm.planner.memory import memory_parts, step_bytes
 from mpilm.trainer.run import Run
 
 
@@ -145,3 +147,36 @@ def _training_rows(run: Run, row: Mapping[str, Any]) -> Iterator[tuple[str, str]
         nearest = max(1, round(total / ranks)) * ranks * train.micro_batch
         idle = f"{name} have {sizes} of them and idle {1 - utilization(ranks, total):.0%} of the time"
         yield "", f"uneven: {idle}; --train.global-batch {nearest} divides evenly"
+
+
+def predict_memory(run: Run) -> dict[str, int]:
+    """Return the bytes that this rank will use, by part."""
+    config, model, device = run.config, run.model, run.hardware.device.type
+    step = step_bytes(config, model.vocab_size, model.blocks_per_stage, list(model.stages), model.program, device)
+    resident = {"program": run.memory.program_bytes, **model.memory_bytes()}
+    return memory_parts(config, device, resident, step, model.saved_bytes, run.mesh.world.size)
+
+
+def list_parts(parts: Mapping[str, int]) -> str:
+    """Return the parts of a prediction as text, without empty ones."""
+    return ", ".join(f"{part} {format_mebibytes(nbytes)}" for part, nbytes in parts.items() if nbytes)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the host or a GPU has run out of memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's, on a CPU
+
+
+def out_of_memory_error(run: Run, error: BaseException) -> OutOfMemoryError:
+    """Wrap an out-of-memory error with the predicted memory and what to change."""
+    parts, progress = predict_memory(run), run.progress
+    detail = "".join(f" ({line[:200]})" for line in str(error).strip().splitlines()[:1])
+    return OutOfMemoryError(
+        f"out of memory in {progress.phase} {progress.step + 1}, with {format_mebibytes(run.memory.used_bytes)} in "
+        f"use{detail}; predicted: {format_mebibytes(sum(parts.values()))}: {list_parts(parts)}. A smaller --train.micro-batch, "
+        "--train.recompute block, more pipeline stages or --parallel.zero 3 need less; fewer ranks a node leave more for each"
+    )

@@ -19,9 +19,8 @@ from mpilm.report.page import write_report
 from mpilm.telemetry.trace import Trace
 from mpilm.trainer import hooks
 from mpilm.trainer.build import build_run
-from mpilm.trainer.describe import describe_run
+from mpilm.trainer.describe import describe_run, is_out_of_memory, out_of_memory_error
 from mpilm.trainer.log import RunLog
-from mpilm.trainer.memory import is_out_of_memory, out_of_memory_error
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint, RecoveredState
 from mpilm.trainer.run import Run, collect_state
 
@@ -94,7 +93,7 @@ def run_steps(
         tracing,  # the step's own spans, before any hook adds others
         hooks.BadStepRecovery(*parts),  # before the state is copied, compared or saved
         hooks.InMemoryCheckpointing(*parts),  # before anything that another rank's loss may interrupt
-        hooks.ConsistencyCheck(*parts),  # before the state is logged and saved
+        hooks.ConsistencyCheck(*parts),  # ends the comparison of calls; before the state is logged and saved
         *reporting,
     ]
     checkpoints.reserve_memory(run.folder.step, run.config.train.steps)

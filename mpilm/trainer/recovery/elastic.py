@@ -83,7 +83,7 @@ def _idle_spare(world: Comm, recovered: RecoveredState | None) -> list[Any] | No
     while (command := yielding.broadcast_json(None)) == CMD_BROADCAST:
         assert recovered is not None
         recovered.broadcast_ranges({})
-    return command  # type: ignore[no-any-return]
+    return command
 
 
 def agree_on_survivors(
