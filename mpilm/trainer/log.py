@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.comm.progress import Span
 from mpilm.config.schema import flatten
@@ -157,13 +155,9 @@ class RunLog:
 
     def _gather_rank_stats(self, steps: int) -> dict[str, Any]:
         """Return every rank's peak memory and its time per category and step since the last row. Collective."""
-        world = self.run.mesh.world
-        own = torch.tensor([self.run.peak_bytes, *(self.spent_s[part] / steps for part in CATEGORIES)], dtype=torch.float64)
-        everyone = torch.empty(world.size, own.numel(), dtype=torch.float64)
-        world.all_gather(own, everyone)
-        memory, *seconds = everyone.T.tolist()
-        rank_s = {part: [round(x, 6) for x in column] for part, column in zip(CATEGORIES, seconds)}
-        return {"memory_bytes": [int(x) for x in memory], "rank_s": rank_s}  # last: readers may skip them
+        own = [self.run.peak_bytes, *(round(self.spent_s[part] / steps, 6) for part in CATEGORIES)]
+        memory, *seconds = zip(*self.run.mesh.world.all_gather_json(own))
+        return {"memory_bytes": memory, "rank_s": dict(zip(CATEGORIES, seconds))}  # last: readers may skip them
 
     def _print_summary(self, took_s: float, peak: int, unigram_loss: str, sample: str) -> None:
         run, config, say = self.run, self.run.config, self.display.print
