@@ -199,7 +199,8 @@ def check_replicas_equal(model: TrainModel, done: int) -> None:
     differing = _differing_parameters(model) if model.zero < 3 else []
     everyone = [(rank, *item) for rank, items in enumerate(model.mesh.world.all_gather_json(differing)) for item in items]
     if everyone:
-        (_, name, replicas), names = everyone[0], {name for _, name, _ in everyone}
+        _, name, replicas = everyone[0]
+        names = {other for _, other, _ in everyone}
         ranks = [rank for rank, other, _ in everyone if other == name]
         odd = f"{name_ranks(ranks)} differ{'s' * (len(ranks) == 1)} from most" if replicas > 2 else "the two differ"
         more = f", and {len(names) - 1} more parameters" if len(names) > 1 else ""
