@@ -143,7 +143,7 @@ def start_job(ranks: int, arguments: Sequence[str], folder: Path, **more: Any) -
 def run_serially(arguments: Sequence[str], folder: Path) -> tuple[str, dict[str, bytes], list[list[Any]]]:
     """Run a training job in FOLDER/run on one rank, to its end; return its outcome."""
     with start_job(0, arguments, folder) as job:
-        assert job.wait() == 0, job.output
+        assert job.wait(150) == 0, job.output
     return read_outcome(folder / "run")
 
 

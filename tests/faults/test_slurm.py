@@ -1,4 +1,4 @@
-"""The batch scripts in a real SLURM, of pretend nodes on this machine (scripts/slurm-here)."""
+"""The batch scripts in a real SLURM of emulated nodes on this machine (scripts/slurm-here)."""
 
 import os
 import re
@@ -36,7 +36,7 @@ class Cluster:
             "MPILM_SRUN_MPI": "pmix" if open_mpi else "pmi2",
         }  # fmt: skip
 
-    def ask(self, *words: object) -> str:
+    def call(self, *words: object) -> str:
         done = subprocess.run(
             [*map(str, words)], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=60, check=False
         )
@@ -44,29 +44,28 @@ class Cluster:
         return done.stdout
 
     def submit(self, *words: object, **variables: str) -> str:
-        """The number of a job."""
+        """Submit a job and return its number."""
         exports = ",".join(["ALL", *(f"{key}={value}" for key, value in variables.items())])
         flags = (f"--export={exports}", "--cpus-per-task=1", "--time=5", f"--output={self.logs}/%j.log")
-        return self.ask("sbatch", "--parsable", *flags, *words).strip()
+        return self.call("sbatch", "--parsable", *flags, *words).strip()
 
     def state(self, job: str) -> dict[str, str]:
-        return dict(re.findall(r"(\w+)=(\S*)", self.ask("scontrol", "show", "job", "-o", job)))
+        return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", "-o", job)))
 
     def log(self, job: str) -> str:
         path = self.logs / f"{job}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait_for(
-        self, job: str, what, limit_s: float = 400.0
-    ):  # pretend nodes make Open MPI slow: it takes them for hosts with cores of their own
+    def wait_for(self, job: str, condition, limit_s: float = 150.0):
+        """Return the value of `condition` once it is true."""
         end = time.monotonic() + limit_s
-        while not (found := what()):
+        while not (found := condition()):
             assert time.monotonic() < end, f"not within {limit_s} s: {self.state(job)}\n{self.log(job)}"
             time.sleep(0.2)
         return found
 
-    def ended(self, job: str) -> dict[str, str]:
-        """What SLURM says of a job that has come to its end, whole."""
+    def wait_for_end(self, job: str) -> dict[str, str]:
+        """Return SLURM's record of a job once it has ended."""
         self.wait_for(job, lambda: self.state(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
         return self.state(job)
 
@@ -84,66 +83,68 @@ def cluster(tmp_path_factory):
         yield Cluster(folder)
     finally:
         subprocess.run([HERE, "stop", folder / "slurm"], timeout=100, check=True)
-        left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in _content(path)]
-        assert not left, [_content(path) for path in left]
+        remaining = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in read_or_empty(path)]
+        assert not remaining, [read_or_empty(path) for path in remaining]
 
 
-def _content(path: Path) -> bytes:
+def read_or_empty(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError:
         return b""
 
 
-def words(data, run, *more):
+def train_flags(data, run, *more):
     return train_arguments(
         data, run, "--train.steps", STEPS, "--run.eval-every", 0, "--checkpoint.every", 0, "--run.log-every", 5, *more
     )[2:]
 
 
 @pytest.fixture(scope="module")
-def uncut(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("whole")
-    return run_serially(["-m", "mpilm.train", *words(data, folder / "run")], folder)
+def uninterrupted(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return run_serially(["-m", "mpilm.train", *train_flags(data, folder / "run")], folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def chained(cluster, tmp_path_factory, data):
-    """Three jobs of a minute each, of which half is kept free; a step in the first takes most of the rest. They run beside the
-    other tests."""
+def chain(cluster, tmp_path_factory, data):
+    """Three jobs of a minute each, of which half is reserved for saving; a step in the first takes most of the rest.
+
+    They run while the other tests run.
+    """
     run = tmp_path_factory.mktemp("chain") / "run"
     flags = f"--cpus-per-task=1 --time=1 --output={cluster.logs}/%j.log --nodelist=n3 {' '.join(ONE_NODE)} {WARNING}"
     slow = "kind=sleep rank=1 step=40 point=forward value=26"
     cluster.environment |= {"SBATCH_FLAGS": flags, "MPILM_FAULT": slow}
     try:
-        return run, cluster.ask("jobs/chain", 3, "jobs/train.sbatch", *words(data, run, *SHORT)).split()
+        return run, cluster.call("jobs/chain", 3, "jobs/train.sbatch", *train_flags(data, run, *SHORT)).split()
     finally:
         del cluster.environment["MPILM_FAULT"]
 
 
-def test_a_job_that_is_preempted_and_warned_becomes_the_whole_run(cluster, tmp_path, data, uncut):
-    """Preempted by SLURM, which puts it back itself; warned by SIGUSR1, after which the script does."""
+def test_job_preempted_and_warned_completes_the_run(cluster, tmp_path, data, uninterrupted):
+    """SLURM requeues the job that it preempts; after the warning, SIGUSR1, the script does."""
     run = tmp_path / "run"
-    job = cluster.submit(*TWO_NODES, WARNING, "jobs/train.sbatch", *words(data, run), MPILM_DOCTOR="on")
+    job = cluster.submit(*TWO_NODES, WARNING, "jobs/train.sbatch", *train_flags(data, run), MPILM_DOCTOR="on")
     cluster.wait_for(job, lambda: logged_step(run) >= 20)
-    stale = _stale_memory(job)
+    stale = create_stale_memory(job)
     cluster.submit("--partition=high", "--nodelist=n[0-1]", "--nodes=2", "--exclusive", "--wrap", "sleep 1")
-    cluster.wait_for(job, lambda: cluster.log(job).count("as SIGTERM asked") == 1)
+    cluster.wait_for(job, lambda: cluster.log(job).count("requested by SIGTERM; saved") == 1)
     first = logged_step(run)
     cluster.wait_for(job, lambda: logged_step(run) > first)
-    cluster.ask("scancel", "--signal=USR1", job)
+    cluster.call("scancel", "--signal=USR1", job)
     cluster.wait_for(job, lambda: "goes back into the queue" in cluster.log(job))
-    assert "as SIGUSR1 asked; saved" in cluster.log(job)
-    state = cluster.ended(job)
+    assert "requested by SIGUSR1; saved" in cluster.log(job)
+    state = cluster.wait_for_end(job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), cluster.log(job)
     assert cluster.log(job).count("all checks passed") == 1  # the doctor, on the first start only
     assert "4 ranks" in cluster.log(job)
     assert not stale.exists()
-    assert read_outcome(run)[:2] == uncut[:2]
+    assert read_outcome(run)[:2] == uninterrupted[:2]
 
 
-def _stale_memory(job):
-    """As MPICH leaves it behind when a job is killed."""
+def create_stale_memory(job):
+    """Create a file as MPICH leaves it when a job is killed."""
     number = 0x811C9DC5
     for byte in f"{job}.5".encode():
         number = (number ^ byte) * 0x01000193 & 0xFFFFFFFF
@@ -152,85 +153,87 @@ def _stale_memory(job):
     return path
 
 
-def test_mpirun_inside_a_job_is_warned_and_goes_on(cluster, tmp_path, data, uncut):
+def test_job_with_mpirun_warned_is_requeued(cluster, tmp_path, data, uninterrupted):
     run = tmp_path / "run"
     flags = (*ONE_NODE, "--signal=B:USR1@1", "--nodelist=n2")
-    job = cluster.submit(*flags, "jobs/train-mpirun.sbatch", *words(data, run))
+    job = cluster.submit(*flags, "jobs/train-mpirun.sbatch", *train_flags(data, run))
     cluster.wait_for(job, lambda: logged_step(run) >= 20)
-    cluster.ask("scancel", "--batch", "--signal=USR1", job)
-    state = cluster.ended(job)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    state = cluster.wait_for_end(job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
-    assert "as SIGUSR1 asked; saved" in cluster.log(job)
-    assert read_outcome(run)[:2] == uncut[:2]
+    assert "requested by SIGUSR1; saved" in cluster.log(job)
+    assert read_outcome(run)[:2] == uninterrupted[:2]
 
 
-def test_a_job_that_is_cancelled_saves_and_stays_away(cluster, tmp_path, data):
+def test_job_cancelled_saves_and_is_not_requeued(cluster, tmp_path, data):
     run = tmp_path / "run"
-    job = cluster.submit(*ONE_NODE, WARNING, "jobs/train.sbatch", *words(data, run))
+    job = cluster.submit(*ONE_NODE, WARNING, "jobs/train.sbatch", *train_flags(data, run))
     cluster.wait_for(job, lambda: logged_step(run) >= 20)
-    cluster.ask("scancel", job)
-    state = cluster.ended(job)
+    cluster.call("scancel", job)
+    state = cluster.wait_for_end(job)
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), cluster.log(job)
     (saved,) = list_checkpoints(run / "checkpoints")
     verify_checkpoint(saved)
     assert "goes back" not in cluster.log(job)
 
 
-def test_a_rank_that_is_killed_under_srun_is_named(cluster, tmp_path, data):
-    """srun asks the others to go, who would wait for it in their step."""
+def test_rank_killed_under_srun_is_named(cluster, tmp_path, data):
+    """srun then ends the other ranks, which would wait for it in their step."""
     run = tmp_path / "run"
-    job = cluster.submit(*ONE_NODE, WARNING, "--time=2", "jobs/train.sbatch", *words(data, run, "--train.steps", 10**6))
+    job = cluster.submit(*ONE_NODE, WARNING, "--time=2", "jobs/train.sbatch", *train_flags(data, run, "--train.steps", 10**6))
     cluster.wait_for(job, lambda: logged_step(run) >= 20)
-    (victim,) = [path.parent for path in Path("/proc").glob("[0-9]*/environ") if _is_rank(path, job, 1)]
+    (victim,) = [path.parent for path in Path("/proc").glob("[0-9]*/environ") if is_rank(path, job, 1)]
     os.kill(int(victim.name), signal.SIGKILL)
-    state = cluster.ended(job)
+    state = cluster.wait_for_end(job)
     assert state["JobState"] == "FAILED", cluster.log(job)
-    if cluster.environment["MPILM_SRUN_MPI"] == "pmix":  # which kills all ranks at once: SLURM alone can say something
+    if cluster.environment["MPILM_SRUN_MPI"] == "pmix":  # which kills all ranks at once: only SLURM can report it
         assert re.search(r"srun: error: n0: tasks? .*: Killed", cluster.log(job)), cluster.log(job)
         return
     assert "Missing: rank 1." in cluster.log(job)
-    assert "the process is not there any more" in cluster.log(job)
+    assert "its process no longer exists" in cluster.log(job)
 
 
-def _is_rank(path, job, rank):
-    said = _content(path).split(b"\0")
-    program = _content(path.with_name("cmdline"))
+def is_rank(path, job, rank):
+    environment = read_or_empty(path).split(b"\0")
+    program = read_or_empty(path.with_name("cmdline"))
     wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-    return wanted <= set(said) and b"python" in program and b"mpilm.train" in program
+    return wanted <= set(environment) and b"python" in program and b"mpilm.train" in program
 
 
-def test_a_bad_setting_ends_the_job_once(cluster, tmp_path, data):
-    job = cluster.submit(*ONE_NODE, WARNING, "jobs/train.sbatch", *words(data, tmp_path / "run", "--train.global-batch", 7))
-    state = cluster.ended(job)
+def test_job_with_a_bad_setting_prints_one_error(cluster, tmp_path, data):
+    job = cluster.submit(
+        *ONE_NODE, WARNING, "jobs/train.sbatch", *train_flags(data, tmp_path / "run", "--train.global-batch", 7)
+    )
+    state = cluster.wait_for_end(job)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "78:0", "0")
     assert cluster.log(job).count("mpilm: error") == 1
 
 
-def test_text_is_prepared_and_swept_over(cluster, tmp_path):
+def test_prepare_and_sweep_jobs(cluster, tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 200)
     where = ("--data.path", tmp_path / "text.txt", "--data.tokenizer", "bytes", "--output", tmp_path / "tokens")
     prepared = cluster.submit(*ONE_NODE, "jobs/prepare.sbatch", *where)
-    assert cluster.ended(prepared)["JobState"] == "COMPLETED", cluster.log(prepared)
+    assert cluster.wait_for_end(prepared)["JobState"] == "COMPLETED", cluster.log(prepared)
     sweep = tmp_path / "rates.txt"
     sweep.write_text("--train.lr 1e-3\n--train.lr 2e-3 --model.n-layers 2\n")
     flags = [str(word) for word in SMALL] + ["--data.path", tmp_path / "tokens", "--train.steps", 3]
-    runs = [f"--run.dir={tmp_path}/run"]  # another place than runs/ of this folder; both go on where the other has ended
+    runs = [f"--run.dir={tmp_path}/run"]  # not runs/ of this folder, where the other MPI would resume
     job = cluster.submit(*ONE_NODE, WARNING, "--array=2-3", "jobs/sweep.sbatch", sweep, *flags, *runs)
-    swept, beyond = cluster.ended(f"{job}_2"), cluster.ended(f"{job}_3")
+    swept, beyond = cluster.wait_for_end(f"{job}_2"), cluster.wait_for_end(f"{job}_3")
     assert swept["JobState"] == "COMPLETED", cluster.log(swept["JobId"])
     assert "has no line 3; sbatch --array=1-2 has a run for every line" in cluster.log(beyond["JobId"])
     assert beyond["ExitCode"] == "78:0"
     assert "lr = 0.002" in (tmp_path / "run" / "config.toml").read_text()
 
 
-def test_jobs_that_are_too_short_make_the_whole_run_in_a_chain(cluster, chained, tmp_path, data):
-    """The end of the job's time is read from SLURM, without a signal."""
-    run, (first, second, last) = chained
-    state = cluster.ended(first)
+def test_chain_of_short_jobs_completes_the_run(cluster, chain, tmp_path, data):
+    """The run reads the end of the job's time from SLURM; no signal is sent."""
+    run, (first, second, last) = chain
+    state = cluster.wait_for_end(first)
     assert state["ExitCode"] == "75:0", cluster.log(first)
-    assert "as the end of the SLURM job asked; saved" in cluster.log(first)
-    assert cluster.ended(second)["ExitCode"] in ("75:0", "0:0"), cluster.log(second)
+    assert "requested by the end of the SLURM job; saved" in cluster.log(first)
+    assert cluster.wait_for_end(second)["ExitCode"] in ("75:0", "0:0"), cluster.log(second)
     assert "from step" in cluster.log(second)
-    assert cluster.ended(last)["JobState"] == "COMPLETED", cluster.log(last)
-    uncut = run_serially(["-m", "mpilm.train", *words(data, tmp_path / "run", *SHORT)], tmp_path)
-    assert read_outcome(run)[:2] == uncut[:2]
+    assert cluster.wait_for_end(last)["JobState"] == "COMPLETED", cluster.log(last)
+    uninterrupted = run_serially(["-m", "mpilm.train", *train_flags(data, tmp_path / "run", *SHORT)], tmp_path)
+    assert read_outcome(run)[:2] == uninterrupted[:2]
