@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Collection
 
 
 def format_duration(seconds: float) -> str:
@@ -49,6 +50,11 @@ def count_noun(number: int, noun: str) -> str:
     """Return the number with its noun, in the plural where it is not one: 1 rank, 1,024 ranks, 2 batches."""
     plural = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
     return f"{number:,} {noun}{plural}"
+
+
+def name_ranks(ranks: Collection[int]) -> str:
+    """Return the ranks as text: rank 3, or ranks 0, 2."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 class ProgressLine:

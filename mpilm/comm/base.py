@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -117,10 +118,11 @@ class Comm(ABC):
 
     def broadcast_json(self, value: Any, root: int = 0) -> Any:
         """Return root's value on every rank. For small, rare, JSON-serialisable values."""
-        data = _encode(value) if self.rank == root else torch.empty(0, dtype=torch.uint8, device="cpu")
+        data = _encode(value if self.rank == root else None)
         size = torch.tensor([data.numel()], device="cpu")
         self.broadcast(size, root)
-        data = data if self.rank == root else torch.empty(int(size), dtype=torch.uint8, device="cpu")
+        if self.rank != root:
+            data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
         self.broadcast(data, root)
         return _decode(data)
 
@@ -239,8 +241,8 @@ class SelfComm(Comm):
 
     def __init__(self, name: str = "self"):
         self.name = name
-        self._sent: dict[tuple[int, int], Tensor] = {}
-        self._messages: Counter[tuple[str, int]] = Counter()
+        self._sent: dict[tuple[int, int], Tensor] = {}  # by tag and number
+        self._numbers: dict[tuple[str, int], Iterator[int]] = defaultdict(count)  # of messages, by direction and tag
 
     def barrier(self) -> None:
         pass
@@ -269,11 +271,11 @@ class SelfComm(Comm):
         return self._iall_gather(x, out, receive_counts)
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
-        self._sent[self._next_message("send", tag)] = x.clone()
+        self._sent[tag, next(self._numbers["send", tag])] = x.clone()
         return Request()
 
     def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
-        key = self._next_message("receive", tag)
+        key = tag, next(self._numbers["receive", tag])  # a receive takes its place in the order when it starts
 
         def finish() -> None:
             if key not in self._sent:
@@ -281,11 +283,6 @@ class SelfComm(Comm):
             unpack_into([self._sent.pop(key)], out)
 
         return Request(finish)
-
-    def _next_message(self, direction: str, tag: int) -> tuple[int, int]:
-        """Return the tag and the number of the message: a receive takes its place in the order when it starts."""
-        self._messages[direction, tag] += 1
-        return tag, self._messages[direction, tag]
 
     def _broadcast(self, x: Tensor, root: int) -> None:
         pass

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from mpilm.comm.base import Comm
 from mpilm.errors import ConfigError, UserError, error_from_code
+from mpilm.formatting import name_ranks
 
 R = TypeVar("R")
 
@@ -23,32 +24,31 @@ def run_on_all_ranks(comm: Comm, action: Callable[[], R]) -> R:
     If it raises a UserError on any rank, all ranks raise that error as a CollectiveError. For actions that may fail on one
     rank alone, such as opening a file.
     """
-    result, failure = None, None
-    try:
-        result = action()
-    except UserError as error:
-        failure = [error.code, str(error)]
+    result, failure = _catch(action)
     failures = comm.all_gather_json(failure)
     failed = [rank for rank, failure in enumerate(failures) if failure]
     if failed:
         code, message = failures[failed[0]]
-        where = "" if len(failed) == comm.size else f" (on rank{'s' * (len(failed) > 1)} {', '.join(map(str, failed))})"
+        where = "" if len(failed) == comm.size else f" (on {name_ranks(failed)})"
         raise CollectiveError(error_from_code(code, message + where))
     return result  # type: ignore[return-value]
 
 
 def run_on_root(comm: Comm, action: Callable[[], R]) -> R | None:
     """Run `action` on rank 0 alone; all ranks raise its UserError. Returns None on the other ranks. Collective."""
-    result, failure = None, None
-    if comm.rank == 0:
-        try:
-            result = action()
-        except UserError as error:
-            failure = [error.code, str(error)]
+    result, failure = _catch(action) if comm.rank == 0 else (None, None)
     failure = comm.broadcast_json(failure)
     if failure:
         raise CollectiveError(error_from_code(*failure))
     return result
+
+
+def _catch(action: Callable[[], R]) -> tuple[R | None, list[Any] | None]:
+    """Return the result of `action`, or code and message of the UserError that it raises."""
+    try:
+        return action(), None
+    except UserError as error:
+        return None, [error.code, str(error)]
 
 
 def check_same_on_all_ranks(comm: Comm, what: str, settings: Mapping[str, Any]) -> None:

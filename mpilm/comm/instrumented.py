@@ -11,43 +11,40 @@ from torch import Tensor
 from mpilm.comm.base import Comm, Counts, Request
 from mpilm.comm.progress import CommCall, Progress, locate_caller
 from mpilm.errors import RanksDisagreeError
+from mpilm.formatting import name_ranks
 
 
 class InstrumentedComm(Comm):
-    """Passes every operation on to `inner` and records it in `progress`. `calls` and `sent_bytes` count by operation.
+    """Passes every operation on to `inner` and records it in `progress`.
 
     While `checks_calls` is true, each collective first compares its operation, dtype, counts and position in the order of
     calls over the ranks, and raises RanksDisagreeError on all of them before any data is touched: plain MPI returns garbage
-    without an error. `world_ranks`: world ranks of this communicator's ranks.
+    without an error. `world_ranks`: world ranks of this communicator's ranks, if it is not the world.
     """
 
     def __init__(
-        self,
-        inner: Comm,
-        checks_calls: bool = False,
-        progress: Progress | None = None,
-        world_ranks: Sequence[int] | None = None,
+        self, inner: Comm, checks_calls: bool = False, progress: Progress | None = None, world_ranks: Sequence[int] = ()
     ):
         self.inner, self.checks_calls = inner, checks_calls
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
         self.mpi_library = inner.mpi_library
         self.progress = progress or Progress()
-        self.world_ranks = range(inner.size) if world_ranks is None else world_ranks
+        self.world_ranks = world_ranks or range(inner.size)
         self.calls: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
         self._collective_count = self._message_count = 0
 
-    def _count_bytes(self, op: str, x: Tensor, sent_numel: int) -> int:
-        """Count a call and the bytes it sends; return the bytes."""
-        self.calls[op] += 1
-        self.sent_bytes[op] += sent_numel * x.element_size()
-        return sent_numel * x.element_size()
+    def _record(self, call: CommCall) -> CommCall:
+        self.progress.calls.append(call)
+        if call.op != "receive":  # counted where it is sent
+            self.calls[call.op] += 1
+            self.sent_bytes[call.op] += call.sent_bytes
+        return call
 
-    def _record_collective(self, op: str, *arguments: Any, sent: int = 0) -> CommCall:
+    def _record_collective(self, op: str, *arguments: Any, sent_bytes: int = 0) -> CommCall:
         """Record a collective and compare it over the ranks. Messages between two ranks have no place in this order."""
         self._collective_count += 1
-        call = CommCall(op, self.name, self._collective_count, self.world_ranks, sent_bytes=sent)
-        self.progress.calls.append(call)
+        call = self._record(CommCall(op, self.name, self._collective_count, self.world_ranks, sent_bytes=sent_bytes))
         if self.checks_calls:
             signature = [self._collective_count, op, *map(str, arguments), f"({locate_caller(sys._getframe())})"]
             self.progress.wait(call, lambda: self._compare(signature))
@@ -60,7 +57,8 @@ class InstrumentedComm(Comm):
             groups.setdefault(f"call {other[0]}: {' '.join(map(str, other[1:]))}", []).append(rank)
             calls.add(str(other[:-1]))
         if len(calls) > 1:  # call sites are not compared: two lines may make the same call
-            table = "".join(f"\n  {_ranks(ranks)}: {call}" for call, ranks in sorted(groups.items(), key=lambda g: len(g[1])))
+            rows = sorted(groups.items(), key=lambda row: len(row[1]))
+            table = "".join(f"\n  {name_ranks(ranks)}: {call}" for call, ranks in rows)
             raise RanksDisagreeError(f"{self.name}: the ranks do not make the same call:{table}")
 
     def _record_wait(self, call: CommCall, request: Request) -> Request:
@@ -92,33 +90,29 @@ class InstrumentedComm(Comm):
         self.inner.abort(code)
 
     def _iall_reduce(self, x: Tensor, op: str) -> Request:
-        sent = self._count_bytes("all_reduce", x, x.numel())
-        call = self._record_collective("all_reduce", op, x.dtype, x.numel(), sent=sent)
+        call = self._record_collective("all_reduce", op, x.dtype, x.numel(), sent_bytes=x.nbytes)
         return self._record_wait(call, self.inner._iall_reduce(x, op))
 
     def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
-        sent = self._count_bytes("all_gather", x, x.numel() * (self.size - 1))
-        call = self._record_collective("all_gather", x.dtype, list(counts), sent=sent)
+        call = self._record_collective("all_gather", x.dtype, list(counts), sent_bytes=x.nbytes * (self.size - 1))
         return self._record_wait(call, self.inner._iall_gather(x, out, counts))
 
     def _iall_to_all(self, x: Tensor, out: Tensor, send_counts: Counts, receive_counts: Counts) -> Request:
-        sent = self._count_bytes("all_to_all", x, x.numel() - send_counts[self.rank])
-        call = self._record_collective("all_to_all", x.dtype, sent=sent)
+        sent_bytes = (x.numel() - send_counts[self.rank]) * x.element_size()
+        call = self._record_collective("all_to_all", x.dtype, sent_bytes=sent_bytes)
         if self.checks_calls:
-            everyone = self.inner.all_gather_json(list(send_counts))
-            self._check_receive_counts([counts[self.rank] for counts in everyone], list(receive_counts))
+            self._compare_counts(list(send_counts), list(receive_counts))
         return self._record_wait(call, self.inner._iall_to_all(x, out, send_counts, receive_counts))
 
-    def _check_receive_counts(self, actual: list[int], expected: list[int]) -> None:
-        mismatches = self.inner.all_gather_json(None if actual == expected else [actual, expected])
-        for rank, mismatch in enumerate(mismatches):
-            if mismatch is not None:
-                actual, expected = mismatch
+    def _compare_counts(self, sends: list[int], receives: list[int]) -> None:
+        everyone = self.inner.all_gather_json([sends, receives])
+        for rank, (_, expected) in enumerate(everyone):
+            actual = [sent[rank] for sent, _ in everyone]
+            if actual != expected:
                 raise RanksDisagreeError(f"{self.name}: all_to_all brings rank {rank} {actual} elements, it expects {expected}")
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
-        sent = self._count_bytes("send", x, x.numel())
-        return self._record_wait(self._record_message("send", to, tag, sent), self.inner._isend(x, to, tag))
+        return self._record_wait(self._record_message("send", to, tag, x.nbytes), self.inner._isend(x, to, tag))
 
     def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
         call = self._record_message("receive", source, tag, out.nbytes)
@@ -126,15 +120,9 @@ class InstrumentedComm(Comm):
 
     def _record_message(self, op: str, peer: int, tag: int, nbytes: int) -> CommCall:
         self._message_count += 1
-        call = CommCall(op, self.name, self._message_count, (self.world_ranks[peer],), f"tag {tag}", nbytes)
-        self.progress.calls.append(call)
-        return call
+        return self._record(CommCall(op, self.name, self._message_count, (self.world_ranks[peer],), f"tag {tag}", nbytes))
 
     def _broadcast(self, x: Tensor, root: int) -> None:
-        sent = self._count_bytes("broadcast", x, x.numel() if self.rank == root else 0)
-        call = self._record_collective("broadcast", x.dtype, x.numel(), f"from rank {root}", sent=sent)
+        sent_bytes = x.nbytes if self.rank == root else 0
+        call = self._record_collective("broadcast", x.dtype, x.numel(), f"from rank {root}", sent_bytes=sent_bytes)
         self.progress.wait(call, lambda: self.inner._broadcast(x, root))
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -11,8 +11,8 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,6 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpilm.comm.abort import exit_after, force_exit
 from mpilm.comm.base import Comm, Counts, Request
 from mpilm.comm.shared_memory import map_shared_memory
 
@@ -33,6 +32,10 @@ MAX_COUNT = 2**31 - 1  # Open MPI 5 has no calls with larger counts
 FINALIZE_TIMEOUT_S = 60  # for MPI_Finalize, once all ranks have reached it
 YIELDS_BEFORE_SLEEP = 200
 MAX_SLEEP_S = 0.0005
+LAUNCHERS = ("mpiexec", "mpiexec.hydra", "mpirun", "orterun", "prterun")
+RANK_TIMEOUT_S = 5  # for MPI_Abort to end this rank
+LAUNCHER_TIMEOUT_S = 60  # for the launcher to exit: it first notifies the other hosts
+KILL_LATER = "for second in $(seq {seconds}); do kill -0 {pid} 2>/dev/null || exit; sleep 1; done; kill -9 {pid}"
 
 
 class MpiComm(Comm):
@@ -55,6 +58,7 @@ class MpiComm(Comm):
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.gpu_aware, self.yield_while_waiting = gpu_aware, yield_while_waiting
         self.mpi_library = mpi_library_name()
+        self.is_fault_tolerant = os.environ.get(ULFM_VARIABLE, "").lower() in ("1", "true") and None not in FAILURE_CLASSES
 
     @property
     def mpi_details(self) -> str:  # type: ignore[override]
@@ -77,10 +81,6 @@ class MpiComm(Comm):
         self._family.append(comm)
         return type(self)(comm, name, self.gpu_aware, self.yield_while_waiting, self._family)
 
-    @property
-    def is_fault_tolerant(self) -> bool:  # type: ignore[override]
-        return os.environ.get(ULFM_VARIABLE, "").lower() in ("1", "true") and None not in FAILURE_CLASSES
-
     def is_rank_failure(self, error: BaseException) -> bool:
         return isinstance(error, MPI.Exception) and error.Get_error_class() in FAILURE_CLASSES
 
@@ -99,53 +99,53 @@ class MpiComm(Comm):
         self._comm.Abort(code)
 
     def _iall_reduce(self, x: Tensor, op: str) -> Request:
-        host, finish = self._host_buffer(x, x)
-        request = self._comm.Iallreduce(MPI.IN_PLACE, _as_numbers(host), op=REDUCE_OPS[op])
-        return Request(partial(self._complete, request, finish, host))
+        host = self._host_buffer(x)
+        numbers = [_memory(host), host.numel(), REDUCE_TYPES[host.dtype]]
+        request = self._comm.Iallreduce(MPI.IN_PLACE, numbers, op=REDUCE_OPS[op])
+        return Request(partial(self._complete, request, host, x))
 
     def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
-        host_x, _ = self._host_buffer(x, None)
-        host_out, finish = self._host_buffer(None, out)
+        host_x, host_out = self._host_buffer(x), self._host_buffer(out, copy=False)
         own_address = host_out.data_ptr() + sum(counts[: self.rank]) * out.element_size()
         in_place = x.numel() > 0 and host_x.data_ptr() == own_address  # MPI refuses buffers that overlap
         source = MPI.IN_PLACE if in_place else _as_words(host_x)
         request = self._comm.Iallgatherv(source, _as_words(host_out, counts))
-        return Request(partial(self._complete, request, finish, host_x, host_out))
+        return Request(partial(self._complete, request, host_out, out, host_x))
 
     def _iall_to_all(self, x: Tensor, out: Tensor, send_counts: Counts, receive_counts: Counts) -> Request:
-        host_x, _ = self._host_buffer(x, None)
-        host_out, finish = self._host_buffer(None, out)
+        host_x, host_out = self._host_buffer(x), self._host_buffer(out, copy=False)
         request = self._comm.Ialltoallv(_as_words(host_x, send_counts), _as_words(host_out, receive_counts))
-        return Request(partial(self._complete, request, finish, host_x, host_out))
+        return Request(partial(self._complete, request, host_out, out, host_x))
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
-        host, _ = self._host_buffer(x, None)
+        host = self._host_buffer(x)
         request = self._comm.Issend(_as_words(host), to, tag)
-        return Request(partial(self._complete, request, _do_nothing, host))
+        return Request(partial(self._complete, request, host, host))
 
     def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
-        host, finish = self._host_buffer(None, out)
+        host = self._host_buffer(out, copy=False)
         request = self._comm.Irecv(_as_words(host), source, tag)
 
         def complete() -> None:
-            received = self._wait(request).Get_count(MOVE_TYPES[host.element_size()])
+            received = self._complete(request, host, out).Get_count(MOVE_TYPES[host.element_size()])
             if received != host.numel():  # MPI accepts a shorter message silently
                 raise RuntimeError(f"{self}: received {received} elements from rank {source} into a buffer of {host.numel()}")
-            finish()
 
         return Request(complete)
 
     def _broadcast(self, x: Tensor, root: int) -> None:
-        host, finish = self._host_buffer(x, x)
-        flat = host.view(-1)
-        for part in flat.split(MAX_COUNT) if flat.numel() else (flat,):
+        host = self._host_buffer(x)
+        for part in host.view(-1).split(MAX_COUNT):
             self._wait(self._comm.Ibcast(_as_words(part), root))
-        finish()
+        if host is not x:
+            x.copy_(host)
 
-    def _complete(self, request: MPI.Request, finish: Callable[[], object], *buffers: Tensor) -> None:
-        """Wait, then copy the result to its place. `buffers` are passed only to keep them alive until then."""
-        self._wait(request)
-        finish()
+    def _complete(self, request: MPI.Request, host: Tensor, out: Tensor, *sources: Tensor) -> MPI.Status:
+        """Wait, then copy the result from `host` to `out`. `sources` are passed only to keep them alive until then."""
+        status = self._wait(request)
+        if host is not out:
+            out.copy_(host)
+        return status
 
     def _wait(self, request: MPI.Request) -> MPI.Status:
         status = MPI.Status()
@@ -165,42 +165,25 @@ class MpiComm(Comm):
         """Return whether MPI can read and write this memory itself."""
         return not tensor.is_cuda or self.gpu_aware
 
-    def _host_buffer(self, source: Tensor | None, out: Tensor | None) -> tuple[Tensor, Callable[[], object]]:
-        """Return the memory to pass to MPI for `source` or `out`, and a function that copies the result from there to `out`."""
-        tensor = source if source is not None else out
-        assert tensor is not None
+    def _host_buffer(self, tensor: Tensor, copy: bool = True) -> Tensor:
+        """Return the memory to pass to MPI for a tensor: its own, or a host buffer, with its values if `copy` is true."""
         if self._can_read(tensor):
             if tensor.is_cuda:
                 torch.cuda.current_stream(tensor.device).synchronize()  # MPI reads at once, not in stream order
-            return tensor, _do_nothing
+            return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-        if source is not None:
-            host.copy_(source)
-        return host, (lambda: out.copy_(host)) if out is not None else _do_nothing
-
-
-def _do_nothing() -> None:
-    pass
+        return host.copy_(tensor) if copy else host
 
 
 def _memory(x: Tensor) -> MPI.buffer:
-    return MPI.buffer.fromaddress(x.data_ptr(), x.numel() * x.element_size())
-
-
-def _as_numbers(x: Tensor) -> list[object]:
-    _check_count(x)
-    return [_memory(x), x.numel(), REDUCE_TYPES[x.dtype]]
+    if x.numel() > MAX_COUNT:
+        raise ValueError(f"one message of {x.numel()} elements; MPI takes at most {MAX_COUNT}: split it into buckets")
+    return MPI.buffer.fromaddress(x.data_ptr(), x.nbytes)
 
 
 def _as_words(x: Tensor, counts: Counts | None = None) -> list[object]:
     """Describe a buffer as words of its item size: any dtype can be moved so, bf16 and bool included."""
-    _check_count(x)
     return [_memory(x), x.numel() if counts is None else list(counts), MOVE_TYPES[x.element_size()]]
-
-
-def _check_count(x: Tensor) -> None:
-    if x.numel() > MAX_COUNT:
-        raise ValueError(f"one message of {x.numel()} elements; MPI takes at most {MAX_COUNT}: split it into buckets")
 
 
 def mpi_world() -> MpiComm:
@@ -224,10 +207,7 @@ def _library_path() -> str:
 
 
 def finalize(code: int) -> None:
-    """Finalize MPI; no communicator may be used afterwards.
-
-    If ranks have failed, MPI would wait for them: this process exits here with `code`.
-    """
+    """Finalize MPI. If ranks have failed, MPI would wait for them: this process exits here with `code`."""
     if MPI.Is_finalized():
         return
     if os.environ.get(ULFM_VARIABLE) and MPI.COMM_WORLD.Get_failed().Get_size():
@@ -238,3 +218,37 @@ def finalize(code: int) -> None:
     exit_after(FINALIZE_TIMEOUT_S)  # MPI holds the interpreter lock while it waits for a hanging rank
     MPI.Finalize()
     signal.alarm(0)
+
+
+def force_exit() -> None:
+    """Make sure that this rank and its launcher exit soon. Call before MPI_Abort.
+
+    A kernel timer ends this rank, since MPI_Abort may hold the interpreter lock. A separate process kills the launcher if it
+    runs on this host; otherwise the job would last until its time limit.
+    """
+    exit_after(RANK_TIMEOUT_S)
+    pid = find_launcher()
+    if pid is not None:
+        null = subprocess.DEVNULL  # a launcher waits until every process has closed the output it inherited
+        command = ["sh", "-c", KILL_LATER.format(seconds=LAUNCHER_TIMEOUT_S, pid=pid)]
+        with contextlib.suppress(OSError):
+            subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+
+
+def exit_after(seconds: int) -> None:
+    """Let the kernel end this rank after so many seconds. `signal.alarm(0)` cancels it."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds)
+
+
+def find_launcher() -> int | None:
+    """Return the process id of the mpirun (or one of its other names) that started this rank, if it runs on this host."""
+    pid = os.getppid()
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        while pid > 1:
+            name, _, fields = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+            if name in LAUNCHERS:
+                return pid
+            pid = int(fields.split()[1])
+    return None

@@ -58,27 +58,23 @@ class Progress:
     def wait(self, call: CommCall, finish: Callable[[], object]) -> None:
         """Call `finish`, which waits for other ranks, and record its duration."""
         self._park_if_aborting()
-        start_s = time.monotonic()
-        self.waiting = call, start_s
-        finish()
+        self.waiting = call, time.monotonic()
+        with self.span(call):
+            finish()
         self.waiting = None
-        self._record(call, start_s)
 
     @contextmanager
     def span(self, event: object) -> Iterator[None]:
         """Record the duration of the block as a span of `event`. Spans may nest."""
         start_s = time.monotonic()
         yield
-        self._record(event, start_s)
+        if self._spans is not None:
+            self._spans.append(Span(event, start_s, time.monotonic()))
 
     def drain_spans(self) -> list[Span]:
         """Return the spans that ended since the last call; the first call starts the recording."""
         spans, self._spans = self._spans or [], []
         return spans
-
-    def _record(self, event: object, start_s: float) -> None:
-        if self._spans is not None:
-            self._spans.append(Span(event, start_s, time.monotonic()))
 
     def park(self) -> None:
         """Called by the watchdog when the process is about to abort: a call that unblocks after this must not return."""

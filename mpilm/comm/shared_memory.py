@@ -5,9 +5,11 @@ reserved beforehand, so that a small /dev/shm is reported instead of raising SIG
 MPICH 5.)
 """
 
+import contextlib
 import mmap
 import os
 import tempfile
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,44 +24,24 @@ def map_shared_memory(comm: Comm, numel: int) -> list[Tensor] | None:
     """Implement Comm.allocate_shared for processes of one node. Collective."""
     sizes = [-(-4 * count // PAGE_BYTES) * PAGE_BYTES for count in comm.all_gather_json(numel)]
     path, total = "", max(PAGE_BYTES, sum(sizes))
-    if comm.rank == 0:
-        path = _reserve_file(total)
-    path = comm.broadcast_json(path)
-    mapped = _map_file(path, total) if path else None
-    all_mapped = all(comm.all_gather_json(mapped is not None))
-    if path and comm.rank == 0:
-        os.unlink(path)
+    with contextlib.ExitStack() as stack:  # deletes the file once all ranks have mapped it
+        if comm.rank == 0:
+            with contextlib.suppress(OSError):  # no such folder, or not enough space
+                file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="mpilm-", dir=SHM_FOLDER))
+                os.posix_fallocate(file.fileno(), 0, total)
+                path = file.name
+        mapped = _map_file(comm.broadcast_json(path), total)
+        all_mapped = all(comm.all_gather_json(mapped is not None))
     if not all_mapped or mapped is None:
         return None
-    starts = [sum(sizes[:rank]) // 4 for rank in range(comm.size)]
     memory = torch.frombuffer(mapped, dtype=torch.float32)
-    return [memory[start : start + size // 4] for start, size in zip(starts, sizes)]
-
-
-def _reserve_file(nbytes: int) -> str:
-    """Create a file of that size in memory and return its path; return "" if it does not fit."""
-    try:
-        handle, path = tempfile.mkstemp(prefix="mpilm-", dir=SHM_FOLDER)
-    except OSError:
-        return ""
-    try:
-        os.posix_fallocate(handle, 0, nbytes)
-        return path
-    except OSError:
-        os.unlink(path)
-        return ""
-    finally:
-        os.close(handle)
+    return [memory[start // 4 : (start + size) // 4] for start, size in zip(accumulate(sizes, initial=0), sizes)]
 
 
 def _map_file(path: str, nbytes: int) -> mmap.mmap | None:
+    """Map rank 0's file; return None if it is not here: ranks of one node may have containers, each with its own /dev/shm."""
     try:
-        handle = os.open(path, os.O_RDWR)
-    except OSError:  # ranks of one node may live in containers, each with its own /dev/shm
-        return None
-    try:
-        return mmap.mmap(handle, nbytes) if os.fstat(handle).st_size == nbytes else None
+        with open(path, "r+b") as file:
+            return mmap.mmap(file.fileno(), nbytes) if os.fstat(file.fileno()).st_size == nbytes else None
     except OSError:
         return None
-    finally:
-        os.close(handle)

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks
@@ -29,14 +29,6 @@ def run(parse: Callable[[], Body]) -> NoReturn:
     `parse` validates the arguments without communication and returns the function to call with the world.
     """
     faulthandler.enable()  # a fatal signal prints the stack of this rank
-    body: Body | None = None
-    failure: BaseException | None = None
-    try:
-        body = parse()
-    except (UserError, SystemExit) as error:
-        failure = error
-    except KeyboardInterrupt:
-        os._exit(130)
     faulthandler.dump_traceback_later(START_TIMEOUT_S, exit=True)  # if some ranks never start, or hang before they meet
     comm = connect_world()
     _exit_with_launcher()
@@ -45,7 +37,7 @@ def run(parse: Callable[[], Body]) -> NoReturn:
 
         install_faults(os.environ[FAULT_VARIABLE], comm.rank)
     try:
-        code = _run_body(comm, body, failure)
+        code = _run_command(comm, parse)
     except BaseException as error:  # of any kind: the other ranks must not wait for this one
         _abort_job(comm, error)
     sys.stdout.flush()
@@ -55,71 +47,56 @@ def run(parse: Callable[[], Body]) -> NoReturn:
     sys.exit(code)
 
 
-def _run_body(comm: Comm, body: Body | None, failure: BaseException | None) -> int:
+def _run_command(comm: Comm, parse: Callable[[], Body]) -> int:
     """Return the exit code of a command that ends in an orderly way on every rank."""
     try:
-        printed = _printed_text(failure) if isinstance(failure, SystemExit) else None
-        ending = next((text for text in comm.all_gather_json(printed) if text), None)
-        run_on_all_ranks(comm, lambda: _raise(failure if not isinstance(failure, SystemExit) else None))
+        body, stop = run_on_all_ranks(comm, lambda: _parse_or_stop(parse))
+        stops = [stop for stop in comm.all_gather_json(stop) if stop]
         faulthandler.cancel_dump_traceback_later()  # all ranks have started
-        if ending is not None:  # --help or an unreadable flag, on one rank at least: printed once, and all ranks exit
-            text, code = ending
-            if comm.rank == 0:
-                print(text, end="", file=sys.stderr if code else sys.stdout, flush=True)
-            _wait_before_exit(comm)
-            return int(code)
-        assert body is not None
-        body(comm)
-        return 0
+        if not stops:
+            assert body is not None
+            body(comm)
+            return 0
+        text, code = stops[0]  # --help on one rank at least: printed once, and all ranks exit
+        if comm.rank == 0:
+            print(text, end="", file=sys.stderr if code else sys.stdout, flush=True)
     except CollectiveError as error:
+        code = error.error.code
         if comm.rank == 0:
             prefix = "" if isinstance(error.error, PreemptedError) else "error: "
             print(f"mpilm: {prefix}{error}", file=sys.stderr, flush=True)
-        _wait_before_exit(comm)
-        return error.error.code
-
-
-def _wait_before_exit(comm: Comm) -> None:
-    """Wait until the message is printed. Collective.
-
-    Every rank then exits with its own code: when the first one exits with a code other than 0, a launcher ends the others
-    (srun with SIGTERM).
-    """
+    # Wait until the message is printed: when the first rank exits with a code other than 0, a launcher ends the others
+    # (srun with SIGTERM). Every rank then exits with its own code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     comm.barrier()
+    return int(code)
 
 
-def _printed_text(stop: SystemExit) -> list[str | int]:
-    """Return text and exit code of the parser's SystemExit(text, code), or of any other as Python reads it."""
-    if len(stop.args) == 2:
-        return list(stop.args)
-    return [stop.code + "\n", 1] if isinstance(stop.code, str) else ["", stop.code or 0]
-
-
-def _raise(failure: BaseException | None) -> None:
-    if failure is not None:
-        raise failure
+def _parse_or_stop(parse: Callable[[], Body]) -> tuple[Body | None, Any]:
+    """Return the function to call, or the text and exit code of a SystemExit, of which the parser's has both as arguments."""
+    try:
+        return parse(), None
+    except SystemExit as stop:
+        if len(stop.args) == 2:
+            return None, stop.args
+        return None, (f"{stop.code}\n", 1) if isinstance(stop.code, str) else ("", stop.code or 0)
 
 
 def _abort_job(comm: Comm, error: BaseException) -> NoReturn:
     """Print an error raised on this rank alone and end the job; the other ranks would wait for ever."""
     if isinstance(error, BrokenPipeError) and comm.size == 1:
         os._exit(141)  # the reader of the output has exited, as in `| head`
-    code = error.code if isinstance(error, UserError) else 1
-    if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else 1
-    if isinstance(error, KeyboardInterrupt):
-        code = 130
-        time.sleep(ROOT_FIRST_S if comm.rank else 0)  # a terminal interrupts all ranks: one message is enough
     if comm.is_rank_failure(error):
         error = LostRankError(f"another rank has failed ({error}); the same command resumes from the newest checkpoint")
-        code = error.code
     where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     if isinstance(error, UserError):
-        text = f"mpilm: error on {where}: {error}\n"
+        code, text = error.code, f"mpilm: error on {where}: {error}\n"
     elif isinstance(error, KeyboardInterrupt):
+        time.sleep(ROOT_FIRST_S if comm.rank else 0)  # a terminal interrupts all ranks: one message is enough
+        code = 130
         text = f"mpilm: interrupted ({where}); checkpoints are complete, and the same command resumes from the newest\n"
     else:
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         text = f"mpilm: {where} failed:\n" + "".join(traceback.format_exception(error))
     sys.stdout.flush()
     sys.stderr.write(text)
@@ -130,12 +107,10 @@ def _abort_job(comm: Comm, error: BaseException) -> NoReturn:
 
 
 def _exit_with_launcher() -> None:
-    """Let the kernel kill this rank when its parent dies: an orphan would wait, or train, for ever (prctl(2),
-    PR_SET_PDEATHSIG)."""
-    if launcher_world_size() is None:
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """Let the kernel kill this rank when its parent dies (PR_SET_PDEATHSIG): an orphan would wait, or train, for ever."""
+    if launcher_world_size() is not None:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def launcher_world_size() -> int | None:
@@ -158,9 +133,9 @@ def connect_world() -> Comm:
     comm = mpi_world()
     if announced != comm.size and comm.size == 1:
         mismatch = ConfigError(
-            f"the launcher started {announced} ranks, but {mpi_library_name()} sees a world of 1: mpirun belongs "
-            "to another MPI than the library that Python loads; use the mpirun that came with it (in a virtual environment: its "
-            "bin/mpirun), or the type that srun --mpi=list names for it (pmi2 for MPICH, pmix for Open MPI)"
+            f"the launcher started {announced} ranks, but {mpi_library_name()} sees a world of 1: mpirun belongs to another "
+            "MPI than the library that Python loads; use the mpirun that came with it (in a virtual environment: "
+            "its bin/mpirun), or the type that srun --mpi=list names for it (pmi2 for MPICH, pmix for Open MPI)"
         )
         if is_first_process():
             print(f"mpilm: error: {mismatch}", file=sys.stderr, flush=True)

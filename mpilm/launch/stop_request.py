@@ -26,8 +26,8 @@ class StopRequest:
 
     def __init__(self, file: Path, limit_s: float, query_slurm: bool = True):
         self.file, self._file_seen, self._polled = file, False, 0.0
-        self._signal_reason, self._signalled = 0, False
-        self._wakeup_pipe: tuple[int, int] | None = None
+        self._signal_reason = 0
+        self._wakeup_pipe: tuple[int, int] | None = None  # the kernel's signals, readable while the main thread waits in MPI
         self._end, self._end_reason = time.time() + limit_s, STOP_REASONS.index("run.time-limit")
         if not limit_s:
             self._end, self._end_reason = slurm_end(query_slurm) - SLURM_MARGIN_S, len(STOP_REASONS) - 1
@@ -41,7 +41,7 @@ class StopRequest:
         self._wakeup_pipe = pipe = os.pipe()
         for end in pipe:
             os.set_blocking(end, False)
-        handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         wakeup = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
         try:
             yield
@@ -53,9 +53,6 @@ class StopRequest:
             for end in pipe:
                 os.close(end)
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        self._signal_reason = STOP_REASONS.index(signal.Signals(number).name)
-
     def stop_reason(self, needed_s: float) -> int:
         """Return why to stop after this step if another step and a save need `needed_s`; 0: no reason."""
         if time.time() + needed_s > self._end:
@@ -63,15 +60,19 @@ class StopRequest:
         now = time.monotonic()
         if now > self._polled + POLL_S:
             self._polled, self._file_seen = now, self.file.exists()
-        return self._signal_reason or (STOP_REASONS.index("its stop file") if self._file_seen else 0)
+        if self.signalled:
+            return self._signal_reason
+        return STOP_REASONS.index("its stop file") if self._file_seen else 0
 
     @property
     def signalled(self) -> bool:
         """True once a signal has arrived, even if the main thread, waiting inside MPI, cannot handle it yet."""
         if self._wakeup_pipe is not None:
             with contextlib.suppress(OSError):
-                self._signalled = self._signalled or any(number in SIGNALS for number in os.read(self._wakeup_pipe[0], 64))
-        return self._signalled
+                for number in os.read(self._wakeup_pipe[0], 64):
+                    if number in SIGNALS:
+                        self._signal_reason = STOP_REASONS.index(signal.Signals(number).name)
+        return self._signal_reason > 0
 
     def clear(self) -> None:
         """Remove the file once the request is fulfilled: the next start would stop, too."""

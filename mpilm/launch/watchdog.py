@@ -22,6 +22,7 @@ from typing import Any
 
 from mpilm.comm.base import Comm
 from mpilm.comm.progress import Progress, locate_caller
+from mpilm.formatting import name_ranks
 
 EXIT_CODE = 86
 TICK_S = 1.0
@@ -68,14 +69,14 @@ class Watchdog:
     def limit_s(self) -> float:
         """Return the time limit of the current phase."""
         phase, longest_s = self.progress.phase, self.progress.longest_s.get(self.progress.phase)
-        if phase == "step" and longest_s is not None and self.is_signalled():  # srun -K1: a rank has died, this one must go
-            return min(max(SIGNALLED_TIMEOUT_S, 3 * longest_s), self.step_timeout_s or math.inf)
-        if phase == EXITING:
-            return max(self.step_timeout_s, MIN_TIMEOUT_S)
-        if self.step_timeout_s and phase == "step":
-            return self.step_timeout_s
         if phase == PREPARATION:
             return math.inf
+        if phase == EXITING:
+            return max(self.step_timeout_s, MIN_TIMEOUT_S)
+        if phase == "step" and longest_s is not None and self.is_signalled():  # srun -K1: a rank has died, this one must go
+            return min(max(SIGNALLED_TIMEOUT_S, 3 * longest_s), self.step_timeout_s or math.inf)
+        if phase == "step" and self.step_timeout_s:
+            return self.step_timeout_s
         return FIRST_TIMEOUT_S if longest_s is None else max(MIN_TIMEOUT_S, TIMEOUT_FACTOR * longest_s)
 
     def _watch(self) -> None:
@@ -99,12 +100,10 @@ class Watchdog:
         if self.folder is None:
             sys.stderr.write(format_report({self.world.rank: snapshot}, self.processes, {}))
             return time.sleep(grace_s)  # the other ranks report too
-        self._write(self.folder, snapshot)
-        snapshots = self._gather_snapshots(self.folder, grace_s)
+        snapshots = self._exchange_snapshots(self.folder, snapshot, grace_s)
         if min(snapshots) != self.world.rank:
             return time.sleep(2 * grace_s)  # the lowest of these ranks reports and ends the job
-        missing = [rank for rank in range(self.world.size) if rank not in snapshots]
-        states = {rank: self._inspect_process(rank) for rank in missing}
+        states = {rank: self._inspect_process(rank) for rank in range(self.world.size) if rank not in snapshots}
         sys.stdout.flush()
         sys.stderr.write(format_report(snapshots, self.processes, states) + f"  details in {self.folder}\n")
         sys.stderr.flush()
@@ -133,22 +132,20 @@ class Watchdog:
             },
         }
 
-    def _write(self, folder: Path, snapshot: Snapshot) -> None:
+    def _exchange_snapshots(self, folder: Path, own: Snapshot, grace_s: float) -> dict[int, Snapshot]:
+        """Write this rank's snapshot and return those that appear within `grace_s`, by rank."""
+        paths = [folder / f"rank-{rank:04d}.json" for rank in range(self.world.size)]
+        temporary = paths[self.world.rank].with_suffix(".tmp")
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            path = _snapshot_path(folder, self.world.rank)
-            path.with_suffix(".tmp").write_text(json.dumps(snapshot, indent=1))
-            path.with_suffix(".tmp").rename(path)
-
-    def _gather_snapshots(self, folder: Path, grace_s: float) -> dict[int, Snapshot]:
-        """Return the snapshots that appear within `grace_s`, by rank."""
-        end, snapshots = time.monotonic() + grace_s, dict[int, Snapshot]()
+            temporary.write_text(json.dumps(own, indent=1))
+            temporary.rename(paths[self.world.rank])
+        end, snapshots = time.monotonic() + grace_s, {self.world.rank: own}
         while len(snapshots) < self.world.size and time.monotonic() < end:
-            for rank in range(self.world.size):
-                if rank not in snapshots and _snapshot_path(folder, rank).exists():
-                    snapshots[rank] = json.loads(_snapshot_path(folder, rank).read_text())
             time.sleep(0.1)
-        return snapshots or {self.world.rank: {"rank": self.world.rank, "step": self.progress.step + 1}}
+            new = [rank for rank, path in enumerate(paths) if rank not in snapshots and path.exists()]
+            snapshots |= {rank: json.loads(paths[rank].read_text()) for rank in new}
+        return snapshots
 
     def _inspect_process(self, rank: int) -> str:
         """Describe the process of a rank that has written no snapshot, if it runs on this host."""
@@ -176,16 +173,12 @@ def _ignore_crashes() -> None:
             libc.signal(int(number), ctypes.cast(libc.pause, ctypes.c_void_p))
 
 
-def _snapshot_path(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank:04d}.json"
-
-
 def format_report(snapshots: Mapping[int, Snapshot], processes: Sequence[Sequence[Any]], states: Mapping[int, str]) -> str:
     """Return the report: the verdict, then a line for each rank. `states`: of ranks without a snapshot."""
     first = snapshots[min(snapshots)]
     lines = [
-        f"mpilm: watchdog: {_describe_phase(first)} has lasted {first.get('lasted_s', 0):.0f} s; the limit is "
-        f"{first.get('limit_s', 0):.0f} s (--fault.step-timeout; 0 learns it from the run). {_verdict(snapshots, states)}"
+        f"mpilm: watchdog: {_describe_phase(first)} has lasted {first['lasted_s']:.0f} s; the limit is "
+        f"{first['limit_s']:.0f} s (--fault.step-timeout; 0 learns it from the run). {_verdict(snapshots, states)}"
     ]
     for rank, (host, pid) in enumerate(processes):
         name = f"  rank {rank} on {host} (process {pid})"
@@ -198,34 +191,24 @@ def format_report(snapshots: Mapping[int, Snapshot], processes: Sequence[Sequenc
 
 def _verdict(snapshots: Mapping[int, Snapshot], states: Mapping[int, str]) -> str:
     if states:
-        return f"Missing: {_name_ranks(list(states))}."
-    busy = [rank for rank, snapshot in snapshots.items() if not snapshot.get("waiting")]
+        return f"Missing: {name_ranks(states)}."
+    busy = [rank for rank, snapshot in snapshots.items() if snapshot["waiting"] is None]
     if busy:
-        return f"The others wait for {_name_ranks(busy)}."
+        return f"The others wait for {name_ranks(busy)}."
     return "All ranks wait for each other: a message was lost, or they do not make the same calls."
 
 
 def _describe_phase(snapshot: Snapshot) -> str:
-    return "the exit barrier" if snapshot.get("phase") == EXITING else f"{snapshot.get('phase')} {snapshot.get('step')}"
+    return "the exit barrier" if snapshot["phase"] == EXITING else f"{snapshot['phase']} {snapshot['step']}"
 
 
 def _describe_rank(snapshot: Snapshot, snapshots: Mapping[int, Snapshot]) -> str:
-    place = f"{_describe_phase(snapshot)}, at {snapshot.get('at')}"
-    if not snapshot.get("waiting"):
+    place = f"{_describe_phase(snapshot)}, at {snapshot['at']}"
+    if snapshot["waiting"] is None:
         return f"waits for no other rank; {place}"
     op, axis, number, peers, detail, since_s = snapshot["waiting"]
-    others = [r for r in peers if r != snapshot["rank"]]
-    behind = [r for r in others if _calls_reached(snapshots.get(r), axis, op) < number]
-    peers_text = _name_ranks(behind or others)
-    return f"waits {since_s:.0f} s for {peers_text} in {op} on {axis} (call {number}{', ' * bool(detail)}{detail}); {place}"
-
-
-def _calls_reached(snapshot: Snapshot | None, axis: str, op: str) -> float:
-    """Return how many calls on an axis a rank has reached; its two ends do not count point-to-point messages alike."""
-    if snapshot is None or op in ("send", "receive"):
-        return -1
-    return float(snapshot.get("reached", {}).get(axis, 0))
-
-
-def _name_ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    others = [rank for rank in peers if rank != snapshot["rank"]]
+    reached = {rank: other["reached"].get(axis, 0) for rank, other in snapshots.items()}
+    behind = [rank for rank in others if reached.get(rank, 0) < number]  # of a single peer, the number does not matter
+    call = f"{op} on {axis} (call {number}{', ' * bool(detail)}{detail})"
+    return f"waits {since_s:.0f} s for {name_ranks(behind or others)} in {call}; {place}"

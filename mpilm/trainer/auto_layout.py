@@ -2,15 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.config.schema import Config, override, to_dict
+from mpilm.config.schema import Config, override
 from mpilm.engine.hardware import Hardware, software_versions
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.errors import ConfigError
@@ -38,30 +37,26 @@ def choose_layout(config: Config, vocab_size: int, hardware: Hardware, world: Co
     if not config.parallel.auto:
         return config, ""
     ranks_per_node = max(world.all_gather_json(world.split_node().size))
-    choice = run_on_root(world, lambda: _plan_layout(config, vocab_size, hardware, world, ranks_per_node))
-    settings, recompute, note = world.broadcast_json(choice)
-    changes = {f"parallel__{name}": value for name, value in settings.items()}
-    return override(config, parallel__auto="", train__recompute=recompute, **changes), note
-
-
-def _plan_layout(config: Config, vocab_size: int, hardware: Hardware, world: Comm, ranks_per_node: int) -> list[object]:
-    """Return the settings of the layout, recomputation, and a note."""
-    if config.model.lora_rank:
-        raise ConfigError("--parallel.auto plans for training full models: remove it or --model.lora-rank")
-    profile = read_profile(config.parallel.auto, "--parallel.auto")
-    _check_same_machine(profile, hardware, world)
     base = override(config, parallel__auto="")
-    try:
-        found, _ = search(PlannedJob(base, vocab_size, profile, ranks_per_node), world.size)
-    except ConfigError as error:
-        raise ConfigError(f"--parallel.auto: {error}") from None
-    best = found[0].config
-    note = (
-        f"chosen among {len(found)} by {config.parallel.auto} (--parallel.auto): {found[0].label}; predicted step time "
-        f"{found[0].time.total_s:.3g} s"
-    )
-    settings = to_dict(best.parallel)
-    return [{name: settings[name] for name in CHOSEN_SETTINGS}, best.train.recompute, note]
+
+    def plan() -> list[Any]:
+        """Return the settings to change, and a note."""
+        if config.model.lora_rank:
+            raise ConfigError("--parallel.auto plans for training full models: remove it or --model.lora-rank")
+        profile = read_profile(config.parallel.auto, "--parallel.auto")
+        _check_same_machine(profile, hardware, world)
+        try:
+            found, _ = search(PlannedJob(base, vocab_size, profile, ranks_per_node), world.size)
+        except ConfigError as error:
+            raise ConfigError(f"--parallel.auto: {error}") from None
+        best = found[0].config
+        changes = {f"parallel__{name}": getattr(best.parallel, name) for name in CHOSEN_SETTINGS}
+        chosen = f"chosen among {len(found)} by {config.parallel.auto} (--parallel.auto): {found[0].label}"
+        note = f"{chosen}; predicted step time {found[0].time.total_s:.3g} s"
+        return [changes | {"train__recompute": best.train.recompute}, note]
+
+    changes, note = world.broadcast_json(run_on_root(world, plan))
+    return override(base, **changes), note
 
 
 def _check_same_machine(profile: MachineProfile, hardware: Hardware, world: Comm) -> None:
@@ -91,8 +86,7 @@ def partition_model(config: Config, mesh: Mesh, vocab_size: int, device: torch.d
         index = mesh.shape.coordinate(rank)["pipeline"]
         slowest_s[index] = max(slowest_s[index], rank_block_s)
     speeds = [block_s / slowest_s[stage % parallel.pipeline] for stage in range(parallel.pipeline * parallel.chunks)]
-    counts = partition_layers(config.model.n_layers, len(speeds), embed_s / block_s, head_s / block_s, 1.0, speeds)
-    return tuple(mesh.world.broadcast_json(list(counts)))
+    return partition_layers(config.model.n_layers, len(speeds), embed_s / block_s, head_s / block_s, 1.0, speeds)
 
 
 def _time_part(config: Config, vocab_size: int, device: torch.device, part: int, world: Comm) -> float:
@@ -106,29 +100,21 @@ def _time_part(config: Config, vocab_size: int, device: torch.device, part: int,
     rows, length = config.train.micro_batch, shape.context_length
     tokens = torch.arange(rows * length, device=device).remainder(vocab_size).view(rows, length)
     x = tokens if part == 0 else torch.ones(rows, length, shape.d_model, device=device).requires_grad_()
-    compute = _forward_backward(model, x, tokens, part, config, device)
-    compute()
-    world.barrier()
-    start_s, calls = time.perf_counter(), 0
-    while time.perf_counter() < start_s + MEASURE_S:
-        compute()
-        calls += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return (time.perf_counter() - start_s) / calls
-
-
-def _forward_backward(
-    model: nn.Module, x: Tensor, tokens: Tensor, part: int, config: Config, device: torch.device
-) -> Callable[[], None]:
-    info = SequenceInfo(
-        torch.arange(tokens.shape[1], device=device), dropout_keys=list(range(len(tokens))), loss_weight=1 / tokens.numel()
-    )
+    positions = torch.arange(length, device=device)
+    info = SequenceInfo(positions, dropout_keys=list(range(rows)), loss_weight=1 / tokens.numel())
     autocast = make_autocast(config.train.dtype, device)
 
-    def compute() -> None:
+    def forward_backward() -> None:
         with autocast():
             y = model(x, info)
         (loss_sum(y, tokens) if part == 2 else y.sum()).backward()
 
-    return compute
+    forward_backward()
+    world.barrier()
+    start_s, calls = time.perf_counter(), 0
+    while time.perf_counter() < start_s + MEASURE_S:
+        forward_backward()
+        calls += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return (time.perf_counter() - start_s) / calls

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpilm.checkpoint.format import PARAMETER
 from mpilm.checkpoint.pretrained import list_pretrained_files
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
@@ -73,8 +72,8 @@ def _common_alignment(config: Config, world: Comm, hardware: Hardware) -> int:
     if config.parallel.powersgd_rank and any(other != environments[0] for other in environments):
         raise CollectiveError(
             ConfigError(
-                "--parallel.powersgd-rank: each rank decompresses the gradient itself, and with unequal threads or processors the "
-                "bits would differ; set --train.threads, and use nodes of one kind"
+                "--parallel.powersgd-rank: each rank decompresses the gradient itself, and with unequal threads or processors "
+                "the bits would differ; set --train.threads, and use nodes of one kind"
             )
         )
     return ALIGNMENT * max(threads for threads, _ in environments)
@@ -99,7 +98,7 @@ def _load_or_init(model: TrainModel, folder: RunFolder, world: Comm, recovered: 
     elif not resumes:
         model.init_parameters()
     if recovered is not None:
-        recovered.restore_into({PARAMETER: model.owned_slices(), **model.optimizer.state_slices()})
+        recovered.restore_into(model)
         model.optimizer.set_step(updates)
         model.all_gather_parameters()
     elif folder.checkpoint is not None:

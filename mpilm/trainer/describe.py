@@ -1,11 +1,11 @@
-"""The description of a run before its first step: the start row of metrics.jsonl and the header."""
+"""Description of a run: start row of metrics.jsonl, header, predicted memory, and the error when memory runs out."""
 
+import errno
 import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import mpilm
 from mpilm.config.schema import LORA_TARGETS, microbatch_count
 from mpilm.engine.hardware import measure_peak_flops, processor_name, software_versions
+from mpilm.errors import OutOfMemoryError
 from mpilm.formatting import count_noun, format_mebibytes
 from mpilm.mesh.shape import AXES
 from mpilm.model.flops import flops_per_token
@@ -21,41 +22,34 @@ from mpilm.ops.tree import utilization
 from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.parallel.reduce.step import StepReducer
-from mpilm.trainer.memory import list_parts, predict_memory
+from mpilm.planner.memory import memory_parts, step_bytes
 from mpilm.trainer.run import Run
 
 
-@dataclass(frozen=True)
-class RunDescription:
-    """The gathered facts about a run."""
+def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
+    """Return the start row of metrics.jsonl and the lines to print before the first step.
 
-    row: dict[str, Any]  # the start row of metrics.jsonl
-    predicted: dict[str, int]  # memory of the rank that needs most, by part
-    threads: list[int]  # of each rank
-
-    @property
-    def predicted_bytes(self) -> int:
-        return sum(self.predicted.values())
-
-
-def describe_run(run: Run) -> RunDescription:
-    """Gather the description from all ranks, and measure their peak FLOP rate. Collective."""
-    world, config = run.mesh.world, run.config
-    predictions = world.all_gather_json(predict_memory(run))
+    Collective: gathers the facts from all ranks, and measures their peak FLOP rate.
+    """
+    world, config, parallel = run.mesh.world, run.config, run.config.parallel
+    predictions = world.all_gather_json(predict_memory(run))  # so that all ranks measure at once
     peak, peak_source = measure_peak_flops(run.hardware.device, config.train.dtype)
-    peaks = world.all_gather_json(peak)
+    facts = [peak, run.model.local_numel, run.hardware.threads, socket.gethostname()]
+    peaks, local_numel, threads, hosts = zip(*world.all_gather_json(facts))
     predicted = max(predictions, key=lambda parts: sum(parts.values()))
-    trained, frozen = _parameter_counts(run)
+    trained, frozen = (sum(map(prod, shapes.values())) for shapes in (run.model.shapes, run.model.frozen_shapes))
+    command = f"python -m mpilm.train {shlex.join(sys.argv[1:])}".rstrip()
+    sizes = dict(zip(AXES, run.mesh.shape.sizes))
     row = {
         "event": "start",
         "step": run.folder.step,
         "time": time.time(),
         "ranks": world.size,
-        "layout": layout_row(run),
+        "layout": {**sizes, "zero": parallel.zero, "schedule": parallel.schedule, "cut": list(run.model.blocks_per_stage)},
         "microbatches": microbatch_count(config),
         "parameters": trained + frozen,
         "parameters_trained": trained,
-        "parameters_on_rank": world.all_gather_json(run.model.local_numel),
+        "parameters_on_rank": local_numel,
         "predicted_memory_bytes": sum(predicted.values()),
         "predicted_memory_on_rank_bytes": [sum(parts.values()) for parts in predictions],
         "flops_per_token": flops_per_token(config.model, run.model.vocab_size),
@@ -63,121 +57,126 @@ def describe_run(run: Run) -> RunDescription:
         "peak_source": peak_source,
         "threads": run.hardware.threads,
         "device": str(run.hardware.device.type),
-        "hosts": world.all_gather_json(socket.gethostname()),
-        "command": _command_line(world.size),
+        "hosts": hosts,
+        "command": f"mpirun -n {world.size} {command}" if world.size > 1 else command,
         "versions": software_versions(world),
     }
-    return RunDescription(row, predicted, world.all_gather_json(run.hardware.threads))
+    return row, list(_header_lines(run, row, predicted, threads))
 
 
-def layout_row(run: Run) -> dict[str, Any]:
-    """Return the layout as metrics.jsonl stores it."""
-    parallel = run.config.parallel
-    sizes = dict(zip(AXES, run.mesh.shape.sizes))
-    return {**sizes, "zero": parallel.zero, "schedule": parallel.schedule, "cut": list(run.model.blocks_per_stage)}
-
-
-def _command_line(ranks: int) -> str:
-    """Return the command that started the run, as far as a rank can tell."""
-    return f"{f'mpirun -n {ranks} ' if ranks > 1 else ''}python -m mpilm.train {shlex.join(sys.argv[1:])}".rstrip()
-
-
-def _parameter_counts(run: Run) -> tuple[int, int]:
-    """Return the number of trained and of frozen parameters."""
-    return sum(map(prod, run.model.shapes.values())), sum(map(prod, run.model.frozen_shapes.values()))
-
-
-def header_lines(run: Run, description: RunDescription) -> Iterator[str]:
-    """Yield the lines printed before the first step."""
-    config, world, model = run.config, run.mesh.world, run.config.model
-    trained, frozen = _parameter_counts(run)
-    yield from _machine_lines(run, description.threads)
-    yield from _layout_lines(run)
-    tied = ", embeddings tied" if model.tie_embeddings else ""
-    yield f"  model    {model.arch}, {model.n_layers} blocks of width {model.d_model}, {trained + frozen:,} parameters{tied}"
-    if model.lora_rank:
-        targets = ", ".join(model.lora_targets or LORA_TARGETS[model.arch])
-        yield f"           {trained:,} of them are trained, in adapters of rank {model.lora_rank} on {targets}"
-    for number, line in enumerate(run.data.summary_lines):
-        yield f"  data     {line}" if number % 2 == 0 else f"           {line}"
-    batch, m = config.train.global_batch, microbatch_count(config)
-    tokens = batch * model.context_length
-    yield f"  a step   {batch} sequences of {model.context_length} = {tokens:,} tokens, in {count_noun(m, 'microbatch')}"
-    yield from _uneven_lines(run, m)
-    where = "" if world.size == 1 else " (largest rank)"
-    gpu = " of GPU memory" if run.hardware.device.type == "cuda" else ""
-    yield f"  memory   {format_mebibytes(description.predicted_bytes)}{gpu} predicted peak{where}: " + list_parts(
-        description.predicted
-    )
-    yield f"  run      {run.folder.path}" + (f", from step {run.folder.step}" if run.folder.step else "")
-    for note in run.folder.notes:
-        yield f"  note     {note}"
-    yield ""
-
-
-def _machine_lines(run: Run, threads: list[int]) -> Iterator[str]:
-    hardware, size = run.hardware, run.mesh.world.size
+def _header_lines(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int], threads: Sequence[int]) -> Iterator[str]:
+    """Yield the lines. `predicted`: memory of the rank that needs most, by part; `threads`: of each rank."""
+    hardware = run.hardware
     device = torch.cuda.get_device_name() if hardware.device.type == "cuda" else processor_name()
     text = f"{count_noun(threads[0], 'thread')} each"
     if len(set(threads)) > 1:
         text = f"{', '.join(map(str, threads))} threads (unequal: the last bits depend on which rank computes what)"
     cores = ", more ranks than cores" if hardware.oversubscribed else ", bound to separate cores" if hardware.is_bound else ""
-    yield f"mpilm {mpilm.__version__}: {count_noun(size, 'rank')}, {text}{cores}, {device}, {run.config.train.dtype}"
-    yield f"  with     torch {torch.__version__}, {run.mesh.world.mpi_library}"
+    yield f"mpilm {mpilm.__version__}: {count_noun(len(threads), 'rank')}, {text}{cores}, {device}, {run.config.train.dtype}"
+    for label, text in _header_rows(run, row, predicted):
+        yield f"  {label:<8} {text}"
+    yield ""
+
+
+def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield labels and texts; a row without a label continues the one before."""
+    hardware = run.hardware
+    yield "with", f"torch {torch.__version__}, {run.mesh.world.mpi_library}"
     if hardware.threads > max(1.0, float(hardware.cores)):
-        yield (
-            f"  warning  {hardware.threads} threads a rank on {float(hardware.cores):.2g} "
-            f"core{'s' * (hardware.cores > 1)}: threads that share a core are many times slower; omit --train.threads and "
-            "OMP_NUM_THREADS"
-        )
+        sharing = f"{hardware.threads} threads a rank on {float(hardware.cores):.2g} core{'s' * (hardware.cores > 1)}"
+        advice = "threads that share a core are many times slower; omit --train.threads and OMP_NUM_THREADS"
+        yield "warning", f"{sharing}: {advice}"
+    yield from _layout_rows(run)
+    yield from _training_rows(run, row)
+    where = "" if run.mesh.world.size == 1 else " (largest rank)"
+    gpu = " of GPU memory" if hardware.device.type == "cuda" else ""
+    peak = f"{format_mebibytes(row['predicted_memory_bytes'])}{gpu} predicted peak{where}"
+    yield "memory", f"{peak}: {list_parts(predicted)}"
+    yield "run", f"{run.folder.path}" + (f", from step {run.folder.step}" if run.folder.step else "")
+    for note in run.folder.notes:
+        yield "note", note
 
 
-def _layout_lines(run: Run) -> Iterator[str]:
-    parallel = run.config.parallel
-    sizes = zip(AXES, run.mesh.shape.sizes)
-    zero = f", ZeRO-{parallel.zero}" if parallel.zero else ""
-    yield "  layout   " + " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1 or axis == "data") + zero
-    yield from _reduction_lines(run)
+def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
+    parallel, shape = run.config.parallel, run.mesh.shape
+    sizes = [f"{axis} {size}" for axis, size in zip(AXES, shape.sizes) if size > 1 or axis == "data"]
+    yield "layout", " x ".join(sizes) + (f", ZeRO-{parallel.zero}" if parallel.zero else "")
+    if shape.data > 1 and run.config.train.reproducible:  # otherwise nobody, or the MPI library, reduces the gradients
+        for text in _describe_reduction(run):
+            yield "", text
     if run.layout_note:
-        yield f"           {run.layout_note}"
+        yield "", run.layout_note
     if len(run.model.blocks_per_stage) > 1:
-        count = replica_microbatch_count(run.config, run.mesh.shape)
-        bubble = analytic_bubble(parallel.schedule, parallel.pipeline, parallel.chunks, count)
+        microbatches = replica_microbatch_count(run.config, shape)
+        bubble = analytic_bubble(parallel.schedule, parallel.pipeline, parallel.chunks, microbatches)
         idle = f"; bubble {bubble:.0%} of a step if stages are even" if bubble is not None else ""
-        stages = ",".join(map(str, run.model.blocks_per_stage))
-        yield f"           schedule {parallel.schedule}, layers per stage {stages}{idle}"
+        yield "", f"schedule {parallel.schedule}, layers per stage {','.join(map(str, run.model.blocks_per_stage))}{idle}"
 
 
-def _reduction_lines(run: Run) -> Iterator[str]:
-    """Yield how gradients are reduced, unless a single replica or the MPI library reduces them."""
+def _describe_reduction(run: Run) -> Iterator[str]:
     parallel = run.config.parallel
-    if run.mesh.shape.data == 1 or not run.config.train.reproducible:
-        return
     if parallel.sync_every:
-        yield (
-            f"           replicas train independently and synchronize every {parallel.sync_every} steps; loss and norm are "
-            "over all replicas"
-        )
+        synchronized = f"replicas train independently and synchronize every {parallel.sync_every} steps"
+        yield f"{synchronized}; loss and norm are over all replicas"
     elif parallel.powersgd_rank:
-        yield f"           gradients of matrices are compressed to rank {parallel.powersgd_rank}"
+        yield f"gradients of matrices are compressed to rank {parallel.powersgd_rank}"
     else:
-        reducers = [reducer for reducer in run.model.reducers.values() if isinstance(reducer, StepReducer)]
         timings = ", ".join(f"{method} {1000 * seconds:.1f} ms" for method, seconds in run.model.reduce_timings.items())
-        for reducer in reducers[:1]:
+        reducer = next(iter(run.model.reducers.values()))
+        if isinstance(reducer, StepReducer):
             method = "shared memory within the node" if reducer.reducer.uses_shared_buffers else "messages"
-            yield f"           gradient all-reduce: {method}{f' ({timings})' if timings else ''}"
+            yield f"gradient all-reduce: {method}{f' ({timings})' if timings else ''}"
         if parallel.wire_dtype == "bfloat16":
-            yield "           gradients are sent as bfloat16: the last bits depend on the layout"
+            yield "gradients are sent as bfloat16: the last bits depend on the layout"
 
 
-def _uneven_lines(run: Run, total: int) -> Iterator[str]:
-    ranks = run.mesh.shape.data
-    if total % ranks == 0:
-        return
-    sizes = [total // ranks + (rank < total % ranks) for rank in range(ranks)]
-    nearest = max(1, round(total / ranks)) * ranks * run.config.train.micro_batch
-    name = "replicas" if run.mesh.shape.pipeline > 1 else "ranks"
-    yield (
-        f"           uneven: {name} have {', '.join(map(str, sizes))} of them and idle {1 - utilization(ranks, total):.0%} of "
-        f"the time; --train.global-batch {nearest} divides evenly"
+def _training_rows(run: Run, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    model, train, total, ranks = run.config.model, run.config.train, row["microbatches"], run.mesh.shape.data
+    tied = ", embeddings tied" if model.tie_embeddings else ""
+    yield "model", f"{model.arch}, {model.n_layers} blocks of width {model.d_model}, {row['parameters']:,} parameters{tied}"
+    if model.lora_rank:
+        targets = ", ".join(model.lora_targets or LORA_TARGETS[model.arch])
+        yield "", f"{row['parameters_trained']:,} of them are trained, in adapters of rank {model.lora_rank} on {targets}"
+    for number, line in enumerate(run.data.summary_lines):
+        yield "" if number % 2 else "data", line
+    tokens = f"{train.global_batch} sequences of {model.context_length} = {train.global_batch * model.context_length:,} tokens"
+    yield "a step", f"{tokens}, in {count_noun(total, 'microbatch')}"
+    if total % ranks:
+        name = "replicas" if run.mesh.shape.pipeline > 1 else "ranks"
+        sizes = ", ".join(str(total // ranks + (rank < total % ranks)) for rank in range(ranks))
+        nearest = max(1, round(total / ranks)) * ranks * train.micro_batch
+        idle = f"{name} have {sizes} of them and idle {1 - utilization(ranks, total):.0%} of the time"
+        yield "", f"uneven: {idle}; --train.global-batch {nearest} divides evenly"
+
+
+def predict_memory(run: Run) -> dict[str, int]:
+    """Return the bytes that this rank will use, by part."""
+    config, model, device = run.config, run.model, run.hardware.device.type
+    step = step_bytes(config, model.vocab_size, model.blocks_per_stage, list(model.stages), model.program, device)
+    resident = {"program": run.memory.program_bytes, **model.memory_bytes()}
+    return memory_parts(config, device, resident, step, model.saved_bytes, run.mesh.world.size)
+
+
+def list_parts(parts: Mapping[str, int]) -> str:
+    """Return the parts of a prediction as text, without empty ones."""
+    return ", ".join(f"{part} {format_mebibytes(nbytes)}" for part, nbytes in parts.items() if nbytes)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the host or a GPU has run out of memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's, on a CPU
+
+
+def out_of_memory_error(run: Run, error: BaseException) -> OutOfMemoryError:
+    """Wrap an out-of-memory error with the predicted memory and what to change."""
+    parts, progress = predict_memory(run), run.progress
+    detail = "".join(f" ({line[:200]})" for line in str(error).strip().splitlines()[:1])
+    return OutOfMemoryError(
+        f"out of memory in {progress.phase} {progress.step + 1}, with {format_mebibytes(run.memory.used_bytes)} in "
+        f"use{detail}; predicted: {format_mebibytes(sum(parts.values()))}: {list_parts(parts)}. A smaller --train.micro-batch, "
+        "--train.recompute block, more pipeline stages or --parallel.zero 3 need less; fewer ranks a node leave more for each"
     )

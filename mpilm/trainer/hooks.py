@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.progress import Span
 from mpilm.engine.step import StepResult, validation_loss
-from mpilm.errors import PreemptedError
+from mpilm.engine.train_model import TrainModel
+from mpilm.errors import PreemptedError, RanksDisagreeError
+from mpilm.formatting import name_ranks
 from mpilm.launch.stop_request import STOP_REASONS
 from mpilm.telemetry.trace import Trace
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
-from mpilm.trainer.recovery.replica_check import check_replicas_equal
 from mpilm.trainer.recovery.skip import skip_step
 from mpilm.trainer.run import Run
 
@@ -28,8 +31,14 @@ class StepEvent:
     eval_loss: float | None = None  # set by Evaluation
 
 
+@dataclass
 class Hook:
     """Called around each step, on all ranks in the same order, so hooks may be collective."""
+
+    run: Run
+    log: RunLog
+    checkpoints: CheckpointManager
+    in_memory: InMemoryCheckpoint | None  # if the run survives the loss of ranks
 
     def before_step(self, step: int) -> None: ...
 
@@ -43,13 +52,16 @@ def is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
+@dataclass
 class Tracing(Hook):
     """Records the spans of the steps to trace, and writes them after the last of these."""
 
-    def __init__(self, run: Run, log: RunLog, trace: Trace):
-        self.run, self.log, self.trace = run, log, trace
-        if trace.steps and trace.steps[-1] <= run.folder.step:
-            log.log_line(f"nothing to trace: the steps {run.config.run.trace_steps} of --run.trace-steps are already completed")
+    trace: Trace
+
+    def __post_init__(self) -> None:
+        if self.trace.steps and self.trace.steps[-1] <= self.run.folder.step:
+            done = f"the steps {self.run.config.run.trace_steps} of --run.trace-steps are already completed"
+            self.log.log_line(f"nothing to trace: {done}")
 
     def before_step(self, step: int) -> None:
         self.trace.add_after_step(step, self.run.progress.drain_spans())
@@ -69,61 +81,43 @@ class Tracing(Hook):
         self.log.log_line(self.trace.write(self.run.folder.path))
 
 
-class CallChecks(Hook):
-    """Lets all ranks compare their communication calls in the first step and in every check-every-th."""
-
-    def __init__(self, run: Run):
-        self.run = run
-
-    def before_step(self, step: int) -> None:
-        self.run.mesh.check_calls(is_checked(self.run, step))
-
-    def after_step(self, event: StepEvent) -> None:
-        self.run.mesh.check_calls(False)
-
-
-def is_checked(run: Run, step: int) -> bool:
-    """Return whether calls and replicas are compared in a step."""
-    return step == run.folder.step or is_due(step, run.config.fault.check_every)
-
-
 class BadStepRecovery(Hook):
     """Skips or rewinds steps that changed nothing; records the losses of the others."""
-
-    def __init__(self, run: Run, log: RunLog, checkpoints: CheckpointManager, in_memory: InMemoryCheckpoint | None):
-        self.run, self.log, self.checkpoints, self.in_memory = run, log, checkpoints, in_memory
 
     def after_step(self, event: StepEvent) -> None:
         if event.result.updated:
             return self.run.bad_steps.record(event.result.loss)
         self.run.progress.enter("diagnosis", event.done - 1)
         if self.in_memory is not None:
-            self.in_memory.discard()
+            self.in_memory.snapshots = []  # the state is about to change by something else than a step
         event.rewound = skip_step(self.run, self.log, self.checkpoints, event.done, event.result)
 
 
 class InMemoryCheckpointing(Hook):
-    """Copies the state to another rank, if the run survives the loss of ranks."""
-
-    def __init__(self, run: Run, in_memory: InMemoryCheckpoint | None):
-        self.run, self.in_memory = run, in_memory
+    """Copies the state to another rank."""
 
     def after_step(self, event: StepEvent) -> None:
         if self.in_memory is not None:
-            result = event.result
-            values = [result.loss, result.grad_norm, result.lr, result.updated]
-            trainer = {**self.run.bad_steps.state_dict(), "result": values}
+            values = [event.result.loss, event.result.grad_norm, event.result.lr, event.result.updated]
+            trainer = self.run.bad_steps.state_dict() | {"result": values}
             self.in_memory.save(self.run.model, self.run.folder.path, event.done, trainer)
 
 
-class ReplicaCheck(Hook):
-    """Compares the weights of replicas after checked steps; replicas of local SGD once they are in sync."""
+class ConsistencyCheck(Hook):
+    """Compares the ranks' calls in the first step and every check-every-th, and the weights of replicas once they are in sync.
 
-    def __init__(self, run: Run):
-        self.run, self.pending = run, False
+    Weights that differ show processors or memory that fail silently.
+    """
+
+    pending = False  # replicas are still to be compared
+
+    def before_step(self, step: int) -> None:
+        is_checked = step == self.run.folder.step or is_due(step, self.run.config.fault.check_every)
+        self.run.mesh.check_calls(is_checked)
+        self.pending = self.pending or is_checked
 
     def after_step(self, event: StepEvent) -> None:
-        self.pending = self.pending or is_checked(self.run, event.done - 1)
+        self.run.mesh.check_calls(False)
         if self.pending and self.run.model.are_replicas_in_sync(event.done):
             check_replicas_equal(self.run.model, event.done)
             self.pending = False
@@ -132,9 +126,6 @@ class ReplicaCheck(Hook):
 class Logging(Hook):
     """Logs the step."""
 
-    def __init__(self, log: RunLog):
-        self.log = log
-
     def after_step(self, event: StepEvent) -> None:
         if event.recovered:
             self.log.log_recovered_step(event.done, event.result)
@@ -142,22 +133,8 @@ class Logging(Hook):
             self.log.log_step(event.done, event.result, event.spans)
 
 
-class CheckpointPolling(Hook):
-    """Commits a checkpoint once no rank is writing it any more."""
-
-    def __init__(self, checkpoints: CheckpointManager, log: RunLog):
-        self.checkpoints, self.log = checkpoints, log
-
-    def after_step(self, event: StepEvent) -> None:
-        if self.checkpoints.poll(event.result.flags.checkpoint_pending):
-            self.log.restart_clock(event.done)
-
-
 class Evaluation(Hook):
     """Evaluates every eval-every steps, and before a checkpoint is saved."""
-
-    def __init__(self, run: Run, log: RunLog):
-        self.run, self.log = run, log
 
     def after_step(self, event: StepEvent) -> None:
         run, every = self.run, self.run.config.run.eval_every
@@ -173,14 +150,14 @@ class Evaluation(Hook):
 
 
 class Checkpointing(Hook):
-    """Starts to save a checkpoint every checkpoint.every steps, after the last one, before a stop and after a rewind."""
-
-    def __init__(self, run: Run, checkpoints: CheckpointManager, log: RunLog):
-        self.run, self.checkpoints, self.log = run, checkpoints, log
+    """Commits a checkpoint once no rank is writing it any more, and starts to save the next one."""
 
     def after_step(self, event: StepEvent) -> None:
+        has_waited = self.checkpoints.poll(event.result.flags.checkpoint_pending)
         if saves_checkpoint(self.run, event) and not (event.recovered and self.checkpoints.has_saved(event.done)):
             self.checkpoints.save(event.done, event.eval_loss)
+            has_waited = True
+        if has_waited:
             self.log.restart_clock(event.done)
 
     def finish(self) -> None:
@@ -190,19 +167,13 @@ class Checkpointing(Hook):
 class Stopping(Hook):
     """Ends the run early if the ranks have agreed to, once the checkpoint is written."""
 
-    def __init__(self, run: Run, checkpoints: CheckpointManager):
-        self.run, self.checkpoints = run, checkpoints
-
     def after_step(self, event: StepEvent) -> None:
         if stops_early(self.run, event):
             self.checkpoints.close()
             self.finish()
-            raise CollectiveError(
-                PreemptedError(
-                    f"stopped after step {event.done} of {self.run.config.train.steps}, requested by "
-                    f"{STOP_REASONS[event.result.flags.stop_reason]}; saved, and the same command resumes"
-                )
-            )
+            done = f"step {event.done} of {self.run.config.train.steps}"
+            cause = f"requested by {STOP_REASONS[event.result.flags.stop_reason]}"
+            raise CollectiveError(PreemptedError(f"stopped after {done}, {cause}; saved, and the same command resumes"))
 
     def finish(self) -> None:
         if self.run.mesh.rank == 0:
@@ -215,6 +186,47 @@ def stops_early(run: Run, event: StepEvent) -> bool:
 
 
 def saves_checkpoint(run: Run, event: StepEvent) -> bool:
-    """Return whether a checkpoint is saved after a step."""
+    """Return whether a checkpoint is saved after a step: every so many, before a stop, after the last one or a rewind."""
     regular = is_due(event.done, run.config.checkpoint.every) and event.result.updated
     return stops_early(run, event) or event.done == run.config.train.steps or event.rewound or regular
+
+
+def check_replicas_equal(model: TrainModel, done: int) -> None:
+    """Compare a sum over the bits of every parameter that replicas hold in full. Collective over the mesh.
+
+    Raises RanksDisagreeError on all ranks, naming the first parameter that differs, and the ranks.
+    """
+    differing = _differing_parameters(model) if model.zero < 3 else []
+    everyone = [(rank, *item) for rank, items in enumerate(model.mesh.world.all_gather_json(differing)) for item in items]
+    if everyone:
+        _, name, replicas = everyone[0]
+        names = {other for _, other, _ in everyone}
+        ranks = [rank for rank, other, _ in everyone if other == name]
+        odd = f"{name_ranks(ranks)} differ{'s' * (len(ranks) == 1)} from most" if replicas > 2 else "the two differ"
+        more = f", and {len(names) - 1} more parameters" if len(names) > 1 else ""
+        raise CollectiveError(
+            RanksDisagreeError(
+                f"after step {done}: {name}{more} should be the same on all {replicas} replicas, but {odd}: a processor or its "
+                "memory may be failing. The newest checkpoint may hold wrong values; resume from an older one without that host"
+            )
+        )
+
+
+def _differing_parameters(model: TrainModel) -> list[tuple[str, int]]:
+    """Return the parameters whose bits differ from those of most replicas, and the number of replicas. Collective."""
+    by_axes: dict[tuple[str, ...], list[tuple[str, torch.Tensor]]] = {}
+    for flat in model.flats.values():
+        for name, (_, layout) in flat.layout.spans.items():
+            if layout.tied_to is None:
+                bits = flat.parameter(name).view(-1).view(torch.int32).sum(dtype=torch.int64).cpu()
+                by_axes.setdefault(layout.replica_axes, []).append((name, bits))
+    differing: list[tuple[str, int]] = []
+    for axes, items in by_axes.items():
+        comm = model.mesh.comm(*axes)
+        if comm.size > 1:
+            own = torch.stack([bits for _, bits in items])
+            everyone = torch.empty(comm.size, len(items), dtype=torch.int64)
+            comm.all_gather(own, everyone)
+            equal = (own == everyone.mode(dim=0).values).tolist()
+            differing += [(name, comm.size) for (name, _), same in zip(items, equal) if not same]
+    return differing

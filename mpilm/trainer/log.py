@@ -1,20 +1,15 @@
 """Run logging: metrics rows, console lines, the final summary. Rank 0 writes; per-rank statistics are gathered first."""
 
-from __future__ import annotations
-
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-
-from mpilm.comm.collective_errors import run_on_root
+from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.comm.progress import Span
 from mpilm.config.schema import flatten
 from mpilm.engine.step import StepResult
-from mpilm.errors import FileError
 from mpilm.formatting import format_duration, format_mebibytes
 from mpilm.launch.run import launcher_world_size
 from mpilm.telemetry.display import Display
@@ -22,47 +17,38 @@ from mpilm.telemetry.live import LiveView
 from mpilm.telemetry.metrics import MetricsWriter
 from mpilm.telemetry.trace import CATEGORIES, break_down
 from mpilm.telemetry.trackers import Tracker, open_trackers
-from mpilm.trainer.describe import RunDescription, header_lines
 from mpilm.trainer.run import Run
+from mpilm.trainer.run_folder import writing
 
-R = TypeVar("R")
 ASSUMED_WRITE_RATE = 50e6  # bytes a second of a checkpoint, until one has been written
 
 
 class RunLog:
     """Writes metrics.jsonl and trackers, and prints. Exists on every rank, and is called in the same order on all of them."""
 
-    def __init__(self, run: Run, description: RunDescription, display: Display, live: LiveView):
-        self.run, self.description, self.display, self.live = run, description, display, live
-        self.is_root = run.mesh.rank == 0
+    def __init__(self, run: Run, start_row: dict[str, Any], header: Sequence[str]):
+        """Open the log on all ranks, print the header, and write the start row. Collective."""
+        self.run, self.start_row, self.is_root, folder = run, start_row, run.mesh.rank == 0, run.folder
+        self.live = LiveView(str(folder.path), run.config.train.steps, run.config.checkpoint.every)
         self.sinks: list[MetricsWriter | Tracker] = []
         self.eval_loss: float | None = None
-        self.started = self.last = time.perf_counter()
-        self.last_done, self.spent_s = run.folder.logged, dict.fromkeys(CATEGORIES, 0.0)
         self.step_s, self.save_s = 0.0, sum(run.model.memory_bytes().values()) / ASSUMED_WRITE_RATE
 
-    @classmethod
-    def open(cls, run: Run, description: RunDescription) -> RunLog:
-        """Open the log of a run on all ranks, print the header, and write the start row. Collective."""
-        folder, settings = run.folder, run.config.run
-        live = LiveView(str(folder.path), run.config.train.steps, run.config.checkpoint.every)
-        in_launcher = launcher_world_size() is not None
-        display = run_on_root(
-            run.mesh.world, lambda: _writing(folder.path, lambda: Display(True, live, folder.path / "log.txt", in_launcher))
-        )
-        log = cls(run, description, display or Display(False, live, folder.path, True), live)
-        for line in header_lines(run, description):
-            log.display.print(line)
+        def open_files() -> Display:
+            with writing(folder.path):
+                display = Display(self.is_root, self.live, folder.path / "log.txt", launcher_world_size() is not None)
+                if self.is_root:
+                    self.sinks = [MetricsWriter(folder.path / "metrics.jsonl", folder.logged)]
+                    self._write(start_row)  # not into trackers: its numbers make no curves
+                    self.sinks += open_trackers(run.config.run.trackers, folder.path, folder.logged, flatten(run.config))
+                return display
 
-        def open_sinks() -> None:
-            trackers = open_trackers(settings.trackers, folder.path, folder.logged, flatten(run.config))
-            log.sinks = [MetricsWriter(folder.path / "metrics.jsonl", folder.logged), *trackers]
-            log.sinks[0].write(description.row)
-            live.update(description.row)
-
-        run_on_root(run.mesh.world, lambda: _writing(folder.path, open_sinks))
-        log.display.start(folder.logged)
-        return log
+        self.display = run_on_all_ranks(run.mesh.world, open_files)
+        for line in header:
+            self.display.print(line)
+        self.display.start(folder.logged)
+        self.restart_clock(folder.logged)
+        self.started = self.last
 
     def log_step(self, done: int, result: StepResult, spans: list[Span]) -> None:
         """Log a step that consisted of `spans` on this rank; write every log-every-th, the first and the last. Collective."""
@@ -73,7 +59,7 @@ class RunLog:
         step_s = self.step_s = (time.perf_counter() - self.last) / (done - self.last_done)
         row, is_logged = self._step_row(done, result), self._is_logged(done)
         row |= {"step_s": step_s, "tokens_per_s": self.run.batches.step_tokens / step_s}
-        start = self.description.row
+        start = self.start_row
         if start["peak_flops"]:
             row["mfu"] = row["tokens_per_s"] * start["flops_per_token"] / start["peak_flops"]
         if is_logged:
@@ -106,7 +92,7 @@ class RunLog:
     def step_skipped(self, done: int, cause: str, since: int) -> None:
         """Log a step that changed nothing, together with the rewound steps from `since` on."""
         self.display.log_line(f"{cause}; " + (f"steps {since} to {done} are skipped" if since < done else "skipped"))
-        self._write({"event": "skipped", "step": done, "time": time.time(), "why": cause, "since": since})
+        self._write_event("skipped", done, why=cause, since=since)
         self.restart_clock(done)
 
     def next_step_s(self) -> float:
@@ -140,12 +126,8 @@ class RunLog:
         self.display.log_line(f"saved {folder}")
         self._write_event("saved", step, took_s=took_s, waited_s=waited_s)
 
-    def gather_peak_memory(self) -> list[int]:
-        """Return the peak memory of each rank. Collective."""
-        return self.run.mesh.world.all_gather_json(self._peak_bytes())
-
     def log_end(self, took_s: float, peaks: list[int], unigram_loss: str, sample: str) -> None:
-        """Log the end of a complete run and print the summary."""
+        """Log the end of a complete run and print the summary. `peaks`: memory of each rank."""
         self.display.close()
         self._write_event("end", self.run.config.train.steps, peak_memory_on_rank_bytes=peaks)
         self.close()
@@ -173,22 +155,15 @@ class RunLog:
 
     def _gather_rank_stats(self, steps: int) -> dict[str, Any]:
         """Return every rank's peak memory and its time per category and step since the last row. Collective."""
-        world = self.run.mesh.world
-        own = torch.tensor([self._peak_bytes(), *(self.spent_s[part] / steps for part in CATEGORIES)], dtype=torch.float64)
-        everyone = torch.empty(world.size, own.numel(), dtype=torch.float64)
-        world.all_gather(own, everyone)
-        memory, *seconds = everyone.T.tolist()
-        rank_s = {part: [round(x, 6) for x in column] for part, column in zip(CATEGORIES, seconds)}
-        return {"memory_bytes": [int(x) for x in memory], "rank_s": rank_s}  # last: readers may skip them
-
-    def _peak_bytes(self) -> int:
-        return self.run.memory.peak_bytes(self.run.model.shared_bytes)
+        own = [self.run.peak_bytes, *(round(self.spent_s[part] / steps, 6) for part in CATEGORIES)]
+        memory, *seconds = zip(*self.run.mesh.world.all_gather_json(own))
+        return {"memory_bytes": memory, "rank_s": dict(zip(CATEGORIES, seconds))}  # last: readers may skip them
 
     def _print_summary(self, took_s: float, peak: int, unigram_loss: str, sample: str) -> None:
         run, config, say = self.run, self.run.config, self.display.print
         done = config.train.steps - run.folder.step
         if done:
-            predicted = format_mebibytes(self.description.predicted_bytes)
+            predicted = format_mebibytes(self.start_row["predicted_memory_bytes"])
             say(f"\n{done} steps in {format_duration(took_s)}; peak memory {format_mebibytes(peak)}, {predicted} predicted")
         else:
             say(f"this run is complete; a larger --train.steps continues it from step {run.folder.step}")
@@ -203,11 +178,3 @@ class RunLog:
             say(f"score more   python -m mpilm.evaluate --model.init-from {shlex.quote(str(last))} --data.path TEXT")
         else:
             say(f"write more   python -m mpilm.generate --model.init-from {shlex.quote(str(last))}")
-
-
-def _writing(folder: Path, action: Callable[[], R]) -> R:
-    """Run `action`; turn its OSError into a FileError that names the file."""
-    try:
-        return action()
-    except OSError as error:
-        raise FileError(f"{error.filename or folder} cannot be written: {error.strerror}") from None

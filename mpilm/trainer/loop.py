@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
 from functools import partial
 
 from mpilm.checkpoint.manager import CheckpointManager
@@ -18,27 +17,12 @@ from mpilm.inference.generate import generate
 from mpilm.launch.watchdog import EXITING, Watchdog
 from mpilm.report.page import write_report
 from mpilm.telemetry.trace import Trace
+from mpilm.trainer import hooks
 from mpilm.trainer.build import build_run
-from mpilm.trainer.describe import describe_run, layout_row
-from mpilm.trainer.hooks import (
-    BadStepRecovery,
-    CallChecks,
-    Checkpointing,
-    CheckpointPolling,
-    Evaluation,
-    Hook,
-    InMemoryCheckpointing,
-    Logging,
-    ReplicaCheck,
-    StepEvent,
-    Stopping,
-    Tracing,
-)
+from mpilm.trainer.describe import describe_run, is_out_of_memory, out_of_memory_error
 from mpilm.trainer.log import RunLog
-from mpilm.trainer.memory import is_out_of_memory, out_of_memory_error
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint, RecoveredState
-from mpilm.trainer.run import Run
-from mpilm.trainer.save_state import collect_state
+from mpilm.trainer.run import Run, collect_state
 
 
 def train(
@@ -59,23 +43,20 @@ def train(
         run = build_run(config, world, recovered, progress)
         stack.callback(run.folder.release)
         stack.enter_context(run.stop_request.catch_signals())
-        stack.enter_context(_exit_together(world, progress))
+        stack.push(lambda _, error, __: exit_barrier(world, progress, error))
         watchdog.write_below(run.folder.path)
         watchdog.is_signalled = lambda: run.stop_request.signalled
-        log = RunLog.open(run, describe_run(run))
+        start_row, header = describe_run(run)
+        log = RunLog(run, start_row, header)
         stack.callback(log.display.close)
+        make_state = partial(collect_state, run)
         checkpoints = CheckpointManager(
-            run.folder.checkpoints,
-            config.checkpoint,
-            run.mesh.world,
-            progress,
-            partial(collect_state, run),
-            log.log_save,
-            log.log_save_failure,
+            run.folder.checkpoints, config.checkpoint, run.mesh.world, progress, make_state, log.log_save, log.log_save_failure
         )
-        tracing = Tracing(run, log, Trace(trace_step_range(config), run.mesh, layout_row(run)))
+        trace = Trace(trace_step_range(config), run.mesh, start_row["layout"])
+        tracing = hooks.Tracing(run, log, checkpoints, in_memory, trace)
         try:
-            run_steps(run, log, checkpoints, tracing, in_memory, recovered)
+            run_steps(run, log, checkpoints, in_memory, tracing, recovered)
         except CollectiveError as error:
             checkpoints.close()
             tracing.write()
@@ -96,64 +77,52 @@ def run_steps(
     run: Run,
     log: RunLog,
     checkpoints: CheckpointManager,
-    tracing: Tracing,
     in_memory: InMemoryCheckpoint | None,
+    tracing: hooks.Tracing,
     recovered: RecoveredState | None,
 ) -> None:
     """Run the remaining steps and their hooks. Collective."""
-    reporting: list[Hook] = [
-        Logging(log),  # first: it measures the time since the previous step
-        CheckpointPolling(checkpoints, log),  # before a new checkpoint begins
-        Evaluation(run, log),  # before saving: a checkpoint stores its evaluation loss
-        Checkpointing(run, checkpoints, log),
-        Stopping(run, checkpoints),  # last: it raises
+    parts = run, log, checkpoints, in_memory
+    reporting: list[hooks.Hook] = [
+        hooks.Logging(*parts),  # first: it measures the time since the previous step
+        hooks.Evaluation(*parts),  # before saving: a checkpoint stores its evaluation loss
+        hooks.Checkpointing(*parts),
+        hooks.Stopping(*parts),  # last: it raises
     ]
-    hooks: list[Hook] = [
+    all_hooks: list[hooks.Hook] = [
         tracing,  # the step's own spans, before any hook adds others
-        CallChecks(run),  # ends with the step: what follows is not compared
-        BadStepRecovery(run, log, checkpoints, in_memory),  # before the state is copied, compared or saved
-        InMemoryCheckpointing(run, in_memory),  # before anything that another rank's loss may interrupt
-        ReplicaCheck(run),  # before the state is logged and saved
+        hooks.BadStepRecovery(*parts),  # before the state is copied, compared or saved
+        hooks.InMemoryCheckpointing(*parts),  # before anything that another rank's loss may interrupt
+        hooks.ConsistencyCheck(*parts),  # ends the comparison of calls; before the state is logged and saved
         *reporting,
     ]
     checkpoints.reserve_memory(run.folder.step, run.config.train.steps)
     if recovered is not None:  # ranks may have been lost before all hooks of its step had run
+        event = hooks.StepEvent(recovered.done, recovered.result(), [], recovered=True)
         for hook in reporting:
-            hook.after_step(StepEvent(recovered.done, recovered.result(), [], recovered=True))
+            hook.after_step(event)
     for step in run.remaining_steps:
         compiles = run.config.train.compile and step == run.folder.step
         run.progress.enter("compilation" if compiles else "step", step)
-        for hook in hooks:
+        for hook in all_hooks:
             hook.before_step(step)
         flags = StepFlags(run.stop_request.stop_reason(log.next_step_s()), checkpoints.is_writing)
         result = train_step(run.model, run.batches, step, flags, run.bad_steps.spike_threshold(run.config.train))
-        event = StepEvent(step + 1, result, run.progress.drain_spans())
-        for hook in hooks:
+        event = hooks.StepEvent(step + 1, result, run.progress.drain_spans())
+        for hook in all_hooks:
             hook.after_step(event)
-    for hook in reversed(hooks):
+    for hook in reversed(all_hooks):
         hook.finish()
 
 
-@contextlib.contextmanager
-def _exit_together(world: Comm, progress: Progress) -> Iterator[None]:
-    """Wait for all ranks before the watchdog is closed. Collective, unless an error other than a CollectiveError is raised.
+def exit_barrier(world: Comm, progress: Progress, error: BaseException | None) -> None:
+    """Wait for all ranks before the watchdog is closed, unless an error has ended this rank alone. Collective.
 
     Nothing watches MPI_Finalize, where a hanging rank would keep the others.
     """
-    failure: CollectiveError | None = None
-    try:
-        yield
-    except CollectiveError as error:
-        failure = error
-    exit_barrier(world, progress)
-    if failure is not None:
-        raise failure
-
-
-def exit_barrier(world: Comm, progress: Progress) -> None:
-    """Enter the exit phase and wait for all ranks. Collective."""
-    progress.enter(EXITING, progress.step)
-    InstrumentedComm(world, progress=progress).barrier()
+    if error is None or isinstance(error, CollectiveError):
+        progress.enter(EXITING, progress.step)
+        InstrumentedComm(world, progress=progress).barrier()
 
 
 def _finish(run: Run, log: RunLog) -> None:
@@ -162,7 +131,7 @@ def _finish(run: Run, log: RunLog) -> None:
     corpora = [(samples.corpus, samples.boundary) for samples in run.data.corpora]
     if log.is_root and log.eval_loss is not None and corpora:  # it reads the whole corpus, so before other ranks wait
         unigram = f"; a unigram model of this corpus scores {unigram_loss(corpora):.4f}"
-    peaks = log.gather_peak_memory()
+    peaks = run.mesh.world.all_gather_json(run.peak_bytes)  # before the sample is generated
     log.log_end(took_s, peaks, unigram, _sample_text(run))
     _write_report(run, log)
 

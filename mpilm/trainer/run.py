@@ -1,16 +1,20 @@
-"""The record of a training run."""
+"""The record of a training run, and the state that its checkpoints hold."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
+from mpilm.checkpoint.format import PARAMETER
+from mpilm.checkpoint.save import CheckpointState
 from mpilm.comm.progress import Progress
-from mpilm.config.schema import Config
+from mpilm.config.schema import Config, to_dict
 from mpilm.data.batch import Batches
 from mpilm.data.training_data import TrainingData
-from mpilm.engine.hardware import Hardware
+from mpilm.engine.hardware import Hardware, numerics_environment
 from mpilm.engine.train_model import TrainModel
 from mpilm.launch.stop_request import StopRequest
 from mpilm.mesh.mesh import Mesh
+from mpilm.mesh.shape import AXES
 from mpilm.telemetry.memory import MemoryMeter
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.run_folder import RunFolder
@@ -41,3 +45,33 @@ class Run:
     def remaining_steps(self) -> range:
         """The steps still to do, counted from 0."""
         return range(self.folder.step, self.config.train.steps)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that this rank has used."""
+        return self.memory.peak_bytes(self.model.shared_bytes)
+
+
+def collect_state(run: Run, step: int, eval_loss: float | None) -> CheckpointState:
+    """Return what a checkpoint holds after `step` steps. Tensors are the model's own, not copies."""
+    config, model, data = run.config, run.model, run.data
+    trainer = {
+        "step": step,
+        "tokens": step * run.batches.step_tokens,
+        "seed": config.train.seed,
+        "eval_loss": eval_loss,
+        **run.bad_steps.state_dict(),
+        "content": dict(run.content),
+        "layout": dict(zip(AXES, run.mesh.shape.sizes)),
+        "conditions": numerics_environment(run.hardware, run.mesh.world, config.parallel),
+        "config": to_dict(config),
+    }
+    return CheckpointState(
+        model=config.model,
+        tokenizer=data.tokenizer,
+        template=data.template,
+        trainer=trainer,
+        shapes={PARAMETER: model.shapes, **model.moment_shapes},
+        slices={PARAMETER: model.owned_slices(), **model.optimizer.state_slices()},
+        shard_owners=cache(model.shard_owners),
+    )

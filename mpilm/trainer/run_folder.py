@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_wit
 from mpilm.comm.base import Comm
 from mpilm.config.parse import merge_settings, read_toml
 from mpilm.config.schema import OLD_NAMES, Config, flatten, result_settings, to_dict
-from mpilm.data.files import read_json
+from mpilm.data.files import read_json, write_durably
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.launch.lock import LOCK_NAME, FolderLock
 from mpilm.model.layers import hash_key
@@ -31,14 +31,10 @@ class RunFolder:
     path: Path
     checkpoint: Path | None  # the verified one to resume from; None for a fresh start
     step: int
+    logged: int  # the step up to which everything has been logged
     bad_steps: BadStepTracker
     notes: tuple[str, ...]  # for the header
     lock: FolderLock | None = field(default=None, compare=False)  # on rank 0
-    logged: int = -1  # the step up to which everything has been logged; -1: `step`
-
-    def __post_init__(self) -> None:
-        if self.logged < 0:
-            object.__setattr__(self, "logged", self.step)
 
     def release(self) -> None:
         """Let another job use the folder."""
@@ -63,14 +59,10 @@ def open_run_folder(
     with those of the checkpoint. `recovered`: the state to resume from instead of a checkpoint.
     """
     opened = run_on_root_with_verify(comm, lambda verify: _open(config, content, environment, recovered, verify))
-    values = None
-    if opened:
-        state = opened.bad_steps.state_dict()
-        values = [str(opened.path), str(opened.checkpoint or ""), opened.step, state, opened.notes, opened.logged]
-    path, checkpoint, step, state, notes, logged = comm.broadcast_json(values)
-    lock = opened.lock if opened else None
+    values, lock = opened or (None, None)
+    path, checkpoint, step, logged, trainer, notes = comm.broadcast_json(values)
     checkpoint = Path(checkpoint) if checkpoint else None
-    return RunFolder(Path(path), checkpoint, step, BadStepTracker.from_state(state), tuple(notes), lock, logged)
+    return RunFolder(Path(path), checkpoint, step, logged, BadStepTracker.from_state(trainer), tuple(notes), lock)
 
 
 def _open(
@@ -79,18 +71,23 @@ def _open(
     environment: Mapping[str, str],
     recovered: RecoveredState | None,
     verify: Verifier,
-) -> RunFolder:
+) -> tuple[list[Any], FolderLock]:
+    """Return path, checkpoint, step, logged step, trainer state and notes, and the lock."""
     if recovered is not None:
-        path, lock, done = recovered.folder, _lock(recovered.folder), recovered.done
+        path, done, trainer = recovered.folder, recovered.done, dict(recovered.trainer)
+        lock = _lock(path)
         remove_leftovers(path / "checkpoints")
-        return RunFolder(path, None, done, BadStepTracker.from_state(recovered.trainer), (recovered.note,), lock, done - 1)
+        return [str(path), "", done, done - 1, trainer, [recovered.note]], lock
     path = _choose_path(config)
     _check_is_same_run(path, config)
     lock = _lock(path)
+    trainer, notes = dict[str, Any](), list[str]()
     try:
-        checkpoint, broken, notes = _choose_checkpoint(path, config, content, environment, verify)
-        step = checkpoint_step(checkpoint) if checkpoint else 0
-        assert step is not None
+        checkpoint, broken = _choose_checkpoint(path, config, verify)
+        if checkpoint is not None:
+            trainer = read_json(checkpoint / "trainer.json")
+            notes += _compare_with_checkpoint(checkpoint, trainer, config, content, environment)
+        step = trainer.get("step", 0)
         if step > config.train.steps:
             raise ConfigError(f"{checkpoint} is at step {step}, past --train.steps {config.train.steps}; ask for more steps")
         notes += _prepare_folder(path, config, broken)
@@ -99,27 +96,35 @@ def _open(
         with contextlib.suppress(OSError):
             path.rmdir()  # if it is still empty
         raise
-    bad_steps = BadStepTracker.from_state(read_json(checkpoint / "trainer.json") if checkpoint else {})
-    return RunFolder(path, checkpoint, step, bad_steps, tuple(notes), lock)
+    return [str(path), str(checkpoint or ""), step, step, trainer, notes], lock
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a FileError that names the file and the setting."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"--run.dir {error.filename or folder} cannot be written: {error.strerror}") from None
 
 
 def _lock(path: Path) -> FolderLock:
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         return FolderLock(path)
-    except OSError as error:
-        raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None
 
 
 def _prepare_folder(path: Path, config: Config, broken: Mapping[Path, str]) -> list[str]:
     """Write config.toml and set broken checkpoints aside, in a folder that this job has locked; return notes."""
-    try:
-        write_config(path / "config.toml", config)  # first: it marks the folder as a run's
+    import tomli_w
+
+    temporary = path / ".config.toml.tmp"
+    with writing(path):
+        write_durably(temporary, tomli_w.dumps(to_dict(config)).encode())
+        os.replace(temporary, path / "config.toml")  # first: it marks the folder as a run's
         (path / "checkpoints").mkdir(exist_ok=True)
         remove_leftovers(path / "checkpoints")
         aside = set_aside([*broken, *list_checkpoints(path / "checkpoints", complete=False)])
-    except OSError as error:
-        raise FileError(f"--run.dir {path} cannot be written: {error.strerror}") from None
     return [*broken.values(), *(f"set aside as {folder}" for folder in aside)]
 
 
@@ -149,30 +154,27 @@ def _check_is_same_run(path: Path, config: Config) -> None:
         _check_same_result(result_settings(old), config, f"the run in {path}")
 
 
-def _choose_checkpoint(
-    path: Path, config: Config, content: Mapping[str, str], environment: Mapping[str, str], verify: Verifier
-) -> tuple[Path | None, dict[Path, str], list[str]]:
-    """Return the verified checkpoint to resume from, the broken ones with their problems, and notes."""
+def _choose_checkpoint(path: Path, config: Config, verify: Verifier) -> tuple[Path | None, dict[Path, str]]:
+    """Return the verified checkpoint to resume from, and the problems of broken ones."""
     resume = config.checkpoint.resume
     if resume == "never":
-        return None, {}, []
-    if resume == "auto" or _has_continued_from(path, resume):
-        checkpoint, broken = find_newest_valid(path / "checkpoints", verify)
-    else:
-        checkpoint, broken = Path(resume), {}
-        _check_is_newest(checkpoint, path)
-        verify(checkpoint)
+        return None, {}
+    if resume != "auto" and not _has_continued_from(path, resume):
+        _check_is_newest(Path(resume), path)
+        verify(Path(resume))
+        return Path(resume), {}
+    checkpoint, broken = find_newest_valid(path / "checkpoints", verify)
     if checkpoint is None and broken:
         problems = "\n  ".join(broken.values())
         raise DataError(f"no checkpoint in {path} is complete:\n  {problems}\nChoose another --run.dir to start anew")
-    return checkpoint, broken, _compare_with_checkpoint(checkpoint, config, content, environment) if checkpoint else []
+    return checkpoint, broken
 
 
 def _has_continued_from(path: Path, resume: str) -> bool:
     """Return whether this run started from the given checkpoint and has saved since: the same job was submitted again."""
-    if not list_checkpoints(path / "checkpoints") or not (path / "config.toml").is_file():
-        return False
-    return read_toml(path / "config.toml").get("checkpoint", {}).get("resume") == resume
+    settings = path / "config.toml"
+    has_saved = bool(list_checkpoints(path / "checkpoints")) and settings.is_file()
+    return has_saved and read_toml(settings).get("checkpoint", {}).get("resume") == resume
 
 
 def _check_is_newest(checkpoint: Path, path: Path) -> None:
@@ -187,12 +189,10 @@ def _check_is_newest(checkpoint: Path, path: Path) -> None:
 
 
 def _compare_with_checkpoint(
-    checkpoint: Path, config: Config, content: Mapping[str, str], environment: Mapping[str, str]
+    checkpoint: Path, trainer: Mapping[str, Any], config: Config, content: Mapping[str, str], environment: Mapping[str, str]
 ) -> list[str]:
     """Refuse differences that the result depends on; return notes on the others."""
-    source = str(checkpoint / "trainer.json")
-    trainer = read_json(checkpoint / "trainer.json")
-    old = result_settings(merge_settings(Config(), trainer["config"], source)) | trainer["content"]
+    old = result_settings(merge_settings(Config(), trainer["config"], str(checkpoint / "trainer.json"))) | trainer["content"]
     _check_same_result(old, config, str(checkpoint), content)
     before = trainer["conditions"]
     changed = [f"{key} was {before[key]}, is {now}" for key, now in environment.items() if before.get(key, now) != now]
@@ -222,15 +222,3 @@ def _suggest_change(changed: list[str]) -> str:
 
 def _format_value(key: str, value: Any) -> str:
     return f"content {str(value)[:12]}" if key in CONTENT_KEYS else repr(value)
-
-
-def write_config(path: Path, config: Config) -> None:
-    """Write the resolved config as TOML, atomically."""
-    import tomli_w
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(tomli_w.dumps(to_dict(config)))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -50,7 +50,7 @@ def checkpoint_worker(args: argparse.Namespace) -> None:
     from mpilm.comm.mpi import mpi_world
     from mpilm.engine.train_model import load_checkpoint_state
     from mpilm.trainer.build import build_run
-    from mpilm.trainer.save_state import collect_state
+    from mpilm.trainer.run import collect_state
 
     comm = mpi_world()
     run = build_run(make_config(f"{args.folder}/run", "llama-100m", **SHAPE), comm)

@@ -142,7 +142,7 @@ def guards_worker(args: argparse.Namespace) -> None:
     from mpilm.engine.step import train_step
     from mpilm.launch.watchdog import Watchdog
     from mpilm.trainer import build
-    from mpilm.trainer.recovery.replica_check import check_replicas_equal
+    from mpilm.trainer.hooks import check_replicas_equal
 
     comm = mpi_world()
     run = build.build_run(make_config(f"{args.folder}/guarded", args.preset, train__threads=1), comm)

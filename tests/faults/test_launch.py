@@ -6,11 +6,12 @@ import textwrap
 import time
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import NoReturn
 
 import pytest
 from helpers import mpirun
 
-from mpilm.launch.run import SIZE_VARIABLES, _printed_text, connect_world
+from mpilm.launch.run import SIZE_VARIABLES, _parse_or_stop, connect_world
 
 OTHERS_WAIT = "comm.barrier()  # the other ranks wait here"
 
@@ -133,13 +134,16 @@ def test_help_on_one_rank_ends_all_and_is_printed_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stop", "printed"),
     [
-        (SystemExit("usage\n", 0), ["usage\n", 0]), (SystemExit("no such thing"), ["no such thing\n", 1]),
-        (SystemExit(3), ["", 3]), (SystemExit(), ["", 0]),
+        (SystemExit("usage\n", 0), ("usage\n", 0)), (SystemExit("no such thing"), ("no such thing\n", 1)),
+        (SystemExit(3), ("", 3)), (SystemExit(), ("", 0)),
     ],
     ids=repr,
 )  # fmt: skip
-def test_system_exit_is_read_as_python_does(stop: SystemExit, printed: list[object]) -> None:
-    assert _printed_text(stop) == printed
+def test_system_exit_is_read_as_python_does(stop: SystemExit, printed: tuple[str, int]) -> None:
+    def parse() -> NoReturn:
+        raise stop
+
+    assert _parse_or_stop(parse) == (None, printed)
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

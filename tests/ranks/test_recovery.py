@@ -28,7 +28,8 @@ from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
-from mpilm.trainer.save_state import collect_state
+from mpilm.trainer.recovery.elastic import train_elastic
+from mpilm.trainer.run import collect_state
 
 BATCH = {"train__global_batch": 8, "run__eval_every": 0}  # 4 microbatches
 
@@ -226,3 +227,18 @@ def test_replica_that_differs_by_one_bit_is_named(tmp_path, data, size, settings
         run_ranks(size, lambda comm: train(config, comm))
     assert isinstance(caught.value.error, RanksDisagreeError)
     assert re.match(rf"after step [35]: {name}", str(caught.value))
+
+
+# Ranks that no pipeline needs.
+
+
+def test_spare_rank_ends_with_the_error_of_the_others(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", train__steps=50, run__time_limit=1e-3, **BATCH, **layout(2))
+
+    def train_with_spare(comm):
+        comm.is_fault_tolerant = True
+        with pytest.raises(CollectiveError, match="stopped after step 1 of 50"):
+            train_elastic(config, comm)
+        comm.barrier()
+
+    run_ranks(3, train_with_spare)

@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from mpilm.comm.abort import find_launcher
+from mpilm.comm.mpi import find_launcher
 
 ROOT = Path(__file__).parents[2]
-PRINT_LAUNCHER = "from mpilm.comm.abort import find_launcher; print(find_launcher())"
-FORCE_EXIT = "from mpilm.comm import abort; abort.RANK_TIMEOUT_S, abort.LAUNCHER_TIMEOUT_S = {}; abort.force_exit()\n"
+PRINT_LAUNCHER = "from mpilm.comm.mpi import find_launcher; print(find_launcher())"
+FORCE_EXIT = "from mpilm.comm import mpi; mpi.RANK_TIMEOUT_S, mpi.LAUNCHER_TIMEOUT_S = {}; mpi.force_exit()\n"
 
 
 def run_under(name: str, program: str, folder: Path, then: str = "") -> subprocess.CompletedProcess:

@@ -9,7 +9,7 @@ import pytest
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import Config, FaultConfig, TrainConfig, override
 from mpilm.errors import NonFiniteError
-from mpilm.trainer.memory import is_out_of_memory
+from mpilm.trainer.describe import is_out_of_memory
 from mpilm.trainer.recovery.bad_steps import MIN_LOSSES, WINDOW, BadStepTracker
 from mpilm.trainer.recovery.skip import _check_bad_step_budget
 

@@ -6,7 +6,9 @@ and continue. W. Bland et al., Post-failure recovery of MPI communication capabi
 
 import os
 import socket
+from typing import Any
 
+from mpilm.checkpoint.format import PARAMETER
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.progress import Progress
@@ -23,29 +25,31 @@ def train_elastic(config: Config, world: Comm) -> None:
     if not world.is_fault_tolerant:
         raise CollectiveError(
             ConfigError(
-                f"--fault.elastic needs an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm, not "
+                "--fault.elastic needs an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm, not "
                 f"{world.mpi_library} as it was started here"
             )
         )
-    in_memory, progress, recovered = InMemoryCheckpoint(), Progress(), None
+    in_memory, progress, recovered, has_lost_ranks = InMemoryCheckpoint(), Progress(), None, False
     members = world.all_gather_json(f"rank {world.rank} ({socket.gethostname()}, process {os.getpid()})")
     own_name = members[world.rank]
     while True:
         try:
+            if has_lost_ranks:
+                recovered, members = agree_on_survivors(config, world, in_memory, own_name, members)
             working = _working_ranks(config, world)
             if working is None:
-                return _idle_spare(world, recovered)
-            train(_without_zero_if_single_replica(config, working.size), working, in_memory, recovered, progress)
-            world.broadcast_json(None)
-            return
-        except CollectiveError as error:
-            world.broadcast_json([error.error.code, str(error.error)])
-            raise
+                failure = _idle_spare(world, recovered)
+            else:
+                failure = _train_working(config, working, in_memory, recovered, progress)
+                world.broadcast_json(failure)
+            break
         except Exception as error:
             if not world.is_rank_failure(error):
                 raise
         world.shrink()
-        recovered, members = agree_on_survivors(config, world, in_memory, progress, own_name, members)
+        has_lost_ranks = True
+    if failure:
+        raise CollectiveError(error_from_code(*failure))
 
 
 def _working_ranks(config: Config, world: Comm) -> Comm | None:
@@ -58,53 +62,50 @@ def _working_ranks(config: Config, world: Comm) -> Comm | None:
     return working if world.rank < count else None
 
 
-def _without_zero_if_single_replica(config: Config, ranks: int) -> Config:
-    single = ranks == config.parallel.pipeline
-    return override(config, parallel__zero=0) if single and config.parallel.zero else config
+def _train_working(
+    config: Config, working: Comm, in_memory: InMemoryCheckpoint, recovered: RecoveredState | None, progress: Progress
+) -> list[Any] | None:
+    """Train on the working ranks; return code and message of the error with which they end, if any."""
+    single = working.size == config.parallel.pipeline  # a single replica, which ZeRO cannot shard
+    try:
+        train(override(config, parallel__zero=0) if single else config, working, in_memory, recovered, progress)
+    except CollectiveError as error:
+        return [error.error.code, str(error.error)]
+    return None
 
 
-def _idle_spare(world: Comm, recovered: RecoveredState | None) -> None:
-    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed."""
+def _idle_spare(world: Comm, recovered: RecoveredState | None) -> list[Any] | None:
+    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed.
+
+    Returns code and message of the error with which the working ranks end, if any.
+    """
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
     while (command := yielding.broadcast_json(None)) == CMD_BROADCAST:
         assert recovered is not None
-        recovered.broadcast_ranges()
-    if command:
-        raise CollectiveError(error_from_code(*command))
+        recovered.broadcast_ranges({})
+    return command
 
 
 def agree_on_survivors(
-    config: Config, world: Comm, in_memory: InMemoryCheckpoint, progress: Progress, own_name: str, members: list[str]
+    config: Config, world: Comm, in_memory: InMemoryCheckpoint, own_name: str, members: list[str]
 ) -> tuple[RecoveredState, list[str]]:
     """Return the state from which the ranks of a shrunk world resume, and their names. Collective.
 
-    Repeats until no rank is lost on the way. Raises CollectiveError if too few ranks or not all of the state is left.
+    Raises CollectiveError if too few ranks or not all of the state is left.
     """
-    while True:
-        try:
-            survivors = world.all_gather_json(own_name)
-            inventories = [[s.done, dict(s.trainer), s.inventory()] for s in in_memory.snapshots]
-            everyone = world.all_gather_json(inventories)
-        except Exception as error:
-            if not world.is_rank_failure(error):
-                raise
-            world.shrink()
-            continue
-        lost = ", ".join(name for name in members if name not in survivors)
-        pipeline = config.parallel.pipeline
-        if world.size < pipeline:
-            raise CollectiveError(
-                LostRankError(
-                    f"{lost} lost, and {world.size} ranks are too few for --parallel.pipeline {pipeline}; {RESUME_HINT}"
-                )
-            )
-        found = latest_complete_step(everyone, in_memory.model)
-        if found is None:
-            raise CollectiveError(
-                LostRankError(f"{lost} lost, together with a part of the state that no other rank holds; {RESUME_HINT}")
-            )
-        done, trainer, ranges = found
-        spares = world.size % pipeline
-        note = f"{lost} lost; {world.size} ranks continue after step {done}{f', {spares} of them as spares' * bool(spares)}"
-        state = RecoveredState(world, done, trainer, ranges, in_memory.snapshots, note, progress, in_memory.folder)
-        return state, survivors
+    model, pipeline = in_memory.model, config.parallel.pipeline
+    shapes = {PARAMETER: model.shapes, **model.moment_shapes} if model is not None else {}
+    snapshots = [[snapshot.done, dict(snapshot.trainer), list(snapshot.state)] for snapshot in in_memory.snapshots]
+    survivors, everyone, all_shapes = zip(*world.all_gather_json([own_name, snapshots, shapes]))
+    lost = ", ".join(name for name in members if name not in survivors)
+    if world.size < pipeline:
+        too_few = f"{world.size} ranks are too few for --parallel.pipeline {pipeline}"
+        raise CollectiveError(LostRankError(f"{lost} lost, and {too_few}; {RESUME_HINT}"))
+    found = latest_complete_step(everyone, max(all_shapes, key=len))  # a spare that has never trained knows no shapes
+    if found is None:
+        missing = "together with a part of the state that no other rank holds"
+        raise CollectiveError(LostRankError(f"{lost} lost, {missing}; {RESUME_HINT}"))
+    done, trainer, ranges = found
+    spares = world.size % pipeline
+    note = f"{lost} lost; {world.size} ranks continue after step {done}{f', {spares} of them as spares' * bool(spares)}"
+    return RecoveredState(world, done, trainer, ranges, in_memory.snapshots, note, in_memory.folder), list(survivors)

@@ -1,5 +1,6 @@
 """Checkpoints in memory: copies of the last steps on other ranks, from which a run continues after a rank is lost."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -11,16 +12,14 @@ from torch import Tensor
 
 from mpilm.checkpoint.format import PARAMETER
 from mpilm.comm.base import Comm
-from mpilm.comm.progress import Progress
 from mpilm.engine.step import NO_FLAGS, StepResult
 from mpilm.engine.train_model import TrainModel
-from mpilm.parallel.flat_layout import ParamSlice
 
 TAG = 7
 CMD_BROADCAST = "give"
 
-StateSlices = Mapping[str, Mapping[ParamSlice, Tensor]]  # parameters, and moments by name
-OwnedRange = tuple[int, str, str, int, int]  # a world rank, kind, parameter, first element, the one after the last
+StateRange = tuple[str, str, int, int]  # PARAMETER or the name of a moment, parameter, first element, the one after the last
+OwnedRange = tuple[int, StateRange]  # with the world rank that holds it
 
 
 @dataclass(frozen=True)
@@ -29,17 +28,15 @@ class Snapshot:
 
     done: int
     trainer: Mapping[str, Any]  # bad steps and the result of the step
-    state: StateSlices
+    state: Mapping[StateRange, Tensor]
     model: TrainModel | None = None  # set if the tensors alias its memory; None if they are copies
 
-    def inventory(self) -> list[list[Any]]:
-        return [[kind, item.name, item.start, item.stop] for kind, items in self.state.items() for item in items]
-
-    def lookup(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
-        """Return elements of a tensor, if this snapshot contains them."""
-        for item, x in self.state[kind].items():
-            if item.name == name and item.start <= start and stop <= item.stop:
-                return x.view(-1)[start - item.start : stop - item.start]
+    def lookup(self, wanted: StateRange) -> Tensor | None:
+        """Return the elements of a range, if this snapshot contains them."""
+        *tensor, start, stop = wanted
+        for (*own_tensor, first, last), x in self.state.items():
+            if own_tensor == tensor and first <= start and stop <= last:
+                return x[start - first : stop - first]
         return None
 
 
@@ -54,44 +51,40 @@ class InMemoryCheckpoint:
         self.snapshots: list[Snapshot] = []
         self.model: TrainModel | None = None
         self.folder = Path()
-        self._previous_inventory: list[list[Any]] | None = None  # of the previous rank on the data axis
+        self._previous_ranges: list[StateRange] | None = None  # of the previous rank on the data axis
 
     def save(self, model: TrainModel, folder: Path, done: int, trainer: Mapping[str, Any]) -> None:
         """Take a snapshot after `done` steps. Collective over the data axis."""
-        state: StateSlices = {PARAMETER: model.owned_slices(), **model.optimizer.state_slices()}
         if model is not self.model:
-            self.model, self.folder, self._previous_inventory = model, folder, None
+            self.model, self.folder, self._previous_ranges = model, folder, None
+        state = state_ranges(model)
         if model.zero and model.data.size > 1:
-            new = self._copy_shards(Snapshot(done, trainer, state), model.data)
+            new = [Snapshot(done, trainer, copied) for copied in self._copy_shards(state, model.data)]
         else:
             new = [Snapshot(done, trainer, state, model)]
         self.snapshots = [old for old in self.snapshots if old.done == done - 1 and old.model is not model] + new
 
-    def discard(self) -> None:
-        """Drop all snapshots: the state is about to change by something else than a step."""
-        self.snapshots = []
-
-    def _copy_shards(self, own: Snapshot, data: Comm) -> list[Snapshot]:
+    def _copy_shards(self, own: Mapping[StateRange, Tensor], data: Comm) -> list[dict[StateRange, Tensor]]:
         """Return copies of this rank's shard and of the previous rank's. Collective over `data`."""
         previous, following = (data.rank - 1) % data.size, (data.rank + 1) % data.size
-        if self._previous_inventory is None:
-            self._previous_inventory = data.all_gather_json(own.inventory())[previous]
-        tensors = [x.reshape(-1) for items in own.state.values() for x in items.values()]
-        sent = torch.cat(tensors or [torch.empty(0)]).cpu()
-        received = torch.empty(sum(stop - start for *_, start, stop in self._previous_inventory))
+        if self._previous_ranges is None:
+            self._previous_ranges = data.all_gather_json(list(own))[previous]
+        sent = torch.cat([*own.values()] or [torch.empty(0)]).cpu()
+        received = torch.empty(sum(stop - start for *_, start, stop in self._previous_ranges))
         for request in (data.irecv(received, previous, TAG), data.isend(sent, following, TAG)):
             request.wait()
-        return [
-            Snapshot(own.done, own.trainer, _unpack(inventory, values))
-            for inventory, values in ((own.inventory(), sent), (self._previous_inventory, received))
-        ]
+        return [_split_into_ranges(sent, list(own)), _split_into_ranges(received, self._previous_ranges)]
 
 
-def _unpack(inventory: Sequence[Sequence[Any]], values: Tensor) -> StateSlices:
-    state: dict[str, dict[ParamSlice, Tensor]] = {}
-    for (kind, *item), x in zip(inventory, values.split([stop - start for *_, start, stop in inventory])):
-        state.setdefault(kind, {})[ParamSlice(*item)] = x
-    return state
+def state_ranges(model: TrainModel) -> dict[StateRange, Tensor]:
+    """Return the model's own memory of the parameters and moments that this rank updates."""
+    kinds = {PARAMETER: model.owned_slices(), **model.optimizer.state_slices()}
+    return {(kind, item.name, item.start, item.stop): x.view(-1) for kind, items in kinds.items() for item, x in items.items()}
+
+
+def _split_into_ranges(values: Tensor, ranges: Sequence[StateRange]) -> dict[StateRange, Tensor]:
+    parts = values.split([stop - start for *_, start, stop in ranges])
+    return {(kind, name, start, stop): part for (kind, name, start, stop), part in zip(ranges, parts)}
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,6 @@ class RecoveredState:
     ranges: Sequence[OwnedRange]
     snapshots: Sequence[Snapshot]
     note: str  # for the header
-    progress: Progress
     folder: Path  # of the run
 
     def result(self) -> StepResult:
@@ -112,70 +104,61 @@ class RecoveredState:
         loss, grad_norm, lr, updated = self.trainer["result"]
         return StepResult(loss, grad_norm, lr, updated, NO_FLAGS)
 
-    def restore_into(self, state: StateSlices) -> None:
-        """Fill these slices. Collective over the working ranks; idle spares are in `broadcast_ranges`."""
+    def restore_into(self, model: TrainModel) -> None:
+        """Fill the state that this rank updates. Collective over the working ranks; idle spares are in `broadcast_ranges`."""
         self.world.broadcast_json(CMD_BROADCAST)
-        self.broadcast_ranges(state)
+        self.broadcast_ranges(state_ranges(model))
 
-    def broadcast_ranges(self, state: StateSlices | None = None) -> None:
-        """Broadcast every range from its owner, and fill these slices from them. Collective over the world."""
-        targets: dict[tuple[str, str], list[tuple[ParamSlice, Tensor]]] = {}
-        for kind, items in (state or {}).items():
-            for item, x in items.items():
-                targets.setdefault((kind, item.name), []).append((item, x.view(-1)))
-        for owned in self.ranges:
-            _, kind, name, start, stop = owned
-            values = self.broadcast_range(owned)
-            for item, x in targets.get((kind, name), ()):
-                first, last = max(start, item.start), min(stop, item.stop)
-                if first < last:
-                    x[first - item.start : last - item.start] = values[first - start : last - start].to(x.device)
+    def broadcast_ranges(self, state: Mapping[StateRange, Tensor]) -> None:
+        """Broadcast every range from its owner, and fill `state` from them. Collective over the world."""
+        targets: dict[tuple[str, str], list[tuple[int, int, Tensor]]] = defaultdict(list)
+        for (kind, name, first, last), x in state.items():
+            targets[kind, name].append((first, last, x))
+        for owner, wanted in self.ranges:
+            values = self.broadcast_range(owner, wanted)
+            kind, name, start, stop = wanted
+            for first, last, x in targets[kind, name]:
+                begin, end = max(start, first), min(stop, last)
+                if begin < end:
+                    x[begin - first : end - first].copy_(values[begin - start : end - start])
 
-    def broadcast_range(self, owned: OwnedRange) -> Tensor:
+    def broadcast_range(self, owner: int, wanted: StateRange) -> Tensor:
         """Return a range's elements from its owner. Collective over the world."""
-        rank, kind, name, start, stop = owned
+        *_, start, stop = wanted
         values = torch.empty(stop - start)
-        if rank == self.world.rank:
-            found = (snapshot.lookup(kind, name, start, stop) for snapshot in self.snapshots if snapshot.done == self.done)
+        if owner == self.world.rank:
+            found = (snapshot.lookup(wanted) for snapshot in self.snapshots if snapshot.done == self.done)
             values.copy_(next(x for x in found if x is not None))
-        self.world.broadcast(values, rank)
+        self.world.broadcast(values, owner)
         return values
 
 
 def latest_complete_step(
-    everyone: Sequence[Sequence[Any]], model: TrainModel | None
+    everyone: Sequence[Sequence[Any]], shapes: Mapping[str, Mapping[str, Sequence[int]]]
 ) -> tuple[int, Mapping[str, Any], list[OwnedRange]] | None:
     """Return the newest step of which the ranks together hold everything, its trainer state, and the ranges to broadcast.
 
-    `everyone`: for each rank the (done, trainer, inventory) of its snapshots.
+    `everyone`: for each rank (done, trainer, ranges) of its snapshots. `shapes`: of the complete tensors, by kind and name.
     """
-    if model is None:
-        return None
-    shapes = {(PARAMETER, name): shape for name, shape in model.shapes.items()}
-    shapes |= {(kind, name): shape for kind, items in model.moment_shapes.items() for name, shape in items.items()}
-    for done in sorted({snapshot[0] for snapshots in everyone for snapshot in snapshots}, reverse=True):
-        holders: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
-        trainer: Mapping[str, Any] = {}
-        for rank, snapshots in enumerate(everyone):
-            for snapshot_done, snapshot_trainer, inventory in snapshots:
-                if snapshot_done == done:
-                    trainer = snapshot_trainer
-                    for kind, name, start, stop in inventory:
-                        holders.setdefault((kind, name), []).append((start, stop, rank))
-        ranges = [list(_cover(holders.get(key, []), prod(shape))) for key, shape in shapes.items()]
-        if all(parts and parts[-1][1] == prod(shape) for parts, shape in zip(ranges, shapes.values())):
-            return done, trainer, [(r, *key, a, b) for key, parts in zip(shapes, ranges) for a, b, r in parts]
+    numel = {(kind, name): prod(shape) for kind, items in shapes.items() for name, shape in items.items()}
+    flat = [(rank, *snapshot) for rank, snapshots in enumerate(everyone) for snapshot in snapshots]
+    for done in sorted({snapshot_done for _, snapshot_done, *_ in flat}, reverse=True):
+        trainers, holders = [], defaultdict(list)
+        for rank, snapshot_done, trainer, ranges in flat:
+            if snapshot_done == done:
+                trainers.append(trainer)  # the same on all ranks
+                for kind, name, start, stop in ranges:
+                    holders[kind, name].append((start, stop, rank))
+        found = [(rank, (*key, start, stop)) for key in numel for start, stop, rank in _cover(holders[key])]
+        if sum(stop - start for _, (*_, start, stop) in found) == sum(numel.values()):
+            return done, trainers[0], found
     return None
 
 
-def _cover(holders: Sequence[tuple[int, int, int]], numel: int) -> Iterator[tuple[int, int, int]]:
+def _cover(holders: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
     """Yield adjacent ranges from element 0 on, each with a rank that holds it, up to the first gap."""
     at = 0
-    while at < numel:
-        candidates = (part for part in holders if part[0] <= at < part[1])
-        best = max(candidates, key=lambda part: (part[1], -part[2]), default=None)
-        if best is None:
-            return
-        stop, rank = best[1:]
+    while candidates := [part for part in holders if part[0] <= at < part[1]]:
+        _, stop, rank = max(candidates, key=lambda part: (part[1], -part[2]))
         yield at, stop, rank
         at = stop

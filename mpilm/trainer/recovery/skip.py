@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.format import checkpoint_step
 from mpilm.checkpoint.manager import CheckpointManager
-from mpilm.checkpoint.verify import find_newest_valid, run_on_root_with_verify
-from mpilm.comm.collective_errors import CollectiveError, run_on_root
+from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.data.files import read_json
 from mpilm.engine.step import MicrobatchSource, StepResult, forward_backward
 from mpilm.engine.train_model import TrainModel, load_checkpoint_state
@@ -27,12 +26,12 @@ def skip_step(run: Run, log: RunLog, checkpoints: CheckpointManager, done: int, 
 
     Collective. Raises CollectiveError once there are too many bad steps.
     """
-    cause = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}"
     is_spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
     if is_spike:
-        cause += f" (a spike: above {run.bad_steps.spike_threshold(run.config.train):.4f})"
+        detail = f"a spike: above {run.bad_steps.spike_threshold(run.config.train):.4f}"
     else:
-        cause += f" ({locate_nonfinite(run.model, run.batches, done - 1)})"
+        detail = locate_nonfinite(run.model, run.batches, done - 1)
+    cause = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm} ({detail})"
     rewound_to = _rewind(run, checkpoints, done) if is_spike and run.config.train.on_spike == "rewind" else None
     if rewound_to is None:
         run.bad_steps.skip(done)
@@ -45,14 +44,16 @@ def _rewind(run: Run, checkpoints: CheckpointManager, done: int) -> int | None:
     """Restore the newest checkpoint's state; return its step, or None if there is no checkpoint yet. Collective."""
     checkpoints.finish()
     folder, world = run.folder.checkpoints, run.mesh.world
-    path = run_on_root_with_verify(world, lambda verify: find_newest_valid(folder, verify)[0])
-    name = world.broadcast_json(path.name if path else "")
-    if not name:
+
+    def find(verify: Verifier) -> list[Any] | None:
+        newest, _ = find_newest_valid(folder, verify)
+        return [newest.name, read_json(newest / "trainer.json")] if newest else None
+
+    found = world.broadcast_json(run_on_root_with_verify(world, find))
+    if found is None:
         return None
-    step = checkpoint_step(folder / name)
-    assert step is not None
-    trainer = world.broadcast_json(run_on_root(world, lambda: read_json(folder / name / "trainer.json")))
-    before = BadStepTracker.from_state(trainer)
+    name, trainer = found
+    before, step = BadStepTracker.from_state(trainer), int(trainer["step"])
     load_checkpoint_state(run.model, folder / name, step - len(before.skipped), world)
     run.bad_steps.rewind(before, step, done)
     return step
@@ -62,12 +63,9 @@ def _check_bad_step_budget(run: Run, cause: str) -> None:
     bad, allowed = len(run.bad_steps.bad), run.config.fault.max_bad_steps
     if bad > allowed:
         spikes = " or spikes" * (run.config.train.on_spike != "ignore")
-        raise CollectiveError(
-            NonFiniteError(
-                f"{cause}; steps that were not finite{spikes}: {bad}, and --fault.max-bad-steps allows {allowed}. The newest "
-                "checkpoint is from before; a lower --train.lr or a longer --train.warmup-steps may help"
-            )
-        )
+        count = f"steps that were not finite{spikes}: {bad}, and --fault.max-bad-steps allows {allowed}"
+        advice = "The newest checkpoint is from before; a lower --train.lr or a longer --train.warmup-steps may help"
+        raise CollectiveError(NonFiniteError(f"{cause}; {count}. {advice}"))
 
 
 def locate_nonfinite(model: TrainModel, source: MicrobatchSource, step: int) -> str:
@@ -75,7 +73,7 @@ def locate_nonfinite(model: TrainModel, source: MicrobatchSource, step: int) -> 
     found: list[tuple[int, str]] = []
     with contextlib.ExitStack() as stack:
         for stage in model.stages.values():
-            stack.enter_context(_watch_gradients(stage, found))
+            _watch_gradients(stage, found, stack)
         forward_backward(model, source, step)
     losses = [(m, "loss") for m, loss in model.results().items() if not torch.isfinite(loss).all()]
     everyone = model.mesh.world.all_gather_json(min(losses or found, default=None))
@@ -86,9 +84,8 @@ def locate_nonfinite(model: TrainModel, source: MicrobatchSource, step: int) -> 
     return "; ".join(names[:3]) + (f"; and {len(names) - 3} more ranks" if len(names) > 3 else "")
 
 
-@contextlib.contextmanager
-def _watch_gradients(stage: ModelStage, found: list[tuple[int, str]]) -> Iterator[None]:
-    """Record each gradient of a stage that is not finite, with its microbatch."""
+def _watch_gradients(stage: ModelStage, found: list[tuple[int, str]], stack: contextlib.ExitStack) -> None:
+    """Record each gradient of a stage that is not finite, with its microbatch, until `stack` is closed."""
 
     def check(name: str, gradient: Tensor) -> None:
         if not torch.isfinite(gradient).all():
@@ -99,14 +96,10 @@ def _watch_gradients(stage: ModelStage, found: list[tuple[int, str]]) -> Iterato
             check(name, gradient)
             yield name, gradient
 
-    pop_gradients, hooks = stage.weight_grads.pop_gradients, list[Any]()
+    pop_gradients = stage.weight_grads.pop_gradients
+    stage.weight_grads.pop_gradients = checked  # type: ignore[method-assign]
+    stack.callback(delattr, stage.weight_grads, "pop_gradients")
     for name, parameter in stage.model.named_parameters():
         if parameter.requires_grad:
-            hooks.append(parameter.register_hook(lambda gradient, name=name: check(name, gradient)))
-    stage.weight_grads.pop_gradients = checked  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del stage.weight_grads.pop_gradients
-        for hook in hooks:
-            hook.remove()
+            hook = parameter.register_hook(lambda gradient, name=name: check(name, gradient))
+            stack.callback(hook.remove)
