@@ -78,7 +78,7 @@ class FSDPUnit:
         self.buffer.acquire()
         self.pending = []
         for flat, group, shift in self.parts:
-            for bucket in flat.layout.buckets_of(group):
+            for bucket in group.buckets:
                 start, stop = flat.layout.slice(bucket, self.comm.rank)
                 own = flat.values.view(start, stop) if stop > start else self.full[:0]
                 out = self.full[bucket[0] + shift : bucket[1] + shift]

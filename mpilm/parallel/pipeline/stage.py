@@ -18,8 +18,8 @@ from mpilm.parallel.pipeline.split_backward import WeightGradQueue
 
 
 class GradientReducer:
-    """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce). This one, for forward-only runs,
-    does nothing."""
+    """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce): in `reduce`, or in rounds that a
+    rank without a microbatch joins. This one, for forward-only runs, does nothing."""
 
     @property
     def shared_bytes(self) -> int:

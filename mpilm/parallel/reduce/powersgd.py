@@ -29,10 +29,7 @@ class PowerSGDReducer(CrossRankReducer):
             name: initial_value(seed, f"compress.{name}", (view.shape[1], rank), 1.0).to(flat.device)
             for name, view in self.matrices.items()
         }
-
-    @property
-    def memory_bytes(self) -> int:
-        return sum(x.nbytes for x in (*self.errors.values(), *self.q.values()))
+        self.memory_bytes = sum(x.nbytes for x in (*self.errors.values(), *self.q.values()))
 
     def reset_residuals(self) -> None:
         for error in self.errors.values():
