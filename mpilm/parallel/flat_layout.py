@@ -71,10 +71,8 @@ class FlatLayout:
         return start, start + self._padded(layout.numel)
 
     def _group_parameters(self, merge_up_to: int) -> list[list[str]]:
-        """Return the FSDP units in flat order; neighbours are merged up to `merge_up_to` elements.
-
-        Tied parameters stay alone, so that both ends of a tie are divided alike.
-        """
+        """Return the FSDP units in flat order; neighbours are merged up to `merge_up_to` elements. Tied parameters stay alone,
+        so that both ends of a tie are divided alike."""
         groups: list[list[str]] = []
         for name, (_, layout) in self.spans.items():
             last = groups[-1] if groups else [name]
@@ -139,10 +137,8 @@ class FlatLayout:
 
 
 def _assign_owners(unsharded: Sequence[ParamLayout], ranks: int) -> dict[str, int]:
-    """Assign each parameter to a rank: large ones first, each to the rank with the least so far.
-
-    The two ends of a tie, which may be on different stages, belong to rank 0.
-    """
+    """Assign each parameter to a rank: large ones first, each to the rank with the least so far. The two ends of a tie, which
+    may be on different stages, belong to rank 0."""
     load, owners = [0] * ranks, {}
     for layout in sorted(unsharded, key=lambda layout: (not layout.is_tied, -layout.numel)):
         owner = 0 if layout.is_tied else min(range(ranks), key=load.__getitem__)

@@ -21,10 +21,8 @@ GATHERS_IN_FLIGHT = 2
 
 
 class ReleasableBuffer:
-    """A float32 tensor whose memory is released between uses and reappears at the same address with other values.
-
-    On a CPU it releases pages to the kernel (MADV_DONTNEED): malloc mostly keeps what is freed.
-    """
+    """A float32 tensor whose memory is released between uses and reappears at the same address with other values. On a CPU it
+    releases pages to the kernel (MADV_DONTNEED): malloc mostly keeps what is freed."""
 
     def __init__(self, numel: int, device: torch.device):
         self.nbytes = 4 * numel
@@ -60,10 +58,8 @@ class FSDPUnit:
         self.pending: list[Request] | None = None
 
     def install(self, model: nn.Module) -> None:
-        """Make the parameters views of the gathered buffer.
-
-        `.data` bypasses autograd's version counter, so that a later gather is not seen as an in-place change.
-        """
+        """Make the parameters views of the gathered buffer. `.data` bypasses autograd's version counter, so that a later gather
+        is not seen as an in-place change."""
         for flat, group, shift in self.parts:
             for name in group.names:
                 at, layout = flat.layout.spans[name]
@@ -99,10 +95,8 @@ class FSDPUnit:
 
 
 class ShardedParameters(ReplicatedParameters):
-    """Gathers the parameters of a stage's model, whose shards lie in `flats`, by hooks on its modules.
-
-    Every rank of the reduce axes must call the model, or a `join_` method in its place, the same number of times.
-    """
+    """Gathers the parameters of a stage's model, whose shards lie in `flats`, by hooks on its modules. Every rank of the reduce
+    axes must call the model, or a `join_` method in its place, the same number of times."""
 
     def __init__(self, flats: Sequence[FlatParameters], model: nn.Module, comm: Comm):
         names = dict.fromkeys(fsdp_unit(name) for name, _ in model.named_parameters())

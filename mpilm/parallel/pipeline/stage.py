@@ -14,6 +14,7 @@ from mpilm.model.init import hash_key
 from mpilm.model.loss import loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel.autograd import backward_with
+from mpilm.parallel.pipeline.actions import Direction
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue
 
 
@@ -93,10 +94,8 @@ class StageParts:
 
 
 class ModelStage:
-    """Runs microbatches through one stage; activations are (B, T, `width`), float32.
-
-    Dropout is keyed by (seed, step, sample), so the masks do not depend on the rank.
-    """
+    """Runs microbatches through one stage; activations are (B, T, `width`), float32. Dropout is keyed by (seed, step, sample),
+    so the masks do not depend on the rank."""
 
     def __init__(self, parts: StageParts, width: int, seed: int, device: torch.device, progress: Progress):
         self.parts, self.model, self.reducer, self.parameters = parts, parts.model, parts.reducer, parts.parameters
@@ -108,37 +107,26 @@ class ModelStage:
         self.inputs = inputs
         self.results: dict[int, Tensor] = {}  # outputs of the last stage, by global number of the microbatch
         self._batches: dict[int, Batch] = {}
-        self._inputs: dict[int, Tensor] = {}
-        self._outputs: dict[int, Tensor] = {}
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
-        self._output_gradients: dict[int, Tensor] = {}
-        self._input_gradients: dict[int, Tensor] = {}
+        # Messages: activations (direction F) and their gradients (B), by direction and microbatch.
+        self._received: dict[tuple[Direction, int], Tensor] = {}
+        self._outgoing: dict[tuple[Direction, int], Tensor] = {}
 
-    # Buffers of messages.
+    def receive_buffer(self, direction: Direction, microbatch: int) -> Tensor:
+        """Return the buffer that receives the input of a microbatch, or the gradient of its output."""
+        shape = (*self._batch(microbatch).tokens.shape, self.width)
+        self._received[direction, microbatch] = self.pool.acquire(shape)
+        return self._received[direction, microbatch]
 
-    def input(self, microbatch: int) -> Tensor:
-        """Return the buffer that receives the input of a microbatch."""
-        self._inputs[microbatch] = self.pool.acquire(self._activation_shape(microbatch))
-        return self._inputs[microbatch]
-
-    def output(self, microbatch: int) -> Tensor:
-        return self._outputs.pop(microbatch)
-
-    def output_gradient(self, microbatch: int) -> Tensor:
-        """Return the buffer that receives the gradient of the output."""
-        self._output_gradients[microbatch] = self.pool.acquire(self._activation_shape(microbatch))
-        return self._output_gradients[microbatch]
-
-    def input_gradient(self, microbatch: int) -> Tensor:
-        return self._input_gradients.pop(microbatch)
-
-    # Computation.
+    def pop_outgoing(self, direction: Direction, microbatch: int) -> Tensor:
+        """Return the output of a microbatch, or the gradient of its input, to be sent."""
+        return self._outgoing.pop((direction, microbatch))
 
     def forward(self, microbatch: int) -> None:
         if not self._exists(microbatch):
             return self.parameters.join_forward()
         training, batch = self.inputs.step is not None, self._batch(microbatch)
-        x = batch.tokens if self.parts.is_first else self._inputs[microbatch].detach().requires_grad_(training)
+        x = batch.tokens if self.parts.is_first else self._received["F", microbatch].detach().requires_grad_(training)
         with torch.set_grad_enabled(training), self.parts.autocast():
             y = self.model(x.view_as(x), self._sequence_info(microbatch))  # a view: autocast caches copies of leaves
             if self.parts.is_last:
@@ -146,7 +134,7 @@ class ModelStage:
         if self.parts.is_last:
             self.results[self.inputs.microbatch_ids[microbatch]] = y.detach()  # not .item(): that would synchronize a GPU
         else:
-            self._outputs[microbatch] = y.detach()
+            self._outgoing["F", microbatch] = y.detach()
         if training:
             self._graphs[microbatch] = x, y
         else:
@@ -194,17 +182,16 @@ class ModelStage:
         if self.parts.is_last:
             (y / self.inputs.target_tokens).backward()
         else:
-            backward_with(y, self._output_gradients[microbatch])
+            backward_with(y, self._received["B", microbatch])
         self.parameters.end_backward()
         if not self.parts.is_first:
             assert x.grad is not None
-            self._input_gradients[microbatch] = x.grad
+            self._outgoing["B", microbatch] = x.grad
 
     def _release_buffers(self, microbatch: int) -> None:
         del self._batches[microbatch]
-        for buffers in (self._inputs, self._output_gradients):
-            if microbatch in buffers:
-                self.pool.release(buffers.pop(microbatch))
+        for key in [key for key in self._received if key[1] == microbatch]:
+            self.pool.release(self._received.pop(key))
 
     def _exists(self, microbatch: int) -> bool:
         return microbatch < len(self.inputs.microbatch_ids)
@@ -218,9 +205,6 @@ class ModelStage:
         """Read a microbatch of the global batch."""
         with self.progress.span("data"):
             return self.inputs.fetch(number).to(self.device)
-
-    def _activation_shape(self, microbatch: int) -> tuple[int, ...]:
-        return (*self._batch(microbatch).tokens.shape, self.width)
 
     def _sequence_info(self, microbatch: int) -> SequenceInfo:
         batch, inputs = self._batch(microbatch), self.inputs

@@ -26,10 +26,8 @@ ATTEMPTS = 3
 def build_reducer(
     flat: FlatParameters, model: nn.Module, comm: Comm, config: Config, timings: dict[str, float]
 ) -> StepReducer | RoundReducer:
-    """Return the reducer of a stage's gradients. Collective over `comm`, the reduce axes.
-
-    `timings` receives the seconds of the methods that were timed.
-    """
+    """Return the reducer of a stage's gradients. Collective over `comm`, the reduce axes. `timings` receives the seconds of the
+    methods that were timed."""
     total, train, parallel, overlap = microbatch_count(config), config.train, config.parallel, flat.device.type == "cuda"
     if parallel.zero >= 2:
         return RoundReducer(flat, model, comm, total, parallel.wire_dtype)
@@ -59,10 +57,8 @@ def make_step_reducer(
     shared: bool = True,
     wire_dtype: str = "float32",
 ) -> StepReducer:
-    """Return a StepReducer with a reducer across the ranks of `comm`, the reduce axes. Collective.
-
-    `shared`: reduce in shared memory where a node has some.
-    """
+    """Return a StepReducer with a reducer across the ranks of `comm`, the reduce axes. Collective. `shared`: reduce in shared
+    memory where a node has some."""
     bucket_count, gather = len(flat.layout.buckets), flat.zero == 0
     depth = bucket_count if overlap else min(BUCKETS_IN_FLIGHT, bucket_count)
     if not reproducible:
@@ -93,10 +89,8 @@ def _make_buffers(flat: FlatParameters, plan: BlockPlan) -> list[FlatVector]:
 
 
 def time_methods(comm: Comm, numel: int, gather: bool) -> dict[str, float]:
-    """Return the seconds in which shared memory and messages reduce `numel` elements, the same on all ranks. Collective.
-
-    Small sums, and those without a choice, are not timed.
-    """
+    """Return the seconds in which shared memory and messages reduce `numel` elements, the same on all ranks. Collective. Small
+    sums, and those without a choice, are not timed."""
     if numel < MIN_TIMED_NUMEL:
         return {}
     layout = FlatLayout([ParamLayout("x", (min(numel, MAX_TIMED_NUMEL),))], ranks=comm.size)

@@ -22,10 +22,8 @@ from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT
 
 
 class RoundReducer(GradientReducer):
-    """Collects and reduces the gradient of each of this rank's microbatches.
-
-    Collective over `comm`, the reduce axes, in every backward. A rank without a microbatch in a round calls `join_round`.
-    """
+    """Collects and reduces the gradient of each of this rank's microbatches. Collective over `comm`, the reduce axes, in every
+    backward. A rank without a microbatch in a round calls `join_round`."""
 
     def __init__(self, flat: FlatParameters, model: nn.Module, comm: Comm, microbatches: int, wire_dtype: str = "float32"):
         self.flat, self.comm, self.groups = flat, comm, flat.layout.groups

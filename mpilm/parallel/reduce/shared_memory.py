@@ -65,11 +65,9 @@ class LocalRankSlices:
 
 
 class SharedMemoryReducer(CrossRankReducer):
-    """Reduces in shared memory; the sum goes to buffer 0 of each rank: its slices, or with `gather` all of it.
-
-    `buffers`: the flat vectors of each rank of this node. `nodes_held`: for each rank of the communicator, the tree node that
-    each of its buffers holds. Collective over the topology's communicators.
-    """
+    """Reduces in shared memory; the sum goes to buffer 0 of each rank: its slices, or with `gather` all of it. `buffers`: the
+    flat vectors of each rank of this node. `nodes_held`: for each rank of the communicator, the tree node that each of its
+    buffers holds. Collective over the topology's communicators."""
 
     uses_shared_buffers = True
 

@@ -42,9 +42,7 @@ class CrossRankReducer:
 
 class StepReducer(GradientReducer):
     """Collects the gradients of this rank's block of microbatches in `buffers` and lets `reducer` sum them over the ranks.
-
-    `overlap`: start a bucket as soon as the last backward has completed it. Collective over the communicators of `reducer`.
-    """
+    `overlap`: start a bucket as soon as the last backward has completed it. Collective over the communicators of `reducer`."""
 
     def __init__(
         self,
@@ -84,10 +82,8 @@ class StepReducer(GradientReducer):
         self.reducer.reset_residuals()
 
     def begin_microbatch(self, i: int) -> None:
-        """Direct the gradients of this rank's i-th microbatch to the buffer that the tree wants.
-
-        Gradients are copied into a fresh buffer as they come, which reads and writes half of what adding to zeros would.
-        """
+        """Direct the gradients of this rank's i-th microbatch to the buffer that the tree wants. Gradients are copied into a
+        fresh buffer as they come, which reads and writes half of what adding to zeros would."""
         op = self.ops[i]
         self.overwrite, self.into = op.overwrite, self.views[op.buffer]
         self.pending = dict(self.into) if op.overwrite else {}
