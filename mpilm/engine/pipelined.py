@@ -68,20 +68,19 @@ class PipelinedModel:
         self.frozen: dict[int, FlatParameters] = {}  # frozen parameters, of stages that have any
         self.stages: dict[int, ModelStage] = {}
         for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):
-            parts, self.flats[stage], frozen = parallelize(
+            self.stages[stage], self.flats[stage], frozen = parallelize(
                 meta_model(config.model, vocab_size),
                 stage,
                 blocks_per_stage,
                 select_stage(self.layouts, stage),
                 config,
-                self.reduce_comm,
+                mesh,
                 device,
                 alignment,
                 partial(build_reducer, stage),
             )
             if frozen is not None:
                 self.frozen[stage] = frozen
-            self.stages[stage] = ModelStage(parts, config.model.d_model, config.train.seed, device, mesh.progress)
         self.tied = TiedParameters(select_trained(self.layouts), self.flats, self.pipeline)
         self.messenger = StageMessenger(self.pipeline)
         self.token_losses = compiled_token_losses() if config.train.compile else token_losses

@@ -16,17 +16,16 @@ class StageMessenger:
 
     def __init__(self, comm: Comm):
         self.comm = comm
-        self.sends: dict[tuple[int, str], Request] = {}
+        self.sends: dict[int, Request] = {}
         self.receives: dict[Message, Request] = {}
 
     def send(self, message: Message, tensor: Tensor) -> None:
-        if message.channel in self.sends:
-            self.sends[message.channel].wait()
-        self.sends[message.channel] = self.comm.isend(tensor, message.stage % self.comm.size, _tag(message))
+        self.sends.pop(message.channel, Request()).wait()
+        self.sends[message.channel] = self.comm.isend(tensor, message.stage % self.comm.size, message.channel)
 
     def post_receive(self, message: Message, buffer: Tensor) -> None:
         source = message.stage + (1 if message.direction == "B" else -1)
-        self.receives[message] = self.comm.irecv(buffer, source % self.comm.size, _tag(message))
+        self.receives[message] = self.comm.irecv(buffer, source % self.comm.size, message.channel)
 
     def wait(self, message: Message | None) -> None:
         """Return when a message has arrived. At the ends of the pipeline no receive was posted."""
@@ -36,10 +35,6 @@ class StageMessenger:
     def drain(self) -> None:
         while self.sends:
             self.sends.popitem()[1].wait()
-
-
-def _tag(message: Message) -> int:
-    return 2 * message.stage + (message.direction == "B")
 
 
 def execute(program: Sequence[Action], stages: Mapping[int, ModelStage], messenger: StageMessenger, progress: Progress) -> None:

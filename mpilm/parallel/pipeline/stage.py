@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +21,7 @@ class GradientReducer:
     """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce): in `reduce`, or in rounds that a
     rank without a microbatch joins. This one, for forward-only runs, does nothing."""
 
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes of gradients in memory that other ranks of the node map too."""
-        return 0
+    shared_bytes = 0  # of gradients, in memory that other ranks of the node map too
 
     def begin_microbatch(self, i: int) -> None: ...
     def accumulate(self, name: str, gradient: Tensor) -> None: ...
@@ -37,10 +33,7 @@ class GradientReducer:
 class ReplicatedParameters:
     """The parameters of a stage that are always full on its ranks. parallel/fsdp.py gathers those that are not."""
 
-    @property
-    def memory_bytes(self) -> int:
-        """Memory of parameters that are full only while they are used."""
-        return 0
+    memory_bytes = 0  # of parameters that are full only while they are used
 
     def end_backward(self) -> None: ...
     def join_forward(self) -> None: ...
@@ -65,24 +58,10 @@ class StepInputs:
     kv_caches: Mapping[int, KVCache] | None = None  # by global number, for decoding
 
 
-class BufferPool:
-    """Buffers that are reused: nothing is allocated after the first step."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-
-    def acquire(self, shape: tuple[int, ...]) -> Tensor:
-        free = self._free[shape]
-        return free.pop() if free else torch.empty(shape, device=self.device)
-
-    def release(self, buffer: Tensor) -> None:
-        self._free[tuple(buffer.shape)].append(buffer)
-
-
-@dataclass(frozen=True)
-class StageParts:
-    """The parts of a stage after parallelize() (parallel/apply.py)."""
+@dataclass(eq=False)
+class ModelStage:
+    """Runs microbatches through one stage; activations are (B, T, `width`), float32. Dropout is keyed by (seed, step, sample),
+    so the masks do not depend on the rank. Made by parallelize() (parallel/apply.py)."""
 
     model: nn.Module
     is_first: bool
@@ -90,17 +69,14 @@ class StageParts:
     reducer: GradientReducer
     parameters: ReplicatedParameters
     weight_grads: WeightGradQueue  # used by schedules with W
-    autocast: Callable[[], AbstractContextManager[object]]
+    autocast: Callable[[], torch.autocast]
+    width: int
+    seed: int
+    device: torch.device
+    progress: Progress
 
-
-class ModelStage:
-    """Runs microbatches through one stage; activations are (B, T, `width`), float32. Dropout is keyed by (seed, step, sample),
-    so the masks do not depend on the rank."""
-
-    def __init__(self, parts: StageParts, width: int, seed: int, device: torch.device, progress: Progress):
-        self.parts, self.model, self.reducer, self.parameters = parts, parts.model, parts.reducer, parts.parameters
-        self.weight_grads = parts.weight_grads
-        self.width, self.seed, self.device, self.progress, self.pool = width, seed, device, progress, BufferPool(device)
+    def __post_init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)  # buffers, reused: none is new after the first step
 
     def start(self, inputs: StepInputs) -> None:
         """Set the microbatches of the next program."""
@@ -115,8 +91,9 @@ class ModelStage:
     def receive_buffer(self, direction: Direction, microbatch: int) -> Tensor:
         """Return the buffer that receives the input of a microbatch, or the gradient of its output."""
         shape = (*self._batch(microbatch).tokens.shape, self.width)
-        self._received[direction, microbatch] = self.pool.acquire(shape)
-        return self._received[direction, microbatch]
+        buffer = self._free[shape].pop() if self._free[shape] else torch.empty(shape, device=self.device)
+        self._received[direction, microbatch] = buffer
+        return buffer
 
     def pop_outgoing(self, direction: Direction, microbatch: int) -> Tensor:
         """Return the output of a microbatch, or the gradient of its input, to be sent."""
@@ -126,12 +103,12 @@ class ModelStage:
         if not self._exists(microbatch):
             return self.parameters.join_forward()
         training, batch = self.inputs.step is not None, self._batch(microbatch)
-        x = batch.tokens if self.parts.is_first else self._received["F", microbatch].detach().requires_grad_(training)
-        with torch.set_grad_enabled(training), self.parts.autocast():
+        x = batch.tokens if self.is_first else self._received["F", microbatch].detach().requires_grad_(training)
+        with torch.set_grad_enabled(training), self.autocast():
             y = self.model(x.view_as(x), self._sequence_info(microbatch))  # a view: autocast caches copies of leaves
-            if self.parts.is_last:
+            if self.is_last:
                 y = self.inputs.output_fn(y, batch)
-        if self.parts.is_last:
+        if self.is_last:
             self.results[self.inputs.microbatch_ids[microbatch]] = y.detach()  # not .item(): that would synchronize a GPU
         else:
             self._outgoing["F", microbatch] = y.detach()
@@ -179,19 +156,20 @@ class ModelStage:
     def _backward(self, microbatch: int) -> None:
         self.backward_microbatch = microbatch
         x, y = self._graphs.pop(microbatch)
-        if self.parts.is_last:
+        if self.is_last:
             (y / self.inputs.target_tokens).backward()
         else:
             backward_with(y, self._received["B", microbatch])
         self.parameters.end_backward()
-        if not self.parts.is_first:
+        if not self.is_first:
             assert x.grad is not None
             self._outgoing["B", microbatch] = x.grad
 
     def _release_buffers(self, microbatch: int) -> None:
         del self._batches[microbatch]
         for key in [key for key in self._received if key[1] == microbatch]:
-            self.pool.release(self._received.pop(key))
+            buffer = self._received.pop(key)
+            self._free[tuple(buffer.shape)].append(buffer)
 
     def _exists(self, microbatch: int) -> bool:
         return microbatch < len(self.inputs.microbatch_ids)

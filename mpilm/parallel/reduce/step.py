@@ -66,17 +66,11 @@ class StepReducer(GradientReducer):
         ]  # that each bucket waits for
         self.started = len(self.buckets)
         self.overwrite, self.pending = False, dict[str, Tensor]()  # parameters whose first gradient overwrites a buffer
+        gradients_bytes = sum(buffer.tensor.nbytes for buffer in buffers)
+        self.memory_bytes = {"gradients": gradients_bytes, "exchange": reducer.memory_bytes}
+        self.shared_bytes = gradients_bytes if reducer.uses_shared_buffers else 0
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
-
-    @property
-    def memory_bytes(self) -> dict[str, int]:
-        """Memory of the partial sums and of their reduction."""
-        return {"gradients": sum(b.tensor.nbytes for b in self.buffers), "exchange": self.reducer.memory_bytes}
-
-    @property
-    def shared_bytes(self) -> int:
-        return self.memory_bytes["gradients"] if self.reducer.uses_shared_buffers else 0
 
     def reset_residuals(self) -> None:
         self.reducer.reset_residuals()
