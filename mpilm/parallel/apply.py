@@ -17,8 +17,6 @@ from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backwa
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, ReplicatedParameters
 from mpilm.parallel.plan import stage_of
 
-ReducerBuilder = Callable[[FlatParameters, nn.Module], GradientReducer]
-
 
 def parallelize(
     model: nn.Module,
@@ -29,7 +27,7 @@ def parallelize(
     mesh: Mesh,
     device: torch.device,
     alignment: int,
-    build_reducer: ReducerBuilder,
+    build_reducer: Callable[[FlatParameters, nn.Module], GradientReducer],
 ) -> tuple[ModelStage, FlatParameters, FlatParameters | None]:
     """Turn `model`, a whole model on the meta device, into stage `stage`; return it, its trained and its frozen parameters.
 

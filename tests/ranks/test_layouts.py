@@ -213,7 +213,7 @@ def test_rank_has_as_many_microbatches_in_flight_as_simulated(size, settings):
 def gathered_bytes(model):
     """Return the memory of gathered parameters; released pages read as zeros."""
     units = [unit for stage in model.stages.values() for unit in stage.parameters.units]
-    return sum(unit.buffer.nbytes for unit in units if unit.pending is not None or unit.full.any())
+    return sum(unit.buffer.nbytes for unit in units if unit.pending is not None or unit.buffer.tensor.any())
 
 
 @pytest.mark.parametrize(
