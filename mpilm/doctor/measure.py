@@ -259,6 +259,6 @@ def _shared_sum_curve(bench: Bench, comm: Comm) -> Curve:
         if not all(bench.comm.all_gather_json(parts is not None)) or parts is None:
             break
         buffers, held = [[part[: layout.numel]] for part in parts], [{0: (rank, rank + 1)} for rank in range(comm.size)]
-        summing = SharedMemoryReducer(nodes, layout, buffers, held, comm.size, True, GradientEncoding())
+        summing = SharedMemoryReducer(nodes, layout, buffers, held, comm.size, gather=True, encoding=GradientEncoding())
         points.append((layout.numel, time_collective(bench.comm, comm, summing.finish) / layout.numel))
     return tuple(points)

@@ -42,10 +42,13 @@ class ReduceGroup(NamedTuple):
 
 
 class FlatLayout:
-    """The position of each parameter of a stage: `spans` maps its name to (offset, layout). Copies of tied parameters come
-    first. Offsets, and so all slices, are multiples of `alignment`: 16 elements for each thread of a rank, so that a kernel's
-    vectors, and the remainder at the end of a thread's share, are the same however the vector is divided. `per_module`: every
-    FSDP unit is a group of its own (ZeRO-2 and 3); otherwise small ones are merged. `ranks`: size of the reduce axes."""
+    """The position of each parameter of a stage: `spans` maps its name to (offset, layout).
+
+    Copies of tied parameters come first. Offsets, and so all slices, are multiples of `alignment`: 16 elements for each thread
+    of a rank, so that a kernel's vectors, and the remainder at the end of a thread's share, are the same however the vector is
+    divided. `per_module`: every FSDP unit is a group of its own (ZeRO-2 and 3); otherwise small ones are merged.
+    `ranks`: size of the reduce axes.
+    """
 
     def __init__(self, layouts: Iterable[ParamLayout], alignment: int = ALIGNMENT, per_module: bool = False, ranks: int = 1):
         self.alignment, self.ranks, self.numel = alignment, ranks, 0
@@ -58,6 +61,9 @@ class FlatLayout:
         self.owners = _assign_owners([layout for _, layout in self.spans.values() if layout.unsharded], ranks)
         self._bucket_owners: dict[Interval, int | None] = {}  # None: every rank has a slice
         self.groups = [self._make_group(names) for names in self._group_parameters(0 if per_module else BUCKET)]
+        self.buckets = list(self._bucket_owners)  # in order
+        longest = (self.slice(bucket, owner or 0) for bucket, owner in self._bucket_owners.items())
+        self.longest_slice = max((stop - start for start, stop in longest), default=0)  # the most that a rank owns of a bucket
 
     def _padded(self, numel: int) -> int:
         return -(-numel // self.alignment) * self.alignment
@@ -97,11 +103,6 @@ class FlatLayout:
         """Return the group of a parameter."""
         return next(group for group in self.groups if name in group.names)
 
-    @property
-    def buckets(self) -> list[Interval]:
-        """All buckets, in order."""
-        return list(self._bucket_owners)
-
     def slices(self, bucket: Interval) -> list[int]:
         """Return the number of elements of a bucket that each rank owns; it may be 0."""
         return [stop - start for start, stop in (self.slice(bucket, rank) for rank in range(self.ranks))]
@@ -114,15 +115,9 @@ class FlatLayout:
         each = self._padded(-(-(stop - start) // self.ranks))  # the last slices may be shorter or empty
         return min(stop, start + rank * each), min(stop, start + (rank + 1) * each)
 
-    @property
-    def longest_slice(self) -> int:
-        """The most elements of a bucket that one rank owns."""
-        longest = (self.slice(bucket, owner or 0) for bucket, owner in self._bucket_owners.items())
-        return max(stop - start for start, stop in longest)
-
     def shard(self, rank: int) -> list[Interval]:
         """Return what a rank owns: its slice of every bucket, neighbours merged."""
-        return merge_intervals(self.slice(bucket, rank) for bucket in self._bucket_owners)
+        return merge_intervals(self.slice(bucket, rank) for bucket in self.buckets)
 
     def param_slices(self, intervals: Sequence[Interval]) -> dict[ParamSlice, int]:
         """Return the slices of parameters within sorted intervals, and their offsets; padding is left out."""

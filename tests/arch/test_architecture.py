@@ -36,7 +36,7 @@ COMMAND_LAYER = len(ROOMS)  # every other file at the top of the package
 PURE = (
     "errors", "formatting", "config.schema", "config.presets", "config.parse", "config.check", "mesh.shape", "ops.tree",
     "parallel.layout", "parallel.plan", "parallel.flat_layout", "parallel.layout_check", "parallel.pipeline.partition",
-    "parallel.pipeline.actions", "parallel.pipeline.schedules", "parallel.pipeline.lower", "planner.simulate", "planner.draw",
+    "parallel.pipeline.actions", "parallel.pipeline.schedules", "planner.simulate", "planner.draw",
     "data.order", "optim.schedule",
 )  # fmt: skip
 PARALLEL_WORDS = {"rank", "ranks", "mesh", "comm", "comms", "communicator", "world", "mpi"}

@@ -17,11 +17,13 @@ def partition_layers(
     layer_s: float | Sequence[float] = 1.0,
     speeds: Sequence[float] | None = None,
 ) -> tuple[int, ...]:
-    """Return the layers of each stage, at least one, that make the slowest stage as fast as possible. Stage 0 also costs
-    `first_s` seconds (the embedding), the last one `last_s` (norm, head and loss); `layer_s` is the cost of a layer, or of
-    each; a stage of speed 2 takes half the seconds. Among equals the smallest sum of squares wins, then fewer layers in the
-    first stages, which keep the most microbatches alive. Exact, by dynamic programming. Raises ConfigError if there are fewer
-    layers than stages."""
+    """Return the layers of each stage, at least one, that make the slowest stage as fast as possible.
+
+    Stage 0 also costs `first_s` seconds (the embedding), the last one `last_s` (norm, head and loss); `layer_s` is the cost of
+    a layer, or of each; a stage of speed 2 takes half the seconds. Among equals the smallest sum of squares wins, then fewer
+    layers in the first stages, which keep the most microbatches alive. Exact, by dynamic programming. Raises ConfigError if
+    there are fewer layers than stages.
+    """
     if not 1 <= stages <= layers:
         raise ConfigError(
             f"{layers} layers cannot be divided into {stages} stages (--parallel.pipeline times --parallel.chunks): "

@@ -26,6 +26,7 @@ class DiLoCo:
         self.flats, self.comm, self.every = flats, comm, every
         self.momentum = {stage: FlatVector.zeros(flat.values.intervals, flat.device) for stage, flat in flats.items()}
         self.anchors: dict[int, Tensor] = {}  # the weights at the last synchronization
+        self.memory_bytes = 2 * sum(momentum.tensor.nbytes for momentum in self.momentum.values())  # with the anchors
 
     def is_due(self, done: int, steps: int) -> bool:
         """Return whether replicas synchronize after `done` of `steps` steps."""
@@ -52,8 +53,3 @@ class DiLoCo:
     def owned_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the outer momentum of the parameter slices that this rank updates."""
         return {item: x for stage, flat in self.flats.items() for item, x in flat.owned_slices(self.momentum[stage]).items()}
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the outer momentum and of the anchors."""
-        return 2 * sum(x.tensor.nbytes for x in self.momentum.values())

@@ -47,6 +47,7 @@ class LocalRankSlices:
 
     def __init__(self, layout: FlatLayout, local_rank: int, local_size: int):
         self.layout, self.local_rank, self.local_size = layout, local_rank, local_size
+        self.longest_slice = layout.longest_slice
 
     def slices(self, bucket: Interval) -> list[int]:
         return self.layout.slices(bucket)[self.local_rank :: self.local_size]
@@ -54,10 +55,6 @@ class LocalRankSlices:
     def intervals(self, bucket: Interval) -> list[Interval]:
         """Return their positions in the flat vector."""
         return [self.layout.slice(bucket, rank) for rank in range(self.local_rank, self.layout.ranks, self.local_size)]
-
-    @property
-    def longest_slice(self) -> int:
-        return self.layout.longest_slice
 
     @property
     def numel(self) -> int:
