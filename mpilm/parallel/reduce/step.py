@@ -63,12 +63,12 @@ class StepReducer(GradientReducer):
             {name for name in group.names if intersect_intervals([flat.layout.padded_span(name)], [bucket])}
             for group in flat.layout.groups
             for bucket in group.buckets
-        ]  # that each bucket waits for
+        ]  # the parameters that each bucket waits for
         self.started = len(self.buckets)
         self.overwrite, self.pending = False, dict[str, Tensor]()  # parameters whose first gradient overwrites a buffer
-        gradients_bytes = sum(buffer.tensor.nbytes for buffer in buffers)
-        self.memory_bytes = {"gradients": gradients_bytes, "exchange": reducer.memory_bytes}
-        self.shared_bytes = gradients_bytes if reducer.uses_shared_buffers else 0
+        gradient_bytes = sum(buffer.tensor.nbytes for buffer in buffers)
+        self.memory_bytes = {"gradients": gradient_bytes, "exchange": reducer.memory_bytes}
+        self.shared_bytes = gradient_bytes if reducer.uses_shared_buffers else 0
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
 
