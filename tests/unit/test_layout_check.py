@@ -146,7 +146,7 @@ def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
         ),
         (
             2, {"parallel__pipeline": 2, "parallel__schedule": "interleaved", "parallel__cut": (4, 4)},
-            "--parallel.cut 4 4 has 2 stages, but there are 4 (--parallel.pipeline times --parallel.chunks); "
+            "--parallel.cut 4 4 has 2 stages, but --parallel.pipeline times --parallel.chunks is 4; "
             "the balanced one is 2 2 2 2",
         ),
     ],
@@ -230,7 +230,7 @@ def test_partition_by_cost_has_the_smallest_largest_stage(layers, pipeline, chun
     )  # fmt: skip
     stages, model = pipeline * chunks, resolve_config(config).model
     if stages > layers:
-        message = rf"{layers} layers cannot be cut into {stages} stages \(--parallel.pipeline times --parallel.chunks\)"
+        message = rf"{layers} layers cannot be divided into {stages} stages \(--parallel.pipeline times --parallel.chunks\)"
         with pytest.raises(ConfigError, match=f"^{message}: each needs one; at most {layers}$"):
             partition_by_cost(config, vocabulary)
         return
