@@ -23,7 +23,7 @@ from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.engine.step import MicrobatchSource, StepResult, total_loss, train_step
 from mpilm.engine.train_model import TrainModel
 from mpilm.mesh.mesh import Mesh
-from mpilm.parallel import flat_layout, tied
+from mpilm.parallel import flat_layout
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
 from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
@@ -153,9 +153,7 @@ def train_on_threads(size: int, config: Config, **options: Any) -> tuple[list[fl
 @contextlib.contextmanager
 def small_buckets(numel: int) -> Iterator[None]:
     """Use buckets so small that even these models have many."""
-    with contextlib.ExitStack() as stack:
-        for module in (flat_layout, tied):
-            stack.enter_context(mock.patch.object(module, "BUCKET", numel))
+    with mock.patch.object(flat_layout, "BUCKET", numel):
         yield
 
 

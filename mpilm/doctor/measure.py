@@ -20,6 +20,7 @@ from mpilm.model.families import build_model
 from mpilm.model.flops import block_matrices, block_numel, saved_floats_per_token
 from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
+from mpilm.ops.tree_reduce import GradientEncoding
 from mpilm.optim.norm import global_norm
 from mpilm.optim.optimizer import fused_adamw
 from mpilm.parallel.apply import make_autocast
@@ -252,6 +253,6 @@ def _shared_sum_curve(bench: Bench, comm: Comm) -> Curve:
         if not all(bench.comm.all_gather_json(parts is not None)) or parts is None:
             break
         buffers, held = [[part[: layout.numel]] for part in parts], [{0: (rank, rank + 1)} for rank in range(comm.size)]
-        summing = SharedMemoryReducer(nodes, layout, buffers, held, comm.size, gather=True)
+        summing = SharedMemoryReducer(nodes, layout, buffers, held, comm.size, gather=True, encoding=GradientEncoding())
         points.append((layout.numel, time_collective(bench.comm, comm, summing.finish) / layout.numel))
     return tuple(points)

@@ -76,20 +76,19 @@ class PipelinedModel:
         self.frozen: dict[int, FlatParameters] = {}  # frozen parameters, of stages that have any
         self.stages: dict[int, ModelStage] = {}
         for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):
-            parts, self.flats[stage], frozen = parallelize(
+            self.stages[stage], self.flats[stage], frozen = parallelize(
                 meta_model(config.model, vocab_size),
                 stage,
                 blocks_per_stage,
                 select_stage(self.layouts, stage),
                 config,
-                self.reduce_comm,
+                mesh,
                 device,
                 alignment,
                 partial(build_reducer, stage),
             )
             if frozen is not None:
                 self.frozen[stage] = frozen
-            self.stages[stage] = ModelStage(parts, config.model.d_model, config.train.seed, device, mesh.progress)
         self.flat_parameters = [*self.flats.values(), *self.frozen.values()]
         self.tied = TiedParameters(trained, self.flats, self.pipeline)
         self.tied_frozen = TiedParameters(frozen_layouts, self.frozen, self.pipeline)

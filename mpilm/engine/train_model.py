@@ -107,11 +107,12 @@ class TrainModel(PipelinedModel):
         """Return ranges of a parameter's elements and the world ranks that update each. Pure, the same on all ranks."""
         layout, shape = self.layouts[name], self.mesh.shape
         fixed = {**dict.fromkeys(self.mesh.coordinate, 0), "pipeline": layout.stage % self.pipeline.size}
-        owners = shard_owners(name, self._flat_layouts[layout.stage], self.zero > 0, first_only=self.is_local_sgd)
+        owners = shard_owners(name, self._flat_layouts[layout.stage], self.zero > 0)
         places = [
             {**fixed, "data": data, "context": context} for data in range(shape.data) for context in range(shape.context)
         ]  # of the ranks of the reduce axes, in the order of their communicator
-        return [(start, stop, [shape.rank(places[rank]) for rank in ranks]) for start, stop, ranks in owners]
+        replicas = 1 if self.is_local_sgd else len(places)  # those that hold the same
+        return [(start, stop, [shape.rank(places[rank]) for rank in ranks[:replicas]]) for start, stop, ranks in owners]
 
     def memory_bytes(self) -> dict[str, int]:
         """Return this rank's bytes of weights, moments, partial gradient sums and their exchange.

@@ -18,25 +18,12 @@ from torch import Tensor, nn
 from mpilm.parallel.autograd import backward_with
 
 
-class Checkpointed(nn.Module):
-    """A module that keeps only the inputs of `inner`."""
-
-    def __init__(self, inner: Any):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *inputs: Any) -> Any:
-        return _checkpoint(self.inner, *inputs)
-
-
 def checkpoint_activations(model: nn.Module, part: str) -> None:
     """Recompute a part ("none", "attention", "block") of each block of `model` in its backward."""
     blocks = model.get_submodule("blocks").children() if part != "none" else ()
     for block in blocks:
-        if part == "block":  # inside the module's hooks: recomputation does not gather its parameters again
-            block.forward = partial(_checkpoint, block.forward)
-        else:
-            block.attn.core = Checkpointed(block.attn.core)  # type: ignore[union-attr]
+        module: Any = block if part == "block" else block.get_submodule("attn.core")
+        module.forward = partial(_checkpoint, module.forward)  # inside its hooks, which gather parameters only once
 
 
 def _checkpoint(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -46,10 +33,8 @@ def _checkpoint(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 class CheckpointFunction(torch.autograd.Function):
-    """function(*inputs), of which only the inputs are kept.
-
-    `anchor` requires a gradient, so that backward runs for the parameters even if no input requires one.
-    """
+    """function(*inputs), of which only the inputs are kept. `anchor` requires a gradient, so that backward runs for the
+    parameters even if no input requires one."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], anchor: Tensor, *inputs: Any) -> Tensor:
@@ -75,11 +60,9 @@ class CheckpointFunction(torch.autograd.Function):
 
 
 class GradCapture(torch.autograd.Function):
-    """Identity on x that stores its gradient at index `i` of `gradients`, unchanged.
-
-    A leaf would change it: its .grad has the leaf's strides, and autocast makes one copy of a leaf for all matrices that it is
-    multiplied with, not one for each, so that sums come in another order.
-    """
+    """Identity on x that stores its gradient at index `i` of `gradients`, unchanged. A leaf would change it: its .grad has the
+    leaf's strides, and autocast makes one copy of a leaf for all matrices that it is multiplied with, not one for each, so that
+    sums come in another order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradients: list[Tensor | None], i: int) -> Tensor:

@@ -1,24 +1,21 @@
 """The one function that turns a plain model into a stage of a parallel one, and the reason for its order."""
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import nn
 
-from mpilm.comm.base import Comm
 from mpilm.config.schema import Config
+from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.compile import compile_blocks
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.fsdp import ShardedParameters
-from mpilm.parallel.layout import ParamLayout, select_frozen, select_trained
+from mpilm.parallel.layout import REDUCE_AXES, ParamLayout, select_frozen, select_trained
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
-from mpilm.parallel.pipeline.stage import GradientReducer, ReplicatedParameters, StageParts
+from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, ReplicatedParameters
 from mpilm.parallel.plan import stage_of
-
-ReducerBuilder = Callable[[FlatParameters, nn.Module], GradientReducer]
 
 
 def parallelize(
@@ -27,14 +24,14 @@ def parallelize(
     blocks_per_stage: Sequence[int],
     layouts: Mapping[str, ParamLayout],
     config: Config,
-    comm: Comm,
+    mesh: Mesh,
     device: torch.device,
     alignment: int,
-    build_reducer: ReducerBuilder,
-) -> tuple[StageParts, FlatParameters, FlatParameters | None]:
-    """Turn `model`, a whole model on the meta device, into stage `stage`; return its parts, its trained and frozen parameters.
+    build_reducer: Callable[[FlatParameters, nn.Module], GradientReducer],
+) -> tuple[ModelStage, FlatParameters, FlatParameters | None]:
+    """Turn `model`, a whole model on the meta device, into stage `stage`; return it, its trained and its frozen parameters.
 
-    Collective over `comm`, the reduce axes. `layouts`: of this stage. The order, and why:
+    Collective over the reduce axes. `layouts`: of this stage. The order, and why:
 
     1. Prune other stages' modules: absent modules are never sharded, wrapped or compiled.
     2. Allocate the flat parameters: their sizes follow from step 1 alone.
@@ -45,7 +42,7 @@ def parallelize(
        a block finds its parameters gathered.
     7. Register the reducer: its hooks belong to the parameters that step 6 has installed.
     """
-    parallel, is_last = config.parallel, stage == len(blocks_per_stage) - 1
+    parallel, comm, is_last = config.parallel, mesh.comm(*REDUCE_AXES), stage == len(blocks_per_stage) - 1
     prune_to_stage(model, stage, blocks_per_stage)
     shard = comm.rank, comm.size, alignment
     flat, frozen = FlatParameters(select_trained(layouts), device, parallel.zero, *shard), None
@@ -65,8 +62,11 @@ def parallelize(
         for each in flats:
             each.install(model)
     reducer = build_reducer(flat, model)
-    autocast = make_autocast(config.train.dtype, device)
-    return StageParts(model, stage == 0, is_last, reducer, parameters, weight_grads, autocast), flat, frozen
+    autocast, width, seed = make_autocast(config.train.dtype, device), config.model.d_model, config.train.seed
+    model_stage = ModelStage(
+        model, stage == 0, is_last, reducer, parameters, weight_grads, autocast, width, seed, device, mesh.progress
+    )
+    return model_stage, flat, frozen
 
 
 def prune_to_stage(model: nn.Module, stage: int, blocks_per_stage: Sequence[int]) -> None:
@@ -80,8 +80,6 @@ def prune_to_stage(model: nn.Module, stage: int, blocks_per_stage: Sequence[int]
             setattr(model, name, None)
 
 
-def make_autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """Return the context in which forward computes: torch's autocast to bfloat16, or none for float32."""
-    if dtype == "bfloat16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext
+def make_autocast(dtype: str, device: torch.device) -> Callable[[], torch.autocast]:
+    """Return the context in which forward computes: torch's autocast to bfloat16, disabled for float32."""
+    return partial(torch.autocast, device.type, torch.bfloat16, dtype == "bfloat16")

@@ -36,11 +36,9 @@ class FlatVector:
 
 
 class FlatParameters:
-    """The parameters of one pipeline stage on this rank, in float32.
-
-    `rank` of `ranks` on the reduce axes. `zero`: 0, every rank holds and updates everything; 1 and 2, a rank updates its shard;
-    3, it holds only its shard. A tied copy shares its owner's memory if both are on this rank in full, and is a copy otherwise.
-    """
+    """The parameters of one pipeline stage on this rank, in float32. `rank` of `ranks` on the reduce axes. `zero`: 0, every
+    rank holds and updates everything; 1 and 2, a rank updates its shard; 3, it holds only its shard. A tied copy shares its
+    owner's memory if both are on this rank in full, and is a copy otherwise."""
 
     def __init__(
         self,

@@ -6,8 +6,10 @@ each), and a bucket into one slice for each rank of the reduce axes. Under ZeRO 
 parameter that must stay unsharded has buckets of its own, owned by one rank; the slices of the other ranks are empty.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 from mpilm.ops.tree import Interval
 from mpilm.parallel.layout import ParamLayout
@@ -30,13 +32,13 @@ class ParamSlice:
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
-class ReduceGroup:
+class ReduceGroup(NamedTuple):
     """Parameters whose gradients are reduced together, and their interval of the flat vector."""
 
-    names: tuple[str, ...]
+    names: list[str]
     start: int
     stop: int
+    buckets: list[Interval]  # that divide it; the last of a stretch may be short
 
 
 class FlatLayout:
@@ -49,20 +51,19 @@ class FlatLayout:
     """
 
     def __init__(self, layouts: Iterable[ParamLayout], alignment: int = ALIGNMENT, per_module: bool = False, ranks: int = 1):
-        backward_order = list(layouts)[::-1]
-        self.alignment = alignment
+        self.alignment, self.ranks, self.numel = alignment, ranks, 0
         self.spans: dict[str, tuple[int, ParamLayout]] = {}
-        self.numel = 0
+        backward_order = list(layouts)[::-1]
         for layout in sorted(backward_order, key=lambda layout: layout.tied_to is None):
             self.spans[layout.name] = (self.numel, layout)
             self.numel += self._padded(layout.numel)
-        self.tied_copies_numel = sum(self._padded(x.numel) for x in backward_order if x.tied_to is not None)
-        self.groups = _make_groups(self, 0 if per_module else BUCKET)
-        self.ranks = ranks
+        self.tied_copies_numel = sum(self._padded(x.numel) for _, x in self.spans.values() if x.tied_to is not None)
         self.owners = _assign_owners([layout for _, layout in self.spans.values() if layout.unsharded], ranks)
-        buckets = {group: dict(self._cut_buckets(group)) for group in self.groups}
-        self._buckets = {group: list(of_group) for group, of_group in buckets.items()}
-        self._owner = {bucket: owner for of_group in buckets.values() for bucket, owner in of_group.items()}
+        self._bucket_owners: dict[Interval, int | None] = {}  # None: every rank has a slice
+        self.groups = [self._make_group(names) for names in self._group_parameters(0 if per_module else BUCKET)]
+        self.buckets = list(self._bucket_owners)  # in order
+        longest = (self.slice(bucket, owner or 0) for bucket, owner in self._bucket_owners.items())
+        self.longest_slice = max((stop - start for start, stop in longest), default=0)  # the most that a rank owns of a bucket
 
     def _padded(self, numel: int) -> int:
         return -(-numel // self.alignment) * self.alignment
@@ -72,31 +73,35 @@ class FlatLayout:
         start, layout = self.spans[name]
         return start, start + self._padded(layout.numel)
 
-    def _cut_buckets(self, group: ReduceGroup) -> Iterator[tuple[Interval, int | None]]:
-        """Yield the buckets of a group, and the rank that owns each, if one rank does."""
+    def _group_parameters(self, merge_up_to: int) -> list[list[str]]:
+        """Return the FSDP units in flat order; neighbours are merged up to `merge_up_to` elements. Tied parameters stay alone,
+        so that both ends of a tie are divided alike."""
+        groups: list[list[str]] = []
+        for name, (_, layout) in self.spans.items():
+            last = groups[-1] if groups else [name]
+            numel = self.padded_span(name)[1] - self.spans[last[0]][0]
+            is_near = fsdp_unit(last[-1]) == fsdp_unit(name) or numel <= merge_up_to
+            if groups and is_near and not (layout.is_tied or self.spans[last[-1]][1].is_tied):
+                last.append(name)
+            else:
+                groups.append([name])
+        return groups
+
+    def _make_group(self, names: list[str]) -> ReduceGroup:
+        """Cut a group into buckets. Those of an unsharded parameter contain no other, and one rank owns them."""
         full = max(self.alignment, BUCKET // self.alignment * self.alignment)
-        for (start, stop), owner in self._stretches(group):
-            for at in range(start, stop, full):
-                yield (at, min(at + full, stop)), owner
+        buckets: list[Interval] = []
+        for unsharded, stretch in groupby(names, key=lambda name: name if name in self.owners else ""):
+            spans = [self.padded_span(name) for name in stretch]
+            start, stop = spans[0][0], spans[-1][1]
+            cut = [(at, min(at + full, stop)) for at in range(start, stop, full)]
+            self._bucket_owners |= dict.fromkeys(cut, self.owners.get(unsharded))
+            buckets += cut
+        return ReduceGroup(names, buckets[0][0], buckets[-1][1], buckets)
 
-    def _stretches(self, group: ReduceGroup) -> list[tuple[Interval, int | None]]:
-        """Divide a group into stretches owned by one rank or shared by all."""
-        stretches: list[tuple[Interval, int | None]] = []
-        for name in group.names:
-            (start, stop), owner = self.padded_span(name), self.owners.get(name)
-            if stretches and owner is None and stretches[-1][1] is None:
-                start = stretches.pop()[0][0]
-            stretches.append(((start, stop), owner))
-        return stretches
-
-    @property
-    def buckets(self) -> list[Interval]:
-        """All buckets, in order."""
-        return list(self._owner)
-
-    def buckets_of(self, group: ReduceGroup) -> list[Interval]:
-        """Return the buckets of a group; the last of a stretch may be short."""
-        return self._buckets[group]
+    def group_of(self, name: str) -> ReduceGroup:
+        """Return the group of a parameter."""
+        return next(group for group in self.groups if name in group.names)
 
     def slices(self, bucket: Interval) -> list[int]:
         """Return the number of elements of a bucket that each rank owns; it may be 0."""
@@ -104,27 +109,15 @@ class FlatLayout:
 
     def slice(self, bucket: Interval, rank: int) -> Interval:
         """Return the interval of a bucket that a rank owns."""
-        (start, stop), owner = bucket, self._owner[bucket]
+        (start, stop), owner = bucket, self._bucket_owners[bucket]
         if owner is not None:
             return (stop, stop) if rank > owner else (start, stop if rank == owner else start)
-        each = self._slice_numel(stop - start)
+        each = self._padded(-(-(stop - start) // self.ranks))  # the last slices may be shorter or empty
         return min(stop, start + rank * each), min(stop, start + (rank + 1) * each)
-
-    def _slice_numel(self, numel: int) -> int:
-        """Return the elements of a slice of a shared bucket; the last slices may be shorter or empty."""
-        return -(-numel // (self.ranks * self.alignment)) * self.alignment
-
-    @property
-    def longest_slice(self) -> int:
-        """The most elements of a bucket that one rank owns."""
-        return max(
-            stop - start if owner is not None else min(stop - start, self._slice_numel(stop - start))
-            for (start, stop), owner in self._owner.items()
-        )
 
     def shard(self, rank: int) -> list[Interval]:
         """Return what a rank owns: its slice of every bucket, neighbours merged."""
-        return merge_intervals(self.slice(bucket, rank) for bucket in self._owner)
+        return merge_intervals(self.slice(bucket, rank) for bucket in self.buckets)
 
     def param_slices(self, intervals: Sequence[Interval]) -> dict[ParamSlice, int]:
         """Return the slices of parameters within sorted intervals, and their offsets; padding is left out."""
@@ -135,29 +128,9 @@ class FlatLayout:
         return slices
 
 
-def _make_groups(flat: FlatLayout, merge_up_to: int) -> list[ReduceGroup]:
-    """Return the FSDP units in flat order; neighbours are merged up to `merge_up_to` elements.
-
-    Tied parameters stay alone, so that both ends of a tie are divided alike.
-    """
-    groups: list[tuple[str, ReduceGroup, bool]] = []
-    for name, (_, layout) in flat.spans.items():
-        start, stop = flat.padded_span(name)
-        unit = fsdp_unit(name)
-        if groups:
-            last_unit, last, last_tied = groups[-1]
-            if not layout.is_tied and not last_tied and (last_unit == unit or stop - last.start <= merge_up_to):
-                groups[-1] = (unit, ReduceGroup((*last.names, name), last.start, stop), False)
-                continue
-        groups.append((unit, ReduceGroup((name,), start, stop), layout.is_tied))
-    return [group for _, group, _ in groups]
-
-
 def _assign_owners(unsharded: Sequence[ParamLayout], ranks: int) -> dict[str, int]:
-    """Assign each parameter to a rank: large ones first, each to the rank with the least so far.
-
-    The two ends of a tie, which may be on different stages, belong to rank 0.
-    """
+    """Assign each parameter to a rank: large ones first, each to the rank with the least so far. The two ends of a tie, which
+    may be on different stages, belong to rank 0."""
     load, owners = [0] * ranks, {}
     for layout in sorted(unsharded, key=lambda layout: (not layout.is_tied, -layout.numel)):
         owner = 0 if layout.is_tied else min(range(ranks), key=load.__getitem__)
@@ -191,18 +164,14 @@ def merge_intervals(intervals: Iterable[Interval]) -> list[Interval]:
     return merged
 
 
-def shard_owners(name: str, flat: FlatLayout, sharded: bool, first_only: bool = False) -> list[tuple[int, int, list[int]]]:
-    """Return ranges of a parameter's elements in order, each with the ranks of the reduce axes that own it.
-
-    `first_only`: name only the first of the ranks that replicate a range.
-    """
+def shard_owners(name: str, flat: FlatLayout, sharded: bool) -> list[tuple[int, int, list[int]]]:
+    """Return ranges of a parameter's elements in order, each with the ranks of the reduce axes that own it."""
     at, layout = flat.spans[name]
     if not sharded or layout.unsharded:
-        return [(0, layout.numel, [flat.owners[name]] if sharded else list(range(1 if first_only else flat.ranks)))]
-    (group,) = (group for group in flat.groups if name in group.names)
+        return [(0, layout.numel, [flat.owners[name]] if sharded else list(range(flat.ranks)))]
     return [
         (start - at, stop - at, [rank])
-        for bucket in flat.buckets_of(group)
+        for bucket in flat.group_of(name).buckets
         for rank in range(flat.ranks)
         for start, stop in intersect_intervals([flat.slice(bucket, rank)], [(at, at + layout.numel)])
     ]

@@ -6,14 +6,13 @@ memory; they see the values of the next gather.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 from torch import Tensor, nn
 
 from mpilm.comm.base import Comm, Request
-from mpilm.parallel.flat import FlatParameters, set_parameter
+from mpilm.parallel.flat import FlatParameters, FlatVector, set_parameter
 from mpilm.parallel.pipeline.stage import ReplicatedParameters
 from mpilm.parallel.plan import fsdp_unit
 
@@ -21,10 +20,8 @@ GATHERS_IN_FLIGHT = 2
 
 
 class ReleasableBuffer:
-    """A float32 tensor whose memory is released between uses and reappears at the same address with other values.
-
-    On a CPU it releases pages to the kernel (MADV_DONTNEED): malloc mostly keeps what is freed.
-    """
+    """A float32 tensor whose memory is released between uses and reappears at the same address with other values. On a CPU it
+    releases pages to the kernel (MADV_DONTNEED): malloc mostly keeps what is freed."""
 
     def __init__(self, numel: int, device: torch.device):
         self.nbytes = 4 * numel
@@ -52,23 +49,20 @@ class FSDPUnit:
     def __init__(self, name: str, flats: Sequence[FlatParameters], comm: Comm):
         self.name, self.comm = name, comm
         groups = [(flat, group) for flat in flats for group in flat.layout.groups if fsdp_unit(group.names[0]) == name]
-        *offsets, numel = accumulate((group.stop - group.start for _, group in groups), initial=0)
-        self.parts = [(flat, group, at - group.start) for (flat, group), at in zip(groups, offsets)]
-        """Groups of flat vectors, and the shift from a position there to one in `full`."""
-        self.buffer = ReleasableBuffer(numel, flats[0].device)
-        self.full = self.buffer.tensor  # the groups, one after the other
+        sizes = [group.stop - group.start for _, group in groups]
+        self.buffer = ReleasableBuffer(sum(sizes), flats[0].device)
+        self.parts = [
+            (flat, group, FlatVector([(group.start, group.stop)], full))
+            for (flat, group), full in zip(groups, self.buffer.tensor.split(sizes))
+        ]
         self.pending: list[Request] | None = None
 
     def install(self, model: nn.Module) -> None:
-        """Make the parameters views of the gathered buffer.
-
-        `.data` bypasses autograd's version counter, so that a later gather is not seen as an in-place change.
-        """
-        for flat, group, shift in self.parts:
+        """Make the parameters views of the gathered buffer. `.data` bypasses autograd's version counter, so that a later gather
+        is not seen as an in-place change."""
+        for flat, group, full in self.parts:
             for name in group.names:
-                at, layout = flat.layout.spans[name]
-                part = self.full[at + shift : at + shift + layout.numel].view(layout.local_shape)
-                set_parameter(model, name, part.data, layout)
+                set_parameter(model, name, flat.parameter(name, full).data, flat.layout.spans[name][1])
         self.reshard()
 
     def prefetch(self) -> None:
@@ -77,12 +71,11 @@ class FSDPUnit:
             return
         self.buffer.acquire()
         self.pending = []
-        for flat, group, shift in self.parts:
-            for bucket in flat.layout.buckets_of(group):
+        for flat, group, full in self.parts:
+            for bucket in group.buckets:
                 start, stop = flat.layout.slice(bucket, self.comm.rank)
-                own = flat.values.view(start, stop) if stop > start else self.full[:0]
-                out = self.full[bucket[0] + shift : bucket[1] + shift]
-                self.pending.append(self.comm.iall_gather(own, out, flat.layout.slices(bucket)))
+                own = flat.values.view(start, stop) if stop > start else full.tensor[:0]
+                self.pending.append(self.comm.iall_gather(own, full.view(*bucket), flat.layout.slices(bucket)))
 
     def unshard(self) -> None:
         """Return when the parameters are full. Collective over the reduce axes."""
@@ -99,26 +92,20 @@ class FSDPUnit:
 
 
 class ShardedParameters(ReplicatedParameters):
-    """Gathers the parameters of a stage's model, whose shards lie in `flats`, by hooks on its modules.
-
-    Every rank of the reduce axes must call the model, or a `join_` method in its place, the same number of times.
-    """
+    """Gathers the parameters of a stage's model, whose shards lie in `flats`, by hooks on its modules. Every rank of the reduce
+    axes must call the model, or a `join_` method in its place, the same number of times."""
 
     def __init__(self, flats: Sequence[FlatParameters], model: nn.Module, comm: Comm):
         names = dict.fromkeys(fsdp_unit(name) for name, _ in model.named_parameters())
         self.units = [FSDPUnit(name, flats, comm) for name in names]  # in the order of forward
+        sizes = [unit.buffer.nbytes for unit in self.units]
+        self.memory_bytes = max(map(sum, zip(sizes, [*sizes[1:], 0])))  # a unit in use and the next one
         self.backward_unit = len(self.units)
         for number, unit in enumerate(self.units):
             unit.install(model)
             module = model.get_submodule(unit.name)
             module.register_forward_pre_hook(lambda *_, number=number: self._unshard(number, number + 1))
             module.register_forward_hook(lambda _module, _inputs, output, number=number: self._leave(number, output))
-
-    @property
-    def memory_bytes(self) -> int:
-        """The most memory of full parameters at one time: of a unit in use and the next one."""
-        sizes = [unit.buffer.nbytes for unit in self.units]
-        return max(sum(pair) for pair in zip(sizes, [*sizes[1:], 0]))
 
     def _unshard(self, number: int, following: int) -> None:
         self.units[number].unshard()

@@ -52,10 +52,8 @@ class ParamLayout:
         return tuple(axis for axis in (*REDUCE_AXES, "tensor") if self.cut is None or axis != self.cut.axis)
 
     def is_counted_at(self, coordinate: Mapping[str, int]) -> bool:
-        """Return whether the ranks at this coordinate count it in sums over all ranks: one of those that replicate it does.
-
-        The reduce axes are left to ZeRO's division of the flat vector (FlatParameters.unique).
-        """
+        """Return whether the ranks at this coordinate count it in sums over all ranks: one of those that replicate it does. The
+        reduce axes are left to ZeRO's division of the flat vector (FlatParameters.unique)."""
         return all(coordinate[axis] == 0 for axis in self.replica_axes if axis not in REDUCE_AXES)
 
 
@@ -68,11 +66,9 @@ def resolve_layouts(
     is_unsharded: Callable[[str, Shape], bool] = lambda name, shape: False,
     is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, ParamLayout]:
-    """Return the layout of each named parameter of a model, in the order in which forward uses them.
-
-    `tied`: parameter -> the one whose value it has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError if
-    tied parameters do not exist or differ in shape.
-    """
+    """Return the layout of each named parameter of a model, in the order in which forward uses them. `tied`: parameter -> the
+    one whose value it has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError if tied parameters do not exist
+    or differ in shape."""
     for name, owner in tied.items():
         if shapes.get(name) is None or shapes.get(name) != shapes.get(owner):
             raise ValueError(f"{name} {shapes.get(name)} cannot be tied to {owner} {shapes.get(owner)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpilm.comm.base import Comm
 from mpilm.ops.tree import Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.flat_layout import BUCKET, intersect_intervals
+from mpilm.parallel.flat_layout import intersect_intervals
 from mpilm.parallel.layout import ParamLayout
 
 FIRST_TAG = 1 << 14  # above the tags of activations
@@ -23,13 +23,12 @@ class TiedParameters:
     def __init__(self, layouts: Mapping[str, ParamLayout], flats: Mapping[int, FlatParameters], comm: Comm):
         self.comm, self.flats = comm, flats
         self.pairs = [(layout, layouts[layout.tied_to]) for layout in layouts.values() if layout.tied_to]
-        self.can_alias = all(flat.zero < 3 for flat in flats.values())
-        self.buckets = {layout.name: list(self._cut_buckets(layout)) for pair in self.pairs for layout in pair}
+        self.intervals = {layout.name: self._own_intervals(layout) for pair in self.pairs for layout in pair}
 
     def add_gradients(self, sums: Mapping[int, FlatVector]) -> None:
         """Add the summed gradient of each copy to that of its owner; `sums` are by stage."""
         for number, (copy, owner) in enumerate(self.pairs):
-            if self._aliases(copy, owner):
+            if self._is_alias(copy):
                 for total, other in zip(self._local_parts(owner, sums), self._local_parts(copy, sums)):
                     total.add_(other)
             else:
@@ -39,22 +38,20 @@ class TiedParameters:
         """Give each copy with memory of its own the values that its owner's optimizer has written."""
         values = {stage: flat.values for stage, flat in self.flats.items()}
         for number, (copy, owner) in enumerate(self.pairs):
-            if not self._aliases(copy, owner):
+            if not self._is_alias(copy):
                 self._transfer(FIRST_TAG + number, owner, copy, values, Tensor.copy_)
 
-    def _aliases(self, copy: ParamLayout, owner: ParamLayout) -> bool:
-        return self.can_alias and copy.stage == owner.stage
+    def _is_alias(self, copy: ParamLayout) -> bool:
+        return copy.stage in self.flats and self.flats[copy.stage].aliases_owner
 
-    def _cut_buckets(self, layout: ParamLayout) -> Iterator[Interval]:
-        """Yield the intervals of a parameter that this rank reduces or updates; none if its stage is on another rank."""
-        if layout.stage in self.flats:
-            flat = self.flats[layout.stage]
-            for start, stop in intersect_intervals(flat.reduced, [flat.layout.padded_span(layout.name)]):
-                for at in range(start, stop, BUCKET):
-                    yield at, min(at + BUCKET, stop)
+    def _own_intervals(self, layout: ParamLayout) -> list[Interval]:
+        """Return the parts of a parameter's buckets that this rank reduces or updates; none if its stage is on another rank.
+        Both parameters of a tie are divided alike."""
+        flat = self.flats.get(layout.stage)
+        return [] if flat is None else intersect_intervals(flat.layout.group_of(layout.name).buckets, flat.reduced)
 
     def _local_parts(self, layout: ParamLayout, vectors: Mapping[int, FlatVector]) -> Iterator[Tensor]:
-        return (vectors[layout.stage].view(*bucket) for bucket in self.buckets[layout.name])
+        return (vectors[layout.stage].view(*interval) for interval in self.intervals[layout.name])
 
     def _transfer(
         self,

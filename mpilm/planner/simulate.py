@@ -87,7 +87,7 @@ class _Simulation:
         self.events: list[list[TimelineEvent]] = [[] for _ in programs]
         self.sent_s: dict[Message, float] = {}
         self.posted_s: dict[Message, float] = {}
-        self.last_sent: dict[tuple[int, str], Message] = {}  # by channel
+        self.last_sent: dict[int, Message] = {}  # by channel
 
     def advance(self, rank: int) -> bool:
         """Execute actions until the rank has to wait; return whether it executed any."""

@@ -90,11 +90,11 @@ class NumberStage:
             if kind != "W" and 0 <= neighbour < self.stages:
                 assert torch.equal(self.received.pop((direction, microbatch)), self._message(direction, neighbour, microbatch))
 
-    def _receive(self, direction, microbatch):
+    def receive_buffer(self, direction, microbatch):
         self._record(f"RECV_{direction}", microbatch)
         return self.received.setdefault((direction, microbatch), torch.zeros(2, 2, dtype=torch.int64))
 
-    def _send(self, direction, microbatch):
+    def pop_outgoing(self, direction, microbatch):
         self._record(f"SEND_{direction}", microbatch)
         return self._message(direction, self.stage, microbatch)
 
@@ -104,8 +104,6 @@ class NumberStage:
 
     forward, backward = partialmethod(_compute, "F"), partialmethod(_compute, "B")
     backward_input, backward_weight = partialmethod(_compute, "I"), partialmethod(_compute, "W")
-    input, output_gradient = partialmethod(_receive, "F"), partialmethod(_receive, "B")
-    output, input_gradient = partialmethod(_send, "F"), partialmethod(_send, "B")
 
 
 def execute_recorded(program, stages, messenger):

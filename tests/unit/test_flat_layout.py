@@ -99,12 +99,12 @@ def test_groups_and_buckets_are_the_flat_vector_in_order(flat):
     assert [group.start for group in flat.groups] == [0, *(group.stop for group in flat.groups[:-1])]
     assert flat.groups[-1].stop == flat.numel
     for group in flat.groups:
-        buckets = flat.buckets_of(group)
+        buckets = group.buckets
         assert buckets[0][0] == group.start
         assert all(one[1] == other[0] for one, other in pairwise(buckets))
         assert buckets[-1][1] == group.stop
         assert all(sum(flat.slices((start, stop))) == stop - start > 0 for start, stop in buckets)
-    assert flat.buckets == [bucket for group in flat.groups for bucket in flat.buckets_of(group)]
+    assert flat.buckets == [bucket for group in flat.groups for bucket in group.buckets]
     assert flat.longest_slice == max(
         stop - start for b in flat.buckets for r in range(flat.ranks) for start, stop in [flat.slice(b, r)]
     )

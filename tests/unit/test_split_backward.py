@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_popped_gradients_free_their_tensors_one_by_one():
     queue.microbatch = 7
     for i in range(4):
         x, gradient = torch.full((3, 2), float(i)), torch.ones(3, 5)
-        queue.push_pending(f"{i}.weight", False, x, gradient)
+        queue.push_pending(f"{i}.weight", partial(lambda x, gradient: gradient.t() @ x, x, gradient))
         alive.append((weakref.ref(x), weakref.ref(gradient)))
     queue.push_completed("norm.weight", torch.ones(2))
     del x, gradient

@@ -15,16 +15,16 @@ PATTERN = re.compile(r"([0-9]+)(?:(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)([0-9]+)|
 
 
 class Message(NamedTuple):
-    """A tensor that a stage sends to its neighbour. MPI keeps the order of messages with equal stage and direction."""
+    """A tensor that a stage sends to its neighbour."""
 
     stage: int  # the receiving stage
     direction: Direction  # F: an activation, from the stage before; B: its gradient, from the stage after
     microbatch: int
 
     @property
-    def channel(self) -> tuple[int, str]:
-        """Receiving stage and direction: messages of one channel keep their order."""
-        return self.stage, self.direction
+    def channel(self) -> int:
+        """The MPI tag: one for each receiving stage and direction. Messages with the same keep their order."""
+        return 2 * self.stage + (self.direction == "B")
 
 
 @dataclass(frozen=True)

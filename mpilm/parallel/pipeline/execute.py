@@ -1,48 +1,31 @@
 """The interpreter of a pipeline program: it walks the list of actions and contains no scheduling logic."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Request
 from mpilm.comm.progress import Progress
 from mpilm.parallel.pipeline.actions import Action, Message
-
-
-class Stage(Protocol):
-    """A stage of the model: computation on a microbatch, and the buffers of its messages."""
-
-    def forward(self, microbatch: int) -> None: ...
-    def backward(self, microbatch: int) -> None: ...
-    def backward_input(self, microbatch: int) -> None: ...
-    def backward_weight(self, microbatch: int) -> None: ...
-    def reduce(self) -> None: ...
-    def input(self, microbatch: int) -> Tensor: ...
-    def output(self, microbatch: int) -> Tensor: ...
-    def output_gradient(self, microbatch: int) -> Tensor: ...
-    def input_gradient(self, microbatch: int) -> Tensor: ...
+from mpilm.parallel.pipeline.stage import ModelStage
 
 
 class StageMessenger:
-    """Messages between stages over `comm`, the pipeline axis, where stage s is on rank s modulo its size.
-
-    Each channel has one send in flight: the next send waits for it.
-    """
+    """Messages between stages over `comm`, the pipeline axis, where stage s is on rank s modulo its size. Each channel has one
+    send in flight: the next send waits for it."""
 
     def __init__(self, comm: Comm):
         self.comm = comm
-        self.sends: dict[tuple[int, str], Request] = {}
+        self.sends: dict[int, Request] = {}
         self.receives: dict[Message, Request] = {}
 
     def send(self, message: Message, tensor: Tensor) -> None:
-        if message.channel in self.sends:
-            self.sends[message.channel].wait()
-        self.sends[message.channel] = self.comm.isend(tensor, message.stage % self.comm.size, _tag(message))
+        self.sends.pop(message.channel, Request()).wait()
+        self.sends[message.channel] = self.comm.isend(tensor, message.stage % self.comm.size, message.channel)
 
     def post_receive(self, message: Message, buffer: Tensor) -> None:
         source = message.stage + (1 if message.direction == "B" else -1)
-        self.receives[message] = self.comm.irecv(buffer, source % self.comm.size, _tag(message))
+        self.receives[message] = self.comm.irecv(buffer, source % self.comm.size, message.channel)
 
     def wait(self, message: Message | None) -> None:
         """Return when a message has arrived. At the ends of the pipeline no receive was posted."""
@@ -54,15 +37,9 @@ class StageMessenger:
             self.sends.popitem()[1].wait()
 
 
-def _tag(message: Message) -> int:
-    return 2 * message.stage + (message.direction == "B")
-
-
-def execute(program: Sequence[Action], stages: Mapping[int, Stage], messenger: StageMessenger, progress: Progress) -> None:
-    """Execute the actions in order. Collective over the pipeline axis, and over the reduce axes through REDUCE.
-
-    `progress` records each action without the wait for its message.
-    """
+def execute(program: Sequence[Action], stages: Mapping[int, ModelStage], messenger: StageMessenger, progress: Progress) -> None:
+    """Execute the actions in order. Collective over the pipeline axis, and over the reduce axes through REDUCE. `progress`
+    records each action without the wait for its message."""
     for action in program:
         if action.kind in ("F", "B", "I"):
             messenger.wait(action.message)
@@ -71,14 +48,12 @@ def execute(program: Sequence[Action], stages: Mapping[int, Stage], messenger: S
     messenger.drain()
 
 
-def _execute_action(action: Action, stage: Stage, messenger: StageMessenger) -> None:
-    if action.kind == "REDUCE":
-        return stage.reduce()
+def _execute_action(action: Action, stage: ModelStage, messenger: StageMessenger) -> None:
     m, message = action.microbatch, action.message
-    assert m is not None
-    if action.kind == "W":
+    if m is None:  # REDUCE
+        return stage.reduce()
+    if message is None:  # W
         return stage.backward_weight(m)
-    assert message is not None
     match action.kind:
         case "F":
             stage.forward(m)
@@ -86,11 +61,7 @@ def _execute_action(action: Action, stage: Stage, messenger: StageMessenger) -> 
             stage.backward(m)
         case "I":
             stage.backward_input(m)
-        case "SEND_F":
-            messenger.send(message, stage.output(m))
-        case "SEND_B":
-            messenger.send(message, stage.input_gradient(m))
-        case "RECV_F":
-            messenger.post_receive(message, stage.input(m))
-        case "RECV_B":
-            messenger.post_receive(message, stage.output_gradient(m))
+        case "SEND_F" | "SEND_B":
+            messenger.send(message, stage.pop_outgoing(message.direction, m))
+        case "RECV_F" | "RECV_B":
+            messenger.post_receive(message, stage.receive_buffer(message.direction, m))

@@ -19,10 +19,8 @@ def gpipe(pipeline: int, chunks: int, microbatches: int) -> Schedule:
 
 
 def one_f_one_b(pipeline: int, chunks: int, microbatches: int) -> Schedule:
-    """1F1B (Narayanan et al., arXiv 2006.09503): after a warm-up, one forward and one backward in turn.
-
-    Rank r keeps at most pipeline - r microbatches in flight. With one stage this is plain gradient accumulation.
-    """
+    """1F1B (Narayanan et al., arXiv 2006.09503): after a warm-up, one forward and one backward in turn. Rank r keeps at most
+    pipeline - r microbatches in flight. With one stage this is plain gradient accumulation."""
     return _alternate(pipeline, chunks, microbatches, lambda rank: pipeline - 1 - rank)
 
 
@@ -34,9 +32,7 @@ def interleaved(pipeline: int, chunks: int, microbatches: int) -> Schedule:
 
 def zero_bubble(pipeline: int, chunks: int, microbatches: int) -> Schedule:
     """ZB-H1 (Qi et al., arXiv 2401.10241, section 2.3): 1F1B that defers weight gradients to where the pipeline would idle.
-
-    Rank r defers W by r microbatches, so that no rank keeps more than `pipeline` microbatches in flight.
-    """
+    Rank r defers W by r microbatches, so that no rank keeps more than `pipeline` microbatches in flight."""
     return [_split_backwards(actions, delay=rank) for rank, actions in enumerate(one_f_one_b(pipeline, chunks, microbatches))]
 
 
@@ -99,11 +95,9 @@ def find_schedule_problem(name: str, pipeline: int, chunks: int, microbatches: i
 def analytic_bubble(
     name: str, pipeline: int, chunks: int, microbatches: int, costs: tuple[float, float, float, float] = (1, 2, 1, 1)
 ) -> float | None:
-    """Return the bubble fraction of a schedule with equal stages, in closed form; None if no formula holds.
-
-    `costs` are those of F, B, I and W. From arXiv 2104.04473, section 2.2 (1F1B, GPipe, interleaved), and arXiv 2401.10241,
-    table 1 (ZB-H1: needs at least as many microbatches as ranks, and W no longer than I).
-    """
+    """Return the bubble fraction of a schedule with equal stages, in closed form; None if no formula holds. `costs` are those
+    of F, B, I and W. From arXiv 2104.04473, section 2.2 (1F1B, GPipe, interleaved), and arXiv 2401.10241, table 1 (ZB-H1: needs
+    at least as many microbatches as ranks, and W no longer than I)."""
     forward, _, input_half, weight_half = costs
     idle, busy = float(pipeline - 1), float(chunks * microbatches)
     if name == "zero-bubble":

@@ -5,10 +5,10 @@ Applied from outside: each Linear and Conv1D of a model puts what its weight gra
 that autograd would have computed, with the same bits.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,37 +17,25 @@ from torch import Tensor, nn
 from mpilm.model.layers import Conv1D
 
 
-class PendingWeightGrad(NamedTuple):
-    """The product that a weight gradient still needs."""
-
-    name: str
-    transposed: bool  # the weight is stored (in, out)
-    x: Tensor  # input (N, in)
-    gradient: Tensor  # gradient of the output (N, out)
-
-
 class WeightGradQueue:
-    """The pending weight gradients of each microbatch, and the small gradients that the first half has completed."""
+    """The gradients of each microbatch that the first half has completed or, for weight matrices, left to be computed."""
 
     def __init__(self) -> None:
         self.microbatch = -1
-        self._pending: dict[int, list[PendingWeightGrad]] = defaultdict(list)
-        self._completed: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+        self._pending: dict[int, deque[tuple[str, Callable[[], Tensor]]]] = defaultdict(deque)
 
-    def push_pending(self, name: str, transposed: bool, x: Tensor, gradient: Tensor) -> None:
-        self._pending[self.microbatch].append(PendingWeightGrad(name, transposed, x, gradient))
+    def push_pending(self, name: str, compute: Callable[[], Tensor]) -> None:
+        self._pending[self.microbatch].append((name, compute))
 
     def push_completed(self, name: str, gradient: Tensor) -> None:
-        self._completed[self.microbatch].append((name, gradient))
+        self._pending[self.microbatch].appendleft((name, lambda: gradient))
 
     def pop_gradients(self, microbatch: int) -> Iterator[tuple[str, Tensor]]:
         """Yield the gradients of a microbatch in float32, one after the other, and free what they needed."""
-        yield from self._completed.pop(microbatch, [])
-        pending = self._pending.pop(microbatch, [])[::-1]
+        pending = self._pending.pop(microbatch, deque())
         while pending:
-            name, transposed, x, gradient = pending.pop()
-            product = (gradient.t() @ x).float()
-            yield name, product.t() if transposed else product
+            name, compute = pending.popleft()
+            yield name, compute()
 
 
 def split_backward(model: nn.Module, queue: WeightGradQueue) -> None:
@@ -85,5 +73,10 @@ class DeferredLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         flat = gradient.flatten(0, -2)
-        ctx.queue.push_pending(ctx.name, ctx.transposed, x.detach().flatten(0, -2), flat)
+        ctx.queue.push_pending(ctx.name, partial(_weight_gradient, x.detach().flatten(0, -2), flat, ctx.transposed))
         return (flat @ weight).view(x.shape), None, flat.sum(0) if ctx.has_bias else None, None, None, None
+
+
+def _weight_gradient(x: Tensor, gradient: Tensor, transposed: bool) -> Tensor:  # (N, in), (N, out)
+    product = (gradient.t() @ x).float()
+    return product.t() if transposed else product  # a weight that is stored (in, out)

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +12,15 @@ from mpilm.data.batch import Batch
 from mpilm.model.layers import hash_key, loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel.autograd import backward_with
+from mpilm.parallel.pipeline.actions import Direction
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue
 
 
 class GradientReducer:
-    """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce). This one, for forward-only runs,
-    does nothing."""
+    """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce): in `reduce`, or in rounds that a
+    rank without a microbatch joins. This one, for forward-only runs, does nothing."""
 
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes of gradients in memory that other ranks of the node map too."""
-        return 0
+    shared_bytes = 0  # of gradients, in memory that other ranks of the node map too
 
     def begin_microbatch(self, i: int) -> None: ...
     def accumulate(self, name: str, gradient: Tensor) -> None: ...
@@ -35,10 +32,7 @@ class GradientReducer:
 class ReplicatedParameters:
     """The parameters of a stage that are always full on its ranks. parallel/fsdp.py gathers those that are not."""
 
-    @property
-    def memory_bytes(self) -> int:
-        """Memory of parameters that are full only while they are used."""
-        return 0
+    memory_bytes = 0  # of parameters that are full only while they are used
 
     def end_backward(self) -> None: ...
     def join_forward(self) -> None: ...
@@ -63,24 +57,10 @@ class StepInputs:
     kv_caches: Mapping[int, KVCache] | None = None  # by global number, for decoding
 
 
-class BufferPool:
-    """Buffers that are reused: nothing is allocated after the first step."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-
-    def acquire(self, shape: tuple[int, ...]) -> Tensor:
-        free = self._free[shape]
-        return free.pop() if free else torch.empty(shape, device=self.device)
-
-    def release(self, buffer: Tensor) -> None:
-        self._free[tuple(buffer.shape)].append(buffer)
-
-
-@dataclass(frozen=True)
-class StageParts:
-    """The parts of a stage after parallelize() (parallel/apply.py)."""
+@dataclass(eq=False)
+class ModelStage:
+    """Runs microbatches through one stage; activations are (B, T, `width`), float32. Dropout is keyed by (seed, step, sample),
+    so the masks do not depend on the rank. Made by parallelize() (parallel/apply.py)."""
 
     model: nn.Module
     is_first: bool
@@ -88,64 +68,49 @@ class StageParts:
     reducer: GradientReducer
     parameters: ReplicatedParameters
     weight_grads: WeightGradQueue  # used by schedules with W
-    autocast: Callable[[], AbstractContextManager[object]]
+    autocast: Callable[[], torch.autocast]
+    width: int
+    seed: int
+    device: torch.device
+    progress: Progress
 
-
-class ModelStage:
-    """Runs microbatches through one stage; activations are (B, T, `width`), float32.
-
-    Dropout is keyed by (seed, step, sample), so the masks do not depend on the rank.
-    """
-
-    def __init__(self, parts: StageParts, width: int, seed: int, device: torch.device, progress: Progress):
-        self.parts, self.model, self.reducer, self.parameters = parts, parts.model, parts.reducer, parts.parameters
-        self.weight_grads = parts.weight_grads
-        self.width, self.seed, self.device, self.progress, self.pool = width, seed, device, progress, BufferPool(device)
+    def __post_init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)  # buffers, reused: none is new after the first step
 
     def start(self, inputs: StepInputs) -> None:
         """Set the microbatches of the next program."""
         self.inputs = inputs
         self.results: dict[int, Tensor] = {}  # outputs of the last stage, by global number of the microbatch
         self._batches: dict[int, Batch] = {}
-        self._inputs: dict[int, Tensor] = {}
-        self._outputs: dict[int, Tensor] = {}
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
-        self._output_gradients: dict[int, Tensor] = {}
-        self._input_gradients: dict[int, Tensor] = {}
+        # Messages: activations (direction F) and their gradients (B), by direction and microbatch.
+        self._received: dict[tuple[Direction, int], Tensor] = {}
+        self._outgoing: dict[tuple[Direction, int], Tensor] = {}
 
-    # Buffers of messages.
+    def receive_buffer(self, direction: Direction, microbatch: int) -> Tensor:
+        """Return the buffer that receives the input of a microbatch, or the gradient of its output."""
+        shape = (*self._batch(microbatch).tokens.shape, self.width)
+        buffer = self._free[shape].pop() if self._free[shape] else torch.empty(shape, device=self.device)
+        self._received[direction, microbatch] = buffer
+        return buffer
 
-    def input(self, microbatch: int) -> Tensor:
-        """Return the buffer that receives the input of a microbatch."""
-        self._inputs[microbatch] = self.pool.acquire(self._activation_shape(microbatch))
-        return self._inputs[microbatch]
-
-    def output(self, microbatch: int) -> Tensor:
-        return self._outputs.pop(microbatch)
-
-    def output_gradient(self, microbatch: int) -> Tensor:
-        """Return the buffer that receives the gradient of the output."""
-        self._output_gradients[microbatch] = self.pool.acquire(self._activation_shape(microbatch))
-        return self._output_gradients[microbatch]
-
-    def input_gradient(self, microbatch: int) -> Tensor:
-        return self._input_gradients.pop(microbatch)
-
-    # Computation.
+    def pop_outgoing(self, direction: Direction, microbatch: int) -> Tensor:
+        """Return the output of a microbatch, or the gradient of its input, to be sent."""
+        return self._outgoing.pop((direction, microbatch))
 
     def forward(self, microbatch: int) -> None:
         if not self._exists(microbatch):
             return self.parameters.join_forward()
         training, batch = self.inputs.step is not None, self._batch(microbatch)
-        x = batch.tokens if self.parts.is_first else self._inputs[microbatch].detach().requires_grad_(training)
-        with torch.set_grad_enabled(training), self.parts.autocast():
+        x = batch.tokens if self.is_first else self._received["F", microbatch].detach().requires_grad_(training)
+        with torch.set_grad_enabled(training), self.autocast():
             y = self.model(x.view_as(x), self._sequence_info(microbatch))  # a view: autocast caches copies of leaves
-            if self.parts.is_last:
+            if self.is_last:
                 y = self.inputs.output_fn(y, batch)
-        if self.parts.is_last:
+        if self.is_last:
             self.results[self.inputs.microbatch_ids[microbatch]] = y.detach()  # not .item(): that would synchronize a GPU
         else:
-            self._outputs[microbatch] = y.detach()
+            self._outgoing["F", microbatch] = y.detach()
         if training:
             self._graphs[microbatch] = x, y
         else:
@@ -190,20 +155,20 @@ class ModelStage:
     def _backward(self, microbatch: int) -> None:
         self.backward_microbatch = microbatch
         x, y = self._graphs.pop(microbatch)
-        if self.parts.is_last:
+        if self.is_last:
             (y / self.inputs.target_tokens).backward()
         else:
-            backward_with(y, self._output_gradients[microbatch])
+            backward_with(y, self._received["B", microbatch])
         self.parameters.end_backward()
-        if not self.parts.is_first:
+        if not self.is_first:
             assert x.grad is not None
-            self._input_gradients[microbatch] = x.grad
+            self._outgoing["B", microbatch] = x.grad
 
     def _release_buffers(self, microbatch: int) -> None:
         del self._batches[microbatch]
-        for buffers in (self._inputs, self._output_gradients):
-            if microbatch in buffers:
-                self.pool.release(buffers.pop(microbatch))
+        for key in [key for key in self._received if key[1] == microbatch]:
+            buffer = self._received.pop(key)
+            self._free[tuple(buffer.shape)].append(buffer)
 
     def _exists(self, microbatch: int) -> bool:
         return microbatch < len(self.inputs.microbatch_ids)
@@ -217,9 +182,6 @@ class ModelStage:
         """Read a microbatch of the global batch."""
         with self.progress.span("data"):
             return self.inputs.fetch(number).to(self.device)
-
-    def _activation_shape(self, microbatch: int) -> tuple[int, ...]:
-        return (*self._batch(microbatch).tokens.shape, self.width)
 
     def _sequence_info(self, microbatch: int) -> SequenceInfo:
         batch, inputs = self._batch(microbatch), self.inputs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm
-from mpilm.parallel.flat import FlatParameters
+from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice
 
 OUTER_MOMENTUM = "outer_momentum"  # its name in checkpoints
@@ -24,8 +24,9 @@ class DiLoCo:
 
     def __init__(self, flats: Mapping[int, FlatParameters], comm: Comm, every: int):
         self.flats, self.comm, self.every = flats, comm, every
-        self.momentum = {stage: torch.zeros_like(flat.values.tensor) for stage, flat in flats.items()}
+        self.momentum = {stage: FlatVector.zeros(flat.values.intervals, flat.device) for stage, flat in flats.items()}
         self.anchors: dict[int, Tensor] = {}  # the weights at the last synchronization
+        self.memory_bytes = 2 * sum(momentum.tensor.nbytes for momentum in self.momentum.values())  # with the anchors
 
     def is_due(self, done: int, steps: int) -> bool:
         """Return whether replicas synchronize after `done` of `steps` steps."""
@@ -41,7 +42,7 @@ class DiLoCo:
         if not self.anchors:
             return
         for stage, flat in self.flats.items():
-            anchor, momentum = self.anchors.pop(stage), self.momentum[stage]
+            anchor, momentum = self.anchors.pop(stage), self.momentum[stage].tensor
             delta = anchor - flat.values.tensor
             for part in delta.split(MAX_MESSAGE_NUMEL):
                 self.comm.all_reduce(part)
@@ -51,14 +52,4 @@ class DiLoCo:
 
     def owned_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the outer momentum of the parameter slices that this rank updates."""
-        slices = {}
-        for stage, flat in self.flats.items():
-            for item, values in flat.owned_slices(flat.values).items():
-                at = values.storage_offset() - flat.values.tensor.storage_offset()
-                slices[item] = self.momentum[stage][at : at + item.numel]
-        return slices
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the outer momentum and of the anchors."""
-        return 2 * sum(x.nbytes for x in self.momentum.values())
+        return {item: x for stage, flat in self.flats.items() for item, x in flat.owned_slices(self.momentum[stage]).items()}

@@ -22,17 +22,14 @@ class PowerSGDReducer(CrossRankReducer):
     def __init__(self, comm: Comm, flat: FlatParameters, sums: FlatVector, rank: int, seed: int):
         self.comm = comm
         views = {name: flat.parameter(name, sums) for name in flat.layout.spans}
-        self.matrices = {name: view for name, view in views.items() if _is_compressible(view, rank)}
+        self.matrices = {name: x for name, x in views.items() if x.dim() == 2 and rank * sum(x.shape) < x.numel()}
         self.uncompressed = [view for name, view in views.items() if name not in self.matrices]
         self.errors = {name: torch.zeros_like(view) for name, view in self.matrices.items()}
         self.q = {
             name: initial_value(seed, f"compress.{name}", (view.shape[1], rank), 1.0).to(flat.device)
             for name, view in self.matrices.items()
         }
-
-    @property
-    def memory_bytes(self) -> int:
-        return sum(x.nbytes for x in (*self.errors.values(), *self.q.values()))
+        self.memory_bytes = sum(x.nbytes for x in (*self.errors.values(), *self.q.values()))
 
     def reset_residuals(self) -> None:
         for error in self.errors.values():
@@ -62,7 +59,3 @@ class PowerSGDReducer(CrossRankReducer):
         packed = torch.cat([x.reshape(-1) for x in tensors])
         self.comm.all_reduce(packed)
         return [part.view(x.shape) for part, x in zip(packed.split([x.numel() for x in tensors]), tensors)]
-
-
-def _is_compressible(view: Tensor, rank: int) -> bool:
-    return view.dim() == 2 and rank * sum(view.shape) < view.numel()

@@ -15,8 +15,8 @@ from mpilm.comm.base import Comm
 from mpilm.ops.tree import Interval, TreeNode
 from mpilm.ops.tree_reduce import GradientEncoding, TreeReduction
 from mpilm.parallel.flat_layout import FlatLayout
-from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, MessageReducer, tree_message_reducer
-from mpilm.parallel.reduce.step import CrossRankReducer
+from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, MessageReducer
+from mpilm.parallel.reduce.step import BlockPlan, CrossRankReducer, count_buffers
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,12 @@ def detect_topology(comm: Comm) -> NodeTopology | None:
     return NodeTopology(intra_node, comm.split(intra_node.rank, comm.rank, f"{comm.name} across nodes"))
 
 
-def allocate_on_nodes(topology: NodeTopology, comm: Comm, numel: int) -> list[Tensor] | None:
-    """Return memory of so many elements for each rank of this node, shared by them; None on all ranks of `comm` if a node has
-    none. Collective."""
-    parts = topology.intra_node.allocate_shared(numel)
-    return parts if all(comm.all_gather_json(parts is not None)) else None
-
-
 class LocalRankSlices:
     """The slices of a flat layout owned by the ranks with one local rank, one after the other."""
 
     def __init__(self, layout: FlatLayout, local_rank: int, local_size: int):
         self.layout, self.local_rank, self.local_size = layout, local_rank, local_size
+        self.longest_slice = layout.longest_slice
 
     def slices(self, bucket: Interval) -> list[int]:
         return self.layout.slices(bucket)[self.local_rank :: self.local_size]
@@ -63,20 +57,14 @@ class LocalRankSlices:
         return [self.layout.slice(bucket, rank) for rank in range(self.local_rank, self.layout.ranks, self.local_size)]
 
     @property
-    def longest_slice(self) -> int:
-        return self.layout.longest_slice
-
-    @property
     def numel(self) -> int:
         return sum(sum(self.slices(bucket)) for bucket in self.layout.buckets)
 
 
 class SharedMemoryReducer(CrossRankReducer):
-    """Reduces in shared memory; the sum goes to buffer 0 of each rank: its slices, or with `gather` all of it.
-
-    `buffers`: the flat vectors of each rank of this node. `nodes_held`: for each rank of the communicator, the tree node that
-    each of its buffers holds. Collective over the topology's communicators.
-    """
+    """Reduces in shared memory; the sum goes to buffer 0 of each rank: its slices, or with `gather` all of it. `buffers`: the
+    flat vectors of each rank of this node. `nodes_held`: for each rank of the communicator, the tree node that each of its
+    buffers holds. Collective over the topology's communicators."""
 
     uses_shared_buffers = True
 
@@ -88,61 +76,42 @@ class SharedMemoryReducer(CrossRankReducer):
         nodes_held: Sequence[Mapping[int, TreeNode]],
         microbatches: int,
         gather: bool,
-        encoding: GradientEncoding | None = None,
+        encoding: GradientEncoding,
     ):
         self.topology, self.gather = topology, gather
         local_rank, local_size = topology.intra_node.rank, topology.intra_node.size
-        sums = [vectors[0] for vectors in buffers]
-        self.own_sums = sums[local_rank]
         slices = [LocalRankSlices(layout, r, local_size) for r in range(local_size)]
-        self.own_slices = slices[local_rank]
+        own_slices, self.own_buffers = slices[local_rank], buffers[local_rank]
+        own_sums = self.own_buffers[0]
         by_node = [
             TreeReduction([list(nodes_held[rank].values()) for rank in topology.ranks(node)], microbatches)
             for node in range(topology.inter_node.size)
         ]
         self.intra_reduction = by_node[topology.inter_node.rank]
         held_here = [nodes_held[rank] for rank in topology.ranks(topology.inter_node.rank)]
-        vectors_by_node = sorted(
-            ((node, vectors[b]) for vectors, held in zip(buffers, held_here) for b, node in held.items()),
-            key=lambda pair: pair[0],
-        )
-        self.views = self._make_views([vector for _, vector in vectors_by_node])
-        self.copies = [
-            (self.own_sums[i:j], other_sums[i:j])
-            for other_sums, other in zip(sums, slices)
-            if other is not self.own_slices
+        by_tree_node = {node: vectors[b] for vectors, held in zip(buffers, held_here) for b, node in held.items()}
+        in_order = [by_tree_node[node] for node in sorted(by_tree_node)]
+        self.views = {
+            bucket: [([x[i:j] for x in in_order], own_sums[i:j]) for i, j in own_slices.intervals(bucket)]
             for bucket in layout.buckets
-            for i, j in other.intervals(bucket)
+        }
+        """By bucket, the parts that this rank adds and the place of their sum: to make views takes longer than to add a few."""
+        self.copies = [
+            (own_sums[i:j], buffers[r][0][i:j])
+            for r in range(local_size)
+            if r != local_rank
+            for bucket in layout.buckets
+            for i, j in slices[r].intervals(bucket)
         ]
         """The place of each slice added by another rank of the node, and its source."""
         self.inter_node: MessageReducer | None = None
         if topology.inter_node.size > 1:
-            self.packed = [torch.empty(self.own_slices.numel) for _ in self.intra_reduction.remaining]
-            self.inter_node = tree_message_reducer(
-                topology.inter_node,
-                self.own_slices,
-                [each.remaining for each in by_node],
-                microbatches,
-                self.own_sums.device,
-                gather,
-                min(BUCKETS_IN_FLIGHT, len(layout.buckets)),
-                encoding or GradientEncoding(),
+            self.packed = [torch.empty(own_slices.numel) for _ in self.intra_reduction.remaining]
+            nodes, depth = [each.remaining for each in by_node], min(BUCKETS_IN_FLIGHT, len(layout.buckets))
+            self.inter_node = MessageReducer(
+                topology.inter_node, own_slices, nodes, microbatches, own_sums.device, gather, depth, encoding
             )
-
-    def _make_views(self, vectors: Sequence[Tensor]) -> dict[Interval, list[tuple[list[Tensor], Tensor]]]:
-        """Return, by bucket, the parts that this rank adds and the place of their sum.
-
-        Views are made once: making them takes longer than a small addition.
-        """
-        return {
-            bucket: [([x[i:j] for x in vectors], self.own_sums[i:j]) for i, j in self.own_slices.intervals(bucket)]
-            for bucket in self.own_slices.layout.buckets
-        }
-
-    @property
-    def memory_bytes(self) -> int:
-        """Memory of the messages to other nodes."""
-        return 0 if self.inter_node is None else self.inter_node.memory_bytes + sum(x.nbytes for x in self.packed)
+            self.memory_bytes = self.inter_node.memory_bytes + sum(x.nbytes for x in self.packed)
 
     def reset_residuals(self) -> None:
         if self.inter_node is not None:
@@ -178,3 +147,20 @@ class SharedMemoryReducer(CrossRankReducer):
         inter_node.finish()
         for total, result in results:
             total.copy_(result)
+
+
+def make_shared_memory_reducer(
+    comm: Comm, layout: FlatLayout, plans: Sequence[BlockPlan], microbatches: int, gather: bool, encoding: GradientEncoding
+) -> SharedMemoryReducer | None:
+    """Return a reducer of buffers in shared memory, as each rank's plan needs them; None on all ranks if a node has no such
+    memory. Collective."""
+    topology = detect_topology(comm)
+    if topology is None:
+        return None
+    counts = [count_buffers(plan) for plan in plans]
+    parts = topology.intra_node.allocate_shared(counts[comm.rank] * layout.numel)
+    if not all(comm.all_gather_json(parts is not None)) or parts is None:
+        return None
+    local_counts = [counts[rank] for rank in topology.ranks(topology.inter_node.rank)]
+    buffers = [part[: count * layout.numel].split(layout.numel) for part, count in zip(parts, local_counts)]
+    return SharedMemoryReducer(topology, layout, buffers, [held for _, held in plans], microbatches, gather, encoding)
