@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from thread_ranks import run_ranks
+
 import mpilm.evaluate
 import mpilm.generate
 import mpilm.prepare
@@ -23,7 +25,6 @@ import mpilm.trainer.loop  # noqa: F401
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.errors import UserError
 from mpilm.launch import run as launch
-from mpilm.testing.threads import run_ranks
 
 LIMIT_S = 60
 

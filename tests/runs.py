@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from text import TINY
+from thread_ranks import run_ranks
 from torch import Tensor, nn
 
 from mpilm.checkpoint.format import list_checkpoints
@@ -27,7 +28,6 @@ from mpilm.parallel import flat_layout
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
 from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
-from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 

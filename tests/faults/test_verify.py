@@ -9,12 +9,12 @@ import pytest
 import torch
 from helpers import HAS_OTHER_MPI, OTHER_PYTHON, mpirun
 from runs import small_config
+from thread_ranks import run_ranks
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.engine.hardware import Hardware
 from mpilm.parallel.flat_layout import ParamSlice
-from mpilm.testing.threads import run_ranks
 from mpilm.verification import layouts
 
 CONFIG_ERROR, RANKS_DISAGREE = 78, 88

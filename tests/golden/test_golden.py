@@ -21,10 +21,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])] if __name__ == "__main__
 
 from runs import layout  # noqa: E402
 from text import tiny_config, write_tokens  # noqa: E402
+from thread_ranks import run_ranks  # noqa: E402
 
 from mpilm.engine.hardware import processor_name  # noqa: E402
 from mpilm.engine.step import train_step, validation_loss  # noqa: E402
-from mpilm.testing.threads import run_ranks  # noqa: E402
 from mpilm.trainer.build import build_run  # noqa: E402
 
 STEPS = 40

@@ -23,6 +23,7 @@ from runs import (
 )
 from safetensors.torch import load_file, save_file
 from text import tiny_config, write_tokens
+from thread_ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mpilm.checkpoint.pretrained import find_base_model, find_tokenizer_folder, read_pretrained_config
@@ -35,7 +36,6 @@ from mpilm.errors import ConfigError, FileError
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.optimizer import learning_rate
-from mpilm.testing.threads import run_ranks
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
 

@@ -5,10 +5,10 @@ from unittest import mock
 import pytest
 import torch
 from runs import layout, small_config
+from thread_ranks import run_ranks
 
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.layout_check import resolve_mesh_shape
-from mpilm.testing.threads import run_ranks
 from mpilm.trainer import auto_layout
 
 CPU = torch.device("cpu")

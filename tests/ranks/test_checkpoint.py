@@ -31,6 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from text import tiny_config
+from thread_ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
 from mpilm.checkpoint import save as save_module
@@ -58,7 +59,6 @@ from mpilm.model.families import build_model, tied_parameters
 from mpilm.model.hf.names import hf_name
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.telemetry.memory import shared_bytes
-from mpilm.testing.threads import run_ranks
 
 ONE = SelfComm()
 BLOCKS = st.sampled_from([8, 60, 64, 100, 1 << 10, 1 << 24])  # with 60 and 100, some elements lie in two blocks

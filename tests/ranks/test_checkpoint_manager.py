@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 from checkpoints import draw_tensors, make_state, replicate, small_files, stripe
+from thread_ranks import run_ranks
 
 from mpilm.checkpoint.format import PARAMETER, checkpoint_step, list_checkpoints
 from mpilm.checkpoint.manager import CheckpointManager
@@ -18,7 +19,6 @@ from mpilm.comm.progress import Progress
 from mpilm.config.schema import CheckpointConfig
 from mpilm.errors import NonFiniteError
 from mpilm.testing.faults import POINTS, install_faults
-from mpilm.testing.threads import run_ranks
 
 SHAPES = {"embed.weight": (40, 16), "norm.weight": (16,)}
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from contract import CONTRACT, MISMATCHES, check_odd_rank_is_named, check_unequal_counts_are_named, ranks_are_in_step
+from thread_ranks import PeerFailedError, run_ranks
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.errors import RanksDisagreeError
-from mpilm.testing.threads import PeerFailedError, run_ranks
 
 SIZES = (1, 2, 3, 4, 8)
 

@@ -7,13 +7,13 @@ import copy
 
 import pytest
 import torch
+from thread_ranks import run_ranks
 from torch import nn
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.data_parallel import DataParallel
 from mpilm.errors import ConfigError
-from mpilm.testing.threads import run_ranks
 
 COUNT = 7
 ALONE = SelfComm("world")

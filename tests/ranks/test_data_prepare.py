@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from thread_ranks import run_ranks
 
 import mpilm.data.prepare as prepare
 import mpilm.data.sources as sources
@@ -19,7 +20,6 @@ from mpilm.data.corpus import open_corpus
 from mpilm.data.prepare import collect_statistics, prepare_tokens
 from mpilm.data.tokenizer import EOS, bytes_tokenizer, load_tokenizer
 from mpilm.errors import ConfigError, DataError, FileError
-from mpilm.testing.threads import run_ranks
 
 SIZES = [1, 2, 3, 4]
 LONG = "".join(f"{i} green bottles\n" for i in range(60))

@@ -15,6 +15,7 @@ from runs import (
     train_until_killed,
 )
 from text import tiny_config, write_tokens
+from thread_ranks import run_ranks
 
 from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
 from mpilm.comm.collective_errors import CollectiveError
@@ -23,7 +24,6 @@ from mpilm.engine.step import train_step
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import ParamLayout
 from mpilm.parallel.reduce.diloco import OUTER_BETA, OUTER_LR, OUTER_MOMENTUM, DiLoCo
-from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.verification.layouts import RandomTokens
 

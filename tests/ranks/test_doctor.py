@@ -3,6 +3,7 @@
 import pytest
 import torch
 from runs import small_config
+from thread_ranks import ThreadComm, run_ranks
 
 from mpilm.comm.base import Request
 from mpilm.comm.collective_errors import CollectiveError
@@ -15,7 +16,6 @@ from mpilm.mesh.shape import MeshShape
 from mpilm.planner.cost import PlacedLayout, step_time
 from mpilm.planner.profile import read_profile, write_profile
 from mpilm.telemetry.trace import ClockOffset
-from mpilm.testing.threads import ThreadComm, run_ranks
 
 CHECKS = ("ring", "all to all", "reduce", "gather", "broadcast", "shared")
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from runs import FAMILIES, full_model, small_config
 from safetensors.torch import load_file, save_file
 from text import make_text, tiny_config, write_text, write_tokens
+from thread_ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
@@ -25,7 +26,6 @@ from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.inference.evaluate import cut_windows, evaluate_model, group_windows
 from mpilm.model.families import initial_value
 from mpilm.telemetry.metrics import read_metrics
-from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
 
 T = 16

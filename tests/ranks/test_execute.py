@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from runs import assemble, differing, layout, serial_config, small_config, train_on_threads, train_steps
+from thread_ranks import PeerFailedError, ThreadComm, run_ranks
 
 from mpilm.comm.base import Request, SelfComm, unpack_into
 from mpilm.comm.progress import Progress
@@ -17,7 +18,6 @@ from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.pipeline.actions import Action, Message
 from mpilm.parallel.pipeline.execute import StageMessenger, execute
 from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only, lower
-from mpilm.testing.threads import PeerFailedError, ThreadComm, run_ranks
 
 ALL_SCHEDULES = {**SCHEDULES, "forward only": forward_only}
 

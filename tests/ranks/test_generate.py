@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import write_hf_model
 from runs import FAMILIES, full_model, small_config
+from thread_ranks import run_ranks
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 from transformers import AutoModelForCausalLM
@@ -19,7 +20,6 @@ from mpilm.config.schema import GenerateConfig
 from mpilm.inference.generate import GeneratedSequence, generate, generate_texts
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.families import initial_value
-from mpilm.testing.threads import run_ranks
 
 V = 97
 DECODERS = [family for family in FAMILIES if family != "bert"]

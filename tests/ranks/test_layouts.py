@@ -16,6 +16,7 @@ from runs import (
     small_config,
     train_on_threads,
 )
+from thread_ranks import run_ranks
 
 from mpilm.config.schema import GenerateConfig
 from mpilm.engine.step import train_step
@@ -26,7 +27,6 @@ from mpilm.parallel.flat_layout import ALIGNMENT, BUCKET
 from mpilm.parallel.layout import select_owned, select_stage
 from mpilm.parallel.pipeline.schedules import SCHEDULES, lower, schedule
 from mpilm.planner.simulate import simulate
-from mpilm.testing.threads import run_ranks
 from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 
 FACTORS = {

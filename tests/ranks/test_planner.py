@@ -6,6 +6,7 @@ import pytest
 from machines import machine
 from runs import build_train_model, layout, small_config, train_to_end
 from text import tiny_config, write_tokens
+from thread_ranks import run_ranks
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
@@ -16,7 +17,6 @@ from mpilm.mesh.shape import MeshShape
 from mpilm.planner.cost import PlacedLayout
 from mpilm.planner.memory import persistent_bytes
 from mpilm.planner.profile import write_profile
-from mpilm.testing.threads import run_ranks
 from mpilm.trainer.auto_layout import choose_layout
 from mpilm.verification.layouts import VOCAB_SIZE
 

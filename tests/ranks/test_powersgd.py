@@ -7,6 +7,7 @@ import pytest
 import torch
 from runs import CPU, build_train_model, small_config, train_on_threads
 from text import tiny_config, write_tokens
+from thread_ranks import run_ranks
 
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
@@ -15,7 +16,6 @@ from mpilm.engine.step import train_step
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.layout import ParamLayout
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
-from mpilm.testing.threads import run_ranks
 from mpilm.trainer import build, loop
 from mpilm.verification.layouts import RandomTokens
 

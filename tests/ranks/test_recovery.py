@@ -13,6 +13,7 @@ import pytest
 import torch
 from runs import layout, read_tensor_files, train_to_end
 from text import tiny_config, write_tokens
+from thread_ranks import run_ranks
 
 from mpilm.checkpoint.format import checkpoint_name
 from mpilm.checkpoint.save import save_checkpoint
@@ -24,7 +25,6 @@ from mpilm.engine.step import train_step
 from mpilm.errors import NonFiniteError, RanksDisagreeError
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.telemetry.metrics import read_metrics
-from mpilm.testing.threads import run_ranks
 from mpilm.trainer import loop
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train

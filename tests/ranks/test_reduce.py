@@ -6,6 +6,7 @@ import pytest
 import torch
 from runs import CPU, assemble, differing, full_model, small_buckets
 from text import tiny_config
+from thread_ranks import run_ranks
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.instrumented import InstrumentedComm
@@ -20,7 +21,6 @@ from mpilm.parallel.reduce.build import make_step_reducer
 from mpilm.parallel.reduce.rounds import RoundReducer
 from mpilm.parallel.reduce.shared_memory import detect_topology
 from mpilm.parallel.tied import TiedParameters
-from mpilm.testing.threads import run_ranks
 
 V = 29
 METHODS = [

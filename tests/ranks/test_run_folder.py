@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from runs import layout
 from text import TINY, tiny_config, write_tokens
+from thread_ranks import run_ranks
 
 from mpilm.checkpoint.format import checkpoint_name
 from mpilm.comm.base import SelfComm
@@ -14,7 +15,6 @@ from mpilm.config.parse import merge_settings, read_toml
 from mpilm.config.schema import override, resolve_config
 from mpilm.data.corpus import open_corpus
 from mpilm.errors import ConfigError, DataError, FileError
-from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
 from mpilm.trainer.run_folder import open_run_folder
 

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 from runs import layout
 from text import tiny_config, write_tokens
+from thread_ranks import run_ranks
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
@@ -17,7 +18,6 @@ from mpilm.parallel.pipeline.actions import parse_action
 from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.telemetry.metrics import read_metrics
 from mpilm.telemetry.trace import CATEGORIES, ClockOffset, measure_clock_offset, to_root_time
-from mpilm.testing.threads import run_ranks
 from mpilm.trainer.loop import train
 
 SETTINGS = {"run__trace_steps": "2:3", "model__n_layers": 4, "train__steps": 4}

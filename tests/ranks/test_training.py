@@ -16,6 +16,7 @@ import torch
 from checkpoints import write_hf_model
 from runs import FAMILIES, assemble, differing, full_batch, full_model, layout, owned_state, train_to_end, train_until_killed
 from text import tiny_config, write_tokens
+from thread_ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from mpilm.checkpoint.format import checkpoint_name
@@ -31,7 +32,6 @@ from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.optimizer import learning_rate
 from mpilm.telemetry.metrics import read_metrics
-from mpilm.testing.threads import run_ranks
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
 

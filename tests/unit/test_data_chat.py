@@ -8,6 +8,7 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import run_ranks
 
 import mpilm.data.sources as sources
 from mpilm.comm.base import SelfComm
@@ -19,7 +20,6 @@ from mpilm.data.tokenizer import Tokenizer, bytes_tokenizer
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.layers import IGNORE_INDEX
 from mpilm.model.sequence_info import NO_DOCUMENT
-from mpilm.testing.threads import run_ranks
 
 TOKENIZER = bytes_tokenizer()
 EOS = TOKENIZER.eos

@@ -7,13 +7,13 @@ from itertools import count, repeat
 
 import pytest
 import torch
+from thread_ranks import run_ranks
 
 from mpilm.comm.base import SelfComm
 from mpilm.config.schema import ParallelConfig, TrainConfig
 from mpilm.engine import hardware
 from mpilm.engine.hardware import choose_device, detect_hardware, fair_share, numerics_environment, slice_affinity
 from mpilm.errors import ConfigError
-from mpilm.testing.threads import run_ranks
 
 UNLIMITED = float("inf")
 

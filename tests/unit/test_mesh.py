@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from thread_ranks import run_ranks
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import AXES, MeshShape
-from mpilm.testing.threads import run_ranks
 
 shapes = st.builds(MeshShape, *(st.integers(1, 4) for _ in AXES))
 SMALL = [MeshShape(*sizes) for sizes in itertools.product((1, 2, 3), (1, 2), (1, 2), (1, 2)) if MeshShape(*sizes).size <= 8]

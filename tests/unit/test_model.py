@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers.models.llama.modeling_llama as hf_llama
 from runs import full_model
 from text import tiny_config
+from thread_ranks import run_ranks
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,7 +22,6 @@ from mpilm.model.hf.names import hf_name
 from mpilm.model.layers import IGNORE_INDEX, Dropout, RotaryEmbedding, hash_key, loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel.layout import select_owned
-from mpilm.testing.threads import run_ranks
 
 V = 53
 

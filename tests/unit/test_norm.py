@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import run_ranks
 
 import mpilm.optim.norm as norm_module
 from mpilm.comm.base import SelfComm
 from mpilm.optim.norm import global_norm
-from mpilm.testing.threads import run_ranks
 
 
 def noise(count, seed=0, spread=3.0):
