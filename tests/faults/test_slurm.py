@@ -7,17 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import LAUNCHER, OPEN_MPI
-from training_jobs import ROOT, SMALL, logged_step, read_outcome, run_serially, train_arguments
+from training_jobs import ROOT, SMALL, logged_step, read_outcome, run_serially, sleep_in_steps, train_arguments
 
 from mpilm.checkpoint.format import list_checkpoints
 from mpilm.checkpoint.verify import verify_checkpoint
 
 HERE = ROOT / "scripts" / "slurm-here"
-STEPS = 1500
-SHORT = ("--train.steps", 500)
+STEPS, SLOW_STEPS = 200, (20, 120)  # the slow ones leave a test ten seconds to act
+SHORT = ("--train.steps", 150)
 pytestmark = pytest.mark.timeout(500)
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=2", "--nodelist=n[0-1]")
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
@@ -33,7 +34,7 @@ class Cluster:
         self.environment = {
             **os.environ, **OPEN_MPI, "PYTHONPATH": str(ROOT), "MPILM_SITE": "/dev/null", "MPILM_DOCTOR": "off",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_CONF": str(self.folder / "slurm.conf"),
-            "MPILM_SRUN_MPI": "pmix" if open_mpi else "pmi2",
+            "MPILM_SRUN_MPI": "pmix" if open_mpi else "pmi2", "MPILM_FAULT": sleep_in_steps(*SLOW_STEPS, 0.1),
         }  # fmt: skip
 
     def call(self, *words: object) -> str:
@@ -115,11 +116,9 @@ def chain(cluster, tmp_path_factory, data):
     run = tmp_path_factory.mktemp("chain") / "run"
     flags = f"--cpus-per-task=1 --time=1 --output={cluster.logs}/%j.log --nodelist=n3 {' '.join(ONE_NODE)} {WARNING}"
     slow = "kind=sleep rank=1 step=40 point=forward value=26"
-    cluster.environment |= {"SBATCH_FLAGS": flags, "MPILM_FAULT": slow}
-    try:
+    variables = {"SBATCH_FLAGS": flags, "MPILM_FAULT": slow}
+    with mock.patch.dict(cluster.environment, variables):
         return run, cluster.call("jobs/chain", 3, "jobs/train.sbatch", *train_flags(data, run, *SHORT)).split()
-    finally:
-        del cluster.environment["MPILM_FAULT"]
 
 
 def test_job_preempted_and_warned_completes_the_run(cluster, tmp_path, data, uninterrupted):
