@@ -44,8 +44,9 @@ class ChatTemplate:
         def fail(message: str) -> NoReturn:
             raise TemplateError(message)
 
-        extensions = ["jinja2.ext.loopcontrols"]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals |= {"raise_exception": fail, "strftime_now": lambda form: datetime.now().strftime(form)}
         environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
         source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)  # marks what is learnt, and prints nothing
@@ -159,10 +160,12 @@ def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> n
 
 
 class ChatExamples:
-    """Examples of conversations, laid into rows of the context length. Conversations longer than the context are cut or, with
-    data.too-long "drop", left out, as are those that then have no answer. With data.packing "concat" a row holds one
-    conversation; with "documents", as many as fit, in their order, each by itself. The last data.eval-fraction of the rows is
-    the validation split. Raises ConfigError or DataError if one is empty."""
+    """Examples of conversations, laid into rows of the context length.
+
+    Conversations longer than the context are cut or, with data.too-long "drop", left out, as are those that then have no
+    answer. With data.packing "concat" a row holds one conversation; with "documents", as many as fit, in their order, each by
+    itself. The last data.eval-fraction of the rows is the validation split. Raises ConfigError or DataError if one is empty.
+    """
 
     def __init__(self, chats: EncodedChats, context_length: int, data: DataConfig, eos: int):
         self.chats, self.context_length, self.eos = chats, context_length, eos
