@@ -101,7 +101,8 @@ class RecoveredState:
 
     def result(self) -> StepResult:
         """Return the result of the step after which the run resumes."""
-        return StepResult(*self.trainer["result"], flags=NO_FLAGS)  # loss, norm, rate, and whether it updated
+        loss, grad_norm, lr, updated = self.trainer["result"]
+        return StepResult(loss, grad_norm, lr, updated, NO_FLAGS)
 
     def restore_into(self, model: TrainModel) -> None:
         """Fill the state that this rank updates. Collective over the working ranks; idle spares are in `broadcast_ranges`."""
