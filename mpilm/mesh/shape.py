@@ -4,8 +4,6 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 AXES = ("pipeline", "data", "context", "tensor")  # tensor varies fastest: its ranks communicate most and are closest together
 
 
@@ -36,14 +34,20 @@ class MeshShape:
         """Return the index of a rank along each axis."""
         if not 0 <= rank < self.size:
             raise ValueError(f"rank {rank} is not in a mesh of {self.size} ranks")
-        return dict(zip(AXES, map(int, np.unravel_index(rank, self.sizes))))
+        indices = []
+        for size in reversed(self.sizes):
+            rank, index = divmod(rank, size)
+            indices.append(index)
+        return dict(zip(AXES, reversed(indices)))
 
     def rank(self, coordinate: Mapping[str, int]) -> int:
         """Return the rank at a coordinate."""
+        rank = 0
         for axis, size in zip(AXES, self.sizes):
             if not 0 <= coordinate[axis] < size:
                 raise ValueError(f"index {coordinate[axis]} is out of range on the {axis} axis of {size} ranks")
-        return int(np.ravel_multi_index([coordinate[axis] for axis in AXES], self.sizes))
+            rank = rank * size + coordinate[axis]
+        return rank
 
     def color(self, rank: int, axes: Collection[str]) -> int:
         """Return a number equal for ranks that differ along `axes` only: the lowest rank of the group."""
