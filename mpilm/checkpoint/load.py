@@ -93,10 +93,9 @@ def _check_no_pickles(folder: Path, patterns: Sequence[str]) -> None:
     """Refuse weights in a format that can run a stranger's code, and tell how to convert them."""
     pickles = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
     if pickles and not any(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is loaded; convert it once where that is "
-            "safe, for example with transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)"
-        )
+        problem = f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is loaded"
+        advice = "convert it once where that is safe, for example with transformers"
+        raise ConfigError(f"{problem}; {advice}: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)")
 
 
 @dataclass(frozen=True)

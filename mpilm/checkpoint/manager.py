@@ -61,8 +61,7 @@ class CheckpointManager:
             state = self.make_state(step, eval_loss)
             _check_finite(state, step, self.comm)
             self._join_pruning()  # which frees the space that this one needs
-            buffers = self._buffers if self.config.asynchronous else None
-            self._pending = AsyncSave(self.folder, step, state, self.comm, buffers)
+            self._pending = AsyncSave(self.folder, step, state, self.comm, self._buffers if self.config.asynchronous else None)
         if not self.config.asynchronous:
             self.finish()
 

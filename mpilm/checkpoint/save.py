@@ -54,16 +54,13 @@ class CheckpointState:
     shard_owners: ShardOwners  # pure: for a parameter, ranges that cover it in order; each owner has a slice with all of it
 
 
-def save_checkpoint(parent: Path, step: int, state: CheckpointState, comm: Comm) -> Path:
-    """Write the checkpoint of `step` without copies, and return its folder. Collective; raises CollectiveError on all ranks."""
-    return AsyncSave(parent, step, state, comm).finalize()
-
-
 class AsyncSave:
-    """A checkpoint being saved below `parent`, a folder that all ranks see. The constructor copies the state into `buffers`, a
-    thread writes it without messages to other ranks, and `poll` or `finalize` commits it. Without `buffers`, the constructor
-    writes block by block, with neither copies nor a thread. All three are collective and raise CollectiveError on all ranks. An
-    existing checkpoint is never overwritten."""
+    """A checkpoint being saved below `parent`, a folder that all ranks see.
+
+    The constructor copies the state into `buffers`, a thread writes it without messages to other ranks, and `poll` or
+    `finalize` commits it. Without `buffers`, the constructor writes block by block, with neither copies nor a thread. All three
+    are collective and raise CollectiveError on all ranks. An existing checkpoint is never overwritten.
+    """
 
     def __init__(self, parent: Path, step: int, state: CheckpointState, comm: Comm, buffers: WriteBuffers | None = None):
         self.step, self.final, self.took_s = step, parent / checkpoint_name(step), 0.0  # took_s: to copy and to write

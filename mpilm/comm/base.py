@@ -193,10 +193,8 @@ class Comm(ABC):
             if tensor.requires_grad:
                 raise ValueError(f"{self}: {op} of a tensor that requires grad, shape {tuple(tensor.shape)}; detach() it")
             if not tensor.is_contiguous():
-                raise ValueError(
-                    f"{self}: {op} of a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} "
-                    "that is not contiguous; call contiguous() if a copy is acceptable"
-                )
+                what = f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} that is not contiguous"
+                raise ValueError(f"{self}: {op} of {what}; call contiguous() if a copy is acceptable")
         if out is not None and (x.dtype, x.device) != (out.dtype, out.device):
             raise ValueError(f"{self}: {op} from {x.dtype} on {x.device} to {out.dtype} on {out.device}")
         for actual, expected in lengths:

@@ -26,8 +26,7 @@ def run_on_all_ranks(comm: Comm, action: Callable[[], R]) -> R:
     """
     result, failure = _catch(action)
     failures = comm.all_gather_json(failure)
-    failed = [rank for rank, failure in enumerate(failures) if failure]
-    if failed:
+    if failed := [rank for rank, failure in enumerate(failures) if failure]:
         code, message = failures[failed[0]]
         where = "" if len(failed) == comm.size else f" (on {name_ranks(failed)})"
         raise CollectiveError(error_from_code(code, message + where))
@@ -37,8 +36,7 @@ def run_on_all_ranks(comm: Comm, action: Callable[[], R]) -> R:
 def run_on_root(comm: Comm, action: Callable[[], R]) -> R | None:
     """Run `action` on rank 0 alone; all ranks raise its UserError. Returns None on the other ranks. Collective."""
     result, failure = _catch(action) if comm.rank == 0 else (None, None)
-    failure = comm.broadcast_json(failure)
-    if failure:
+    if failure := comm.broadcast_json(failure):
         raise CollectiveError(error_from_code(*failure))
     return result
 
@@ -54,7 +52,6 @@ def _catch(action: Callable[[], R]) -> tuple[R | None, list[Any] | None]:
 def check_same_on_all_ranks(comm: Comm, what: str, settings: Mapping[str, Any]) -> None:
     """Raise on all ranks if a setting differs between them, naming each with its values. Collective."""
     everyone = comm.all_gather_json(dict(settings))
-    keys = [key for key in everyone[0] if any(other.get(key) != everyone[0][key] for other in everyone)]
-    if keys:
+    if keys := [key for key in everyone[0] if any(other.get(key) != everyone[0][key] for other in everyone)]:
         rows = "".join(f"\n  {k}: " + ", ".join(f"{s.get(k)!r} on rank {r}" for r, s in enumerate(everyone)) for k in keys)
         raise CollectiveError(ConfigError(f"the ranks were started with different {what}:{rows}"))

@@ -76,8 +76,7 @@ class InstrumentedComm(Comm):
         return self._instrument(self.inner.split_node(name))
 
     def _instrument(self, inner: Comm) -> Comm:
-        world_ranks = inner.all_gather_json(self.world_ranks[self.rank])
-        return InstrumentedComm(inner, self.checks_calls, self.progress, world_ranks)
+        return InstrumentedComm(inner, self.checks_calls, self.progress, inner.all_gather_json(self.world_ranks[self.rank]))
 
     def allocate_shared(self, numel: int) -> list[Tensor] | None:
         self._record_collective("allocate_shared")
@@ -107,16 +106,14 @@ class InstrumentedComm(Comm):
     def _compare_counts(self, sends: list[int], receives: list[int]) -> None:
         everyone = self.inner.all_gather_json([sends, receives])
         for rank, (_, expected) in enumerate(everyone):
-            actual = [sent[rank] for sent, _ in everyone]
-            if actual != expected:
+            if (actual := [sent[rank] for sent, _ in everyone]) != expected:
                 raise RanksDisagreeError(f"{self.name}: all_to_all brings rank {rank} {actual} elements, it expects {expected}")
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
         return self._record_wait(self._record_message("send", to, tag, x.nbytes), self.inner._isend(x, to, tag))
 
     def _irecv(self, out: Tensor, source: int, tag: int) -> Request:
-        call = self._record_message("receive", source, tag, out.nbytes)
-        return self._record_wait(call, self.inner._irecv(out, source, tag))
+        return self._record_wait(self._record_message("receive", source, tag, out.nbytes), self.inner._irecv(out, source, tag))
 
     def _record_message(self, op: str, peer: int, tag: int, nbytes: int) -> CommCall:
         self._message_count += 1

@@ -148,11 +148,10 @@ class MpiComm(Comm):
         return status
 
     def _wait(self, request: MPI.Request) -> MPI.Status:
-        status = MPI.Status()
+        status, tries = MPI.Status(), 0
         if not self.yield_while_waiting:
             request.Wait(status)
             return status
-        tries = 0
         while not request.Test(status):
             tries += 1
             if tries < YIELDS_BEFORE_SLEEP:
@@ -227,8 +226,7 @@ def force_exit() -> None:
     runs on this host; otherwise the job would last until its time limit.
     """
     exit_after(RANK_TIMEOUT_S)
-    pid = find_launcher()
-    if pid is not None:
+    if (pid := find_launcher()) is not None:
         null = subprocess.DEVNULL  # a launcher waits until every process has closed the output it inherited
         command = ["sh", "-c", KILL_LATER.format(seconds=LAUNCHER_TIMEOUT_S, pid=pid)]
         with contextlib.suppress(OSError):

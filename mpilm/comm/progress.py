@@ -46,13 +46,12 @@ class Progress:
         self.waiting: tuple[CommCall, float] | None = None  # the pending call, and when it began
         self.calls: deque[CommCall] = deque(maxlen=RECENT_CALLS)
         self._spans: list[Span] | None = None
-        self._is_aborting = False
+        self.is_aborting = False  # set by the watchdog before it aborts: a call that unblocks after this must not return
 
     def enter(self, phase: str, step: int) -> None:
         """Begin a phase of the run, which ends the previous one."""
         self._park_if_aborting()
-        duration_s = time.monotonic() - self.since
-        self.longest_s[self.phase] = max(duration_s, self.longest_s.get(self.phase, 0.0))
+        self.longest_s[self.phase] = max(time.monotonic() - self.since, self.longest_s.get(self.phase, 0.0))
         self.step, self.phase, self.since = step, phase, time.monotonic()
 
     def wait(self, call: CommCall, finish: Callable[[], object]) -> None:
@@ -76,12 +75,8 @@ class Progress:
         spans, self._spans = self._spans or [], []
         return spans
 
-    def park(self) -> None:
-        """Called by the watchdog when the process is about to abort: a call that unblocks after this must not return."""
-        self._is_aborting = True
-
     def _park_if_aborting(self) -> None:
-        while self._is_aborting:
+        while self.is_aborting:
             time.sleep(1.0)
 
 

@@ -16,8 +16,7 @@ def check_config(config: Any) -> None:
     if isinstance(getattr(config, "data", None), DataConfig):
         config.data.corpora()  # raises
     if isinstance(config, Config):
-        targets = config.model.lora_targets  # as written
-        config = schema.override(schema.resolve_config(config), model__lora_targets=targets)
+        config = schema.override(schema.resolve_config(config), model__lora_targets=config.model.lora_targets)  # as written
         texts = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in flatten(config).items()}
         flags = {name: f"{flag_of(name)} {text}" for name, text in texts.items()}
         for find_problems in (_find_data_problems, _find_model_problems, _find_train_problems, _find_parallel_problems):

@@ -79,5 +79,4 @@ def to_config(model: ModelFolder, parallel: InferenceParallel, compute: Inferenc
     """Return the config of a run that only uses a model; `sections` are further sections by name."""
     train: dict[str, Any] = {"micro_batch": 1} | vars(compute)
     config = Config(train=TrainConfig(**train, global_batch=train["micro_batch"]), **sections)
-    changes = {"model__init_from": model.init_from, "model__base": model.base, "parallel__pipeline": parallel.pipeline}
-    return override(config, **changes)
+    return override(config, model__init_from=model.init_from, model__base=model.base, parallel__pipeline=parallel.pipeline)

@@ -302,8 +302,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the settings as nested dictionaries of plain values, as TOML and JSON hold them."""
-    values = vars(config).items()
-    return {key: list(v) if isinstance(v, tuple) else to_dict(v) if is_dataclass(v) else v for key, v in values}
+    return {key: list(v) if isinstance(v, tuple) else to_dict(v) if is_dataclass(v) else v for key, v in vars(config).items()}
 
 
 def override(config: T, **changes: Any) -> T:

@@ -104,8 +104,7 @@ def _open_files(prefix: Path, verify: bool) -> tuple[NDArray, int, TokenMetadata
 
 def _load_tokenizer(spec: str, prefix: Path, metadata: TokenMetadata | None) -> Tokenizer:
     """Return the tokenizer the tokens were made with; raises ConfigError if the setting is another, or does not name one."""
-    is_made = spec == "auto" or parse_bpe_size(spec)
-    named = None if is_made else tokenizer_from_spec(spec)
+    named = None if spec == "auto" or parse_bpe_size(spec) else tokenizer_from_spec(spec)
     if metadata is None and named:
         return named
     if metadata is None:
@@ -192,8 +191,7 @@ def _digest_sources(path: str, sources: Sequence[TextSource], comm: Comm) -> tup
     on_root = run_on_root(comm, lambda: [[_stat(source.path) for source in sources], _read_index(index)])
     stats, known = comm.broadcast_json(on_root)
     digests = {s.path: known[s.path][2] for s, stat in zip(sources, stats) if known.get(s.path, [])[:2] == stat}
-    changed = [source for source in sources if source.path not in digests]
-    if changed:
+    if changed := [source for source in sources if source.path not in digests]:
         new = digest_files([Path(source.path) for source in changed], [source.size for source in changed], comm)
         digests |= {source.path: digest for source, digest in zip(changed, new)}
         run_on_root(comm, lambda: _write_index(index, {s.path: [*stat, digests[s.path]] for s, stat in zip(sources, stats)}))

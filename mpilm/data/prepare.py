@@ -50,8 +50,7 @@ class TextInput(NamedTuple):
 
 def broadcast_sources(data: DataConfig, comm: Comm) -> list[TextSource]:
     """Return the sources that rank 0 finds, on every rank. Collective; raises FileError, DataError or ConfigError."""
-    rows = comm.broadcast_json(run_on_root(comm, lambda: find_sources(data.source)))
-    return [TextSource(*row) for row in rows]
+    return [TextSource(*row) for row in comm.broadcast_json(run_on_root(comm, lambda: find_sources(data.source)))]
 
 
 def resolve_settings(data: DataConfig) -> DataConfig:

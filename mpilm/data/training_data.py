@@ -68,8 +68,7 @@ def _check_have_eos(corpora: Sequence[Corpus], packing: str) -> None:
         eos = corpus.tokenizer.eos
         if packing == "documents" and corpus.documents > 1 and not (corpus.tokens[:EOS_SEARCH_TOKENS] == eos).any():
             problem = f"in {corpus.source} no document ends with token {eos}, which ends documents with its tokenizer"
-            advice = "prepare the text again, or write --data.packing concat"
-            raise ConfigError(f"--data.packing documents: {problem}; {advice}")
+            raise ConfigError(f"--data.packing documents: {problem}; prepare the text again, or write --data.packing concat")
 
 
 def _open_chats(config: Config, template: ChatTemplate | None, comm: Comm) -> TrainingData:

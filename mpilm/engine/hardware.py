@@ -45,8 +45,7 @@ def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardw
     """
     node = world.split_node()
     cores = cores_per_rank(node)
-    stated = train.threads or parse_omp_threads(os.environ.get("OMP_NUM_THREADS", ""))
-    threads = stated or max(1, int(cores))
+    threads = train.threads or parse_omp_threads(os.environ.get("OMP_NUM_THREADS", "")) or max(1, int(cores))
     torch.set_num_threads(threads)
     device = choose_device(train.device, node)
     if train.compile:
@@ -100,9 +99,8 @@ def parse_omp_threads(value: str) -> int:
     """Return the threads that OMP_NUM_THREADS asks for (the first of a list), or 0 for none; raise ConfigError."""
     first = value.split(",")[0].strip()
     if first and not (first.isdigit() and int(first) > 0):
-        raise ConfigError(
-            f"OMP_NUM_THREADS={value} is not a number of threads; write for example OMP_NUM_THREADS=1 or unset it"
-        )
+        advice = "write for example OMP_NUM_THREADS=1 or unset it"
+        raise ConfigError(f"OMP_NUM_THREADS={value} is not a number of threads; {advice}")
     return int(first or 0)
 
 

@@ -28,15 +28,7 @@ from mpilm.parallel.compile import compiled_token_losses
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ParamSlice
 from mpilm.parallel.fsdp import all_gather_shards
-from mpilm.parallel.layout import (
-    REDUCE_AXES,
-    ParamLayout,
-    resolve_layouts,
-    select_frozen,
-    select_owned,
-    select_stage,
-    select_trained,
-)
+from mpilm.parallel.layout import REDUCE_AXES, ParamLayout, resolve_layouts, select_owned, select_stage, select_trained
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.execute import StageMessenger, execute
 from mpilm.parallel.pipeline.schedules import forward_only, lower
@@ -68,7 +60,8 @@ class PipelinedModel:
         self.pipeline, self.data, self.reduce_comm = mesh.comm("pipeline"), mesh.comm("data"), mesh.comm(*REDUCE_AXES)
         self.zero = config.parallel.zero
         self.layouts = resolve_model_layouts(config.model, vocab_size, blocks_per_stage, config.train.optimizer, mesh.shape)
-        trained, frozen_layouts = select_trained(self.layouts), select_frozen(self.layouts)
+        trained = select_trained(self.layouts)
+        frozen_layouts = {name: layout for name, layout in self.layouts.items() if layout.frozen}
         # Global shapes of the parameters that are optimized and saved, in the order of the model, and of the frozen ones.
         self.shapes = {layout.name: layout.shape for layout in select_owned(trained)}
         self.frozen_shapes = {layout.name: layout.shape for layout in select_owned(frozen_layouts)}
@@ -76,16 +69,9 @@ class PipelinedModel:
         self.frozen: dict[int, FlatParameters] = {}  # frozen parameters, of stages that have any
         self.stages: dict[int, ModelStage] = {}
         for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):
+            model, layouts = meta_model(config.model, vocab_size), select_stage(self.layouts, stage)
             self.stages[stage], self.flats[stage], frozen = parallelize(
-                meta_model(config.model, vocab_size),
-                stage,
-                blocks_per_stage,
-                select_stage(self.layouts, stage),
-                config,
-                mesh,
-                device,
-                alignment,
-                partial(build_reducer, stage),
+                model, stage, blocks_per_stage, layouts, config, mesh, device, alignment, partial(build_reducer, stage)
             )
             if frozen is not None:
                 self.frozen[stage] = frozen

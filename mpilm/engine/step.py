@@ -113,5 +113,4 @@ def reduce_loss_and_flags(
     packed[total + flags.stop_reason] = 1.0
     packed[-1] = flags.checkpoint_pending
     comm.all_reduce(packed)
-    agreed = StepFlags(int(packed[total:-1].nonzero().max()), bool(packed[-1]))
-    return sum(packed[:total].tolist()), agreed
+    return sum(packed[:total].tolist()), StepFlags(int(packed[total:-1].nonzero().max()), bool(packed[-1]))

@@ -15,7 +15,7 @@ from mpilm.config.schema import Config, microbatch_count
 from mpilm.data.batch import Batch
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.mesh.mesh import Mesh
-from mpilm.ops.tree import Interval, block_of_rank, strided_assignment
+from mpilm.ops.tree import Interval, block_of_rank
 from mpilm.optim.norm import compile_row_sum, global_norm
 from mpilm.optim.optimizer import Optimizer, moment_shapes
 from mpilm.parallel.flat import FlatParameters
@@ -54,9 +54,10 @@ class TrainModel(PipelinedModel):
             for interval in (flat.owned if self.is_local_sgd else self._unique_intervals(flat))
         ]
         self.microbatch_count, parallel = microbatch_count(config), config.parallel
-        assigned = self.data.rank, self.data.size, self.microbatch_count
         # The microbatches of this replica, in the order in which it computes them.
-        self.microbatch_ids = strided_assignment(*assigned) if self.zero >= 2 else range(*block_of_rank(*assigned))
+        self.microbatch_ids = range(*block_of_rank(self.data.rank, self.data.size, self.microbatch_count))
+        if self.zero >= 2:  # one of each round, so that the round can be reduced at once
+            self.microbatch_ids = range(self.data.rank, self.microbatch_count, self.data.size)
         diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
         self.optimizer = Optimizer(self.flats, config.train, diloco)
         owned = {layout.name: layout for layout in select_owned(select_trained(self.layouts))}
@@ -91,17 +92,10 @@ class TrainModel(PipelinedModel):
         return 4 * sum(map(prod, [*self.shapes.values(), *of_moments]))
 
     @cached_property
-    def _flat_layouts(self) -> dict[int, FlatLayout]:
+    def _flat_layouts(self) -> list[FlatLayout]:
         """The flat layouts of all stages, those of other ranks included."""
-        return {
-            stage: FlatLayout(
-                select_trained(select_stage(self.layouts, stage)).values(),
-                self.alignment,
-                per_module=self.zero >= 2,
-                ranks=self.reduce_comm.size,
-            )
-            for stage in range(len(self.blocks_per_stage))
-        }
+        by_stage = [select_stage(select_trained(self.layouts), stage).values() for stage in range(len(self.blocks_per_stage))]
+        return [FlatLayout(x, self.alignment, per_module=self.zero >= 2, ranks=self.reduce_comm.size) for x in by_stage]
 
     def shard_owners(self, name: str) -> list[tuple[int, int, list[int]]]:
         """Return ranges of a parameter's elements and the world ranks that update each. Pure, the same on all ranks."""
@@ -139,9 +133,10 @@ class TrainModel(PipelinedModel):
         return {item: x for stage, flat in self.flats.items() for item, x in flat.owned_slices(self.sums[stage]).items()}
 
     def _unique_intervals(self, flat: FlatParameters) -> list[Interval]:
-        """Return the intervals that over all ranks contain every parameter of a stage once."""
-        spans = flat.layout.spans.items()
-        counted = [name for name, (_, layout) in spans if layout.is_counted_at(self.mesh.coordinate)]
+        """Return the intervals that over all ranks contain every parameter of a stage once. ZeRO's division of the flat vector
+        (FlatParameters.unique) covers the reduce axes; of ranks that replicate a parameter along others, the first counts."""
+        others = {axis for axis, index in self.mesh.coordinate.items() if index > 0} - {*REDUCE_AXES}
+        counted = [name for name, (_, layout) in flat.layout.spans.items() if others.isdisjoint(layout.replica_axes)]
         return intersect_intervals(flat.unique, merge_intervals(map(flat.layout.padded_span, counted)))
 
     def scale_gradients(self, factor: float) -> None:

@@ -99,8 +99,7 @@ def _abort_job(comm: Comm, error: BaseException) -> NoReturn:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         text = f"mpilm: {where} failed:\n" + "".join(traceback.format_exception(error))
     sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    print(text, end="", file=sys.stderr, flush=True)
     if comm.size > 1:
         comm.abort(code or 1)
     os._exit(code or 1)

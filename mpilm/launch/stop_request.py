@@ -57,8 +57,7 @@ class StopRequest:
         """Return why to stop after this step if another step and a save need `needed_s`; 0: no reason."""
         if time.time() + needed_s > self._end:
             return self._end_reason
-        now = time.monotonic()
-        if now > self._polled + POLL_S:
+        if (now := time.monotonic()) > self._polled + POLL_S:
             self._polled, self._file_seen = now, self.file.exists()
         if self.signalled:
             return self._signal_reason

@@ -93,7 +93,7 @@ class Watchdog:
                     os._exit(EXIT_CODE)  # even if the report failed
 
     def _report_and_abort(self) -> None:
-        self.progress.park()
+        self.progress.is_aborting = True
         limit_s = self.limit_s()
         snapshot = self._take_snapshot(limit_s)
         grace_s = GRACE_S + 0.05 * limit_s
@@ -105,8 +105,7 @@ class Watchdog:
             return time.sleep(2 * grace_s)  # the lowest of these ranks reports and ends the job
         states = {rank: self._inspect_process(rank) for rank in range(self.world.size) if rank not in snapshots}
         sys.stdout.flush()
-        sys.stderr.write(format_report(snapshots, self.processes, states) + f"  details in {self.folder}\n")
-        sys.stderr.flush()
+        print(format_report(snapshots, self.processes, states) + f"  details in {self.folder}", file=sys.stderr, flush=True)
         _ignore_crashes()
         if self.world.size > 1:
             self.world.abort(EXIT_CODE)
@@ -176,10 +175,9 @@ def _ignore_crashes() -> None:
 def format_report(snapshots: Mapping[int, Snapshot], processes: Sequence[Sequence[Any]], states: Mapping[int, str]) -> str:
     """Return the report: the verdict, then a line for each rank. `states`: of ranks without a snapshot."""
     first = snapshots[min(snapshots)]
-    lines = [
-        f"mpilm: watchdog: {_describe_phase(first)} has lasted {first['lasted_s']:.0f} s; the limit is "
-        f"{first['limit_s']:.0f} s (--fault.step-timeout; 0 learns it from the run). {_verdict(snapshots, states)}"
-    ]
+    lasted = f"{_describe_phase(first)} has lasted {first['lasted_s']:.0f} s"
+    limit = f"the limit is {first['limit_s']:.0f} s (--fault.step-timeout; 0 learns it from the run)"
+    lines = [f"mpilm: watchdog: {lasted}; {limit}. {_verdict(snapshots, states)}"]
     for rank, (host, pid) in enumerate(processes):
         name = f"  rank {rank} on {host} (process {pid})"
         if rank in states:
@@ -192,8 +190,7 @@ def format_report(snapshots: Mapping[int, Snapshot], processes: Sequence[Sequenc
 def _verdict(snapshots: Mapping[int, Snapshot], states: Mapping[int, str]) -> str:
     if states:
         return f"Missing: {name_ranks(states)}."
-    busy = [rank for rank, snapshot in snapshots.items() if snapshot["waiting"] is None]
-    if busy:
+    if busy := [rank for rank, snapshot in snapshots.items() if snapshot["waiting"] is None]:
         return f"The others wait for {name_ranks(busy)}."
     return "All ranks wait for each other: a message was lost, or they do not make the same calls."
 

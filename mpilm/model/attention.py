@@ -63,9 +63,7 @@ class Attention(nn.Module):
     `qk_norm` normalises the queries and keys of each head (Dehghani et al., arXiv 2302.05442).
     """
 
-    def __init__(
-        self, model: ModelConfig, core: AttentionFn, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False
-    ):
+    def __init__(self, model: ModelConfig, core: AttentionFn, qkv_bias: bool, o_bias: bool = False, qk_norm: bool = False):
         super().__init__()
         self.head_width = model.head_width
         self.q = Linear(model.d_model, model.n_heads * model.head_width, qkv_bias)

@@ -20,11 +20,6 @@ def block_of_rank(rank: int, ranks: int, total: int) -> TreeNode:
     return start, start + each + (rank < remainder)
 
 
-def strided_assignment(rank: int, ranks: int, total: int) -> range:
-    """Return the microbatches of one rank if they are assigned round-robin, so that each round can be reduced at once."""
-    return range(rank, total, ranks)
-
-
 def are_siblings(left: TreeNode, right: TreeNode, total: int) -> bool:
     """Return whether two nodes are the two children of one node."""
     size = left[1] - left[0]

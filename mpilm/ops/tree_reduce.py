@@ -105,10 +105,8 @@ class TreeReduction:
 class TreeReduceScatter:
     """Reduce-scatters one bucket at a time; its workspace holds at most `max_nodes` incoming slices."""
 
-    def __init__(
-        self, comm: Comm, layout: Sliceable, max_nodes: int, device: torch.device, encoding: GradientEncoding | None = None
-    ):
-        self.comm, self.layout, self.encoding = comm, layout, encoding or GradientEncoding()
+    def __init__(self, comm: Comm, layout: Sliceable, max_nodes: int, device: torch.device, encoding: GradientEncoding):
+        self.comm, self.layout, self.encoding = comm, layout, encoding
         self.workspace = torch.empty(max_nodes * layout.longest_slice, dtype=self.encoding.dtype, device=device)
         self.requests: list[Request] = []
 

@@ -58,11 +58,10 @@ class UnshardedOptimizer(ABC):
         """Change a parameter and its moments in place."""
 
     def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
-        slices: dict[str, dict[ParamSlice, Tensor]] = {state: {} for state in self.STATE_NAMES}
-        for name, moments in self.moments.items():
-            for state, moment in moments.items():
-                slices[state][ParamSlice(name, 0, moment.numel())] = moment.view(-1)
-        return slices
+        return {
+            state: {ParamSlice(name, 0, x[state].numel()): x[state].view(-1) for name, x in self.moments.items() if state in x}
+            for state in self.STATE_NAMES
+        }
 
 
 class Adafactor(UnshardedOptimizer):

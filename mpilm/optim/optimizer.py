@@ -91,8 +91,7 @@ def _views(vectors: Mapping[int, FlatVector], spans: list[tuple[int, Interval]])
 
 def _owned_intervals(flat: FlatParameters, *decays: bool) -> list[Interval]:
     """Return the intervals that this rank updates of the parameters that may be divided, with weight decay or without."""
-    spans = flat.layout.spans.items()
-    names = (name for name, (_, layout) in spans if not layout.unsharded and layout.decays in decays)
+    names = (name for name, (_, layout) in flat.layout.spans.items() if not layout.unsharded and layout.decays in decays)
     return intersect_intervals(merge_intervals(map(flat.layout.padded_span, names)), flat.owned)
 
 

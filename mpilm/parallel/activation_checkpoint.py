@@ -20,8 +20,7 @@ from mpilm.parallel.autograd import backward_with
 
 def checkpoint_activations(model: nn.Module, part: str) -> None:
     """Recompute a part ("none", "attention", "block") of each block of `model` in its backward."""
-    blocks = model.get_submodule("blocks").children() if part != "none" else ()
-    for block in blocks:
+    for block in model.get_submodule("blocks").children() if part != "none" else ():
         module: Any = block if part == "block" else block.get_submodule("attn.core")
         module.forward = partial(_checkpoint, module.forward)  # inside its hooks, which gather parameters only once
 

@@ -12,7 +12,7 @@ from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.compile import compile_blocks
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.fsdp import ShardedParameters
-from mpilm.parallel.layout import REDUCE_AXES, ParamLayout, select_frozen, select_trained
+from mpilm.parallel.layout import REDUCE_AXES, ParamLayout, select_trained
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, ReplicatedParameters
 from mpilm.parallel.plan import stage_of
@@ -46,8 +46,9 @@ def parallelize(
     prune_to_stage(model, stage, blocks_per_stage)
     shard = comm.rank, comm.size, alignment
     flat, frozen = FlatParameters(select_trained(layouts), device, parallel.zero, *shard), None
-    if select_frozen(layouts):  # ZeRO-1 and 2 shard gradients and moments, which these do not have
-        frozen = FlatParameters(select_frozen(layouts), device, 3 if parallel.zero == 3 else 0, *shard)
+    frozen_layouts = {name: layout for name, layout in layouts.items() if layout.frozen}
+    if frozen_layouts:  # ZeRO-1 and 2 shard gradients and moments, which these do not have
+        frozen = FlatParameters(frozen_layouts, device, 3 if parallel.zero == 3 else 0, *shard)
     flats = [flat] if frozen is None else [flat, frozen]
     if config.train.compile:
         compile_blocks(model)

@@ -40,7 +40,5 @@ def require_compiler() -> None:
     """Raise ConfigError if no C++ compiler is installed."""
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
     if not shutil.which(name):
-        raise ConfigError(
-            f"--train.compile true: torch needs a C++ compiler, and {name} is not found; install one, name it in CXX, "
-            "or write --train.compile false"
-        )
+        advice = "install one, name it in CXX, or write --train.compile false"
+        raise ConfigError(f"--train.compile true: torch needs a C++ compiler, and {name} is not found; {advice}")

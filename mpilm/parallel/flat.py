@@ -74,8 +74,7 @@ class FlatParameters:
 
     def owned_slices(self, vector: FlatVector) -> dict[ParamSlice, Tensor]:
         """Return the parameter slices that this rank updates, as views of `vector`."""
-        slices = self.layout.param_slices(self.owned)
-        return {item: vector.view(at, at + item.numel) for item, at in slices.items()}
+        return {item: vector.view(at, at + item.numel) for item, at in self.layout.param_slices(self.owned).items()}
 
 
 def set_parameter(model: nn.Module, name: str, values: Tensor, layout: ParamLayout) -> None:

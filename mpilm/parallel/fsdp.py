@@ -25,12 +25,8 @@ class ReleasableBuffer:
 
     def __init__(self, numel: int, device: torch.device):
         self.nbytes = 4 * numel
-        self._pages = None
-        if device.type == "cpu":
-            self._pages = mmap(-1, self.nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-            self.tensor = torch.frombuffer(self._pages, dtype=torch.float32)
-        else:
-            self.tensor = torch.empty(numel, device=device)
+        self._pages = mmap(-1, self.nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS) if device.type == "cpu" else None
+        self.tensor = torch.frombuffer(self._pages, dtype=torch.float32) if self._pages else torch.empty(numel, device=device)
 
     def acquire(self) -> None:
         if self._pages is None:

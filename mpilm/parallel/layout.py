@@ -51,11 +51,6 @@ class ParamLayout:
         """The mesh axes whose ranks hold the same values."""
         return tuple(axis for axis in (*REDUCE_AXES, "tensor") if self.cut is None or axis != self.cut.axis)
 
-    def is_counted_at(self, coordinate: Mapping[str, int]) -> bool:
-        """Return whether the ranks at this coordinate count it in sums over all ranks: one of those that replicate it does. The
-        reduce axes are left to ZeRO's division of the flat vector (FlatParameters.unique)."""
-        return all(coordinate[axis] == 0 for axis in self.replica_axes if axis not in REDUCE_AXES)
-
 
 def resolve_layouts(
     shapes: Mapping[str, Shape],
@@ -100,10 +95,5 @@ def select_stage(layouts: Mapping[str, ParamLayout], stage: int) -> dict[str, Pa
 
 
 def select_trained(layouts: Mapping[str, ParamLayout]) -> dict[str, ParamLayout]:
-    """Return the parameters that have gradients."""
+    """Return the parameters that have gradients; the others are frozen."""
     return {name: layout for name, layout in layouts.items() if not layout.frozen}
-
-
-def select_frozen(layouts: Mapping[str, ParamLayout]) -> dict[str, ParamLayout]:
-    """Return the parameters that are not trained."""
-    return {name: layout for name, layout in layouts.items() if layout.frozen}

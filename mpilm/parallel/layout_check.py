@@ -15,8 +15,7 @@ Problem = tuple[str, list[list[Remedy]]]  # reason, and remedies by kind, of eac
 
 def resolve_mesh_shape(config: Config, ranks: int) -> MeshShape:
     """Return the mesh on which `ranks` ranks run `config`; raises ConfigError naming the setting and values that work."""
-    problem = _find_problem(config, ranks)
-    if problem is not None:
+    if problem := _find_problem(config, ranks):
         reason, kinds = problem
         texts = ((text for text, changes, n in kind if _works(override(config, **changes), n)) for kind in kinds)
         advice = ", or ".join(filter(None, (next(working, "") for working in texts)))
@@ -70,15 +69,13 @@ def _find_pipeline_problem(config: Config, ranks: int) -> Problem | None:
     if stages > layers:
         fewer_chunks = range(min(chunks - 1, layers // pipeline), 1, -1)
         largest = f"is the largest that fits {ranks} ranks"
-        return (
-            f"--parallel.pipeline {pipeline} with {count_noun(chunks, 'stage')} per rank makes {stages} stages, and "
-            f"--model.n-layers is {layers}: each stage needs a layer",
-            [
-                [(f"--parallel.chunks {n}", {"parallel__chunks": n}, ranks) for n in fewer_chunks],
-                [(f"--parallel.pipeline {n} {largest}", {"parallel__pipeline": n}, ranks) for n in divisors if n < pipeline],
-                [(f"--model.n-layers {stages}", {"model__n_layers": stages}, ranks)],
-            ],
-        )
+        kinds: list[list[Remedy]] = [
+            [(f"--parallel.chunks {n}", {"parallel__chunks": n}, ranks) for n in fewer_chunks],
+            [(f"--parallel.pipeline {n} {largest}", {"parallel__pipeline": n}, ranks) for n in divisors if n < pipeline],
+            [(f"--model.n-layers {stages}", {"model__n_layers": stages}, ranks)],
+        ]
+        made = f"--parallel.pipeline {pipeline} with {count_noun(chunks, 'stage')} per rank makes {stages} stages"
+        return f"{made}, and --model.n-layers is {layers}: each stage needs a layer", kinds
     divisors.sort(key=lambda size: (abs(size - pipeline), size))
     nearest = [(f"the nearest that does: {n}", {"parallel__pipeline": n}, ranks) for n in divisors]
     more = -(-ranks // pipeline) * pipeline
@@ -94,14 +91,12 @@ def _find_data_problem(config: Config, ranks: int) -> Problem | None:
         replicas = rank_count if pipeline == 1 else f"{rank_count} make {data} replicas of the pipeline"
         fewer = [n * pipeline for n in range(total, 0, -1)]
         batches = [data * train.micro_batch, data * train.micro_batch * pipeline]  # the schedule may need one per stage
-        return (
-            f"{replicas}, but a step has only {count_noun(total, 'microbatch')} (--train.global-batch {train.global_batch} "
-            f"over --train.micro-batch {train.micro_batch})",
-            [
-                [(f"start {n} ranks or fewer" if n > 1 else "start 1 rank", {}, n) for n in fewer],
-                [(f"make the batch {n}", {"train__global_batch": n}, ranks) for n in batches],
-            ],
-        )
+        kinds: list[list[Remedy]] = [
+            [(f"start {n} ranks or fewer" if n > 1 else "start 1 rank", {}, n) for n in fewer],
+            [(f"make the batch {n}", {"train__global_batch": n}, ranks) for n in batches],
+        ]
+        sizes = f"--train.global-batch {train.global_batch} over --train.micro-batch {train.micro_batch}"
+        return f"{replicas}, but a step has only {count_noun(total, 'microbatch')} ({sizes})", kinds
     if parallel.zero and data == 1:
         one = f"{rank_count} with --parallel.pipeline {pipeline} leave{'s' * (ranks == 1)} 1"
         without = [("write --parallel.zero 0", {"parallel__zero": 0}, ranks)]

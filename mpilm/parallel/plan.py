@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
 
-STAGES = {"embed": "first", "blocks": "block", "norm": "last", "head": "last"}
-"""Top-level module of any family -> its pipeline stage; blocks are divided among the stages."""
+STAGES = {"embed": 0, "norm": -1, "head": -1}
+"""Top-level module of any family -> its pipeline stage, from the end if negative; blocks are divided among the stages."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,8 @@ CUTS: Mapping[str, Mapping[str, Cut]] = {"llama": LLAMA, "qwen": LLAMA, "mixtral
 def stage_of(name: str, blocks_per_stage: Sequence[int]) -> int:
     """Return the pipeline stage of the parameter or module `name`."""
     module, number = re.match(r"(\w+)(?:\.(\d+))?", name).groups()  # type: ignore[union-attr]
-    match STAGES[module]:
-        case "first":
-            return 0
-        case "last":
-            return len(blocks_per_stage) - 1
+    if module != "blocks":
+        return STAGES[module] % len(blocks_per_stage)
     return next(stage for stage, stop in enumerate(accumulate(blocks_per_stage)) if int(number) < stop)
 
 

@@ -63,10 +63,9 @@ def _check_same_machine(profile: MachineProfile, hardware: Hardware, world: Comm
     here = {**software_versions(world), "device": hardware.device.type}
     for name in ("processor", "device", "torch"):
         if getattr(profile, name) != here[name]:
-            raise ConfigError(
-                f"--parallel.auto {profile.source} was measured with {name} {getattr(profile, name)}, but this machine has "
-                f"{here[name]}: calibrate here (mpirun -n {world.size} python -m mpilm.doctor --calibrate)"
-            )
+            problem = f"{profile.source} was measured with {name} {getattr(profile, name)}, but this machine has {here[name]}"
+            advice = f"calibrate here (mpirun -n {world.size} python -m mpilm.doctor --calibrate)"
+            raise ConfigError(f"--parallel.auto {problem}: {advice}")
 
 
 def partition_model(config: Config, mesh: Mesh, vocab_size: int, device: torch.device) -> tuple[int, ...]:
@@ -78,11 +77,10 @@ def partition_model(config: Config, mesh: Mesh, vocab_size: int, device: torch.d
     parallel = config.parallel
     if parallel.balance == "cost" or parallel.cut or parallel.pipeline == 1:
         return run_on_all_ranks(mesh.world, lambda: partition_by_cost(config, vocab_size))
-    own_s = [_time_part(config, vocab_size, device, part, mesh.world) for part in range(3)]
-    everyone = mesh.world.all_gather_json(own_s)
-    embed_s, block_s, head_s = (statistics.median(part) for part in zip(*everyone))
+    everyone_s = mesh.world.all_gather_json([_time_part(config, vocab_size, device, part, mesh.world) for part in range(3)])
+    embed_s, block_s, head_s = (statistics.median(part) for part in zip(*everyone_s))
     slowest_s = [0.0] * parallel.pipeline
-    for rank, (_, rank_block_s, _) in enumerate(everyone):
+    for rank, (_, rank_block_s, _) in enumerate(everyone_s):
         index = mesh.shape.coordinate(rank)["pipeline"]
         slowest_s[index] = max(slowest_s[index], rank_block_s)
     speeds = [block_s / slowest_s[stage % parallel.pipeline] for stage in range(parallel.pipeline * parallel.chunks)]
@@ -100,8 +98,7 @@ def _time_part(config: Config, vocab_size: int, device: torch.device, part: int,
     rows, length = config.train.micro_batch, shape.context_length
     tokens = torch.arange(rows * length, device=device).remainder(vocab_size).view(rows, length)
     x = tokens if part == 0 else torch.ones(rows, length, shape.d_model, device=device).requires_grad_()
-    positions = torch.arange(length, device=device)
-    info = SequenceInfo(positions, dropout_keys=list(range(rows)), loss_weight=1 / tokens.numel())
+    info = SequenceInfo(torch.arange(length, device=device), dropout_keys=list(range(rows)), loss_weight=1 / tokens.numel())
     autocast = make_autocast(config.train.dtype, device)
 
     def forward_backward() -> None:

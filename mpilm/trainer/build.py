@@ -47,8 +47,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     shape = run_on_all_ranks(world, lambda: resolve_mesh_shape(config, world.size))
     mesh = Mesh(shape, InstrumentedComm(world, True, progress), progress)
     content = _digest_content(config, data, world)
-    environment = numerics_environment(hardware, world, config.parallel)
-    folder = open_run_folder(config, content, environment, world, recovered)
+    folder = open_run_folder(config, content, numerics_environment(hardware, world, config.parallel), world, recovered)
     try:
         alignment = _common_alignment(config, mesh.world, hardware)
         blocks_per_stage = partition_model(config, mesh, vocab_size, hardware.device)
@@ -70,12 +69,9 @@ def _common_alignment(config: Config, world: Comm, hardware: Hardware) -> int:
     """Return the alignment of flat vectors for the largest thread count of all ranks. Collective."""
     environments = world.all_gather_json([hardware.threads, processor_name()])
     if config.parallel.powersgd_rank and any(other != environments[0] for other in environments):
-        raise CollectiveError(
-            ConfigError(
-                "--parallel.powersgd-rank: each rank decompresses the gradient itself, and with unequal threads or processors "
-                "the bits would differ; set --train.threads, and use nodes of one kind"
-            )
-        )
+        problem = "each rank decompresses the gradient itself, and with unequal threads or processors the bits would differ"
+        advice = "set --train.threads, and use nodes of one kind"
+        raise CollectiveError(ConfigError(f"--parallel.powersgd-rank: {problem}; {advice}"))
     return ALIGNMENT * max(threads for threads, _ in environments)
 
 

@@ -84,8 +84,7 @@ def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int])
     yield "with", f"torch {torch.__version__}, {run.mesh.world.mpi_library}"
     if hardware.threads > max(1.0, float(hardware.cores)):
         sharing = f"{hardware.threads} threads a rank on {float(hardware.cores):.2g} core{'s' * (hardware.cores > 1)}"
-        advice = "threads that share a core are many times slower; omit --train.threads and OMP_NUM_THREADS"
-        yield "warning", f"{sharing}: {advice}"
+        yield "warning", f"{sharing}: threads that share a core are many times slower; omit --train.threads and OMP_NUM_THREADS"
     yield from _layout_rows(run)
     yield from _training_rows(run, row)
     where = "" if run.mesh.world.size == 1 else " (largest rank)"

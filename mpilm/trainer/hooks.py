@@ -204,12 +204,10 @@ def check_replicas_equal(model: TrainModel, done: int) -> None:
         ranks = [rank for rank, other, _ in everyone if other == name]
         odd = f"{name_ranks(ranks)} differ{'s' * (len(ranks) == 1)} from most" if replicas > 2 else "the two differ"
         more = f", and {len(names) - 1} more parameters" if len(names) > 1 else ""
-        raise CollectiveError(
-            RanksDisagreeError(
-                f"after step {done}: {name}{more} should be the same on all {replicas} replicas, but {odd}: a processor or its "
-                "memory may be failing. The newest checkpoint may hold wrong values; resume from an older one without that host"
-            )
-        )
+        problem = f"{name}{more} should be the same on all {replicas} replicas, but {odd}"
+        cause = "a processor or its memory may be failing"
+        advice = "The newest checkpoint may hold wrong values; resume from an older one without that host"
+        raise CollectiveError(RanksDisagreeError(f"after step {done}: {problem}: {cause}. {advice}"))
 
 
 def _differing_parameters(model: TrainModel) -> list[tuple[str, int]]:

@@ -46,14 +46,13 @@ def train(
         stack.push(lambda _, error, __: exit_barrier(world, progress, error))
         watchdog.write_below(run.folder.path)
         watchdog.is_signalled = lambda: run.stop_request.signalled
-        start_row, header = describe_run(run)
-        log = RunLog(run, start_row, header)
+        log = RunLog(run, *describe_run(run))
         stack.callback(log.display.close)
         make_state = partial(collect_state, run)
         checkpoints = CheckpointManager(
             run.folder.checkpoints, config.checkpoint, run.mesh.world, progress, make_state, log.log_save, log.log_save_failure
         )
-        trace = Trace(trace_step_range(config), run.mesh, start_row["layout"])
+        trace = Trace(trace_step_range(config), run.mesh, log.start_row["layout"])
         tracing = hooks.Tracing(run, log, checkpoints, in_memory, trace)
         try:
             run_steps(run, log, checkpoints, in_memory, tracing, recovered)

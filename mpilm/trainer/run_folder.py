@@ -182,10 +182,9 @@ def _check_is_newest(checkpoint: Path, path: Path) -> None:
         raise FileError(f"--checkpoint.resume {checkpoint} is not a checkpoint folder (.../checkpoints/step-NNNNNNNN)")
     newest = list_checkpoints(path / "checkpoints")[-1:]
     if newest and newest[0].resolve() != checkpoint.resolve():
-        raise ConfigError(
-            f"--run.dir {path} already holds {newest[0].name}; to resume from {checkpoint} choose another --run.dir, "
-            "to resume from the newest write --checkpoint.resume auto"
-        )
+        other = f"to resume from {checkpoint} choose another --run.dir"
+        same = "to resume from the newest write --checkpoint.resume auto"
+        raise ConfigError(f"--run.dir {path} already holds {newest[0].name}; {other}, {same}")
 
 
 def _compare_with_checkpoint(
@@ -203,13 +202,10 @@ def _check_same_result(old: Mapping[str, Any], config: Config, what: str, conten
     """Raise ConfigError naming each setting that the result depends on and that differs from the old run's."""
     new = result_settings(config) | dict(content or {})
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
-    changed = [k for k in new if k in old and old[k] != new[k] and k not in allowed]
-    if changed:
+    if changed := [k for k in new if k in old and old[k] != new[k] and k not in allowed]:
         rows = "".join(f"\n  {key}: was {_format_value(key, old[key])}, now {_format_value(key, new[key])}" for key in changed)
-        raise ConfigError(
-            f"{what} was made with other settings, and the result depends on them:{rows}\n"
-            "Choose another --run.dir for another run" + _suggest_change(changed)
-        )
+        problem = f"{what} was made with other settings, and the result depends on them:{rows}"
+        raise ConfigError(f"{problem}\nChoose another --run.dir for another run{_suggest_change(changed)}")
 
 
 def _suggest_change(changed: list[str]) -> str:

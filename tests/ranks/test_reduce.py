@@ -13,7 +13,7 @@ from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.engine.pipelined import draw_values, resolve_model_layouts
 from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
-from mpilm.ops.tree import block_of_rank, strided_assignment
+from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.reduce import build
@@ -87,7 +87,7 @@ class Replica:
             self.microbatch_ids = range(*block_of_rank(comm.rank, comm.size, total))
         else:
             self.reducer = RoundReducer(self.flat, self.model, comm, total, wire_dtype)
-            self.microbatch_ids = strided_assignment(comm.rank, comm.size, total)
+            self.microbatch_ids = range(comm.rank, total, comm.size)
         self.rounds = -(-total // comm.size)
         self.tied = TiedParameters(table, {0: self.flat}, SelfComm("pipeline"))
 

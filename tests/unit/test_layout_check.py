@@ -13,7 +13,7 @@ from mpilm.config.schema import microbatch_count, override, resolve_config
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import flops_by_part
-from mpilm.ops.tree import block_of_rank, strided_assignment
+from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.layout_check import partition_by_cost, replica_microbatch_count, resolve_mesh_shape
 from mpilm.parallel.pipeline.schedules import SCHEDULES
 
@@ -76,7 +76,7 @@ def test_resolve_mesh_shape_refuses_exactly_what_does_not_fit(job):
 @pytest.mark.parametrize("total", [1, 2, 7, 8, 24, 25])
 def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
     config = config_of(train__global_batch=3 * total, train__micro_batch=3)
-    for of_rank in (lambda rank: range(*block_of_rank(rank, data, total)), lambda rank: strided_assignment(rank, data, total)):
+    for of_rank in (lambda rank: range(*block_of_rank(rank, data, total)), lambda rank: range(rank, total, data)):
         longest = max(len(of_rank(rank)) for rank in range(data))
         assert replica_microbatch_count(config, MeshShape(data=data)) == longest
         assert replica_microbatch_count(config, MeshShape(data=data, pipeline=3)) == longest

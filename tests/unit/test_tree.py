@@ -7,15 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpilm.ops.tree import (
-    are_siblings,
-    block_of_rank,
-    plan_accumulation,
-    plan_block_accumulation,
-    plan_merges,
-    strided_assignment,
-    utilization,
-)
+from mpilm.ops.tree import are_siblings, block_of_rank, plan_accumulation, plan_block_accumulation, plan_merges, utilization
 
 SIZES = st.integers(1, 40).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total)))
 UP_TO_32 = [(ranks, total) for total in range(1, 33) for ranks in range(1, total + 1)]
@@ -99,15 +91,6 @@ def test_sum_of_eight_microbatches_has_the_bits_of_the_written_sum():
 @pytest.mark.parametrize("rounds", [1, 2, 4, 8])
 def test_rounds_of_powers_of_two_need_log2_buffers(ranks, rounds):
     assert sum_rounds(random_gradients(ranks * rounds), ranks)[1] == max(1, math.log2(rounds))
-
-
-def test_strided_assignment_fills_every_round_in_rank_order():
-    for ranks, total in UP_TO_32:
-        assigned = [strided_assignment(rank, ranks, total) for rank in range(ranks)]
-        assert sorted(m for ids in assigned for m in ids) == list(range(total))
-        rounds = [[ids[i] for ids in assigned if i < len(ids)] for i in range(len(assigned[0]))]
-        assert [m for ids in rounds for m in ids] == list(range(total))
-        assert all(len(ids) == ranks for ids in rounds[:-1])
 
 
 @pytest.mark.parametrize(

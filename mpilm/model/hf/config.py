@@ -182,8 +182,7 @@ def add_hf_adapter(model: ModelConfig, config: Mapping[str, Any], where: str) ->
     """Return `model` with the adapters that an adapter_config.json describes. Raises ConfigError, which names the file `where`,
     for adapters that mpilm does not support."""
     supported = {**ADAPTER_VALUES, "fan_in_fan_out": (model.arch == "gpt2",)}
-    unsupported = [key for key, values in supported.items() if config.get(key, values[0]) not in values]
-    if unsupported:
+    if unsupported := [key for key, values in supported.items() if config.get(key, values[0]) not in values]:
         raise ConfigError(f"{where}: {', '.join(f'{key} {config[key]!r}' for key in unsupported)} is not supported")
     inner, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     if type(inner) is not int or (type(alpha) is not int and type(alpha) is not float) or not (inner > 0 and alpha > 0):
@@ -194,10 +193,9 @@ def add_hf_adapter(model: ModelConfig, config: Mapping[str, Any], where: str) ->
     except (re.error, TypeError):
         names = ()
     if not names:
-        raise ConfigError(
-            f"{where}: target_modules {targets!r} names no matrix of {model.arch} that may have an adapter: "
-            + ", ".join(_first_module(name, model.arch).partition(".0.")[2] for name in allowed)
-        )
+        problem = f"target_modules {targets!r} names no matrix of {model.arch} that may have an adapter"
+        matrices = ", ".join(_first_module(name, model.arch).partition(".0.")[2] for name in allowed)
+        raise ConfigError(f"{where}: {problem}: {matrices}")
     return replace(model, lora_rank=inner, lora_alpha=float(alpha), lora_targets=() if names == allowed else names)
 
 

@@ -76,8 +76,7 @@ class Action:
 
 def parse_action(text: str) -> Action:
     """Return the action written as `text`; raise ValueError if it is not one."""
-    match = PATTERN.fullmatch(text)
-    if match is None:
+    if (match := PATTERN.fullmatch(text)) is None:
         raise ValueError(f"{text!r} is not an action; write for example 2F0, 0B3, 1SEND_F2, 1REDUCE")
     stage, kind, microbatch, reduce = match.groups()
     return Action(int(stage), kind or reduce, int(microbatch) if microbatch else None)  # type: ignore[arg-type]

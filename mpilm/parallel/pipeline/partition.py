@@ -25,10 +25,8 @@ def partition_layers(
     there are fewer layers than stages.
     """
     if not 1 <= stages <= layers:
-        raise ConfigError(
-            f"{layers} layers cannot be divided into {stages} stages (--parallel.pipeline times --parallel.chunks): "
-            f"each needs one; at most {layers}"
-        )
+        problem = f"{layers} layers cannot be divided into {stages} stages (--parallel.pipeline times --parallel.chunks)"
+        raise ConfigError(f"{problem}: each needs one; at most {layers}")
     each_s = [layer_s] * layers if isinstance(layer_s, (int, float)) else list(layer_s)
     until_s = list(accumulate(each_s, initial=0.0))
 

@@ -85,10 +85,8 @@ def find_schedule_problem(name: str, pipeline: int, chunks: int, microbatches: i
     if name == "interleaved" and microbatches % pipeline:
         below = microbatches // pipeline * pipeline
         nearest = f"{below} or {below + pipeline}" if below else f"{pipeline}"
-        return (
-            f"--parallel.schedule interleaved needs a multiple of --parallel.pipeline {pipeline} microbatches on each replica, "
-            f"not {microbatches}; the nearest: {nearest}"
-        )
+        needed = f"a multiple of --parallel.pipeline {pipeline} microbatches on each replica"
+        return f"--parallel.schedule interleaved needs {needed}, not {microbatches}; the nearest: {nearest}"
     return None
 
 

@@ -95,8 +95,7 @@ def time_methods(comm: Comm, numel: int, gather: bool) -> dict[str, float]:
         return {}
     layout = FlatLayout([ParamLayout("x", (min(numel, MAX_TIMED_NUMEL),))], ranks=comm.size)
     plans, encoding = _plan_blocks(comm.size, comm.size), GradientEncoding()
-    shared = make_shared_memory_reducer(comm, layout, plans, comm.size, gather, encoding)
-    if shared is None:
+    if (shared := make_shared_memory_reducer(comm, layout, plans, comm.size, gather, encoding)) is None:
         return {}
     nodes = [list(held.values()) for _, held in plans]
     messages = MessageReducer(comm, layout, nodes, comm.size, torch.device("cpu"), gather, BUCKETS_IN_FLIGHT, encoding)

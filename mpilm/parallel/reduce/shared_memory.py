@@ -154,8 +154,7 @@ def make_shared_memory_reducer(
 ) -> SharedMemoryReducer | None:
     """Return a reducer of buffers in shared memory, as each rank's plan needs them; None on all ranks if a node has no such
     memory. Collective."""
-    topology = detect_topology(comm)
-    if topology is None:
+    if (topology := detect_topology(comm)) is None:
         return None
     counts = [count_buffers(plan) for plan in plans]
     parts = topology.intra_node.allocate_shared(counts[comm.rank] * layout.numel)

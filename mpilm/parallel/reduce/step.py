@@ -88,8 +88,7 @@ class StepReducer(GradientReducer):
 
     def accumulate(self, name: str, gradient: Tensor) -> None:
         """Add a gradient computed outside backward, between `begin_microbatch` and `end_microbatch`."""
-        place = self.pending.pop(name, None)
-        if place is None:
+        if (place := self.pending.pop(name, None)) is None:
             self.into[name].add_(gradient)
         else:
             torch.add(gradient, 0.0, out=place)  # -0.0 becomes 0.0, as it does when it is added to something

@@ -23,12 +23,8 @@ RESUME_HINT = "the same command resumes from the newest checkpoint"
 def train_elastic(config: Config, world: Comm) -> None:
     """Train, and continue with the surviving ranks if some are lost. Collective; `world` shrinks."""
     if not world.is_fault_tolerant:
-        raise CollectiveError(
-            ConfigError(
-                "--fault.elastic needs an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm, not "
-                f"{world.mpi_library} as it was started here"
-            )
-        )
+        needed = "an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm"
+        raise CollectiveError(ConfigError(f"--fault.elastic needs {needed}, not {world.mpi_library} as it was started here"))
     in_memory, progress, recovered, has_lost_ranks = InMemoryCheckpoint(), Progress(), None, False
     members = world.all_gather_json(f"rank {world.rank} ({socket.gethostname()}, process {os.getpid()})")
     own_name = members[world.rank]
@@ -36,8 +32,7 @@ def train_elastic(config: Config, world: Comm) -> None:
         try:
             if has_lost_ranks:
                 recovered, members = agree_on_survivors(config, world, in_memory, own_name, members)
-            working = _working_ranks(config, world)
-            if working is None:
+            if (working := _working_ranks(config, world)) is None:
                 failure = _idle_spare(world, recovered)
             else:
                 failure = _train_working(config, working, in_memory, recovered, progress)

@@ -101,5 +101,4 @@ def _watch_gradients(stage: ModelStage, found: list[tuple[int, str]], stack: con
     stack.callback(delattr, stage.weight_grads, "pop_gradients")
     for name, parameter in stage.model.named_parameters():
         if parameter.requires_grad:
-            hook = parameter.register_hook(lambda gradient, name=name: check(name, gradient))
-            stack.callback(hook.remove)
+            stack.callback(parameter.register_hook(lambda gradient, name=name: check(name, gradient)).remove)
