@@ -10,8 +10,6 @@ from mpilm.parallel.pipeline.actions import COMPUTE, ActionKind, parse_action
 from mpilm.planner.simulate import Timeline, TimelineEvent, simulate
 from mpilm.telemetry.metrics_table import to_float
 
-CATEGORIES = ("forward", "backward", "reduce", "send", "receive")
-
 
 class TracedStep(NamedTuple):
     """A step of the first replica. Times are in milliseconds."""
@@ -59,7 +57,7 @@ def _collect_events(events: Iterable[Any], ranks: Sequence[int]) -> dict[int, di
     steps: dict[int, dict[int, list[TimelineEvent]]] = defaultdict(lambda: defaultdict(list))
     for event in events:
         try:
-            if event["cat"] in CATEGORIES and event["pid"] in stages:
+            if event["pid"] in stages:
                 args, start_ms = event["args"], event["ts"] / 1000
                 action = parse_action(args.get("action", event["name"]))
                 timed = TimelineEvent(stages[event["pid"]], action, start_ms, start_ms + event["dur"] / 1000)

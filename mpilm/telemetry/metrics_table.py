@@ -35,11 +35,6 @@ class MetricsTable:
     unreadable: int = 0  # lines that are not rows
     truncated: bool = False  # the last line is incomplete
 
-    @property
-    def count(self) -> int:
-        """Number of logged steps."""
-        return len(self.columns["step"])
-
 
 def read_metrics_table(path: Path) -> MetricsTable:
     """Read a metrics file of up to millions of rows. Raises OSError."""

@@ -58,16 +58,6 @@ class LayoutOutcome:
     weights: Slices  # after the last step
 
 
-@dataclass(frozen=True)
-class LayoutDifference:
-    """The largest differences of a layout from the serial run, over all ranks."""
-
-    loss: float
-    gradient: float
-    weight: float
-    bits_equal: bool
-
-
 def list_layouts(config: Config, ranks: int) -> Iterator[tuple[ParallelConfig, str]]:
     """Yield all layouts of so many ranks, each with the reason why it cannot run this model, or ""."""
     for pipeline in (p for p in range(1, ranks + 1) if ranks % p == 0):
@@ -108,13 +98,11 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
             print_line(f"{label}  not run: {reason}")
             continue
         outcome = run_layout(replace(config, parallel=parallel), world, hardware, self_test)
-        difference = _compare(outcome, serial, world)
-        largest = max(difference.loss, difference.gradient, difference.weight)
-        passed = difference.bits_equal or largest <= tolerance
+        differences, bits_equal = _compare(outcome, serial, world)
+        passed = bits_equal or max(differences) <= tolerance
         ran, failed = ran + 1, failed + (not passed)
-        verdict = "equal bits" if difference.bits_equal else f"within {tolerance:g}" if passed else "DIFFERENT"
-        numbers = f"{difference.loss:>9.2g}  {difference.gradient:>9.2g}  {difference.weight:>9.2g}"
-        print_line(f"{label}  {numbers}  {verdict}")
+        verdict = "equal bits" if bits_equal else f"within {tolerance:g}" if passed else "DIFFERENT"
+        print_line("  ".join([label, *(f"{difference:>9.2g}" for difference in differences), verdict]))
     if not ran:
         problem = f"no layout of {world.size} ranks can run this model and batch"
         raise CollectiveError(ConfigError(f"{problem}, so nothing was verified"))
@@ -157,16 +145,16 @@ def _clone(slices: Slices) -> Slices:
     return {item: x.clone() for item, x in slices.items()}
 
 
-def _compare(outcome: LayoutOutcome, serial: LayoutOutcome, world: Comm) -> LayoutDifference:
-    """Return the largest differences over all ranks. Collective."""
+def _compare(outcome: LayoutOutcome, serial: LayoutOutcome, world: Comm) -> tuple[list[float], bool]:
+    """Return the largest differences of loss, gradient and weights over all ranks, and whether all bits agree. Collective."""
     loss = max(_nan_to_inf(abs(a - b) / abs(b)) for a, b in zip(outcome.numbers, serial.numbers))
     gradients, weights = list(zip(outcome.gradients, serial.gradients)), (outcome.weights, serial.weights)
     gradient, weight = max(_difference(*pair) for pair in gradients), _difference(*weights)
     equal = outcome.numbers == serial.numbers and all(_bits_equal(*pair) for pair in (*gradients, weights))
-    largest = torch.tensor([loss, gradient, weight, float(not equal)], dtype=torch.float64)
+    largest = torch.tensor([loss, gradient, weight, not equal], dtype=torch.float64)
     world.all_reduce(largest, "max")
-    loss, gradient, weight, differs = largest.tolist()
-    return LayoutDifference(loss, gradient, weight, bits_equal=not differs)
+    *differences, any_differ = largest.tolist()
+    return differences, not any_differ
 
 
 def _pairs(own: Slices, serial: Slices) -> Iterator[tuple[Tensor, Tensor]]:
