@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mpilm.config.parse import merge_settings, read_toml
@@ -82,9 +82,7 @@ class LiveView:
     def render(self, now_s: float) -> RenderableType:
         """Render the view at `now_s`, a time of time.time()."""
         done: int = self._step["step"] if self._step else self._start.get("step", 0)
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim")
-        table.add_column()
+        table = Table.grid(Column(style="dim"), Column(), padding=(0, 2))
         for name, text in self._rows(done):
             table.add_row(name, text)
         bar = Table.grid(padding=(0, 1))

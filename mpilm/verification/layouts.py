@@ -61,8 +61,7 @@ class LayoutOutcome:
 def list_layouts(config: Config, ranks: int) -> Iterator[tuple[ParallelConfig, str]]:
     """Yield all layouts of so many ranks, each with the reason why it cannot run this model, or ""."""
     for pipeline in (p for p in range(1, ranks + 1) if ranks % p == 0):
-        schedules = tuple(SCHEDULES) if pipeline > 1 or ranks == 1 else ("1f1b",)
-        for schedule in schedules:
+        for schedule in SCHEDULES if pipeline > 1 or ranks == 1 else ("1f1b",):
             for zero in (0, 1, 2, 3) if ranks > pipeline else (0,):
                 parallel = ParallelConfig(pipeline=pipeline, schedule=schedule, zero=zero)  # type: ignore[arg-type]
                 changed = resolve_config(replace(config, parallel=parallel))
