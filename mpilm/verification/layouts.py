@@ -147,32 +147,25 @@ def _clone(slices: Slices) -> Slices:
 def _compare(outcome: LayoutOutcome, serial: LayoutOutcome, world: Comm) -> tuple[list[float], bool]:
     """Return the largest differences of loss, gradient and weights over all ranks, and whether all bits agree. Collective."""
     loss = max(_nan_to_inf(abs(a - b) / abs(b)) for a, b in zip(outcome.numbers, serial.numbers))
-    gradients, weights = list(zip(outcome.gradients, serial.gradients)), (outcome.weights, serial.weights)
-    gradient, weight = max(_difference(*pair) for pair in gradients), _difference(*weights)
-    equal = outcome.numbers == serial.numbers and all(_bits_equal(*pair) for pair in (*gradients, weights))
-    largest = torch.tensor([loss, gradient, weight, not equal], dtype=torch.float64)
+    pairs = [*zip(outcome.gradients, serial.gradients), (outcome.weights, serial.weights)]
+    (*gradients, weight), bits_equal = zip(*(_compare_slices(own, full) for own, full in pairs))
+    differs = outcome.numbers != serial.numbers or not all(bits_equal)
+    largest = torch.tensor([loss, max(gradients), weight, differs], dtype=torch.float64)
     world.all_reduce(largest, "max")
     *differences, any_differ = largest.tolist()
     return differences, not any_differ
 
 
-def _pairs(own: Slices, serial: Slices) -> Iterator[tuple[Tensor, Tensor]]:
+def _compare_slices(own: Slices, serial: Slices) -> tuple[float, bool]:
+    """Return the largest difference of an element, relative to the largest element of all parameters, and whether all bits
+    are the same, the sign of zeros included."""
     full = {item.name: x for item, x in serial.items()}
-    for item, x in own.items():
-        yield x, full[item.name][item.start : item.stop]
-
-
-def _difference(own: Slices, serial: Slices) -> float:
-    """Return the largest difference of an element, relative to the largest element of all parameters."""
-    scale = max(float(x.abs().max()) for x in serial.values())
-    return max((_nan_to_inf(float((a - b).abs().max()) / scale) for a, b in _pairs(own, serial)), default=0.0)
+    pairs = [(x, full[item.name][item.start : item.stop]) for item, x in own.items()]
+    scale = max(float(x.abs().max()) for x in full.values())
+    difference = max((_nan_to_inf(float((a - b).abs().max()) / scale) for a, b in pairs), default=0.0)
+    return difference, all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in pairs)
 
 
 def _nan_to_inf(difference: float) -> float:
     """Replace nan, for which every comparison is false, by a value larger than any tolerance."""
     return math.inf if math.isnan(difference) else difference
-
-
-def _bits_equal(own: Slices, serial: Slices) -> bool:
-    """Return whether all bits are the same, the sign of zeros included."""
-    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in _pairs(own, serial))
