@@ -44,9 +44,6 @@ class EvalWindows:
     stop: np.ndarray  # the one after the last
     document: np.ndarray  # number of the document
 
-    def __len__(self) -> int:
-        return len(self.start)
-
 
 def cut_windows(segments: np.ndarray, length: int, causal: bool) -> EvalWindows:
     """Cut each segment [segments[i], segments[i + 1]) into windows of `length` read tokens, the last one shorter.
@@ -90,7 +87,7 @@ def score_windows(model: PipelinedModel, corpus: Corpus, windows: EvalWindows, o
         tokens, targets = objective(texts, [mix_key(MASK_KEY, n) for n in numbers.tolist()])
         return Batch.from_arrays(tokens=tokens, targets=targets, positions=np.arange(tokens.shape[1]), samples=numbers)
 
-    table = torch.zeros(len(windows), 3, dtype=torch.float64)
+    table = torch.zeros(len(windows.start), 3, dtype=torch.float64)
     for m, scores in model.forward(len(groups), fetch, row_scores).items():
         table[slice(*groups[m])] = scores.cpu()
     model.mesh.world.all_reduce(table)  # each row meets only zeros: exact
@@ -130,7 +127,7 @@ def evaluate_model(arguments: EvaluateArguments, world: Comm) -> None:
     run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, arguments.held_out))
     segments = run_on_all_ranks(world, lambda: _find_segments(data, arguments, corpus))
     windows = cut_windows(segments, config.model.context_length, objective.is_causal)
-    if not len(windows):
+    if not windows.start.size:
         problem = f"{len(corpus.tokens)} tokens are too few to predict anything"
         raise CollectiveError(DataError(f"--data.path {corpus.source}: {problem}"))
     table = score_windows(model, corpus, windows, objective)

@@ -17,7 +17,6 @@ class TracedStep(NamedTuple):
     step: int
     ranks: tuple[int, ...]  # world ranks, in pipeline order
     measured: Timeline
-    in_flight: tuple[int, ...]  # most microbatches alive at once, by rank
     simulated: Timeline | None  # None without a pipeline, or if it cannot be simulated
     error: str = ""  # why it cannot
 
@@ -35,11 +34,10 @@ def find_traced_step(trace: Mapping[str, Any]) -> TracedStep | None:
     begin = min(events[0].start_s for events in timed)
     shifted = [tuple(TimelineEvent(e.rank, e.action, e.start_s - begin, e.end_s - begin) for e in events) for events in timed]
     measured = Timeline(tuple(shifted))
-    in_flight = tuple(map(measured.peak_in_flight, range(len(ranks))))
     try:
-        return TracedStep(step, ranks, measured, in_flight, _simulate_step(by_rank) if len(ranks) > 1 else None)
+        return TracedStep(step, ranks, measured, _simulate_step(by_rank) if len(ranks) > 1 else None)
     except (ValueError, KeyError) as error:
-        return TracedStep(step, ranks, measured, in_flight, None, str(error))
+        return TracedStep(step, ranks, measured, None, str(error))
 
 
 def _first_replica(layout: Any) -> tuple[int, ...]:
