@@ -140,14 +140,13 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
     for key in ("format", "packing", "too_long"):
         if getattr(config.data, key) != getattr(DataConfig, key):
             raise ConfigError(f"{flag_of(f'data.{key}')} is for training; evaluate reads running text, window by window")
+    if arguments.held_out and config.data != DataConfig():
+        raise ConfigError("--held-out true scores what the run has held out of its own text; omit the --data settings")
+    resolved = config_from_folder(config, arguments.model.context_length)
     if not arguments.held_out:
-        resolved = config_from_folder(config, arguments.model.context_length)
         is_prepared = config.data.source and find_prefix(config.data.source)  # prepared tokens name their tokenizer
         return resolved, config.data if is_prepared else resolved.data
     folder = Path(config.model.init_from).expanduser()
-    if config.data != DataConfig():
-        raise ConfigError("--held-out true scores what the run has held out of its own text; omit the --data settings")
-    config = config_from_folder(config, arguments.model.context_length)
     if not (folder / "trainer.json").is_file():
         raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
     data = merge_settings(DataConfig(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
@@ -158,7 +157,7 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
     ):
         if is_refused:
             raise ConfigError(f"--held-out true: {reason}")
-    return config, data
+    return resolved, data
 
 
 def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, config: Config, held_out: bool) -> None:
@@ -168,10 +167,8 @@ def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, co
         raise ConfigError(
             f"--data.path {corpus.source} was tokenized with another tokenizer than that of {folder}; pass the text itself"
         )
-    if held_out:
-        trainer = read_json(Path(folder).expanduser() / "trainer.json")
-        if trainer["content"]["data.path"] != corpus.fingerprint:
-            raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
+    if held_out and read_json(Path(folder).expanduser() / "trainer.json")["content"]["data.path"] != corpus.fingerprint:
+        raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
     if isinstance(objective, MaskedObjective) and objective.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, which a bert model needs")
 

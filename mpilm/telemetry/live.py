@@ -98,8 +98,7 @@ class LiveView:
         return Text.assemble((self.name, "bold"), "  ", (subtitle, "dim"))
 
     def _remaining(self, done: int) -> str:
-        now_s = time.time()
-        silent_s = now_s - self._step.get("time", now_s)
+        silent_s = time.time() - self._step["time"] if self._step else 0.0
         if self.final_state:
             return self.final_state
         if silent_s > max(SILENT_S, 20 * self._step_s):
