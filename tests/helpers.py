@@ -16,6 +16,7 @@ import pytest
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.errors import UserError
+from mpilm.telemetry.metrics import MetricsRow, parse_row
 
 LAUNCHER = Path(sys.executable).with_name("mpirun")  # the one that came with the library in this environment
 OTHER_PYTHON = os.environ.get("MPILM_TEST_OTHER_PYTHON") or "no-other-python"  # of an environment with another MPI library
@@ -75,3 +76,9 @@ def refusal_in_process(command: str, *arguments: object, code: int = 78) -> str:
     error = caught.value.error if isinstance(caught.value, CollectiveError) else caught.value
     assert error.code == code, error
     return str(error)
+
+
+def read_metrics(path: Path) -> list[MetricsRow]:
+    """Return the rows of a metrics file, without a cut last line and lines that are not rows."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [row for line in lines if (row := parse_row(line + b"\n"))]

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import OPEN_MPI
+from helpers import OPEN_MPI, read_metrics
 
 from mpilm.checkpoint.format import list_checkpoints
-from mpilm.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SMALL = (

@@ -22,14 +22,12 @@ from mpilm.config.parse import parse
 from mpilm.config.schema import Range
 from mpilm.launch.run import Body, run
 
-Megabytes = Annotated[int, Range("from 1 to 1024", lambda value: 1 <= value <= 1024)]
-
 
 @dataclass(frozen=True)
 class DoctorArguments:
     """The checks to run, and the calibration."""
 
-    megabytes: Megabytes = 16  # Size of the largest messages.
+    megabytes: Annotated[int, Range("from 1 to 1024", lambda value: 1 <= value <= 1024)] = 16  # Size of the largest messages.
     drill: bool = False  # Kill the last rank at the end: the job must end within seconds, with a non-zero exit code.
     calibrate: bool = False  # Measure this machine for mpilm.plan, while nothing else runs here, and write a machine file.
     output: str = "machine.json"  # The file that --calibrate writes.

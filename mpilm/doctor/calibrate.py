@@ -20,6 +20,7 @@ from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
 from mpilm.data.files import file_errors
+from mpilm.doctor.checks import CheckReport
 from mpilm.doctor.measure import Bench, measure_network, measure_rates, time_collective
 from mpilm.engine.hardware import cores_per_rank, detect_hardware, software_versions
 from mpilm.engine.step import train_step
@@ -43,8 +44,7 @@ def write_calibration(comm: Comm, device: str, path: Path) -> None:
     """Measure this machine and write its profile. Collective; raises CollectiveError."""
     profile = calibrate(comm, device)
     run_on_root(comm, lambda: write_profile(path, profile))
-    if comm.rank == 0:
-        print(f"{'calibrated':<12}{path}: for python -m mpilm.plan --machine {path}", flush=True)
+    CheckReport(comm).print("calibrated", f"{path}: for python -m mpilm.plan --machine {path}")
 
 
 def calibrate(comm: Comm, device: str) -> MachineProfile:

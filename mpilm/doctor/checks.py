@@ -195,9 +195,8 @@ def _check_shared_memory(report: CheckReport, node: Comm) -> None:
 
 def kill_last_rank(comm: Comm) -> None:
     """Kill the last rank while the others wait for it. Collective; does not return."""
-    if comm.rank == 0:
-        drill = f"killing rank {comm.size - 1}: the job must end within seconds, with a non-zero exit code"
-        print(f"{'drill':<12}{time.strftime('%H:%M:%S')}: {drill}", flush=True)
+    drill = f"killing rank {comm.size - 1}: the job must end within seconds, with a non-zero exit code"
+    CheckReport(comm).print("drill", f"{time.strftime('%H:%M:%S')}: {drill}")
     comm.barrier()
     if comm.rank == comm.size - 1:
         sys.stdout.flush()

@@ -226,8 +226,7 @@ def measure_network(bench: Bench, comm: Comm, distance: int = 1) -> NetworkRates
     bench.progress(f"messages between {n} ranks")
 
     def shift(x: Tensor, out: Tensor) -> None:
-        requests = [comm.irecv(out, (comm.rank - distance) % n), comm.isend(x, (comm.rank + distance) % n)]
-        for request in requests:
+        for request in (comm.irecv(out, (comm.rank - distance) % n), comm.isend(x, (comm.rank + distance) % n)):
             request.wait()
 
     one_way_s, exchange, gather = list[float](), list[tuple[float, float]](), list[tuple[float, float]]()

@@ -44,9 +44,6 @@ class EvalWindows:
     stop: np.ndarray  # the one after the last
     document: np.ndarray  # number of the document
 
-    def __len__(self) -> int:
-        return len(self.start)
-
 
 def cut_windows(segments: np.ndarray, length: int, causal: bool) -> EvalWindows:
     """Cut each segment [segments[i], segments[i + 1]) into windows of `length` read tokens, the last one shorter.
@@ -90,7 +87,7 @@ def score_windows(model: PipelinedModel, corpus: Corpus, windows: EvalWindows, o
         tokens, targets = objective(texts, [mix_key(MASK_KEY, n) for n in numbers.tolist()])
         return Batch.from_arrays(tokens=tokens, targets=targets, positions=np.arange(tokens.shape[1]), samples=numbers)
 
-    table = torch.zeros(len(windows), 3, dtype=torch.float64)
+    table = torch.zeros(len(windows.start), 3, dtype=torch.float64)
     for m, scores in model.forward(len(groups), fetch, row_scores).items():
         table[slice(*groups[m])] = scores.cpu()
     model.mesh.world.all_reduce(table)  # each row meets only zeros: exact
@@ -125,13 +122,12 @@ def evaluate_model(arguments: EvaluateArguments, world: Comm) -> None:
     config, data = run_on_all_ranks(world, lambda: _resolve_inputs(arguments))
     tokenizer = run_on_all_ranks(world, lambda: load_model_tokenizer(config.data, config.model))
     model = load_model(config, world)
-    yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
-    corpus = open_corpus(data, yielding, eos=arguments.held_out)
+    corpus = open_corpus(data, world.with_options(gpu_aware=False, yield_while_waiting=True), eos=arguments.held_out)
     objective = make_objective(config.model, config.data, tokenizer)
     run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, arguments.held_out))
     segments = run_on_all_ranks(world, lambda: _find_segments(data, arguments, corpus))
     windows = cut_windows(segments, config.model.context_length, objective.is_causal)
-    if not len(windows):
+    if not windows.start.size:
         problem = f"{len(corpus.tokens)} tokens are too few to predict anything"
         raise CollectiveError(DataError(f"--data.path {corpus.source}: {problem}"))
     table = score_windows(model, corpus, windows, objective)
@@ -144,14 +140,13 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
     for key in ("format", "packing", "too_long"):
         if getattr(config.data, key) != getattr(DataConfig, key):
             raise ConfigError(f"{flag_of(f'data.{key}')} is for training; evaluate reads running text, window by window")
+    if arguments.held_out and config.data != DataConfig():
+        raise ConfigError("--held-out true scores what the run has held out of its own text; omit the --data settings")
+    resolved = config_from_folder(config, arguments.model.context_length)
     if not arguments.held_out:
-        resolved = config_from_folder(config, arguments.model.context_length)
         is_prepared = config.data.source and find_prefix(config.data.source)  # prepared tokens name their tokenizer
         return resolved, config.data if is_prepared else resolved.data
     folder = Path(config.model.init_from).expanduser()
-    if config.data != DataConfig():
-        raise ConfigError("--held-out true scores what the run has held out of its own text; omit the --data settings")
-    config = config_from_folder(config, arguments.model.context_length)
     if not (folder / "trainer.json").is_file():
         raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
     data = merge_settings(DataConfig(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
@@ -162,7 +157,7 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
     ):
         if is_refused:
             raise ConfigError(f"--held-out true: {reason}")
-    return config, data
+    return resolved, data
 
 
 def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, config: Config, held_out: bool) -> None:
@@ -172,10 +167,8 @@ def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, co
         raise ConfigError(
             f"--data.path {corpus.source} was tokenized with another tokenizer than that of {folder}; pass the text itself"
         )
-    if held_out:
-        trainer = read_json(Path(folder).expanduser() / "trainer.json")
-        if trainer["content"]["data.path"] != corpus.fingerprint:
-            raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
+    if held_out and read_json(Path(folder).expanduser() / "trainer.json")["content"]["data.path"] != corpus.fingerprint:
+        raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
     if isinstance(objective, MaskedObjective) and objective.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, which a bert model needs")
 

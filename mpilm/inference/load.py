@@ -38,9 +38,8 @@ def load_model(config: Config, world: Comm) -> PipelinedModel:
     shape = run_on_all_ranks(world, lambda: _mesh_shape(config, world.size))
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
     world = world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed)
-    vocab_size = config.model.vocab_size
-    blocks_per_stage = run_on_all_ranks(world, lambda: partition_by_cost(config, vocab_size))
-    model = PipelinedModel(config, Mesh(shape, world), blocks_per_stage, vocab_size, hardware.device, ALIGNMENT)
+    blocks_per_stage = run_on_all_ranks(world, lambda: partition_by_cost(config, config.model.vocab_size))
+    model = PipelinedModel(config, Mesh(shape, world), blocks_per_stage, config.model.vocab_size, hardware.device, ALIGNMENT)
     load_initial_weights(model, world)
     return model
 

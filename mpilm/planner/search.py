@@ -9,7 +9,6 @@ from mpilm.config.check import check_config
 from mpilm.config.schema import Config, ParallelConfig, flatten, override, resolve_config
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun, format_bytes
-from mpilm.mesh.shape import MeshShape
 from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
 from mpilm.planner.cost import PlacedLayout, StepTime, step_time
 from mpilm.planner.memory import rank_bytes
@@ -68,7 +67,7 @@ class Candidate(PlacedLayout):
 
     @property
     def label(self) -> str:
-        return layout_label(self.config, self.shape)
+        return layout_label(self.config, self.ranks)
 
 
 def search(job: PlannedJob, ranks: int) -> tuple[list[Candidate], dict[str, str]]:
@@ -79,8 +78,7 @@ def search(job: PlannedJob, ranks: int) -> tuple[list[Candidate], dict[str, str]
     candidates, rejected = list[Candidate](), dict[str, str]()
     available = USABLE_MEMORY * job.machine.memory_bytes / -(-job.ranks_on_node(ranks) // job.machine.gpus)
     for config in _enumerate_layouts(job, ranks):
-        pipeline, recompute = config.parallel.pipeline, config.train.recompute
-        label = layout_label(config, MeshShape(pipeline=pipeline, data=max(1, ranks // pipeline)))
+        label, recompute = layout_label(config, ranks), config.train.recompute
         for choice in ("none", "block") if recompute == "none" else (recompute,):  # recompute only what does not fit
             try:
                 candidate = _place(job, override(config, train__recompute=choice), ranks)
@@ -138,12 +136,12 @@ def _place(job: PlannedJob, config: Config, ranks: int) -> Candidate:
     return Candidate(config, job.vocab_size, job.machine, shape, job.ranks_on_node(ranks), cut)
 
 
-def layout_label(config: Config, shape: MeshShape) -> str:
+def layout_label(config: Config, ranks: int) -> str:
     """Return a layout in a few words: data 4, pipeline 2, interleaved x2, zero 1, recompute block."""
-    parallel, recompute = config.parallel, config.train.recompute
-    schedule = parallel.schedule + f" x{parallel.chunks}" * (parallel.chunks > 1)
-    parts = [f"data {shape.data}", f"pipeline {shape.pipeline}", *[schedule] * (shape.pipeline > 1), f"zero {parallel.zero}"]
-    return ", ".join([*parts, *[f"recompute {recompute}"] * (recompute != "none")])
+    parallel, recompute, replicas = config.parallel, config.train.recompute, max(1, ranks // config.parallel.pipeline)
+    schedule = f", {parallel.schedule}{f' x{parallel.chunks}' * (parallel.chunks > 1)}" * (parallel.pipeline > 1)
+    label = f"data {replicas}, pipeline {parallel.pipeline}{schedule}, zero {parallel.zero}"
+    return label + f", recompute {recompute}" * (recompute != "none")
 
 
 def to_flags(candidate: Candidate) -> str:

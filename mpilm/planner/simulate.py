@@ -100,9 +100,8 @@ class _Simulation:
         """Raise ValueError unless every rank has reached the end of its program."""
         stuck = []
         for rank, (i, program) in enumerate(zip(self.next, self.programs)):
-            if i < len(program):
-                awaited = self._awaited(program[i])
-                assert awaited is not None
+            awaited = self._awaited(program[i]) if i < len(program) else None
+            if awaited is not None:
                 missing = "send" if awaited not in self.sent_s else "receive"
                 stuck.append(f"rank {rank} waits at {program[i]} for the {missing} of {_describe(awaited)}")
         if stuck:

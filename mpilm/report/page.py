@@ -16,7 +16,6 @@ from mpilm.report.read import RecordedRun, read_run
 from mpilm.telemetry.metrics_table import to_float
 
 PAGE = "report.html"
-COMPARISON = "comparison.html"  # of several runs
 MARKER = b"mpilm.report"  # within the first KiB of every file that a report may overwrite
 
 
@@ -26,7 +25,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path = "") -> tupl
     Raises FileError if a folder is not a run or the file cannot be written, ConfigError if plotly is not installed.
     """
     runs = [read_run(folder) for folder in folders]
-    path = Path(output) if output else runs[0].folder / (PAGE if len(runs) == 1 else COMPARISON)
+    path = Path(output) if output else runs[0].folder / (PAGE if len(runs) == 1 else "comparison.html")
     _replace_file(path, render_page(runs).encode("utf-8", errors="backslashreplace"))  # JSON may hold lone surrogates
     return path, runs
 
@@ -46,8 +45,7 @@ def render_page(runs: Sequence[RecordedRun]) -> str:
     environment.filters |= {"digits": lambda value: f"{to_float(value):.3g}", "facts": summary.collect_facts}
     environment.globals |= {"figures": figures, "summary": summary, "trace": trace, "axes": AXES, "version": __version__}
     charts = {chart.key: asdict(chart) for chart in figures.make_charts(runs)}
-    page = environment.get_template("page.html.j2").render(runs=runs, charts=charts, plotly=get_plotlyjs())
-    return page.lstrip()
+    return environment.get_template("page.html.j2").render(runs=runs, charts=charts, plotly=get_plotlyjs()).lstrip()
 
 
 def save_images(runs: Sequence[RecordedRun], folder: str | Path) -> list[Path]:

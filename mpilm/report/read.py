@@ -109,18 +109,18 @@ def _load_trace(folder: Path, missing: list[str]) -> Mapping[str, Any] | None:
 
 def _find_gaps(run: RecordedRun) -> list[str]:
     """Return a sentence for everything that is broken, or that an older version or a run still going on did not log."""
-    metrics = run.metrics
+    metrics, logged = run.metrics, len(run.metrics.columns["step"])
     bad_steps = metrics.columns["step"][~np.isfinite(metrics.columns["loss"])]
     bad_losses = f"{len(bad_steps):,} logged {'loss is' if len(bad_steps) == 1 else 'losses are'} not finite"
-    has_no_mfu = metrics.count and run.starts and np.isnan(metrics.columns["mfu"]).all()
+    has_no_mfu = logged and run.starts and np.isnan(metrics.columns["mfu"]).all()
     gaps = (
         (metrics.truncated, "The last line of metrics.jsonl is incomplete; it was ignored."),
         (metrics.unreadable, f"{count_noun(metrics.unreadable, 'line')} of metrics.jsonl cannot be read."),
-        (not metrics.count, "No step has been logged yet."),
+        (not logged, "No step has been logged yet."),
         (len(bad_steps), f"{bad_losses}, first at step {next(iter(bad_steps), 0):,.0f}."),
-        (metrics.count and not run.starts, "metrics.jsonl has no start row: ranks, layout and versions are unknown."),
+        (logged and not run.starts, "metrics.jsonl has no start row: ranks, layout and versions are unknown."),
         (run.starts and not run.has_ended, "metrics.jsonl has no end row: the run is still going on, or was killed."),
-        (metrics.count and not any("rank_s" in row for row in metrics.samples), "The run logged no times of its ranks."),
+        (logged and not any("rank_s" in row for row in metrics.samples), "The run logged no times of its ranks."),
         (has_no_mfu, "The run logged no MFU, because the peak speed of the machine was unknown."),
     )
     return [sentence for applies, sentence in gaps if applies]

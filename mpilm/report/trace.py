@@ -10,8 +10,6 @@ from mpilm.parallel.pipeline.actions import COMPUTE, ActionKind, parse_action
 from mpilm.planner.simulate import Timeline, TimelineEvent, simulate
 from mpilm.telemetry.metrics_table import to_float
 
-CATEGORIES = ("forward", "backward", "reduce", "send", "receive")
-
 
 class TracedStep(NamedTuple):
     """A step of the first replica. Times are in milliseconds."""
@@ -19,7 +17,6 @@ class TracedStep(NamedTuple):
     step: int
     ranks: tuple[int, ...]  # world ranks, in pipeline order
     measured: Timeline
-    in_flight: tuple[int, ...]  # most microbatches alive at once, by rank
     simulated: Timeline | None  # None without a pipeline, or if it cannot be simulated
     error: str = ""  # why it cannot
 
@@ -37,11 +34,10 @@ def find_traced_step(trace: Mapping[str, Any]) -> TracedStep | None:
     begin = min(events[0].start_s for events in timed)
     shifted = [tuple(TimelineEvent(e.rank, e.action, e.start_s - begin, e.end_s - begin) for e in events) for events in timed]
     measured = Timeline(tuple(shifted))
-    in_flight = tuple(map(measured.peak_in_flight, range(len(ranks))))
     try:
-        return TracedStep(step, ranks, measured, in_flight, _simulate_step(by_rank) if len(ranks) > 1 else None)
+        return TracedStep(step, ranks, measured, _simulate_step(by_rank) if len(ranks) > 1 else None)
     except (ValueError, KeyError) as error:
-        return TracedStep(step, ranks, measured, in_flight, None, str(error))
+        return TracedStep(step, ranks, measured, None, str(error))
 
 
 def _first_replica(layout: Any) -> tuple[int, ...]:
@@ -59,7 +55,7 @@ def _collect_events(events: Iterable[Any], ranks: Sequence[int]) -> dict[int, di
     steps: dict[int, dict[int, list[TimelineEvent]]] = defaultdict(lambda: defaultdict(list))
     for event in events:
         try:
-            if event["cat"] in CATEGORIES and event["pid"] in stages:
+            if event["pid"] in stages:
                 args, start_ms = event["args"], event["ts"] / 1000
                 action = parse_action(args.get("action", event["name"]))
                 timed = TimelineEvent(stages[event["pid"]], action, start_ms, start_ms + event["dur"] / 1000)

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mpilm.config.parse import merge_settings, read_toml
@@ -77,19 +77,14 @@ class LiveView:
                 self._ranks, self._peak_bytes = row, row["memory_bytes"]
 
     def __rich__(self) -> RenderableType:
-        return self.render(time.time())
-
-    def render(self, now_s: float) -> RenderableType:
-        """Render the view at `now_s`, a time of time.time()."""
+        """Render the view as it is now."""
         done: int = self._step["step"] if self._step else self._start.get("step", 0)
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim")
-        table.add_column()
+        table = Table.grid(Column(style="dim"), Column(), padding=(0, 2))
         for name, text in self._rows(done):
             table.add_row(name, text)
         bar = Table.grid(padding=(0, 1))
         step = Text(f"step {done:,}/{self.steps:,}", style="bold")
-        bar.add_row(step, ProgressBar(max(1, self.steps), done, width=30), self._remaining(done, now_s))
+        bar.add_row(step, ProgressBar(max(1, self.steps), done, width=30), self._remaining(done))
         curve = "\n".join(draw_curve(self._losses))
         curves: list[RenderableType] = [Text(curve, style="cyan"), ""] if curve.strip() else []
         events: list[RenderableType] = ["", *(Text(event, style="dim") for event in self._events)] if self._events else []
@@ -102,8 +97,8 @@ class LiveView:
         subtitle = ", ".join([count_noun(ranks, "rank"), *sizes, *zero]) if ranks else "no rows yet"
         return Text.assemble((self.name, "bold"), "  ", (subtitle, "dim"))
 
-    def _remaining(self, done: int, now_s: float) -> str:
-        silent_s = now_s - self._step.get("time", now_s)
+    def _remaining(self, done: int) -> str:
+        silent_s = time.time() - self._step["time"] if self._step else 0.0
         if self.final_state:
             return self.final_state
         if silent_s > max(SILENT_S, 20 * self._step_s):

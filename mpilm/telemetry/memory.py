@@ -9,11 +9,10 @@ import torch
 
 
 def _read_bytes(file: str, key: str) -> int:
-    try:
-        match = re.search(rf"^{key}:\s+(\d+) kB", Path(f"/proc/self/{file}").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return 1024 * int(match.group(1)) if match else 0
+    with contextlib.suppress(OSError):
+        if match := re.search(rf"^{key}:\s+(\d+) kB", Path(f"/proc/self/{file}").read_text(), re.MULTILINE):
+            return 1024 * int(match.group(1))
+    return 0
 
 
 def resident_bytes() -> int:

@@ -1,6 +1,7 @@
 """RUN/metrics.jsonl: one JSON object per row."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,10 @@ def parse_row(line: bytes) -> MetricsRow | None:
     return row if line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step", 0), int) else None
 
 
-def read_metrics(path: Path) -> list[MetricsRow]:
-    """Return the rows of a metrics file, without a cut last line and lines that are not rows."""
-    return list(filter(None, map(parse_row, path.read_bytes().splitlines(keepends=True))))
-
-
-def length_through_step(content: bytes, step: int) -> int:
+def length_through_step(lines: Iterable[bytes], step: int) -> int:
     """Return the length of the rows of the first `step` steps; it includes lines among them that are not rows."""
     length = 0
-    for line in content.splitlines(keepends=True):
+    for line in lines:
         row = parse_row(line)
         if not line.endswith(b"\n") or (row and row.get("step", 0) > step):
             break
@@ -40,9 +36,9 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, step: int):
-        keep = length_through_step(path.read_bytes(), step) if path.exists() else 0
-        self._file = open(path, "ab")  # noqa: SIM115
-        self._file.truncate(keep)
+        self._file = open(path, "a+b")  # noqa: SIM115
+        self._file.seek(0)
+        self._file.truncate(length_through_step(self._file, step))
 
     def write(self, row: MetricsRow) -> None:
         self._file.write(json.dumps(row).encode() + b"\n")
@@ -68,7 +64,7 @@ class MetricsFollower:
             if restarted:
                 self._position, self._last_line = 0, b""
                 file.seek(0)
-            lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+            lines = [line for line in file if line.endswith(b"\n")]
         self._position += sum(map(len, lines))
         self._last_line = lines[-1] if lines else self._last_line
         return list(filter(None, map(parse_row, lines))), restarted

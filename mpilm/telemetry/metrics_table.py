@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -16,7 +17,7 @@ from mpilm.telemetry.metrics import MetricsRow, parse_row
 COLUMNS = ("step", "time", "tokens", "loss", "grad_norm", "lr", "step_s", "tokens_per_s", "mfu")
 EVALUATION_COLUMNS = ("step", "time", "eval_loss")
 PER_RANK = ("memory_bytes", "rank_s")  # lists with a value for each rank
-CUTS = tuple(f', "{key}"'.encode() for key in PER_RANK)  # within a string the quotes would be escaped
+FROM_PER_RANK = re.compile(rb', "(?:memory_bytes|rank_s)".*', re.DOTALL)  # within a string the quotes would be escaped
 ROW_KINDS = frozenset({"loss", "eval_loss", "event"})  # every row has one of these keys
 START_TYPES = {"ranks": int, "layout": dict, "versions": dict, "hosts": list, "command": str}  # other values are dropped
 BLOCK_BYTES = 4 << 20
@@ -34,11 +35,6 @@ class MetricsTable:
     samples: tuple[MetricsRow, ...] = ()  # whole rows with per-rank values, evenly spread over the file
     unreadable: int = 0  # lines that are not rows
     truncated: bool = False  # the last line is incomplete
-
-    @property
-    def count(self) -> int:
-        """Number of logged steps."""
-        return len(self.columns["step"])
 
 
 def read_metrics_table(path: Path) -> MetricsTable:
@@ -65,7 +61,7 @@ def read_metrics_table(path: Path) -> MetricsTable:
 
 def parse_rows(lines: Sequence[bytes]) -> list[MetricsRow]:
     """Parse rows without their per-rank values, which come last and are most of the text; drop lines that are not rows."""
-    heads = [_cut_per_rank(line) for line in lines]
+    heads = [FROM_PER_RANK.sub(b"}\n", line) for line in lines]
     try:
         rows = json.loads(b"[" + b",".join(heads) + b"]")  # a single call takes a third of the time
         if len(rows) != len(lines):
@@ -76,14 +72,6 @@ def parse_rows(lines: Sequence[bytes]) -> list[MetricsRow]:
         if isinstance(row, dict) and not ROW_KINDS & row.keys():  # the per-rank values came first
             rows[i] = parse_row(lines[i])
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step", 0), int)]
-
-
-def _cut_per_rank(line: bytes) -> bytes:
-    for cut in CUTS:
-        at = line.find(cut)
-        if at > 0:
-            return line[:at] + b"}\n"
-    return line
 
 
 def _sample_rows(file: BinaryIO) -> tuple[MetricsRow, ...]:

@@ -22,17 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+STAGE = "mpilm.parallel.pipeline.stage:ModelStage"
 POINTS: Mapping[str, Sequence[str]] = {
-    "data.next": ["mpilm.parallel.pipeline.stage:ModelStage.fetch_batch"],
-    "forward": ["mpilm.parallel.pipeline.stage:ModelStage.forward"],
-    "backward": [
-        "mpilm.parallel.pipeline.stage:ModelStage.backward",
-        "mpilm.parallel.pipeline.stage:ModelStage.backward_input",
-    ],
+    "data.next": [f"{STAGE}.fetch_batch"],
+    "forward": [f"{STAGE}.forward"],
+    "backward": [f"{STAGE}.backward", f"{STAGE}.backward_input"],
     "p2p.send": ["mpilm.comm.instrumented:InstrumentedComm._isend"],
     "p2p.receive": ["mpilm.comm.instrumented:InstrumentedComm._irecv"],
-    "reduce.before": ["mpilm.parallel.pipeline.stage:ModelStage.reduce"],
-    "reduce.after": ["mpilm.parallel.pipeline.stage:ModelStage.reduce"],
+    "reduce.before": [f"{STAGE}.reduce"],
+    "reduce.after": [f"{STAGE}.reduce"],
     "optimizer": ["mpilm.optim.optimizer:Optimizer.step"],
     "eval": ["mpilm.trainer.hooks:validation_loss"],
     "checkpoint.open": ["mpilm.checkpoint.save:AsyncSave.__init__"],
@@ -62,12 +60,8 @@ def _hold_interpreter_lock(value: float) -> None:
         libc.read(os.pipe()[0], ctypes.create_string_buffer(1), ctypes.c_size_t(1))
 
 
-def _raise_value_error(value: float) -> None:
-    raise ValueError("injected by MPILM_FAULT")
-
-
-def _raise_os_error(number: int, value: float) -> None:
-    raise OSError(number, os.strerror(number))
+def _raise(error: Exception, value: float) -> None:
+    raise error
 
 
 def _exhaust_memory(value: float) -> None:
@@ -79,7 +73,7 @@ def _exhaust_memory(value: float) -> None:
     torch.empty(1 << 30)
 
 
-OS_ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS")
+OS_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES, errno.EROFS)
 KINDS: Mapping[str, Callable[[float], object]] = {
     "kill": lambda value: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda value: os.kill(os.getpid(), signal.SIGSTOP),
@@ -88,11 +82,11 @@ KINDS: Mapping[str, Callable[[float], object]] = {
     "hold": _hold_interpreter_lock,
     "loop": _loop_forever,
     "sleep": time.sleep,
-    "raise": _raise_value_error,
+    "raise": functools.partial(_raise, ValueError("injected by MPILM_FAULT")),
     "exit": lambda value: sys.exit(3),
     "os_exit": lambda value: os._exit(3),
     "memory": _exhaust_memory,
-    **{name.lower(): functools.partial(_raise_os_error, getattr(errno, name)) for name in OS_ERRORS},
+    **{errno.errorcode[n].lower(): functools.partial(_raise, OSError(n, os.strerror(n))) for n in OS_ERRORS},
 }
 
 

@@ -58,21 +58,10 @@ class LayoutOutcome:
     weights: Slices  # after the last step
 
 
-@dataclass(frozen=True)
-class LayoutDifference:
-    """The largest differences of a layout from the serial run, over all ranks."""
-
-    loss: float
-    gradient: float
-    weight: float
-    bits_equal: bool
-
-
 def list_layouts(config: Config, ranks: int) -> Iterator[tuple[ParallelConfig, str]]:
     """Yield all layouts of so many ranks, each with the reason why it cannot run this model, or ""."""
     for pipeline in (p for p in range(1, ranks + 1) if ranks % p == 0):
-        schedules = tuple(SCHEDULES) if pipeline > 1 or ranks == 1 else ("1f1b",)
-        for schedule in schedules:
+        for schedule in SCHEDULES if pipeline > 1 or ranks == 1 else ("1f1b",):
             for zero in (0, 1, 2, 3) if ranks > pipeline else (0,):
                 parallel = ParallelConfig(pipeline=pipeline, schedule=schedule, zero=zero)  # type: ignore[arg-type]
                 changed = resolve_config(replace(config, parallel=parallel))
@@ -108,13 +97,11 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
             print_line(f"{label}  not run: {reason}")
             continue
         outcome = run_layout(replace(config, parallel=parallel), world, hardware, self_test)
-        difference = _compare(outcome, serial, world)
-        largest = max(difference.loss, difference.gradient, difference.weight)
-        passed = difference.bits_equal or largest <= tolerance
+        differences, bits_equal = _compare(outcome, serial, world)
+        passed = bits_equal or max(differences) <= tolerance
         ran, failed = ran + 1, failed + (not passed)
-        verdict = "equal bits" if difference.bits_equal else f"within {tolerance:g}" if passed else "DIFFERENT"
-        numbers = f"{difference.loss:>9.2g}  {difference.gradient:>9.2g}  {difference.weight:>9.2g}"
-        print_line(f"{label}  {numbers}  {verdict}")
+        verdict = "equal bits" if bits_equal else f"within {tolerance:g}" if passed else "DIFFERENT"
+        print_line("  ".join([label, *(f"{difference:>9.2g}" for difference in differences), verdict]))
     if not ran:
         problem = f"no layout of {world.size} ranks can run this model and batch"
         raise CollectiveError(ConfigError(f"{problem}, so nothing was verified"))
@@ -157,35 +144,28 @@ def _clone(slices: Slices) -> Slices:
     return {item: x.clone() for item, x in slices.items()}
 
 
-def _compare(outcome: LayoutOutcome, serial: LayoutOutcome, world: Comm) -> LayoutDifference:
-    """Return the largest differences over all ranks. Collective."""
+def _compare(outcome: LayoutOutcome, serial: LayoutOutcome, world: Comm) -> tuple[list[float], bool]:
+    """Return the largest differences of loss, gradient and weights over all ranks, and whether all bits agree. Collective."""
     loss = max(_nan_to_inf(abs(a - b) / abs(b)) for a, b in zip(outcome.numbers, serial.numbers))
-    gradients, weights = list(zip(outcome.gradients, serial.gradients)), (outcome.weights, serial.weights)
-    gradient, weight = max(_difference(*pair) for pair in gradients), _difference(*weights)
-    equal = outcome.numbers == serial.numbers and all(_bits_equal(*pair) for pair in (*gradients, weights))
-    largest = torch.tensor([loss, gradient, weight, float(not equal)], dtype=torch.float64)
+    pairs = [*zip(outcome.gradients, serial.gradients), (outcome.weights, serial.weights)]
+    (*gradients, weight), bits_equal = zip(*(_compare_slices(own, full) for own, full in pairs))
+    differs = outcome.numbers != serial.numbers or not all(bits_equal)
+    largest = torch.tensor([loss, max(gradients), weight, differs], dtype=torch.float64)
     world.all_reduce(largest, "max")
-    loss, gradient, weight, differs = largest.tolist()
-    return LayoutDifference(loss, gradient, weight, bits_equal=not differs)
+    *differences, any_differ = largest.tolist()
+    return differences, not any_differ
 
 
-def _pairs(own: Slices, serial: Slices) -> Iterator[tuple[Tensor, Tensor]]:
+def _compare_slices(own: Slices, serial: Slices) -> tuple[float, bool]:
+    """Return the largest difference of an element, relative to the largest element of all parameters, and whether all bits
+    are the same, the sign of zeros included."""
     full = {item.name: x for item, x in serial.items()}
-    for item, x in own.items():
-        yield x, full[item.name][item.start : item.stop]
-
-
-def _difference(own: Slices, serial: Slices) -> float:
-    """Return the largest difference of an element, relative to the largest element of all parameters."""
-    scale = max(float(x.abs().max()) for x in serial.values())
-    return max((_nan_to_inf(float((a - b).abs().max()) / scale) for a, b in _pairs(own, serial)), default=0.0)
+    pairs = [(x, full[item.name][item.start : item.stop]) for item, x in own.items()]
+    scale = max(float(x.abs().max()) for x in full.values())
+    difference = max((_nan_to_inf(float((a - b).abs().max()) / scale) for a, b in pairs), default=0.0)
+    return difference, all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in pairs)
 
 
 def _nan_to_inf(difference: float) -> float:
     """Replace nan, for which every comparison is false, by a value larger than any tolerance."""
     return math.inf if math.isnan(difference) else difference
-
-
-def _bits_equal(own: Slices, serial: Slices) -> bool:
-    """Return whether all bits are the same, the sign of zeros included."""
-    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in _pairs(own, serial))

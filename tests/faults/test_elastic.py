@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import OTHER_PYTHON
+from helpers import OTHER_PYTHON, read_metrics
 from training_jobs import read_outcome, run_serially, slow_case, start_job, train_arguments
 
 from mpilm.checkpoint.format import list_checkpoints
-from mpilm.telemetry.metrics import read_metrics
 
 STEPS, SAVED, EVALUATED, LOST = 40, 16, 20, 22  # LOST: the step in which ranks are lost
 LOST_RANK = 89

@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import HAS_OTHER_MPI, OTHER_PYTHON
+from helpers import HAS_OTHER_MPI, OTHER_PYTHON, read_metrics
 from training_jobs import read_outcome, run_serially, sleep_in_steps, slow_case, start_job, train_arguments
 
 from mpilm.checkpoint.format import list_checkpoints
 from mpilm.checkpoint.verify import find_newest_valid
-from mpilm.telemetry.metrics import read_metrics
 
 STEPS = 48
 SYNCHRONOUS = ("--checkpoint.asynchronous", "false")

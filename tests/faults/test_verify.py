@@ -113,9 +113,9 @@ from mpilm.verification.layouts import CUDA_TOLERANCE, _compare, run_layout, ver
 def verify(comm):
     verify_layouts(compiled, comm, False, lambda line: print(line, flush=True) if comm.rank == 0 else None)
     cpu = Hardware(torch.device("cpu"), 1, False)
-    difference = _compare(*(run_layout(config, SelfComm(), cpu) for config in (compiled, plain)), comm)
+    differences, _ = _compare(*(run_layout(config, SelfComm(), cpu) for config in (compiled, plain)), comm)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert max(difference.loss, difference.gradient, difference.weight) < CUDA_TOLERANCE  # kernels add in another order
+    assert max(differences) < CUDA_TOLERANCE  # kernels add in another order
     print("compiled and plain steps are close", flush=True)
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import read_metrics
 from thread_ranks import run_ranks
 
 from mpilm.checkpoint.format import list_checkpoints
 from mpilm.config.parse import merge_settings, read_toml
 from mpilm.config.schema import Config, override
 from mpilm.engine.hardware import processor_name
-from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer import loop
 
 OLD = Path(__file__).with_name("run-0.1")

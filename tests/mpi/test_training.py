@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import read_metrics
 from runs import layout, newest_tensors
 from text import tiny_config, write_tokens
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.engine.step import train_step
-from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
 

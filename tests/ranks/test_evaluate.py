@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_hf_model
+from helpers import read_metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import FAMILIES, full_model, small_config
@@ -25,7 +26,6 @@ from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.inference.evaluate import cut_windows, evaluate_model, group_windows
 from mpilm.model.families import initial_value
-from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer.loop import train
 
 T = 16

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import read_metrics
 from runs import layout, read_tensor_files, train_to_end
 from text import tiny_config, write_tokens
 from thread_ranks import run_ranks
@@ -24,7 +25,6 @@ from mpilm.data.batch import Batches
 from mpilm.engine.step import train_step
 from mpilm.errors import NonFiniteError, RanksDisagreeError
 from mpilm.parallel.pipeline.stage import ModelStage
-from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer import loop
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train

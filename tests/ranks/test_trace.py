@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from helpers import read_metrics
 from runs import layout
 from text import tiny_config, write_tokens
 from thread_ranks import run_ranks
@@ -16,7 +17,6 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.actions import parse_action
 from mpilm.parallel.pipeline.schedules import lower, schedule
-from mpilm.telemetry.metrics import read_metrics
 from mpilm.telemetry.trace import CATEGORIES, ClockOffset, measure_clock_offset, to_root_time
 from mpilm.trainer.loop import train
 

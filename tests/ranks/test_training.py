@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_hf_model
+from helpers import read_metrics
 from runs import FAMILIES, assemble, differing, full_batch, full_model, layout, owned_state, train_to_end, train_until_killed
 from text import tiny_config, write_tokens
 from thread_ranks import run_ranks
@@ -31,7 +32,6 @@ from mpilm.engine.step import total_loss, train_step, validation_loss
 from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.optimizer import learning_rate
-from mpilm.telemetry.metrics import read_metrics
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
 

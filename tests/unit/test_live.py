@@ -1,6 +1,7 @@
 """Live view of a run in a terminal: text and loss curve."""
 
 import io
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -32,7 +33,8 @@ def render(rows, now=1010.0, save_every=10):
     for row in rows:
         view.update(row)
     file = io.StringIO()
-    Console(file=file, width=100).print(view.render(now))
+    with mock.patch("time.time", return_value=now):
+        Console(file=file, width=100).print(view)
     return file.getvalue()
 
 

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from helpers import read_metrics
 
-from mpilm.telemetry.metrics import MetricsFollower, MetricsWriter, length_through_step, read_metrics
+from mpilm.telemetry.metrics import MetricsFollower, MetricsWriter, length_through_step
 
 ROWS = [json.dumps({"step": step, "loss": 1 / (step + 1)}).encode() + b"\n" for step in (0, 1, 2, 3, 4)]
 
@@ -48,7 +49,7 @@ def test_metrics_line_that_is_no_row_affects_no_other(path, rubbish):
 
 
 def test_length_through_step_row_without_step_belongs_to_the_start():
-    assert length_through_step(b'{"event": "note"}\n', 0) == 18
+    assert length_through_step([b'{"event": "note"}\n'], 0) == 18
 
 
 def test_metrics_follower_growing_file_returns_new_complete_rows(path):
