@@ -106,7 +106,7 @@ def make_state(tensors: Tensors, sharding: Sharding, rank: int) -> CheckpointSta
         trainer={"step": 7},
         shapes={kind: {name: tuple(x.shape) for name, x in values.items()} for kind, values in tensors.items()},
         slices={kind: slice_tensors(values, sharding, rank) for kind, values in tensors.items()},
-        shard_owners=sharding.__getitem__,
+        shard_owners=sharding,
     )
 
 

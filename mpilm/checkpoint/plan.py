@@ -5,7 +5,7 @@ comes from one of the ranks that own the range. Every rank walks through all blo
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -17,7 +17,7 @@ from mpilm.config.schema import ModelConfig
 MAX_SHARD_BYTES = 5_000_000_000  # per file, as in transformers
 HEADER = "header"  # the kind of bytes that every rank has
 
-ShardOwners = Callable[[str], Sequence[tuple[int, int, Sequence[int]]]]  # parameter -> (first element, end, ranks)
+ShardOwners = Mapping[str, Sequence[tuple[int, int, Sequence[int]]]]  # parameter -> (first element, end, ranks)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _list_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[B
     offset = len(file.header)
     yield ByteRange((HEADER, file.name), 0, offset, 0, range(size))
     for tensor in file.tensors:
-        (kind, name), shards, covered = tensor.key, owners(tensor.key[1]), 0
+        (kind, name), shards, covered = tensor.key, owners[tensor.key[1]], 0
         if tensor.unsharded:
             if len(shards) != 1:
                 raise ValueError(f"{name} is sharded, but its {kind} has another shape")

@@ -51,7 +51,7 @@ class CheckpointState:
     # Both by kind: PARAMETER, in model order and without second uses of tied parameters, or a kind of moment.
     shapes: Mapping[str, Mapping[str, TensorShape]]  # global, of the whole model
     slices: Mapping[str, Mapping[ParamSlice, Tensor]]  # of this rank; flat, contiguous, float32, on any device
-    shard_owners: ShardOwners  # pure: for a parameter, ranges that cover it in order; each owner has a slice with all of it
+    shard_owners: ShardOwners  # the same on all ranks; ranges cover a parameter in order, each owner has a slice with all of it
 
 
 class AsyncSave:

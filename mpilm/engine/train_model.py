@@ -92,21 +92,21 @@ class TrainModel(PipelinedModel):
         return 4 * sum(map(prod, [*self.shapes.values(), *of_moments]))
 
     @cached_property
-    def _flat_layouts(self) -> list[FlatLayout]:
-        """The flat layouts of all stages, those of other ranks included."""
+    def shard_owners(self) -> dict[str, list[tuple[int, int, list[int]]]]:
+        """For each parameter, ranges of its elements and the world ranks that update each. The same on all ranks."""
+        shape, first = self.mesh.shape, dict.fromkeys(self.mesh.coordinate, 0)
+        reduce_places = [{"data": data, "context": context} for data in range(shape.data) for context in range(shape.context)]
+        replicas = 1 if self.is_local_sgd else len(reduce_places)  # those that hold the same
         by_stage = [select_stage(select_trained(self.layouts), stage).values() for stage in range(len(self.blocks_per_stage))]
-        return [FlatLayout(x, self.alignment, per_module=self.zero >= 2, ranks=self.reduce_comm.size) for x in by_stage]
-
-    def shard_owners(self, name: str) -> list[tuple[int, int, list[int]]]:
-        """Return ranges of a parameter's elements and the world ranks that update each. Pure, the same on all ranks."""
-        layout, shape = self.layouts[name], self.mesh.shape
-        fixed = {**dict.fromkeys(self.mesh.coordinate, 0), "pipeline": layout.stage % self.pipeline.size}
-        owners = shard_owners(name, self._flat_layouts[layout.stage], self.zero > 0)
-        places = [
-            {**fixed, "data": data, "context": context} for data in range(shape.data) for context in range(shape.context)
-        ]  # of the ranks of the reduce axes, in the order of their communicator
-        replicas = 1 if self.is_local_sgd else len(places)  # those that hold the same
-        return [(start, stop, [shape.rank(places[rank]) for rank in ranks[:replicas]]) for start, stop, ranks in owners]
+        flats = [FlatLayout(x, self.alignment, per_module=self.zero >= 2, ranks=self.reduce_comm.size) for x in by_stage]
+        owners: dict[str, list[tuple[int, int, list[int]]]] = {}
+        for name in self.shapes:
+            stage = self.layouts[name].stage
+            place = {**first, "pipeline": stage % self.pipeline.size}
+            ranks = [shape.rank({**place, **other}) for other in reduce_places]  # in the order of their communicator
+            shards = shard_owners(name, flats[stage], self.zero > 0)
+            owners[name] = [(start, stop, [ranks[i] for i in own[:replicas]]) for start, stop, own in shards]
+        return owners
 
     def memory_bytes(self) -> dict[str, int]:
         """Return this rank's bytes of weights, moments, partial gradient sums and their exchange.

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 from mpilm.checkpoint.format import PARAMETER
 from mpilm.checkpoint.save import CheckpointState
@@ -73,5 +72,5 @@ def collect_state(run: Run, step: int, eval_loss: float | None) -> CheckpointSta
         trainer=trainer,
         shapes={PARAMETER: model.shapes, **model.moment_shapes},
         slices={PARAMETER: model.owned_slices(), **model.optimizer.state_slices()},
-        shard_owners=cache(model.shard_owners),
+        shard_owners=model.shard_owners,
     )

@@ -156,7 +156,7 @@ def test_assemble_blocks_keeps_only_a_few_in_memory():
     files = assign_files("x", [StoredTensor("a", (PARAMETER, "a"), (1000,))])
     local = LocalState({PARAMETER: slice_tensors({"a": torch.zeros(1000)}, replicate({"a": (1000,)}, 1), 0)}, files)
     with small_files(64):
-        blocks = list(plan_blocks(files, lambda name: [(0, 1000, [0])], 1))
+        blocks = list(plan_blocks(files, {"a": [(0, 1000, [0])]}, 1))
     started = []
     assembled = assemble_blocks((started.append(block) or block for block in blocks), local, ONE)
     for count, (block, _) in enumerate(assembled):

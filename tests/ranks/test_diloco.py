@@ -238,6 +238,6 @@ def test_run_stopped_between_synchronizations_synchronizes_first(tmp_path, data)
 def test_checkpoint_takes_inner_moments_from_one_replica():
     def owners(comm):
         model = build_train_model(small_config(parallel__sync_every=2, **QUIET), comm)
-        return [ranks for name in model.shapes for _, _, ranks in model.shard_owners(name)]
+        return [ranks for name in model.shapes for _, _, ranks in model.shard_owners[name]]
 
     assert all(ranks == [0] for ranks in run_ranks(3, owners)[0])

@@ -28,7 +28,7 @@ def test_assign_files_splits_by_size_and_only_a_large_tensor_exceeds_it():
 def plan_parameters(shapes, sharding, size, block_bytes):
     files = assign_files("model", [StoredTensor(name, (PARAMETER, name), shape) for name, shape in shapes.items()])
     with small_files(block_bytes):
-        return list(plan_blocks(files, sharding.__getitem__, size)), files[0]
+        return list(plan_blocks(files, sharding, size)), files[0]
 
 
 @given(random=st.randoms(use_true_random=False), size=st.integers(1, 8), block_bytes=BLOCKS)
@@ -80,7 +80,7 @@ def test_plan_blocks_with_a_gap_or_an_overlap_raises(ranges):
 
 def test_plan_blocks_of_a_moment_with_another_shape_needs_an_unsharded_parameter():
     files = [TensorFile("optimizer.safetensors", b"", (StoredTensor("a.row", ("row", "a"), (3,), unsharded=True),))]
-    (block,) = plan_blocks(files, lambda name: [(0, 12, [1])], 2)
+    (block,) = plan_blocks(files, {"a": [(0, 12, [1])]}, 2)
     assert [(r.start, r.nbytes, r.owners) for r in block.parts[1]] == [(0, 12, [1])]
     with pytest.raises(ValueError, match="a is sharded, but its row has another shape"):
-        list(plan_blocks(files, lambda name: [(0, 6, [0]), (6, 12, [1])], 2))
+        list(plan_blocks(files, {"a": [(0, 6, [0]), (6, 12, [1])]}, 2))
