@@ -1,11 +1,12 @@
 """Gradient reduction: from the gradients of single microbatches to their sum over all ranks.
 
-Three levels, each independent of the others:
+Four levels, each independent of the others:
 
     accumulate over microbatches     step.StepReducer (ZeRO 0, 1)  |  rounds.RoundReducer (ZeRO 2, 3)
      └ reduce across ranks           shared_memory.SharedMemoryReducer | messages.MessageReducer (both in tree order)
                                      messages.AllReduceReducer (MPI_Allreduce) | powersgd.PowerSGDReducer
-        └ encode                     ops.tree_reduce.GradientEncoding (float32) | BFloat16Encoding (error feedback)
+        └ exchange a bucket          ops.tree_reduce.TreeReduceScatter, in tree order
+           └ encode                  ops.tree_reduce.GradientEncoding (float32) | BFloat16Encoding (error feedback)
 
 build.build_reducer makes the combination that the config asks for; diloco.DiLoCo replaces the reduction between replicas by
 occasional synchronization. Backward delivers gradients through post-accumulate hooks that the two reducers register.
