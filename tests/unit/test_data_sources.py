@@ -39,7 +39,7 @@ def small_blocks(monkeypatch):
 
 def compress(ending, data):
     if ending == ".gz":
-        return gzip.compress(data)
+        return gzip.compress(data, mtime=0)
     return pytest.importorskip("pyarrow").compress(data, codec="zstd", asbytes=True)
 
 
@@ -52,7 +52,7 @@ def test_find_sources_folder_is_sorted_by_name_and_filtered(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "text"),
-    [("README", b"hello", "hello"), ("x.json", b'{"text": "j"}', "j"), ("x.log.gz", gzip.compress(b"hello"), "hello")],
+    [("README", b"hello", "hello"), ("x.json", b'{"text": "j"}', "j"), ("x.log.gz", gzip.compress(b"hello", mtime=0), "hello")],
 )
 def test_find_sources_named_file_is_read_whatever_its_suffix(tmp_path, name, content, text):
     (tmp_path / name).write_bytes(content)
@@ -148,7 +148,7 @@ def test_read_chunks_parquet_by_row_groups(tmp_path):
 def test_read_chunks_not_utf8_raises_with_place_or_replaces(tmp_path, small_blocks):
     data = b"fine line\n" * 30 + b"na\xefve\n" + b"more\n" * 20
     (tmp_path / "x.txt").write_bytes(data)
-    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(data, mtime=0))
     for name in ("x.txt", "x.txt.gz"):
         with pytest.raises(DataError, match=rf"{name}: line 31, byte 302: .*--data.encoding-errors replace"):
             read(tmp_path / name)
