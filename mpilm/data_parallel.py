@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpilm.checkpoint.format import MANIFEST, TEMPORARY, FolderWriter, checkpoint_name
+from mpilm.checkpoint.format import MANIFEST, TEMPORARY, CheckpointFolder, checkpoint_name
 from mpilm.checkpoint.manager import prune_checkpoints, remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
@@ -96,7 +96,7 @@ class DataParallel:
                 final.parent.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(final.parent)
                 temporary.mkdir()
-                writer = FolderWriter(temporary)
+                writer = CheckpointFolder(temporary)
                 for file, values in (("model", self.model.state_dict()), ("optimizer", tensors)):
                     copies = {name: x.detach().cpu().clone().contiguous() for name, x in values.items()}
                     writer.write_bytes(f"{file}.safetensors", save(copies))  # refuses tensors that share memory

@@ -111,7 +111,7 @@ def make_state(tensors: Tensors, sharding: Sharding, rank: int) -> CheckpointSta
 
 
 def save_tensors(parent: Path, tensors: Tensors, sharding: Sharding, comm: Comm, step: int = 7) -> Path:
-    return save.AsyncSave(parent, step, make_state(tensors, sharding, comm.rank), comm).finalize()
+    return save.PendingCheckpoint(parent, step, make_state(tensors, sharding, comm.rank), comm).finalize()
 
 
 def assert_loads(folder: Path, tensors: Tensors, sharding: Sharding, comm: Comm) -> None:

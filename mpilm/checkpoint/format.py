@@ -81,7 +81,7 @@ def manifest_entry(nbytes: int, block_digests: bytes) -> dict[str, Any]:
     return {"bytes": nbytes, "sha256_of_blocks": hashlib.sha256(block_digests).hexdigest()}
 
 
-class FolderWriter:
+class CheckpointFolder:
     """Writes the small files of one checkpoint folder, syncs each to disk, and commits the folder."""
 
     def __init__(self, folder: Path):

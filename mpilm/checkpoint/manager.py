@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mpilm.checkpoint.format import PARAMETER, TEMPORARY, checkpoint_name, list_checkpoints
-from mpilm.checkpoint.save import AsyncSave, CheckpointState, WriteBuffers
+from mpilm.checkpoint.save import CheckpointState, PendingCheckpoint, WriteBuffers
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.progress import Progress
@@ -34,7 +34,7 @@ class CheckpointManager:
     make_state: Callable[[int, float | None], CheckpointState]  # from step and evaluation loss
     on_saved: Callable[[Path, int, float, float], None]  # folder, step, seconds to copy and write, seconds that training waited
     on_failed: Callable[[str], None]  # message
-    _pending: AsyncSave | None = field(default=None, init=False)
+    _pending: PendingCheckpoint | None = field(default=None, init=False)
     _waited_s: float = field(default=0.0, init=False)
     _buffers: WriteBuffers = field(default_factory=WriteBuffers, init=False)
     _pruning: threading.Thread | None = field(default=None, init=False)  # on rank 0: to remove large files takes a while
@@ -61,7 +61,9 @@ class CheckpointManager:
             state = self.make_state(step, eval_loss)
             _check_finite(state, step, self.comm)
             self._join_pruning()  # which frees the space that this one needs
-            self._pending = AsyncSave(self.folder, step, state, self.comm, self._buffers if self.config.asynchronous else None)
+            self._pending = PendingCheckpoint(
+                self.folder, step, state, self.comm, self._buffers if self.config.asynchronous else None
+            )
         if not self.config.asynchronous:
             self.finish()
 
@@ -87,7 +89,7 @@ class CheckpointManager:
         if self._pending is not None:
             self._pending.work.exception()
 
-    def _advance(self, save: AsyncSave, action: Callable[[], object]) -> None:
+    def _advance(self, save: PendingCheckpoint, action: Callable[[], object]) -> None:
         complete = None
         with self._stalling(self.progress.step):
             complete = action()

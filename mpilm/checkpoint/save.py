@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.format import TEMPORARY, FolderWriter, TensorShape, checkpoint_name, count_blocks, manifest_entry
+from mpilm.checkpoint.format import TEMPORARY, CheckpointFolder, TensorShape, checkpoint_name, count_blocks, manifest_entry
 from mpilm.checkpoint.plan import HEADER, ByteRange, FileBlock, ShardOwners, TensorFile, plan_blocks, plan_files, plan_indexes
 from mpilm.checkpoint.pretrained import find_base_model
 from mpilm.comm.base import Comm
@@ -54,7 +54,7 @@ class CheckpointState:
     shard_owners: ShardOwners  # the same on all ranks; ranges cover a parameter in order, each owner has a slice with all of it
 
 
-class AsyncSave:
+class PendingCheckpoint:
     """A checkpoint being saved below `parent`, a folder that all ranks see.
 
     The constructor copies the state into `buffers`, a thread writes it without messages to other ranks, and `poll` or
@@ -66,7 +66,7 @@ class AsyncSave:
         self.step, self.final, self.took_s = step, parent / checkpoint_name(step), 0.0  # took_s: to copy and to write
         self.state, self.comm, self._began_s = state, comm, time.perf_counter()
         self.work: Future[None] = Future()  # what this rank writes at the moment
-        self._folder_writer = FolderWriter(parent / f"{TEMPORARY}{self.final.name}")
+        self._folder_writer = CheckpointFolder(parent / f"{TEMPORARY}{self.final.name}")
         self._files = plan_files(state.model, state.shapes)
         self._digests = torch.zeros(sum(count_blocks(file.nbytes) for file in self._files), 32, dtype=torch.uint8)
         self._committing = False
@@ -126,7 +126,7 @@ class AsyncSave:
     def _write(self, blocks: Iterable[AssembledBlock], hasher: ThreadPoolExecutor | None = None) -> None:
         """Write and hash this rank's blocks and, on rank 0, the metadata. `hasher` hashes a block while it is written."""
         waited_s, failure = _scheduler_wait_s(), None
-        with contextlib.closing(BlockWriter(self._folder_writer.folder)) as writer:
+        with contextlib.closing(FileBlockWriter(self._folder_writer.folder)) as writer:
             for block, data in blocks:  # to the end even after a failure, because other ranks send to this one
                 digest = hasher and hasher.submit(sha256_tensor, data)
                 try:
@@ -177,7 +177,7 @@ def _make_folder(final: Path, temporary: Path, nbytes: int) -> None:
         raise FileError(f"checkpoint {final} needs {needed}, but only {has} are free there; {UNCHANGED}")
 
 
-def _write_metadata(writer: FolderWriter, state: CheckpointState, files: list[TensorFile]) -> None:
+def _write_metadata(writer: CheckpointFolder, state: CheckpointState, files: list[TensorFile]) -> None:
     """Write the files that make the folder one of Hugging Face's, or of PEFT's, and trainer.json."""
     model, tokenizer = state.model, state.tokenizer
     end = tokenizer.decode([tokenizer.eos])
@@ -290,7 +290,7 @@ def sha256_tensor(data: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(hashlib.sha256(data.numpy().data).digest()), dtype=torch.uint8)
 
 
-class BlockWriter:
+class FileBlockWriter:
     """Writes blocks into the files of one folder, and syncs the files when it is closed. Whole pages bypass the page cache if
     the file system allows it: to fill the cache takes a core several times as long as hashing and evicts what the run reads."""
 

@@ -26,7 +26,7 @@ from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.parallel.pipeline.stage import StepInputs
 from mpilm.parallel.reduce.build import build_reducer
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
-from mpilm.parallel.reduce.rounds import RoundReducer
+from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
 from mpilm.parallel.reduce.step import StepReducer
 
 
@@ -36,11 +36,11 @@ class TrainModel(PipelinedModel):
     def __init__(
         self, config: Config, mesh: Mesh, blocks_per_stage: Sequence[int], vocab_size: int, device: torch.device, alignment: int
     ):
-        self.reducers: dict[int, StepReducer | RoundReducer] = {}
+        self.reducers: dict[int, StepReducer | MicrobatchRoundReducer] = {}
         self.reduce_timings: dict[str, float] = {}  # seconds of each method of reduction that was timed
         comm = mesh.comm(*REDUCE_AXES)
 
-        def build(stage: int, flat: FlatParameters, model: nn.Module) -> StepReducer | RoundReducer:
+        def build(stage: int, flat: FlatParameters, model: nn.Module) -> StepReducer | MicrobatchRoundReducer:
             self.reducers[stage] = build_reducer(flat, model, comm, config, self.reduce_timings)
             return self.reducers[stage]
 

@@ -74,7 +74,7 @@ def make_encoding(dtype: str) -> GradientEncoding:
     return BFloat16Encoding() if dtype == "bfloat16" else GradientEncoding()
 
 
-class TreeReduction:
+class TreeMerger:
     """The additions of one exchange: which tree nodes each rank contributes, and which remain."""
 
     def __init__(self, nodes: Sequence[Sequence[TreeNode]], microbatches: int):
@@ -102,7 +102,7 @@ class TreeReduction:
             out.copy_(incoming[0])
 
 
-class TreeReduceScatter:
+class TreeOrderReduceScatter:
     """Reduce-scatters one bucket at a time; its workspace holds at most `max_nodes` incoming slices."""
 
     def __init__(self, comm: Comm, layout: Sliceable, max_nodes: int, device: torch.device, encoding: GradientEncoding):
@@ -110,7 +110,7 @@ class TreeReduceScatter:
         self.workspace = torch.empty(max_nodes * layout.longest_slice, dtype=self.encoding.dtype, device=device)
         self.requests: list[Request] = []
 
-    def start(self, reduction: TreeReduction, parts: Sequence[Tensor], bucket: Interval) -> None:
+    def start(self, reduction: TreeMerger, parts: Sequence[Tensor], bucket: Interval) -> None:
         """Send the slices of this rank's nodes (`parts`) of a bucket: one all-to-all for the j-th node of all ranks."""
         comm, self.reduction = self.comm, reduction
         slices = self.layout.slices(bucket)

@@ -14,7 +14,7 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.fsdp import ShardedParameters
 from mpilm.parallel.layout import REDUCE_AXES, ParamLayout, select_trained
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
-from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, ReplicatedParameters
+from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StageParameters
 from mpilm.parallel.plan import stage_of
 
 
@@ -57,9 +57,9 @@ def parallelize(
     if parallel.schedule == "zero-bubble":
         split_backward(model, weight_grads)
     if parallel.zero == 3:
-        parameters: ReplicatedParameters = ShardedParameters(flats, model, comm)
+        parameters: StageParameters = ShardedParameters(flats, model, comm)
     else:
-        parameters = ReplicatedParameters()
+        parameters = StageParameters()
         for each in flats:
             each.install(model)
     reducer = build_reducer(flat, model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import Comm, Request
 from mpilm.parallel.flat import FlatParameters, FlatVector, set_parameter
-from mpilm.parallel.pipeline.stage import ReplicatedParameters
+from mpilm.parallel.pipeline.stage import StageParameters
 from mpilm.parallel.plan import fsdp_unit
 
 GATHERS_IN_FLIGHT = 2
@@ -87,7 +87,7 @@ class FSDPUnit:
         self.buffer.release()
 
 
-class ShardedParameters(ReplicatedParameters):
+class ShardedParameters(StageParameters):
     """Gathers the parameters of a stage's model, whose shards lie in `flats`, by hooks on its modules. Every rank of the reduce
     axes must call the model, or a `join_` method in its place, the same number of times."""
 

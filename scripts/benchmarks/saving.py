@@ -45,7 +45,7 @@ def checkpoint(args: argparse.Namespace) -> None:
 
 def checkpoint_worker(args: argparse.Namespace) -> None:
     from mpilm.checkpoint.manager import CheckpointManager
-    from mpilm.checkpoint.save import AsyncSave
+    from mpilm.checkpoint.save import PendingCheckpoint
     from mpilm.checkpoint.verify import run_on_root_with_verify
     from mpilm.comm.mpi import mpi_world
     from mpilm.engine.train_model import load_checkpoint_state
@@ -73,7 +73,7 @@ def checkpoint_worker(args: argparse.Namespace) -> None:
         load = Load(reduce)
         took = time_save(run, manager, comm, 1 + number * (BEFORE + AFTER))
         took["write"] = timed(
-            comm, lambda number=number: AsyncSave(folder / "saved", number, make_state(number, None), comm).finalize()
+            comm, lambda number=number: PendingCheckpoint(folder / "saved", number, make_state(number, None), comm).finalize()
         )
         took["write raw"] = timed(comm, lambda: write_raw(folder / f"raw-{comm.rank}", share))
         (path,) = (folder / "saved").iterdir()

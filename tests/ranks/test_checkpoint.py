@@ -38,7 +38,7 @@ from mpilm.checkpoint import save as save_module
 from mpilm.checkpoint.format import PARAMETER, TEMPORARY, list_checkpoints, pack_header, read_manifest
 from mpilm.checkpoint.load import load_checkpoint
 from mpilm.checkpoint.plan import StoredTensor, assign_files, plan_blocks
-from mpilm.checkpoint.save import BLOCKS_IN_FLIGHT, AsyncSave, LocalState, WriteBuffers, allocate_pages, assemble_blocks
+from mpilm.checkpoint.save import BLOCKS_IN_FLIGHT, LocalState, PendingCheckpoint, WriteBuffers, allocate_pages, assemble_blocks
 from mpilm.checkpoint.verify import find_newest_valid, run_on_root_with_verify, verify_checkpoint
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
@@ -121,7 +121,7 @@ def test_save_in_one_file_or_several_is_read_by_transformers(tmp_path, tie, shar
     sharding = draw_sharding(Random(1), {name: tuple(value.shape) for name, value in own.items()}, 3)
 
     def body(comm):
-        return AsyncSave(tmp_path, 7, replace(make_state(values, sharding, comm.rank), model=config), comm).finalize()
+        return PendingCheckpoint(tmp_path, 7, replace(make_state(values, sharding, comm.rank), model=config), comm).finalize()
 
     with small_files(1000, shard):
         folder = run_ranks(3, body)[0]
@@ -180,7 +180,7 @@ def test_async_save_uses_the_reserved_buffers(tmp_path, size):
         state, buffers = make_state(values, sharding, comm.rank), WriteBuffers()
         buffers.reserve(state, comm)
         reserved = {number: buffer.data_ptr() for number, buffer in buffers.items()}
-        AsyncSave(tmp_path, 7, state, comm, buffers).finalize()
+        PendingCheckpoint(tmp_path, 7, state, comm, buffers).finalize()
         return reserved, {number: buffer.data_ptr() for number, buffer in buffers.items()}
 
     with small_files(200):
@@ -193,10 +193,10 @@ def test_save_of_slices_that_do_not_match_their_owners_raises(tmp_path):
     parameters = state.slices[PARAMETER]
     lacking = replace(state, slices={**state.slices, PARAMETER: dict(list(parameters.items())[1:])})
     with pytest.raises(KeyError, match=r"parameter embed.weight: bytes from 0 on are not on this rank"):
-        AsyncSave(tmp_path, 7, lacking, ONE).finalize()
+        PendingCheckpoint(tmp_path, 7, lacking, ONE).finalize()
     wrong = replace(state, slices={**state.slices, PARAMETER: {piece: x.double() for piece, x in parameters.items()}})
     with pytest.raises(ValueError, match=r"float64"):
-        AsyncSave(tmp_path, 7, wrong, ONE).finalize()
+        PendingCheckpoint(tmp_path, 7, wrong, ONE).finalize()
 
 
 # Failures.
@@ -289,7 +289,7 @@ def test_save_with_an_error_of_another_kind_raises_it(tmp_path, buffers):
     shapes = {"norm.weight": (3,)}
     state = make_state(draw_tensors(shapes), replicate(shapes, 1), 0)
     with mock.patch.object(save_module, "sha256_tensor", side_effect=MemoryError("no more")), pytest.raises(MemoryError):
-        AsyncSave(tmp_path, 7, state, ONE, buffers).finalize()
+        PendingCheckpoint(tmp_path, 7, state, ONE, buffers).finalize()
     assert list_checkpoints(tmp_path) == []
 
 

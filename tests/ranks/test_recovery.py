@@ -17,7 +17,7 @@ from text import tiny_config, write_tokens
 from thread_ranks import run_ranks
 
 from mpilm.checkpoint.format import checkpoint_name
-from mpilm.checkpoint.save import AsyncSave
+from mpilm.checkpoint.save import PendingCheckpoint
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import override
@@ -165,7 +165,7 @@ def train_by_hand(tmp_path_factory, data):
         run = build_run(tiny_config(data, folder / "run", **SPIKED), SelfComm())
         for step in TRAINED[on_spike]:
             train_step(run.model, run.batches, step)
-        AsyncSave(folder, STEPS, collect_state(run, STEPS, None), SelfComm()).finalize()
+        PendingCheckpoint(folder, STEPS, collect_state(run, STEPS, None), SelfComm()).finalize()
         return read_tensor_files(folder / checkpoint_name(STEPS))
 
     return train_steps

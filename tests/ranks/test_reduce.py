@@ -18,7 +18,7 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.reduce import build
 from mpilm.parallel.reduce.build import make_step_reducer
-from mpilm.parallel.reduce.rounds import RoundReducer
+from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
 from mpilm.parallel.reduce.shared_memory import detect_topology
 from mpilm.parallel.tied import TiedParameters
 
@@ -86,7 +86,7 @@ class Replica:
             self.reducer = make_step_reducer(self.flat, self.model, comm, total, reproducible, overlap, shared, wire_dtype)
             self.microbatch_ids = range(*block_of_rank(comm.rank, comm.size, total))
         else:
-            self.reducer = RoundReducer(self.flat, self.model, comm, total, wire_dtype)
+            self.reducer = MicrobatchRoundReducer(self.flat, self.model, comm, total, wire_dtype)
             self.microbatch_ids = range(comm.rank, total, comm.size)
         self.rounds = -(-total // comm.size)
         self.tied = TiedParameters(table, {0: self.flat}, SelfComm("pipeline"))

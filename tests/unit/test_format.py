@@ -31,7 +31,7 @@ from mpilm.checkpoint.format import (
 )
 from mpilm.checkpoint.manager import prune_checkpoints, remove_leftovers
 from mpilm.checkpoint.pretrained import read_pretrained_config
-from mpilm.checkpoint.save import AsyncSave
+from mpilm.checkpoint.save import PendingCheckpoint
 from mpilm.checkpoint.verify import find_newest_valid, verify_checkpoint
 from mpilm.comm.base import SelfComm
 from mpilm.data.tokenizer import bytes_tokenizer
@@ -50,7 +50,7 @@ def write_checkpoint(parent, tie=True):
     sharding = replicate({name: tuple(x.shape) for name, x in own.items()}, 1)
     state = make_state(dict.fromkeys((PARAMETER, "exp_avg", "exp_avg_sq"), own), sharding, 0)
     state = replace(state, model=config, trainer={"step": 7, "eval_loss": 1.5})
-    return AsyncSave(parent, 7, state, SelfComm()).finalize()
+    return PendingCheckpoint(parent, 7, state, SelfComm()).finalize()
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ class GradientReducer:
     def reduce(self) -> None: ...
 
 
-class ReplicatedParameters:
+class StageParameters:
     """The parameters of a stage that are always full on its ranks. parallel/fsdp.py gathers those that are not."""
 
     memory_bytes = 0  # of parameters that are full only while they are used
@@ -66,7 +66,7 @@ class ModelStage:
     is_first: bool
     is_last: bool
     reducer: GradientReducer
-    parameters: ReplicatedParameters
+    parameters: StageParameters
     weight_grads: WeightGradQueue  # used by schedules with W
     autocast: Callable[[], torch.autocast]
     width: int

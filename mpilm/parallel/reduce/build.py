@@ -15,9 +15,9 @@ from mpilm.parallel.flat_layout import FlatLayout
 from mpilm.parallel.layout import ParamLayout
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, AllReduceReducer, MessageReducer
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
-from mpilm.parallel.reduce.rounds import RoundReducer
+from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
 from mpilm.parallel.reduce.shared_memory import make_shared_memory_reducer
-from mpilm.parallel.reduce.step import BlockPlan, CrossRankReducer, StepReducer, count_buffers
+from mpilm.parallel.reduce.step import AccumulationPlan, CrossRankReducer, StepReducer, count_buffers
 
 MIN_TIMED_NUMEL, MAX_TIMED_NUMEL = 1 << 20, 1 << 22  # smaller sums are not worth timing; larger ones take as long per element
 ATTEMPTS = 3
@@ -25,12 +25,12 @@ ATTEMPTS = 3
 
 def build_reducer(
     flat: FlatParameters, model: nn.Module, comm: Comm, config: Config, timings: dict[str, float]
-) -> StepReducer | RoundReducer:
+) -> StepReducer | MicrobatchRoundReducer:
     """Return the reducer of a stage's gradients. Collective over `comm`, the reduce axes. `timings` receives the seconds of the
     methods that were timed."""
     total, train, parallel, overlap = microbatch_count(config), config.train, config.parallel, flat.device.type == "cuda"
     if parallel.zero >= 2:
-        return RoundReducer(flat, model, comm, total, parallel.wire_dtype)
+        return MicrobatchRoundReducer(flat, model, comm, total, parallel.wire_dtype)
     if parallel.sync_every or (parallel.powersgd_rank and comm.size > 1):
         start, stop = block_of_rank(comm.rank, comm.size, total)
         plan = plan_block_accumulation(0, stop - start, stop - start)
@@ -78,13 +78,13 @@ def make_step_reducer(
     return StepReducer(flat, model, plan, _make_buffers(flat, plan), across_ranks, overlap)
 
 
-def _plan_blocks(ranks: int, microbatches: int) -> list[BlockPlan]:
+def _plan_blocks(ranks: int, microbatches: int) -> list[AccumulationPlan]:
     """Return the plan of each rank for its block of microbatches."""
     blocks = (block_of_rank(rank, ranks, microbatches) for rank in range(ranks))
     return [plan_block_accumulation(*block, microbatches) for block in blocks]
 
 
-def _make_buffers(flat: FlatParameters, plan: BlockPlan) -> list[FlatVector]:
+def _make_buffers(flat: FlatParameters, plan: AccumulationPlan) -> list[FlatVector]:
     return [FlatVector.zeros([(0, flat.layout.numel)], flat.device) for _ in range(count_buffers(plan))]
 
 

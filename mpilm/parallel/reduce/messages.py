@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mpilm.comm.base import Comm, Request
 from mpilm.ops.tree import Interval, TreeNode
-from mpilm.ops.tree_reduce import GradientEncoding, Sliceable, TreeReduceScatter, TreeReduction
+from mpilm.ops.tree_reduce import GradientEncoding, Sliceable, TreeMerger, TreeOrderReduceScatter
 from mpilm.parallel.reduce.step import CrossRankReducer
 
 BUCKETS_IN_FLIGHT = 2  # unless the reduction overlaps with backward
@@ -46,9 +46,9 @@ class MessageReducer(CrossRankReducer):
         encoding: GradientEncoding,
     ):
         self.comm, self.layout, self.gather, self.encoding = comm, layout, gather, encoding
-        self.reduction = TreeReduction(nodes, microbatches)
-        self.idle = [TreeReduceScatter(comm, layout, self.reduction.node_count, device, encoding) for _ in range(depth)]
-        self.in_flight = deque[tuple[TreeReduceScatter, Tensor, Interval]]()
+        self.reduction = TreeMerger(nodes, microbatches)
+        self.idle = [TreeOrderReduceScatter(comm, layout, self.reduction.node_count, device, encoding) for _ in range(depth)]
+        self.in_flight = deque[tuple[TreeOrderReduceScatter, Tensor, Interval]]()
         sent_numel = len(nodes[comm.rank]) * layout.numel
         self.memory_bytes = sum(each.workspace.nbytes for each in self.idle) + encoding.residual_bytes(sent_numel)
 

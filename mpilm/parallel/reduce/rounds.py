@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
 from mpilm.ops.tree import Interval, plan_accumulation
-from mpilm.ops.tree_reduce import TreeReduceScatter, TreeReduction, make_encoding
+from mpilm.ops.tree_reduce import TreeMerger, TreeOrderReduceScatter, make_encoding
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ReduceGroup
 from mpilm.parallel.pipeline.stage import GradientReducer
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT
 
 
-class RoundReducer(GradientReducer):
+class MicrobatchRoundReducer(GradientReducer):
     """Collects and reduces the gradient of each of this rank's microbatches. Collective over `comm`, the reduce axes, in every
     backward. A rank without a microbatch in a round calls `join_round`."""
 
@@ -38,9 +38,9 @@ class RoundReducer(GradientReducer):
         ]  # the gradient of each group in turn
         self.encoding = make_encoding(wire_dtype)
         self.idle = [
-            TreeReduceScatter(comm, flat.layout, comm.size, flat.device, self.encoding) for _ in range(BUCKETS_IN_FLIGHT)
+            TreeOrderReduceScatter(comm, flat.layout, comm.size, flat.device, self.encoding) for _ in range(BUCKETS_IN_FLIGHT)
         ]
-        self.in_flight = deque[tuple[TreeReduceScatter, Interval]]()
+        self.in_flight = deque[tuple[TreeOrderReduceScatter, Interval]]()
         workspace_bytes = sum(exchange.workspace.nbytes for exchange in self.idle)
         self.memory_bytes = {
             "gradients": sum(buffer.tensor.nbytes for buffer in self.buffers),
@@ -128,5 +128,5 @@ class RoundReducer(GradientReducer):
                 views[into].add_(views[other])
 
 
-def _plan_round(first: int, ranks: int, microbatches: int) -> TreeReduction:
-    return TreeReduction([[(m, m + 1)] if m < microbatches else [] for m in range(first, first + ranks)], microbatches)
+def _plan_round(first: int, ranks: int, microbatches: int) -> TreeMerger:
+    return TreeMerger([[(m, m + 1)] if m < microbatches else [] for m in range(first, first + ranks)], microbatches)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mpilm.comm.base import Comm
 from mpilm.ops.tree import Interval, TreeNode
-from mpilm.ops.tree_reduce import GradientEncoding, TreeReduction
+from mpilm.ops.tree_reduce import GradientEncoding, TreeMerger
 from mpilm.parallel.flat_layout import FlatLayout
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, MessageReducer
-from mpilm.parallel.reduce.step import BlockPlan, CrossRankReducer, count_buffers
+from mpilm.parallel.reduce.step import AccumulationPlan, CrossRankReducer, count_buffers
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class SharedMemoryReducer(CrossRankReducer):
         own_slices, self.own_buffers = slices[local_rank], buffers[local_rank]
         own_sums = self.own_buffers[0]
         by_node = [
-            TreeReduction([list(nodes_held[rank].values()) for rank in topology.ranks(node)], microbatches)
+            TreeMerger([list(nodes_held[rank].values()) for rank in topology.ranks(node)], microbatches)
             for node in range(topology.inter_node.size)
         ]
         self.intra_reduction = by_node[topology.inter_node.rank]
@@ -150,7 +150,12 @@ class SharedMemoryReducer(CrossRankReducer):
 
 
 def make_shared_memory_reducer(
-    comm: Comm, layout: FlatLayout, plans: Sequence[BlockPlan], microbatches: int, gather: bool, encoding: GradientEncoding
+    comm: Comm,
+    layout: FlatLayout,
+    plans: Sequence[AccumulationPlan],
+    microbatches: int,
+    gather: bool,
+    encoding: GradientEncoding,
 ) -> SharedMemoryReducer | None:
     """Return a reducer of buffers in shared memory, as each rank's plan needs them; None on all ranks if a node has no such
     memory. Collective."""

@@ -15,11 +15,11 @@ from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import intersect_intervals
 from mpilm.parallel.pipeline.stage import GradientReducer
 
-BlockPlan = tuple[Sequence[AccumulateOp], Mapping[int, TreeNode]]
+AccumulationPlan = tuple[Sequence[AccumulateOp], Mapping[int, TreeNode]]
 """The accumulation of each microbatch of a rank, and the tree node that each buffer holds after the last one."""
 
 
-def count_buffers(plan: BlockPlan) -> int:
+def count_buffers(plan: AccumulationPlan) -> int:
     """Return the number of buffers that a rank needs."""
     return 1 + max(op.buffer for op in plan[0])
 
@@ -48,7 +48,7 @@ class StepReducer(GradientReducer):
         self,
         flat: FlatParameters,
         model: nn.Module,
-        plan: BlockPlan,
+        plan: AccumulationPlan,
         buffers: Sequence[FlatVector],
         reducer: CrossRankReducer,
         overlap: bool,
