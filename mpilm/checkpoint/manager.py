@@ -16,7 +16,7 @@ from mpilm.checkpoint.format import PARAMETER, TEMPORARY, checkpoint_name, list_
 from mpilm.checkpoint.save import CheckpointState, PendingCheckpoint, WriteBuffers
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.progress import Progress
+from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.config.schema import CheckpointConfig
 from mpilm.data.files import read_json
 from mpilm.errors import FileError, NonFiniteError, UserError
@@ -30,7 +30,7 @@ class CheckpointManager:
     folder: Path
     config: CheckpointConfig
     comm: Comm
-    progress: Progress
+    recorder: FlightRecorder
     make_state: Callable[[int, float | None], CheckpointState]  # from step and evaluation loss
     on_saved: Callable[[Path, int, float, float], None]  # folder, step, seconds to copy and write, seconds that training waited
     on_failed: Callable[[str], None]  # message
@@ -91,7 +91,7 @@ class CheckpointManager:
 
     def _advance(self, save: PendingCheckpoint, action: Callable[[], object]) -> None:
         complete = None
-        with self._stalling(self.progress.step):
+        with self._stalling(self.recorder.step):
             complete = action()
         if complete:
             self._pending = None
@@ -112,9 +112,9 @@ class CheckpointManager:
     def _stalling(self, step: int) -> Iterator[None]:
         """Record that training waits for a checkpoint. If that fails, report it, or raise the error."""
         began_s = time.monotonic()
-        self.progress.enter("checkpoint", step)
+        self.recorder.enter("checkpoint", step)
         try:
-            with self.progress.span("checkpoint"):
+            with self.recorder.span("checkpoint"):
                 yield
         except CollectiveError as error:
             self._pending = None

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Counts, Request
-from mpilm.comm.progress import CommCall, Progress, locate_caller
+from mpilm.comm.flight_recorder import CommCall, FlightRecorder, locate_caller
 from mpilm.errors import RanksDisagreeError
 from mpilm.formatting import name_ranks
 
 
 class InstrumentedComm(Comm):
-    """Passes every operation on to `inner` and records it in `progress`.
+    """Passes every operation on to `inner` and records it in `recorder`.
 
     While `checks_calls` is true, each collective first compares its operation, dtype, counts and position in the order of
     calls over the ranks, and raises RanksDisagreeError on all of them before any data is touched: plain MPI returns garbage
@@ -23,19 +23,19 @@ class InstrumentedComm(Comm):
     """
 
     def __init__(
-        self, inner: Comm, checks_calls: bool = False, progress: Progress | None = None, world_ranks: Sequence[int] = ()
+        self, inner: Comm, checks_calls: bool = False, recorder: FlightRecorder | None = None, world_ranks: Sequence[int] = ()
     ):
         self.inner, self.checks_calls = inner, checks_calls
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
         self.mpi_library = inner.mpi_library
-        self.progress = progress or Progress()
+        self.recorder = recorder or FlightRecorder()
         self.world_ranks = world_ranks or range(inner.size)
         self.calls: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
         self._collective_count = self._message_count = 0
 
     def _record(self, call: CommCall) -> CommCall:
-        self.progress.calls.append(call)
+        self.recorder.calls.append(call)
         if call.op != "receive":  # counted where it is sent
             self.calls[call.op] += 1
             self.sent_bytes[call.op] += call.sent_bytes
@@ -47,7 +47,7 @@ class InstrumentedComm(Comm):
         call = self._record(CommCall(op, self.name, self._collective_count, self.world_ranks, sent_bytes=sent_bytes))
         if self.checks_calls:
             signature = [self._collective_count, op, *map(str, arguments), f"({locate_caller(sys._getframe())})"]
-            self.progress.wait(call, lambda: self._compare(signature))
+            self.recorder.wait(call, lambda: self._compare(signature))
         return call
 
     def _compare(self, signature: Sequence[Any]) -> None:
@@ -62,10 +62,10 @@ class InstrumentedComm(Comm):
             raise RanksDisagreeError(f"{self.name}: the ranks do not make the same call:{table}")
 
     def _record_wait(self, call: CommCall, request: Request) -> Request:
-        return Request(partial(self.progress.wait, call, request.wait))
+        return Request(partial(self.recorder.wait, call, request.wait))
 
     def barrier(self) -> None:
-        self.progress.wait(self._record_collective("barrier"), self.inner.barrier)
+        self.recorder.wait(self._record_collective("barrier"), self.inner.barrier)
 
     def split(self, color: int, key: int, name: str) -> Comm:
         self._record_collective("split", name)
@@ -76,7 +76,7 @@ class InstrumentedComm(Comm):
         return self._instrument(self.inner.split_node(name))
 
     def _instrument(self, inner: Comm) -> Comm:
-        return InstrumentedComm(inner, self.checks_calls, self.progress, inner.all_gather_json(self.world_ranks[self.rank]))
+        return InstrumentedComm(inner, self.checks_calls, self.recorder, inner.all_gather_json(self.world_ranks[self.rank]))
 
     def allocate_shared(self, numel: int) -> list[Tensor] | None:
         self._record_collective("allocate_shared")
@@ -122,4 +122,4 @@ class InstrumentedComm(Comm):
     def _broadcast(self, x: Tensor, root: int) -> None:
         sent_bytes = x.nbytes if self.rank == root else 0
         call = self._record_collective("broadcast", x.dtype, x.numel(), f"from rank {root}", sent_bytes=sent_bytes)
-        self.progress.wait(call, lambda: self.inner._broadcast(x, root))
+        self.recorder.wait(call, lambda: self.inner._broadcast(x, root))

@@ -138,7 +138,7 @@ class PipelinedModel:
     def _run(self, program: Sequence[Action], inputs: StepInputs) -> None:
         for stage in self.stages.values():
             stage.start(inputs)
-        execute(program, self.stages, self.messenger, self.mesh.progress)
+        execute(program, self.stages, self.messenger, self.mesh.recorder)
 
 
 def _owned_slices(flats: Iterable[FlatParameters]) -> dict[ParamSlice, Tensor]:

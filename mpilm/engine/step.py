@@ -66,19 +66,19 @@ def forward_backward(
 ) -> tuple[float, float, StepFlags]:
     """Return the loss of a step, the norm of its gradient (left in `model.sums`) and the agreed flags. Collective over the
     mesh."""
-    tokens, progress = max(1, source.target_tokens(step)), model.mesh.progress
+    tokens, recorder = max(1, source.target_tokens(step)), model.mesh.recorder
     model.forward_backward(step, partial(source.training_batch, step), tokens)
-    with progress.span("compute"):  # waits for a GPU
+    with recorder.span("compute"):  # waits for a GPU
         losses = {m: float(loss) for m, loss in model.results().items()}
     loss, flags = reduce_loss_and_flags(losses, model.microbatch_count, model.mesh.world, flags)
-    with progress.span("optimizer"):
+    with recorder.span("optimizer"):
         return loss / tokens, model.gradient_norm(), flags
 
 
 def optimizer_step(model: TrainModel, step: int, norm: float) -> float:
     """Clip the gradient, update the parameters, and return the learning rate. Collective over the mesh."""
     train, lr = model.config.train, learning_rate(model.config.train, step)
-    with model.mesh.progress.span("optimizer"):
+    with model.mesh.recorder.span("optimizer"):
         if train.clip_norm and norm > train.clip_norm:
             model.scale_gradients(train.clip_norm / norm)
         model.optimizer.step(model.sums, lr)

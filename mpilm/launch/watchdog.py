@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mpilm.comm.base import Comm
-from mpilm.comm.progress import Progress, locate_caller
+from mpilm.comm.flight_recorder import FlightRecorder, locate_caller
 from mpilm.formatting import name_ranks
 
 EXIT_CODE = 86
@@ -39,13 +39,13 @@ Snapshot = Mapping[str, Any]  # state of a rank, as written to its file
 
 
 class Watchdog:
-    """Watches `progress` from construction to `close`. Collective: the constructor gathers host and process of every rank.
+    """Watches `recorder` from construction to `close`. Collective: the constructor gathers host and process of every rank.
 
     `step_timeout_s`: limit of a step; 0: learned. Until `write_below` is called every rank reports for itself.
     """
 
-    def __init__(self, progress: Progress, world: Comm, step_timeout_s: float):
-        self.progress, self.world, self.step_timeout_s = progress, world, step_timeout_s
+    def __init__(self, recorder: FlightRecorder, world: Comm, step_timeout_s: float):
+        self.recorder, self.world, self.step_timeout_s = recorder, world, step_timeout_s
         self.processes = world.all_gather_json([socket.gethostname(), os.getpid()])
         self.stamp = world.broadcast_json(time.strftime("%Y%m%d-%H%M%S"))
         self.folder: Path | None = None
@@ -68,7 +68,7 @@ class Watchdog:
 
     def limit_s(self) -> float:
         """Return the time limit of the current phase."""
-        phase, longest_s = self.progress.phase, self.progress.longest_s.get(self.progress.phase)
+        phase, longest_s = self.recorder.phase, self.recorder.longest_s.get(self.recorder.phase)
         if phase == PREPARATION:
             return math.inf
         if phase == EXITING:
@@ -84,16 +84,16 @@ class Watchdog:
         while not self._closed.wait(TICK_S):
             now = time.monotonic()
             if now - last_tick > TICK_S + SUSPENDED_S:
-                self.progress.since += now - last_tick
+                self.recorder.since += now - last_tick
             last_tick = now
-            if now - self.progress.since > self.limit_s():
+            if now - self.recorder.since > self.limit_s():
                 try:
                     self._report_and_abort()
                 finally:
                     os._exit(EXIT_CODE)  # even if the report failed
 
     def _report_and_abort(self) -> None:
-        self.progress.is_aborting = True
+        self.recorder.is_aborting = True
         limit_s = self.limit_s()
         snapshot = self._take_snapshot(limit_s)
         grace_s = GRACE_S + 0.05 * limit_s
@@ -112,17 +112,17 @@ class Watchdog:
 
     def _take_snapshot(self, limit_s: float) -> dict[str, Any]:
         """Return what this rank is doing."""
-        progress, now, frames = self.progress, time.monotonic(), sys._current_frames()
-        call, since = progress.waiting or (None, now)
+        recorder, now, frames = self.recorder, time.monotonic(), sys._current_frames()
+        call, since = recorder.waiting or (None, now)
         return {
             "rank": self.world.rank,
-            "step": progress.step + 1,
-            "phase": progress.phase,
-            "lasted_s": now - progress.since,
+            "step": recorder.step + 1,
+            "phase": recorder.phase,
+            "lasted_s": now - recorder.since,
             "limit_s": limit_s,
             "waiting": None if call is None else [*call[:3], list(call.peers), call.detail, now - since],
-            "reached": {call.axis: call.number for call in list(progress.calls) if call.op not in ("send", "receive")},
-            "calls": [str(call) for call in list(progress.calls)],
+            "reached": {call.axis: call.number for call in list(recorder.calls) if call.op not in ("send", "receive")},
+            "calls": [str(call) for call in list(recorder.calls)],
             "at": locate_caller(frames.get(self.main_thread or 0)),
             "stacks": {
                 thread.name: traceback.format_stack(frames[thread.ident])

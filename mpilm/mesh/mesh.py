@@ -1,7 +1,7 @@
 """The mesh of a run: this rank's coordinate, and a communicator for each set of axes in use."""
 
 from mpilm.comm.base import Comm, SelfComm
-from mpilm.comm.progress import Progress
+from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.mesh.shape import AXES, MeshShape
 
 AXIS_SETS = (*((axis,) for axis in AXES), ("data", "context"), ("data", "context", "tensor"))
@@ -17,11 +17,11 @@ class Mesh:
     The constructor creates the communicators, on all ranks in the order of AXIS_SETS. Collective.
     """
 
-    def __init__(self, shape: MeshShape, world: Comm, progress: Progress | None = None):
+    def __init__(self, shape: MeshShape, world: Comm, recorder: FlightRecorder | None = None):
         if shape.size != world.size:
             sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape.sizes))
             raise ValueError(f"{world}: a mesh of {sizes} is {shape.size} ranks, not {world.size}")
-        self.shape, self.world, self.progress = shape, world, progress or Progress()
+        self.shape, self.world, self.recorder = shape, world, recorder or FlightRecorder()
         self.rank, self.coordinate = world.rank, shape.coordinate(world.rank)
         self._comms: dict[tuple[str, ...], Comm] = {}
         for axes in AXIS_SETS:

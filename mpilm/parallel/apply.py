@@ -65,7 +65,7 @@ def parallelize(
     reducer = build_reducer(flat, model)
     autocast, width, seed = make_autocast(config.train.dtype, device), config.model.d_model, config.train.seed
     model_stage = ModelStage(
-        model, stage == 0, is_last, reducer, parameters, weight_grads, autocast, width, seed, device, mesh.progress
+        model, stage == 0, is_last, reducer, parameters, weight_grads, autocast, width, seed, device, mesh.recorder
     )
     return model_stage, flat, frozen
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mpilm.comm.base import Comm
-from mpilm.comm.progress import CommCall, Span
+from mpilm.comm.flight_recorder import CommCall, Span
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.pipeline.actions import COMPUTE, Action
 

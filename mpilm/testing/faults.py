@@ -113,10 +113,10 @@ class InjectedFault:
 
 def install_faults(description: str, rank: int) -> None:
     """Wrap the functions at the points of the described faults, in this process. `rank`: its world rank at the start."""
-    from mpilm.comm.progress import Progress
+    from mpilm.comm.flight_recorder import FlightRecorder
 
     step = [0]
-    _wrap(Progress, "enter", lambda progress, phase, number: step.__setitem__(0, number))
+    _wrap(FlightRecorder, "enter", lambda recorder, phase, number: step.__setitem__(0, number))
     for fault in [_parse_fault(text) for text in description.split(";") if text.strip()]:
         for target in POINTS[fault.point]:
             module, _, name = target.partition(":")

@@ -172,10 +172,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory_error(run: Run, error: BaseException) -> OutOfMemoryError:
     """Wrap an out-of-memory error with the predicted memory and what to change."""
-    parts, progress = predict_memory(run), run.progress
+    parts, recorder = predict_memory(run), run.recorder
     detail = "".join(f" ({line[:200]})" for line in str(error).strip().splitlines()[:1])
     return OutOfMemoryError(
-        f"out of memory in {progress.phase} {progress.step + 1}, with {format_mebibytes(run.memory.used_bytes)} in "
+        f"out of memory in {recorder.phase} {recorder.step + 1}, with {format_mebibytes(run.memory.used_bytes)} in "
         f"use{detail}; predicted: {format_mebibytes(sum(parts.values()))}: {list_parts(parts)}. A smaller --train.micro-batch, "
         "--train.recompute block, more pipeline stages or --parallel.zero 3 need less; fewer ranks a node leave more for each"
     )

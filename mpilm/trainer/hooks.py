@@ -6,7 +6,7 @@ import torch
 
 from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.progress import Span
+from mpilm.comm.flight_recorder import Span
 from mpilm.engine.step import StepResult, validation_loss
 from mpilm.engine.train_model import TrainModel
 from mpilm.errors import PreemptedError, RanksDisagreeError
@@ -64,17 +64,17 @@ class Tracing(Hook):
             self.log.log_line(f"nothing to trace: {done}")
 
     def before_step(self, step: int) -> None:
-        self.trace.add_after_step(step, self.run.progress.drain_spans())
+        self.trace.add_after_step(step, self.run.recorder.drain_spans())
         if step in self.trace.steps and step + 1 not in self.trace.steps:
             self.write()
         self.trace.begin_step(step + 1)
-        self.run.progress.drain_spans()
+        self.run.recorder.drain_spans()
 
     def after_step(self, event: StepEvent) -> None:
         self.trace.add_step(event.done, event.spans)
 
     def finish(self) -> None:
-        self.trace.add_after_step(self.run.config.train.steps, self.run.progress.drain_spans())
+        self.trace.add_after_step(self.run.config.train.steps, self.run.recorder.drain_spans())
         self.write()
 
     def write(self) -> None:
@@ -87,7 +87,7 @@ class BadStepRecovery(Hook):
     def after_step(self, event: StepEvent) -> None:
         if event.result.updated:
             return self.run.bad_steps.record(event.result.loss)
-        self.run.progress.enter("diagnosis", event.done - 1)
+        self.run.recorder.enter("diagnosis", event.done - 1)
         if self.in_memory is not None:
             self.in_memory.snapshots = []  # the state is about to change by something else than a step
         event.rewound = skip_step(self.run, self.log, self.checkpoints, event.done, event.result)
@@ -143,8 +143,8 @@ class Evaluation(Hook):
             run.model.sync_replicas()
         is_wanted = is_due(event.done, every) or (every and saves_checkpoint(run, event) and not stops)
         if run.batches.eval_samples and is_wanted:
-            run.progress.enter("evaluation", event.done - 1)
-            with run.progress.span("evaluation"):
+            run.recorder.enter("evaluation", event.done - 1)
+            with run.recorder.span("evaluation"):
                 event.eval_loss = validation_loss(run.model, run.batches, run.config.run.eval_batches)
             self.log.log_evaluation(event.done, event.eval_loss)
 

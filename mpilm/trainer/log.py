@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpilm.comm.collective_errors import run_on_all_ranks
-from mpilm.comm.progress import Span
+from mpilm.comm.flight_recorder import Span
 from mpilm.config.schema import flatten
 from mpilm.engine.step import StepResult
 from mpilm.formatting import format_duration, format_mebibytes
@@ -112,13 +112,13 @@ class RunLog:
     def log_stop(self, reason: str) -> None:
         """Log the end of a run before its last step, on which all ranks agree."""
         self.display.log_only(reason)
-        self._write_event("stopped", self.run.progress.step + 1, why=reason.split("\n", 1)[0])
+        self._write_event("stopped", self.run.recorder.step + 1, why=reason.split("\n", 1)[0])
         self.close()
 
     def log_save_failure(self, reason: str) -> None:
         """Log a checkpoint that could not be written in a run that continues."""
         self.display.log_line(f"not saved: {reason}")
-        self._write_event("not saved", self.run.progress.step + 1, why=reason)
+        self._write_event("not saved", self.run.recorder.step + 1, why=reason)
 
     def log_save(self, folder: Path, step: int, took_s: float, waited_s: float) -> None:
         """Log a checkpoint that took `took_s` seconds to write, `waited_s` of which training waited."""

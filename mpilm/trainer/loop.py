@@ -7,8 +7,8 @@ from functools import partial
 from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
+from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.comm.progress import Progress
 from mpilm.config.schema import Config, trace_step_range
 from mpilm.data.corpus import unigram_loss
 from mpilm.engine.step import StepFlags, train_step
@@ -30,27 +30,27 @@ def train(
     world: Comm,
     in_memory: InMemoryCheckpoint | None = None,
     recovered: RecoveredState | None = None,
-    progress: Progress | None = None,
+    recorder: FlightRecorder | None = None,
 ) -> None:
     """Train, evaluate, save and log, to the last step or until the run is asked to stop. Collective.
 
     `in_memory`: receives the state of every step; `recovered`: the state to resume from (trainer/recovery/elastic.py).
     """
-    progress = progress or Progress()
+    recorder = recorder or FlightRecorder()
     with contextlib.ExitStack() as stack:
-        watchdog = Watchdog(progress, world, config.fault.step_timeout)
+        watchdog = Watchdog(recorder, world, config.fault.step_timeout)
         stack.callback(watchdog.close)
-        run = build_run(config, world, recovered, progress)
+        run = build_run(config, world, recovered, recorder)
         stack.callback(run.folder.release)
         stack.enter_context(run.stop_request.catch_signals())
-        stack.push(lambda _, error, __: exit_barrier(world, progress, error))
+        stack.push(lambda _, error, __: exit_barrier(world, recorder, error))
         watchdog.write_below(run.folder.path)
         watchdog.is_signalled = lambda: run.stop_request.signalled
         log = RunLog(run, *describe_run(run))
         stack.callback(log.display.close)
         make_state = partial(collect_state, run)
         checkpoints = CheckpointManager(
-            run.folder.checkpoints, config.checkpoint, run.mesh.world, progress, make_state, log.log_save, log.log_save_failure
+            run.folder.checkpoints, config.checkpoint, run.mesh.world, recorder, make_state, log.log_save, log.log_save_failure
         )
         trace = Trace(trace_step_range(config), run.mesh, log.start_row["layout"])
         tracing = hooks.Tracing(run, log, checkpoints, in_memory, trace)
@@ -68,7 +68,7 @@ def train(
             if is_out_of_memory(error):
                 raise out_of_memory_error(run, error) from error
             raise
-        progress.enter("end", config.train.steps)
+        recorder.enter("end", config.train.steps)
         _finish(run, log)
 
 
@@ -102,26 +102,26 @@ def run_steps(
             hook.after_step(event)
     for step in run.remaining_steps:
         compiles = run.config.train.compile and step == run.folder.step
-        run.progress.enter("compilation" if compiles else "step", step)
+        run.recorder.enter("compilation" if compiles else "step", step)
         for hook in all_hooks:
             hook.before_step(step)
         flags = StepFlags(run.stop_request.stop_reason(log.next_step_s()), checkpoints.is_writing)
         result = train_step(run.model, run.batches, step, flags, run.bad_steps.spike_threshold(run.config.train))
-        event = hooks.StepEvent(step + 1, result, run.progress.drain_spans())
+        event = hooks.StepEvent(step + 1, result, run.recorder.drain_spans())
         for hook in all_hooks:
             hook.after_step(event)
     for hook in reversed(all_hooks):
         hook.finish()
 
 
-def exit_barrier(world: Comm, progress: Progress, error: BaseException | None) -> None:
+def exit_barrier(world: Comm, recorder: FlightRecorder, error: BaseException | None) -> None:
     """Wait for all ranks before the watchdog is closed, unless an error has ended this rank alone. Collective.
 
     Nothing watches MPI_Finalize, where a hanging rank would keep the others.
     """
     if error is None or isinstance(error, CollectiveError):
-        progress.enter(EXITING, progress.step)
-        InstrumentedComm(world, progress=progress).barrier()
+        recorder.enter(EXITING, recorder.step)
+        InstrumentedComm(world, recorder=recorder).barrier()
 
 
 def _finish(run: Run, log: RunLog) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mpilm.checkpoint.format import PARAMETER
 from mpilm.checkpoint.save import CheckpointState
-from mpilm.comm.progress import Progress
+from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.config.schema import Config, to_dict
 from mpilm.data.batch import Batches
 from mpilm.data.training_data import TrainingData
@@ -37,8 +37,8 @@ class Run:
     layout_note: str = ""  # how the layout was chosen
 
     @property
-    def progress(self) -> Progress:
-        return self.mesh.progress
+    def recorder(self) -> FlightRecorder:
+        return self.mesh.recorder
 
     @property
     def remaining_steps(self) -> range:

@@ -156,9 +156,9 @@ def pipeline_side(config, comm) -> Callable[[int], tuple[float, float]]:  # type
         walls = []
         for step in range(number * STEPS, (number + 1) * STEPS):
             comm.barrier()
-            run.progress.drain_spans()
+            run.recorder.drain_spans()
             train_step(run.model, run.batches, step)
-            spans = [span for span in run.progress.drain_spans() if isinstance(span.event, Action)]
+            spans = [span for span in run.recorder.drain_spans() if isinstance(span.event, Action)]
             walls.append(max(comm.all_gather_json(spans[-1].end_s - spans[0].start_s)))
             for action, start_s, end_s in spans:
                 costs.setdefault(f"{action.kind} {action.stage}", []).append(end_s - start_s)

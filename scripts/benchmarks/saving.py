@@ -57,7 +57,7 @@ def checkpoint_worker(args: argparse.Namespace) -> None:
     run.mesh.check_calls(False)
     checkpoints, make_state = run.folder.checkpoints, partial(collect_state, run)
     manager = CheckpointManager(
-        checkpoints, run.config.checkpoint, run.mesh.world, run.progress, make_state, lambda *_: None, lambda message: None
+        checkpoints, run.config.checkpoint, run.mesh.world, run.recorder, make_state, lambda *_: None, lambda message: None
     )
     manager.reserve_memory(run.folder.step, run.config.train.steps)
     folder = Path(args.folder)

@@ -146,11 +146,11 @@ def guards_worker(args: argparse.Namespace) -> None:
 
     comm = mpi_world()
     run = build.build_run(make_config(f"{args.folder}/guarded", args.preset, train__threads=1), comm)
-    watchdog = Watchdog(run.mesh.progress, comm, 0.0)
+    watchdog = Watchdog(run.mesh.recorder, comm, 0.0)
 
     def guarded(step: int) -> None:
         checks = step % STEPS == 0  # ten times as often as by default (--fault.check-every)
-        run.mesh.progress.enter("step", step)
+        run.mesh.recorder.enter("step", step)
         run.mesh.check_calls(checks)
         train_step(run.model, run.batches, step)
         run.mesh.check_calls(False)

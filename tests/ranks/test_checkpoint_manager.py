@@ -15,7 +15,7 @@ from mpilm.checkpoint.format import PARAMETER, checkpoint_step, list_checkpoints
 from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.progress import Progress
+from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.config.schema import CheckpointConfig
 from mpilm.errors import NonFiniteError
 from mpilm.testing.faults import POINTS, install_faults
@@ -28,7 +28,9 @@ def make_manager(folder, comm, config, saved, failed=None, sharding=None):
         state = make_state(draw_tensors(SHAPES), sharding or replicate(SHAPES, comm.size), comm.rank)
         return replace(state, trainer={"step": step, "eval_loss": eval_loss})
 
-    return CheckpointManager(folder, config, comm, Progress(), collect, lambda *row: saved.append(row), failed or pytest.fail)
+    return CheckpointManager(
+        folder, config, comm, FlightRecorder(), collect, lambda *row: saved.append(row), failed or pytest.fail
+    )
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -91,7 +93,9 @@ def test_manager_with_a_value_that_is_not_finite_saves_nothing(tmp_path, shardin
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_save_passes_each_fault_point_in_order(tmp_path, monkeypatch, capfd, asynchronous):
     points = [point for point in POINTS if point.startswith("checkpoint.")]
-    for target in [target for point in points for target in POINTS[point]] + ["mpilm.comm.progress:Progress.enter"]:
+    for target in [target for point in points for target in POINTS[point]] + [
+        "mpilm.comm.flight_recorder:FlightRecorder.enter"
+    ]:
         module, _, path = target.partition(":")
         owner, attribute = getattr(import_module(module), path.split(".")[0]), path.split(".")[1]
         monkeypatch.setattr(owner, attribute, getattr(owner, attribute))  # restored after the test

@@ -11,7 +11,7 @@ from runs import assemble, differing, layout, serial_config, small_config, train
 from thread_ranks import PeerFailedError, ThreadComm, run_ranks
 
 from mpilm.comm.base import Request, SelfComm, unpack_into
-from mpilm.comm.progress import Progress
+from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
 from mpilm.ops.tree import block_of_rank
@@ -107,10 +107,10 @@ class NumberStage:
 
 
 def execute_recorded(program, stages, messenger):
-    progress = Progress()
-    progress.drain_spans()
-    execute(program, stages, messenger, progress)
-    return progress.drain_spans()
+    recorder = FlightRecorder()
+    recorder.drain_spans()
+    execute(program, stages, messenger, recorder)
+    return recorder.drain_spans()
 
 
 def run_program(comm, program, steps=1, **options):
@@ -250,7 +250,7 @@ def test_spans_of_actions_exclude_the_wait_for_their_message():
     (program,) = programs("interleaved", 1, 2, 1)
     assert " ".join(map(str, program)) == "1RECV_F0 0F0 0SEND_F0 1F0 0RECV_B0 1B0 1SEND_B0 1REDUCE 0B0 0REDUCE"
     stages = {stage: NumberStage(stage, 2, [[]], on_action=on_action) for stage in (0, 1)}
-    with mock.patch("mpilm.comm.progress.time", SimpleNamespace(monotonic=lambda: clock.seconds)):
+    with mock.patch("mpilm.comm.flight_recorder.time", SimpleNamespace(monotonic=lambda: clock.seconds)):
         spans = execute_recorded(program, stages, SlowMessenger(SelfComm("pipeline")))
     assert [span.end_s - span.start_s for span in spans] == [cost_s[action.kind] for action in program]
     waits = [span.start_s - before for span, before in zip(spans, [5.0, *(span.end_s for span in spans)])]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpilm.comm.progress import CommCall, Progress, Span
+from mpilm.comm.flight_recorder import CommCall, FlightRecorder, Span
 from mpilm.parallel.pipeline.actions import parse_action
 from mpilm.telemetry.trace import CATEGORIES, break_down
 
@@ -44,13 +44,13 @@ def test_break_down_successive_spans_adds_up(parts):
 
 
 def test_activity_records_spans_after_the_first_take():
-    progress = Progress()
-    with progress.span("data"):
+    recorder = FlightRecorder()
+    with recorder.span("data"):
         pass
-    assert progress.drain_spans() == []
-    with progress.span("outer"), progress.span("inner"):
-        progress.wait(RECEIVE, lambda: None)
-    assert [span.event for span in progress.drain_spans()] == [RECEIVE, "inner", "outer"]
-    with pytest.raises(ZeroDivisionError), progress.span("data"):
+    assert recorder.drain_spans() == []
+    with recorder.span("outer"), recorder.span("inner"):
+        recorder.wait(RECEIVE, lambda: None)
+    assert [span.event for span in recorder.drain_spans()] == [RECEIVE, "inner", "outer"]
+    with pytest.raises(ZeroDivisionError), recorder.span("data"):
         raise ZeroDivisionError
-    assert progress.drain_spans() == []  # a span that raises is not recorded
+    assert recorder.drain_spans() == []  # a span that raises is not recorded

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from mpilm.comm.base import SelfComm
-from mpilm.comm.progress import CommCall, Progress
+from mpilm.comm.flight_recorder import CommCall, FlightRecorder
 from mpilm.launch import watchdog
 from mpilm.launch.watchdog import FIRST_TIMEOUT_S, MIN_TIMEOUT_S, TIMEOUT_FACTOR, Watchdog, format_report
 
@@ -63,31 +63,31 @@ def quick(monkeypatch):
 
 
 def test_limit_is_the_setting_or_learned_from_the_longest_phase():
-    progress = Progress()
+    recorder = FlightRecorder()
     for setting, longest_s, expected in (
         (0.0, None, FIRST_TIMEOUT_S),
         (0.0, 0.1, MIN_TIMEOUT_S),
         (0.0, 100.0, TIMEOUT_FACTOR * 100.0),
         (7.0, 100.0, 7.0),
     ):
-        progress.phase, progress.longest_s = "step", {} if longest_s is None else {"step": longest_s}
-        watched = Watchdog(progress, SelfComm("world"), setting)
+        recorder.phase, recorder.longest_s = "step", {} if longest_s is None else {"step": longest_s}
+        watched = Watchdog(recorder, SelfComm("world"), setting)
         watched.close()
         assert watched.limit_s() == expected
-    progress.phase = "evaluation"
+    recorder.phase = "evaluation"
     assert watched.limit_s() == FIRST_TIMEOUT_S  # the setting is for steps
-    progress.phase = watchdog.PREPARATION
+    recorder.phase = watchdog.PREPARATION
     assert watched.limit_s() == math.inf
 
 
 def test_watchdog_acts_past_the_limit_and_not_before(quick, monkeypatch):
     events = []
-    monkeypatch.setattr(Watchdog, "_report_and_abort", lambda self: (events.append(self.progress.step), self._closed.set()))
+    monkeypatch.setattr(Watchdog, "_report_and_abort", lambda self: (events.append(self.recorder.step), self._closed.set()))
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: events.append(code))
-    progress = Progress()
-    watched = Watchdog(progress, SelfComm("world"), 2.0)
+    recorder = FlightRecorder()
+    watched = Watchdog(recorder, SelfComm("world"), 2.0)
     for step in range(5):
-        progress.enter("step", step)
+        recorder.enter("step", step)
         time.sleep(0.05)
     assert events == []
     deadline = time.monotonic() + 30
@@ -102,7 +102,7 @@ def test_watchdog_whose_report_fails_still_ends_the_rank(quick, monkeypatch):
     monkeypatch.setattr(Watchdog, "_take_snapshot", lambda self, limit_s: self._closed.set() or 1 / 0)
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: events.append(code))
     monkeypatch.setattr(watchdog.threading, "excepthook", lambda arguments: None)
-    Watchdog(Progress(), SelfComm("world"), 0.0).progress.longest_s["start"] = 0.0
+    Watchdog(FlightRecorder(), SelfComm("world"), 0.0).recorder.longest_s["start"] = 0.0
     monkeypatch.setattr(watchdog, "MIN_TIMEOUT_S", 0.0)
     deadline = time.monotonic() + 30
     while not events and time.monotonic() < deadline:
@@ -116,7 +116,7 @@ def test_watchdog_without_a_folder_reports_its_own_rank(quick, monkeypatch, caps
     monkeypatch.setattr(watchdog, "FIRST_TIMEOUT_S", 0.0)
     monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: (events.append(code), watched._closed.set()))
-    watched = Watchdog(Progress(), SelfComm("world"), 5.0)
+    watched = Watchdog(FlightRecorder(), SelfComm("world"), 5.0)
     deadline = time.monotonic() + 30
     while not events and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -128,17 +128,17 @@ def test_watchdog_without_a_folder_reports_its_own_rank(quick, monkeypatch, caps
 
 def test_closed_watchdog_has_no_thread():
     """It refers to the run: tensors that a thread frees while Python exits would crash the process."""
-    watched = Watchdog(Progress(), SelfComm("world"), 0.0)
+    watched = Watchdog(FlightRecorder(), SelfComm("world"), 0.0)
     assert watched._thread.is_alive()
     watched.close()
     assert not watched._thread.is_alive()
 
 
 def test_progress_clears_a_call_that_has_finished():
-    progress, call, seen = Progress(), CommCall("barrier", "world", 1, (0, 1)), []
-    progress.wait(call, lambda: seen.append(progress.waiting))
+    recorder, call, seen = FlightRecorder(), CommCall("barrier", "world", 1, (0, 1)), []
+    recorder.wait(call, lambda: seen.append(recorder.waiting))
     assert seen[0][0] == call
-    assert progress.waiting is None
+    assert recorder.waiting is None
 
 
 def test_crash_while_aborting_does_not_replace_the_exit_code():

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Request
-from mpilm.comm.progress import Progress
+from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.parallel.pipeline.actions import Action, Message
 from mpilm.parallel.pipeline.stage import ModelStage
 
@@ -37,13 +37,15 @@ class StageMessenger:
             self.sends.popitem()[1].wait()
 
 
-def execute(program: Sequence[Action], stages: Mapping[int, ModelStage], messenger: StageMessenger, progress: Progress) -> None:
-    """Execute the actions in order. Collective over the pipeline axis, and over the reduce axes through REDUCE. `progress`
+def execute(
+    program: Sequence[Action], stages: Mapping[int, ModelStage], messenger: StageMessenger, recorder: FlightRecorder
+) -> None:
+    """Execute the actions in order. Collective over the pipeline axis, and over the reduce axes through REDUCE. `recorder`
     records each action without the wait for its message."""
     for action in program:
         if action.kind in ("F", "B", "I"):
             messenger.wait(action.message)
-        with progress.span(action):
+        with recorder.span(action):
             _execute_action(action, stages[action.stage], messenger)
     messenger.drain()
 

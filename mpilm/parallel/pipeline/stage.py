@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mpilm.comm.progress import Progress
+from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.data.batch import Batch
 from mpilm.model.layers import hash_key, loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
@@ -72,7 +72,7 @@ class ModelStage:
     width: int
     seed: int
     device: torch.device
-    progress: Progress
+    recorder: FlightRecorder
 
     def __post_init__(self) -> None:
         self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)  # buffers, reused: none is new after the first step
@@ -180,7 +180,7 @@ class ModelStage:
 
     def fetch_batch(self, number: int) -> Batch:
         """Read a microbatch of the global batch."""
-        with self.progress.span("data"):
+        with self.recorder.span("data"):
             return self.inputs.fetch(number).to(self.device)
 
     def _sequence_info(self, microbatch: int) -> SequenceInfo:

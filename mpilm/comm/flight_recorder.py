@@ -1,4 +1,4 @@
-"""Progress of one rank: the current phase, the call it waits for, and the time of everything it does.
+"""The flight recorder of one rank: the current phase, the call it waits for, and the time of everything it does.
 
 Communicators and the training loop record it; the watchdog reads it from another thread.
 """
@@ -37,7 +37,7 @@ class Span(NamedTuple):
     end_s: float
 
 
-class Progress:
+class FlightRecorder:
     """The state of one rank, written by its main thread."""
 
     def __init__(self) -> None:
