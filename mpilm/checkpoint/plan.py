@@ -1,7 +1,7 @@
 """The plan of a checkpoint: what lies where in its files, and which rank writes which block. Pure, and equal on all ranks.
 
-The files depend on the model alone. Their bytes are cut into fixed blocks. One rank writes each block; each byte range of it
-comes from one of the ranks that own the range. Every rank walks through all blocks and picks its own part.
+The files depend on the model and the kinds of moments alone. Their bytes are cut into fixed blocks. One rank writes each block;
+each byte range of it comes from one of the ranks that own the range. Every rank walks through all blocks and picks its part.
 """
 
 from collections import Counter, defaultdict

@@ -34,7 +34,7 @@ from mpilm.model.hf.config import ADAPTER_CONFIG, hf_adapter_config, hf_config
 from mpilm.parallel.flat_layout import ParamSlice
 
 TAG = 5  # one tag is enough: two ranks send and receive their messages in the order of blocks
-BLOCKS_IN_FLIGHT = 2  # that a rank sends or receives at a time
+BLOCKS_IN_FLIGHT = 2  # in exchange at once, per rank
 UNCHANGED = "older checkpoints are unchanged"
 
 AssembledBlock = tuple[FileBlock, Tensor]  # a block and its bytes, uint8 in host memory
@@ -219,11 +219,11 @@ class LocalState:
         for start, stop, data in self._slices.get(r.key, ()):
             if start <= r.start and r.start + r.nbytes <= stop:
                 return data[r.start - start :][: r.nbytes]
-        raise KeyError(f"{' '.join(r.key)}: bytes from {r.start} on are not on this rank, which `shard_owners` names")
+        raise KeyError(f"{' '.join(r.key)}: bytes from {r.start} on are not on this rank, an owner by `shard_owners`")
 
 
 def allocate_pages(nbytes: int) -> Tensor:
-    """Allocate memory that begins with a page, as direct I/O requires. Private, since shared memory is counted separately."""
+    """Allocate memory that begins with a page, as direct I/O requires. Shared memory would be counted twice."""
     return torch.frombuffer(mmap(-1, max(1, nbytes), flags=MAP_PRIVATE | MAP_ANONYMOUS), dtype=torch.uint8)[:nbytes]
 
 
@@ -247,8 +247,8 @@ def assemble_blocks(
 ) -> Iterator[AssembledBlock]:
     """Yield the blocks that this rank writes, in order. Collective: iterate to the end.
 
-    Every rank finishes its oldest block first. So the first unfinished block of all has its messages started, no rank waits for
-    ever, and without `buffers` at most BLOCKS_IN_FLIGHT blocks are in memory.
+    Every rank finishes its oldest block first. So the messages of the first unfinished block of all are always posted, which
+    excludes a deadlock, and without `buffers` at most BLOCKS_IN_FLIGHT blocks are in memory.
     """
     in_flight: deque[Iterator[AssembledBlock | None]] = deque()
     for block in plan:
@@ -292,7 +292,7 @@ def sha256_tensor(data: Tensor) -> Tensor:
 
 class FileBlockWriter:
     """Writes blocks into the files of one folder, and syncs the files when it is closed. Whole pages bypass the page cache if
-    the file system allows it: to fill the cache takes a core several times as long as hashing and evicts what the run reads."""
+    the file system allows it: filling the cache costs several times the CPU time of hashing and evicts what the run reads."""
 
     def __init__(self, folder: Path):
         self._folder, self._stack = folder, contextlib.ExitStack()

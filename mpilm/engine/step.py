@@ -42,7 +42,7 @@ class StepResult:
     loss: float  # mean over the target tokens of the global batch, in nats
     grad_norm: float  # before clipping
     lr: float
-    updated: bool  # loss and gradient were finite and the loss no spike
+    updated: bool  # loss and gradient were finite and the loss was not a spike
     flags: StepFlags
 
 

@@ -56,7 +56,7 @@ class TrainModel(PipelinedModel):
         self.microbatch_count, parallel = microbatch_count(config), config.parallel
         # The microbatches of this replica, in the order in which it computes them.
         self.microbatch_ids = range(*block_of_rank(self.data.rank, self.data.size, self.microbatch_count))
-        if self.zero >= 2:  # one of each round, so that the round can be reduced at once
+        if self.zero >= 2:  # this rank's microbatch of each round, so that the round can be reduced at once
             self.microbatch_ids = range(self.data.rank, self.microbatch_count, self.data.size)
         diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
         self.optimizer = Optimizer(self.flats, config.train, diloco)
@@ -77,13 +77,13 @@ class TrainModel(PipelinedModel):
             self.all_gather_parameters()
 
     def reset_residuals(self) -> None:
-        """Discard what belongs to the previous state after another one has been loaded."""
+        """Discard error-feedback residuals and DiLoCo anchors, which belong to the state before another one was loaded."""
         if self.optimizer.diloco is not None:
             self.optimizer.diloco.anchors.clear()
         for reducer in self.reducers.values():
             reducer.reset_residuals()
 
-    # What is saved, and by which ranks it is held.
+    # Contents of checkpoints and their owners.
 
     @property
     def saved_bytes(self) -> int:
@@ -96,7 +96,7 @@ class TrainModel(PipelinedModel):
         """For each parameter, ranges of its elements and the world ranks that update each. The same on all ranks."""
         shape, first = self.mesh.shape, dict.fromkeys(self.mesh.coordinate, 0)
         reduce_places = [{"data": data, "context": context} for data in range(shape.data) for context in range(shape.context)]
-        replicas = 1 if self.is_local_sgd else len(reduce_places)  # those that hold the same
+        replicas = 1 if self.is_local_sgd else len(reduce_places)  # ranks that hold the same values
         by_stage = [select_stage(select_trained(self.layouts), stage).values() for stage in range(len(self.blocks_per_stage))]
         flats = [FlatLayout(x, self.alignment, per_module=self.zero >= 2, ranks=self.reduce_comm.size) for x in by_stage]
         owners: dict[str, list[tuple[int, int, list[int]]]] = {}
@@ -134,7 +134,7 @@ class TrainModel(PipelinedModel):
 
     def _unique_intervals(self, flat: FlatParameters) -> list[Interval]:
         """Return the intervals that over all ranks contain every parameter of a stage once. ZeRO's division of the flat vector
-        (FlatParameters.unique) covers the reduce axes; of ranks that replicate a parameter along others, the first counts."""
+        (FlatParameters.unique) covers the reduce axes; of ranks that replicate one along other axes the first has it."""
         others = {axis for axis, index in self.mesh.coordinate.items() if index > 0} - {*REDUCE_AXES}
         counted = [name for name, (_, layout) in flat.layout.spans.items() if others.isdisjoint(layout.replica_axes)]
         return intersect_intervals(flat.unique, merge_intervals(map(flat.layout.padded_span, counted)))
@@ -145,7 +145,7 @@ class TrainModel(PipelinedModel):
                 self.sums[stage].view(*interval).mul_(factor)
 
     def gradient_norm(self) -> float:
-        """Return the norm of the gradient; of replicas that train independently, the largest. Collective over the mesh."""
+        """Return the norm of the gradient; with DiLoCo the largest over the replicas. Collective over the mesh."""
         if not self.is_local_sgd:
             return global_norm(self.norm_shards, self.mesh.world, self.row_sum)
         largest = torch.tensor([global_norm(self.norm_shards, self.pipeline, self.row_sum)], dtype=torch.float64, device="cpu")
@@ -161,7 +161,7 @@ class TrainModel(PipelinedModel):
 
 
 def load_checkpoint_state(model: TrainModel, checkpoint: Path, updates: int, world: Comm) -> None:
-    """Load weights and moments of a verified checkpoint, taken after so many updates. Collective."""
+    """Load weights and moments of a verified checkpoint, taken after `updates` updates. Collective."""
     slices = {PARAMETER: model.owned_slices(), **model.optimizer.state_slices()}
     shapes = {PARAMETER: model.shapes, **model.moment_shapes}
     load_checkpoint(checkpoint, slices, shapes, model.config.model, world, (OUTER_MOMENTUM,))

@@ -28,11 +28,11 @@ EXIT_CODE = 86
 TICK_S = 1.0
 SUSPENDED_S = 10.0  # a tick later than this: the machine slept, or the job was suspended and resumed
 TIMEOUT_FACTOR = 20  # times the longest phase of its kind so far
-MIN_TIMEOUT_S = 60.0  # of a learned limit
-FIRST_TIMEOUT_S = 3600.0  # of a phase that has not run before
-SIGNALLED_TIMEOUT_S = 5.0  # of a step, after a signal has asked the run to stop
-GRACE_S = 5.0  # for other ranks to reach their limits
-PREPARATION = "preparation"  # of the corpus: it may take days, and prints its progress
+MIN_TIMEOUT_S = 60.0  # least learned limit
+FIRST_TIMEOUT_S = 3600.0  # limit of a phase that has not run before
+SIGNALLED_TIMEOUT_S = 5.0  # limit of a step after a signal has asked the run to stop
+GRACE_S = 5.0  # wait for other ranks to reach their limits
+PREPARATION = "preparation"  # the corpus is prepared, without a limit: it may take days, and prints its progress
 EXITING = "exiting"  # only the exit barrier is left
 
 Snapshot = Mapping[str, Any]  # state of a rank, as written to its file
@@ -41,7 +41,7 @@ Snapshot = Mapping[str, Any]  # state of a rank, as written to its file
 class Watchdog:
     """Watches `recorder` from construction to `close`. Collective: the constructor gathers host and process of every rank.
 
-    `step_timeout_s`: limit of a step; 0: learned. Until `write_below` is called every rank reports for itself.
+    `step_timeout_s`: limit of a step; 0: learned. Until `set_run_folder` is called every rank reports for itself.
     """
 
     def __init__(self, recorder: FlightRecorder, world: Comm, step_timeout_s: float):
@@ -57,7 +57,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def write_below(self, folder: Path) -> None:
+    def set_run_folder(self, folder: Path) -> None:
         """Set the folder, seen by all ranks, for the snapshots."""
         self.folder = folder / "watchdog" / self.stamp
 
@@ -73,7 +73,7 @@ class Watchdog:
             return math.inf
         if phase == EXITING:
             return max(self.step_timeout_s, MIN_TIMEOUT_S)
-        if phase == "step" and longest_s is not None and self.is_signalled():  # srun -K1: a rank has died, this one must go
+        if phase == "step" and longest_s is not None and self.is_signalled():  # srun -K1: a rank died, and this one must exit
             return min(max(SIGNALLED_TIMEOUT_S, 3 * longest_s), self.step_timeout_s or math.inf)
         if phase == "step" and self.step_timeout_s:
             return self.step_timeout_s
@@ -177,7 +177,7 @@ def format_report(snapshots: Mapping[int, Snapshot], processes: Sequence[Sequenc
     first = snapshots[min(snapshots)]
     lasted = f"{_describe_phase(first)} has lasted {first['lasted_s']:.0f} s"
     limit = f"the limit is {first['limit_s']:.0f} s (--fault.step-timeout; 0 learns it from the run)"
-    lines = [f"mpilm: watchdog: {lasted}; {limit}. {_verdict(snapshots, states)}"]
+    lines = [f"mpilm: watchdog: {lasted}; {limit}. {_diagnose(snapshots, states)}"]
     for rank, (host, pid) in enumerate(processes):
         name = f"  rank {rank} on {host} (process {pid})"
         if rank in states:
@@ -187,7 +187,7 @@ def format_report(snapshots: Mapping[int, Snapshot], processes: Sequence[Sequenc
     return "\n".join(lines) + "\n"
 
 
-def _verdict(snapshots: Mapping[int, Snapshot], states: Mapping[int, str]) -> str:
+def _diagnose(snapshots: Mapping[int, Snapshot], states: Mapping[int, str]) -> str:
     if states:
         return f"Missing: {name_ranks(states)}."
     if busy := [rank for rank, snapshot in snapshots.items() if snapshot["waiting"] is None]:

@@ -1,1 +1,1 @@
-"""Optimizers on flat parameters, the exact gradient norm, and the learning-rate schedule."""
+"""Optimizers on flat parameters, the gradient norm, the same on every layout, and the learning-rate schedule."""

@@ -1,8 +1,8 @@
-"""Parameters that are full only while they are used (ZeRO-3; Rajbhandari et al., arXiv 1910.02054, section 5.3).
+"""Sharded parameters, unsharded only while they are in use (ZeRO-3; Rajbhandari et al., arXiv 1910.02054, section 5.3).
 
 Each FSDP unit of the model (a block, the embedding, ...) is all-gathered before its forward and before its backward, while the
-unit before it computes, and released afterwards. What autograd has saved of a unit's parameters are views of the released
-memory; they see the values of the next gather.
+unit before it computes, and released afterwards. Autograd saves views of a unit's parameters, which point into the
+released memory; they see the values of the next gather.
 """
 
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ class FSDPUnit:
                 self.pending.append(self.comm.iall_gather(own, full.view(*bucket), flat.layout.slices(bucket)))
 
     def unshard(self) -> None:
-        """Return when the parameters are full. Collective over the reduce axes."""
+        """Wait until the parameters are unsharded. Collective over the reduce axes."""
         self.prefetch()
         for request in self.pending or ():
             request.wait()

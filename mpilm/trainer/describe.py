@@ -123,7 +123,7 @@ def _describe_reduction(run: Run) -> Iterator[str]:
         timings = ", ".join(f"{method} {1000 * seconds:.1f} ms" for method, seconds in run.model.reduce_timings.items())
         reducer = next(iter(run.model.reducers.values()))
         if isinstance(reducer, StepReducer):
-            method = "shared memory within the node" if reducer.reducer.uses_shared_buffers else "messages"
+            method = "shared memory within the node" if reducer.across_ranks.uses_shared_buffers else "messages"
             yield f"gradient all-reduce: {method}{f' ({timings})' if timings else ''}"
         if parallel.wire_dtype == "bfloat16":
             yield "gradients are sent as bfloat16: the last bits depend on the layout"

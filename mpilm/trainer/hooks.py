@@ -25,7 +25,7 @@ class StepEvent:
 
     done: int  # steps completed
     result: StepResult
-    spans: list[Span]  # what this rank spent the step on
+    spans: list[Span]  # of this rank, during the step
     rewound: bool = False  # set by BadStepRecovery: a checkpoint's state was restored
     recovered: bool = False  # the step was done before ranks were lost; some hooks may have run already
     eval_loss: float | None = None  # set by Evaluation
@@ -38,7 +38,7 @@ class Hook:
     run: Run
     log: RunLog
     checkpoints: CheckpointManager
-    in_memory: InMemoryCheckpoint | None  # if the run survives the loss of ranks
+    in_memory: InMemoryCheckpoint | None  # None unless fault.elastic is set
 
     def before_step(self, step: int) -> None: ...
 
@@ -82,19 +82,19 @@ class Tracing(Hook):
 
 
 class BadStepRecovery(Hook):
-    """Skips or rewinds steps that changed nothing; records the losses of the others."""
+    """Skips a step whose update was rejected, for a value that is not finite or a loss spike, or restores a checkpoint."""
 
     def after_step(self, event: StepEvent) -> None:
         if event.result.updated:
             return self.run.bad_steps.record(event.result.loss)
         self.run.recorder.enter("diagnosis", event.done - 1)
         if self.in_memory is not None:
-            self.in_memory.snapshots = []  # the state is about to change by something else than a step
+            self.in_memory.snapshots = []  # the state is about to change other than by a training step
         event.rewound = skip_step(self.run, self.log, self.checkpoints, event.done, event.result)
 
 
 class InMemoryCheckpointing(Hook):
-    """Copies the state to another rank."""
+    """Keeps the state recoverable: with ZeRO a copy on the next rank, without it a reference to that of the replica."""
 
     def after_step(self, event: StepEvent) -> None:
         if self.in_memory is not None:
@@ -104,9 +104,9 @@ class InMemoryCheckpointing(Hook):
 
 
 class ConsistencyCheck(Hook):
-    """Compares the ranks' calls in the first step and every check-every-th, and the weights of replicas once they are in sync.
+    """Compares the ranks' calls, and the weights of replicas once they are in sync, at first and every fault.check-every steps.
 
-    Weights that differ show processors or memory that fail silently.
+    Weights that differ are a sign of silent data corruption.
     """
 
     pending = False  # replicas are still to be compared
@@ -186,13 +186,13 @@ def stops_early(run: Run, event: StepEvent) -> bool:
 
 
 def saves_checkpoint(run: Run, event: StepEvent) -> bool:
-    """Return whether a checkpoint is saved after a step: every so many, before a stop, after the last one or a rewind."""
+    """Return whether a checkpoint is saved: each checkpoint.every steps, before a stop, at the end, after a rewind."""
     regular = is_due(event.done, run.config.checkpoint.every) and event.result.updated
     return stops_early(run, event) or event.done == run.config.train.steps or event.rewound or regular
 
 
 def check_replicas_equal(model: TrainModel, done: int) -> None:
-    """Compare a sum over the bits of every parameter that replicas hold in full. Collective over the mesh.
+    """Compare a checksum of every parameter that replicas hold in full. Collective over the mesh.
 
     Raises RanksDisagreeError on all ranks, naming the first parameter that differs, and the ranks.
     """

@@ -44,7 +44,7 @@ def train(
         stack.callback(run.folder.release)
         stack.enter_context(run.stop_request.catch_signals())
         stack.push(lambda _, error, __: exit_barrier(world, recorder, error))
-        watchdog.write_below(run.folder.path)
+        watchdog.set_run_folder(run.folder.path)
         watchdog.is_signalled = lambda: run.stop_request.signalled
         log = RunLog(run, *describe_run(run))
         stack.callback(log.display.close)
@@ -91,7 +91,7 @@ def run_steps(
     all_hooks: list[hooks.Hook] = [
         tracing,  # the step's own spans, before any hook adds others
         hooks.BadStepRecovery(*parts),  # before the state is copied, compared or saved
-        hooks.InMemoryCheckpointing(*parts),  # before anything that another rank's loss may interrupt
+        hooks.InMemoryCheckpointing(*parts),  # before any collective that a failed rank could interrupt
         hooks.ConsistencyCheck(*parts),  # ends the comparison of calls; before the state is logged and saved
         *reporting,
     ]
@@ -117,7 +117,7 @@ def run_steps(
 def exit_barrier(world: Comm, recorder: FlightRecorder, error: BaseException | None) -> None:
     """Wait for all ranks before the watchdog is closed, unless an error has ended this rank alone. Collective.
 
-    Nothing watches MPI_Finalize, where a hanging rank would keep the others.
+    Nothing watches MPI_Finalize, where a hanging rank would block the others.
     """
     if error is None or isinstance(error, CollectiveError):
         recorder.enter(EXITING, recorder.step)
@@ -125,7 +125,7 @@ def exit_barrier(world: Comm, recorder: FlightRecorder, error: BaseException | N
 
 
 def _finish(run: Run, log: RunLog) -> None:
-    """Log the end of a complete run, with a sample of what the model writes, and write the report. Collective."""
+    """Log the end of a complete run, with a generated sample, and write the report. Collective."""
     took_s, unigram = time.perf_counter() - log.started, ""
     corpora = [(samples.corpus, samples.boundary) for samples in run.data.corpora]
     if log.is_root and log.eval_loss is not None and corpora:  # it reads the whole corpus, so before other ranks wait
@@ -136,7 +136,7 @@ def _finish(run: Run, log: RunLog) -> None:
 
 
 def _sample_text(run: Run) -> str:
-    """Return a text that the model writes. Collective: it may be distributed over many ranks."""
+    """Return generated sample text. Collective: the model may be distributed over many ranks."""
     settings, tokenizer = run.config.generate, run.data.tokenizer
     if not settings.max_tokens or run.config.model.arch == "bert":
         return ""

@@ -213,8 +213,8 @@ def test_rank_needs_log2_buffers_and_a_shard_of_them():
 def test_reduction_within_and_across_nodes_has_the_bits_of_the_tree(size, ranks_per_node, total, tie, zero):
     def body(comm):
         replica = Replica(comm, tie, total, zero)
-        assert replica.reducer.reducer.uses_shared_buffers
-        assert replica.reducer.reducer.topology.inter_node.size == size // ranks_per_node
+        assert replica.reducer.across_ranks.uses_shared_buffers
+        assert replica.reducer.across_ranks.topology.inter_node.size == size // ranks_per_node
         for _ in range(2):
             replica.step(replica.backward)
         return replica.gradients()
@@ -236,7 +236,7 @@ def test_each_slice_leaves_a_node_once():
         instrumented = InstrumentedComm(comm)
         replica = Replica(instrumented, False, 8, 0)
         replica.step(replica.backward)
-        sent = replica.reducer.reducer.topology.inter_node.sent_bytes
+        sent = replica.reducer.across_ranks.topology.inter_node.sent_bytes
         assert sent["all_to_all"] + sent["all_gather"] <= 4 * replica.flat.layout.numel * (0.5 + 0.25) * 1.2
         assert instrumented.sent_bytes["all_to_all"] == 0
         return sent["all_to_all"]

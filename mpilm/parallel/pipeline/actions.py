@@ -34,7 +34,7 @@ class Action:
     F: forward. B: backward. I and W: the halves of B, the gradients of the input and of the weights (zero bubble, Qi et al.,
     arXiv 2401.10241). SEND_F: send the activation to the next stage. RECV_F: post the receive of the input. SEND_B: send
     the gradient of the input to the previous stage. RECV_B: post the receive of the gradient of the output. REDUCE: sum the
-    gradients of the stage over the data axis, without a microbatch.
+    gradients of the stage over the reduce axes, without a microbatch.
     """
 
     stage: int

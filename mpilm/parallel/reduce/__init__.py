@@ -1,6 +1,6 @@
 """Gradient reduction: from the gradients of single microbatches to their sum over all ranks.
 
-Four levels, each independent of the others:
+Four levels; build.py knows which choices go together:
 
     accumulate over microbatches     step.StepReducer (ZeRO 0, 1)  |  rounds.MicrobatchRoundReducer (ZeRO 2, 3)
      └ reduce across ranks           shared_memory.SharedMemoryReducer | messages.MessageReducer (both in tree order)

@@ -41,7 +41,7 @@ def build_reducer(
         return StepReducer(flat, model, plan, buffers, across_ranks, overlap)
     shared = parallel.reduce != "messages"
     if parallel.reduce == "auto" and parallel.wire_dtype == "float32" and train.reproducible and not overlap and comm.size > 1:
-        timed = time_methods(comm, flat.layout.numel, flat.zero == 0)  # not for bf16: noise must not choose what is rounded
+        timed = time_methods(comm, flat.layout.numel, flat.zero == 0)  # not for bf16: the two round differently
         shared = not timed or timed["shared-memory"] <= timed["messages"]
         timings.update(timed if not timings else {})
     return make_step_reducer(flat, model, comm, total, train.reproducible, overlap, shared, parallel.wire_dtype)
@@ -63,15 +63,16 @@ def make_step_reducer(
     depth = bucket_count if overlap else min(BUCKETS_IN_FLIGHT, bucket_count)
     if not reproducible:
         start, stop = block_of_rank(comm.rank, comm.size, microbatches)
-        in_turn = [AccumulateOp(0, i == 0, ()) for i in range(stop - start)], {0: (start, stop)}
-        return StepReducer(flat, model, in_turn, _make_buffers(flat, in_turn), AllReduceReducer(comm, depth), overlap)
+        in_sequence: AccumulationPlan = [AccumulateOp(0, i == 0, ()) for i in range(stop - start)], {0: (start, stop)}
+        buffers = _make_buffers(flat, in_sequence)
+        return StepReducer(flat, model, in_sequence, buffers, AllReduceReducer(comm, depth), overlap)
     plans, encoding = _plan_blocks(comm.size, microbatches), make_encoding(wire_dtype)
     plan, nodes = plans[comm.rank], [list(held.values()) for _, held in plans]
     if shared and comm.size > 1 and flat.device.type == "cpu":
-        by_memory = make_shared_memory_reducer(comm, flat.layout, plans, microbatches, gather, encoding)
-        if by_memory is not None:
-            buffers = [FlatVector([(0, flat.layout.numel)], buffer) for buffer in by_memory.own_buffers]
-            return StepReducer(flat, model, plan, buffers, by_memory, overlap)
+        shared_reducer = make_shared_memory_reducer(comm, flat.layout, plans, microbatches, gather, encoding)
+        if shared_reducer is not None:
+            buffers = [FlatVector([(0, flat.layout.numel)], buffer) for buffer in shared_reducer.own_buffers]
+            return StepReducer(flat, model, plan, buffers, shared_reducer, overlap)
     across_ranks = CrossRankReducer()
     if comm.size > 1:
         across_ranks = MessageReducer(comm, flat.layout, nodes, microbatches, flat.device, gather, depth, encoding)
@@ -111,7 +112,7 @@ def time_methods(comm: Comm, numel: int, gather: bool) -> dict[str, float]:
 
 
 def _time(comm: Comm, actions: Sequence[Callable[[], None]]) -> list[float]:
-    """Return the least seconds of a few attempts, of the slowest rank."""
+    """Return for each action the shortest time of a few attempts on the slowest rank."""
     times = torch.zeros(len(actions), ATTEMPTS, dtype=torch.float64)
     for attempt in range(ATTEMPTS):
         for number, action in enumerate(actions):

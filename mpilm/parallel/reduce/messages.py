@@ -15,7 +15,7 @@ BUCKETS_IN_FLIGHT = 2  # unless the reduction overlaps with backward
 
 
 class AllReduceReducer(CrossRankReducer):
-    """Reduces by the MPI library's all-reduce, in whatever order that adds, with `depth` buckets in flight."""
+    """Reduces by the MPI library's all-reduce, in the order that the library chooses, with `depth` buckets in flight."""
 
     def __init__(self, comm: Comm, depth: int):
         self.comm, self.depth, self.requests = comm, depth, deque[Request]()

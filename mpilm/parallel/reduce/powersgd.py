@@ -1,4 +1,4 @@
-"""Gradient compression by low-rank approximation: a matrix is sent as two thin ones.
+"""Gradient compression by low-rank approximation: a matrix is sent as two low-rank factors.
 
 PowerSGD (Vogels et al., arXiv 1905.13727, algorithms 1 and 2). One step of power iteration approximates the sum M of all ranks'
 matrices (a, b): P = M Q, orthogonalized, then Q = M^T P. The update uses P Q^T, and Q starts the next step. Each rank adds the
@@ -45,7 +45,7 @@ class PowerSGDReducer(CrossRankReducer):
         for (name, matrix), left, own, total in zip(self.matrices.items(), p, own_q, totals):
             torch.sub(matrix, left @ own.T, out=self.errors[name])
             matrix.copy_(left @ total.T)
-            if total.isfinite().all():  # otherwise the step is skipped, and must not spoil later ones
+            if total.isfinite().all():  # otherwise the step is skipped, and must not contaminate later ones
                 self.q[name] = total
             else:
                 self.errors[name].zero_()

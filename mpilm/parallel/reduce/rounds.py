@@ -58,7 +58,7 @@ class MicrobatchRoundReducer(GradientReducer):
     def begin_microbatch(self, i: int) -> None:
         """Attribute the gradients that follow to this rank's i-th microbatch."""
         self.current, self.next_group = i, 0
-        self.complete = set[str]()  # parameters with their gradient
+        self.complete = set[str]()  # parameters whose gradient has arrived
         for parameter in self.parameters.values():
             parameter.grad = None
         self._open_group()

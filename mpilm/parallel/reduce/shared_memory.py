@@ -95,7 +95,7 @@ class SharedMemoryReducer(CrossRankReducer):
             bucket: [([x[i:j] for x in in_order], own_sums[i:j]) for i, j in own_slices.intervals(bucket)]
             for bucket in layout.buckets
         }
-        """By bucket, the parts that this rank adds and the place of their sum: to make views takes longer than to add a few."""
+        """For each bucket, this rank's parts and the place of their sum. Creating a view costs more than a few additions."""
         self.copies = [
             (own_sums[i:j], buffers[r][0][i:j])
             for r in range(local_size)

@@ -31,7 +31,7 @@ class CrossRankReducer:
     memory_bytes = 0  # used beside the gradients
 
     def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
-        """Begin with a bucket: this rank's nodes (`parts`) are complete; the sum goes to the first of them."""
+        """Start to reduce a bucket: this rank's nodes (`parts`) are complete; the sum goes to the first of them."""
 
     def finish(self) -> None:
         """Return when this rank has all the sums it needs."""
@@ -41,8 +41,10 @@ class CrossRankReducer:
 
 
 class StepReducer(GradientReducer):
-    """Collects the gradients of this rank's block of microbatches in `buffers` and lets `reducer` sum them over the ranks.
-    `overlap`: start a bucket as soon as the last backward has completed it. Collective over the communicators of `reducer`."""
+    """Collects the gradients of this rank's block of microbatches in `buffers` and lets `across_ranks` sum them.
+
+    `overlap`: start a bucket as soon as the last backward has completed it. Collective over the communicator of `across_ranks`.
+    """
 
     def __init__(
         self,
@@ -50,10 +52,10 @@ class StepReducer(GradientReducer):
         model: nn.Module,
         plan: AccumulationPlan,
         buffers: Sequence[FlatVector],
-        reducer: CrossRankReducer,
+        across_ranks: CrossRankReducer,
         overlap: bool,
     ):
-        self.flat, self.buffers, self.reducer, self.overlap = flat, buffers, reducer, overlap
+        self.flat, self.buffers, self.across_ranks, self.overlap = flat, buffers, across_ranks, overlap
         self.ops, nodes_held = plan
         self.sums, self.buckets = buffers[0], flat.layout.buckets
         self.views = [{name: flat.parameter(name, buffer) for name in flat.layout.spans} for buffer in buffers]
@@ -67,24 +69,26 @@ class StepReducer(GradientReducer):
         self.started = len(self.buckets)
         self.overwrite, self.pending = False, dict[str, Tensor]()  # parameters whose first gradient overwrites a buffer
         gradient_bytes = sum(buffer.tensor.nbytes for buffer in buffers)
-        self.memory_bytes = {"gradients": gradient_bytes, "exchange": reducer.memory_bytes}
-        self.shared_bytes = gradient_bytes if reducer.uses_shared_buffers else 0
+        self.memory_bytes = {"gradients": gradient_bytes, "exchange": across_ranks.memory_bytes}
+        self.shared_bytes = gradient_bytes if across_ranks.uses_shared_buffers else 0
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
 
     def reset_residuals(self) -> None:
-        self.reducer.reset_residuals()
+        self.across_ranks.reset_residuals()
 
     def begin_microbatch(self, i: int) -> None:
-        """Direct the gradients of this rank's i-th microbatch to the buffer that the tree wants. Gradients are copied into a
-        fresh buffer as they come, which reads and writes half of what adding to zeros would."""
+        """Direct the gradients of this rank's i-th microbatch to the buffer that the plan assigns.
+
+        Gradients are copied into a fresh buffer as they come, which reads and writes half of what adding to zeros would.
+        """
         op = self.ops[i]
         self.overwrite, self.into = op.overwrite, self.views[op.buffer]
         self.pending = dict(self.into) if op.overwrite else {}
         for name, parameter in self.parameters.items():
             parameter.grad = None if op.overwrite else self.into[name]
         if i == len(self.ops) - 1:
-            self.started, self.complete = 0, set[str]()  # buckets started, and parameters with their gradient
+            self.started, self.complete = 0, set[str]()  # buckets started, and parameters whose gradient has arrived
 
     def accumulate(self, name: str, gradient: Tensor) -> None:
         """Add a gradient computed outside backward, between `begin_microbatch` and `end_microbatch`."""
@@ -115,7 +119,7 @@ class StepReducer(GradientReducer):
         """Leave the sum over all microbatches of all ranks in `sums`, in the intervals `flat.reduced`."""
         while self.started < len(self.buckets):
             self._start_next_bucket()
-        self.reducer.finish()
+        self.across_ranks.finish()
 
     def _merge_buffers(self, i: int, start: int, stop: int) -> None:
         for into, other in self.ops[i].merges:
@@ -125,4 +129,4 @@ class StepReducer(GradientReducer):
         bucket = self.buckets[self.started]
         self.started += 1
         self._merge_buffers(len(self.ops) - 1, *bucket)
-        self.reducer.start(self.parts[bucket], bucket)
+        self.across_ranks.start(self.parts[bucket], bucket)
