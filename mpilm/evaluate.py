@@ -3,7 +3,7 @@
 The text is cut into windows of the context length. Each token but the first is predicted once; a bert model predicts masked
 tokens. The ranks divide the windows among them; the result does not depend on the number of ranks.
 
-$ python -m mpilm.evaluate --model.init-from runs/NAME/checkpoints/step-00000240 --data.path book.txt
+$ python -m mpilm.evaluate --model.init-from runs/NAME/checkpoints/step-00000360 --data.path book.txt
 $ mpirun -n 4 python -m mpilm.evaluate --model.init-from FOLDER --data.path books/ --documents true
 """
 

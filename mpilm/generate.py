@@ -2,7 +2,7 @@
 
 The ranks divide the prompts among them; the texts do not depend on the number of ranks.
 
-$ python -m mpilm.generate --model.init-from runs/NAME/checkpoints/step-00000240 --generate.prompt "def main("
+$ python -m mpilm.generate --model.init-from runs/NAME/checkpoints/step-00000360 --generate.prompt "def main("
 $ mpirun -n 4 python -m mpilm.generate --model.init-from FOLDER --generate.prompts prompts.txt > texts.jsonl
 """
 

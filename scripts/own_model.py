@@ -4,7 +4,7 @@ python scripts/own_model.py
 mpirun -n 4 python scripts/own_model.py
 
 It learns to distinguish circles, squares and crosses in noise. It prints the same numbers on 1, 2, 3 or 8 ranks, and resumes
-from runs/shapes.
+from FOLDER (runs/shapes).
 """
 
 from __future__ import annotations
@@ -68,4 +68,7 @@ def main(comm: Comm) -> None:
 
 
 if __name__ == "__main__":
+    if any(argument.startswith("-") for argument in sys.argv[1:]):
+        print(f"usage: own_model.py [FOLDER]\n\n{__doc__}")
+        sys.exit(sys.argv[1] not in ("-h", "--help"))
     launch(main)

@@ -174,7 +174,7 @@ def explain_scaling(best: Sequence[Candidate]) -> list[str]:
         speedup = after.tokens_per_s / before.tokens_per_s
         if speedup < WORTHWHILE ** log2(after.ranks / before.ranks):
             limit = _limit(before, after)
-            lines.append(f"from {before.ranks} to {after.ranks} ranks the speed grows {speedup:.2f} times only: {limit}")
+            lines.append(f"from {before.ranks} to {after.ranks} ranks the speed grows only {speedup:.2f} times: {limit}")
     fastest, last = max(best, key=lambda each: each.tokens_per_s), best[-1]
     if fastest is not last:
         lines.append(f"more than {fastest.ranks} ranks are slower")
