@@ -223,7 +223,7 @@ class LocalState:
 
 
 def allocate_pages(nbytes: int) -> Tensor:
-    """Allocate memory that begins with a page, as direct I/O requires. Shared memory would be counted twice."""
+    """Allocate page-aligned memory, as direct I/O requires. It is private: shared memory is not counted as a rank's own."""
     return torch.frombuffer(mmap(-1, max(1, nbytes), flags=MAP_PRIVATE | MAP_ANONYMOUS), dtype=torch.uint8)[:nbytes]
 
 

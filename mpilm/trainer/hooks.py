@@ -104,7 +104,7 @@ class InMemoryCheckpointing(Hook):
 
 
 class ConsistencyCheck(Hook):
-    """Compares the ranks' calls, and the weights of replicas once they are in sync, at first and every fault.check-every steps.
+    """Compares calls of ranks, and weights of replicas once in sync: in the first step and every fault.check-every steps.
 
     Weights that differ are a sign of silent data corruption.
     """
