@@ -10,8 +10,8 @@ $ mpirun -n 4 python -m mpilm.evaluate --model.init-from FOLDER --data.path book
 import sys
 
 from mpilm.comm.base import Comm
-from mpilm.config.inference import EvaluateArguments
 from mpilm.config.parse import parse
+from mpilm.inference.arguments import EvaluateArguments
 from mpilm.launch.run import Body, run
 
 

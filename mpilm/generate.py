@@ -9,8 +9,8 @@ $ mpirun -n 4 python -m mpilm.generate --model.init-from FOLDER --generate.promp
 import sys
 
 from mpilm.comm.base import Comm
-from mpilm.config.inference import GenerateArguments, to_config
 from mpilm.config.parse import parse
+from mpilm.inference.arguments import GenerateArguments, to_config
 from mpilm.launch.run import Body, run
 
 

@@ -29,7 +29,7 @@ class WatchConfig:
 
 
 def main() -> None:
-    config = parse(sys.argv[1:], WatchConfig(), "watch", __doc__ or "")
+    config = parse(sys.argv[1:], WatchConfig(), "watch", __doc__ or "", positional="folder")
     watch_run(config.folder, config.interval, config.once)
 
 

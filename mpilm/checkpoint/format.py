@@ -126,7 +126,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != 1 or not isinstance(files, dict) or not all(map(_is_entry, files, files.values())):
         raise DataError(f"{path} is not a manifest of format 1 that lists files of its own folder")
     if path.read_bytes() != dump_json(manifest).encode():  # no digest covers the manifest itself
-        raise DataError(f"{path} has been altered: its bytes are not those that were written")
+        raise DataError(f"{path} is damaged: its bytes are not those that were written")
     return files
 
 

@@ -18,7 +18,7 @@ Verifier = Callable[[Path], None]
 
 
 def verify_checkpoint(folder: Path, comm: Comm | None = None) -> None:
-    """Read every byte of a checkpoint. Raises DataError naming a file that is missing, cut or altered, and FileError if a file
+    """Read every byte of a checkpoint. Raises DataError naming a file that is missing, cut or damaged, and FileError if a file
     cannot be read, which may pass. If `comm` is given, its other ranks must be in `run_on_root_with_verify`."""
     files = read_manifest(folder)
     sizes = {name: entry["bytes"] for name, entry in files.items()}
@@ -38,7 +38,7 @@ def verify_checkpoint(folder: Path, comm: Comm | None = None) -> None:
         raise error.error from None
     for (name, entry), joined in zip(files.items(), digests):
         if manifest_entry(entry["bytes"], joined) != entry:
-            raise DataError(f"checkpoint file {folder / name} has been altered: its digest is not the manifest's")
+            raise DataError(f"checkpoint file {folder / name} is damaged: its digest differs from the one in the manifest")
 
 
 def _digest_files(folder: Path, sizes: Mapping[str, int], comm: Comm) -> list[bytes]:

@@ -29,7 +29,7 @@ def run_on_all_ranks(comm: Comm, action: Callable[[], R]) -> R:
     if failed := [rank for rank, failure in enumerate(failures) if failure]:
         code, message = failures[failed[0]]
         where = "" if len(failed) == comm.size else f" (on {name_ranks(failed)})"
-        raise CollectiveError(error_from_code(code, message + where))
+        raise CollectiveError(error_from_code(code, (message + where).replace(") (on rank", ", rank")))  # (on HOST, rank 1)
     return result  # type: ignore[return-value]
 
 

@@ -100,14 +100,12 @@ class InstrumentedComm(Comm):
         sent_bytes = (x.numel() - send_counts[self.rank]) * x.element_size()
         call = self._record_collective("all_to_all", x.dtype, sent_bytes=sent_bytes)
         if self.checks_calls:
-            self._compare_counts(list(send_counts), list(receive_counts))
+            everyone = self.inner.all_gather_json([list(send_counts), list(receive_counts)])
+            for rank, (_, expected) in enumerate(everyone):
+                if (actual := [sent[rank] for sent, _ in everyone]) != expected:
+                    problem = f"all_to_all brings rank {rank} {actual} elements, it expects {expected}"
+                    raise RanksDisagreeError(f"{self.name}: {problem}")
         return self._record_wait(call, self.inner._iall_to_all(x, out, send_counts, receive_counts))
-
-    def _compare_counts(self, sends: list[int], receives: list[int]) -> None:
-        everyone = self.inner.all_gather_json([sends, receives])
-        for rank, (_, expected) in enumerate(everyone):
-            if (actual := [sent[rank] for sent, _ in everyone]) != expected:
-                raise RanksDisagreeError(f"{self.name}: all_to_all brings rank {rank} {actual} elements, it expects {expected}")
 
     def _isend(self, x: Tensor, to: int, tag: int) -> Request:
         return self._record_wait(self._record_message("send", to, tag, x.nbytes), self.inner._isend(x, to, tag))

@@ -1,7 +1,6 @@
 """Checks of the settings before anything starts: limits that their types state, and rules across settings."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
 from math import isfinite
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -24,18 +23,15 @@ def check_config(config: Any) -> None:
                 raise ConfigError(problem)
 
 
-def _check_limits(section: Any, prefix: str = "") -> None:
-    """Raise ConfigError for a value outside the limits that its type states. TOML values do not pass through tyro."""
-    for key, value in vars(section).items():
-        if is_dataclass(value):
-            _check_limits(value, f"{prefix}{key}.")
-            continue
-        kind = schema.get_setting_types(type(section))[key]
+def _check_limits(config: Any) -> None:
+    """Raise ConfigError for a value outside the limits that its type states."""
+    values = flatten(config)
+    for name, kind in schema.flatten_types(config).items():
         kind, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)
         kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
-        for each in value if isinstance(value, tuple) else (value,):
-            if problem := _find_limit_problem(each, kind, limits):
-                raise ConfigError(f"{flag_of(prefix + key)} {problem}")
+        for value in values[name] if isinstance(values[name], tuple) else (values[name],):
+            if problem := _find_limit_problem(value, kind, limits):
+                raise ConfigError(f"{flag_of(name)} {problem}")
 
 
 def _find_limit_problem(value: Any, kind: Any, limits: list[Any]) -> str:
@@ -70,8 +66,8 @@ def _find_model_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
     model, gpt2_style = config.model, config.model.arch in GPT2_STYLE
     has_custom_width = model.head_width != model.d_model // model.n_heads
     if model.d_model % model.n_heads and not has_custom_width:
-        near = nearest_multiple(model.d_model, 2 * model.n_heads)
-        yield f"{flags['model.d_model']} is not divisible by {flags['model.n_heads']}; the nearest value that works: {near}"
+        nearest = f"--model.d-model {nearest_multiple(model.d_model, 2 * model.n_heads)}"
+        yield f"{flags['model.d_model']} is not divisible by {flags['model.n_heads']}; the nearest value that works: {nearest}"
     if gpt2_style and has_custom_width:
         yield f"{flags['model.head_width']}: {flags['model.arch']} uses d-model / n-heads; leave the setting out"
     if model.arch == "bert" and not model.tie_embeddings:
@@ -100,7 +96,7 @@ def _find_model_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
 def _find_train_problems(config: Config, flags: Mapping[str, str]) -> Iterator[str]:
     train = config.train
     if train.global_batch % train.micro_batch:
-        near = nearest_multiple(train.global_batch, train.micro_batch)
+        near = f"--train.global-batch {nearest_multiple(train.global_batch, train.micro_batch)}"
         yield f"{flags['train.global_batch']} is not divisible by {flags['train.micro_batch']}; the nearest that works: {near}"
     if train.min_lr > train.lr and train.lr_schedule != "constant":
         yield f"{flags['train.min_lr']} exceeds {flags['train.lr']}; write a smaller value, such as {train.lr / 10:g}"

@@ -1,18 +1,18 @@
 """Reading of settings: preset, then TOML files, then flags; later wins."""
 
-import argparse
 import difflib
 import io
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
+from mpilm.config import schema
 from mpilm.config.check import check_config
-from mpilm.config.schema import OLD_NAMES, OLD_VALUES, Config, DataConfig, ModelConfig, flag_of, flatten, get_setting_types
+from mpilm.config.schema import Config, ModelConfig, flag_of
 from mpilm.errors import ConfigError, FileError, is_first_process
 
 if sys.version_info >= (3, 11):
@@ -32,32 +32,33 @@ def parse(
     presets: Mapping[str, Callable[[], T]] | None = None,
     add_folder_shape: Callable[[ModelConfig, str], ModelConfig] | None = None,
     check_folder_shape: Callable[[ModelConfig], None] | None = None,
+    positional: str = "",
 ) -> T:
     """Return the checked config that the command line `argv` describes, of the type of `default`. Does not communicate.
 
-    Commands that can start from a model folder (--model.init-from) pass two functions: one returns a model section with the
-    shape of the folder, the other raises if a model section asks for another shape than its folder has. Raises ConfigError or
-    FileError, and SystemExit(text, 0) for --help, so that the caller can print the text once instead of once per rank.
+    `add_folder_shape` returns a model section with the shape of a model folder (--model.init-from), `check_folder_shape` raises
+    if a section asks for another shape than its folder has. Words that follow no flag set the setting `positional`. Raises
+    ConfigError or FileError, and SystemExit(text, 0) for --help, which the caller prints once instead of once per rank.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", action="append", default=[])
     description = description.strip() + "\n\n--config FILE.toml reads settings from a file; flags override it."
+    kinds = schema.flatten_types(default) | {"config": tuple[str, ...]} | ({"preset": str} if presets else {})
     if presets:
-        parser.add_argument("--preset", choices=presets)
         description += f" --preset NAME starts from a named config: {', '.join(presets)}."
-    try:
-        sources, args = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error.argument_name}: {error.message}") from None
-    base = presets[sources.preset]() if presets and sources.preset else default
-    tomls = {f"--config {path}": read_toml(path, f"--config {path}") for path in sources.config}
+    asks_for_help = bool({"-h", "--help"} & set(argv))
     warnings: dict[str, None] = {}  # in order, each once
-    args = _normalize_flags(args, default, warnings)
+    flags = _read_flags([arg for arg in argv if arg not in ("-h", "--help")], kinds, positional, warnings)
+    paths, preset = flags.pop("config", ()), flags.pop("preset", "")
+    if presets and preset not in ["", *presets]:
+        raise ConfigError(f"--preset must be one of {', '.join(presets)}, not {preset!r}")
+    base = presets[preset]() if presets and preset else default
+    tomls = {f"--config {path}": read_toml(path, f"--config {path}") for path in paths}
 
     def apply(config: T) -> T:
         for source, values in tomls.items():
             config = merge_settings(config, values, source, warnings)
-        return _parse_flags(args, config, command, description)
+        if asks_for_help:
+            raise SystemExit(_draw_help(config, command, description), 0)
+        return schema.override(config, flags)
 
     config: Any = apply(base)
     if isinstance(getattr(config, "model", None), ModelConfig) and config.model.init_from:
@@ -72,36 +73,51 @@ def parse(
     return config
 
 
-def _normalize_flags(args: Sequence[str], default: Any, warnings: dict[str, None]) -> list[str]:
-    """Return the arguments as tyro reads them: current names, True or False for booleans, list items split."""
-    settings, groups = flatten(default), [[""]]  # each a flag and its values
+def _read_flags(args: Sequence[str], kinds: Mapping[str, Any], positional: str, warnings: dict[str, None]) -> dict[str, Any]:
+    """Return the settings that the arguments set, as "section.key" -> value; raises ConfigError naming the flag."""
+    groups: list[list[str]] = [[""]]  # each a flag and its values
     for arg in args:
-        flag, equals, value = arg.partition("=")
         if arg.startswith("--"):
-            groups.append([flag, value] if equals else [flag])
+            groups.append(arg.split("=", 1))
         else:
             groups[-1].append(arg)
-    normalized = groups[0][1:]
-    for flag, *values in groups[1:]:
-        name, values = _replace_old(flag[2:].replace("-", "_"), values, warnings)
-        flag, current = flag_of(name), settings.get(name)
-        if isinstance(current, bool):
-            values = values or ["true"]
-            if values[0].lower() not in ("true", "false"):
-                raise ConfigError(f"{flag} {values[0]}: write true or false")
-            values[0] = values[0].capitalize()
-        elif isinstance(current, tuple) and name != "data.path":  # a path may contain commas
-            values = [item for value in values for item in value.split(",") if item]
-        elif isinstance(current, (int, float, str)) and values:
-            flag, values = f"{flag}={values[0]}", values[1:]  # the value may begin with a hyphen
-        normalized += [flag, *values]
-    return normalized
+    settings: dict[str, Any] = {}
+    words = groups.pop(0)[1:]  # that follow no flag
+    for flag, *texts in groups:
+        name, texts = _replace_old(flag[2:].replace("-", "_"), texts, warnings)
+        flag = flag_of(name)
+        if name not in kinds:
+            raise ConfigError(_describe_unknown(name, kinds))
+        is_list, item = _item_type(kinds[name])
+        if not is_list:
+            texts, words = texts[:1] or ["true"] * (item is bool), words + texts[1:]
+        elif name not in ("config", "data.path"):  # a path may contain commas
+            texts = [part for text in texts for part in text.split(",") if part]
+        if not texts and (not is_list or name == "config"):
+            raise ConfigError(f"{flag} needs a value")
+        values = [_read_value(text, item) for text in texts]
+        value = _convert(values if is_list else values[0], kinds[name], flag)
+        settings[name] = settings.get(name, ()) + value if name == "config" else value
+    if words and not positional:
+        raise ConfigError(f"{words[0]!r} follows no setting; --help lists the settings")
+    if words:
+        settings[positional] = tuple(words) if _item_type(kinds[positional])[0] else words[-1]
+    return settings
+
+
+def _read_value(text: str, item: type) -> Any:
+    """Return a flag's text as a value of the type `item`, or unchanged if it is none."""
+    if item is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    with suppress(ValueError):
+        return item(text)
+    return text
 
 
 def _replace_old(name: str, values: list[Any], warnings: dict[str, None] | None) -> tuple[str, list[Any]]:
     """Return a setting and its values with old names and values replaced by the current ones; add a warning for each."""
-    current = OLD_NAMES.get(name, name)
-    table = OLD_VALUES.get(current, {})
+    current = schema.OLD_NAMES.get(name, name)
+    table = schema.OLD_VALUES.get(current, {})
     new = [table.get(value, value) if isinstance(value, str) else value for value in values]
     if warnings is not None and (current, new) != (name, values):
         old_text, new_text = (" ".join(map(str, [flag_of(key), *items])) for key, items in ((name, values), (current, new)))
@@ -109,22 +125,15 @@ def _replace_old(name: str, values: list[Any], warnings: dict[str, None] | None)
     return current, new
 
 
-def _parse_flags(args: list[str], default: T, command: str, description: str) -> T:
+def _draw_help(default: Any, command: str, description: str) -> str:
     import tyro
 
-    prog, output = f"python -m mpilm.{command}", io.StringIO()
+    output = io.StringIO()
     config = (tyro.conf.FlagConversionOff,)  # every setting is `--section.key value`, booleans too
-    try:
-        with redirect_stdout(output), redirect_stderr(output):
-            return tyro.cli(type(default), args=args, default=default, prog=prog, description=description, config=config)
-    except SystemExit as stop:
-        if stop.code == 0:
-            raise SystemExit(output.getvalue(), 0) from None
-    # tyro draws a box: title, message, hints, each under a rule
-    lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", output.getvalue()).splitlines()]
-    parts = " ".join("\0" if re.fullmatch("[-─]{5,}", line) else line.strip("─ ") for line in lines).split("\0")
-    texts = [" ".join(part.split()) for part in parts[1:]]
-    raise ConfigError("; ".join(text for text in texts if text and not text.startswith("Argument helptext")))
+    with redirect_stdout(output), suppress(SystemExit):
+        prog = f"python -m mpilm.{command}"
+        tyro.cli(type(default), args=["--help"], default=default, prog=prog, description=description, config=config)
+    return re.sub(r"\b(True|False)\b", lambda match: match[0].lower(), output.getvalue())
 
 
 def read_toml(path: str | Path, label: str = "") -> dict[str, Any]:
@@ -132,49 +141,44 @@ def read_toml(path: str | Path, label: str = "") -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise FileError(f"{label or path}: cannot be read: {error.strerror}") from None
+        raise FileError(f"{label or path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{label or path}: is not valid TOML: {error}") from None
+        raise ConfigError(f"{label or path} is not valid TOML: {error}") from None
 
 
-def merge_settings(
-    base: T, values: Mapping[str, Any], source: str, warnings: dict[str, None] | None = None, prefix: str = ""
-) -> T:
+def merge_settings(base: T, values: Mapping[str, Any], source: str, warnings: dict[str, None] | None = None) -> T:
     """Return `base` with the nested `values` of `source`; old names are accepted and, if it is given, added to `warnings`.
 
     Settings of a training run that `base` lacks are skipped, so that every command accepts the config.toml of a run. Raises
     ConfigError naming the source and the key if a key is unknown or a value has the wrong type.
     """
-    known = vars(base)
-    changes: dict[str, Any] = {}
-    for written, value in values.items():
-        name, items = _replace_old(prefix + written.replace("-", "_"), value if isinstance(value, list) else [value], warnings)
-        key, where = name.removeprefix(prefix), f"{source}: {prefix}{written}"
+    kinds, settings = schema.flatten_types(base), {}
+    for written, value in schema.flatten(values).items():
+        name, items = _replace_old(written.replace("-", "_"), value if isinstance(value, list) else [value], warnings)
+        if name not in kinds and name in schema.flatten(Config()):
+            continue
+        if name not in kinds:
+            raise ConfigError(f"{source}: {_describe_unknown(name, kinds)}")
         value = items if isinstance(value, list) else items[0]
-        if key not in known:
-            if any(f"{other}.".startswith(f"{name}.") for other in flatten(Config())):
-                continue
-            close = difflib.get_close_matches(key, known, n=1)
-            advice = f"did you mean {prefix}{close[0]}?" if close else f"known here are {', '.join(sorted(known))}"
-            raise ConfigError(f"{source}: unknown key {prefix}{written}; {advice}")
-        if isinstance(base, DataConfig) and key == "path":  # a path, or a list of paths and shares or of pairs of them
+        if name == "data.path":  # a path, or a list of paths and shares or of pairs of them
             flat = [entry for item in items for entry in (item if isinstance(item, list) else [item])]
             value = [str(entry) if type(entry) in (str, int, float) else entry for entry in flat if entry != ""]
-        if not is_dataclass(known[key]):
-            changes[key] = _convert(value, get_setting_types(type(base))[key], where)
-        elif isinstance(value, Mapping):
-            changes[key] = merge_settings(known[key], value, source, warnings, f"{name}.")
-        else:
-            raise ConfigError(f"{where} is a section; write [{prefix}{written}] and its keys below it")
-    return replace(base, **changes)  # type: ignore[type-var]
+        settings[name] = _convert(value, kinds[name], f"{source}: {written}")
+    return schema.override(base, settings)
+
+
+def _describe_unknown(name: str, known: Iterable[str]) -> str:
+    if any(other.startswith(f"{name}.") for other in known):
+        return f"{name} is a section: write --{name}.KEY or, in a file, [{name}] and its keys below it"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown setting {flag_of(name)}; " + (
+        f"did you mean {flag_of(close[0])}?" if close else "--help lists the settings"
+    )
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
-    """Return a TOML value as a setting of the type `kind`; raises ConfigError if it has another type."""
-    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-    is_list = get_origin(kind) is tuple
-    item = get_args(kind)[0] if is_list else kind
-    item = type(get_args(item)[0]) if get_origin(item) is Literal else item
+    """Return a value as a setting of the type `kind`; raises ConfigError if it has another type."""
+    is_list, item = _item_type(kind)
     items = value if is_list and isinstance(value, list) else [value]
     items = [float(entry) if item is float and type(entry) is int else entry for entry in items]
     if is_list != isinstance(value, list) or any(type(entry) is not item for entry in items):
@@ -182,3 +186,11 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         expected = f"a list of {name}s" if is_list else f"a {name}" if name else "true or false"
         raise ConfigError(f"{where} must be {expected}, not {value!r}")
     return tuple(items) if is_list else items[0]
+
+
+def _item_type(kind: Any) -> tuple[bool, type]:
+    """Return if the type of a setting is a tuple, and the plain type of its items or of its value."""
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    is_list = get_origin(kind) is tuple
+    item = get_args(kind)[0] if is_list else kind
+    return is_list, type(get_args(item)[0]) if get_origin(item) is Literal else item

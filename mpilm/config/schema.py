@@ -6,7 +6,7 @@ of a run folder holds the values that were used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -293,11 +293,22 @@ def trace_step_range(config: Config) -> range:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return every setting as "section.key" -> value."""
+    """Return every setting of a config, or of nested dictionaries, as "section.key" -> value."""
     flat: dict[str, Any] = {}
-    for key, value in vars(config).items():
-        flat.update(flatten(value, f"{prefix}{key}.") if is_dataclass(value) else {prefix + key: value})
+    for key, value in (config if isinstance(config, dict) else vars(config)).items():
+        flat.update(
+            flatten(value, f"{prefix}{key}.") if is_dataclass(value) or isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
+
+
+def flatten_types(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every setting as "section.key" -> type."""
+    kinds: dict[str, Any] = {}
+    for key, kind in get_setting_types(type(config)).items():
+        value = getattr(config, key)
+        kinds.update(flatten_types(value, f"{prefix}{key}.") if is_dataclass(value) else {prefix + key: kind})
+    return kinds
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -305,11 +316,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else to_dict(v) if is_dataclass(v) else v for key, v in vars(config).items()}
 
 
-def override(config: T, **changes: Any) -> T:
-    """Return the config with other values for the settings `section__key`."""
-    for path, value in changes.items():
-        section, _, key = path.partition("__")
-        config = replace(config, **{section: replace(getattr(config, section), **{key: value})})  # type: ignore[type-var]
+def override(config: T, settings: Mapping[str, Any] | None = None, /, **changes: Any) -> T:
+    """Return the config with other values for `settings`, "section.key" -> value, and for the keywords `section__key`."""
+    for name, value in {**(settings or {}), **{path.replace("__", "."): value for path, value in changes.items()}}.items():
+        section, _, key = name.partition(".")
+        value = replace(getattr(config, section), **{key: value}) if key else value
+        config = replace(config, **{section: value})  # type: ignore[type-var]
     return config
 
 

@@ -52,7 +52,7 @@ class ChatTemplate:
         try:
             return environment.from_string(source)
         except TemplateError as error:
-            raise DataError(f"{self.folder}: its chat template cannot be read: {error}") from None
+            raise DataError(f"the chat template of {self.folder} cannot be read: {error}") from None
 
     def split_turns(self, messages: Sequence[Mapping[str, str]], place: object) -> list[Turn]:
         """Return the text of messages in turns; an answer reaches to the end of its turn. Raises DataError naming `place`."""
@@ -123,7 +123,7 @@ def parse_conversation(line: bytes, place: object, template: ChatTemplate | None
     """Return the turns of a conversation; raises DataError naming file and line, ConfigError if messages need a template."""
     value = parse_json(line, place)
     if not is_valid_utf8(json.dumps(value, ensure_ascii=False)):
-        raise DataError(f"{place}: holds half a surrogate pair, which is no text")
+        raise DataError(f"{place} holds half a surrogate pair, which is no text")
     fields = value if isinstance(value, dict) else {}
     prompt, response, messages = (fields.get(name) for name in ("prompt", "response", "messages"))
     if isinstance(prompt, str) and isinstance(response, str):
@@ -132,10 +132,10 @@ def parse_conversation(line: bytes, place: object, template: ChatTemplate | None
         messages = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": response}]
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         forms = 'neither "prompt" and "response", two strings, nor "messages", a list of objects with "role" and "content"'
-        raise DataError(f"{place}: has {forms}")
+        raise DataError(f"{place} has {forms}")
     if template is None:
         advice = "name a FOLDER that has one (--data.tokenizer FOLDER with tokenizer_config.json), or give prompt and response"
-        raise ConfigError(f"{place}: has messages, and the tokenizer no chat template; {advice}")
+        raise ConfigError(f"{place} has messages, and the tokenizer no chat template; {advice}")
     return template.split_turns(messages, place)
 
 

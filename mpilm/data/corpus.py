@@ -64,7 +64,7 @@ def open_corpus(data: DataConfig, comm: Comm, eos: bool = True) -> Corpus:
     seen = comm.all_gather_json([socket.gethostname(), len(tokens), tokens.dtype.name, metadata and asdict(metadata)])
     if others := [host for host, *identity in seen if identity != seen[0][1:]]:
         advice = "put it, or the cache (MPILM_CACHE), in a folder that all ranks share"
-        raise CollectiveError(FileError(f"{path}: is another file on {others[0]} than on rank 0; {advice}"))
+        raise CollectiveError(FileError(f"{path} is another file on {others[0]} than on rank 0; {advice}"))
     tokenizer = run_on_all_ranks(comm, lambda: _load_tokenizer(data.tokenizer if prepared else "auto", prefix, metadata))
     trusted = metadata.tokens_digest if metadata and tokens.nbytes > VERIFIED_BYTES else ""
     digest = trusted or digest_files([path], [tokens.nbytes], comm)[0]
@@ -72,7 +72,7 @@ def open_corpus(data: DataConfig, comm: Comm, eos: bool = True) -> Corpus:
     if not metadata:
         return replace(corpus, bytes_per_token=run_on_all_ranks(comm, lambda: _measure_bytes_per_token(corpus)))
     if digest != metadata.tokens_digest:
-        raise CollectiveError(DataError(f"{path}: has been altered: it is not what the .json beside it was written for"))
+        raise CollectiveError(DataError(f"{path} is damaged: its digest differs from the one in the .json beside it"))
     return replace(corpus, bytes_per_token=metadata.source_bytes / metadata.tokens)
 
 

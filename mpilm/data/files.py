@@ -34,14 +34,14 @@ def parse_json(text: str | bytes, place: object) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: is not JSON: {error}") from None
+        raise DataError(f"{place} is not JSON: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises FileError or DataError naming the file."""
     values = parse_json(read_bytes(path), path)
     if not isinstance(values, dict):
-        raise DataError(f"{path}: is not a JSON object, but {type(values).__name__}")
+        raise DataError(f"{path} is not a JSON object, but {type(values).__name__}")
     return values
 
 

@@ -160,7 +160,7 @@ def prepare_tokens(
 def _check_absent(prefix: Path) -> None:
     for path in (with_ending(prefix, ending) for ending in ENDINGS):
         if path.exists():
-            raise FileError(f"{path}: exists and is not overwritten; remove it or choose another name")
+            raise FileError(f"{path} exists and is not overwritten; remove it or choose another name")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import gzip
 import io
 import os
 import re
+import socket
 import sys
 import sysconfig
 import zlib
@@ -93,6 +94,8 @@ def find_sources(path: str) -> list[TextSource]:
     if find_prefix(path):
         raise ConfigError(f"--data.path {path}: these are prepared tokens; give the text they were made from")
     root = Path(path or sysconfig.get_path("stdlib")).expanduser()
+    if not root.exists():
+        raise FileError(f"--data.path {path} does not exist (on {socket.gethostname()})")
     names = _list_files(root, set() if path else EXCLUDED_DIRS) if root.is_dir() else [""]
     if not path:
         names = sorted((name for name in names if name.endswith(".py")), key=hex_digest)
@@ -232,7 +235,7 @@ def _chunk_text(text: str, settings: DataConfig, place: _Place) -> Iterator[Docu
         data = text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
         if settings.encoding_errors == "stop":
-            raise DataError(f"{place}: the text holds half a surrogate pair, which is no character; {REPLACE}") from None
+            raise DataError(f"{place} holds half a surrogate pair, which is no character; {REPLACE}") from None
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         data = text.encode()
     if 0 < len(data) <= BLOCK_BYTES:
@@ -247,7 +250,7 @@ def _decode(data: bytes, settings: DataConfig, place: _Place) -> str:
     except UnicodeDecodeError as error:
         place = place._replace(offset=place.offset + error.start)
         what = f"is not UTF-8 (0x{data[error.start]:02x}: {error.reason}); convert the file, or {REPLACE}"
-        raise DataError(f"{place}, byte {place.offset}: {what}") from None
+        raise DataError(f"{place}, byte {place.offset} {what}") from None
 
 
 def read_json_lines(item: WorkItem) -> Iterator[tuple[bytes, _Place]]:
@@ -265,21 +268,21 @@ def read_json_lines(item: WorkItem) -> Iterator[tuple[bytes, _Place]]:
 
 def _find_text(value: Any, key: str, place: _Place) -> str:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: is not a JSON object, but {type(value).__name__}")
+        raise DataError(f"{place} is not a JSON object, but {type(value).__name__}")
     if isinstance(text := value.get(key), str):
         return text
-    problem = f'has {type(text).__name__ + " and no text" if key in value else "nothing"} under "{key}"'
+    problem = f'holds {type(text).__name__}, not text, in the field "{key}"' if key in value else f'has no field "{key}"'
     keys = ", ".join(sorted(map(str, value)))[:200] or "none"
-    raise DataError(f"{place}: {problem}; its keys are: {keys}; name the one of the text with --data.text-key")
+    raise DataError(f"{place} {problem}; its fields: {keys}. Name the field that holds the text with --data.text-key")
 
 
 def _read_parquet(item: WorkItem, settings: DataConfig) -> Iterator[DocumentChunk]:
     path, key = item.source.path, settings.text_key
     file = _open_parquet(path)
     if key not in (names := file.schema_arrow.names):
-        raise DataError(f'{path}: has no column "{key}", but {", ".join(names)}; name the right one with --data.text-key')
+        raise DataError(f'{path} has no column "{key}", but {", ".join(names)}. Name that of the text with --data.text-key')
     if str(kind := file.schema_arrow.field(key).type) not in ("string", "large_string"):
-        raise DataError(f'{path}: column "{key}" holds {kind}, not text; name the right one with --data.text-key')
+        raise DataError(f'{path}: column "{key}" holds {kind}, not text. Name that of the text with --data.text-key')
     with file_errors(path):
         batches = file.iter_batches(PARQUET_ROWS, row_groups=[item.part], columns=[key])
         values = (value for batch in batches for value in batch.column(0).cast("large_binary").to_pylist())
@@ -294,7 +297,7 @@ def _open_parquet(path: str) -> Any:
         with file_errors(path):
             return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: is not a Parquet file that can be read: {error}") from None
+        raise DataError(f"{path} is not a Parquet file that can be read: {error}") from None
 
 
 def _import_pyarrow(path: str) -> Any:

@@ -65,7 +65,7 @@ def read_metadata(prefix: Path) -> TokenMetadata | None:
             raise ValueError(f"format {values['format']}, and only {TokenMetadata.format} is known")
         return TokenMetadata(**values)
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: is not what mpilm.prepare writes beside its tokens: {error}") from None
+        raise DataError(f"{path} is not what mpilm.prepare writes beside its tokens: {error}") from None
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -17,7 +17,6 @@ from torch import Tensor
 from mpilm.checkpoint.format import checkpoint_step
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
-from mpilm.config.inference import EvaluateArguments, to_config
 from mpilm.config.parse import merge_settings
 from mpilm.config.schema import Config, DataConfig, flag_of
 from mpilm.data.batch import Batch
@@ -30,6 +29,7 @@ from mpilm.data.tokenizer import Tokenizer
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.formatting import ProgressLine
+from mpilm.inference.arguments import EvaluateArguments, to_config
 from mpilm.inference.load import config_from_folder, load_model, load_model_tokenizer
 from mpilm.model.layers import IGNORE_INDEX
 
@@ -149,7 +149,7 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
     folder = Path(config.model.init_from).expanduser()
     if not (folder / "trainer.json").is_file():
         raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
-    data = merge_settings(DataConfig(), read_json(folder / "trainer.json")["config"]["data"], str(folder / "trainer.json"))
+    data = merge_settings(Config(), read_json(folder / "trainer.json")["config"], str(folder / "trainer.json")).data
     for is_refused, reason in (
         (data.format == "chat", "the run was trained on conversations, and only running text can be scored"),
         (len(data.path) > 1, "the run has mixed several corpora; score each with --data.path"),
@@ -187,7 +187,8 @@ def _write_results(
     arguments: EvaluateArguments, corpus: Corpus, segments: np.ndarray, windows: EvalWindows, table: np.ndarray, masked: bool
 ) -> None:
     tokens = int(segments[-1] - segments[0])
-    result = summarize_scores(table, tokens, corpus.bytes_per_token * tokens, masked)
+    result: dict[str, Any] = {"model": arguments.model.init_from, "text": corpus.source}
+    result |= summarize_scores(table, tokens, corpus.bytes_per_token * tokens, masked)
     if not math.isfinite(result["loss"]):
         raise NonFiniteError(f"the loss is {result['loss']}: weights in {arguments.model.init_from} are not finite")
     folder = _results_folder(arguments.model.init_from, arguments.run.dir)
@@ -195,7 +196,7 @@ def _write_results(
         folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
     for name, value in result.items():
-        print(f"{name:<16}{value:,}" if isinstance(value, int) else f"{name:<16}{value:.8g}")
+        print(f"{name:<16}{value:.8g}" if isinstance(value, float) else f"{name:<16}{value}")
     print(f"written to      {folder / 'evaluation.json'}")
     if arguments.documents:
         lines = (json.dumps(row) + "\n" for row in score_documents(segments, windows, table))

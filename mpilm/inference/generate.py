@@ -145,7 +145,7 @@ def _load_template(config: Config) -> ChatTemplate | None:
         return None
     template = find_chat_template(config.data.tokenizer)
     if template is None:
-        raise ConfigError(f"--generate.chat true: no chat template beside the tokenizer in {config.data.tokenizer}")
+        raise ConfigError(f"--generate.chat true needs a chat template, and {config.data.tokenizer} has none")
     return template
 
 
@@ -159,10 +159,10 @@ def _read_prompts(settings: GenerateConfig) -> list[str]:
     try:
         lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
-        raise DataError(f"{source}: byte {error.start} is not UTF-8") from None
+        raise DataError(f"{source} is not UTF-8 at byte {error.start}") from None
     lines = lines[:-1] if lines[-1] == "" else lines
     if not lines:
-        raise DataError(f"{source}: contains no prompts")
+        raise DataError(f"{source} contains no prompts")
     if not source.endswith(".jsonl"):
         return lines
     return [_parse_prompt(line, f"{source}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]

@@ -14,7 +14,8 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 POLL_S = 0.5  # between looks at the file, which may lie on a slow file system
 SLURM_MARGIN_S = 30.0  # for leaving, before SLURM ends a job
 SQUEUE_TIMEOUT_S = 20.0
-STOP_REASONS = ("", "SIGUSR1", "SIGTERM", "its stop file", "run.time-limit", "the end of the SLURM job")
+STOP_REASONS = ("", "received SIGUSR1", "received SIGTERM", "found its stop file", "reached run.time-limit", "SLURM job ends")
+BY_FILE, BY_TIME_LIMIT, BY_SLURM = 3, 4, 5
 
 
 class StopRequest:
@@ -28,9 +29,9 @@ class StopRequest:
         self.file, self._file_seen, self._polled = file, False, 0.0
         self._signal_reason = 0
         self._wakeup_pipe: tuple[int, int] | None = None  # the kernel's signals, readable while the main thread waits in MPI
-        self._end, self._end_reason = time.time() + limit_s, STOP_REASONS.index("run.time-limit")
+        self._end, self._end_reason = time.time() + limit_s, BY_TIME_LIMIT
         if not limit_s:
-            self._end, self._end_reason = slurm_end(query_slurm) - SLURM_MARGIN_S, len(STOP_REASONS) - 1
+            self._end, self._end_reason = slurm_end(query_slurm) - SLURM_MARGIN_S, BY_SLURM
 
     @contextlib.contextmanager
     def catch_signals(self) -> Iterator[None]:
@@ -61,7 +62,7 @@ class StopRequest:
             self._polled, self._file_seen = now, self.file.exists()
         if self.signalled:
             return self._signal_reason
-        return STOP_REASONS.index("its stop file") if self._file_seen else 0
+        return BY_FILE if self._file_seen else 0
 
     @property
     def signalled(self) -> bool:
@@ -70,7 +71,7 @@ class StopRequest:
             with contextlib.suppress(OSError):
                 for number in os.read(self._wakeup_pipe[0], 64):
                     if number in SIGNALS:
-                        self._signal_reason = STOP_REASONS.index(signal.Signals(number).name)
+                        self._signal_reason = 1 + SIGNALS.index(signal.Signals(number))
         return self._signal_reason > 0
 
     def clear(self) -> None:

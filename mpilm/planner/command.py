@@ -140,7 +140,7 @@ def show_ranking(job: PlannedJob, ranks: int, top: int, tokens: float) -> list[s
     lines = _header(job, ranks)
     lines += _table([("", *COLUMNS), *((str(i), *_row(each)) for i, each in enumerate(candidates[:top], 1))])
     lines += [f"  and {more} more (--top)"] * (more > 0)
-    lines += ["", f"best: {to_flags(best)}", f"  {_duration(best, tokens)}", f"  memory of the fullest rank: {parts}"]
+    lines += ["", f"best: {to_flags(best)}", f"  {_duration(best, tokens)}", f"  memory of the rank that uses most: {parts}"]
     if rejected:
         lines += ["", f"{count_noun(len(rejected), 'layout')} cannot run:", *summarize(rejected)]
     if ranks >= MANY_RANKS:
@@ -285,4 +285,4 @@ def plot_scaling(job: PlannedJob, best: Sequence[Candidate], path: str) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise FileError(f"--plot {path}: cannot be written: {error}") from None
+        raise FileError(f"--plot {path} cannot be written: {error}") from None

@@ -60,7 +60,7 @@ def step_bytes(
 
 
 def rank_bytes(layout: PlacedLayout, rank: int) -> dict[str, int]:
-    """Predict the bytes of a rank of the pipeline, part by part, on the replica that needs most; nothing is built."""
+    """Predict the bytes of a rank of the pipeline, part by part, on the replica that uses most; nothing is built."""
     config, parallel, cut, pipeline = layout.config, layout.config.parallel, layout.cut, layout.shape.pipeline
     count = min(layout.microbatches, 3 * len(cut) * pipeline)  # more of them do not raise the peak
     program = lower(schedule(parallel.schedule, pipeline, parallel.chunks, count)[rank], len(cut))
@@ -159,7 +159,7 @@ def _partial_sums(data: int, total: int, sharing: int) -> tuple[int, int]:
 
 @cache
 def _gradient_buffers(data: int, total: int) -> int:
-    """Return the gradient buffers of the rank that needs most: every block is as long as the first, or one shorter."""
+    """Return the gradient buffers of the rank that uses most: every block is as long as the first, or one shorter."""
     ranks = {0, total % data, data - 1} if total >= data else {0}
     return max(
         1 + max(f.buffer for f in plan_block_accumulation(*block_of_rank(r, data, total), total)[0]) for r in ranks if r < data

@@ -53,7 +53,7 @@ class Candidate(PlacedLayout):
 
     @cached_property
     def memory(self) -> Mapping[str, int]:
-        """Bytes of the fullest rank, part by part: the first ranks keep most microbatches, the last has the logits."""
+        """Bytes of the rank that uses most, part by part: the first ranks keep most microbatches, the last has the logits."""
         ranks = sorted({0, min(1, self.shape.pipeline - 1), self.shape.pipeline - 1})
         return max((rank_bytes(self, rank) for rank in ranks), key=lambda parts: sum(parts.values()))
 

@@ -103,7 +103,10 @@ class _Simulation:
             awaited = self._awaited(program[i]) if i < len(program) else None
             if awaited is not None:
                 missing = "send" if awaited not in self.sent_s else "receive"
-                stuck.append(f"rank {rank} waits at {program[i]} for the {missing} of {_describe(awaited)}")
+                tensor, source = ("activation", -1) if awaited.direction == "F" else ("gradient", 1)
+                path = f"from stage {awaited.stage + source} to stage {awaited.stage}"
+                what = f"the {missing} of the {tensor} of microbatch {awaited.microbatch} {path}"
+                stuck.append(f"rank {rank} waits at {program[i]} for {what}")
         if stuck:
             raise ValueError("deadlock: " + "; ".join(stuck))
 
@@ -138,8 +141,3 @@ class _Simulation:
             self.sent_s.setdefault(message, start_s)
             self.last_sent[message.channel] = message
         return True
-
-
-def _describe(message: Message) -> str:
-    tensor, source = ("activation", message.stage - 1) if message.direction == "F" else ("gradient", message.stage + 1)
-    return f"the {tensor} of microbatch {message.microbatch} from stage {source} to stage {message.stage}"

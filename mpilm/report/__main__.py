@@ -12,8 +12,9 @@ $ python -m mpilm.report runs/NAME --png plots                   # the charts as
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
-import tyro
+from tyro.conf import Positional, arg
 
 from mpilm.config.parse import parse
 from mpilm.errors import ConfigError
@@ -25,13 +26,13 @@ from mpilm.report import page
 class ReportArguments:
     """Runs to show, and files to write."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()  # Run folders.
+    runs: Annotated[tuple[str, ...], Positional, arg(metavar="RUN [RUN ...]")] = ()  # Run folders.
     output: str = ""  # File to write; empty: report.html in the run folder or, for several, comparison.html in the first.
     png: str = ""  # Folder for the charts as PNG images; empty: none.
 
 
 def main() -> Callable[[], None]:
-    arguments = parse(sys.argv[1:], ReportArguments(), "report", __doc__ or "")
+    arguments = parse(sys.argv[1:], ReportArguments(), "report", __doc__ or "", positional="runs")
     if not arguments.runs:
         raise ConfigError("no run folder given: python -m mpilm.report runs/NAME")
 

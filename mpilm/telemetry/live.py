@@ -49,6 +49,7 @@ class LiveView:
         self.final_state = ""  # "done" or "stopped", once the run has ended
         self._start: MetricsRow = {}
         self._step: MetricsRow = {}  # the last row of a step
+        self._done = 0  # steps
         self._ranks: MetricsRow = {}  # the last row with numbers of every rank
         self._evaluation: MetricsRow = {}
         self._best_loss = math.inf  # of the evaluations
@@ -61,12 +62,14 @@ class LiveView:
         """Add a row of metrics.jsonl, or of a step that is not logged."""
         event, text = row.get("event"), _describe_event(row)
         if text and event == "start":
-            self._start, self.final_state = row, ""
+            self._start, self._ranks, self.final_state = row, {}, ""
         if text and event in FINAL_STATES:
             self.final_state = FINAL_STATES[event]
             self._peak_bytes = row.get("peak_memory_on_rank_bytes", self._peak_bytes)
         if text and event != "end":
             self._events.append(text)
+        if (text and event in ("start", "saved")) or row.keys() >= STEP_KEYS:
+            self._done = row["step"]
         if row.keys() >= EVALUATION_KEYS:
             self._evaluation, self._best_loss = row, min(self._best_loss, row["eval_loss"])
         if row.keys() >= STEP_KEYS and isinstance(row["loss"], float):
@@ -78,13 +81,12 @@ class LiveView:
 
     def __rich__(self) -> RenderableType:
         """Render the view as it is now."""
-        done: int = self._step["step"] if self._step else self._start.get("step", 0)
         table = Table.grid(Column(style="dim"), Column(), padding=(0, 2))
-        for name, text in self._rows(done):
+        for name, text in self._rows(self._done):
             table.add_row(name, text)
         bar = Table.grid(padding=(0, 1))
-        step = Text(f"step {done:,}/{self.steps:,}", style="bold")
-        bar.add_row(step, ProgressBar(max(1, self.steps), done, width=30), self._remaining(done))
+        step = Text(f"step {self._done}/{self.steps}", style="bold")
+        bar.add_row(step, ProgressBar(max(1, self.steps), self._done, width=30), self._remaining(self._done))
         curve = "\n".join(draw_curve(self._losses))
         curves: list[RenderableType] = [Text(curve, style="cyan"), ""] if curve.strip() else []
         events: list[RenderableType] = ["", *(Text(event, style="dim") for event in self._events)] if self._events else []
@@ -111,7 +113,7 @@ class LiveView:
             yield "loss", f"{row['loss']:.4f}   gradient norm {row['grad_norm']:.2f}   learning rate {row['lr']:.2e}"
         if self._evaluation:
             best = "" if self._evaluation["eval_loss"] <= self._best_loss else f", best {self._best_loss:.4f}"
-            yield "evaluation", f"{self._evaluation['eval_loss']:.4f} at step {self._evaluation['step']:,}{best}"
+            yield "evaluation", f"{self._evaluation['eval_loss']:.4f} at step {self._evaluation['step']}{best}"
         if "tokens_per_s" in row:
             mfu = f"   MFU {row['mfu']:.1%}" if "mfu" in row else ""
             yield "speed", f"{row['tokens_per_s']:,.0f} tokens/s   {row['step_s']:.3g} s per step{mfu}"
@@ -168,7 +170,7 @@ def watch_run(folder: str, interval_s: float, once: bool) -> None:
     if folder and not Path(folder).exists():
         raise FileError(f"{folder}: folder not found")
     if not (Path(folder) / "config.toml").is_file():
-        raise ConfigError(f"{folder or 'no folder'}: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME")
+        raise ConfigError(f"{folder or 'no folder given'}: write the folder of a run: python -m mpilm.watch runs/NAME")
     follower, console = MetricsFollower(Path(folder) / "metrics.jsonl"), Console()
     view = _follow(_open_view(Path(folder)), follower)
     if once or not console.is_terminal:

@@ -65,7 +65,7 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
 
 
 def _header_lines(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int], threads: Sequence[int]) -> Iterator[str]:
-    """Yield the lines. `predicted`: memory of the rank that needs most, by part; `threads`: of each rank."""
+    """Yield the lines. `predicted`: memory of the rank that uses most, by part; `threads`: of each rank."""
     hardware = run.hardware
     device = torch.cuda.get_device_name() if hardware.device.type == "cuda" else processor_name()
     text = f"{count_noun(threads[0], 'thread')} each"

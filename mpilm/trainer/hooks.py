@@ -172,8 +172,8 @@ class Stopping(Hook):
             self.checkpoints.close()
             self.finish()
             done = f"step {event.done} of {self.run.config.train.steps}"
-            cause = f"requested by {STOP_REASONS[event.result.flags.stop_reason]}"
-            raise CollectiveError(PreemptedError(f"stopped after {done}, {cause}; saved, and the same command resumes"))
+            cause = STOP_REASONS[event.result.flags.stop_reason]
+            raise CollectiveError(PreemptedError(f"stopped after {done}: {cause}; saved, and the same command resumes"))
 
     def finish(self) -> None:
         if self.run.mesh.rank == 0:

@@ -166,7 +166,7 @@ def _choose_checkpoint(path: Path, config: Config, verify: Verifier) -> tuple[Pa
     checkpoint, broken = find_newest_valid(path / "checkpoints", verify)
     if checkpoint is None and broken:
         problems = "\n  ".join(broken.values())
-        raise DataError(f"no checkpoint in {path} is complete:\n  {problems}\nChoose another --run.dir to start anew")
+        raise DataError(f"no checkpoint in {path} can be used:\n  {problems}\nChoose another --run.dir to start anew")
     return checkpoint, broken
 
 
@@ -194,7 +194,7 @@ def _compare_with_checkpoint(
     old = result_settings(merge_settings(Config(), trainer["config"], str(checkpoint / "trainer.json"))) | trainer["content"]
     _check_same_result(old, config, str(checkpoint), content)
     before = trainer["conditions"]
-    changed = [f"{key} was {before[key]}, is {now}" for key, now in environment.items() if before.get(key, now) != now]
+    changed = [f"{key} {before[key]} then, {now} now" for key, now in environment.items() if before.get(key, now) != now]
     return [f"the last bits may differ from those of an uninterrupted run: {'; '.join(changed)}"] if changed else []
 
 
@@ -217,4 +217,4 @@ def _suggest_change(changed: list[str]) -> str:
 
 
 def _format_value(key: str, value: Any) -> str:
-    return f"content {str(value)[:12]}" if key in CONTENT_KEYS else repr(value)
+    return f"text or folder with digest {str(value)[:12]}" if key in CONTENT_KEYS else repr(value)

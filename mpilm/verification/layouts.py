@@ -103,10 +103,9 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
         verdict = "equal bits" if bits_equal else f"within {tolerance:g}" if passed else "DIFFERENT"
         print_line("  ".join([label, *(f"{difference:>9.2g}" for difference in differences), verdict]))
     if not ran:
-        problem = f"no layout of {world.size} ranks can run this model and batch"
-        raise CollectiveError(ConfigError(f"{problem}, so nothing was verified"))
+        raise CollectiveError(ConfigError(f"no layout of {world.size} ranks can run this model and batch: nothing is verified"))
     if failed and self_test:
-        raise CollectiveError(RanksDisagreeError(f"the flipped bit was found on {failed} of {ran} layouts, as it must be"))
+        raise CollectiveError(RanksDisagreeError(f"self-test: found the flipped bit on {failed} of {ran} layouts, as it must"))
     if failed:
         expected = f"a relative difference of at most {tolerance:g}" if tolerance else "equal bits"
         raise CollectiveError(RanksDisagreeError(f"{failed} of {ran} layouts differ from the serial run; expected: {expected}"))

@@ -21,7 +21,7 @@ def generate(args: argparse.Namespace) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mpilm.comm.base import SelfComm
-    from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
+    from mpilm.inference.arguments import InferenceCompute, InferenceParallel, ModelFolder, to_config
     from mpilm.config.schema import GenerateConfig
     from mpilm.data.tokenizer import bytes_tokenizer
     from mpilm.inference.generate import generate

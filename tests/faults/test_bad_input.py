@@ -93,7 +93,7 @@ def test_train_altered_tokens_are_refused(tmp_path, change):
     content = content[::-1] if change != "one bit" else content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
     file.write_bytes(content)
     message = error_of("--data.path", prefix, "--run.dir", tmp_path / "run", code=DATA)
-    assert f"{file}: has been altered: it is not what the .json beside it was written for" in message
+    assert f"{file} is damaged: its digest differs from the one in the .json beside it" in message
 
 
 def test_train_token_beyond_the_vocabulary_is_refused(tmp_path):
@@ -111,7 +111,7 @@ def test_train_token_beyond_the_vocabulary_is_refused(tmp_path):
 def test_train_unknown_key_in_a_file_is_error_of(tmp_path):
     file = tmp_path / "a.toml"
     file.write_text("[train]\nlearning-rate = 1\n")
-    assert f"--config {file}: unknown key train.learning-rate" in error_of("--config", file)
+    assert f"--config {file}: unknown setting --train.learning-rate" in error_of("--config", file)
 
 
 def test_train_context_longer_than_the_corpus_is_refused(tmp_path):

@@ -128,12 +128,12 @@ def test_job_preempted_and_warned_completes_the_run(cluster, tmp_path, data, uni
     cluster.wait_for(job, lambda: logged_step(run) >= 20)
     stale = create_stale_memory(job)
     cluster.submit("--partition=high", "--nodelist=n[0-1]", "--nodes=2", "--exclusive", "--wrap", "sleep 1")
-    cluster.wait_for(job, lambda: cluster.log(job).count("requested by SIGTERM; saved") == 1)
+    cluster.wait_for(job, lambda: cluster.log(job).count("received SIGTERM; saved") == 1)
     first = logged_step(run)
     cluster.wait_for(job, lambda: logged_step(run) > first)
     cluster.call("scancel", "--signal=USR1", job)
     cluster.wait_for(job, lambda: "goes back into the queue" in cluster.log(job))
-    assert "requested by SIGUSR1; saved" in cluster.log(job)
+    assert "received SIGUSR1; saved" in cluster.log(job)
     state = cluster.wait_for_end(job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), cluster.log(job)
     assert cluster.log(job).count("all checks passed") == 1  # the doctor, on the first start only
@@ -160,7 +160,7 @@ def test_job_with_mpirun_warned_is_requeued(cluster, tmp_path, data, uninterrupt
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     state = cluster.wait_for_end(job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
-    assert "requested by SIGUSR1; saved" in cluster.log(job)
+    assert "received SIGUSR1; saved" in cluster.log(job)
     assert read_outcome(run)[:2] == uninterrupted[:2]
 
 
@@ -230,7 +230,7 @@ def test_chain_of_short_jobs_completes_the_run(cluster, chain, tmp_path, data):
     run, (first, second, last) = chain
     state = cluster.wait_for_end(first)
     assert state["ExitCode"] == "75:0", cluster.log(first)
-    assert "requested by the end of the SLURM job; saved" in cluster.log(first)
+    assert "SLURM job ends; saved" in cluster.log(first)
     assert cluster.wait_for_end(second)["ExitCode"] in ("75:0", "0:0"), cluster.log(second)
     assert "from step" in cluster.log(second)
     assert cluster.wait_for_end(last)["JobState"] == "COMPLETED", cluster.log(last)

@@ -53,7 +53,7 @@ def test_run_stopped_in_every_way_and_resumed_equals_one_never_stopped(tmp_path,
         before, step = step, int(newest.name.split("-")[1])
         assert before < step < STEPS, f"{name}: {job.output}"
         assert logged_step(run) == step
-        message = f"mpilm: stopped after step {step} of {STEPS}, requested by {reason}; saved, and the same command resumes"
+        message = f"mpilm: stopped after step {step} of {STEPS}: {reason}; saved, and the same command resumes"
         assert job.output.count("mpilm: stopped") == 1
         assert message in job.output
         assert "Traceback" not in job.output
@@ -82,7 +82,7 @@ def test_time_limit_starts_no_step_that_would_exceed_it(tmp_path, data):
     with start_job(2, arguments(data, run, *limit), tmp_path, MPILM_FAULT=sleep_in_steps(2, 40, 0.5)) as job:
         job.wait_until(lambda: logged_step(run) >= 1)
         assert job.wait(30) == PREEMPTED, job.output
-    assert "requested by run.time-limit; saved" in job.output
+    assert "reached run.time-limit; saved" in job.output
     assert 2 <= logged_step(run) <= 7  # step 1 and six steps of half a second
     assert len(list_checkpoints(run / "checkpoints")) == 1
 

@@ -29,10 +29,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from mpilm.checkpoint.pretrained import find_base_model, find_tokenizer_folder, read_pretrained_config
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
 from mpilm.config.schema import Config, resolve_config
 from mpilm.engine.step import train_step
 from mpilm.errors import ConfigError, FileError
+from mpilm.inference.arguments import InferenceCompute, InferenceParallel, ModelFolder, to_config
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.optimizer import learning_rate

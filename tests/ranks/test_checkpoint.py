@@ -314,7 +314,7 @@ def test_verify_on_all_ranks_reads_every_block_once(tmp_path, size, monkeypatch)
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-        altered = f"checkpoint file {path} has been altered: its digest is not the manifest's"
+        altered = f"checkpoint file {path} is damaged: its digest differs from the one in the manifest"
         assert run_ranks(size, find_newest)[0] == (older, {newer: altered})
         path.write_bytes(content[:-1])
         assert "bytes, but the manifest lists" in run_ranks(size, find_newest)[0][1][newer]
@@ -343,7 +343,7 @@ def test_verify_finds_a_flipped_bit_in_any_block(tmp_path, shard):
                 altered = bytearray(content)
                 altered[at] ^= 1 << random.randrange(8)
                 (folder / name).write_bytes(altered)
-                with pytest.raises(DataError, match=f"{name} has been altered"):
+                with pytest.raises(DataError, match=f"{name} is damaged"):
                     verify_checkpoint(folder)
             (folder / name).write_bytes(content)
         verify_checkpoint(folder)
@@ -412,7 +412,7 @@ def test_load_where_one_rank_cannot_read_raises_on_all(tmp_path, monkeypatch):
     def body(comm):
         if comm.rank == 1:
             bad.add(threading.get_ident())
-        with pytest.raises(CollectiveError, match=r"cannot be read: Stale file handle \(on \S+\) \(on rank 1\)") as caught:
+        with pytest.raises(CollectiveError, match=r"cannot be read: Stale file handle \(on \S+, rank 1\)") as caught:
             assert_loads(folder, draw_tensors(SHAPES), replicate(SHAPES, 2), comm)
         assert isinstance(caught.value.error, FileError)
 

@@ -145,7 +145,7 @@ def test_prepare_tokens_error_on_one_rank_ends_all_and_leaves_nothing(tmp_path, 
     (Path(text.source) / "h.jsonl").write_text('{"text": "x"}\nnonsense\n')
     error = collective_error(size, lambda comm: prepare_tokens(text, tmp_path / "o" / "x", comm))
     assert isinstance(error, DataError)
-    assert "h.jsonl: line 2: is not JSON" in str(error)
+    assert "h.jsonl: line 2 is not JSON" in str(error)
     assert list((tmp_path / "o").iterdir()) == []
 
 

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config.inference import EvaluateArguments, EvaluateCompute, EvaluateModel, EvaluateOutput, InferenceParallel
 from mpilm.config.schema import DataConfig
 from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer
+from mpilm.inference.arguments import EvaluateArguments, EvaluateCompute, EvaluateModel, EvaluateOutput, InferenceParallel
 from mpilm.inference.evaluate import cut_windows, evaluate_model, group_windows
 from mpilm.model.families import initial_value
 from mpilm.trainer.loop import train

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config.inference import InferenceCompute, InferenceParallel, ModelFolder, to_config
 from mpilm.config.schema import GenerateConfig
+from mpilm.inference.arguments import InferenceCompute, InferenceParallel, ModelFolder, to_config
 from mpilm.inference.generate import GeneratedSequence, generate, generate_texts
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.families import initial_value
@@ -161,7 +161,7 @@ def test_chat_prompt_goes_through_the_template(folders, tmp_path, capsys):
     config = to_config(
         ModelFolder(str(folder)), InferenceParallel(), InferenceCompute(device="cpu", threads=1), generate=settings
     )
-    with pytest.raises(CollectiveError, match="no chat template beside the tokenizer"):
+    with pytest.raises(CollectiveError, match=r"needs a chat template, and .* has none"):
         generate_texts(config, SelfComm("world"))
     template = "{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>"
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))

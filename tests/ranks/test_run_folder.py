@@ -126,8 +126,8 @@ def test_settings_without_influence_on_the_result_may_change(run):
 @pytest.mark.parametrize("key", ["data.path", "data.tokenizer"])
 def test_other_corpus_is_refused_by_content_not_by_path(run, key):
     other = {**corpus_content(run), key: "f" * 64}
-    assert f"{key}: was content" in refusal_of(run, content=other)
-    assert "now content ffffffffffff" in refusal_of(run, content=other)
+    assert f"{key}: was text or folder with digest" in refusal_of(run, content=other)
+    assert "now text or folder with digest ffffffffffff" in refusal_of(run, content=other)
     moved = override(run, data__path=("/somewhere/else",))
     assert open_as_train(moved, corpus_content(run)).step == 4
 
@@ -208,8 +208,8 @@ def test_note_names_what_may_change_the_last_bits(run):
     environment = {"torch": "0.0", "threads": "1"}
     notes = open_and_release(run, corpus_content(run), environment, SELF).notes
     assert len(notes) == 1
-    assert "torch was" in notes[0]
-    assert "is 0.0" in notes[0]
+    assert "then, 0.0 now" in notes[0]
+    assert "0.0 now" in notes[0]
     assert "threads" not in notes[0]
 
 

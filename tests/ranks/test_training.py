@@ -206,7 +206,7 @@ def test_run_with_a_damaged_checkpoint_resumes_from_the_one_before(tmp_path, dat
     content[-1] ^= 1
     path.write_bytes(content)
     assert train_to_end(config, 2) == uninterrupted("adamw")[0]
-    assert "optimizer.safetensors has been altered" in capsys.readouterr().out
+    assert "optimizer.safetensors is damaged" in capsys.readouterr().out
 
 
 def test_run_extended_with_a_constant_rate_equals_a_longer_run(tmp_path, data):
@@ -257,7 +257,7 @@ def test_mixture_resumed_on_other_ranks_equals_one_never_stopped(tmp_path, mixed
     config = tiny_config(mixed, tmp_path / "run", **changes, **layout(2))
     assert train_to_end(config, 2) == expected
     other = override(config, data__path=(*mixed[:3], "3"), train__steps=5)
-    with pytest.raises(CollectiveError, match=r"data\.path: was content"):
+    with pytest.raises(CollectiveError, match=r"data\.path: was text or folder with digest"):
         train_to_end(other, 2)
 
 

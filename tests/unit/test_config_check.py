@@ -55,8 +55,8 @@ LIMITS = [
 ]
 HEADS = {"model__d_model": 3, "model__n_heads": 8}
 MODEL = [
-    (HEADS, "--model.d-model 3 is not divisible by --model.n-heads 8; the nearest value that works: 16"),
-    ({"model__d_model": 190}, "is not divisible by --model.n-heads 4; the nearest value that works: 192"),
+    (HEADS, "--model.d-model 3 is not divisible by --model.n-heads 8; the nearest value that works: --model.d-model 16"),
+    ({"model__d_model": 190}, "is not divisible by --model.n-heads 4; the nearest value that works: --model.d-model 192"),
     ({"model__d_model": 12}, "--model.head-width 3 (by default --model.d-model 12 over --model.n-heads 4) is odd; "),
     ({"model__n_kv_heads": 3}, "--model.n-heads 4 is not divisible by --model.n-kv-heads 3; the next smaller value: 2"),
     ({"model__arch": "gpt2", "model__head_width": 20}, "--model.head-width 20: --model.arch gpt2 uses d-model / n-heads; "),
@@ -84,7 +84,10 @@ DATA = [
 BATCH = {"train__global_batch": 30, "train__micro_batch": 4}
 COMPILE = {"train__compile": True}
 TRAIN = [
-    (BATCH, "--train.global-batch 30 is not divisible by --train.micro-batch 4; the nearest that works: 32"),
+    (
+        BATCH,
+        "--train.global-batch 30 is not divisible by --train.micro-batch 4; the nearest that works: --train.global-batch 32",
+    ),
     ({"train__min_lr": 1.0}, "--train.min-lr 1.0 exceeds --train.lr 0.003; write a smaller value, such as 0.0003"),
     (COMPILE | {"train__recompute": "attention"}, "cannot be compiled; write block or none, or --train.compile false"),
     (COMPILE | {"parallel__schedule": "zero-bubble"}, "--parallel.schedule zero-bubble runs parts of a block separately"),

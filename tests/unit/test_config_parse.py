@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from mpilm.config.inference import EvaluateArguments, GenerateArguments, ModelFolder
 from mpilm.config.parse import merge_settings, parse, read_toml
 from mpilm.config.presets import PRESETS
 from mpilm.config.schema import OLD_NAMES, OLD_VALUES, Config, flatten, override, to_dict
 from mpilm.errors import RANK_VARIABLES, ConfigError, FileError
+from mpilm.inference.arguments import EvaluateArguments, GenerateArguments, ModelFolder
 
 
 def parse_train(*words: str) -> Config:
@@ -66,24 +66,29 @@ def test_parse_splits_lists_at_spaces_and_commas_but_not_paths():
 def test_parse_unreadable_flag_is_reported_in_one_line(words, capsys):
     text = error_of(*words)
     assert words[0].strip("-") in text
-    assert text.endswith("python -m mpilm.train --help")
-    assert not re.search("[│╭╰─\n]|--{5}", text)  # nothing drawn
+    assert "\n" not in text
     assert capsys.readouterr() == ("", "")  # the caller prints, once
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--train.compile", "maybe"], "--train.compile maybe: write true or false"),
-        (["--train.compile=1"], "--train.compile 1: write true or false"),
+        (["--train.compile", "maybe"], "--train.compile must be true or false, not 'maybe'"),
+        (["--train.compile=1"], "--train.compile must be true or false, not '1'"),
         (["--generate.prompt", "caf\udce9"], r"--generate.prompt 'caf\udce9' is not valid UTF-8"),
         (["--data.path", "caf\udce9"], r"--data.path 'caf\udce9' is not valid UTF-8"),
-        (["--preset", "huge"], "--preset: invalid choice: 'huge' (choose from "),
-        (["--preset"], "--preset: expected one argument"),
-        (["--config"], "--config: expected one argument"),
+        (["--preset", "huge"], "--preset must be one of tiny, llama-100m, "),
+        (["--preset"], "--preset needs a value"),
+        (["--config"], "--config needs a value"),
         (["--train.steps", "0"], "--train.steps must be above zero, not 0"),
         (["--preset", "llama-8b", "--model.n-heads", "5"], "--model.d-model 4096 is not divisible by --model.n-heads 5"),
-        (["--run.trackers", "x"], "invalid choice"),
+        (["--run.trackers", "x"], "--run.trackers must be one of wandb, mlflow, not 'x'"),
+        (["--train.steps", "ten"], "--train.steps must be a whole number, not 'ten'"),
+        (["--train.steps"], "--train.steps needs a value"),
+        (["--train.stepz", "4"], "unknown setting --train.stepz; did you mean --train.steps?"),
+        (["--parallel.zero", "4"], "--parallel.zero must be one of 0, 1, 2, 3, not 4"),
+        (["--parallel.cut", "1", "x"], "--parallel.cut must be a list of whole numbers, not [1, 'x']"),
+        (["--train.steps", "4", "5"], "'5' follows no setting"),
         (["--model.init-from", "x"], "--model.init-from: this command cannot start from a model folder"),
     ],
 )
@@ -113,9 +118,9 @@ def test_parse_accepts_the_config_of_a_run_for_every_command(tmp_path):
     parsed = parse_generate("--config", str(file), "--model.init-from", "x")
     assert (parsed.generate.top_k, parsed.train.dtype, parsed.model) == (3, "bfloat16", ModelFolder("x"))
     file.write_text("[model]\nn_layerz = 7\n")
-    with pytest.raises(ConfigError, match=r"unknown key model\.n_layerz"):
+    with pytest.raises(ConfigError, match=r"unknown setting --model\.n-layerz"):
         parse_generate("--config", str(file))
-    with pytest.raises(ConfigError, match="Unrecognized options: --preset, tiny"):
+    with pytest.raises(ConfigError, match="unknown setting --preset"):
         parse_generate("--preset", "tiny")
     with pytest.raises(ConfigError, match=r"--model\.context-length must be zero or more, not -1"):
         parse(["--model.context-length", "-1"], EvaluateArguments(), "evaluate", "")
@@ -176,19 +181,16 @@ def test_merge_settings_inverts_to_dict():
 @pytest.mark.parametrize("value", [["a.txt", 0.7, "b.txt", 0.3], [["a.txt", 0.7], ["b.txt", 0.3]]])
 def test_merge_settings_flattens_paths_and_shares(value):
     assert merge_settings(Config(), {"data": {"path": value}}, "x").data.path == ("a.txt", "0.7", "b.txt", "0.3")
-    assert merge_settings(Config().data, {"path": "a.txt"}, "x").path == ("a.txt",)
+    assert merge_settings(Config(), {"data": {"path": "a.txt"}}, "x").data.path == ("a.txt",)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": {"n-layer": 3}}, "unknown key model.n-layer; did you mean model.n_layers?"),
-        ({"modle": {}}, "unknown key modle; did you mean model?"),
-        (
-            {"run": {"zzz": 1}},
-            "unknown key run.zzz; known here are dir, eval_batches, eval_every, log_every, time_limit, trace_steps, trackers",
-        ),
-        ({"model": 3}, "model is a section; write [model] and its keys below it"),
+        ({"model": {"n-layer": 3}}, "unknown setting --model.n-layer; did you mean --model.n-layers?"),
+        ({"modle": {"d_ff": 3}}, "unknown setting --modle.d-ff; did you mean --model.d-ff?"),
+        ({"run": {"zzz": 1}}, "unknown setting --run.zzz; --help lists the settings"),
+        ({"model": 3}, "model is a section: write --model.KEY or, in a file, [model] and its keys below it"),
         ({"train": {"steps": "ten"}}, "train.steps must be a whole number, not 'ten'"),
         ({"train": {"steps": True}}, "train.steps must be a whole number, not True"),
         ({"train": {"steps": 2.0}}, "train.steps must be a whole number, not 2.0"),
@@ -201,7 +203,7 @@ def test_merge_settings_flattens_paths_and_shares(value):
         ({"parallel": {"cut": [2.0, 2]}}, "parallel.cut must be a list of whole numbers, not [2.0, 2]"),
         ({"parallel": {"cut": [True, 3]}}, "parallel.cut must be a list of whole numbers, not [True, 3]"),
         ({"parallel": {"zero": "1"}}, "parallel.zero must be a whole number, not '1'"),
-        ({"parallel": {"schedule": {"x": 1}}}, "parallel.schedule must be a string, not {'x': 1}"),
+        ({"parallel": {"schedule": {"x": 1}}}, "unknown setting --parallel.schedule.x; did you mean --parallel.schedule?"),
     ],
 )
 def test_merge_settings_names_what_is_wrong(values: dict[str, Any], message: str):
@@ -215,8 +217,8 @@ def test_read_toml_names_files_that_cannot_be_read(tmp_path):
     bad.write_text("[train\n")
     binary.write_bytes(b"\xff\xfe")
     for path in (bad, binary):
-        assert error_of("--config", str(path)).startswith(f"--config {path}: is not valid TOML: ")
-    with pytest.raises(FileError, match=r"^--config /none\.toml: cannot be read: No such file or directory"):
+        assert error_of("--config", str(path)).startswith(f"--config {path} is not valid TOML: ")
+    with pytest.raises(FileError, match=r"^--config /none\.toml cannot be read: No such file or directory"):
         parse_train("--config", "/none.toml")
-    with pytest.raises(FileError, match=r"^/none\.toml: cannot be read"):
+    with pytest.raises(FileError, match=r"^/none\.toml cannot be read"):
         read_toml("/none.toml")

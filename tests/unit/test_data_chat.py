@@ -194,20 +194,20 @@ def test_chat_examples_every_answer_is_learnt_once(lengths, context, packing, fr
 # What cannot be read.
 
 
-NO_FORM = 'line 2: has neither "prompt" and "response"'
+NO_FORM = 'line 2 has neither "prompt" and "response"'
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: is not JSON"),
+        ("{", "line 2 is not JSON"),
         ('{"prompt": "a"}', NO_FORM),
         ('{"prompt": "a", "response": 3}', NO_FORM),
         ('{"messages": []}', NO_FORM),
         ('{"messages": [{"role": "user"}]}', NO_FORM),
         ("[1]", NO_FORM),
-        ('{"prompt": "a", "response": "\\ud800"}', "line 2: holds half a surrogate pair"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: has messages, and the tokenizer no chat template"),
+        ('{"prompt": "a", "response": "\\ud800"}', "line 2 holds half a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "line 2 has messages, and the tokenizer no chat template"),
     ],
 )
 def test_read_chats_wrong_line_raises_on_all_ranks(tmp_path, line, message):
@@ -223,7 +223,7 @@ def test_read_chats_wrong_line_raises_on_all_ranks(tmp_path, line, message):
         ("{{ raise_exception('only one system message') }}", "x: line 1: the chat template of T refuses it: only one system"),
         ("{{ messages | length }}", "changes what came before when message 2 is added"),
         ("{{ messages[0].__class__.__mro__ }}", "refuses it"),
-        ("{% if %}", "T: its chat template cannot be read"),
+        ("{% if %}", "the chat template of T cannot be read"),
     ],
 )
 def test_chat_template_unusable_raises(source, message):

@@ -141,7 +141,7 @@ def test_read_chunks_parquet_by_row_groups(tmp_path):
     with pytest.raises(DataError, match='column "n" holds int64'):
         read(tmp_path, DataConfig(text_key="n"))
     (tmp_path / "x.parquet").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match=r"x\.parquet: is not a Parquet file"):
+    with pytest.raises(DataError, match=r"x\.parquet is not a Parquet file"):
         find_sources(str(tmp_path))
 
 
@@ -150,18 +150,18 @@ def test_read_chunks_not_utf8_raises_with_place_or_replaces(tmp_path, small_bloc
     (tmp_path / "x.txt").write_bytes(data)
     (tmp_path / "x.txt.gz").write_bytes(gzip.compress(data, mtime=0))
     for name in ("x.txt", "x.txt.gz"):
-        with pytest.raises(DataError, match=rf"{name}: line 31, byte 302: .*--data.encoding-errors replace"):
+        with pytest.raises(DataError, match=rf"{name}: line 31, byte 302 .*--data.encoding-errors replace"):
             read(tmp_path / name)
         assert documents(tmp_path / name, DataConfig(encoding_errors="replace")) == [data.decode("utf-8", "replace")]
 
 
 BAD_LINES = {
-    b'{"text": 1': "line 20: is not JSON",
-    b"[1]": "line 20: is not a JSON object, but list",
-    b'{"body": "x", "n": 1}': 'line 20: has nothing under "text"; its keys are: body, n; .*--data.text-key',
-    b'{"text": 5}': 'line 20: has int and no text under "text"',
-    b'{"text": "\\ud800"}': "line 20: .*surrogate.*--data.encoding-errors replace",
-    b'{"text": "\xff"}': f"line 20, byte {17 * 18 + 1 + 10}: is not UTF-8",
+    b'{"text": 1': "line 20 is not JSON",
+    b"[1]": "line 20 is not a JSON object, but list",
+    b'{"body": "x", "n": 1}': 'line 20 has no field "text"; its fields: body, n. .*--data.text-key',
+    b'{"text": 5}': 'line 20 holds int, not text, in the field "text"',
+    b'{"text": "\\ud800"}': "line 20 .*surrogate.*--data.encoding-errors replace",
+    b'{"text": "\xff"}': f"line 20, byte {17 * 18 + 1 + 10} is not UTF-8",
 }
 
 

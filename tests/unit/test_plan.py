@@ -171,7 +171,7 @@ def test_ranking_without_torch_or_mpi_shows_layouts_with_their_parts(tmp_path):
     assert lines[4].startswith("  1  data 4, pipeline 1, zero 0")
     assert "best: no settings: the default layout" in lines
     assert any("244,141 steps, 1e+09 tokens, take" in line for line in lines)
-    assert any("memory of the fullest rank: program 23 MiB, weights 8 MiB, moments 17 MiB" in line for line in lines)
+    assert any("memory of the rank that uses most: program 23 MiB, weights 8 MiB, moments 17 MiB" in line for line in lines)
     done = run_command("--ranks", 4, "--tokens", 1e9, "--machine", tmp_path / "m.json")
     assert done.stdout.splitlines() == [*lines, "False False False"], done.stderr
 

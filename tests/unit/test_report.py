@@ -128,7 +128,7 @@ def test_report_of_run_shows_everything(make_run):
     for words in (
         "llama, 4 blocks of width 192, 1,234,567 parameters; 2 ranks (data 2); float32 on cpu; started 1970-01-01",
         "3.1000", "at step 40", "3.7500", "8,192", "30%", "500 ms", "Gradient norm", "Learning rate", "Throughput", "MFU",
-        "Predicted for the rank that needs most: 300 MiB; measured: 310 MiB, +3.3%", "No straggler", "bubble", "optimizer",
+        "Predicted for the rank that uses most: 300 MiB; measured: 310 MiB, +3.3%", "No straggler", "bubble", "optimizer",
         "checkpoint saved; writing took 0.8 s, training waited 0.1 s", "training completed", "receive 2 2 on rank 0 1 1",
         "mpirun -n 2 python -m mpilm.train --run.dir 'a b'", "d_model = 192", "torch 2.13.0", "node0, node1",
     ):  # fmt: skip
@@ -175,7 +175,7 @@ def test_missing_and_broken_files_are_listed(make_run):
     assert "a: metrics.jsonl cannot be read: No such file or directory" in text
     assert re.search("b: config.toml.*No such file", text)
     assert "b: trace-7-8.json cannot be read: it is not complete JSON" in text
-    assert "config.toml: is not valid TOML" in report(make_run(run_rows(), config="[model\n")).text
+    assert "config.toml is not valid TOML" in report(make_run(run_rows(), config="[model\n")).text
 
 
 @pytest.mark.parametrize("key", [*start_row(), *step_row(1), "since"])

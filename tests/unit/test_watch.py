@@ -74,11 +74,11 @@ def test_watch_resumed_run_is_followed_to_its_end(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no folder: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME"),
+        ((), "no folder given: write the folder of a run: python -m mpilm.watch runs/NAME"),
         (("{}/none",), "{}/none: folder not found"),
-        (("{}/empty",), "{}/empty: expected a run folder with a config.toml: python -m mpilm.watch runs/NAME"),
-        (("{}/broken",), "{}/broken/config.toml: is not valid TOML: "),
-        (("{}/newer",), "{}/newer/config.toml: unknown key train.zzz; "),
+        (("{}/empty",), "{}/empty: write the folder of a run: python -m mpilm.watch runs/NAME"),
+        (("{}/broken",), "{}/broken/config.toml is not valid TOML: "),
+        (("{}/newer",), "{}/newer/config.toml: unknown setting --train.zzz; "),
         (("{}", "--interval", "0"), "--interval must be above zero, not 0.0"),
     ],
 )

@@ -27,7 +27,8 @@ class MicrobatchRoundReducer(GradientReducer):
 
     def __init__(self, flat: FlatParameters, model: nn.Module, comm: Comm, microbatches: int, wire_dtype: str = "float32"):
         self.flat, self.comm, self.groups = flat, comm, flat.layout.groups
-        self.rounds = [_plan_round(first, comm.size, microbatches) for first in range(0, microbatches, comm.size)]
+        leaves = [[(m, m + 1)] if m < microbatches else [] for m in range(-(-microbatches // comm.size) * comm.size)]
+        self.rounds = [TreeMerger(leaves[m : m + comm.size], microbatches) for m in range(0, microbatches, comm.size)]
         ops, _ = plan_accumulation([node for each in self.rounds for node in each.remaining], microbatches)
         self.buffers = [FlatVector.zeros(flat.shard, flat.device) for _ in range(1 + max(op.buffer for op in ops))]
         self.ops = [[ops.pop(0) for _ in each.remaining] for each in self.rounds]
@@ -126,7 +127,3 @@ class MicrobatchRoundReducer(GradientReducer):
             views[op.buffer].copy_(node) if op.overwrite else views[op.buffer].add_(node)
             for into, other in op.merges:
                 views[into].add_(views[other])
-
-
-def _plan_round(first: int, ranks: int, microbatches: int) -> TreeMerger:
-    return TreeMerger([[(m, m + 1)] if m < microbatches else [] for m in range(first, first + ranks)], microbatches)
