@@ -75,7 +75,7 @@ def test_verify_without_a_launcher_names_the_layouts_that_cannot_run():
 def test_verify_layouts_that_all_cannot_run_verifies_nothing():
     lines = []
     config = small_config(model__n_layers=1, train__global_batch=1)
-    with pytest.raises(CollectiveError, match="no layout of 2 ranks can run this model and batch, so nothing was verified"):
+    with pytest.raises(CollectiveError, match="no layout of 2 ranks can run this model and batch: nothing is verified"):
         run_ranks(2, lambda comm: layouts.verify_layouts(config, comm, False, lines.append if comm.rank == 0 else str))
     assert len(lines) == 1 + len(LAYOUTS_OF_TWO)
     assert all("not run: " in line for line in lines[1:])
