@@ -21,9 +21,9 @@ def generate(args: argparse.Namespace) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mpilm.comm.base import SelfComm
-    from mpilm.inference.arguments import InferenceCompute, InferenceParallel, ModelFolder, to_config
     from mpilm.config.schema import GenerateConfig
     from mpilm.data.tokenizer import bytes_tokenizer
+    from mpilm.inference.arguments import InferenceCompute, InferenceParallel, ModelFolder, to_config
     from mpilm.inference.generate import generate
     from mpilm.inference.load import config_from_folder, load_model
 
