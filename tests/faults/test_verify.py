@@ -60,7 +60,7 @@ def test_verify_self_test_finds_the_flipped_bit_on_every_layout():
     done, verdicts = verify(2, "--self-test")
     assert verdicts == dict.fromkeys(LAYOUTS_OF_TWO, "DIFFERENT"), done.stdout
     assert done.returncode == RANKS_DISAGREE
-    assert messages(done) == ["mpilm: error: the flipped bit was found on 8 of 8 layouts, as it must be"]
+    assert messages(done) == ["mpilm: error: self-test: found the flipped bit on 8 of 8 layouts, as it must"]
     assert "bitwise identical" not in done.stdout
 
 

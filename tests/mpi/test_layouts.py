@@ -48,7 +48,7 @@ def test_every_layout_has_the_bits_of_the_serial_run(world: Comm, changes: dict[
 @pytest.mark.skipif(SIZE > 3, reason="fewer ranks prove the same in a tenth of the time")
 def test_flipped_bit_is_found_on_every_layout(world: Comm) -> None:
     config = small_config(**EVEN)
-    with pytest.raises(CollectiveError, match=f"the flipped bit was found on {runnable(config)} of {runnable(config)} layouts"):
+    with pytest.raises(CollectiveError, match=f"found the flipped bit on {runnable(config)} of {runnable(config)} layouts"):
         verify_layouts(config, world, True, lambda line: None)
 
 
