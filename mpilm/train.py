@@ -32,6 +32,7 @@ def main() -> Body:
 
         (train_elastic if config.fault.elastic else train)(config, comm)
 
+    body.step_timeout_s = config.fault.step_timeout  # type: ignore[attr-defined]
     return body
 
 

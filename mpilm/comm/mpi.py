@@ -21,6 +21,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Counts, Request
+from mpilm.comm.processes import LAUNCHERS, find_ancestor
 from mpilm.comm.shared_memory import map_shared_memory
 
 MOVE_TYPES = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T}  # by item size
@@ -32,7 +33,6 @@ MAX_COUNT = 2**31 - 1  # Open MPI 5 has no calls with larger counts
 FINALIZE_TIMEOUT_S = 60  # for MPI_Finalize, once all ranks have reached it
 YIELDS_BEFORE_SLEEP = 200
 MAX_SLEEP_S = 0.0005
-LAUNCHERS = ("mpiexec", "mpiexec.hydra", "mpirun", "orterun", "prterun")
 RANK_TIMEOUT_S = 5  # for MPI_Abort to end this rank
 LAUNCHER_TIMEOUT_S = 60  # for the launcher to exit: it first notifies the other hosts
 KILL_LATER = "for second in $(seq {seconds}); do kill -0 {pid} 2>/dev/null || exit; sleep 1; done; kill -9 {pid}"
@@ -226,7 +226,7 @@ def force_exit() -> None:
     runs on this host; otherwise the job would last until its time limit.
     """
     exit_after(RANK_TIMEOUT_S)
-    if (pid := find_launcher()) is not None:
+    if (pid := find_ancestor(LAUNCHERS)) is not None:
         null = subprocess.DEVNULL  # a launcher waits until every process has closed the output it inherited
         command = ["sh", "-c", KILL_LATER.format(seconds=LAUNCHER_TIMEOUT_S, pid=pid)]
         with contextlib.suppress(OSError):
@@ -238,15 +238,3 @@ def exit_after(seconds: int) -> None:
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds)
-
-
-def find_launcher() -> int | None:
-    """Return the process id of the mpirun (or one of its other names) that started this rank, if it runs on this host."""
-    pid = os.getppid()
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        while pid > 1:
-            name, _, fields = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
-            if name in LAUNCHERS:
-                return pid
-            pid = int(fields.split()[1])
-    return None

@@ -14,7 +14,10 @@ from typing import Any, NoReturn
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks
-from mpilm.errors import ConfigError, LostRankError, PreemptedError, UserError, is_first_process
+from mpilm.comm.flight_recorder import FlightRecorder
+from mpilm.comm.instrumented import InstrumentedComm
+from mpilm.errors import RANK_VARIABLES, ConfigError, LostRankError, PreemptedError, UserError, is_first_process
+from mpilm.launch.watchdog import Watchdog
 
 Body = Callable[[Comm], None]
 ROOT_FIRST_S = 0.5  # delay of the other ranks when a terminal interrupts all of them
@@ -26,20 +29,29 @@ SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PA
 def run(parse: Callable[[], Body]) -> NoReturn:
     """Run a command on every rank and exit.
 
-    `parse` validates the arguments without communication and returns the function to call with the world.
+    `parse` validates the arguments without communication and returns the function to call with the world. If that has an
+    attribute `step_timeout_s`, it is the limit that the watchdog applies (fault.step-timeout).
     """
     faulthandler.enable()  # a fatal signal prints the stack of this rank
-    faulthandler.dump_traceback_later(START_TIMEOUT_S, exit=True)  # if some ranks never start, or hang before they meet
-    comm = connect_world()
-    _exit_with_launcher()
+    faulthandler.dump_traceback_later(START_TIMEOUT_S, exit=True)  # if MPI does not start, which holds the interpreter lock
     if FAULT_VARIABLE in os.environ:
         from mpilm.testing.faults import install_faults
 
-        install_faults(os.environ[FAULT_VARIABLE], comm.rank)
+        install_faults(os.environ[FAULT_VARIABLE], launcher_rank())
+    recorder = FlightRecorder()
+    watchdog = Watchdog(recorder, launcher_rank(), launcher_world_size() or 1)
+    outcome = _parse_or_stop(parse)
+    recorder.step_timeout_s = getattr(outcome[0], "step_timeout_s", 0.0)
+    watchdog.wait_for_local_ranks()
+    comm = InstrumentedComm(connect_world(), recorder=recorder)
+    faulthandler.cancel_dump_traceback_later()
+    _exit_with_launcher()
     try:
-        code = _run_command(comm, parse)
+        watchdog.connect(comm)
+        code = _run_command(comm, *outcome)
     except BaseException as error:  # of any kind: the other ranks must not wait for this one
         _abort_job(comm, error)
+    watchdog.close()
     sys.stdout.flush()
     sys.stderr.flush()
     if "mpilm.comm.mpi" in sys.modules:
@@ -47,12 +59,11 @@ def run(parse: Callable[[], Body]) -> NoReturn:
     sys.exit(code)
 
 
-def _run_command(comm: Comm, parse: Callable[[], Body]) -> int:
-    """Return the exit code of a command that ends in an orderly way on every rank."""
+def _run_command(comm: Comm, body: Body | None, stop: Any, error: UserError | None) -> int:
+    """Return the exit code of a command that ends in an orderly way on every rank, from what `_parse_or_stop` has returned."""
     try:
-        body, stop = run_on_all_ranks(comm, lambda: _parse_or_stop(parse))
+        run_on_all_ranks(comm, lambda: _raise_if(error))
         stops = [stop for stop in comm.all_gather_json(stop) if stop]
-        faulthandler.cancel_dump_traceback_later()  # all ranks have started
         if not stops:
             assert body is not None
             body(comm)
@@ -72,14 +83,24 @@ def _run_command(comm: Comm, parse: Callable[[], Body]) -> int:
     return int(code)
 
 
-def _parse_or_stop(parse: Callable[[], Body]) -> tuple[Body | None, Any]:
-    """Return the function to call, or the text and exit code of a SystemExit, of which the parser's has both as arguments."""
+def _parse_or_stop(parse: Callable[[], Body]) -> tuple[Body | None, Any, UserError | None]:
+    """Return the function to call, or the text and exit code of a SystemExit, or the error of the arguments.
+
+    The parser's SystemExit has text and code as arguments.
+    """
     try:
-        return parse(), None
+        return parse(), None, None
+    except UserError as error:
+        return None, None, error
     except SystemExit as stop:
         if len(stop.args) == 2:
-            return None, stop.args
-        return None, (f"{stop.code}\n", 1) if isinstance(stop.code, str) else ("", stop.code or 0)
+            return None, stop.args, None
+        return None, (f"{stop.code}\n", 1) if isinstance(stop.code, str) else ("", stop.code or 0), None
+
+
+def _raise_if(error: UserError | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _abort_job(comm: Comm, error: BaseException) -> NoReturn:
@@ -110,6 +131,11 @@ def _exit_with_launcher() -> None:
     if launcher_world_size() is not None:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def launcher_rank() -> int:
+    """Return the rank that a launcher has given to this process; 0 without a known launcher."""
+    return next((int(os.environ[v]) for v in RANK_VARIABLES if os.environ.get(v, "").isdigit()), 0)
 
 
 def launcher_world_size() -> int | None:

@@ -42,6 +42,13 @@ POINTS: Mapping[str, Sequence[str]] = {
     "recover.agree": ["mpilm.trainer.recovery.elastic:agree_on_survivors"],
     "recover.give": ["mpilm.trainer.recovery.memory_checkpoint:RecoveredState.broadcast_range"],
     "leaving": ["mpilm.trainer.loop:exit_barrier"],
+    "mpi": ["mpilm.launch.run:connect_world"],
+    "prepare": ["mpilm.trainer.build:open_training_data"],
+    "tokenizer": ["mpilm.data.tokenizer:train_bpe"],
+    "build": ["mpilm.trainer.build:partition_model"],
+    "load": ["mpilm.trainer.build:_load_or_init"],
+    "sample": ["mpilm.trainer.loop:_sample_text"],
+    "report": ["mpilm.trainer.loop:_write_report"],
 }
 """Point -> the functions (module:qualified name) before which it lies; reduce.after lies behind its function."""
 
@@ -116,7 +123,7 @@ def install_faults(description: str, rank: int) -> None:
     from mpilm.comm.flight_recorder import FlightRecorder
 
     step = [0]
-    _wrap(FlightRecorder, "enter", lambda recorder, phase, number: step.__setitem__(0, number))
+    _wrap(FlightRecorder, "enter", lambda recorder, phase, number=-1: step.__setitem__(0, number))
     for fault in [_parse_fault(text) for text in description.split(";") if text.strip()]:
         for target in POINTS[fault.point]:
             module, _, name = target.partition(":")

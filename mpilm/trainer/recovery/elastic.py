@@ -11,7 +11,6 @@ from typing import Any
 from mpilm.checkpoint.format import PARAMETER
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.config.schema import Config, override
 from mpilm.errors import ConfigError, LostRankError, error_from_code
 from mpilm.trainer.loop import train
@@ -25,7 +24,7 @@ def train_elastic(config: Config, world: Comm) -> None:
     if not world.is_fault_tolerant:
         needed = "an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm"
         raise CollectiveError(ConfigError(f"--fault.elastic needs {needed}, not {world.mpi_library} as it was started here"))
-    in_memory, recorder, recovered, has_lost_ranks = InMemoryCheckpoint(), FlightRecorder(), None, False
+    in_memory, recovered, has_lost_ranks = InMemoryCheckpoint(), None, False
     members = world.all_gather_json(f"rank {world.rank} ({socket.gethostname()}, process {os.getpid()})")
     own_name = members[world.rank]
     while True:
@@ -35,7 +34,7 @@ def train_elastic(config: Config, world: Comm) -> None:
             if (working := _working_ranks(config, world)) is None:
                 failure = _idle_spare(world, recovered)
             else:
-                failure = _train_working(config, working, in_memory, recovered, recorder)
+                failure = _train_working(config, working, in_memory, recovered)
                 world.broadcast_json(failure)
             break
         except Exception as error:
@@ -58,12 +57,12 @@ def _working_ranks(config: Config, world: Comm) -> Comm | None:
 
 
 def _train_working(
-    config: Config, working: Comm, in_memory: InMemoryCheckpoint, recovered: RecoveredState | None, recorder: FlightRecorder
+    config: Config, working: Comm, in_memory: InMemoryCheckpoint, recovered: RecoveredState | None
 ) -> list[Any] | None:
     """Train on the working ranks; return code and message of the error with which they end, if any."""
     single = working.size == config.parallel.pipeline  # a single replica, which ZeRO cannot shard
     try:
-        train(override(config, parallel__zero=0) if single else config, working, in_memory, recovered, recorder)
+        train(override(config, parallel__zero=0) if single else config, working, in_memory, recovered)
     except CollectiveError as error:
         return [error.error.code, str(error.error)]
     return None

@@ -1,0 +1,73 @@
+"""A rank that stops in any phase of a run: the job ends within the stated limit, and the report names the rank."""
+
+import re
+import time
+
+import pytest
+from training_jobs import slow_case, start_job, train_arguments
+
+EXIT_CODE, LIMIT_S, GRACE_S = 86, 3, 1
+QUICK_WATCHDOG = (
+    "import sys, runpy; from mpilm.launch import watchdog; "
+    f"watchdog.GRACE_S = {GRACE_S}; watchdog.TICK_S = 0.2; sys.argv.pop(0); "
+    "runpy.run_module('mpilm.train', run_name='__main__', alter_sys=True)"
+)
+PHASES = {
+    "start-up": "point=mpi",
+    "preparation": "point=prepare",
+    "tokenizer training": "point=tokenizer",
+    "model building": "point=build",
+    "loading": "point=load",
+    "first step": "step=0 point=forward",
+    "later step": "step=3 point=backward",
+    "first evaluation": "point=eval",
+    "later evaluation": "point=eval after=1",
+    "first save": "point=checkpoint.write",
+    "later save": "step=5 point=checkpoint.write",
+    "sample": "point=sample",
+    "report": "point=report",
+    "leaving": "point=leaving",
+}
+"""Phase -> where the rank stops. tests/faults/test_hanging.py has more of the steps."""
+KINDS = {
+    "stop": "no response; its process has been stopped",
+    "hold": "no response; its process exists .* probably native code holds the interpreter lock",
+    "sleep": "waits for no other rank",
+}
+
+
+def arguments(text, run):
+    line = train_arguments(
+        text, run, "--train.steps", 6, "--run.eval-every", 2, "--checkpoint.every", 2, "--generate.max-tokens", 4,
+        "--data.tokenizer", "bpe:300", "--fault.step-timeout", LIMIT_S,
+    )  # fmt: skip
+    return ["-c", QUICK_WATCHDOG, *line[1:]]
+
+
+def cells():
+    quick = {("start-up", "stop"), ("tokenizer training", "hold"), ("model building", "stop"), ("first evaluation", "sleep"),
+             ("first save", "hold"), ("leaving", "stop")}  # fmt: skip
+    for phase in PHASES:
+        for kind in KINDS:
+            if phase != "start-up" or kind == "stop":
+                yield (phase, kind, 2, 1) if (phase, kind) in quick else slow_case(phase, kind, 2, 1)
+                yield slow_case(phase, kind, 4, 2)
+                yield slow_case(phase, kind, 2, 0)
+
+
+@pytest.mark.parametrize(("phase", "kind", "ranks", "rank"), cells())
+def test_rank_that_stands_still_is_named(tmp_path, text, phase, kind, ranks, rank):
+    if phase in ("tokenizer training", "report") and rank:
+        rank = 0  # which alone does it
+    fault = f"kind={kind} rank={rank} value={10**6 * (kind == 'sleep')} {PHASES[phase]}"
+    with start_job(ranks, arguments(text, tmp_path / "run"), tmp_path, MPILM_FAULT=fault, MPILM_CACHE=str(tmp_path)) as job:
+        job.wait_until(lambda: "fault: " in job.output)
+        fired = time.monotonic()
+        code = job.wait(40)
+        took_s = time.monotonic() - fired
+    assert code == EXIT_CODE or f"({EXIT_CODE})" in job.output, f"{code}\n{job.output}"
+    assert took_s < LIMIT_S + 12, job.output  # 5 s, and what the processes need to exit
+    assert job.output.count("mpilm: watchdog:") == 1, job.output
+    assert re.search(rf"  rank {rank} on \S+ \(process \d+\): {KINDS[kind]}", job.output), job.output
+    verdict = f"The others wait for rank {rank}." if kind == "sleep" else f"Missing: rank {rank}."
+    assert verdict in job.output, job.output
