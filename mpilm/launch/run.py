@@ -42,8 +42,8 @@ def run(parse: Callable[[], Body]) -> NoReturn:
     watchdog = Watchdog(recorder, launcher_rank(), launcher_world_size() or 1)
     outcome = _parse_or_stop(parse)
     recorder.step_timeout_s = getattr(outcome[0], "step_timeout_s", 0.0)
-    watchdog.wait_for_local_ranks()
-    comm = InstrumentedComm(connect_world(), recorder=recorder)
+    with watchdog.watch_start():
+        comm = InstrumentedComm(connect_world(), recorder=recorder)
     faulthandler.cancel_dump_traceback_later()
     _exit_with_launcher()
     try:

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,37 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def wait_for_local_ranks(self) -> None:
-        """Wait until the ranks of this node have come as far: MPI starts with the interpreter lock held, and nothing could
-        report a rank that stops before."""
+    @contextlib.contextmanager
+    def watch_start(self) -> Iterator[None]:
+        """Watch the ranks of this node while MPI starts in the block, by a child process: MPI holds the lock."""
+        self._wait_for_local_ranks()
+        child = os.fork() if self.table.path else None
+        if child == 0:
+            try:
+                self._watch_parent(os.getppid())
+            finally:
+                os._exit(0)
+        yield
+        self.table.own[[heartbeat.TICK, heartbeat.STATE]] = time.monotonic(), heartbeat.RUNNING
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+    def _watch_parent(self, parent: int) -> None:
+        """Kill the parent, with a report, if another rank is stopped before MPI is up. Runs in a child process."""
+        limit_s = self.recorder.step_timeout_s or MIN_LIMIT_S
+        while os.getppid() == parent:
+            time.sleep(TICK_S)
+            if missing := [
+                rank for rank in self.local if rank != self.rank and self._is_missing(rank, time.monotonic(), limit_s)
+            ]:
+                folder = self._report_folder()
+                if self._claims_report(folder):
+                    self._print_report(self._describe_missing(missing, limit_s), {self.rank: self._take_snapshot()}, folder)
+                self.table.unlink()
+                return os.kill(parent, signal.SIGKILL)
+
+    def _wait_for_local_ranks(self) -> None:
         expected = next((int(os.environ[v]) for v in LOCAL_SIZE_VARIABLES if os.environ.get(v, "").isdigit()), 1)
         deadline = time.monotonic() + START_WAIT_S
         while self.table.path and (self.table.rows[:, heartbeat.STATE] > 0).sum() < expected and time.monotonic() < deadline:
@@ -163,9 +192,8 @@ class Watchdog:
         still_s = self._still_s(self.rank, heartbeat.MOVED, now)
         if recorder.waiting is None and still_s > self.limit_s():
             return self._describe_still(f"rank {self.rank} has done nothing", still_s, self.limit_s())
-        if missing := [rank for rank in self.local if rank != self.rank and self._is_missing(rank, now, missing_limit_s)]:
-            verb = "has" if len(missing) == 1 else "have"
-            return self._describe_still(f"{name_ranks(missing)} {verb} not responded", missing_limit_s, missing_limit_s)
+        if missing := self._find_missing(now, missing_limit_s):
+            return self._describe_missing(missing, missing_limit_s)
         return self._find_problem_of_nodes(now, missing_limit_s) if self._speaks_for_node(now) else ""
 
     def _find_problem_of_nodes(self, now: float, limit_s: float) -> str:
@@ -199,8 +227,15 @@ class Watchdog:
         limit = f"the limit is {limit_s:.0f} s (--fault.step-timeout; 0 learns it from the run)"
         return f"{who} for {still_s:.0f} s in {self._phase()}; {limit}"
 
+    def _describe_missing(self, missing: Sequence[int], limit_s: float) -> str:
+        verb = "has" if len(missing) == 1 else "have"
+        return self._describe_still(f"{name_ranks(missing)} {verb} not responded", limit_s, limit_s)
+
     def _phase(self) -> str:
         return describe_phase(self.recorder.phase, self.recorder.step + 1)
+
+    def _find_missing(self, now: float, limit_s: float) -> list[int]:
+        return [rank for rank in self.local if rank != self.rank and self._is_missing(rank, now, limit_s)]
 
     def _is_missing(self, rank: int, now: float, limit_s: float) -> bool:
         """Return whether the process of another rank of this node has not proved for so long that it lives."""
@@ -211,7 +246,8 @@ class Watchdog:
             if self.world is not None and self.world.is_fault_tolerant and not process_fields(int(row[heartbeat.PID])):
                 return False  # the others continue without it
             return self._still_s(rank, heartbeat.TICK, now) > limit_s
-        if self.daemon is None or not is_stopped(find_ranks(self.daemon).get(rank, 0)):  # MPI starts with the lock held
+        pid = int(row[heartbeat.PID]) or (find_ranks(self.daemon).get(rank, 0) if self.daemon else 0)
+        if not is_stopped(pid):  # MPI starts with the interpreter lock held, so the row tells nothing
             self._stopped_since.pop(rank, None)
             return False
         return now - max(self._stopped_since.setdefault(rank, now), self.resumed_s) > limit_s
@@ -240,25 +276,27 @@ class Watchdog:
     def _report_and_abort(self, problem: str) -> None:
         """Report and end the job, if this rank is the first; otherwise write down what this rank does and wait for the end."""
         self.recorder.is_aborting = True
+        sys.stdout.flush()
         folder = self._report_folder()
         if not self._claims_report(folder):
             self._write_snapshot(folder)
             return time.sleep(4 * GRACE_S)
         if self.links is not None:
             self.links.request_reports()
-        snapshots = self._collect_snapshots(folder)
+        self._print_report(problem, self._collect_snapshots(folder), folder)
+        _ignore_crashes()
+        if self.world is not None and self.world.size > 1:
+            self.world.abort(EXIT_CODE)
+
+    def _print_report(self, problem: str, snapshots: Mapping[int, Snapshot], folder: Path | None) -> None:
         if self.world is None:
             ranks = find_ranks(self.daemon or 0)
             self.pids = [int(row[heartbeat.PID]) or ranks.get(rank, 0) for rank, row in enumerate(self.table.rows)]
         states = {rank: self._inspect_process(rank) for rank in range(len(self.pids)) if rank not in snapshots}
         report = format_report(problem, snapshots, list(zip(self.hosts, self.pids)), states)
-        sys.stdout.flush()
         print(report + f"  details in {folder}" * (self.recorder.report_folder is not None), file=sys.stderr, flush=True)
         if self.recorder.report_folder is None and folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        _ignore_crashes()
-        if self.world is not None and self.world.size > 1:
-            self.world.abort(EXIT_CODE)
 
     def _report_folder(self) -> Path | None:
         """Return the folder of the snapshots: in the run folder or, before it is known, one that this node sees."""

@@ -14,5 +14,7 @@ def data(tmp_path_factory):
 def text(tmp_path_factory):
     """A small text; read only."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"In year {n} the harvest was {n % 7}, and {n % 11} of {n % 13} ships returned.\n" for n in range(2000)))
+    path.write_text(
+        "".join(f"In year {n} the harvest was {n % 7}, and {n % 11} of {n % 13} ships returned.\n" for n in range(2000))
+    )
     return path

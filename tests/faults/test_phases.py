@@ -65,7 +65,11 @@ def test_rank_that_stands_still_is_named(tmp_path, text, phase, kind, ranks, ran
         fired = time.monotonic()
         code = job.wait(40)
         took_s = time.monotonic() - fired
-    assert code == EXIT_CODE or f"({EXIT_CODE})" in job.output, f"{code}\n{job.output}"
+    killed = phase == "start-up" and code in (
+        9,
+        137,
+    )  # MPI starts with the interpreter lock held: the rank cannot exit by itself
+    assert killed or code == EXIT_CODE or f"({EXIT_CODE})" in job.output, f"{code}\n{job.output}"
     assert took_s < LIMIT_S + 12, job.output  # 5 s, and what the processes need to exit
     assert job.output.count("mpilm: watchdog:") == 1, job.output
     assert re.search(rf"  rank {rank} on \S+ \(process \d+\): {KINDS[kind]}", job.output), job.output

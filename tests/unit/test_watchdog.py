@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-from mpilm.comm.base import SelfComm
 from mpilm.comm.flight_recorder import CommCall, FlightRecorder
 from mpilm.launch import watchdog
 from mpilm.launch.hang_report import format_report
