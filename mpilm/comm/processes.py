@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,15 +28,18 @@ def is_stopped(pid: int) -> bool:
     return process_fields(pid)[1:2] in (["T"], ["t"])
 
 
-def work_done(pid: int) -> tuple[float, int]:
-    """Return the CPU seconds that a process and its descendants have used, and the bytes that it has read and written."""
-    cpu, fields = 0.0, process_fields(pid)
-    for each in [fields, *(process_fields(child) for child in descendants(pid))]:
-        cpu += sum(map(int, each[12:16])) / TICKS_PER_S  # own and of children that have ended, in user and kernel mode
+def work_of_other_threads() -> tuple[float, int]:
+    """Return the CPU seconds that this process and its descendants have used, and the bytes that it has read and written, both
+    without those of the calling thread."""
+    children_s = sum(sum(map(int, process_fields(child)[12:16])) / TICKS_PER_S for child in descendants(os.getpid()))
+    ended = os.times()
+    cpu_s = time.process_time() - time.thread_time() + ended.children_user + ended.children_system + children_s
+    nbytes = 0
     with contextlib.suppress(OSError, ValueError):
-        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-        return cpu, sum(int(line.split()[1]) for line in lines[:2])
-    return cpu, 0
+        for path, sign in (("io", 1), (f"task/{threading.get_native_id()}/io", -1)):
+            lines = Path(f"/proc/self/{path}").read_text().splitlines()
+            nbytes += sign * sum(int(line.split()[1]) for line in lines[:2])
+    return cpu_s, nbytes
 
 
 def descendants(pid: int) -> Iterator[int]:

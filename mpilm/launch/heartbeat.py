@@ -59,8 +59,8 @@ class NodeLinks:
     """Datagrams between a node and its neighbours in a tree of nodes. Collective: the constructor gathers addresses.
 
     Each tick the lowest rank of a node that is alive sends to the first two ranks of its parent and of its children how long no
-    rank of its subtree has moved; the root so learns it of all. Silence of a neighbour that has been heard means that its node,
-    or the network to it, is down.
+    rank of its subtree has moved; the root so learns it of all. If a neighbour that has sent stops, its node, or the
+    network to it, is down.
     """
 
     def __init__(self, world: Comm, nodes: list[list[int]]):
@@ -74,7 +74,7 @@ class NodeLinks:
         self.token = bytes.fromhex(world.broadcast_json(os.urandom(16).hex()))
         children = range(ARITY * self.node + 1, min(ARITY * self.node + 1 + ARITY, len(nodes)))
         self.neighbours = [*([(self.node - 1) // ARITY] if self.node else []), *children]
-        self.heard_s = dict.fromkeys(self.neighbours, math.nan)  # when each was last heard; nan: never
+        self.received_s = dict.fromkeys(self.neighbours, math.nan)  # when each has sent last; nan: never
         self.still_s = dict.fromkeys(children, 0.0)  # how long no rank below it has moved
         self.is_report_requested = False
 
@@ -86,7 +86,7 @@ class NodeLinks:
                 if len(data) == MESSAGE.size and data.startswith(self.token):
                     _, node, still_s, is_request = MESSAGE.unpack(data)
                     self.is_report_requested |= is_request
-                    self.heard_s[node] = time.monotonic()
+                    self.received_s[node] = time.monotonic()
                     if node in self.still_s:
                         self.still_s[node] = still_s
         still_s = min([own_still_s, *self.still_s.values()])
@@ -95,9 +95,9 @@ class NodeLinks:
         return still_s
 
     def silent_nodes(self, limit_s: float, resumed_s: float) -> list[int]:
-        """Return the neighbours that have been heard, but not for `limit_s`."""
+        """Return the neighbours that have sent something, but not for `limit_s`."""
         now = time.monotonic()
-        return [node for node, heard_s in self.heard_s.items() if now - max(heard_s, resumed_s) > limit_s]
+        return [node for node, received_s in self.received_s.items() if now - max(received_s, resumed_s) > limit_s]
 
     def request_reports(self) -> None:
         """Ask all ranks of the other nodes to write down what they do."""

@@ -24,7 +24,15 @@ from typing import Any
 
 from mpilm.comm.base import Comm
 from mpilm.comm.flight_recorder import FlightRecorder, locate_caller
-from mpilm.comm.processes import DAEMONS, find_ancestor, find_ranks, is_stopped, process_fields, process_key, work_done
+from mpilm.comm.processes import (
+    DAEMONS,
+    find_ancestor,
+    find_ranks,
+    is_stopped,
+    process_fields,
+    process_key,
+    work_of_other_threads,
+)
 from mpilm.formatting import name_ranks
 from mpilm.launch import heartbeat
 from mpilm.launch.hang_report import Snapshot, describe_call, describe_phase, format_report
@@ -39,7 +47,7 @@ FIRST_LIMIT_S = 600.0  # limit of a rank that does nothing in a phase that has n
 SIGNALLED_LIMIT_S = 5.0  # limit of a step after a signal has asked the run to stop
 GRACE_S = 3.0  # for the other ranks to write down what they do
 NOTICE_S = 30.0  # between lines that say what rank 0 waits for
-IDLE_CPU, IDLE_BYTES = 0.01, 16384.0  # per second, by the threads of a process that does nothing, this one included
+IDLE_CPU = 0.001  # cores that the other threads of a process that does nothing may use
 LOCAL_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 START_WAIT_S = 60.0  # for the ranks of a node to appear before MPI starts
 
@@ -60,7 +68,7 @@ class Watchdog:
         self.local = list(range(size)) if self.table.path else [rank]
         self.resumed_s = self._moved_s = time.monotonic()  # what is older than resumed_s is not counted: nothing could run
         self._evidence: tuple[Any, ...] = ()
-        self._work = work_done(os.getpid())
+        self._work = (0.0, 0)
         self._stopped_since: dict[int, float] = {}
         self._notices = 0
         self.main_thread = threading.current_thread().ident
@@ -161,12 +169,11 @@ class Watchdog:
         if recorder.waiting is None and not self._knows_steps():
             with contextlib.suppress(AttributeError, OSError):  # a sleeping thread uses nothing
                 evidence += (time.clock_gettime(time.pthread_getcpuclockid(self.main_thread or 0)),)
-            work, idle_s = work_done(os.getpid()), now - self._moved_s
-            allowed = (0.05 + IDLE_CPU * idle_s, 4 * IDLE_BYTES + IDLE_BYTES * idle_s)
-            if any(new - old > most for new, old, most in zip(work, self._work, allowed)):
-                evidence += (work,)
+            cpu_s, nbytes = work_of_other_threads()
+            if nbytes > self._work[1] or cpu_s - self._work[0] > 0.005 + IDLE_CPU * (now - self._moved_s):
+                evidence += (cpu_s, nbytes)
         if evidence != self._evidence:
-            self._moved_s, self._evidence, self._work = now, evidence[:2], work_done(os.getpid())
+            self._moved_s, self._evidence, self._work = now, evidence[:2], work_of_other_threads()
         row = self.table.own
         row[heartbeat.TICK], row[heartbeat.MOVED], row[heartbeat.WAITING] = now, self._moved_s, recorder.waiting is not None
 
@@ -194,7 +201,7 @@ class Watchdog:
             return self._describe_still(f"rank {self.rank} has done nothing", still_s, self.limit_s())
         if missing := self._find_missing(now, missing_limit_s):
             return self._describe_missing(missing, missing_limit_s)
-        return self._find_problem_of_nodes(now, missing_limit_s) if self._speaks_for_node(now) else ""
+        return self._find_problem_of_nodes(now, missing_limit_s) if self._represents_node(now) else ""
 
     def _find_problem_of_nodes(self, now: float, limit_s: float) -> str:
         """Exchange heartbeats with the neighbouring nodes; return what they, or all nodes together, do not do."""
@@ -252,7 +259,7 @@ class Watchdog:
             return False
         return now - max(self._stopped_since.setdefault(rank, now), self.resumed_s) > limit_s
 
-    def _speaks_for_node(self, now: float) -> bool:
+    def _represents_node(self, now: float) -> bool:
         """Return whether this is the lowest rank of its node that lives."""
         return all(rank >= self.rank or self._still_s(rank, heartbeat.TICK, now) > 5 * TICK_S for rank in self.local)
 

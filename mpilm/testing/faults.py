@@ -67,6 +67,14 @@ def _hold_interpreter_lock(value: float) -> None:
         libc.read(os.pipe()[0], ctypes.create_string_buffer(1), ctypes.c_size_t(1))
 
 
+def _work_slowly(value: float) -> None:
+    """Read a little each half second, for so many seconds."""
+    end = time.monotonic() + value
+    while time.monotonic() < end:
+        time.sleep(0.5)
+        Path("/proc/self/stat").read_bytes()
+
+
 def _raise(error: Exception, value: float) -> None:
     raise error
 
@@ -89,6 +97,7 @@ KINDS: Mapping[str, Callable[[float], object]] = {
     "hold": _hold_interpreter_lock,
     "loop": _loop_forever,
     "sleep": time.sleep,
+    "slow": _work_slowly,
     "raise": functools.partial(_raise, ValueError("injected by MPILM_FAULT")),
     "exit": lambda value: sys.exit(3),
     "os_exit": lambda value: os._exit(3),

@@ -9,7 +9,7 @@ from training_jobs import slow_case, start_job, train_arguments
 EXIT_CODE, LIMIT_S, GRACE_S = 86, 3, 1
 QUICK_WATCHDOG = (
     "import sys, runpy; from mpilm.launch import watchdog; "
-    f"watchdog.GRACE_S = {GRACE_S}; watchdog.TICK_S = 0.2; sys.argv.pop(0); "
+    f"watchdog.GRACE_S = {GRACE_S}; watchdog.TICK_S = 0.2; watchdog.NOTICE_S = 2; sys.argv.pop(0); "
     "runpy.run_module('mpilm.train', run_name='__main__', alter_sys=True)"
 )
 PHASES = {
@@ -75,3 +75,18 @@ def test_rank_that_stands_still_is_named(tmp_path, text, phase, kind, ranks, ran
     assert re.search(rf"  rank {rank} on \S+ \(process \d+\): {KINDS[kind]}", job.output), job.output
     verdict = f"The others wait for rank {rank}." if kind == "sleep" else f"Missing: rank {rank}."
     assert verdict in job.output, job.output
+
+
+@pytest.mark.parametrize(
+    ("seconds", "points"),
+    [(4, ("load", "eval", "checkpoint.write", "sample")), slow_case(600, ("prepare",)), slow_case(600, ("checkpoint.write",))],
+)
+def test_rank_that_works_slowly_is_waited_for(tmp_path, text, seconds, points):
+    fault = ";".join(f"kind=slow rank=1 value={seconds} point={point}" for point in points)
+    with start_job(2, arguments(text, tmp_path / "run"), tmp_path, MPILM_FAULT=fault, MPILM_CACHE=str(tmp_path)) as job:
+        assert job.wait(60 + 2 * seconds * len(points)) == 0, job.output
+    assert job.output.count("fault: slow") == len(points)
+    assert "watchdog" not in job.output
+    assert re.search(r"mpilm: rank 0 has waited [2-4] s for rank 1 in \w+ on world \(call \d+\), in start", job.output), (
+        job.output
+    )
