@@ -23,11 +23,6 @@ def process_fields(pid: int) -> list[str]:
     return []
 
 
-def is_stopped(pid: int) -> bool:
-    """Return whether a process has been stopped by a signal or a debugger."""
-    return process_fields(pid)[1:2] in (["T"], ["t"])
-
-
 def work_of_other_threads() -> tuple[float, int]:
     """Return the CPU seconds that this process and its descendants have used, and the bytes that it has read and written, both
     without those of the calling thread."""
@@ -61,18 +56,13 @@ def find_ancestor(names: Sequence[str]) -> int | None:
     return None
 
 
-def process_key(pid: int) -> str:
-    """Return a key of a process and of its lifetime: numbers are used again."""
-    return f"{pid}-{''.join(process_fields(pid)[20:21])}"
-
-
-def find_ranks(daemon: int) -> dict[int, int]:
+def find_ranks(daemon: int) -> dict[int, list[int]]:
     """Return the processes below a launcher's daemon by the rank that their environment names."""
-    ranks: dict[int, int] = {}
+    ranks: dict[int, list[int]] = {}
     for pid in descendants(daemon):
         with contextlib.suppress(OSError, ValueError):
             variables = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))
             rank = next((int(variables[name]) for name in RANK_VARIABLES if name in variables), None)
             if rank is not None:
-                ranks[rank] = pid  # the innermost, below any shell
+                ranks.setdefault(rank, []).append(pid)
     return ranks

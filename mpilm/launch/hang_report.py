@@ -1,18 +1,24 @@
 """The report of a job that hangs: a verdict, then a line for each rank, from snapshots of what the ranks do."""
 
+import contextlib
+import os
+import signal
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mpilm.comm.processes import process_fields
 from mpilm.formatting import name_ranks
 
 EXITING = "exit"  # phase in which only the last barrier is left
+STOPPED = "its process has been stopped (SIGSTOP, a debugger)"
 MAX_RANKS = 64  # that a report lists; all that are missing, and the first others
 
 Snapshot = Mapping[str, Any]  # state of a rank, as written to its file
 
 
 def format_report(
-    problem: str, snapshots: Mapping[int, Snapshot], processes: Sequence[Sequence[Any]], states: Mapping[int, str]
+    problem: str, snapshots: Mapping[int, Snapshot], processes: Mapping[int, Sequence[Any]], states: Mapping[int, str]
 ) -> str:
     """Return the report. `processes`: host and process id of every rank; `states`: of ranks without a snapshot."""
     lines = [f"mpilm: watchdog: {problem}. {_diagnose(snapshots, states)}"]
@@ -26,6 +32,18 @@ def format_report(
     if len(processes) > len(listed):
         lines.append(f"  {len(processes) - len(listed)} more ranks")
     return "\n".join(lines) + "\n"
+
+
+def describe_process(pid: int) -> str:
+    """Describe the process of a rank of this host that does not respond; it prints its stack if it can."""
+    if not (fields := process_fields(pid)):
+        return "its process no longer exists"
+    if fields[1] in "Tt":
+        return STOPPED
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGUSR2)
+        time.sleep(0.5)
+    return f"its process exists (state {fields[1]}) but does not respond: probably native code holds the interpreter lock"
 
 
 def _diagnose(snapshots: Mapping[int, Snapshot], states: Mapping[int, str]) -> str:

@@ -15,9 +15,8 @@ import numpy as np
 
 from mpilm.comm.base import Comm
 
-PID, TICK, MOVED, WAITING, STATE = range(5)  # columns of the table
-ABSENT, STARTING, RUNNING, LEFT = range(4)  # values of STATE: not started, before MPI is up, after, at its end
-REPORTER = 0  # column of the header: 1 once a rank of this node reports a hang
+TICK, MOVED, WAITING = range(3)  # columns: when its process last lived, when it last moved, if it waits for other ranks
+REPORTED = 0  # column of the header: 1 once a rank of this node reports a hang
 ARITY = 16  # children of a node in the tree of nodes: no node sends to more
 MESSAGE = struct.Struct("<16sId?")  # token, node, seconds since any rank of its subtree moved, request of a report
 SIOCGIFADDR = 0x8915  # ioctl: address of a network interface
@@ -31,7 +30,7 @@ class HeartbeatTable:
     """
 
     def __init__(self, rank: int, size: int, path: Path | None = None):
-        nbytes, memory, self.path = 8 * (STATE + 1) * (size + 1), None, None
+        nbytes, memory, self.path = 8 * 3 * (size + 1), None, None
         if path is not None:
             with contextlib.suppress(OSError):
                 file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -40,7 +39,7 @@ class HeartbeatTable:
                 os.close(file)
         table = np.frombuffer(bytearray(nbytes) if memory is None else memory, dtype=np.float64).reshape(size + 1, -1)
         self.header, self.rows, self.own = table[0], table[1:], table[1 + rank]
-        self.own[PID], self.own[TICK] = os.getpid(), time.monotonic()
+        self.own[[TICK, MOVED]] = time.monotonic()
 
     def unlink(self) -> None:
         """Remove the name of the file; processes that have opened it keep the table."""
@@ -48,11 +47,10 @@ class HeartbeatTable:
             self.path.unlink(missing_ok=True)
 
 
-def common_table_path(key: str) -> Path:
-    """Return the path of a table that all processes of this user on this node find under `key`."""
+def shared_path(key: str) -> Path:
+    """Return the path of a file in memory that all processes of this user on this node find under `key`."""
     folder = Path("/dev/shm")
-    folder = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
-    return folder / f"mpilm-{os.getuid()}-{key}"
+    return (folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())) / f"mpilm-{os.getuid()}-{key}"
 
 
 class NodeLinks:
@@ -70,7 +68,7 @@ class NodeLinks:
         self.socket.bind(("", 0))
         self.socket.setblocking(False)
         port = self.socket.getsockname()[1]
-        self.addresses = world.all_gather_json([[address, port] for address in _own_addresses()] if len(nodes) > 1 else [])
+        self.addresses = world.all_gather_json([[address, port] for address in _own_addresses()])
         self.token = bytes.fromhex(world.broadcast_json(os.urandom(16).hex()))
         children = range(ARITY * self.node + 1, min(ARITY * self.node + 1 + ARITY, len(nodes)))
         self.neighbours = [*([(self.node - 1) // ARITY] if self.node else []), *children]

@@ -17,7 +17,8 @@ from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks
 from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.errors import RANK_VARIABLES, ConfigError, LostRankError, PreemptedError, UserError, is_first_process
-from mpilm.launch.watchdog import Watchdog
+from mpilm.launch.start import watch_start
+from mpilm.launch.watchdog import MIN_LIMIT_S, Watchdog
 
 Body = Callable[[Comm], None]
 ROOT_FIRST_S = 0.5  # delay of the other ranks when a terminal interrupts all of them
@@ -38,16 +39,14 @@ def run(parse: Callable[[], Body]) -> NoReturn:
         from mpilm.testing.faults import install_faults
 
         install_faults(os.environ[FAULT_VARIABLE], launcher_rank())
-    recorder = FlightRecorder()
-    watchdog = Watchdog(recorder, launcher_rank(), launcher_world_size() or 1)
-    outcome = _parse_or_stop(parse)
+    recorder, outcome = FlightRecorder(), _parse_or_stop(parse)
     recorder.step_timeout_s = getattr(outcome[0], "step_timeout_s", 0.0)
-    with watchdog.watch_start():
+    with watch_start(launcher_rank(), recorder.step_timeout_s or MIN_LIMIT_S):
         comm = InstrumentedComm(connect_world(), recorder=recorder)
+        watchdog = Watchdog(recorder, comm)
     faulthandler.cancel_dump_traceback_later()
     _exit_with_launcher()
     try:
-        watchdog.connect(comm)
         code = _run_command(comm, *outcome)
     except BaseException as error:  # of any kind: the other ranks must not wait for this one
         _abort_job(comm, error)

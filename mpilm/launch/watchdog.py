@@ -2,7 +2,7 @@
 
 A thread on every rank proves each second that its process lives, and notes when its rank last moved: finished a call or,
 outside of known steps, computed, read or wrote. A rank that waits for others does not stand still. Each rank watches itself and
-the ranks of its node, each node its neighbours (heartbeat.py). The first to find one past its limit reports and ends the job.
+the ranks of its node, each node its neighbours (py). The first to find one past its limit reports and ends the job.
 """
 
 import contextlib
@@ -18,25 +18,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpilm.comm.base import Comm
 from mpilm.comm.flight_recorder import FlightRecorder, locate_caller
-from mpilm.comm.processes import (
-    DAEMONS,
-    find_ancestor,
-    find_ranks,
-    is_stopped,
-    process_fields,
-    process_key,
-    work_of_other_threads,
-)
+from mpilm.comm.processes import process_fields, work_of_other_threads
 from mpilm.formatting import name_ranks
-from mpilm.launch import heartbeat
-from mpilm.launch.hang_report import Snapshot, describe_call, describe_phase, format_report
-from mpilm.launch.heartbeat import HeartbeatTable, NodeLinks
+from mpilm.launch.hang_report import Snapshot, describe_call, describe_phase, describe_process, format_report
+from mpilm.launch.heartbeat import MOVED, REPORTED, TICK, WAITING, HeartbeatTable, NodeLinks, shared_path
 
 EXIT_CODE = 86
 TICK_S = 1.0
@@ -48,28 +39,29 @@ SIGNALLED_LIMIT_S = 5.0  # limit of a step after a signal has asked the run to s
 GRACE_S = 3.0  # for the other ranks to write down what they do
 NOTICE_S = 30.0  # between lines that say what rank 0 waits for
 IDLE_CPU = 0.001  # cores that the other threads of a process that does nothing may use
-LOCAL_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
-START_WAIT_S = 60.0  # for the ranks of a node to appear before MPI starts
 
 
 class Watchdog:
-    """Watches this rank from construction, and the job from `connect` to `close`. `rank` and `size`: as the launcher says."""
+    """Watches `recorder` and the ranks of its node from construction to `close`. The constructor is collective."""
 
-    def __init__(self, recorder: FlightRecorder, rank: int = 0, size: int = 1):
-        self.recorder, self.rank = recorder, rank
-        self.world: Comm | None = None
-        self.links: NodeLinks | None = None
-        self.stamp = ""
-        self.daemon = find_ancestor(DAEMONS) if size > 1 else None
-        path = heartbeat.common_table_path(process_key(self.daemon)) if self.daemon else None
-        self.table = HeartbeatTable(rank, size, path)
-        self.table.own[heartbeat.STATE] = heartbeat.STARTING
-        self.hosts, self.pids = [socket.gethostname()] * size, [0] * size
-        self.local = list(range(size)) if self.table.path else [rank]
+    def __init__(self, recorder: FlightRecorder, world: Comm):
+        self.recorder, self.world, self.rank = recorder, world, world.rank
+        host = socket.gethostname()
+        self.hosts, keys = zip(*world.all_gather_json([host, f"{os.getpid()}-{time.monotonic_ns()}"]))
+        path = shared_path(keys[self.hosts.index(host)]) if world.size > 1 else None
+        self.table = HeartbeatTable(self.rank, world.size, path)
+        places = world.all_gather_json([host, os.getpid(), 0 if self.table.path else self.rank])
+        self.pids = [pid for _, pid, _ in places]
+        nodes: dict[str, list[int]] = {}
+        for rank, (name, _, private) in enumerate(places):
+            nodes.setdefault(f"{name} {private}", []).append(rank)
+        self.local = next(ranks for ranks in nodes.values() if self.rank in ranks)
+        self.links = NodeLinks(world, list(nodes.values())) if len(nodes) > 1 else None
+        self.stamp = world.broadcast_json(time.strftime("%Y%m%d-%H%M%S"))
+        self.table.unlink()  # all have opened it
         self.resumed_s = self._moved_s = time.monotonic()  # what is older than resumed_s is not counted: nothing could run
         self._evidence: tuple[Any, ...] = ()
         self._work = (0.0, 0)
-        self._stopped_since: dict[int, float] = {}
         self._notices = 0
         self.main_thread = threading.current_thread().ident
         self._closed = threading.Event()
@@ -78,70 +70,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    @contextlib.contextmanager
-    def watch_start(self) -> Iterator[None]:
-        """Watch the ranks of this node while MPI starts in the block, by a child process: MPI holds the lock."""
-        self._wait_for_local_ranks()
-        child = os.fork() if self.table.path else None
-        if child == 0:
-            try:
-                self._watch_parent(os.getppid())
-            finally:
-                os._exit(0)
-        yield
-        self.table.own[[heartbeat.TICK, heartbeat.STATE]] = time.monotonic(), heartbeat.RUNNING
-        if child:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-
-    def _watch_parent(self, parent: int) -> None:
-        """Kill the parent, with a report, if another rank is stopped before MPI is up. Runs in a child process."""
-        limit_s = self.recorder.step_timeout_s or MIN_LIMIT_S
-        while os.getppid() == parent:
-            time.sleep(TICK_S)
-            if missing := [
-                rank for rank in self.local if rank != self.rank and self._is_missing(rank, time.monotonic(), limit_s)
-            ]:
-                folder = self._report_folder()
-                if self._claims_report(folder):
-                    self._print_report(self._describe_missing(missing, limit_s), {self.rank: self._take_snapshot()}, folder)
-                self.table.unlink()
-                return os.kill(parent, signal.SIGKILL)
-
-    def _wait_for_local_ranks(self) -> None:
-        expected = next((int(os.environ[v]) for v in LOCAL_SIZE_VARIABLES if os.environ.get(v, "").isdigit()), 1)
-        deadline = time.monotonic() + START_WAIT_S
-        while self.table.path and (self.table.rows[:, heartbeat.STATE] > 0).sum() < expected and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    def connect(self, world: Comm) -> None:
-        """Meet the other ranks, once MPI is up. Collective."""
-        host = socket.gethostname()
-        hosts = world.all_gather_json(host)
-        first = hosts.index(host)
-        key = world.all_gather_json(f"{os.getpid()}-{time.monotonic_ns()}")[first]
-        table = HeartbeatTable(world.rank, world.size, heartbeat.common_table_path(key) if world.size > 1 else None)
-        found = world.all_gather_json([host, os.getpid(), key if table.path else world.rank])  # all have opened it
-        table.own[:] = self.table.own
-        nodes: dict[str, list[int]] = {}
-        for rank, place in enumerate(found):
-            nodes.setdefault(json.dumps(place[::2]), []).append(rank)
-        self.hosts, self.pids = [place[0] for place in found], [place[1] for place in found]
-        links = NodeLinks(world, list(nodes.values()))
-        stamp = world.broadcast_json(time.strftime("%Y%m%d-%H%M%S"))
-        self.table.unlink()
-        table.own[[heartbeat.PID, heartbeat.STATE]] = os.getpid(), heartbeat.RUNNING
-        self.table, self.rank, self.local = table, world.rank, links.nodes[links.node]
-        self.stamp, self.links, self.world = stamp, links, world  # the last one ends the start for the thread
-        world.barrier()
-        table.unlink()
-
     def close(self) -> None:
         """Stop watching and join the thread: it refers to the run, whose tensors must not be freed while Python exits."""
-        self.table.own[heartbeat.STATE] = heartbeat.LEFT
         self._closed.set()
         self._thread.join()
-        self.table.unlink()
 
     # What is found, each tick.
 
@@ -153,7 +85,7 @@ class Watchdog:
                 self.resumed_s = now
             last_tick = now
             self._note_movement(now)
-            is_asked = self.table.header[heartbeat.REPORTER] or (self.links and self.links.is_report_requested)
+            is_asked = self.table.header[REPORTED] or (self.links and self.links.is_report_requested)
             problem = "another rank reports" if is_asked else self._find_problem(now)
             if problem:
                 try:
@@ -175,7 +107,7 @@ class Watchdog:
         if evidence != self._evidence:
             self._moved_s, self._evidence, self._work = now, evidence[:2], work_of_other_threads()
         row = self.table.own
-        row[heartbeat.TICK], row[heartbeat.MOVED], row[heartbeat.WAITING] = now, self._moved_s, recorder.waiting is not None
+        row[TICK], row[MOVED], row[WAITING] = now, self._moved_s, recorder.waiting is not None
 
     def _knows_steps(self) -> bool:
         return self.recorder.phase == "step" and "step" in self.recorder.longest_s
@@ -196,7 +128,7 @@ class Watchdog:
         missing_limit_s = stated_s or MIN_LIMIT_S
         if problem := self._find_slow_step(now):
             return problem
-        still_s = self._still_s(self.rank, heartbeat.MOVED, now)
+        still_s = self._still_s(self.rank, MOVED, now)
         if recorder.waiting is None and still_s > self.limit_s():
             return self._describe_still(f"rank {self.rank} has done nothing", still_s, self.limit_s())
         if missing := self._find_missing(now, missing_limit_s):
@@ -205,14 +137,12 @@ class Watchdog:
 
     def _find_problem_of_nodes(self, now: float, limit_s: float) -> str:
         """Exchange heartbeats with the neighbouring nodes; return what they, or all nodes together, do not do."""
-        if self.links is None:
-            return ""
-        waiting = [bool(self.table.rows[rank, heartbeat.WAITING]) for rank in self.local]
-        still_s = min(self._still_s(rank, heartbeat.MOVED, now) for rank in self.local) if all(waiting) else 0.0
-        job_still_s, deadlock_s = self.links.exchange(still_s), max(MIN_LIMIT_S, self.limit_s())
-        if self.links.node == 0 and job_still_s > deadlock_s:
+        waiting = [bool(self.table.rows[rank, WAITING]) for rank in self.local]
+        still_s = min(self._still_s(rank, MOVED, now) for rank in self.local) if all(waiting) else 0.0
+        job_still_s, deadlock_s = self.links.exchange(still_s) if self.links else still_s, max(MIN_LIMIT_S, self.limit_s())
+        if (self.links is None or self.links.node == 0) and job_still_s > deadlock_s:
             return f"no rank has finished a call for {job_still_s:.0f} s; the limit is {deadlock_s:.0f} s"
-        if still_s > limit_s and (silent := self.links.silent_nodes(limit_s, self.resumed_s)):
+        if self.links and still_s > limit_s and (silent := self.links.silent_nodes(limit_s, self.resumed_s)):
             hosts = ", ".join(self.hosts[self.links.nodes[node][0]] for node in silent)
             return f"no heartbeat from {hosts} for {limit_s:.0f} s: the host, or the network to it, is down"
         return ""
@@ -246,22 +176,13 @@ class Watchdog:
 
     def _is_missing(self, rank: int, now: float, limit_s: float) -> bool:
         """Return whether the process of another rank of this node has not proved for so long that it lives."""
-        row = self.table.rows[rank]
-        if row[heartbeat.STATE] == heartbeat.LEFT:
+        if self._still_s(rank, TICK, now) <= limit_s:
             return False
-        if row[heartbeat.STATE] == heartbeat.RUNNING:
-            if self.world is not None and self.world.is_fault_tolerant and not process_fields(int(row[heartbeat.PID])):
-                return False  # the others continue without it
-            return self._still_s(rank, heartbeat.TICK, now) > limit_s
-        pid = int(row[heartbeat.PID]) or (find_ranks(self.daemon).get(rank, 0) if self.daemon else 0)
-        if not is_stopped(pid):  # MPI starts with the interpreter lock held, so the row tells nothing
-            self._stopped_since.pop(rank, None)
-            return False
-        return now - max(self._stopped_since.setdefault(rank, now), self.resumed_s) > limit_s
+        return not self.world.is_fault_tolerant or bool(process_fields(self.pids[rank]))  # the others continue without it
 
     def _represents_node(self, now: float) -> bool:
         """Return whether this is the lowest rank of its node that lives."""
-        return all(rank >= self.rank or self._still_s(rank, heartbeat.TICK, now) > 5 * TICK_S for rank in self.local)
+        return all(rank >= self.rank or self._still_s(rank, TICK, now) > 5 * TICK_S for rank in self.local)
 
     def _maybe_notice(self, now: float) -> None:
         """Print what rank 0 waits for, each 30 s in which it finishes no call."""
@@ -274,7 +195,7 @@ class Watchdog:
             text = f"{self._phase()} goes on for {quiet_s:.0f} s at {locate_caller(frame)}"
         else:
             call, peers = self.recorder.waiting[0], [rank for rank in self.recorder.waiting[0].peers if rank != self.rank]
-            busy = [rank for rank in peers if rank in self.local and not self.table.rows[rank, heartbeat.WAITING]]
+            busy = [rank for rank in peers if rank in self.local and not self.table.rows[rank, WAITING]]
             text = f"rank 0 has waited {quiet_s:.0f} s for {describe_call(call, busy or peers)}, in {self._phase()}"
         print(f"mpilm: {text}", file=sys.stderr, flush=True)
 
@@ -292,15 +213,13 @@ class Watchdog:
             self.links.request_reports()
         self._print_report(problem, self._collect_snapshots(folder), folder)
         _ignore_crashes()
-        if self.world is not None and self.world.size > 1:
+        if self.world.size > 1:
             self.world.abort(EXIT_CODE)
 
     def _print_report(self, problem: str, snapshots: Mapping[int, Snapshot], folder: Path | None) -> None:
-        if self.world is None:
-            ranks = find_ranks(self.daemon or 0)
-            self.pids = [int(row[heartbeat.PID]) or ranks.get(rank, 0) for rank, row in enumerate(self.table.rows)]
-        states = {rank: self._inspect_process(rank) for rank in range(len(self.pids)) if rank not in snapshots}
-        report = format_report(problem, snapshots, list(zip(self.hosts, self.pids)), states)
+        missing = [rank for rank in range(len(self.pids)) if rank not in snapshots]
+        states = {rank: describe_process(self.pids[rank]) * (self.hosts[rank] == self.hosts[self.rank]) for rank in missing}
+        report = format_report(problem, snapshots, dict(enumerate(zip(self.hosts, self.pids))), states)
         print(report + f"  details in {folder}" * (self.recorder.report_folder is not None), file=sys.stderr, flush=True)
         if self.recorder.report_folder is None and folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -313,8 +232,8 @@ class Watchdog:
 
     def _claims_report(self, folder: Path | None) -> bool:
         """Return whether no other rank has begun a report in this folder."""
-        is_first = not self.table.header[heartbeat.REPORTER]
-        self.table.header[heartbeat.REPORTER] = 1
+        is_first = not self.table.header[REPORTED]
+        self.table.header[REPORTED] = 1
         if folder is None:
             return True
         try:
@@ -364,20 +283,6 @@ class Watchdog:
                 with contextlib.suppress(OSError):
                     snapshots[rank] = json.loads((folder / f"rank-{rank:04d}.json").read_text())
         return snapshots
-
-    def _inspect_process(self, rank: int) -> str:
-        """Describe the process of a rank that has written no snapshot, if it runs on this host."""
-        pid = self.pids[rank]
-        if self.hosts[rank] != socket.gethostname():
-            return ""
-        if not (fields := process_fields(pid)):
-            return "its process no longer exists" if pid else "it has not started"
-        if fields[1] in "Tt":
-            return "its process has been stopped (SIGSTOP, a debugger)"
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGUSR2)  # it prints its stack
-            time.sleep(0.5)
-        return f"its process exists (state {fields[1]}) but does not respond: probably native code holds the interpreter lock"
 
 
 def _ignore_crashes() -> None:

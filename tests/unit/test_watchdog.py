@@ -8,13 +8,14 @@ import time
 
 import pytest
 
+from mpilm.comm.base import SelfComm
 from mpilm.comm.flight_recorder import CommCall, FlightRecorder
 from mpilm.launch import watchdog
 from mpilm.launch.hang_report import format_report
 from mpilm.launch.watchdog import FIRST_LIMIT_S, LIMIT_FACTOR, MIN_LIMIT_S, Watchdog
 
 PROBLEM = "step 4 has lasted 31 s; the limit is 30 s"
-PROCESSES = [["a", 11], ["a", 12], ["b", 13]]
+PROCESSES = {0: ["a", 11], 1: ["a", 12], 2: ["b", 13]}
 
 
 def snapshot(rank, waiting=None, reached=None, at="data/batch.py:9 in train"):
@@ -82,7 +83,7 @@ def quick(monkeypatch):
 
 def test_limit_is_stated_or_learned_from_the_longest_phase_of_its_kind():
     recorder = FlightRecorder()
-    watched = Watchdog(recorder)
+    watched = Watchdog(recorder, SelfComm("world"))
     watched.close()
     for stated_s, longest_s, expected in (
         (0.0, None, FIRST_LIMIT_S),
@@ -102,7 +103,7 @@ def test_watchdog_finds_a_rank_that_does_nothing_in_any_phase(quick, phase):
     recorder = FlightRecorder()
     recorder.step_timeout_s = 0.5
     recorder.enter(phase, 3)
-    watched = Watchdog(recorder)
+    watched = Watchdog(recorder, SelfComm("world"))
     assert quick.ended.wait(30)
     watched.close()
     lasted = "step 4 has lasted 1 s" if phase == "step" else f"rank 0 has done nothing for 1 s in {phase} 4"
@@ -136,7 +137,7 @@ NULL = os.open(os.devnull, os.O_WRONLY)
 def test_watchdog_leaves_a_rank_alone_that_works_slowly(quick, work):
     recorder = FlightRecorder()
     recorder.step_timeout_s = 0.5
-    watched = Watchdog(recorder)
+    watched = Watchdog(recorder, SelfComm("world"))
     end = time.monotonic() + 1.5
     while time.monotonic() < end:
         work(recorder)
@@ -148,7 +149,7 @@ def test_watchdog_leaves_a_rank_alone_that_works_slowly(quick, work):
 def test_watchdog_leaves_a_rank_alone_that_waits_for_others(quick):
     recorder, call = FlightRecorder(), CommCall("barrier", "world", 1, (0, 1))
     recorder.step_timeout_s = 0.3
-    watched = Watchdog(recorder)
+    watched = Watchdog(recorder, SelfComm("world"))
     recorder.wait(call, lambda: time.sleep(1.0))
     assert quick == []
     watched.close()
@@ -158,7 +159,7 @@ def test_step_that_follows_steps_must_finish_calls(quick, monkeypatch):
     """An endless loop computes, and so does a healthy rank in its first step, which may last."""
     monkeypatch.setattr(watchdog, "MIN_LIMIT_S", 0.5)
     recorder = FlightRecorder()
-    watched = Watchdog(recorder)
+    watched = Watchdog(recorder, SelfComm("world"))
     recorder.enter("step", 0)
     end = time.monotonic() + 1.0
     while time.monotonic() < end:
@@ -176,7 +177,7 @@ def test_rank_0_says_each_half_minute_what_it_waits_for(monkeypatch, capfd):
     monkeypatch.setattr(watchdog, "TICK_S", 0.01)
     monkeypatch.setattr(watchdog, "NOTICE_S", 0.1)
     recorder = FlightRecorder()
-    watched = Watchdog(recorder)
+    watched = Watchdog(recorder, SelfComm("world"))
     recorder.enter("evaluation", 7)
     recorder.wait(CommCall("barrier", "world", 5, (0, 1)), lambda: time.sleep(0.45))
     watched.close()
@@ -190,7 +191,7 @@ def test_watchdog_whose_report_fails_still_ends_the_rank(quick, monkeypatch):
     monkeypatch.setattr(watchdog.threading, "excepthook", lambda arguments: None)
     recorder = FlightRecorder()
     recorder.step_timeout_s = 0.1
-    watched = Watchdog(recorder)
+    watched = Watchdog(recorder, SelfComm("world"))
     assert quick.ended.wait(30)
     watched.close()
     assert quick == [watchdog.EXIT_CODE]
@@ -204,7 +205,7 @@ def test_watchdog_without_a_folder_reports_its_own_rank(monkeypatch, capsys):
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: (watched._closed.set(), codes.end(code)))
     recorder = FlightRecorder()
     recorder.step_timeout_s = 0.2
-    watched = Watchdog(recorder)
+    watched = Watchdog(recorder, SelfComm("world"))
     assert codes.ended.wait(30)
     report = capsys.readouterr().err
     assert codes[0] == watchdog.EXIT_CODE
@@ -214,7 +215,7 @@ def test_watchdog_without_a_folder_reports_its_own_rank(monkeypatch, capsys):
 
 def test_closed_watchdog_has_no_thread():
     """It refers to the run: tensors that a thread frees while Python exits would crash the process."""
-    watched = Watchdog(FlightRecorder())
+    watched = Watchdog(FlightRecorder(), SelfComm("world"))
     assert watched._thread.is_alive()
     watched.close()
     assert not watched._thread.is_alive()
