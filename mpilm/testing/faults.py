@@ -43,6 +43,7 @@ POINTS: Mapping[str, Sequence[str]] = {
     "recover.give": ["mpilm.trainer.recovery.memory_checkpoint:RecoveredState.broadcast_range"],
     "leaving": ["mpilm.trainer.loop:exit_barrier"],
     "mpi": ["mpilm.launch.run:connect_world"],
+    "command": ["mpilm.launch.run:_run_command"],
     "prepare": ["mpilm.trainer.build:open_training_data"],
     "tokenizer": ["mpilm.data.tokenizer:train_bpe"],
     "build": ["mpilm.trainer.build:partition_model"],

@@ -9,8 +9,8 @@ from training_jobs import slow_case, start_job, train_arguments
 EXIT_CODE, LIMIT_S, GRACE_S = 86, 3, 1
 QUICK_WATCHDOG = (
     "import sys, runpy; from mpilm.launch import watchdog; "
-    f"watchdog.GRACE_S = {GRACE_S}; watchdog.TICK_S = 0.2; watchdog.NOTICE_S = 2; sys.argv.pop(0); "
-    "runpy.run_module('mpilm.train', run_name='__main__', alter_sys=True)"
+    f"watchdog.GRACE_S = {GRACE_S}; watchdog.TICK_S = 0.2; watchdog.NOTICE_S = 2; watchdog.MIN_LIMIT_S = {LIMIT_S}; "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )
 PHASES = {
     "start-up": "point=mpi",
@@ -90,3 +90,14 @@ def test_rank_that_works_slowly_is_waited_for(tmp_path, text, seconds, points):
     assert re.search(r"mpilm: rank 0 has waited [2-4] s for rank 1 in \w+ on world \(call \d+\), in start", job.output), (
         job.output
     )
+
+
+@pytest.mark.parametrize("command", ["generate", *map(slow_case, ("evaluate", "prepare", "verify", "doctor"))])
+def test_every_command_names_a_rank_that_stands_still(tmp_path, command):
+    with start_job(
+        3, ["-c", QUICK_WATCHDOG, f"mpilm.{command}"], tmp_path, MPILM_FAULT="kind=stop rank=2 point=command"
+    ) as job:
+        code = job.wait(40)
+    assert code == EXIT_CODE or f"({EXIT_CODE})" in job.output, f"{code}\n{job.output}"
+    assert "mpilm: watchdog: rank 2 has not responded for 3 s in start; the limit is 3 s" in job.output
+    assert re.search(rf"  rank 2 on \S+ \(process \d+\): {KINDS['stop']}", job.output), job.output
