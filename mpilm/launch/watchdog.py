@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class Watchdog:
         """Write down that this process lives, and when its rank last moved."""
         recorder = self.recorder
         evidence: tuple[Any, ...] = (recorder.progress,)
-        if recorder.waiting is None and not self._knows_steps():
+        if recorder.waiting is None and not (recorder.phase == "step" and "step" in recorder.longest_s):
             with contextlib.suppress(AttributeError, OSError):  # a sleeping thread uses nothing
                 evidence += (time.clock_gettime(time.pthread_getcpuclockid(self.main_thread or 0)),)
             cpu_s, nbytes = work_of_other_threads()
@@ -108,9 +108,6 @@ class Watchdog:
             self._moved_s, self._evidence, self._work = now, evidence[:2], work_of_other_threads()
         row = self.table.own
         row[TICK], row[MOVED], row[WAITING] = now, self._moved_s, recorder.waiting is not None
-
-    def _knows_steps(self) -> bool:
-        return self.recorder.phase == "step" and "step" in self.recorder.longest_s
 
     def _still_s(self, rank: int, column: int, now: float) -> float:
         """Return how long a rank of this node has not written a time to its row."""
@@ -124,15 +121,14 @@ class Watchdog:
 
     def _find_problem(self, now: float) -> str:
         """Return what is past its limit; empty if nothing is."""
-        recorder, stated_s = self.recorder, self.recorder.step_timeout_s
-        missing_limit_s = stated_s or MIN_LIMIT_S
+        recorder, missing_limit_s = self.recorder, self.recorder.step_timeout_s or MIN_LIMIT_S
         if problem := self._find_slow_step(now):
             return problem
         still_s = self._still_s(self.rank, MOVED, now)
         if recorder.waiting is None and still_s > self.limit_s():
             return self._describe_still(f"rank {self.rank} has done nothing", still_s, self.limit_s())
         if missing := self._find_missing(now, missing_limit_s):
-            return self._describe_missing(missing, missing_limit_s)
+            return self._describe_still(f"no response from {name_ranks(missing)}", missing_limit_s, missing_limit_s)
         return self._find_problem_of_nodes(now, missing_limit_s) if self._represents_node(now) else ""
 
     def _find_problem_of_nodes(self, now: float, limit_s: float) -> str:
@@ -164,21 +160,15 @@ class Watchdog:
         limit = f"the limit is {limit_s:.0f} s (--fault.step-timeout; 0 learns it from the run)"
         return f"{who} for {still_s:.0f} s in {self._phase()}; {limit}"
 
-    def _describe_missing(self, missing: Sequence[int], limit_s: float) -> str:
-        verb = "has" if len(missing) == 1 else "have"
-        return self._describe_still(f"{name_ranks(missing)} {verb} not responded", limit_s, limit_s)
-
     def _phase(self) -> str:
         return describe_phase(self.recorder.phase, self.recorder.step + 1)
 
     def _find_missing(self, now: float, limit_s: float) -> list[int]:
-        return [rank for rank in self.local if rank != self.rank and self._is_missing(rank, now, limit_s)]
-
-    def _is_missing(self, rank: int, now: float, limit_s: float) -> bool:
-        """Return whether the process of another rank of this node has not proved for so long that it lives."""
-        if self._still_s(rank, TICK, now) <= limit_s:
-            return False
-        return not self.world.is_fault_tolerant or bool(process_fields(self.pids[rank]))  # the others continue without it
+        """Return the other ranks of this node whose processes have not proved for so long that they live."""
+        late = [rank for rank in self.local if rank != self.rank and self._still_s(rank, TICK, now) > limit_s]
+        if not self.world.is_fault_tolerant:
+            return late
+        return [rank for rank in late if process_fields(self.pids[rank])]  # the others continue without a dead one
 
     def _represents_node(self, now: float) -> bool:
         """Return whether this is the lowest rank of its node that lives."""
@@ -207,7 +197,7 @@ class Watchdog:
         sys.stdout.flush()
         folder = self._report_folder()
         if not self._claims_report(folder):
-            self._write_snapshot(folder)
+            self._take_snapshot(folder)
             return time.sleep(4 * GRACE_S)
         if self.links is not None:
             self.links.request_reports()
@@ -245,11 +235,11 @@ class Watchdog:
             return is_first
         return True
 
-    def _take_snapshot(self) -> dict[str, Any]:
-        """Return what this rank is doing."""
+    def _take_snapshot(self, folder: Path | None) -> Snapshot:
+        """Return what this rank is doing, and write it into the folder."""
         recorder, now, frames = self.recorder, time.monotonic(), sys._current_frames()
         call, since = recorder.waiting or (None, now)
-        return {
+        snapshot = {
             "rank": self.rank,
             "step": recorder.step + 1,
             "phase": recorder.phase,
@@ -264,9 +254,6 @@ class Watchdog:
                 if thread.ident in frames and thread.ident != threading.get_ident()
             },
         }
-
-    def _write_snapshot(self, folder: Path | None) -> Snapshot:
-        snapshot = self._take_snapshot()
         if folder is not None:
             path = folder / f"rank-{self.rank:04d}.json"
             with contextlib.suppress(OSError):
@@ -276,7 +263,7 @@ class Watchdog:
 
     def _collect_snapshots(self, folder: Path | None) -> dict[int, Snapshot]:
         """Return the snapshots, by rank, of this rank and of those that write theirs in time."""
-        snapshots, end = {self.rank: self._write_snapshot(folder)}, time.monotonic() + GRACE_S
+        snapshots, end = {self.rank: self._take_snapshot(folder)}, time.monotonic() + GRACE_S
         while folder is not None and len(snapshots) < len(self.pids) and time.monotonic() < end:
             time.sleep(0.1)
             for rank in set(range(len(self.pids))) - set(snapshots):

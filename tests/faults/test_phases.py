@@ -99,5 +99,5 @@ def test_every_command_names_a_rank_that_stands_still(tmp_path, command):
     ) as job:
         code = job.wait(40)
     assert code == EXIT_CODE or f"({EXIT_CODE})" in job.output, f"{code}\n{job.output}"
-    assert "mpilm: watchdog: rank 2 has not responded for 3 s in start; the limit is 3 s" in job.output
+    assert "mpilm: watchdog: no response from rank 2 for 3 s in start; the limit is 3 s" in job.output
     assert re.search(rf"  rank 2 on \S+ \(process \d+\): {KINDS['stop']}", job.output), job.output
