@@ -8,7 +8,7 @@ from typing import Any
 from rich.live import Live
 
 from mpilm.formatting import format_duration
-from mpilm.telemetry.live import LiveView, slowest_rank_note
+from mpilm.telemetry.live import LiveView
 
 REFRESH_S = 0.5
 
@@ -76,8 +76,8 @@ class Display:
         steps, elapsed_s = self.view.steps, time.monotonic() - self._started
         left = format_duration(elapsed_s / (done - self._first_step) * (steps - done))
         text = f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
-        slowest = slowest_rank_note(row["rank_s"]["compute"])
-        return f"step {done:>{len(str(steps))}}/{steps}  {text}  {left} left{f'  ({slowest})' if slowest else ''}"
+        straggler = self.view.describe_straggler()
+        return f"step {done:>{len(str(steps))}}/{steps}  {text}  {left} left{f'  ({straggler})' if straggler else ''}"
 
     def close(self) -> None:
         if self._live is not None:

@@ -21,11 +21,11 @@ from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import count_noun, format_duration, format_mebibytes
 from mpilm.telemetry.metrics import MetricsFollower, MetricsRow
+from mpilm.telemetry.metrics_table import SLOW_STEPS, find_slow_ranks
 
 MAX_POINTS = 4000  # losses that the curve is drawn from
 MAX_EVENTS = 3  # the latest ones are shown
 SILENT_S = 60.0
-SLOW = 1.2  # times the median
 STEP_KEYS = frozenset({"step", "time", "loss", "grad_norm", "lr"})
 EVALUATION_KEYS = frozenset({"step", "time", "eval_loss"})
 EVENT_TEXTS = {
@@ -55,6 +55,7 @@ class LiveView:
         self._best_loss = math.inf  # of the evaluations
         self._peak_bytes: list[int] = []  # by rank
         self._step_s = 0.0
+        self._compute_s: deque[tuple[int, Sequence[float]]] = deque()  # of every rank, in the last SLOW_STEPS
         self._losses: deque[float] = deque(maxlen=MAX_POINTS)
         self._events: deque[str] = deque(maxlen=MAX_EVENTS)
 
@@ -63,6 +64,7 @@ class LiveView:
         event, text = row.get("event"), _describe_event(row)
         if text and event == "start":
             self._start, self._ranks, self.final_state = row, {}, ""
+            self._compute_s.clear()
         if text and event in FINAL_STATES:
             self.final_state = FINAL_STATES[event]
             self._peak_bytes = row.get("peak_memory_on_rank_bytes", self._peak_bytes)
@@ -78,6 +80,9 @@ class LiveView:
             self._step_s = row.get("step_s", self._step_s)
             if "rank_s" in row:
                 self._ranks, self._peak_bytes = row, row["memory_bytes"]
+                self._compute_s.append((row["step"], row["rank_s"]["compute"]))
+                while len(self._compute_s) > 2 and self._compute_s[1][0] <= row["step"] - SLOW_STEPS:
+                    self._compute_s.popleft()
 
     def __rich__(self) -> RenderableType:
         """Render the view as it is now."""
@@ -91,6 +96,17 @@ class LiveView:
         curves: list[RenderableType] = [Text(curve, style="cyan"), ""] if curve.strip() else []
         events: list[RenderableType] = ["", *(Text(event, style="dim") for event in self._events)] if self._events else []
         return Group(self._title(), bar, "", *curves, table, *events)
+
+    def describe_straggler(self) -> str:
+        """Name the rank that computes longest; empty if it is not clearly slower than most in all of the last rows."""
+        steps, rows = zip(*self._compute_s) if self._compute_s else ((), [[0.0]])
+        compute_s = np.array(rows)  # (rows, ranks)
+        is_slow = find_slow_ranks(steps, compute_s)[1]
+        if not is_slow.any():
+            return ""
+        mean_s = compute_s.mean(axis=0)
+        rank, others = int(np.argmax(mean_s * is_slow)), "the other rank" if len(mean_s) == 2 else "most"
+        return f"rank {rank} computes {mean_s[rank] / statistics.median_low(mean_s):.1f} times as long as {others}"
 
     def _title(self) -> Text:
         ranks, layout = self._start.get("ranks"), self._start.get("layout", {})
@@ -121,7 +137,7 @@ class LiveView:
             mean_s = {category: statistics.fmean(seconds) for category, seconds in self._ranks["rank_s"].items()}
             step_s = self._ranks.get("step_s") or sum(mean_s.values())
             yield "time", "   ".join(f"{category} {s / step_s:.0%}" for category, s in mean_s.items() if s > 0.005 * step_s)
-            yield "slowest", slowest_rank_note(self._ranks["rank_s"]["compute"]) or "no rank is clearly slower than most"
+            yield "slowest", self.describe_straggler() or "no rank is clearly slower than most"
             predicted = self._start.get("predicted_memory_bytes")
             suffix = f", {format_mebibytes(predicted)} predicted" if predicted else ""
             yield "memory", f"at most {format_mebibytes(max(self._peak_bytes))} per rank{suffix}"
@@ -138,14 +154,6 @@ def _describe_event(row: MetricsRow) -> str:
         return f"{time.strftime('%H:%M:%S', time.localtime(row['time']))}  {text}"
     except KeyError:
         return ""
-
-
-def slowest_rank_note(compute_s: Sequence[float]) -> str:
-    """Name the rank that computes longest; empty if it is not clearly slower than most."""
-    median, longest = statistics.median_low(compute_s), max(compute_s)
-    if len(compute_s) < 2 or longest <= SLOW * median:
-        return ""
-    return f"rank {compute_s.index(longest)} computes {longest / median:.1f} times as long as most"
 
 
 def draw_curve(values: Iterable[float], columns: int = 48, rows: int = 4) -> list[str]:

@@ -22,6 +22,9 @@ ROW_KINDS = frozenset({"loss", "eval_loss", "event"})  # every row has one of th
 START_TYPES = {"ranks": int, "layout": dict, "versions": dict, "hosts": list, "command": str}  # other values are dropped
 BLOCK_BYTES = 4 << 20
 SAMPLES = 400  # rows whose per-rank values are read
+SLOW = 1.2  # a straggler computes this many times as long as the median rank,
+SPREADS = 4  # differs from it by so many medians of the differences of all ranks,
+SLOW_STEPS = 10  # and does so in all rows between two that are so many steps apart
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,18 @@ def to_float(value: Any) -> float:
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
     except OverflowError:
         return float("nan")
+
+
+def find_slow_ranks(steps: Sequence[float], compute_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return in which rows each rank is SLOW, (rows, ranks), and which ranks are so in all rows of SLOW_STEPS, (ranks,): in a
+    single row, ranks that share cores are slow by chance. `steps`: of the rows, rising; `compute_s`: (rows, ranks)."""
+    middle = (compute_s.shape[1] - 1) // 2
+    median = np.sort(compute_s, axis=1)[:, middle, None]
+    spread = np.sort(np.abs(compute_s - median), axis=1)[:, middle, None]
+    slow = compute_s > median + np.maximum((SLOW - 1) * median, SPREADS * spread)
+    firsts = np.searchsorted(steps, np.array(steps) - SLOW_STEPS, side="right") - 1
+    windows = [slow[first : last + 1].all(axis=0) for last, first in enumerate(firsts) if first >= 0]
+    return slow, np.any(windows, axis=0) if windows else np.zeros(slow.shape[1], bool)
 
 
 def per_rank_values(value: Any) -> np.ndarray | None:
