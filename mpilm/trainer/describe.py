@@ -33,7 +33,7 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
     """
     world, config, parallel = run.mesh.world, run.config, run.config.parallel
     predictions = world.all_gather_json(predict_memory(run))  # so that all ranks measure at once
-    peak, peak_source = measure_peak_flops(run.hardware.device, config.train.dtype)
+    peak, peak_source = measure_peak_flops(run.hardware, config.train.dtype)
     facts = [peak, run.model.local_numel, run.hardware.threads, socket.gethostname()]
     peaks, local_numel, threads, hosts = zip(*world.all_gather_json(facts))
     predicted = max(predictions, key=lambda parts: sum(parts.values()))

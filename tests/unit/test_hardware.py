@@ -154,5 +154,18 @@ def test_numerics_environment_names_what_may_change_the_last_bits():
     assert torch.backends.cpu.get_cpu_capability() in found["processor"]
 
 
+@pytest.mark.parametrize(
+    ("cores", "threads", "share"),
+    [(Fraction(2, 3), 1, 2 / 3), (Fraction(1), 2, 0.5), (Fraction(2), 2, 1.0), (Fraction(2), 4, 1.0)],
+)
+def test_peak_counts_each_core_once(monkeypatch, cores, threads, share):
+    """Of two cores, which the fastest product of a rank may have had for itself."""
+    monkeypatch.setattr(hardware, "PROBE_SIZE", 10)
+    monkeypatch.setattr(hardware.timeit, "repeat", lambda *_, **__: [1e-6, 2e-6])
+    monkeypatch.setattr(hardware, "_allowed_cores", lambda: [0, 1])
+    rank = hardware.Hardware(torch.device("cpu"), threads, cores < 1, cores=cores)
+    assert hardware.measure_peak_flops(rank, "float32")[0] == pytest.approx(share * 2 * 10**3 / 1e-6)
+
+
 def test_allowed_cores_are_the_affinity_of_the_process():
     assert hardware._allowed_cores() == sorted(os.sched_getaffinity(0))
