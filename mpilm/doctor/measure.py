@@ -5,7 +5,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpilm.comm.base import Comm, SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
-from mpilm.formatting import count_noun
+from mpilm.errors import ConfigError
+from mpilm.formatting import count_noun, format_duration
 from mpilm.model.families import build_model
 from mpilm.model.flops import block_matrices, block_numel, saved_floats_per_token
 from mpilm.model.layers import loss_sum
@@ -32,6 +34,7 @@ from mpilm.planner.cost import attention_s, linear_s
 from mpilm.planner.profile import ComputeRates, Curve, MemoryRates, NetworkRates
 
 MEASUREMENT_S = 0.12  # of one measurement, which has three calls at least
+PROGRESS_S, BUDGET_S, LIMIT_S = 5.0, 150.0, 600.0  # between lines; after which a single call must do; for the calibration
 TOKENS, WIDTHS = (128, 512, 2048), (128, 384, 1024, 2048)  # of matrix products
 CONTEXTS, HEAD_WIDTHS = (128, 512, 2048), (32, 64, 128)  # of attention cores
 BLOCKS = ((128, 128), (256, 256), (512, 512), (1024, 1024))  # tokens and width of blocks that are timed as one
@@ -43,7 +46,7 @@ SUMS = (BUCKET // 16, BUCKET, 16 * BUCKET)  # elements, in shared memory
 ForwardBackward = tuple[float, float]  # seconds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
     """The ranks and the device to measure."""
 
@@ -51,10 +54,31 @@ class Bench:
     node: Comm
     device: torch.device
     alone: bool = False  # only the first rank of each node works, and the others wait
+    began_s: float = field(default_factory=time.monotonic)
+    printed_s: float = 0.0
+    task: str = ""
+    done: int = 0  # measurements of this task
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.began_s
 
     def progress(self, text: str) -> None:
+        """Begin a task."""
+        self.task, self.done, self.printed_s = text, 0, self.elapsed_s
         if self.comm.rank == 0:
             print(f"  measuring {text}", file=sys.stderr, flush=True)
+
+    def _count(self, elapsed_s: float) -> None:
+        """Count a measurement; raise CollectiveError if all of them together take too long."""
+        self.done += 1
+        if elapsed_s > LIMIT_S:
+            advice = "end other programs here, and start one rank a core at most; numbers of a busy machine would mislead"
+            raise CollectiveError(ConfigError(f"--calibrate has taken {format_duration(elapsed_s)} and is not done: {advice}"))
+        if self.comm.rank == 0 and elapsed_s > self.printed_s + PROGRESS_S:
+            self.printed_s = elapsed_s
+            text = f"{count_noun(self.done, 'measurement')}, {format_duration(elapsed_s)} since the start"
+            print(f"  measuring {self.task}: {text}", file=sys.stderr, flush=True)
 
     def time_call(self, action: Callable[[], object]) -> float:
         """Return the seconds of one call: the median over the calls of a rank, and over the ranks. Collective."""
@@ -69,11 +93,13 @@ class Bench:
         self.comm.barrier()
         times = list[float]()
         if not self.alone or self.node.rank == 0:
-            timed()
-            until_s = time.perf_counter() + MEASUREMENT_S
-            while len(times) < 3 or (time.perf_counter() < until_s and len(times) < 1000):
+            first_s = timed()
+            until_s, is_late = time.perf_counter() + MEASUREMENT_S, self.elapsed_s > BUDGET_S
+            while not is_late and (len(times) < 3 or (time.perf_counter() < until_s and len(times) < 1000)):
                 times.append(timed())
-        medians = self.comm.all_gather_json(statistics.median(times) if times else 0.0)
+            times = times or [first_s]
+        medians, elapsed_s = zip(*self.comm.all_gather_json([statistics.median(times) if times else 0.0, self.elapsed_s]))
+        self._count(max(elapsed_s))
         return statistics.median(each for each in medians if each > 0)
 
 
