@@ -22,6 +22,7 @@ from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 
 NOT_SHAPE = ("model.dropout", "model.router_loss", "model.lora_alpha", "model.init_from")
 CONTENT_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by content
+NEW_CONFIG = ".config.toml.tmp"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def _open(
     except BaseException:
         lock.release()
         with contextlib.suppress(OSError):
+            (path / NEW_CONFIG).unlink(missing_ok=True)
             path.rmdir()  # if it is still empty
         raise
     return [str(path), str(checkpoint or ""), step, step, trainer, notes], lock
@@ -118,7 +120,7 @@ def _prepare_folder(path: Path, config: Config, broken: Mapping[Path, str]) -> l
     """Write config.toml and set broken checkpoints aside, in a folder that this job has locked; return notes."""
     import tomli_w
 
-    temporary = path / ".config.toml.tmp"
+    temporary = path / NEW_CONFIG
     with writing(path):
         write_durably(temporary, tomli_w.dumps(to_dict(config)).encode())
         os.replace(temporary, path / "config.toml")  # first: it marks the folder as a run's
@@ -143,8 +145,8 @@ def _choose_path(config: Config) -> Path:
 
 def _check_is_same_run(path: Path, config: Config) -> None:
     """Refuse a folder that holds something else, or a run that must not be resumed."""
-    if not path.exists() or (path.is_dir() and all(LOCK_NAME in item.name for item in path.iterdir())):
-        return
+    if not path.exists() or (path.is_dir() and all(LOCK_NAME in i.name or i.name == NEW_CONFIG for i in path.iterdir())):
+        return  # a job may have ended before it had written config.toml
     if not (path / "config.toml").is_file():
         raise ConfigError(f"--run.dir {path} exists and is not a run folder; choose another")
     if config.checkpoint.resume == "never":
@@ -205,7 +207,10 @@ def _check_same_result(old: Mapping[str, Any], config: Config, what: str, conten
     if changed := [k for k in new if k in old and old[k] != new[k] and k not in allowed]:
         rows = "".join(f"\n  {key}: was {_format_value(key, old[key])}, now {_format_value(key, new[key])}" for key in changed)
         problem = f"{what} was made with other settings, and the result depends on them:{rows}"
-        raise ConfigError(f"{problem}\nChoose another --run.dir for another run{_suggest_change(changed)}")
+        advice = f"Choose another --run.dir for another run{_suggest_change(changed)}"
+        if "data.tokenizer" in changed and config.model.arch == "qwen":  # version 0.1.0 trained another kind
+            advice += f"\nTo go on with its tokenizer: --run.dir {Path(what).parents[1]} --data.tokenizer {what}"
+        raise ConfigError(f"{problem}\n{advice}")
 
 
 def _suggest_change(changed: list[str]) -> str:
