@@ -55,7 +55,7 @@ def _find_data_problems(config: Config, flags: Mapping[str, str]) -> Iterator[st
     if data.format == "chat":
         if len(data.path) != 1:
             yield "--data.format chat needs one --data.path, of JSON lines with prompt and response, or messages"
-        if data.tokenizer.startswith("bpe:") or (data.tokenizer == "auto" and not model.init_from):
+        if data.tokenizer.startswith(("bpe:", "qwen-bpe:")) or (data.tokenizer == "auto" and not model.init_from):
             use = "use an existing tokenizer: the folder of a model, a tokenizer.json, or bytes"
             yield f"--data.format chat with {flags['data.tokenizer']}: {use}"
         if model.arch == "bert":

@@ -91,7 +91,8 @@ class DataConfig:
     # Text file, folder, .jsonl(.gz/.zst) or .parquet file, or prefix of prepared tokens; empty: the embedded corpus, Python's
     # standard library. To mix several corpora, write each path and its share of the samples: a.txt 0.7 b.txt 0.3.
     path: tuple[str, ...] = ()
-    # bytes, bpe:SIZE (trained on the corpus) or a tokenizer.json; auto: the tokenizer of prepared tokens, else bpe:2048.
+    # bytes, bpe:SIZE (trained on the corpus; qwen-bpe:SIZE splits it as Qwen does, which qwen models always do) or a
+    # tokenizer.json; auto: the tokenizer of prepared tokens, else bpe:2048.
     tokenizer: str = "auto"
     eval_fraction: Fraction = 0.05  # Fraction of the corpus, taken from its end, that is held out for evaluation.
     format: Literal["text", "chat"] = "text"  # chat: JSON lines of prompt and response, or messages; trains on responses only.
@@ -218,7 +219,8 @@ class GenerateConfig:
     """Text generation (sampling)."""
 
     prompt: str = ""  # Beginning of the text; empty: the beginning of a document.
-    prompts: str = ""  # File with a prompt per line, or "prompt" fields (.jsonl); -: standard input. Prints JSON lines.
+    # File with a prompt per line, empty lines included, or with "prompt" fields (.jsonl); -: standard input. Prints JSON lines.
+    prompts: str = ""
     chat: bool = False  # Insert each prompt as a user message into the chat template of the tokenizer.
     max_tokens: NonNegativeInt = 160  # Maximum number of tokens to generate; 0: no text.
     temperature: NonNegativeFloat = 0.8  # Sampling temperature; 0: always the most likely token.

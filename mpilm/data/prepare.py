@@ -28,7 +28,7 @@ from mpilm.data.files import file_errors, write_durably
 from mpilm.data.gather import all_gather_rows, digest_files
 from mpilm.data.sources import TextSource, find_sources, partition_items, read_batches, sample_text
 from mpilm.data.token_files import TokenCounts, TokenMetadata, open_shared, token_dtype, with_ending, write_index
-from mpilm.data.tokenizer import Tokenizer, parse_bpe_size, tokenizer_from_spec, train_bpe
+from mpilm.data.tokenizer import QWEN_BPE, Tokenizer, parse_bpe_size, tokenizer_from_spec, train_bpe
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.formatting import ProgressLine, count_noun
 
@@ -59,13 +59,14 @@ def resolve_settings(data: DataConfig) -> DataConfig:
     return replace(data, tokenizer=tokenizer, encoding_errors=data.encoding_errors if data.source else "replace")
 
 
-def open_text(data: DataConfig, comm: Comm, sources: Sequence[TextSource] | None = None) -> TextInput:
-    """Find the sources unless they are given, and let rank 0 load or train the tokenizer. Collective."""
+def open_text(data: DataConfig, comm: Comm, sources: Sequence[TextSource] | None = None, eos: bool = True) -> TextInput:
+    """Find the sources unless they are given, and let rank 0 load or train the tokenizer, with an `eos`. Collective."""
     files, settings = sources or broadcast_sources(data, comm), resolve_settings(data)
 
     def make_tokenizer() -> list:
         spec, size = settings.tokenizer, parse_bpe_size(settings.tokenizer)
-        tokenizer = train_bpe(sample_text(files, settings), size) if size else tokenizer_from_spec(spec)
+        texts, like_qwen = sample_text(files, settings), spec.startswith(QWEN_BPE)
+        tokenizer = train_bpe(texts, size, like_qwen) if size else tokenizer_from_spec(spec, eos)
         return [tokenizer.json, tokenizer.eos, spec]
 
     return TextInput(files, settings, Tokenizer(*comm.broadcast_json(run_on_root(comm, make_tokenizer))))
@@ -127,7 +128,7 @@ def prepare_tokens(
     files exists, ConfigError or DataError, on every rank, and leaves nothing behind then."""
     prefix = Path(output).expanduser()
     run_on_root(comm, lambda: _check_absent(prefix))
-    text = open_text(data, comm, sources)
+    text = open_text(data, comm, sources, eos)
     tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
     with temporary_folder(prefix, comm) as folder:
         temporary = folder / prefix.name

@@ -13,9 +13,10 @@ from mpilm.data.files import hex_digest
 from mpilm.data.objective import make_objective
 from mpilm.data.prepare import broadcast_sources
 from mpilm.data.samples import CorpusMixture, CorpusSamples, TextExamples
-from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
+from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, splits_like_qwen, tokenizer_from_spec
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun
+from mpilm.model.hf.config import hf_model_type
 
 EOS_SEARCH_TOKENS = 10**7  # at the beginning of a corpus
 
@@ -42,7 +43,7 @@ def open_training_data(config: Config, comm: Comm) -> TrainingData:
 
 def _open_texts(config: Config, template: ChatTemplate | None, comm: Comm) -> TrainingData:
     data, context_length = config.data, config.model.context_length
-    corpora = open_corpora(data, comm)
+    corpora = open_corpora(data, comm, config.model.arch)
     first = corpora[0]
     tokenizer = run_on_all_ranks(comm, lambda: _tokenizer_for_model(first.tokenizer, config))
     samples = run_on_all_ranks(comm, lambda: [CorpusSamples(corpus, context_length, data.eval_fraction) for corpus in corpora])
@@ -59,7 +60,16 @@ def _open_texts(config: Config, template: ChatTemplate | None, comm: Comm) -> Tr
             f"{corpus.source}: {len(corpus.tokens):,} tokens of {name}, {count_noun(corpus.documents, 'document')},{share}",
             f"{of.eval_samples:,} of {of.eval_samples + of.train_samples:,} sequences held out",
         ]
-    return TrainingData(tokenizer, examples, content, template, samples, lines)
+    return TrainingData(tokenizer, examples, content, template, samples, lines + _describe_split(tokenizer, config))
+
+
+def _describe_split(tokenizer: Tokenizer, config: Config) -> list[str]:
+    if hf_model_type(config.model) != "qwen2" or config.model.init_from or splits_like_qwen(tokenizer):
+        return []
+    return [
+        "for qwen2 models transformers' AutoTokenizer ignores how this tokenizer splits text: load it there with",
+        "PreTrainedTokenizerFast, or use another (qwen-bpe:SIZE)",
+    ]
 
 
 def _check_have_eos(corpora: Sequence[Corpus], packing: str) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class EvalWindows:
     start: np.ndarray  # first token
     stop: np.ndarray  # the one after the last
     document: np.ndarray  # number of the document
+    length: int  # tokens read in a window, at most
 
 
 def cut_windows(segments: np.ndarray, length: int, causal: bool) -> EvalWindows:
@@ -56,7 +57,7 @@ def cut_windows(segments: np.ndarray, length: int, causal: bool) -> EvalWindows:
         starts.append(begin)
         stops.append(np.minimum(begin + length + causal, end))
         documents.append(np.full(len(begin), number))
-    return EvalWindows(np.concatenate(starts), np.concatenate(stops), np.concatenate(documents))
+    return EvalWindows(np.concatenate(starts), np.concatenate(stops), np.concatenate(documents), length)
 
 
 def group_windows(sizes: np.ndarray, max_rows: int) -> list[tuple[int, int]]:
@@ -120,7 +121,7 @@ def score_documents(segments: np.ndarray, windows: EvalWindows, table: np.ndarra
 def evaluate_model(arguments: EvaluateArguments, world: Comm) -> None:
     """Score a text, print the result and write it. Collective."""
     config, data = run_on_all_ranks(world, lambda: _resolve_inputs(arguments))
-    tokenizer = run_on_all_ranks(world, lambda: load_model_tokenizer(config.data, config.model))
+    tokenizer = run_on_all_ranks(world, lambda: load_model_tokenizer(config.data, config.model, arguments.held_out))
     model = load_model(config, world)
     corpus = open_corpus(data, world.with_options(gpu_aware=False, yield_while_waiting=True), eos=arguments.held_out)
     objective = make_objective(config.model, config.data, tokenizer)
@@ -142,14 +143,15 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
             raise ConfigError(f"{flag_of(f'data.{key}')} is for training; evaluate reads running text, window by window")
     if arguments.held_out and config.data != DataConfig():
         raise ConfigError("--held-out true scores what the run has held out of its own text; omit the --data settings")
-    resolved = config_from_folder(config, arguments.model.context_length)
+    run = read_run_config(config.model.init_from)
+    resolved = config_from_folder(config, arguments.model.context_length or (run.model.context_length if run else 0))
     if not arguments.held_out:
         is_prepared = config.data.source and find_prefix(config.data.source)  # prepared tokens name their tokenizer
         return resolved, config.data if is_prepared else resolved.data
-    folder = Path(config.model.init_from).expanduser()
-    if not (folder / "trainer.json").is_file():
+    folder = config.model.init_from
+    if run is None:
         raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
-    data = merge_settings(Config(), read_json(folder / "trainer.json")["config"], str(folder / "trainer.json")).data
+    data = replace(run.data, tokenizer=folder) if resolved.model.arch == "qwen" else run.data  # 0.1.0 trained other tokenizers
     for is_refused, reason in (
         (data.format == "chat", "the run was trained on conversations, and only running text can be scored"),
         (len(data.path) > 1, "the run has mixed several corpora; score each with --data.path"),
@@ -158,6 +160,12 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
         if is_refused:
             raise ConfigError(f"--held-out true: {reason}")
     return resolved, data
+
+
+def read_run_config(folder: str) -> Config | None:
+    """Return the settings of the run whose checkpoint, of a model or an adapter, the folder is; None for other folders."""
+    trainer = Path(folder).expanduser() / "trainer.json"
+    return merge_settings(Config(), read_json(trainer).get("config", {}), str(trainer)) if trainer.is_file() else None
 
 
 def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, config: Config, held_out: bool) -> None:
@@ -187,7 +195,7 @@ def _write_results(
     arguments: EvaluateArguments, corpus: Corpus, segments: np.ndarray, windows: EvalWindows, table: np.ndarray, masked: bool
 ) -> None:
     tokens = int(segments[-1] - segments[0])
-    result: dict[str, Any] = {"model": arguments.model.init_from, "text": corpus.source}
+    result: dict[str, Any] = {"model": arguments.model.init_from, "text": corpus.source, "context_length": windows.length}
     result |= summarize_scores(table, tokens, corpus.bytes_per_token * tokens, masked)
     if not math.isfinite(result["loss"]):
         raise NonFiniteError(f"the loss is {result['loss']}: weights in {arguments.model.init_from} are not finite")
@@ -197,6 +205,9 @@ def _write_results(
     write_durably(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
     for name, value in result.items():
         print(f"{name:<16}{value:.8g}" if isinstance(value, float) else f"{name:<16}{value}")
+    source = "the length that the run trained with" if read_run_config(result["model"]) else "the model's context length"
+    source = "--model.context-length" if arguments.model.context_length else source
+    print(f"windows         of {windows.length} tokens: {source}")
     print(f"written to      {folder / 'evaluation.json'}")
     if arguments.documents:
         lines = (json.dumps(row) + "\n" for row in score_documents(segments, windows, table))

@@ -44,9 +44,9 @@ def load_model(config: Config, world: Comm) -> PipelinedModel:
     return model
 
 
-def load_model_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
+def load_model_tokenizer(data: DataConfig, model: ModelConfig, needs_eos: bool = True) -> Tokenizer:
     """Return the tokenizer of a config from `config_from_folder`; raise ConfigError if its ids exceed the model's rows."""
-    tokenizer = tokenizer_from_spec(data.tokenizer)
+    tokenizer = tokenizer_from_spec(data.tokenizer, needs_eos)
     check_vocab_fits(tokenizer, model)
     return tokenizer
 

@@ -141,7 +141,7 @@ class Evaluation(Hook):
         stops = stops_early(run, event)
         if stops:
             run.model.sync_replicas()
-        is_wanted = is_due(event.done, every) or (every and saves_checkpoint(run, event) and not stops)
+        is_wanted = is_due(event.done, every) or (every and is_checkpoint_planned(run, event))
         if run.batches.eval_samples and is_wanted:
             run.recorder.enter("evaluation", event.done - 1)
             with run.recorder.span("evaluation"):
@@ -186,9 +186,14 @@ def stops_early(run: Run, event: StepEvent) -> bool:
 
 
 def saves_checkpoint(run: Run, event: StepEvent) -> bool:
-    """Return whether a checkpoint is saved: each checkpoint.every steps, before a stop, at the end, after a rewind."""
+    """Return whether a checkpoint is saved: as planned, or before a stop."""
+    return stops_early(run, event) or is_checkpoint_planned(run, event)
+
+
+def is_checkpoint_planned(run: Run, event: StepEvent) -> bool:
+    """Return whether a run that is not stopped saves, too: each checkpoint.every steps, at the end, after a rewind."""
     regular = is_due(event.done, run.config.checkpoint.every) and event.result.updated
-    return stops_early(run, event) or event.done == run.config.train.steps or event.rewound or regular
+    return event.done == run.config.train.steps or event.rewound or regular
 
 
 def check_replicas_equal(model: TrainModel, done: int) -> None:
