@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import time
 import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -153,16 +154,16 @@ def choose_device(setting: str, node: Comm) -> torch.device:
 
 def measure_peak_flops(hardware: Hardware, dtype: str) -> tuple[float | None, str]:
     """Return this rank's peak FLOP/s, or None if it is unknown, and its source: for a GPU the vendor's number, for a CPU the
-    best of a few matrix products, which all ranks of a node should time at once. The best one may have had cores that the
-    threads of other ranks use the rest of the time, so of these the rank's share counts."""
+    best of a few matrix products, which all ranks of a node should time at once. Seconds of cores are counted, not of the
+    clock, and the rank has its share of cores: with more ranks than cores, those of others do not count."""
     if hardware.device.type == "cuda":
         name = torch.cuda.get_device_name(hardware.device)
         known = next((peak for key, peak in GPU_PEAKS.items() if key in name), None) if dtype == "bfloat16" else None
         return known, "the vendor's number"
     a, out = torch.ones(2, PROBE_SIZE, PROBE_SIZE, dtype=getattr(torch, dtype))
-    fastest_s = min(timeit.repeat(lambda: torch.mm(a, a, out=out), number=1, repeat=5))
-    share = min(1.0, float(hardware.cores) / min(hardware.threads, len(_allowed_cores())))
-    return share * 2 * PROBE_SIZE**3 / fastest_s, f"a product of {PROBE_SIZE} x {PROBE_SIZE} matrices, measured at the start"
+    fastest_s = min(timeit.repeat(lambda: torch.mm(a, a, out=out), timer=time.process_time, number=1, repeat=5))
+    cores = min(hardware.threads, float(hardware.cores))
+    return cores * 2 * PROBE_SIZE**3 / fastest_s, f"a product of {PROBE_SIZE} x {PROBE_SIZE} matrices, measured at the start"
 
 
 def software_versions(world: Comm) -> dict[str, str]:
