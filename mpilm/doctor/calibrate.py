@@ -21,7 +21,7 @@ from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
 from mpilm.data.files import file_errors
 from mpilm.doctor.checks import CheckReport
-from mpilm.doctor.measure import Bench, measure_network, measure_rates, time_collective
+from mpilm.doctor.measure import BUDGET_S, Bench, measure_network, measure_rates, time_collective
 from mpilm.engine.hardware import cores_per_rank, detect_hardware, software_versions
 from mpilm.engine.step import train_step
 from mpilm.engine.train_model import TrainModel
@@ -82,7 +82,10 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
         with _threads(each.threads if ranks is bench or node.rank == 0 else 1):
             corrected.append(replace(each, training=_training_slowdown(ranks, profile, each)))
     profile = replace(profile, compute=tuple(corrected))
-    return replace(profile, step_s=_unexplained_s(bench, profile))
+    profile = replace(profile, step_s=_unexplained_s(bench, profile))
+    if max(comm.all_gather_json(bench.elapsed_s)) > BUDGET_S:
+        CheckReport(comm).warn("this took long: if other programs run here, calibrate again without them")
+    return profile
 
 
 @contextlib.contextmanager
