@@ -1,5 +1,6 @@
 """Hooks: what happens around a training step. trainer/loop.py states their order."""
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -143,10 +144,11 @@ class Evaluation(Hook):
             run.model.sync_replicas()
         is_wanted = is_due(event.done, every) or (every and is_checkpoint_planned(run, event))
         if run.batches.eval_samples and is_wanted:
+            began_s = time.perf_counter()
             run.recorder.enter("evaluation", event.done - 1)
             with run.recorder.span("evaluation"):
                 event.eval_loss = validation_loss(run.model, run.batches, run.config.run.eval_batches)
-            self.log.log_evaluation(event.done, event.eval_loss)
+            self.log.log_evaluation(event.done, event.eval_loss, time.perf_counter() - began_s)
 
 
 class Checkpointing(Hook):

@@ -32,7 +32,7 @@ class RunLog:
         self.live = LiveView(str(folder.path), run.config.train.steps, run.config.checkpoint.every)
         self.sinks: list[MetricsWriter | Tracker] = []
         self.eval_loss: float | None = None
-        self.step_s, self.save_s = 0.0, sum(run.model.memory_bytes().values()) / ASSUMED_WRITE_RATE
+        self.step_s, self.eval_s, self.save_s = 0.0, 0.0, sum(run.model.memory_bytes().values()) / ASSUMED_WRITE_RATE
 
         def open_files() -> Display:
             with writing(folder.path):
@@ -96,13 +96,13 @@ class RunLog:
         self.restart_clock(done)
 
     def next_step_s(self) -> float:
-        """Return the seconds that another step and a save will take, with a margin."""
-        return 2 * self.step_s + 1.5 * self.save_s
+        """Return the seconds that another step, an evaluation and a save will take, with a margin."""
+        return 2 * self.step_s + 1.5 * (self.eval_s + self.save_s)
 
-    def log_evaluation(self, done: int, loss: float) -> None:
+    def log_evaluation(self, done: int, loss: float, took_s: float) -> None:
         self.display.log_line(f"step {done}: evaluation loss {loss:.4f}")
         self._write({"step": done, "time": time.time(), "eval_loss": loss})
-        self.eval_loss = loss
+        self.eval_loss, self.eval_s = loss, took_s
         self.restart_clock(done)
 
     def log_line(self, text: str) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
@@ -34,6 +35,7 @@ from mpilm.launch.stop_request import BY_FILE, StopRequest
 from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.optimizer import learning_rate
+from mpilm.trainer import hooks
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
 
@@ -387,3 +389,12 @@ def test_stop_at_a_checkpoint_step_evaluates_as_a_run_that_is_not_stopped(tmp_pa
     train_to_end(override(config, train__steps=2, run__dir=str(tmp_path / "other")), 1)
     stopped, other = (json.loads((tmp_path / run / FIRST / "trainer.json").read_text()) for run in ("run", "other"))
     assert stopped["eval_loss"] == other["eval_loss"] != None  # noqa: E711
+
+
+def test_time_for_an_evaluation_is_kept_before_a_time_limit(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", run__eval_every=1, train__steps=3, **BATCH)
+    clock = mock.patch.object(hooks, "time", mock.Mock(perf_counter=mock.Mock(side_effect=count(0, 1000))))
+    with clock, mock.patch.object(StopRequest, "stop_reason", return_value=0) as asked:
+        train(config, SelfComm())
+    needed_s = [call.args[0] for call in asked.call_args_list]
+    assert needed_s[0] < 1000 < needed_s[1]
