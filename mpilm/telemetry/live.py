@@ -99,10 +99,11 @@ class LiveView:
 
     def describe_straggler(self) -> str:
         """Name the rank that computes longest; empty if it is not clearly slower than most in all of the last rows."""
-        steps, rows = zip(*self._compute_s) if self._compute_s else ((), [[0.0]])
+        if not self._compute_s:
+            return ""
+        steps, rows = zip(*self._compute_s)
         compute_s = np.array(rows)  # (rows, ranks)
-        is_slow = find_slow_ranks(steps, compute_s)[1]
-        if not is_slow.any():
+        if not (is_slow := find_slow_ranks(steps, compute_s)[1]).any():
             return ""
         mean_s = compute_s.mean(axis=0)
         rank, others = int(np.argmax(mean_s * is_slow)), "the other rank" if len(mean_s) == 2 else "most"

@@ -152,7 +152,7 @@ def test_train_damaged_checkpoint_is_refused(made, tmp_path):
     file = tmp_path / "run" / "checkpoints" / "step-00000002" / "trainer.json"
     file.write_text(json.dumps({"step": 2}))
     message = error_of(*made, code=DATA)
-    assert f"no checkpoint in {tmp_path / 'run'} is complete" in message
+    assert f"no checkpoint in {tmp_path / 'run'} can be used" in message
     assert str(file) in message
 
 
