@@ -18,7 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ class Watchdog:
             last_tick = now
             self._note_movement(now)
             is_asked = self.table.header[REPORTED] or (self.links and self.links.is_report_requested)
-            problem = "another rank reports" if is_asked else self._find_problem(now)
-            if problem:
+            problem = "" if is_asked else self._find_problem(now)
+            if is_asked or problem:
                 try:
                     self._report_and_abort(problem)
                 finally:
@@ -192,51 +193,36 @@ class Watchdog:
     # The report.
 
     def _report_and_abort(self, problem: str) -> None:
-        """Report and end the job, if this rank is the first; otherwise write down what this rank does and wait for the end."""
+        """Report and end the job, if this rank is the first with a problem; otherwise write down what it does and wait."""
         self.recorder.is_aborting = True
         sys.stdout.flush()
-        folder = self._report_folder()
-        if not self._claims_report(folder):
-            self._take_snapshot(folder)
+        node_folder = (
+            self.table.path.with_suffix(".report") if self.table.path else None
+        )  # the run's is not known to all at once
+        run_folder = self.recorder.report_folder and self.recorder.report_folder / self.stamp
+        folders = [
+            folder for folder in (node_folder, run_folder) if folder is not None
+        ]  # ranks learn the run's at different times
+        if not problem or not all(_claim(folder) for folder in folders):
+            self._take_snapshot(folders)
             return time.sleep(4 * GRACE_S)
+        self.table.header[REPORTED] = 1
         if self.links is not None:
             self.links.request_reports()
-        self._print_report(problem, self._collect_snapshots(folder), folder)
+        snapshots = self._collect_snapshots(folders)
+        local = self.local if run_folder is None else range(self.world.size)
+        missing = [rank for rank in local if rank not in snapshots]
+        states = {rank: describe_process(self.pids[rank]) * (self.hosts[rank] == self.hosts[self.rank]) for rank in missing}
+        report = format_report(problem, snapshots, dict(enumerate(zip(self.hosts, self.pids))), states)
+        print(report + f"  details in {run_folder}" * (run_folder is not None), file=sys.stderr, flush=True)
+        if node_folder is not None:
+            shutil.rmtree(node_folder, ignore_errors=True)
         _ignore_crashes()
         if self.world.size > 1:
             self.world.abort(EXIT_CODE)
 
-    def _print_report(self, problem: str, snapshots: Mapping[int, Snapshot], folder: Path | None) -> None:
-        missing = [rank for rank in range(len(self.pids)) if rank not in snapshots]
-        states = {rank: describe_process(self.pids[rank]) * (self.hosts[rank] == self.hosts[self.rank]) for rank in missing}
-        report = format_report(problem, snapshots, dict(enumerate(zip(self.hosts, self.pids))), states)
-        print(report + f"  details in {folder}" * (self.recorder.report_folder is not None), file=sys.stderr, flush=True)
-        if self.recorder.report_folder is None and folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _report_folder(self) -> Path | None:
-        """Return the folder of the snapshots: in the run folder or, before it is known, one that this node sees."""
-        if self.recorder.report_folder is not None:
-            return self.recorder.report_folder / self.stamp
-        return self.table.path and self.table.path.with_suffix(".report")
-
-    def _claims_report(self, folder: Path | None) -> bool:
-        """Return whether no other rank has begun a report in this folder."""
-        is_first = not self.table.header[REPORTED]
-        self.table.header[REPORTED] = 1
-        if folder is None:
-            return True
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(folder / "reporter", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        except OSError:
-            return is_first
-        return True
-
-    def _take_snapshot(self, folder: Path | None) -> Snapshot:
-        """Return what this rank is doing, and write it into the folder."""
+    def _take_snapshot(self, folders: Sequence[Path]) -> Snapshot:
+        """Return what this rank is doing, and write it into the folders."""
         recorder, now, frames = self.recorder, time.monotonic(), sys._current_frames()
         call, since = recorder.waiting or (None, now)
         snapshot = {
@@ -254,22 +240,32 @@ class Watchdog:
                 if thread.ident in frames and thread.ident != threading.get_ident()
             },
         }
-        if folder is not None:
+        for folder in folders:
             path = folder / f"rank-{self.rank:04d}.json"
             with contextlib.suppress(OSError):
                 path.with_suffix(".tmp").write_text(json.dumps(snapshot, indent=1))
                 path.with_suffix(".tmp").rename(path)
         return snapshot
 
-    def _collect_snapshots(self, folder: Path | None) -> dict[int, Snapshot]:
+    def _collect_snapshots(self, folders: Sequence[Path]) -> dict[int, Snapshot]:
         """Return the snapshots, by rank, of this rank and of those that write theirs in time."""
-        snapshots, end = {self.rank: self._take_snapshot(folder)}, time.monotonic() + GRACE_S
-        while folder is not None and len(snapshots) < len(self.pids) and time.monotonic() < end:
+        snapshots, end = {self.rank: self._take_snapshot(folders)}, time.monotonic() + GRACE_S
+        while folders and len(snapshots) < len(self.pids) and time.monotonic() < end:
             time.sleep(0.1)
-            for rank in set(range(len(self.pids))) - set(snapshots):
+            for rank, folder in product(set(range(len(self.pids))) - set(snapshots), folders):
                 with contextlib.suppress(OSError):
                     snapshots[rank] = json.loads((folder / f"rank-{rank:04d}.json").read_text())
         return snapshots
+
+
+def _claim(folder: Path) -> bool:
+    """Create the folder of a report; return False if another rank has claimed it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(folder / "reporter", os.O_CREAT | os.O_EXCL))
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
+    return True
 
 
 def _ignore_crashes() -> None:

@@ -1,9 +1,12 @@
 """A rank that stops in any phase of a run: the job ends within the stated limit, and the report names the rank."""
 
 import re
+import sys
 import time
+from itertools import product
 
 import pytest
+from helpers import OTHER_PYTHON
 from training_jobs import slow_case, start_job, train_arguments
 
 EXIT_CODE, LIMIT_S, GRACE_S = 86, 3, 1
@@ -33,6 +36,7 @@ KINDS = {
     "stop": "no response; its process has been stopped",
     "hold": "no response; its process exists .* probably native code holds the interpreter lock",
     "sleep": "waits for no other rank",
+    "kill": "",  # the launcher ends the job
 }
 
 
@@ -45,32 +49,41 @@ def arguments(text, run):
 
 
 def cells():
+    """Yield phase, kind, ranks, the rank that stops, and the Python of an environment with its MPI library."""
     quick = {("start-up", "stop"), ("tokenizer training", "hold"), ("model building", "stop"), ("first evaluation", "sleep"),
              ("first save", "hold"), ("leaving", "stop")}  # fmt: skip
-    for phase in PHASES:
-        for kind in KINDS:
-            if phase != "start-up" or kind == "stop":
-                yield (phase, kind, 2, 1) if (phase, kind) in quick else slow_case(phase, kind, 2, 1)
-                yield slow_case(phase, kind, 4, 2)
-                yield slow_case(phase, kind, 2, 0)
+    for phase, kind in product(PHASES, KINDS):
+        if phase != "start-up" or kind in ("stop", "kill"):
+            yield (
+                (phase, kind, 2, 1, sys.executable) if (phase, kind) in quick else slow_case(phase, kind, 2, 1, sys.executable)
+            )
+            yield slow_case(phase, kind, 4, 2, sys.executable)
+            yield slow_case(phase, kind, 2, 0, sys.executable)
+            yield slow_case(phase, kind, 2, 1, OTHER_PYTHON)
+            yield slow_case(phase, kind, 4, 0, OTHER_PYTHON)
 
 
-@pytest.mark.parametrize(("phase", "kind", "ranks", "rank"), cells())
-def test_rank_that_stands_still_is_named(tmp_path, text, phase, kind, ranks, rank):
+@pytest.mark.parametrize(("phase", "kind", "ranks", "rank", "python"), cells())
+def test_rank_that_stands_still_is_named(tmp_path, text, phase, kind, ranks, rank, python):
     if phase in ("tokenizer training", "report") and rank:
         rank = 0  # which alone does it
     fault = f"kind={kind} rank={rank} value={10**6 * (kind == 'sleep')} {PHASES[phase]}"
-    with start_job(ranks, arguments(text, tmp_path / "run"), tmp_path, MPILM_FAULT=fault, MPILM_CACHE=str(tmp_path)) as job:
-        job.wait_until(lambda: "fault: " in job.output)
+    variables = {"MPILM_FAULT": fault, "MPILM_CACHE": str(tmp_path)}
+    with start_job(ranks, arguments(text, tmp_path / "run"), tmp_path, python=python, **variables) as job:
+        job.wait_until(lambda: "fault: " in job.output or job.process.poll() is not None)
         fired = time.monotonic()
         code = job.wait(40)
         took_s = time.monotonic() - fired
+    assert "fault: " in job.output
+    assert took_s < LIMIT_S + 12, job.output  # 5 s, and what the processes need to exit
+    if kind == "kill":
+        assert code != 0
+        return
     killed = phase == "start-up" and code in (
         9,
         137,
     )  # MPI starts with the interpreter lock held: the rank cannot exit by itself
     assert killed or code == EXIT_CODE or f"({EXIT_CODE})" in job.output, f"{code}\n{job.output}"
-    assert took_s < LIMIT_S + 12, job.output  # 5 s, and what the processes need to exit
     assert job.output.count("mpilm: watchdog:") == 1, job.output
     assert re.search(rf"  rank {rank} on \S+ \(process \d+\): {KINDS[kind]}", job.output), job.output
     verdict = f"The others wait for rank {rank}." if kind == "sleep" else f"Missing: rank {rank}."
@@ -79,7 +92,10 @@ def test_rank_that_stands_still_is_named(tmp_path, text, phase, kind, ranks, ran
 
 @pytest.mark.parametrize(
     ("seconds", "points"),
-    [(4, ("load", "eval", "checkpoint.write", "sample")), slow_case(600, ("prepare",)), slow_case(600, ("checkpoint.write",))],
+    [
+        (4, ("load", "eval", "checkpoint.write", "sample")),
+        *(slow_case(600, (point,)) for point in ("prepare", "load", "eval", "checkpoint.write", "sample")),
+    ],
 )
 def test_rank_that_works_slowly_is_waited_for(tmp_path, text, seconds, points):
     fault = ";".join(f"kind=slow rank=1 value={seconds} point={point}" for point in points)
