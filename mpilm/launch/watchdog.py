@@ -196,9 +196,7 @@ class Watchdog:
         """Report and end the job, if this rank is the first with a problem; otherwise write down what it does and wait."""
         self.recorder.is_aborting = True
         sys.stdout.flush()
-        node_folder = (
-            self.table.path.with_suffix(".report") if self.table.path else None
-        )  # the run's is not known to all at once
+        node_folder = self.table.path.with_suffix(".report") if self.table.path else None
         run_folder = self.recorder.report_folder and self.recorder.report_folder / self.stamp
         folders = [
             folder for folder in (node_folder, run_folder) if folder is not None

@@ -39,6 +39,8 @@ KINDS = {
     "kill": "",  # the launcher ends the job
 }
 
+SLOW_POINTS = ("load", "eval", "checkpoint.write", "sample")
+
 
 def arguments(text, run):
     line = train_arguments(
