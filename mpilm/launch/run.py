@@ -41,7 +41,7 @@ def run(parse: Callable[[], Body]) -> NoReturn:
         install_faults(os.environ[FAULT_VARIABLE], launcher_rank())
     recorder, outcome = FlightRecorder(), _parse_or_stop(parse)
     recorder.step_timeout_s = getattr(outcome[0], "step_timeout_s", 0.0)
-    with watch_start(launcher_rank(), recorder.step_timeout_s or MIN_LIMIT_S):
+    with watch_start(launcher_rank(), launcher_world_size() or 1, recorder.step_timeout_s or MIN_LIMIT_S):
         comm = InstrumentedComm(connect_world(), recorder=recorder)
         watchdog = Watchdog(recorder, comm)
     faulthandler.cancel_dump_traceback_later()
