@@ -52,14 +52,16 @@ class CheckpointState:
     shapes: Mapping[str, Mapping[str, TensorShape]]  # global, of the whole model
     slices: Mapping[str, Mapping[ParamSlice, Tensor]]  # of this rank; flat, contiguous, float32, on any device
     shard_owners: ShardOwners  # the same on all ranks; ranges cover a parameter in order, each owner has a slice with all of it
+    check: Callable[[], None] = lambda: None  # collective; raises CollectiveError if the slices hold wrong values
 
 
 class PendingCheckpoint:
     """A checkpoint being saved below `parent`, a folder that all ranks see.
 
     The constructor copies the state into `buffers`, a thread writes it without messages to other ranks, and `poll` or
-    `finalize` commits it. Without `buffers`, the constructor writes block by block, with neither copies nor a thread. All three
-    are collective and raise CollectiveError on all ranks. An existing checkpoint is never overwritten.
+    `finalize` commits it. Without `buffers`, the constructor writes block by block, with neither copies nor a thread. Then it
+    checks the state. All three are collective and raise CollectiveError on all ranks. An existing checkpoint is never
+    overwritten.
     """
 
     def __init__(self, parent: Path, step: int, state: CheckpointState, comm: Comm, buffers: WriteBuffers | None = None):
@@ -79,6 +81,11 @@ class PendingCheckpoint:
         else:
             with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
                 self._run(partial(self._write, blocks, hasher))
+        try:
+            state.check()  # after the copy: memory that is right now was right then
+        except CollectiveError:
+            self._discard()
+            raise
 
     def poll(self) -> bool:
         """Wait for this rank's writing and take the next step: start the commit on rank 0, or see that it has succeeded. Return
@@ -86,8 +93,7 @@ class PendingCheckpoint:
         try:
             run_on_all_ranks(self.comm, self.work.result)
         except CollectiveError:
-            if self.comm.rank == 0:  # a partial checkpoint would only take the space that the next one needs
-                shutil.rmtree(self._folder_writer.folder, ignore_errors=True)
+            self._discard()  # a partial checkpoint would only take the space that the next one needs
             raise
         if self._committing:
             return True
@@ -96,6 +102,13 @@ class PendingCheckpoint:
             self._start_thread(self._commit)
         self._committing = True
         return False
+
+    def _discard(self) -> None:
+        """Wait until no rank is writing, and remove the folder. Collective."""
+        self.work.exception()
+        self.comm.barrier()
+        if self.comm.rank == 0:
+            shutil.rmtree(self._folder_writer.folder, ignore_errors=True)
 
     def finalize(self) -> Path:
         """Wait until the checkpoint is complete, and return its folder."""

@@ -207,7 +207,7 @@ class FaultConfig:
     """Fault detection and recovery."""
 
     max_bad_steps: NonNegativeInt = 10  # Steps with a non-finite loss or gradient, or a spike, to skip before exit code 87.
-    check_every: NonNegativeInt = 50  # Steps between checks for equal weights and equal calls on all ranks; 0: only one.
+    check_every: NonNegativeInt = 50  # Steps between checks for equal calls and moments on all ranks; 0: only one.
     elastic: bool = False  # Continue within a step on the ranks that survive a failure; needs Open MPI, --with-ft ulfm.
     # Seconds that a step may take, or a rank may do nothing elsewhere, before the job ends with code 86 and reports which rank
     # waits for which; 0: 60 for a rank that does not respond, 20 times the longest phase of its kind for one that does nothing.

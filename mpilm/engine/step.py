@@ -12,6 +12,7 @@ from torch import Tensor
 from mpilm.comm.base import Comm
 from mpilm.data.batch import Batch, Batches
 from mpilm.engine.pipelined import PipelinedModel
+from mpilm.engine.state_check import check_state, state_mismatch
 from mpilm.engine.train_model import TrainModel
 from mpilm.optim.optimizer import learning_rate
 
@@ -30,6 +31,7 @@ class StepFlags(NamedTuple):
 
     stop_reason: int = 0  # agreed: the highest (launch/stop_request.py; 0: none), below STOP_REASON_COUNT
     checkpoint_pending: bool = False  # agreed: whether any rank is still writing a checkpoint
+    state_mismatch: float = 0.0  # agreed: the sum; 0 unless bits are wrong (engine/state_check.py)
 
 
 NO_FLAGS = StepFlags()
@@ -70,7 +72,11 @@ def forward_backward(
     model.forward_backward(step, partial(source.training_batch, step), tokens)
     with recorder.span("compute"):  # waits for a GPU
         losses = {m: float(loss) for m, loss in model.results().items()}
+    with recorder.span("optimizer"):
+        flags = flags._replace(state_mismatch=state_mismatch(model, step))
     loss, flags = reduce_loss_and_flags(losses, model.microbatch_count, model.mesh.world, flags)
+    if flags.state_mismatch:  # before wrong weights are updated
+        check_state(model, step)
     with recorder.span("optimizer"):
         return loss / tokens, model.gradient_norm(), flags
 
@@ -104,13 +110,13 @@ def reduce_loss_and_flags(
 ) -> tuple[float, StepFlags]:
     """Return the total loss and the agreed flags, in a single all-reduce. Collective.
 
-    The vector holds the loss of each microbatch, a one-hot stop reason, and whether a checkpoint is pending. Each loss comes
-    from one rank and meets only zeros, so the sum is exact.
+    The vector holds the loss of each microbatch, a one-hot stop reason, whether a checkpoint is pending, and the state
+    mismatch. Each loss comes from one rank and meets only zeros, so the sum is exact.
     """
-    packed = torch.zeros(total + STOP_REASON_COUNT + 1, dtype=torch.float64, device="cpu")
+    packed = torch.zeros(total + STOP_REASON_COUNT + 2, dtype=torch.float64, device="cpu")
     for microbatch, loss in losses.items():
         packed[microbatch] = float(loss)
     packed[total + flags.stop_reason] = 1.0
-    packed[-1] = flags.checkpoint_pending
+    packed[-2], packed[-1] = flags.checkpoint_pending, flags.state_mismatch
     comm.all_reduce(packed)
-    return sum(packed[:total].tolist()), StepFlags(int(packed[total:-1].nonzero().max()), bool(packed[-1]))
+    return sum(packed[:total].tolist()), StepFlags(int(packed[total:-2].nonzero().max()), bool(packed[-2]), float(packed[-1]))

@@ -18,6 +18,7 @@ from mpilm.mesh.mesh import Mesh
 from mpilm.ops.tree import Interval, block_of_rank
 from mpilm.optim.norm import compile_row_sum, global_norm
 from mpilm.optim.optimizer import Optimizer, moment_shapes
+from mpilm.parallel.digests import StateDigests
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_stage, select_trained
@@ -60,6 +61,9 @@ class TrainModel(PipelinedModel):
             self.microbatch_ids = range(self.data.rank, self.microbatch_count, self.data.size)
         diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
         self.optimizer = Optimizer(self.flats, config.train, diloco)
+        self.replicates_moments = self.zero == 0 and not self.is_local_sgd and self.reduce_comm.size > 1
+        # Replicas compare the moments that they share; a digest of their own would cost more than that of the weights.
+        self.digests = StateDigests(self.flat_parameters, {} if self.replicates_moments else self.optimizer.state_slices())
         owned = {layout.name: layout for layout in select_owned(select_trained(self.layouts))}
         self.moment_shapes = moment_shapes(config.train.optimizer, owned, self.is_local_sgd)  # global, by name and parameter
         actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatch_count(config, mesh.shape))
@@ -69,6 +73,10 @@ class TrainModel(PipelinedModel):
         """Return whether all replicas have the same weights after `done` steps."""
         diloco = self.optimizer.diloco
         return diloco is None or diloco.is_due(done, self.config.train.steps)
+
+    def all_gather_parameters(self) -> None:
+        with self.digests.recording():
+            super().all_gather_parameters()
 
     def sync_replicas(self) -> None:
         """Synchronize replicas that train independently. Collective over the mesh."""

@@ -3,15 +3,12 @@
 import time
 from dataclasses import dataclass
 
-import torch
-
 from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.flight_recorder import Span
+from mpilm.engine.state_check import check_state
 from mpilm.engine.step import StepResult, validation_loss
-from mpilm.engine.train_model import TrainModel
-from mpilm.errors import PreemptedError, RanksDisagreeError
-from mpilm.formatting import name_ranks
+from mpilm.errors import PreemptedError
 from mpilm.launch.stop_request import STOP_REASONS
 from mpilm.telemetry.trace import Trace
 from mpilm.trainer.log import RunLog
@@ -120,7 +117,7 @@ class ConsistencyCheck(Hook):
     def after_step(self, event: StepEvent) -> None:
         self.run.mesh.check_calls(False)
         if self.pending and self.run.model.are_replicas_in_sync(event.done):
-            check_replicas_equal(self.run.model, event.done)
+            check_state(self.run.model, event.done)
             self.pending = False
 
 
@@ -196,42 +193,3 @@ def is_checkpoint_planned(run: Run, event: StepEvent) -> bool:
     """Return whether a run that is not stopped saves, too: each checkpoint.every steps, at the end, after a rewind."""
     regular = is_due(event.done, run.config.checkpoint.every) and event.result.updated
     return event.done == run.config.train.steps or event.rewound or regular
-
-
-def check_replicas_equal(model: TrainModel, done: int) -> None:
-    """Compare a checksum of every parameter that replicas hold in full. Collective over the mesh.
-
-    Raises RanksDisagreeError on all ranks, naming the first parameter that differs, and the ranks.
-    """
-    differing = _differing_parameters(model) if model.zero < 3 else []
-    everyone = [(rank, *item) for rank, items in enumerate(model.mesh.world.all_gather_json(differing)) for item in items]
-    if everyone:
-        _, name, replicas = everyone[0]
-        names = {other for _, other, _ in everyone}
-        ranks = [rank for rank, other, _ in everyone if other == name]
-        odd = f"{name_ranks(ranks)} differ{'s' * (len(ranks) == 1)} from most" if replicas > 2 else "the two differ"
-        more = f", and {len(names) - 1} more parameters" if len(names) > 1 else ""
-        problem = f"{name}{more} should be the same on all {replicas} replicas, but {odd}"
-        cause = "a processor or its memory may be failing"
-        advice = "The newest checkpoint may hold wrong values; resume from an older one without that host"
-        raise CollectiveError(RanksDisagreeError(f"after step {done}: {problem}: {cause}. {advice}"))
-
-
-def _differing_parameters(model: TrainModel) -> list[tuple[str, int]]:
-    """Return the parameters whose bits differ from those of most replicas, and the number of replicas. Collective."""
-    by_axes: dict[tuple[str, ...], list[tuple[str, torch.Tensor]]] = {}
-    for flat in model.flats.values():
-        for name, (_, layout) in flat.layout.spans.items():
-            if layout.tied_to is None:
-                bits = flat.parameter(name).view(-1).view(torch.int32).sum(dtype=torch.int64).cpu()
-                by_axes.setdefault(layout.replica_axes, []).append((name, bits))
-    differing: list[tuple[str, int]] = []
-    for axes, items in by_axes.items():
-        comm = model.mesh.comm(*axes)
-        if comm.size > 1:
-            own = torch.stack([bits for _, bits in items])
-            everyone = torch.empty(comm.size, len(items), dtype=torch.int64)
-            comm.all_gather(own, everyone)
-            equal = (own == everyone.mode(dim=0).values).tolist()
-            differing += [(name, comm.size) for (name, _), same in zip(items, equal) if not same]
-    return differing

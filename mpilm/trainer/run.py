@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from mpilm.checkpoint.format import PARAMETER
 from mpilm.checkpoint.save import CheckpointState
@@ -10,6 +11,7 @@ from mpilm.config.schema import Config, to_dict
 from mpilm.data.batch import Batches
 from mpilm.data.training_data import TrainingData
 from mpilm.engine.hardware import Hardware, numerics_environment
+from mpilm.engine.state_check import check_state
 from mpilm.engine.train_model import TrainModel
 from mpilm.launch.stop_request import StopRequest
 from mpilm.mesh.mesh import Mesh
@@ -59,6 +61,7 @@ def collect_state(run: Run, step: int, eval_loss: float | None) -> CheckpointSta
         "tokens": step * run.batches.step_tokens,
         "seed": config.train.seed,
         "eval_loss": eval_loss,
+        "checked": True,  # by `check`, without which nothing is saved
         **run.bad_steps.state_dict(),
         "content": dict(run.content),
         "layout": dict(zip(AXES, run.mesh.shape.sizes)),
@@ -73,4 +76,5 @@ def collect_state(run: Run, step: int, eval_loss: float | None) -> CheckpointSta
         shapes={PARAMETER: model.shapes, **model.moment_shapes},
         slices={PARAMETER: model.owned_slices(), **model.optimizer.state_slices()},
         shard_owners=model.shard_owners,
+        check=partial(check_state, model, step),
     )

@@ -139,10 +139,10 @@ def guards_worker(args: argparse.Namespace) -> None:
     from unittest import mock
 
     from mpilm.comm.mpi import mpi_world
+    from mpilm.engine.state_check import check_state
     from mpilm.engine.step import train_step
     from mpilm.launch.watchdog import Watchdog
     from mpilm.trainer import build
-    from mpilm.trainer.hooks import check_replicas_equal
 
     comm = mpi_world()
     run = build.build_run(make_config(f"{args.folder}/guarded", args.preset, train__threads=1), comm)
@@ -155,7 +155,7 @@ def guards_worker(args: argparse.Namespace) -> None:
         train_step(run.model, run.batches, step)
         run.mesh.check_calls(False)
         if checks:
-            check_replicas_equal(run.model, step + 1)
+            check_state(run.model, step + 1)
 
     with mock.patch.object(build, "InstrumentedComm", lambda inner, *_: inner):
         bare = mpilm_side(make_config(f"{args.folder}/bare", args.preset, train__threads=1), comm)

@@ -8,8 +8,9 @@ from torch import nn
 
 from mpilm.engine.pipelined import resolve_model_layouts
 from mpilm.model.families import build_model
+from mpilm.parallel.digests import bit_words, read_sums, sum_words
 from mpilm.parallel.flat import FlatParameters, FlatVector
-from mpilm.parallel.flat_layout import ALIGNMENT, intersect_intervals
+from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice, intersect_intervals
 from mpilm.parallel.layout import resolve_layouts, select_stage
 
 SHAPES = {"embed": (5, 3), "norm": (3,), "mlp": (7, 3), "head": (5, 3)}
@@ -122,3 +123,16 @@ def test_stages_of_a_model_hold_all_its_parameters():
     stages = [FlatParameters(select_stage(table, stage), CPU) for stage in range(2)]
     assert [len(flat.layout.spans) for flat in stages] == [1 + 2 * 9, 9 + 2]
     assert {name for flat in stages for name in flat.layout.spans} == table.keys()
+
+
+@pytest.mark.parametrize("numel", [1, 2, 5])
+def test_digest_changes_with_every_bit_and_is_the_sum_of_those_of_parts(numel):
+    def digest(x):
+        return sum(read_sums(sum_words(bit_words({ParamSlice("x", 0, len(x)): x})))) % 2**64
+
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    assert digest(x) == sum(map(digest, x.split(2))) % 2**64
+    for bit in range(32 * numel):
+        altered = x.clone()
+        altered.view(torch.int32)[bit // 32] ^= (1 << bit % 32) - (2**32 if bit % 32 == 31 else 0)
+        assert digest(altered) != digest(x)

@@ -417,6 +417,13 @@ def test_prune_keeps_the_newest_and_the_best(parent, keep, best, left):
     assert not list(parent.glob(f"{TEMPORARY}removing*"))
 
 
+def test_prune_keeps_the_newest_whose_state_was_checked(parent):
+    for step in (1, 2):
+        (parent / checkpoint_name(step) / "trainer.json").write_text(json.dumps({"checked": True}))
+    prune_checkpoints(parent, 1, False)
+    assert list_steps(parent) == [2, 5]
+
+
 def test_remove_leftovers_removes_nothing_else(parent):
     remove_leftovers(parent)
     assert not list(parent.glob(f"{TEMPORARY}*"))
