@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
+import socket
 import threading
 import time
 from collections import defaultdict, deque
@@ -29,8 +30,9 @@ from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_
 from mpilm.config.schema import ModelConfig
 from mpilm.data.chat import ChatTemplate
 from mpilm.data.tokenizer import Tokenizer
-from mpilm.errors import FileError
+from mpilm.errors import FileError, RanksDisagreeError
 from mpilm.model.hf.config import ADAPTER_CONFIG, hf_adapter_config, hf_config
+from mpilm.parallel.digests import CAUSE, sum_bits
 from mpilm.parallel.flat_layout import ParamSlice
 
 TAG = 5  # one tag is enough: two ranks send and receive their messages in the order of blocks
@@ -72,12 +74,15 @@ class PendingCheckpoint:
         self._files = plan_files(state.model, state.shapes)
         self._digests = torch.zeros(sum(count_blocks(file.nbytes) for file in self._files), 32, dtype=torch.uint8)
         self._committing = False
+        self._copied: dict[int, int] = {}  # sums of the bits of the copies in `buffers`, by block
         nbytes = sum(file.nbytes for file in self._files)
         run_on_root(comm, lambda: _make_folder(self.final, self._folder_writer.folder, nbytes))
         plan = plan_blocks(self._files, state.shard_owners, comm.size)
         blocks = assemble_blocks(plan, LocalState(state.slices, self._files), comm, buffers)
         if buffers is not None:
-            self._start_thread(partial(self._write, list(blocks)))
+            copies = list(blocks)
+            self._copied = {block.number: _sum_words(data) for block, data in copies}
+            self._start_thread(partial(self._write, copies))
         else:
             with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
                 self._run(partial(self._write, blocks, hasher))
@@ -138,7 +143,8 @@ class PendingCheckpoint:
 
     def _write(self, blocks: Iterable[AssembledBlock], hasher: ThreadPoolExecutor | None = None) -> None:
         """Write and hash this rank's blocks and, on rank 0, the metadata. `hasher` hashes a block while it is written."""
-        waited_s, failure = _scheduler_wait_s(), None
+        waited_s = _scheduler_wait_s()
+        failure: OSError | RanksDisagreeError | None = None
         with contextlib.closing(FileBlockWriter(self._folder_writer.folder)) as writer:
             for block, data in blocks:  # to the end even after a failure, because other ranks send to this one
                 digest = hasher and hasher.submit(sha256_tensor, data)
@@ -148,6 +154,9 @@ class PendingCheckpoint:
                 except OSError as error:
                     failure = error
                 self._digests[block.number] = digest.result() if digest else sha256_tensor(data)
+                if self._copied.get(block.number) not in (None, _sum_words(data)):
+                    problem = f"{self.final / block.file.name}: its copy in memory changed before it was written"
+                    failure = RanksDisagreeError(f"{problem}: {CAUSE}; {UNCHANGED} (on {socket.gethostname()})")
         if failure is not None:
             raise failure
         if self.comm.rank == 0:
@@ -158,6 +167,10 @@ class PendingCheckpoint:
         for file, rows in zip(self._files, self._digests.split([count_blocks(file.nbytes) for file in self._files])):
             self._folder_writer.entries[file.name] = manifest_entry(file.nbytes, rows.numpy().tobytes())
         self._folder_writer.commit(self.final)
+
+
+def _sum_words(data: Tensor) -> int:
+    return int(*sum_bits([data[: data.numel() // 4 * 4]]))
 
 
 def _scheduler_wait_s() -> float:

@@ -10,10 +10,9 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.engine.train_model import TrainModel
 from mpilm.errors import RanksDisagreeError
 from mpilm.formatting import name_ranks
-from mpilm.parallel.digests import bit_words, read_sums, sum_words
+from mpilm.parallel.digests import CAUSE, read_sums, sum_bits
 
-PRIME = 2**32 - 5  # digests that differ in one bit differ modulo it too
-CAUSE = "a processor or its memory may be failing"
+MODULUS = 2**32  # of digests
 ADVICE = "Nothing of this is saved; the same command, best without that host, resumes from the newest checkpoint"
 
 
@@ -25,12 +24,8 @@ def state_mismatch(model: TrainModel, done: int) -> float:
         return math.inf
     if model.zero == 3 or not model.are_replicas_in_sync(done):
         return 0.0
-    of_weights = _reduce(sum(digests[: len(model.digests.weight_names)]))
+    of_weights = sum(digests[: len(model.digests.weight_names)]) % MODULUS
     return float(of_weights * (comm.size - 1 if comm.rank == 0 else -1))  # an integer, exact below 2**53
-
-
-def _reduce(digest: int) -> int:
-    return digest % 2**64 % PRIME
 
 
 def check_state(model: TrainModel, done: int) -> None:
@@ -57,8 +52,8 @@ def _find_changed(model: TrainModel) -> list[tuple[str, str]]:
 
 
 def _name_bit(difference: int) -> str:
-    size = min(difference % 2**64, -difference % 2**64)
-    return f" (bit {(size.bit_length() - 1) % 32} of an element)" if size & (size - 1) == 0 else ""
+    size = min(difference % MODULUS, -difference % MODULUS)
+    return f" (bit {size.bit_length() - 1} of an element)" if size & (size - 1) == 0 else ""
 
 
 def _find_differing(model: TrainModel, done: int) -> list[tuple[str, str]]:
@@ -70,15 +65,15 @@ def _find_differing(model: TrainModel, done: int) -> list[tuple[str, str]]:
         totals[model.layouts[name].replica_axes][name] += digest
     if model.replicates_moments:
         for kind, slices in model.optimizer.state_slices().items():
-            words = bit_words(slices)
-            for (name, _), digest in zip(words, read_sums(sum_words(words))):
-                totals[model.layouts[name].replica_axes][f"{name} ({kind})"] += digest
+            for item, digest in zip(slices, read_sums(sum_bits(slices.values()))):
+                totals[model.layouts[item.name].replica_axes][f"{item.name} ({kind})"] += digest
     differing: list[tuple[str, str]] = []
     for axes in sorted(totals):  # in the same order on all ranks
         items = dict(sorted(totals[axes].items()))
         comm = model.mesh.comm(*axes)
         if comm.size > 1:
-            own, everyone = torch.tensor([*map(_reduce, items.values())]), torch.empty(comm.size, len(items), dtype=torch.int64)
+            own = torch.tensor([digest % MODULUS for digest in items.values()])
+            everyone = torch.empty(comm.size, len(items), dtype=torch.int64)
             comm.all_gather(own, everyone)
             others = everyone.mode(dim=0).values if comm.size > 2 else everyone[1 - comm.rank]
             most = f"most of the {comm.size} replicas" if comm.size > 2 else "the other replica"

@@ -1,7 +1,7 @@
 """Digests of the state in memory. Only updates change it: other changes are a sign of failing memory."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -10,26 +10,18 @@ from torch import Tensor
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals
 
-NamedWords = list[tuple[str, Tensor]]  # parameter, a view of its float32 values as integers
+CAUSE = "a processor or its memory may be failing"
+NamedTensors = list[tuple[str, Tensor]]
 
 
-def bit_words(slices: Mapping[ParamSlice, Tensor]) -> NamedWords:
-    """Return views of float32 slices as 64-bit integers, and of the last element of an odd number as one of 32 bits."""
-    found: NamedWords = []
-    for item, x in slices.items():
-        even = x.numel() - x.numel() % 2
-        found += [(item.name, words) for words in (x[:even].view(torch.int64), x[even:].view(torch.int32)) if words.numel()]
-    return found
+def sum_bits(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the sum of each tensor's 32-bit words modulo 2**32. It changes with each single bit, and is as fast as memory."""
+    return [x.view(torch.int32).sum(dtype=torch.int32) for x in tensors]
 
 
-def sum_words(parts: NamedWords) -> list[Tensor]:
-    """Return the sum of the integers of each part modulo 2**64. It changes with every single bit."""
-    return [words.sum(dtype=torch.int64) for _, words in parts]
-
-
-def read_sums(sums: Sequence[Tensor]) -> list[int]:
+def read_sums(sums: list[Tensor]) -> list[int]:
     """Return the values of sums, which may be on a device."""
-    return torch.stack(list(sums)).tolist() if sums else []
+    return torch.stack(sums).tolist() if sums else []
 
 
 class StateDigests:
@@ -37,17 +29,18 @@ class StateDigests:
     they were written."""
 
     def __init__(self, flats: Iterable[FlatParameters], moments: Mapping[str, Mapping[ParamSlice, Tensor]]):
-        self.owned, self.received = NamedWords(), NamedWords()  # weights updated here, and those that other ranks update
+        self.owned, self.received = NamedTensors(), NamedTensors()  # weights updated here, and those that other ranks update
         for flat in flats:
             edges = [0, *chain.from_iterable(flat.owned), flat.layout.numel]
             others = [(start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop]
             received = flat.layout.param_slices(intersect_intervals(others, flat.values.intervals))
-            self.owned += bit_words(flat.owned_slices(flat.values))
-            self.received += bit_words({item: flat.values.view(at, at + item.numel) for item, at in received.items()})
-        self.moments = [(f"{name} ({kind})", x) for kind, slices in moments.items() for name, x in bit_words(slices)]
-        self.weight_names = [name for name, _ in (*self.owned, *self.received)]
-        self.names = [*self.weight_names, *(name for name, _ in self.moments)]
-        self._recorded = sum_words([*self.owned, *self.received, *self.moments])
+            self.owned += [(item.name, x) for item, x in flat.owned_slices(flat.values).items()]
+            self.received += [(item.name, flat.values.view(at, at + item.numel)) for item, at in received.items()]
+        self.moments = [(f"{item.name} ({kind})", x) for kind, slices in moments.items() for item, x in slices.items()]
+        self._parts = [*self.owned, *self.received, *self.moments]
+        self.names = [name for name, _ in self._parts]
+        self.weight_names = self.names[: len(self.owned) + len(self.received)]
+        self._recorded = _sums(self._parts)
 
     @property
     def recorded(self) -> list[int]:
@@ -56,11 +49,15 @@ class StateDigests:
 
     def measure(self) -> list[int]:
         """Return the digests of what memory holds now, one for each of `names`."""
-        return read_sums(sum_words([*self.owned, *self.received, *self.moments]))
+        return read_sums(_sums(self._parts))
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record digests of what this rank has updated, before other ranks receive it, and then of what it has received."""
-        owned, moments = sum_words(self.owned), sum_words(self.moments)
+        owned, moments = _sums(self.owned), _sums(self.moments)
         yield
-        self._recorded = [*owned, *sum_words(self.received), *moments]
+        self._recorded = [*owned, *_sums(self.received), *moments]
+
+
+def _sums(items: NamedTensors) -> list[Tensor]:
+    return sum_bits(x for _, x in items)

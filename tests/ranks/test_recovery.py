@@ -229,8 +229,8 @@ def flipped_weight(owner, method, rank, part, after=False):
         return result
 
     def flip(model):
-        name, words = getattr(model.digests, part)[0]
-        words[:1].bitwise_xor_(1 << 30)
+        name, values = getattr(model.digests, part)[0]
+        values[:1].view(torch.int32).bitwise_xor_(1 << 30)
         names.append(name)
 
     names, original = [], getattr(owner, method)
