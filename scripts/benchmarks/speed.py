@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -142,6 +143,7 @@ def guards_worker(args: argparse.Namespace) -> None:
     from mpilm.engine.state_check import check_state
     from mpilm.engine.step import train_step
     from mpilm.launch.watchdog import Watchdog
+    from mpilm.parallel.digests import StateDigests
     from mpilm.trainer import build
 
     comm = mpi_world()
@@ -159,7 +161,15 @@ def guards_worker(args: argparse.Namespace) -> None:
 
     with mock.patch.object(build, "InstrumentedComm", lambda inner, *_: inner):
         bare = mpilm_side(make_config(f"{args.folder}/bare", args.preset, train__threads=1), comm)
-    times, void = time_sides({"guarded": guarded, "without": bare}, args.rounds, comm)
+
+    def without(step: int) -> None:
+        with (
+            mock.patch("mpilm.engine.step.state_mismatch", return_value=0.0),
+            mock.patch.object(StateDigests, "recording", return_value=contextlib.nullcontext()),
+        ):
+            bare(step)
+
+    times, void = time_sides({"guarded": guarded, "without": without}, args.rounds, comm)
     watchdog.close()
     if comm.rank == 0:
         print_report(
