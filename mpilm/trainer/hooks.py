@@ -102,9 +102,9 @@ class InMemoryCheckpointing(Hook):
 
 
 class ConsistencyCheck(Hook):
-    """Compares calls of ranks, and weights of replicas once in sync: in the first step and every fault.check-every steps.
+    """Compares calls of ranks, and replicas once in sync: in the first step and every fault.check-every steps.
 
-    Weights that differ are a sign of silent data corruption.
+    Replicas that differ are a sign of silent data corruption.
     """
 
     pending = False  # replicas are still to be compared

@@ -301,8 +301,7 @@ def test_verify_names_the_file_with_a_flipped_bit_or_a_cut(checkpoint):
 @pytest.mark.parametrize("version", ["old", "new"])
 def test_verify_finds_every_flipped_bit_and_every_cut_of_the_manifest(checkpoint, version):
     """An old manifest, without a digest of its own, may let another file seem wrong."""
-    entries = read_manifest(checkpoint)
-    small = {name: entries[name] for name in ("config.json", "trainer.json")}  # each file is read again for each bit
+    small = {"trainer.json": read_manifest(checkpoint)["trainer.json"]}  # the file is read again for each bit
     manifest = {"format": 1, "files": small}
     content = dump_json(manifest if version == "old" else manifest | {"sha256": hash_manifest(manifest)}).encode()
     (checkpoint / MANIFEST).write_bytes(content)
@@ -310,8 +309,9 @@ def test_verify_finds_every_flipped_bit_and_every_cut_of_the_manifest(checkpoint
     flipped = (content[:i] + bytes([content[i] ^ 1 << bit]) + content[i + 1 :] for i in range(len(content)) for bit in range(8))
     for altered in (*flipped, *(content[:end] for end in range(len(content)))):
         (checkpoint / MANIFEST).write_bytes(altered)
-        with pytest.raises(UserError, match="" if version == "old" else rf"^{checkpoint / MANIFEST}\b"):
+        with pytest.raises(UserError) as caught:
             verify_checkpoint(checkpoint)
+        assert version == "old" or str(caught.value).startswith(str(checkpoint / MANIFEST))
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
