@@ -79,10 +79,10 @@ class PendingCheckpoint:
         run_on_root(comm, lambda: _make_folder(self.final, self._folder_writer.folder, nbytes))
         plan = plan_blocks(self._files, state.shard_owners, comm.size)
         blocks = assemble_blocks(plan, LocalState(state.slices, self._files), comm, buffers)
+        copies: list[AssembledBlock] = []
         if buffers is not None:
-            copies = list(blocks)
+            copies += blocks
             self._copied = {block.number: _sum_words(data) for block, data in copies}
-            self._start_thread(partial(self._write, copies))
         else:
             with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
                 self._run(partial(self._write, blocks, hasher))
@@ -91,6 +91,8 @@ class PendingCheckpoint:
         except CollectiveError:
             self._discard()
             raise
+        if buffers is not None:
+            self._start_thread(partial(self._write, copies))
 
     def poll(self) -> bool:
         """Wait for this rank's writing and take the next step: start the commit on rank 0, or see that it has succeeded. Return
@@ -109,9 +111,7 @@ class PendingCheckpoint:
         return False
 
     def _discard(self) -> None:
-        """Wait until no rank is writing, and remove the folder. Collective."""
-        self.work.exception()
-        self.comm.barrier()
+        """Remove the folder, in which no rank is writing any more."""
         if self.comm.rank == 0:
             shutil.rmtree(self._folder_writer.folder, ignore_errors=True)
 
