@@ -3,6 +3,7 @@
 import math
 import socket
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 
@@ -33,8 +34,9 @@ def check_state(model: TrainModel, done: int) -> None:
 
     Raises RanksDisagreeError on all ranks, naming the first parameter that is wrong, the ranks, and what is wrong.
     """
-    rows = [socket.gethostname(), _find_changed(model), _find_differing(model, done)]
-    hosts, changed, differing = zip(*model.mesh.world.all_gather_json(rows))
+    digests = model.digests.measure()
+    row = [socket.gethostname(), _find_changed(model, digests), _find_differing(model, done, digests)]
+    hosts, changed, differing = zip(*model.mesh.world.all_gather_json(row))
     for kind in (changed, differing):  # in this order: a change tells which replica is wrong
         if found := [(rank, *item) for rank, items in enumerate(kind) for item in items]:
             _, name, problem = found[0]
@@ -45,9 +47,9 @@ def check_state(model: TrainModel, done: int) -> None:
             raise CollectiveError(RanksDisagreeError(f"after step {done}: {what}: {CAUSE}. {ADVICE}"))
 
 
-def _find_changed(model: TrainModel) -> list[tuple[str, str]]:
+def _find_changed(model: TrainModel, digests: Sequence[int]) -> list[tuple[str, str]]:
     """Return the tensors whose bits on this rank have changed since the last update, and how."""
-    parts = zip(model.digests.names, model.digests.measure(), model.digests.recorded)
+    parts = zip(model.digests.names, digests, model.digests.recorded)
     return [(name, f"changed since the last update{_name_bit(now - then)}") for name, now, then in parts if now != then]
 
 
@@ -56,12 +58,12 @@ def _name_bit(difference: int) -> str:
     return f" (bit {size.bit_length() - 1} of an element)" if size & (size - 1) == 0 else ""
 
 
-def _find_differing(model: TrainModel, done: int) -> list[tuple[str, str]]:
+def _find_differing(model: TrainModel, done: int, digests: Sequence[int]) -> list[tuple[str, str]]:
     """Return the tensors whose bits differ from those of most replicas. Collective over the mesh."""
     if model.zero == 3 or not model.are_replicas_in_sync(done):
         return []
     totals: dict[tuple[str, ...], dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for name, digest in zip(model.digests.weight_names, model.digests.measure()):
+    for name, digest in zip(model.digests.weight_names, digests):
         totals[model.layouts[name].replica_axes][name] += digest
     if model.replicates_moments:
         for kind, slices in model.optimizer.state_slices().items():
