@@ -55,10 +55,8 @@ class Comm(ABC):
         return self._iall_reduce(x, op)
 
     def iall_gather(self, x: Tensor, out: Tensor, counts: Counts | None = None) -> Request:
-        """Concatenate the x of all ranks into the flat `out`; `counts[r]` elements come from rank r.
-
-        x may be this rank's own part of `out`.
-        """
+        """Concatenate the x of all ranks into the flat `out`; `counts[r]` elements come from rank r. x may be this rank's own
+        part of `out`."""
         counts = self._check_counts("all_gather", counts, out.numel())
         self._check_buffers("all_gather", x, out, (x.numel(), counts[self.rank]), (out.numel(), sum(counts)))
         return self._iall_gather(x, out, counts)
@@ -155,10 +153,8 @@ class Comm(ABC):
         return False
 
     def shrink(self) -> None:
-        """Shrink to the surviving ranks, keeping their order. Collective over the survivors.
-
-        Communicators split from this one become invalid; pending operations on them raise.
-        """
+        """Shrink to the surviving ranks, keeping their order. Collective over the survivors. Communicators split from this one
+        become invalid; pending operations on them raise."""
         raise RuntimeError(f"{self}: {self.mpi_library} does not let ranks survive the loss of another")
 
     @abstractmethod

@@ -19,11 +19,8 @@ class CollectiveError(Exception):
 
 
 def run_on_all_ranks(comm: Comm, action: Callable[[], R]) -> R:
-    """Run `action` on every rank and return its result. Collective.
-
-    If it raises a UserError on any rank, all ranks raise that error as a CollectiveError. For actions that may fail on one
-    rank alone, such as opening a file.
-    """
+    """Run `action` on every rank and return its result. Collective. If it raises a UserError on any rank, all ranks raise that
+    error as a CollectiveError. For actions that may fail on one rank alone, such as opening a file."""
     result, failure = _catch(action)
     failures = comm.all_gather_json(failure)
     if failed := [rank for rank, failure in enumerate(failures) if failure]:

@@ -39,11 +39,8 @@ KILL_LATER = "for second in $(seq {seconds}); do kill -0 {pid} 2>/dev/null || ex
 
 
 class MpiComm(Comm):
-    """One rank of an MPI communicator.
-
-    `gpu_aware`: pass device pointers to MPI. `yield_while_waiting`: yield the core while waiting, for more ranks than cores;
-    MPI itself spins, and would take the core from a rank that still computes.
-    """
+    """One rank of an MPI communicator. `gpu_aware`: pass device pointers to MPI. `yield_while_waiting`: yield the core while
+    waiting, for more ranks than cores; MPI itself spins, and would take the core from a rank that still computes."""
 
     def __init__(
         self,

@@ -104,10 +104,8 @@ class Bench:
 
 
 def time_collective(world: Comm, comm: Comm, action: Callable[[], object], calls: int = 5) -> float:
-    """Return the seconds of one call that all ranks of `comm` make: the slowest rank's, the median over the calls.
-
-    Collective over `world`, whose nodes measure at the same time.
-    """
+    """Return the seconds of one call that all ranks of `comm` make: the slowest rank's, the median over the calls. Collective
+    over `world`, whose nodes measure at the same time."""
     times = torch.zeros(calls, dtype=torch.float64, device="cpu")
     action()
     for i in range(calls):
@@ -187,10 +185,8 @@ def _rates(
 
 
 def _rest_rates(bench: Bench, rates: ComputeRates, arch: str, tokens: int, width: int) -> tuple[float, ForwardBackward]:
-    """Measure what a block computes besides matrix products and attention: floats that it keeps, and seconds for each.
-
-    One block among several is timed, run in turn as in training: what backward needs has left the cache by then.
-    """
+    """Measure what a block computes besides matrix products and attention: floats that it keeps, and seconds for each. One
+    block among several is timed, run in turn as in training: what backward needs has left the cache by then."""
     shape = ModelConfig(arch=arch, n_layers=1, n_heads=max(1, width // 64), d_model=width, context_length=min(tokens, 512))  # type: ignore[arg-type]
     model = resolve_config(Config(model=shape)).model
     length, saved = model.context_length, tokens * saved_floats_per_token(model, rates.dtype)
@@ -242,10 +238,8 @@ def _memory_operations(size: int, device: torch.device) -> dict[str, Callable[[]
 
 
 def measure_network(bench: Bench, comm: Comm, distance: int = 1) -> NetworkRates | None:
-    """Measure the messages between the ranks of `comm`; a single one goes to the rank that is so far away.
-
-    Collective over the world; None if `comm` has one rank.
-    """
+    """Measure the messages between the ranks of `comm`; a single one goes to the rank that is so far away. Collective over the
+    world; None if `comm` has one rank."""
     world, n, device = bench.comm, comm.size, bench.device
     if min(world.all_gather_json(n)) == 1:
         return None

@@ -40,10 +40,8 @@ class Hardware:
 
 
 def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardware:
-    """Return the resources of this rank, and configure torch for them. Collective.
-
-    `bind`: restrict the rank to a slice of the node's cores if ranks share them.
-    """
+    """Return the resources of this rank, and configure torch for them. Collective. `bind`: restrict the rank to a slice of the
+    node's cores if ranks share them."""
     node = world.split_node()
     cores = cores_per_rank(node)
     threads = train.threads or parse_omp_threads(os.environ.get("OMP_NUM_THREADS", "")) or max(1, int(cores))
@@ -123,10 +121,8 @@ def _allowed_cores() -> list[int]:
 
 
 def fair_share(affinities: list[list[int]], rank: int, limit: float) -> Fraction:
-    """Return the cores of a rank if each core is shared equally by the ranks of the node that may use it.
-
-    `limit`: cores that all ranks of the node may use together (a cgroup's quota).
-    """
+    """Return the cores of a rank if each core is shared equally by the ranks of the node that may use it. `limit`: cores that
+    all ranks of the node may use together (a cgroup's quota)."""
     users = {core: sum(core in other for other in affinities) for core in affinities[rank]}
     share = sum((Fraction(1, n) for n in users.values()), Fraction(0))
     return min(share, Fraction(limit).limit_denominator(1000) / len(affinities)) if limit < 1e6 else share

@@ -122,9 +122,7 @@ class PipelinedModel:
 
     def next_logits(self, batches: Mapping[int, Batch], kv_caches: Mapping[int, KVCache]) -> Mapping[int, Tensor]:
         """Return the logits (V,) of the token after each of this replica's sequences, by number, on ranks with the last stage.
-
-        `kv_caches`: of each sequence, on this rank. Collective over the pipeline axis.
-        """
+        `kv_caches`: of each sequence, on this rank. Collective over the pipeline axis."""
         ids = list(batches)
         inputs = StepInputs(batches.__getitem__, ids, output_fn=lambda logits, _: logits[0, -1].float(), kv_caches=kv_caches)
         return self._run_forward(len(ids), inputs)

@@ -47,10 +47,8 @@ class EvalWindows:
 
 
 def cut_windows(segments: np.ndarray, length: int, causal: bool) -> EvalWindows:
-    """Cut each segment [segments[i], segments[i + 1]) into windows of `length` read tokens, the last one shorter.
-
-    A causal window has one token more, with which the next one begins; a window of one token predicts nothing.
-    """
+    """Cut each segment [segments[i], segments[i + 1]) into windows of `length` read tokens, the last one shorter. A causal
+    window has one token more, with which the next one begins; a window of one token predicts nothing."""
     starts, stops, documents = [], [], []
     for number, (first, end) in enumerate(pairwise(segments.tolist())):
         begin = np.arange(first, end - causal, length, dtype=np.int64)

@@ -83,10 +83,8 @@ def _run_command(comm: Comm, body: Body | None, stop: Any, error: UserError | No
 
 
 def _parse_or_stop(parse: Callable[[], Body]) -> tuple[Body | None, Any, UserError | None]:
-    """Return the function to call, or the text and exit code of a SystemExit, or the error of the arguments.
-
-    The parser's SystemExit has text and code as arguments.
-    """
+    """Return the function to call, or the text and exit code of a SystemExit, or the error of the arguments. The parser's
+    SystemExit has text and code as arguments."""
     try:
         return parse(), None, None
     except UserError as error:
@@ -143,10 +141,8 @@ def launcher_world_size() -> int | None:
 
 
 def connect_world() -> Comm:
-    """Return MPI's world, or one rank if no MPI is installed and no launcher was used.
-
-    Exits when the launcher belongs to another MPI than the library: each rank would train by itself.
-    """
+    """Return MPI's world, or one rank if no MPI is installed and no launcher was used. Exits when the launcher belongs to
+    another MPI than the library: each rank would train by itself."""
     announced = launcher_world_size() or 1
     try:
         from mpilm.comm.mpi import mpi_library_name, mpi_world

@@ -12,10 +12,8 @@ Gradients are reduced, and ZeRO shards, over data and context; parameters that a
 
 
 class Mesh:
-    """The ranks of `world` arranged in `shape`. An axis of size 1 has a communicator like any other.
-
-    The constructor creates the communicators, on all ranks in the order of AXIS_SETS. Collective.
-    """
+    """The ranks of `world` arranged in `shape`. An axis of size 1 has a communicator like any other. The constructor creates
+    the communicators, on all ranks in the order of AXIS_SETS. Collective."""
 
     def __init__(self, shape: MeshShape, world: Comm, recorder: FlightRecorder | None = None):
         if shape.size != world.size:

@@ -50,10 +50,8 @@ class StepTime:
 
 @dataclass(frozen=True)
 class PlacedLayout:
-    """A parallel layout on a machine whose nodes are filled with ranks one after the other.
-
-    Ranks that differ along the data axis are neighbours; those of a pipeline are a whole data axis apart.
-    """
+    """A parallel layout on a machine whose nodes are filled with ranks one after the other. Ranks that differ along the data
+    axis are neighbours; those of a pipeline are a whole data axis apart."""
 
     config: Config
     vocab_size: int

@@ -73,10 +73,8 @@ def rank_bytes(layout: PlacedLayout, rank: int) -> dict[str, int]:
 def memory_parts(
     config: Config, device: str, resident: Mapping[str, int], step: Mapping[str, int], saved: float, ranks: int
 ) -> dict[str, int]:
-    """Return all bytes of a rank from those of the program, weights and so on, and of a step.
-
-    All ranks together write the `saved` bytes of a checkpoint.
-    """
+    """Return all bytes of a rank from those of the program, weights and so on, and of a step. All ranks together write the
+    `saved` bytes of a checkpoint."""
     if device == "cuda":
         return {**resident, **step}  # a checkpoint is copied to the processor's memory
     program_bytes = resident["program"] + FIRST_STEP_BYTES + COMPILER_BYTES * config.train.compile
@@ -88,10 +86,8 @@ def memory_parts(
 
 
 def persistent_bytes(layout: PlacedLayout, stages: Sequence[int]) -> dict[str, int]:
-    """Return the bytes of these stages of a rank: weights, moments, partial sums of gradients, and their exchange.
-
-    "passing" are weights and gradients that are gathered only while they are used, one stage at a time.
-    """
+    """Return the bytes of these stages of a rank: weights, moments, partial sums of gradients, and their exchange. "passing"
+    are weights and gradients that are gathered only while they are used, one stage at a time."""
     total = {"weights": 0.0, "moments": 0.0, "gradients": 0.0, "exchange": 0.0, "passing": 0.0}
     for stage in stages:
         for part, numel in _stage_floats(layout, stage).items():
@@ -147,10 +143,8 @@ def _gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
 
 @cache
 def _partial_sums(data: int, total: int, sharing: int) -> tuple[int, int]:
-    """Return the partial sums that a node exchanges at most, and those of all nodes, sampled for very many ranks.
-
-    Ranks that share memory have added what they can.
-    """
+    """Return the partial sums that a node exchanges at most, and those of all nodes, sampled for very many ranks. Ranks that
+    share memory have added what they can."""
     sample = min(data, max(sharing, 256 // sharing * sharing))
     persistent = [[*plan_block_accumulation(*block_of_rank(r, data, total), total)[1].values()] for r in range(sample)]
     left = [len(plan_merges(sorted(chain(*persistent[r : r + sharing])), total)[1]) for r in range(0, sample, sharing)]

@@ -20,10 +20,8 @@ MARKER = b"mpilm.report"  # within the first KiB of every file that a report may
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path = "") -> tuple[Path, list[RecordedRun]]:
-    """Write the report of the runs in `folders`, by default into the first one. Return its path and the runs.
-
-    Raises FileError if a folder is not a run or the file cannot be written, ConfigError if plotly is not installed.
-    """
+    """Write the report of the runs in `folders`, by default into the first one. Return its path and the runs. Raises FileError
+    if a folder is not a run or the file cannot be written, ConfigError if plotly is not installed."""
     runs = [read_run(folder) for folder in folders]
     path = Path(output) if output else runs[0].folder / (PAGE if len(runs) == 1 else "comparison.html")
     _replace_file(path, render_page(runs).encode("utf-8", errors="backslashreplace"))  # JSON may hold lone surrogates
@@ -49,10 +47,8 @@ def render_page(runs: Sequence[RecordedRun]) -> str:
 
 
 def save_images(runs: Sequence[RecordedRun], folder: str | Path) -> list[Path]:
-    """Draw the charts of the runs as PNG files in `folder` and return their paths.
-
-    Raises ConfigError without matplotlib, FileError if a file cannot be written or is not an image of a report.
-    """
+    """Draw the charts of the runs as PNG files in `folder` and return their paths. Raises ConfigError without matplotlib,
+    FileError if a file cannot be written or is not an image of a report."""
     drawn = {Path(folder) / f"{chart.key}.png": figures.draw_chart(chart) for chart in figures.make_charts(runs)}
     with file_errors(f"--png {folder}", "created"):
         Path(folder).mkdir(parents=True, exist_ok=True)

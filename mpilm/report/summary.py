@@ -70,10 +70,8 @@ def measure_training_time(run: RecordedRun) -> float:
 
 
 def list_events(run: RecordedRun) -> tuple[list[MetricsRow], str]:
-    """Return the events to list and, if the checkpoints are too many for that, a sentence on them.
-
-    Of many events, the first and the last are listed, with a row for the others between them.
-    """
+    """Return the events to list and, if the checkpoints are too many for that, a sentence on them. Of many events, the first
+    and the last are listed, with a row for the others between them."""
     rows, saves, sentence = list(run.metrics.events), run.find_events("saved"), ""
     if len(saves) > MAX_SAVES:
         rows = [row for row in rows if row["event"] != "saved" or row is saves[0] or row is saves[-1]]
@@ -143,9 +141,7 @@ def _split_latest(run: RecordedRun) -> tuple[list[dict[str, np.ndarray]], list[f
 
 def average_parts(run: RecordedRun) -> dict[str, np.ndarray]:
     """Return the mean seconds of each part, (ranks,) each, since the number of ranks last changed; empty if none were logged.
-
-    The time that training waited for checkpoints is spread over all steps.
-    """
+    The time that training waited for checkpoints is spread over all steps."""
     splits, _ = _split_latest(run)
     means = {part: np.mean([parts[part] for parts in splits], axis=0) for part in (splits[-1] if splits else ())}
     waits = [to_float(row["waited_s"]) for row in run.find_events("saved") if "waited_s" in row]

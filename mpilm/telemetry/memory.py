@@ -56,10 +56,8 @@ class MemoryMeter:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else resident_bytes()
 
     def peak_bytes(self, own_shared: int) -> int:
-        """Return the highest use so far, with the program's shared pages divided as they were at the start.
-
-        `own_shared` is this rank's part of memory that ranks share; the parts of others, which it sees too, do not count.
-        """
+        """Return the highest use so far, with the program's shared pages divided as they were at the start. `own_shared` is
+        this rank's part of memory that ranks share; the parts of others, which it sees too, do not count."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         others = max(0, shared_bytes() - self._shared - own_shared)

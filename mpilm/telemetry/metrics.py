@@ -29,11 +29,8 @@ def length_through_step(lines: Iterable[bytes], step: int) -> int:
 
 
 class MetricsWriter:
-    """Appends rows and flushes each, so that followers see it at once.
-
-    `step` is the checkpoint that the run resumes from: rows of later steps and a cut last line are removed, and all rows
-    before them stay byte for byte.
-    """
+    """Appends rows and flushes each, so that followers see it at once. `step` is the checkpoint that the run resumes from: rows
+    of later steps and a cut last line are removed, and all rows before them stay byte for byte."""
 
     def __init__(self, path: Path, step: int):
         self._file = open(path, "a+b")  # noqa: SIM115

@@ -31,9 +31,7 @@ PARTS = (0, 1, 0)  # one block divided into three stages: the embedding; the blo
 
 def choose_layout(config: Config, vocab_size: int, hardware: Hardware, world: Comm) -> tuple[Config, str]:
     """Return the config with the layout that the planner predicts to be fastest, and a note; unchanged without parallel.auto.
-
-    Collective; raises CollectiveError if machine.json describes another machine, or no layout works.
-    """
+    Collective; raises CollectiveError if machine.json describes another machine, or no layout works."""
     if not config.parallel.auto:
         return config, ""
     ranks_per_node = max(world.all_gather_json(world.split_node().size))

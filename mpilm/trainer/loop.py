@@ -27,10 +27,8 @@ from mpilm.trainer.run import Run, collect_state
 def train(
     config: Config, world: Comm, in_memory: InMemoryCheckpoint | None = None, recovered: RecoveredState | None = None
 ) -> None:
-    """Train, evaluate, save and log, to the last step or until the run is asked to stop. Collective.
-
-    `in_memory`: receives the state of every step; `recovered`: the state to resume from (trainer/recovery/elastic.py).
-    """
+    """Train, evaluate, save and log, to the last step or until the run is asked to stop. Collective. `in_memory`: receives the
+    state of every step; `recovered`: the state to resume from (trainer/recovery/elastic.py)."""
     with contextlib.ExitStack() as stack:
         run = build_run(config, instrument(world), recovered)
         recorder = run.recorder

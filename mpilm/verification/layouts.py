@@ -79,10 +79,8 @@ def _why_invalid(config: Config, ranks: int) -> str:
 
 
 def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Callable[[str], None]) -> None:
-    """Run every layout and compare it with the serial run. Collective; raises CollectiveError if one differs.
-
-    `self_test`: one rank flips the lowest bit of one gradient element, which the comparison must find.
-    """
+    """Run every layout and compare it with the serial run. Collective; raises CollectiveError if one differs. `self_test`: one
+    rank flips the lowest bit of one gradient element, which the comparison must find."""
     check_same_on_all_ranks(world, "settings", flatten(config))
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
     world = InstrumentedComm(world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed))

@@ -41,10 +41,8 @@ class CrossRankReducer:
 
 
 class StepReducer(GradientReducer):
-    """Collects the gradients of this rank's block of microbatches in `buffers` and lets `across_ranks` sum them.
-
-    `overlap`: start a bucket as soon as the last backward has completed it. Collective over the communicator of `across_ranks`.
-    """
+    """Collects the gradients of this rank's block of microbatches in `buffers` and lets `across_ranks` sum them. `overlap`:
+    start a bucket as soon as the last backward has completed it. Collective over the communicator of `across_ranks`."""
 
     def __init__(
         self,
@@ -78,10 +76,8 @@ class StepReducer(GradientReducer):
         self.across_ranks.reset_residuals()
 
     def begin_microbatch(self, i: int) -> None:
-        """Direct the gradients of this rank's i-th microbatch to the buffer that the plan assigns.
-
-        Gradients are copied into a fresh buffer as they come, which reads and writes half of what adding to zeros would.
-        """
+        """Direct the gradients of this rank's i-th microbatch to the buffer that the plan assigns. Gradients are copied into a
+        fresh buffer as they come, which reads and writes half of what adding to zeros would."""
         op = self.ops[i]
         self.overwrite, self.into = op.overwrite, self.views[op.buffer]
         self.pending = dict(self.into) if op.overwrite else {}
