@@ -36,9 +36,8 @@ class InstrumentedComm(Comm):
         self._counts: Counter[str] = Counter()  # of collectives and messages
 
     def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> Comm:
-        other = InstrumentedComm(
-            self.inner.with_options(gpu_aware, yield_while_waiting), self.checks_calls, self.recorder, self.world_ranks
-        )
+        inner = self.inner.with_options(gpu_aware, yield_while_waiting)
+        other = InstrumentedComm(inner, self.checks_calls, self.recorder, self.world_ranks)
         other._counts = self._counts  # the same calls in the order of all ranks
         return other
 

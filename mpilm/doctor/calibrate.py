@@ -54,9 +54,8 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
     node, cuda = comm.split_node(), hardware.device.type == "cuda"
     sizes = comm.all_gather_json(node.size)
     if len(set(sizes)) > 1:
-        raise CollectiveError(ConfigError(
-            f"nodes have {min(sizes)} to {max(sizes)} ranks: start the same number on each, as many as a job will have"
-        ))  # fmt: skip
+        problem = f"nodes have {min(sizes)} to {max(sizes)} ranks"
+        raise CollectiveError(ConfigError(f"{problem}: start the same number on each, as many as a job will have"))
     program_bytes = MemoryMeter(hardware.device).program_bytes
     cores = max(1, round(sum(node.all_gather_json(float(cores_per_rank(node))))))
     bench = Bench(comm, node, hardware.device)

@@ -63,10 +63,9 @@ def run_checks(comm: Comm, nbytes: int) -> None:
         _check_clocks(report)
     _check_shared_memory(report, node)
     if report.failed:
-        raise CollectiveError(RanksDisagreeError(
-            f"this MPI gives wrong answers ({', '.join(report.failed)}): do not train with it. Try another MPI module, or the "
-            "mpich wheel (pip install mpich); was mpi4py built for the library above?"
-        ))  # fmt: skip
+        problem = f"this MPI gives wrong answers ({', '.join(report.failed)}): do not train with it"
+        advice = "Try another MPI module, or the mpich wheel (pip install mpich); was mpi4py built for the library above?"
+        raise CollectiveError(RanksDisagreeError(f"{problem}. {advice}"))
     warnings = f", with {count_noun(report.warnings, 'warning')}" if report.warnings else ""
     report.print("", f"all checks passed{warnings}")
 
@@ -145,10 +144,8 @@ def _measure_messages(report: CheckReport, nbytes: int) -> None:
     report.print("bandwidth", f"{min(rates) / 1e9:.2f} .. {max(rates) / 1e9:.2f} GB/s, messages of {format_mebibytes(nbytes)}")
     if max(latencies) > SLOW_LATENCY_S:
         slowest = 1 + latencies.index(max(latencies))
-        report.warn(
-            f"messages to rank {slowest} take long: end other programs here, ask for whole nodes (sbatch --exclusive), start "
-            "no more ranks than cores; between nodes, check that MPI uses the fast network"
-        )
+        advice = "end other programs here, ask for whole nodes (sbatch --exclusive), start no more ranks than cores"
+        report.warn(f"messages to rank {slowest} take long: {advice}; between nodes, check that MPI uses the fast network")
     for peer, rate in enumerate(rates, 1):
         slower = statistics.median(rates) / rate
         if slower > SLOW:
@@ -197,10 +194,8 @@ def _check_shared_memory(report: CheckReport, node: Comm) -> None:
         free = min(report.comm.all_gather_json(shutil.disk_usage(SHM_FOLDER).free))
         report.print(SHM_FOLDER, f"{format_mebibytes(free)} free")
         if free < SMALL_SHM_BYTES:
-            report.warn(
-                f"{SHM_FOLDER} is small (a container has 64 MiB by default), and MPI itself may die there of SIGBUS: "
-                "enlarge it (docker: --shm-size 2g)"
-            )
+            problem = "is small (a container has 64 MiB by default), and MPI itself may die there of SIGBUS"
+            report.warn(f"{SHM_FOLDER} {problem}: enlarge it (docker: --shm-size 2g)")
 
 
 def kill_last_rank(comm: Comm) -> None:

@@ -164,13 +164,8 @@ def measure_peak_flops(hardware: Hardware, dtype: str) -> tuple[float | None, st
 
 def software_versions(world: Comm) -> dict[str, str]:
     """Return the versions of the programs in use, and the processor."""
-    return {
-        "mpilm": mpilm.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "mpi": world.mpi_library,
-        "processor": processor_name(),
-    }
+    programs = {"mpilm": mpilm.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return programs | {"mpi": world.mpi_library, "processor": processor_name()}
 
 
 def software_fingerprint(world: Comm) -> dict[str, str]:
@@ -184,13 +179,8 @@ def software_fingerprint(world: Comm) -> dict[str, str]:
 
 def numerics_environment(hardware: Hardware, world: Comm, parallel: ParallelConfig) -> dict[str, str]:
     """Return what may change the last bits of a result although no setting that decides it has changed."""
-    return {
-        **software_versions(world),
-        "threads": str(hardware.threads),
-        "device": hardware.device.type,
-        "compile": str(hardware.compiles).lower(),
-        "exchange": _describe_exchange(parallel),
-    }
+    settings = {"threads": str(hardware.threads), "device": hardware.device.type, "compile": str(hardware.compiles).lower()}
+    return software_versions(world) | settings | {"exchange": _describe_exchange(parallel)}
 
 
 def _describe_exchange(parallel: ParallelConfig) -> str:

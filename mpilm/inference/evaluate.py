@@ -170,9 +170,8 @@ def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, co
     """Raise ConfigError if the tokens do not match the model, or the text is not what the run has held out."""
     folder = config.model.init_from
     if corpus.tokenizer.with_mask().digest != tokenizer.with_mask().digest:
-        raise ConfigError(
-            f"--data.path {corpus.source} was tokenized with another tokenizer than that of {folder}; pass the text itself"
-        )
+        problem = f"was tokenized with another tokenizer than that of {folder}"
+        raise ConfigError(f"--data.path {corpus.source} {problem}; pass the text itself")
     if held_out and read_json(Path(folder).expanduser() / "trainer.json")["content"]["data.path"] != corpus.fingerprint:
         raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
     if isinstance(objective, MaskedObjective) and objective.tokenizer.vocab_size > config.model.vocab_size:

@@ -15,6 +15,7 @@ from mpilm.parallel.flat_layout import intersect_intervals
 from mpilm.parallel.layout import ParamLayout
 
 FIRST_TAG = 1 << 14  # above the tags of activations
+ByStage = Mapping[int, FlatVector]
 
 
 class TiedParameters:
@@ -25,21 +26,21 @@ class TiedParameters:
         self.pairs = [(layout, layouts[layout.tied_to]) for layout in layouts.values() if layout.tied_to]
         self.intervals = {layout.name: self._own_intervals(layout) for pair in self.pairs for layout in pair}
 
-    def add_gradients(self, sums: Mapping[int, FlatVector]) -> None:
-        """Add the summed gradient of each copy to that of its owner; `sums` are by stage."""
-        for number, (copy, owner) in enumerate(self.pairs):
+    def add_gradients(self, sums: ByStage) -> None:
+        """Add the summed gradient of each copy to that of its owner."""
+        for tag, (copy, owner) in enumerate(self.pairs, FIRST_TAG):
             if self._is_alias(copy):
                 for total, other in zip(self._local_parts(owner, sums), self._local_parts(copy, sums)):
                     total.add_(other)
             else:
-                self._transfer(FIRST_TAG + number, copy, owner, sums, Tensor.add_)
+                self._transfer(tag, copy, owner, sums, Tensor.add_)
 
     def copy_values(self) -> None:
         """Give each copy with memory of its own the values that its owner's optimizer has written."""
         values = {stage: flat.values for stage, flat in self.flats.items()}
-        for number, (copy, owner) in enumerate(self.pairs):
+        for tag, (copy, owner) in enumerate(self.pairs, FIRST_TAG):
             if not self._is_alias(copy):
-                self._transfer(FIRST_TAG + number, owner, copy, values, Tensor.copy_)
+                self._transfer(tag, owner, copy, values, Tensor.copy_)
 
     def _is_alias(self, copy: ParamLayout) -> bool:
         return copy.stage in self.flats and self.flats[copy.stage].aliases_owner
@@ -50,16 +51,11 @@ class TiedParameters:
         flat = self.flats.get(layout.stage)
         return [] if flat is None else intersect_intervals(flat.layout.group_of(layout.name).buckets, flat.reduced)
 
-    def _local_parts(self, layout: ParamLayout, vectors: Mapping[int, FlatVector]) -> Iterator[Tensor]:
+    def _local_parts(self, layout: ParamLayout, vectors: ByStage) -> Iterator[Tensor]:
         return (vectors[layout.stage].view(*interval) for interval in self.intervals[layout.name])
 
     def _transfer(
-        self,
-        tag: int,
-        source: ParamLayout,
-        target: ParamLayout,
-        vectors: Mapping[int, FlatVector],
-        combine: Callable[[Tensor, Tensor], Tensor],
+        self, tag: int, source: ParamLayout, target: ParamLayout, vectors: ByStage, combine: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
         """Send the parts of `source` to the rank with `target` that has the same coordinate on the other axes."""
         to, origin = target.stage % self.comm.size, source.stage % self.comm.size

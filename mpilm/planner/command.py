@@ -212,10 +212,8 @@ def _header(job: PlannedJob, ranks: int) -> list[str]:
         f"{format_bytes(machine.memory_bytes)}; measured {machine.made} with {machine.ranks_per_node} ranks a node{nodes}",
     ]
     if ranks > on_node and machine.across is None:
-        lines.append(
-            f"warning: more than {on_node} ranks need several nodes, and one was measured: messages between nodes are taken to "
-            "be as fast as within; calibrate on two nodes"
-        )
+        problem = f"more than {on_node} ranks need several nodes, and one was measured"
+        lines.append(f"warning: {problem}: messages between nodes are taken to be as fast as within; calibrate on two nodes")
     if config.train.compile:
         lines.append("warning: the speedup of --train.compile was not measured")
     return [*lines, ""]

@@ -1,7 +1,7 @@
 """The search over all layouts of a number of ranks: the best first, and the reason against each that cannot run."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -121,10 +121,8 @@ def _enumerate_layouts(job: PlannedJob, ranks: int) -> Iterator[Config]:
             chunks = [c for c in CHUNKS if c * pipeline <= layers] or [2] if schedule == "interleaved" else [1]
             for chunk in fixed.get("chunks", chunks):
                 for zero in fixed.get("zero", zeros):
-                    yield resolve_config(override(
-                        job.config, parallel__pipeline=pipeline, parallel__schedule=schedule, parallel__chunks=chunk,
-                        parallel__zero=zero,
-                    ))  # fmt: skip
+                    layout = {"pipeline": pipeline, "schedule": schedule, "chunks": chunk, "zero": zero}
+                    yield resolve_config(replace(job.config, parallel=replace(job.config.parallel, **layout)))
 
 
 def _place(job: PlannedJob, config: Config, ranks: int) -> Candidate:

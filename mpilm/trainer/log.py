@@ -80,14 +80,8 @@ class RunLog:
         return every > 0 and (done % every == 0 or done in (self.run.folder.logged + 1, self.run.config.train.steps))
 
     def _step_row(self, done: int, result: StepResult) -> dict[str, Any]:
-        return {
-            "step": done,
-            "time": time.time(),
-            "tokens": done * self.run.batches.step_tokens,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": result.lr,
-        }
+        row = {"step": done, "time": time.time(), "tokens": done * self.run.batches.step_tokens}
+        return row | {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
 
     def step_skipped(self, done: int, cause: str, since: int) -> None:
         """Log a step that changed nothing, together with the rewound steps from `since` on."""

@@ -68,13 +68,7 @@ def collect_state(run: Run, step: int, eval_loss: float | None) -> CheckpointSta
         "conditions": numerics_environment(run.hardware, run.mesh.world, config.parallel),
         "config": to_dict(config),
     }
-    return CheckpointState(
-        model=config.model,
-        tokenizer=data.tokenizer,
-        template=data.template,
-        trainer=trainer,
-        shapes={PARAMETER: model.shapes, **model.moment_shapes},
-        slices={PARAMETER: model.owned_slices(), **model.optimizer.state_slices()},
-        shard_owners=model.shard_owners,
-        check=partial(check_state, model, step),
-    )
+    shapes = {PARAMETER: model.shapes, **model.moment_shapes}
+    slices = {PARAMETER: model.owned_slices(), **model.optimizer.state_slices()}
+    check = partial(check_state, model, step)
+    return CheckpointState(config.model, data.tokenizer, data.template, trainer, shapes, slices, model.shard_owners, check)

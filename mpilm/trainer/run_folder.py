@@ -23,6 +23,7 @@ from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 NOT_SHAPE = ("model.dropout", "model.router_loss", "model.lora_alpha", "model.init_from")
 CONTENT_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by content
 NEW_CONFIG = ".config.toml.tmp"
+Facts = Mapping[str, str]  # by name
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,7 @@ class RunFolder:
 
 
 def open_run_folder(
-    config: Config,
-    content: Mapping[str, str],
-    environment: Mapping[str, str],
-    comm: Comm,
-    recovered: RecoveredState | None = None,
+    config: Config, content: Facts, environment: Facts, comm: Comm, recovered: RecoveredState | None = None
 ) -> RunFolder:
     """Find the state to resume from, refuse what does not match, and write config.toml. Collective; rank 0 reads and writes.
 
@@ -67,11 +64,7 @@ def open_run_folder(
 
 
 def _open(
-    config: Config,
-    content: Mapping[str, str],
-    environment: Mapping[str, str],
-    recovered: RecoveredState | None,
-    verify: Verifier,
+    config: Config, content: Facts, environment: Facts, recovered: RecoveredState | None, verify: Verifier
 ) -> tuple[list[Any], FolderLock]:
     """Return path, checkpoint, step, logged step, trainer state and notes, and the lock."""
     if recovered is not None:
@@ -190,7 +183,7 @@ def _check_is_newest(checkpoint: Path, path: Path) -> None:
 
 
 def _compare_with_checkpoint(
-    checkpoint: Path, trainer: Mapping[str, Any], config: Config, content: Mapping[str, str], environment: Mapping[str, str]
+    checkpoint: Path, trainer: Mapping[str, Any], config: Config, content: Facts, environment: Facts
 ) -> list[str]:
     """Refuse differences that the result depends on; return notes on the others."""
     old = result_settings(merge_settings(Config(), trainer["config"], str(checkpoint / "trainer.json"))) | trainer["content"]
@@ -200,7 +193,7 @@ def _compare_with_checkpoint(
     return [f"the last bits may differ from those of an uninterrupted run: {'; '.join(changed)}"] if changed else []
 
 
-def _check_same_result(old: Mapping[str, Any], config: Config, what: str, content: Mapping[str, str] | None = None) -> None:
+def _check_same_result(old: Mapping[str, Any], config: Config, what: str, content: Facts | None = None) -> None:
     """Raise ConfigError naming each setting that the result depends on and that differs from the old run's."""
     new = result_settings(config) | dict(content or {})
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
