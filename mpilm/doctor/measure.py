@@ -29,6 +29,7 @@ from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.flat_layout import BUCKET, FlatLayout
 from mpilm.parallel.fsdp import ReleasableBuffer
 from mpilm.parallel.layout import ParamLayout
+from mpilm.parallel.reduce.build import time_collectives
 from mpilm.parallel.reduce.shared_memory import NodeTopology, SharedMemoryReducer
 from mpilm.planner.cost import attention_s, linear_s
 from mpilm.planner.profile import ComputeRates, Curve, MemoryRates, NetworkRates
@@ -106,15 +107,8 @@ class Bench:
 def time_collective(world: Comm, comm: Comm, action: Callable[[], object], calls: int = 5) -> float:
     """Return the seconds of one call that all ranks of `comm` make: the slowest rank's, the median over the calls. Collective
     over `world`, whose nodes measure at the same time."""
-    times = torch.zeros(calls, dtype=torch.float64, device="cpu")
     action()
-    for i in range(calls):
-        comm.barrier()
-        start_s = time.perf_counter()
-        action()
-        times[i] = time.perf_counter() - start_s
-    world.all_reduce(times, "max")
-    return float(times.median())
+    return float(time_collectives(world, comm, [action], calls).median())
 
 
 def measure_rates(bench: Bench, threads: int, ranks: int) -> tuple[list[ComputeRates], list[MemoryRates]]:

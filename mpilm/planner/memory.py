@@ -7,7 +7,7 @@ from itertools import chain
 
 from mpilm.config.schema import Config, microbatch_count
 from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_numel, parameter_count
-from mpilm.ops.tree import block_of_rank, plan_accumulation, plan_block_accumulation, plan_merges
+from mpilm.ops.tree import block_of_rank, count_buffers, plan_accumulation, plan_block_accumulation, plan_merges
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.schedules import lower, schedule
@@ -155,9 +155,8 @@ def _partial_sums(data: int, total: int, sharing: int) -> tuple[int, int]:
 def _gradient_buffers(data: int, total: int) -> int:
     """Return the gradient buffers of the rank that uses most: every block is as long as the first, or one shorter."""
     ranks = {0, total % data, data - 1} if total >= data else {0}
-    return max(
-        1 + max(f.buffer for f in plan_block_accumulation(*block_of_rank(r, data, total), total)[0]) for r in ranks if r < data
-    )
+    blocks = [block_of_rank(rank, data, total) for rank in ranks if rank < data]
+    return max(count_buffers(plan_block_accumulation(*block, total)[0]) for block in blocks)
 
 
 @cache
@@ -165,4 +164,4 @@ def _round_buffers(data: int, total: int) -> int:
     """Return the gradient buffers where each round of microbatches is summed at once; a round may leave several nodes."""
     rounds = [[(m, m + 1) for m in range(start, min(start + data, total))] for start in range(0, total, data)]
     nodes = [node for leaves in rounds for node, _ in plan_merges(leaves, total)[1]]
-    return 1 + max(f.buffer for f in plan_accumulation(nodes, total)[0])
+    return count_buffers(plan_accumulation(nodes, total)[0])

@@ -13,7 +13,7 @@ from mpilm.formatting import count_noun, format_mebibytes, format_number
 from mpilm.mesh.shape import AXES
 from mpilm.report import figures, summary, trace
 from mpilm.report.read import RecordedRun, read_run
-from mpilm.telemetry.metrics_table import to_float
+from mpilm.telemetry.metrics_table import SLOW, to_float
 
 PAGE = "report.html"
 MARKER = b"mpilm.report"  # within the first KiB of every file that a report may overwrite
@@ -41,7 +41,8 @@ def render_page(runs: Sequence[RecordedRun]) -> str:
     environment.policies["json.dumps_kwargs"] = {"default": lambda value: value.tolist()}
     environment.filters |= {"number": format_number, "mebibytes": format_mebibytes, "count": count_noun, "float": to_float}
     environment.filters |= {"digits": lambda value: f"{to_float(value):.3g}", "facts": summary.collect_facts}
-    environment.globals |= {"figures": figures, "summary": summary, "trace": trace, "axes": AXES, "version": __version__}
+    environment.globals |= {"figures": figures, "summary": summary, "trace": trace}
+    environment.globals |= {"axes": AXES, "slow": SLOW, "version": __version__}
     charts = {chart.key: asdict(chart) for chart in figures.make_charts(runs)}
     return environment.get_template("page.html.j2").render(runs=runs, charts=charts, plotly=get_plotlyjs()).lstrip()
 

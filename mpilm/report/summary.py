@@ -13,7 +13,7 @@ from mpilm.config.schema import Config, flatten, resolve_config
 from mpilm.formatting import count_noun, format_duration, format_number
 from mpilm.report.read import RecordedRun
 from mpilm.telemetry.metrics import MetricsRow
-from mpilm.telemetry.metrics_table import SLOW, find_slow_ranks, per_rank_values, to_float
+from mpilm.telemetry.metrics_table import per_rank_values, select_stragglers, to_float
 
 LOGGED_PARTS = ("compute", "communication", "bubble", "data", "optimizer")
 MAX_EVENTS = 60  # of more, the first and the last half are listed
@@ -152,19 +152,9 @@ def average_parts(run: RecordedRun) -> dict[str, np.ndarray]:
 
 
 def find_stragglers(run: RecordedRun) -> tuple[list[tuple[int, float, int]], int]:
-    """Return the ranks that compute SLOW times as long as the median, on average and in the rows of SLOW_STEPS on end, slowest
-    first, and the number of rows sampled.
-
-    Each has its rank, its mean compute time over the median of all ranks, and the sampled rows in which it was that slow.
-    """
+    """Return the stragglers in the rows sampled, as `select_stragglers` describes them, and the number of these rows."""
     splits, steps = _split_latest(run)
-    compute = np.array([parts["compute"] for parts in splits])  # (rows, ranks)
-    if not len(compute) or compute.shape[1] < 2:
-        return [], len(compute)
-    mean = compute.mean(axis=0)
-    median, (slow_rows, is_slow) = statistics.median_low(mean.tolist()), find_slow_ranks(steps, compute)
-    slow = [rank for rank in np.argsort(-mean).tolist() if mean[rank] > SLOW * median and is_slow[rank]]
-    return [(rank, float(mean[rank] / median), int(slow_rows[:, rank].sum())) for rank in slow], len(compute)
+    return select_stragglers(steps, np.array([parts["compute"] for parts in splits])) if splits else [], len(splits)
 
 
 def measure_peak_memory(run: RecordedRun) -> tuple[np.ndarray | None, str]:

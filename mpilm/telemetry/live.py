@@ -21,7 +21,7 @@ from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import count_noun, format_duration, format_mebibytes
 from mpilm.telemetry.metrics import MetricsFollower, MetricsRow
-from mpilm.telemetry.metrics_table import SLOW_STEPS, find_slow_ranks
+from mpilm.telemetry.metrics_table import SLOW_STEPS, select_stragglers
 
 MAX_POINTS = 4000  # losses that the curve is drawn from
 MAX_EVENTS = 3  # the latest ones are shown
@@ -102,12 +102,9 @@ class LiveView:
         if not self._compute_s:
             return ""
         steps, rows = zip(*self._compute_s)
-        compute_s = np.array(rows)  # (rows, ranks)
-        if not (is_slow := find_slow_ranks(steps, compute_s)[1]).any():
-            return ""
-        mean_s = compute_s.mean(axis=0)
-        rank, others = int(np.argmax(mean_s * is_slow)), "the other rank" if len(mean_s) == 2 else "most"
-        return f"rank {rank} computes {mean_s[rank] / statistics.median_low(mean_s):.1f} times as long as {others}"
+        others = "the other rank" if len(rows[0]) == 2 else "most"
+        slowest = select_stragglers(steps, np.array(rows))[:1]
+        return "".join(f"rank {rank} computes {ratio:.1f} times as long as {others}" for rank, ratio, _ in slowest)
 
     def _title(self) -> Text:
         ranks, layout = self._start.get("ranks"), self._start.get("layout", {})

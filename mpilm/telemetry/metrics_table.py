@@ -105,16 +105,20 @@ def to_float(value: Any) -> float:
         return float("nan")
 
 
-def find_slow_ranks(steps: Sequence[float], compute_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return in which rows each rank is SLOW, (rows, ranks), and which ranks are so in all rows of SLOW_STEPS, (ranks,): in a
-    single row, ranks that share cores are slow by chance. `steps`: of the rows, rising; `compute_s`: (rows, ranks)."""
+def select_stragglers(steps: Sequence[float], compute_s: np.ndarray) -> list[tuple[int, float, int]]:
+    """Return the ranks that compute SLOW times as long as the median, on average and in all rows of SLOW_STEPS, slowest first:
+    in a single row, ranks that share cores are slow by chance. Each has its rank, its mean compute time over the median of all
+    ranks, and the rows in which it was that slow. `steps`: of the rows, rising; `compute_s`: (rows, ranks)."""
     middle = (compute_s.shape[1] - 1) // 2
     median = np.sort(compute_s, axis=1)[:, middle, None]
     spread = np.sort(np.abs(compute_s - median), axis=1)[:, middle, None]
     slow = compute_s > median + np.maximum((SLOW - 1) * median, SPREADS * spread)
     firsts = np.searchsorted(steps, np.array(steps) - SLOW_STEPS, side="right") - 1
     windows = [slow[first : last + 1].all(axis=0) for last, first in enumerate(firsts) if first >= 0]
-    return slow, np.any(windows, axis=0) if windows else np.zeros(slow.shape[1], bool)
+    is_slow, mean_s = np.any(windows, axis=0), compute_s.mean(axis=0)
+    ratios = mean_s / np.sort(mean_s)[middle]
+    ranks = [rank for rank in np.argsort(-mean_s).tolist() if windows and is_slow[rank] and ratios[rank] > SLOW]
+    return [(rank, float(ratios[rank]), int(slow[:, rank].sum())) for rank in ranks]
 
 
 def per_rank_values(value: Any) -> np.ndarray | None:

@@ -4,24 +4,16 @@ Reproducible: additions follow the fixed tree of ops/tree.py. Each rank accumula
 ranks complete the tree from all their nodes. Otherwise the MPI library's all-reduce adds in an order of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mpilm.ops.tree import AccumulateOp, Interval, TreeNode
+from mpilm.ops.tree import AccumulationPlan, Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import intersect_intervals
 from mpilm.parallel.pipeline.stage import GradientReducer
-
-AccumulationPlan = tuple[Sequence[AccumulateOp], Mapping[int, TreeNode]]
-"""The accumulation of each microbatch of a rank, and the tree node that each buffer holds after the last one."""
-
-
-def count_buffers(plan: AccumulationPlan) -> int:
-    """Return the number of buffers that a rank needs."""
-    return 1 + max(op.buffer for op in plan[0])
 
 
 class CrossRankReducer:
