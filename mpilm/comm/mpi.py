@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import time
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -42,18 +43,10 @@ class MpiComm(Comm):
     """One rank of an MPI communicator. `gpu_aware`: pass device pointers to MPI. `yield_while_waiting`: yield the core while
     waiting, for more ranks than cores; MPI itself spins, and would take the core from a rank that still computes."""
 
-    def __init__(
-        self,
-        comm: MPI.Comm,
-        name: str,
-        gpu_aware: bool = False,
-        yield_while_waiting: bool = False,
-        family: list[MPI.Comm] | None = None,
-    ):
-        self._comm, self.name = comm, name
-        self._family = [comm] if family is None else family  # all communicators split from one world, to be revoked together
-        self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        self.gpu_aware, self.yield_while_waiting = gpu_aware, yield_while_waiting
+    def __init__(self, comm: MPI.Comm, name: str):
+        self._comm, self.name, self.rank, self.size = comm, name, comm.Get_rank(), comm.Get_size()
+        self._family = [comm]  # all communicators split from one world, to be revoked together
+        self.gpu_aware = self.yield_while_waiting = False
         self.mpi_library = mpi_library_name()
         self.is_fault_tolerant = os.environ.get(ULFM_VARIABLE, "").lower() in ("1", "true") and None not in FAILURE_CLASSES
 
@@ -63,7 +56,9 @@ class MpiComm(Comm):
         return f"{_library_path()}, threads: {levels[MPI.Query_thread()]}"
 
     def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> MpiComm:
-        return type(self)(self._comm, self.name, gpu_aware, yield_while_waiting, self._family)
+        other = copy(self)
+        other.gpu_aware, other.yield_while_waiting = gpu_aware, yield_while_waiting
+        return other
 
     def barrier(self) -> None:
         self._wait(self._comm.Ibarrier())
@@ -76,7 +71,9 @@ class MpiComm(Comm):
 
     def _wrap(self, comm: MPI.Comm, name: str) -> Comm:
         self._family.append(comm)
-        return type(self)(comm, name, self.gpu_aware, self.yield_while_waiting, self._family)
+        other = copy(self)
+        other._comm, other.name, other.rank, other.size = comm, name, comm.Get_rank(), comm.Get_size()
+        return other
 
     def is_rank_failure(self, error: BaseException) -> bool:
         return isinstance(error, MPI.Exception) and error.Get_error_class() in FAILURE_CLASSES
@@ -183,7 +180,6 @@ def _as_words(x: Tensor, counts: Counts | None = None) -> list[object]:
 
 
 def mpi_world() -> MpiComm:
-    """Return a duplicate of MPI's world."""
     return MpiComm(MPI.COMM_WORLD.Dup(), "world")
 
 

@@ -49,13 +49,9 @@ class EvalWindows:
 def cut_windows(segments: np.ndarray, length: int, causal: bool) -> EvalWindows:
     """Cut each segment [segments[i], segments[i + 1]) into windows of `length` read tokens, the last one shorter. A causal
     window has one token more, with which the next one begins; a window of one token predicts nothing."""
-    starts, stops, documents = [], [], []
-    for number, (first, end) in enumerate(pairwise(segments.tolist())):
-        begin = np.arange(first, end - causal, length, dtype=np.int64)
-        starts.append(begin)
-        stops.append(np.minimum(begin + length + causal, end))
-        documents.append(np.full(len(begin), number))
-    return EvalWindows(np.concatenate(starts), np.concatenate(stops), np.concatenate(documents), length)
+    starts = [np.arange(first, end - causal, length, dtype=np.int64) for first, end in pairwise(segments.tolist())]
+    start, document = np.concatenate(starts), np.repeat(np.arange(len(starts)), [len(each) for each in starts])
+    return EvalWindows(start, np.minimum(start + length + causal, segments[document + 1]), document, length)
 
 
 def group_windows(sizes: np.ndarray, max_rows: int) -> list[tuple[int, int]]:

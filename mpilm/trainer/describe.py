@@ -161,11 +161,9 @@ def list_parts(parts: Mapping[str, int]) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the host or a GPU has run out of memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's, on a CPU
+    is_of_kernel = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    is_of_torch = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # on a CPU
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_of_kernel or is_of_torch
 
 
 def out_of_memory_error(run: Run, error: BaseException) -> OutOfMemoryError:
