@@ -1,8 +1,5 @@
-"""The registry of model families: how each is built, which matrices it ties, where its parameters start.
-
-A new family needs a builder in BUILDERS here, an entry in MODULE_NAMES (hf/names.py) and in MODEL_TYPES (hf/config.py), its
-sizes in flops.py, and its name and adapter targets in the config.
-"""
+"""The registry of model families: how each is built, which matrices it ties, where its parameters start. CONTRIBUTING.md lists
+the other places that a new family needs."""
 
 import math
 from collections import OrderedDict

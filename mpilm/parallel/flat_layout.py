@@ -100,7 +100,6 @@ class FlatLayout:
         return ReduceGroup(names, buckets[0][0], buckets[-1][1], buckets)
 
     def group_of(self, name: str) -> ReduceGroup:
-        """Return the group of a parameter."""
         return next(group for group in self.groups if name in group.names)
 
     def slices(self, bucket: Interval) -> list[int]:

@@ -90,7 +90,6 @@ def select_owned(layouts: Mapping[str, ParamLayout]) -> list[ParamLayout]:
 
 
 def select_stage(layouts: Mapping[str, ParamLayout], stage: int) -> dict[str, ParamLayout]:
-    """Return the parameters of one pipeline stage."""
     return {name: layout for name, layout in layouts.items() if layout.stage == stage}
 
 

@@ -9,13 +9,7 @@ from typing import Literal
 from mpilm.config.schema import Config, ModelConfig
 from mpilm.errors import FileError
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.flops import (
-    attention_flops_per_token,
-    block_matrices,
-    block_numel,
-    embedding_and_head_numel,
-    saved_floats_per_token,
-)
+from mpilm.model.flops import attention_flops_per_token, block_matrices, saved_floats_per_token, stage_numel
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import lower, schedule
@@ -84,10 +78,7 @@ class PlacedLayout:
         return [range(rank, len(self.cut), self.shape.pipeline) for rank in range(self.shape.pipeline)]
 
     def numel(self, stage: int) -> int:
-        """Return the number of gradient elements of a stage; both uses of a tied matrix count."""
-        first, last = embedding_and_head_numel(self.config.model, self.vocab_size)
-        blocks = self.cut[stage] * block_numel(self.config.model)
-        return blocks + first * (stage == 0) + last * (stage == len(self.cut) - 1)
+        return stage_numel(self.config.model, self.vocab_size, self.cut[stage], stage == 0, stage == len(self.cut) - 1)
 
     @cached_property
     def compute_rates(self) -> ComputeRates:

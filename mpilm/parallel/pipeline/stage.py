@@ -139,7 +139,6 @@ class ModelStage:
                 parameter.grad = None
 
     def backward_weight(self, microbatch: int) -> None:
-        """Compute the queued weight gradients."""
         if not self._exists(microbatch):
             return self.reducer.join_round(microbatch, lambda name: None)
         self.backward_microbatch = microbatch

@@ -27,7 +27,6 @@ class NodeTopology:
     inter_node: Comm  # the ranks with this rank's local rank
 
     def ranks(self, node: int) -> range:
-        """Return the ranks of a node."""
         return range(node * self.intra_node.size, (node + 1) * self.intra_node.size)
 
 
