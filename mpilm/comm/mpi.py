@@ -213,11 +213,8 @@ def finalize(code: int) -> None:
 
 
 def force_exit() -> None:
-    """Make sure that this rank and its launcher exit soon. Call before MPI_Abort.
-
-    A kernel timer ends this rank, since MPI_Abort may hold the interpreter lock. A separate process kills the launcher if it
-    runs on this host; otherwise the job would last until its time limit.
-    """
+    """Let this rank and its launcher exit soon; call before MPI_Abort. A kernel timer ends the rank, since MPI_Abort may hold
+    the interpreter lock. A process kills a launcher of this host: else the job would last until its time limit."""
     exit_after(RANK_TIMEOUT_S)
     if (pid := find_ancestor(LAUNCHERS)) is not None:
         null = subprocess.DEVNULL  # a launcher waits until every process has closed the output it inherited

@@ -74,11 +74,8 @@ def _bind_cores(node: Comm, threads: int) -> bool:
 
 
 def slice_affinity(affinities: Sequence[Sequence[int]], rank: int, threads: int) -> Sequence[int]:
-    """Return this rank's even slice of the node's cores, or nothing if the launcher has already pinned the ranks, if the node
-    has one rank, or if slices would be smaller than the thread count.
-
-    `affinities`: the cores of each rank; neighbours in the list are neighbours on the chip.
-    """
+    """Return this rank's even slice of the node's cores; nothing if the launcher has pinned the ranks, if there is one rank, or
+    if slices would be smaller than the thread count. `affinities`: the cores of each rank, neighbours on the chip adjacent."""
     cores, size = affinities[rank], len(affinities)
     if size == 1 or len(cores) // size < threads or any(other != cores for other in affinities):
         return []

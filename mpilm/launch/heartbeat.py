@@ -23,11 +23,8 @@ SIOCGIFADDR = 0x8915  # ioctl: address of a network interface
 
 
 class HeartbeatTable:
-    """One row for each rank of the world, which the rank itself writes and the ranks of its node read.
-
-    Times are those of time.monotonic(), which all processes of a node share. Without a path, or if the file cannot be opened,
-    only this process sees the table.
-    """
+    """One row for each rank of the world, which the rank itself writes and the ranks of its node read; times of
+    time.monotonic(), which they share. Without a path, or if the file cannot be opened, only this process sees the table."""
 
     def __init__(self, rank: int, size: int, path: Path | None = None):
         nbytes, memory, self.path = 8 * 3 * (size + 1), None, None

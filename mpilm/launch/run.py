@@ -28,11 +28,8 @@ SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PA
 
 
 def run(parse: Callable[[], Body]) -> NoReturn:
-    """Run a command on every rank and exit.
-
-    `parse` validates the arguments without communication and returns the function to call with the world. If that has an
-    attribute `step_timeout_s`, it is the limit that the watchdog applies (fault.step-timeout).
-    """
+    """Run a command on every rank and exit. `parse` validates the arguments without communication and returns the function to
+    call with the world; its attribute `step_timeout_s`, if any, is the limit of the watchdog."""
     faulthandler.enable()  # a fatal signal prints the stack of this rank
     faulthandler.dump_traceback_later(START_TIMEOUT_S, exit=True)  # if MPI does not start, which holds the interpreter lock
     if FAULT_VARIABLE in os.environ:

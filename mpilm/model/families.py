@@ -48,11 +48,9 @@ def initial_std(name: str, model: ModelConfig) -> float | None:
 
 
 def initial_value(seed: int, name: str, shape: tuple[int, ...], std: float | None) -> Tensor:
-    """Return float32 values for the parameter `name`: normal with deviation `std`, or ones if `std` is None.
-
-    They depend on (seed, name, shape) alone, so that any part of a model can be made anywhere. numpy's Philox and its
-    table-driven normal distribution give the same numbers on every processor; torch's generators differ between vector widths.
-    """
+    """Return float32 values for the parameter `name`: normal with deviation `std`, or ones if `std` is None. They depend on
+    (seed, name, shape) alone, so that any part of a model can be made anywhere. numpy's Philox and its table-driven normal
+    distribution give the same numbers on every processor; torch's generators differ between vector widths."""
     if not std:
         return torch.full(shape, 1.0 if std is None else 0.0)
     generator = np.random.Generator(np.random.Philox(key=hash_key("init", seed, name)))

@@ -45,11 +45,9 @@ def count_buffers(ops: Sequence[AccumulateOp]) -> int:
 
 
 def plan_accumulation(nodes: Sequence[TreeNode], total: int) -> AccumulationPlan:
-    """Return how to accumulate adjacent nodes in order, and the node that each buffer holds in the end.
-
-    A right node is added straight into its sibling's buffer. Buffers are numbered from 0 and reused: at most
-    1 + log2(len(nodes)) if the nodes have one size and together form a subtree.
-    """
+    """Return how to accumulate adjacent nodes in order, and the node that each buffer holds in the end. A right node is added
+    straight into its sibling's buffer. Buffers are numbered from 0 and reused: at most 1 + log2(len(nodes)) if the nodes have
+    one size and together form a subtree."""
     stack: list[tuple[TreeNode, int]] = []
     ops: list[AccumulateOp] = []
     for node in nodes:

@@ -11,13 +11,10 @@ EQUAL_COST = 1 + 1e-9  # costs whose ratio is below differ by rounding only
 def partition_layers(
     layers: int, stages: int, first_s: float = 0.0, last_s: float = 0.0, layer_s: float = 1.0, speeds: Sequence[float] = ()
 ) -> tuple[int, ...]:
-    """Return the layers of each stage, at least one, that make the slowest stage as fast as possible.
-
-    Stage 0 also costs `first_s` seconds (the embedding), the last one `last_s` (norm, head and loss); `layer_s` is the cost of
-    a layer; a stage of speed 2 takes half the seconds. Among equals the smallest sum of squares wins, then fewer
-    layers in the first stages, which keep the most microbatches alive. Exact, by dynamic programming. Raises ConfigError if
-    there are fewer layers than stages.
-    """
+    """Return the layers of each stage, at least one, that make the slowest stage as fast as possible. A layer costs `layer_s`
+    seconds, stage 0 also `first_s` (the embedding), the last one `last_s` (norm, head and loss); a stage of speed 2 takes half
+    the seconds. Among equals the smallest sum of squares wins, then fewer layers in the first stages, which keep the most
+    microbatches alive. Exact, by dynamic programming. Raises ConfigError if there are fewer layers than stages."""
     if not 1 <= stages <= layers:
         problem = f"{layers} layers cannot be divided into {stages} stages (--parallel.pipeline times --parallel.chunks)"
         raise ConfigError(f"{problem}: each needs one; at most {layers}")
