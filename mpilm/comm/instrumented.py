@@ -15,12 +15,10 @@ from mpilm.formatting import name_ranks
 
 
 class InstrumentedComm(Comm):
-    """Passes every operation on to `inner` and records it in `recorder`.
-
-    While `checks_calls` is true, each collective first compares its operation, dtype, counts and position in the order of
-    calls over the ranks, and raises RanksDisagreeError on all of them before any data is touched: plain MPI returns garbage
-    without an error. `world_ranks`: world ranks of this communicator's ranks, if it is not the world.
-    """
+    """Passes every operation on to `inner` and records it in `recorder`. While `checks_calls` is true, each collective first
+    compares its operation, dtype, counts and position in the order of calls over the ranks, and raises RanksDisagreeError on
+    all of them before any data is touched: plain MPI returns garbage without an error. `world_ranks`: of this communicator's
+    ranks, if it is not the world."""
 
     def __init__(
         self, inner: Comm, checks_calls: bool = False, recorder: FlightRecorder | None = None, world_ranks: Sequence[int] = ()

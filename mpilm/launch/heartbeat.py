@@ -51,12 +51,10 @@ def shared_path(key: str) -> Path:
 
 
 class NodeLinks:
-    """Datagrams between a node and its neighbours in a tree of nodes. Collective: the constructor gathers addresses.
-
-    Each tick the lowest rank of a node that is alive sends to the first two ranks of its parent and of its children how long no
-    rank of its subtree has moved; the root so learns it of all. If a neighbour that has sent stops, its node, or the
-    network to it, is down.
-    """
+    """Datagrams between a node and its neighbours in a tree of nodes. Each tick the lowest living rank of a node tells the
+    first two ranks of its parent and of its children how long no rank of its subtree has moved; the root so learns it of all.
+    If a neighbour that has sent stops, its node, or the network to it, is down. Collective: the constructor gathers
+    addresses."""
 
     def __init__(self, world: Comm, nodes: list[list[int]]):
         self.nodes = nodes
