@@ -69,18 +69,10 @@ def resolve_layouts(
             raise ValueError(f"{name} {shapes.get(name)} cannot be tied to {owner} {shapes.get(owner)}")
     layouts = {}
     for name, shape in shapes.items():
-        cut = cut_of(name)
-        layouts[name] = ParamLayout(
-            name=name,
-            shape=tuple(shape),
-            stage=stage_of(name),
-            cut=cut,
-            parts=1 if cut is None else getattr(mesh, cut.axis),
-            tied_to=tied.get(name),
-            tied_copies=tuple(copy for copy, owner in tied.items() if owner == name),
-            unsharded=is_unsharded(name, tuple(shape)),
-            frozen=is_frozen(name),
-        )
+        cut, unsharded, frozen = cut_of(name), is_unsharded(name, shape), is_frozen(name)
+        parts = 1 if cut is None else getattr(mesh, cut.axis)
+        copies = tuple(copy for copy, owner in tied.items() if owner == name)
+        layouts[name] = ParamLayout(name, shape, stage_of(name), cut, parts, tied.get(name), copies, unsharded, frozen)
     return layouts
 
 
