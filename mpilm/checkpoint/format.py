@@ -146,7 +146,7 @@ def _is_entry(name: str, entry: Any) -> bool:
 
 def is_file_name(name: Any) -> bool:
     """Return whether a name read from a file is a plain file name, which cannot lead out of the folder."""
-    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
+    return isinstance(name, str) and name.isprintable() and name not in ("", "..") and Path(name).name == name
 
 
 def dump_json(value: Any) -> str:

@@ -5,7 +5,6 @@ header, but reads whole rows into new memory. So tensors are read here, as range
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from mpilm.checkpoint.verify import run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import ModelConfig
-from mpilm.data.files import file_errors, read_json
+from mpilm.data.files import file_errors, parse_json, read_json
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.hf.names import match_keys
 from mpilm.parallel.flat_layout import ParamSlice
@@ -165,7 +164,7 @@ def _open_file(path: Path, stack: contextlib.ExitStack) -> TensorRefs:
         try:
             with safe_open(path, framework="pt"):  # checks that offsets, shapes and dtypes fit each other and the file
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length), object_pairs_hook=_check_unique)
+                header = parse_json(file.read(length), f"{path}: the header", object_pairs_hook=_check_unique)
         except (SafetensorError, ValueError) as error:
             raise DataError(f"{path} is not a readable safetensors file: {error}") from None
     header.pop("__metadata__", None)

@@ -1,5 +1,6 @@
 """Folders that a run can start from: a Hugging Face model, one of our checkpoints, or an adapter to either."""
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def find_base_model(folder: str | Path, base: str = "") -> Path:
     config = path / ADAPTER_CONFIG
     base = base or read_base_model(read_json(config), str(config))
     for model in (Path(base).expanduser(), path / base):  # a relative path starts here, or in the adapter's folder
-        if base and (model / "config.json").is_file():
+        if base and os.path.isfile(model / "config.json"):  # False for any name that cannot be one
             return model
     raise FileError(f"{path} holds an adapter to {base!r}, which is not a model folder here; set --model.base to its folder")
 

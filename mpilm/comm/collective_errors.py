@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from mpilm.comm.base import Comm
-from mpilm.errors import ConfigError, UserError, error_from_code
+from mpilm.errors import ConfigError, UserError, error_from_code, to_user_error
 from mpilm.formatting import name_ranks
 
 R = TypeVar("R")
@@ -39,11 +39,13 @@ def run_on_root(comm: Comm, action: Callable[[], R]) -> R | None:
 
 
 def _catch(action: Callable[[], R]) -> tuple[R | None, list[Any] | None]:
-    """Return the result of `action`, or code and message of the UserError that it raises."""
+    """Return the result of `action`, or code and message of the UserError that it raises, also when memory runs out."""
     try:
         return action(), None
-    except UserError as error:
-        return None, [error.code, str(error)]
+    except Exception as error:
+        if (problem := to_user_error(error)) is None:
+            raise
+        return None, [problem.code, str(problem)]
 
 
 def check_same_on_all_ranks(comm: Comm, what: str, settings: Mapping[str, Any]) -> None:

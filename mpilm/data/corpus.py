@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config.schema import DataConfig
-from mpilm.data.files import file_errors, hex_digest
+from mpilm.data.files import file_errors, hex_digest, parse_json, read_bytes
 from mpilm.data.gather import digest_files
 from mpilm.data.prepare import broadcast_sources, prepare_tokens, resolve_settings, temporary_folder
 from mpilm.data.sources import TextSource
 from mpilm.data.token_files import TokenMetadata, find_prefix, open_tokens, read_metadata, with_ending
 from mpilm.data.tokenizer import BPE, Tokenizer, load_tokenizer, parse_bpe_size, tokenizer_from_spec
-from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.errors import ConfigError, DataError, FileError, UserError
 
 VERIFIED_BYTES = 2**30  # of tokens, and of text, that are read and compared with their digest at every start
 SAMPLED_TOKENS, SAMPLES = 2**16, 16  # to measure bytes per token
@@ -219,9 +219,9 @@ def _stat(path: str) -> list[int]:
 def _read_index(index: Path) -> dict[str, list]:
     """Return what is stored; nothing if the file is damaged."""
     try:
-        rows = json.loads(index.read_bytes())
+        rows = parse_json(read_bytes(index), index)
         return {path: [*map(int, stat), str(digest)] for path, (*stat, digest) in rows.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (UserError, ValueError, TypeError, AttributeError, OverflowError):
         return {}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mpilm.config.schema import ModelConfig
-from mpilm.data.files import hex_digest, read_bytes, read_json
+from mpilm.data.files import MAX_JSON_BYTES, hex_digest, is_valid_utf8, parse_json, read_bytes, read_json
 from mpilm.errors import ConfigError, DataError, FileError, UserError
 
 TokenIds = NDArray[np.int32]
@@ -25,6 +25,7 @@ MASK_NAMES = (MASK, "<mask>")
 BPE, QWEN_BPE = "bpe:", "qwen-bpe:"
 # The words of Qwen's tokenizer. transformers splits text for a qwen2 model in this way, and ignores the tokenizer.json.
 QWEN_WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LARGEST_ID = 10_000_000
 SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000  # the 256 bytes and the end of a document; more than anyone uses
 
 
@@ -145,7 +146,8 @@ def _byte_level(model: Any, like_qwen: bool = False) -> Any:
 
 def splits_like_qwen(tokenizer: Tokenizer) -> bool:
     """Return whether a tokenizer splits text as transformers does for a qwen2 model, whatever its tokenizer.json says."""
-    ours, qwen = json.loads(tokenizer.json), json.loads(_byte_level(models.BPE(), like_qwen=True).to_str())
+    texts = tokenizer.json, _byte_level(models.BPE(), like_qwen=True).to_str()
+    ours, qwen = (parse_json(text, tokenizer.name) for text in texts)
     return all(ours[part] == qwen[part] for part in ("normalizer", "pre_tokenizer"))
 
 
@@ -156,18 +158,34 @@ def load_tokenizer(path: str | Path, eos: int | None = None, needs_eos: bool = T
     file = location / "tokenizer.json" if location.is_dir() else location
     if location.is_dir() and not file.is_file():
         raise FileError(f"{location}: this folder holds no tokenizer.json")
-    library = _parse(read_bytes(file), file)
-    return Tokenizer(library.to_str(), _find_eos(library, file, needs_eos) if eos is None else eos, str(path))
+    library = _parse(read_bytes(file, MAX_JSON_BYTES), file)
+    with _library_errors(file):
+        tokenizer = Tokenizer(library.to_str(), _find_eos(library, file, needs_eos) if eos is None else eos, str(path))
+        assert tokenizer.vocab_size  # parses what the library has written, which may fail
+    return tokenizer
 
 
 def _parse(text: bytes, file: object) -> Any:
-    try:
+    numbers = [0]  # all integers: the library takes memory for every id below the largest
+    parse_json(text, file, parse_int=lambda digits: numbers.append(int(digits)))
+    if max(numbers) >= LARGEST_ID:
+        raise DataError(f"{file} holds an id or number of {max(numbers):,}; those below {LARGEST_ID:,} are supported")
+    with _library_errors(file):
         library = tokenizers.Tokenizer.from_str(text.decode())
-    except Exception as error:  # the library raises Exception itself
+        library.no_truncation()  # BERT's files, for example, ask for 512 tokens at most
+        library.no_padding()
+        return library
+
+
+@contextmanager
+def _library_errors(file: object) -> Iterator[None]:
+    """Turn the errors of the tokenizers library, which raises Exception itself or panics, into a DataError."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, UserError) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
         raise DataError(f"{file}: is not a tokenizer.json that the tokenizers library reads: {error}") from None
-    library.no_truncation()  # BERT's files, for example, ask for 512 tokens at most
-    library.no_padding()
-    return library
 
 
 def _find_eos(library: Any, file: Path, needs_eos: bool) -> int:
@@ -176,7 +194,7 @@ def _find_eos(library: Any, file: Path, needs_eos: bool) -> int:
     named = values.get("eos_token") or values.get("sep_token")
     named = named.get("content") if isinstance(named, dict) else named
     for name in (named, *EOS_NAMES):
-        if isinstance(name, str) and (token := library.token_to_id(name)) is not None:
+        if isinstance(name, str) and is_valid_utf8(name) and (token := library.token_to_id(name)) is not None:
             return token
     if not needs_eos:
         return NO_EOS

@@ -88,7 +88,7 @@ def _open_chats(config: Config, template: ChatTemplate | None, comm: Comm) -> Tr
         message = f"--data.format chat reads JSON lines, and --data.path {data.source} holds others: name .jsonl files"
         raise CollectiveError(ConfigError(message))
     tokenizer = run_on_all_ranks(comm, lambda: _tokenizer_for_model(tokenizer_from_spec(data.tokenizer), config))
-    chats = read_chats(sources, tokenizer, template, comm)
+    chats = read_chats(sources, tokenizer, template, comm, data.max_document_mib)
     examples = run_on_all_ranks(comm, lambda: ChatExamples(chats, config.model.context_length, data, tokenizer.eos))
     content = {"data.path": hex_digest(*(values.tobytes() for values in chats)), "data.tokenizer": tokenizer.digest}
     lines = [

@@ -89,7 +89,7 @@ def _acquire(path: Path, stale: dict[str, Any] | None, holder: dict[str, Any]) -
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the holder; None if the file does not exist or does not name one."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         holder = json.loads(path.read_text(encoding="utf-8"))
         return holder if isinstance(holder, dict) else None
     return None

@@ -16,7 +16,7 @@ from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks
 from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.errors import RANK_VARIABLES, ConfigError, LostRankError, PreemptedError, UserError, is_first_process
+from mpilm.errors import RANK_VARIABLES, ConfigError, LostRankError, PreemptedError, UserError, is_first_process, to_user_error
 from mpilm.launch.start import watch_start
 from mpilm.launch.watchdog import MIN_LIMIT_S, Watchdog
 
@@ -84,12 +84,14 @@ def _parse_or_stop(parse: Callable[[], Body]) -> tuple[Body | None, Any, UserErr
     SystemExit has text and code as arguments."""
     try:
         return parse(), None, None
-    except UserError as error:
-        return None, None, error
     except SystemExit as stop:
         if len(stop.args) == 2:
             return None, stop.args, None
         return None, (f"{stop.code}\n", 1) if isinstance(stop.code, str) else ("", stop.code or 0), None
+    except Exception as error:
+        if (problem := to_user_error(error)) is None:
+            raise
+        return None, None, problem
 
 
 def _raise_if(error: UserError | None) -> None:
@@ -103,6 +105,7 @@ def _abort_job(comm: Comm, error: BaseException) -> NoReturn:
         os._exit(141)  # the reader of the output has exited, as in `| head`
     if comm.is_rank_failure(error):
         error = LostRankError(f"another rank has failed ({error}); the same command resumes from the newest checkpoint")
+    error = to_user_error(error) or error
     where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     if isinstance(error, UserError):
         code, text = error.code, f"mpilm: error on {where}: {error}\n"

@@ -83,9 +83,11 @@ class PlacedLayout:
     @cached_property
     def compute_rates(self) -> ComputeRates:
         """The rates measured with the nearest number of ranks on a node."""
-        rates = [each for each in self.machine.compute if each.dtype == self.config.train.dtype]
+        dtype, family = self.config.train.dtype, CALIBRATED_AS[self.config.model.arch]
+        complete = [each for each in self.machine.compute if family in each.rest_forward and family in each.rest_backward]
+        rates = [each for each in complete if each.dtype == dtype]
         if not rates:
-            raise FileError(f"{self.machine.source} holds no rates for {self.config.train.dtype}: run mpilm.doctor --calibrate")
+            raise FileError(f"{self.machine.source} holds no rates for {dtype} and {family}: run mpilm.doctor --calibrate")
         return min(rates, key=self._distance)
 
     @cached_property

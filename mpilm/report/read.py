@@ -1,6 +1,5 @@
 """Reading a run folder as far as it is complete: absent and broken parts are listed, not raised."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from mpilm.config.parse import read_toml
-from mpilm.data.files import file_errors
-from mpilm.errors import FileError, UserError
+from mpilm.data.files import file_errors, parse_json
+from mpilm.errors import DataError, FileError, UserError
 from mpilm.formatting import count_noun
 from mpilm.telemetry.metrics import MetricsRow
 from mpilm.telemetry.metrics_table import MetricsTable, read_metrics_table
@@ -98,11 +97,11 @@ def _load_trace(folder: Path, missing: list[str]) -> Mapping[str, Any] | None:
     if path is None:
         return None
     try:
-        trace = json.loads(path.read_bytes())
-        if isinstance(trace, dict) and isinstance(trace.get("traceEvents"), list):
+        trace = parse_json(path.read_bytes(), path.name)
+        if isinstance(trace.get("traceEvents"), list):
             return trace
         missing.append(f"{path.name} is not a trace.")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, DataError) as error:
         missing.append(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or 'it is not complete JSON'}.")
     return None
 

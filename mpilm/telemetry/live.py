@@ -5,8 +5,9 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -61,6 +62,7 @@ class LiveView:
 
     def update(self, row: MetricsRow) -> None:
         """Add a row of metrics.jsonl, or of a step that is not logged."""
+        row = {key: value for key, value in row.items() if key not in IS_SHOWABLE or IS_SHOWABLE[key](value)}
         event, text = row.get("event"), _describe_event(row)
         if text and event == "start":
             self._start, self._ranks, self.final_state = row, {}, ""
@@ -78,7 +80,7 @@ class LiveView:
             self._step = row
             self._losses.append(row["loss"])
             self._step_s = row.get("step_s", self._step_s)
-            if "rank_s" in row:
+            if row.keys() >= {"rank_s", "memory_bytes"}:
                 self._ranks, self._peak_bytes = row, row["memory_bytes"]
                 self._compute_s.append((row["step"], row["rank_s"]["compute"]))
                 while len(self._compute_s) > 2 and self._compute_s[1][0] <= row["step"] - SLOW_STEPS:
@@ -128,7 +130,7 @@ class LiveView:
         if self._evaluation:
             best = "" if self._evaluation["eval_loss"] <= self._best_loss else f", best {self._best_loss:.4f}"
             yield "evaluation", f"{self._evaluation['eval_loss']:.4f} at step {self._evaluation['step']}{best}"
-        if "tokens_per_s" in row:
+        if row.keys() >= {"tokens_per_s", "step_s"}:
             mfu = f"   MFU {row['mfu']:.1%}" if "mfu" in row else ""
             yield "speed", f"{row['tokens_per_s']:,.0f} tokens/s   {row['step_s']:.3g} s per step{mfu}"
         if self._ranks:
@@ -149,9 +151,28 @@ def _describe_event(row: MetricsRow) -> str:
     ranks = {"ranks": count_noun(row["ranks"], "rank")} if "ranks" in row else {}
     try:
         text = EVENT_TEXTS.get(row["event"], "{event} at step {step}").format_map(row | ranks)
-        return f"{time.strftime('%H:%M:%S', time.localtime(row['time']))}  {text}"
-    except KeyError:
+        line = f"{time.strftime('%H:%M:%S', time.localtime(row['time']))}  {text}"
+        return line.encode(errors="replace").decode()  # half a surrogate pair has no UTF-8
+    except (KeyError, ValueError, OverflowError, OSError):  # the last three: no such time
         return ""
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e15
+
+
+def _are_finite(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and len(values) > 0 and all(map(_is_finite, values))
+
+
+IS_SHOWABLE: Mapping[str, Callable[[Any], bool]] = {  # values by key: anything may have written the file
+    **dict.fromkeys(("step", "time", "lr", "step_s", "tokens_per_s", "mfu", "ranks", "predicted_memory_bytes"), _is_finite),
+    **dict.fromkeys(("loss", "grad_norm", "eval_loss"), lambda value: type(value) is float or _is_finite(value)),
+    **dict.fromkeys(("memory_bytes", "peak_memory_on_rank_bytes"), _are_finite),
+    "rank_s": lambda value: isinstance(value, dict) and "compute" in value and all(map(_are_finite, value.values())),
+    "event": lambda value: isinstance(value, str),
+    "layout": lambda value: isinstance(value, dict),
+}
 
 
 def draw_curve(values: Iterable[float], columns: int = 48, rows: int = 4) -> list[str]:

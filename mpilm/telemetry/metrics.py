@@ -5,16 +5,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mpilm.data.files import parse_json
+from mpilm.errors import DataError, FileError
+
 MetricsRow = dict[str, Any]
 
 
 def parse_row(line: bytes) -> MetricsRow | None:
     """Return the row in a line; None if the line is cut off or is not a row."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line, "")
+    except DataError:
         return None
-    return row if line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step", 0), int) else None
+    return row if line.endswith(b"\n") and isinstance(row.get("step", 0), int) else None
 
 
 def length_through_step(lines: Iterable[bytes], step: int) -> int:
@@ -33,11 +36,13 @@ class MetricsWriter:
     of later steps and a cut last line are removed, and all rows before them stay byte for byte."""
 
     def __init__(self, path: Path, step: int):
-        self._file = open(path, "a+b")  # noqa: SIM115
+        self._path, self._file = path, open(path, "a+b")  # noqa: SIM115
         self._file.seek(0)
         self._file.truncate(length_through_step(self._file, step))
 
     def write(self, row: MetricsRow) -> None:
+        if not self._path.exists():
+            raise FileError(f"{self._path} has been removed while the run was writing it; later checkpoints would be lost")
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
 

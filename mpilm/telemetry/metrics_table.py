@@ -1,7 +1,6 @@
 """RUN/metrics.jsonl as arrays, for files of up to millions of rows."""
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mpilm.data.files import parse_json
+from mpilm.errors import DataError
 from mpilm.telemetry.metrics import MetricsRow, parse_row
 
 COLUMNS = ("step", "time", "tokens", "loss", "grad_norm", "lr", "step_s", "tokens_per_s", "mfu")
@@ -66,10 +67,10 @@ def parse_rows(lines: Sequence[bytes]) -> list[MetricsRow]:
     """Parse rows without their per-rank values, which come last and are most of the text; drop lines that are not rows."""
     heads = [FROM_PER_RANK.sub(b"}\n", line) for line in lines]
     try:
-        rows = json.loads(b"[" + b",".join(heads) + b"]")  # a single call takes a third of the time
+        rows = parse_json(b"[" + b",".join(heads) + b"]", "", list)  # a single call takes a third of the time
         if len(rows) != len(lines):
-            raise ValueError("a line held several values")
-    except (ValueError, RecursionError):
+            raise DataError("a line held several values")
+    except DataError:
         rows = [parse_row(head) or parse_row(line) for head, line in zip(heads, lines)]
     for i, row in enumerate(rows):
         if isinstance(row, dict) and not ROW_KINDS & row.keys():  # the per-rank values came first

@@ -1,6 +1,5 @@
 """Description of a run: start row of metrics.jsonl, header, predicted memory, and the error when memory runs out."""
 
-import errno
 import shlex
 import socket
 import sys
@@ -157,13 +156,6 @@ def predict_memory(run: Run) -> dict[str, int]:
 def list_parts(parts: Mapping[str, int]) -> str:
     """Return the parts of a prediction as text, without empty ones."""
     return ", ".join(f"{part} {format_mebibytes(nbytes)}" for part, nbytes in parts.items() if nbytes)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the host or a GPU has run out of memory."""
-    is_of_kernel = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    is_of_torch = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # on a CPU
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_of_kernel or is_of_torch
 
 
 def out_of_memory_error(run: Run, error: BaseException) -> OutOfMemoryError:

@@ -11,14 +11,14 @@ from mpilm.comm.instrumented import instrument
 from mpilm.config.schema import Config, trace_step_range
 from mpilm.data.corpus import unigram_loss
 from mpilm.engine.step import StepFlags, train_step
-from mpilm.errors import UserError
+from mpilm.errors import UserError, is_out_of_memory
 from mpilm.inference.generate import generate
 from mpilm.launch.hang_report import EXITING
 from mpilm.report.page import write_report
 from mpilm.telemetry.trace import Trace
 from mpilm.trainer import hooks
 from mpilm.trainer.build import build_run
-from mpilm.trainer.describe import describe_run, is_out_of_memory, out_of_memory_error
+from mpilm.trainer.describe import describe_run, out_of_memory_error
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint, RecoveredState
 from mpilm.trainer.run import Run, collect_state

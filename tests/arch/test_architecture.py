@@ -217,6 +217,12 @@ def unsafe_uses(name: str) -> Iterator[str]:
                 yield f"mpilm/{name}:{node.lineno}: {called}"
 
 
+def test_json_of_others_is_parsed_in_one_place() -> None:
+    """parse_json limits depth and size, and its message names the place; the other files parse what ranks of one job wrote."""
+    callers = {name for name in NAMES if re.search(r"\bjson\.loads?\(", source(name))}
+    assert callers == {"data/files.py", "comm/base.py", "launch/lock.py", "launch/watchdog.py", "planner/profile.py"}
+
+
 # Sizes.
 
 
