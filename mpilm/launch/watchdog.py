@@ -2,7 +2,7 @@
 
 A thread on every rank proves each second that its process lives, and notes when its rank last moved: finished a call or,
 outside of known steps, computed, read or wrote. A rank that waits for others does not stand still. Each rank watches itself and
-the ranks of its node, each node its neighbours (py). The first to find one past its limit reports and ends the job.
+the ranks of its node, each node its neighbours (heartbeat.py). The first to find one past its limit reports and ends the job.
 """
 
 import contextlib
