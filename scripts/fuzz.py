@@ -74,8 +74,7 @@ from mpilm.planner.command import PlanConfig, make_plan  # noqa: E402
 from mpilm.planner.profile import write_profile  # noqa: E402
 from mpilm.report.page import write_report  # noqa: E402
 from mpilm.telemetry.live import watch_run  # noqa: E402
-from mpilm.telemetry.metrics import MetricsFollower, length_through_step  # noqa: E402
-from mpilm.telemetry.metrics_table import read_metrics_table  # noqa: E402
+from mpilm.telemetry.metrics import MetricsFollower, length_through_step, read_metrics_table  # noqa: E402
 
 LIMIT_S, LIMIT_BYTES = 20, 3 * 2**29
 DEEP = 100_000

@@ -14,7 +14,7 @@ from mpilm.planner.simulate import TimelineEvent
 from mpilm.report.read import RecordedRun
 from mpilm.report.summary import average_parts, measure_peak_memory, split_step
 from mpilm.report.trace import TracedStep, find_traced_step
-from mpilm.telemetry.metrics_table import per_rank_values, to_float
+from mpilm.telemetry.metrics import per_rank_values, to_float
 
 BUCKETS = 800  # columns of a chart, shared by the runs that are compared
 NOISY = 400  # a curve with more points than this also gets its mean

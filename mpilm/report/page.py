@@ -13,7 +13,7 @@ from mpilm.formatting import count_noun, format_mebibytes, format_number
 from mpilm.mesh.shape import AXES
 from mpilm.report import figures, summary, trace
 from mpilm.report.read import RecordedRun, read_run
-from mpilm.telemetry.metrics_table import SLOW, to_float
+from mpilm.telemetry.metrics import SLOW, to_float
 
 PAGE = "report.html"
 MARKER = b"mpilm.report"  # within the first KiB of every file that a report may overwrite

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from mpilm.config.parse import read_toml
+from mpilm.config.schema import flatten
 from mpilm.data.files import file_errors, parse_json
 from mpilm.errors import DataError, FileError, UserError
 from mpilm.formatting import count_noun
-from mpilm.telemetry.metrics import MetricsRow
-from mpilm.telemetry.metrics_table import MetricsTable, read_metrics_table
+from mpilm.telemetry.metrics import MetricsRow, MetricsTable, read_metrics_table
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,13 @@ def read_run(folder: str | Path) -> RecordedRun:
     except OSError as error:
         missing.append(f"metrics.jsonl cannot be read: {error.strerror}.")
     try:
-        config = _flatten_sections(read_toml(path / "config.toml", "config.toml"))
+        config = flatten(read_toml(path / "config.toml", "config.toml"))
         text = (path / "config.toml").read_text(encoding="utf-8")
     except (UserError, OSError) as error:
         missing.append(f"{error}.")
     run = RecordedRun(path, metrics, config, text, _load_trace(path, missing), missing)
     missing += _find_gaps(run)
     return run
-
-
-def _flatten_sections(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten_sections(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _load_trace(folder: Path, missing: list[str]) -> Mapping[str, Any] | None:

@@ -12,8 +12,7 @@ import numpy as np
 from mpilm.config.schema import Config, flatten, resolve_config
 from mpilm.formatting import count_noun, format_duration, format_number
 from mpilm.report.read import RecordedRun
-from mpilm.telemetry.metrics import MetricsRow
-from mpilm.telemetry.metrics_table import per_rank_values, select_stragglers, to_float
+from mpilm.telemetry.metrics import MetricsRow, per_rank_values, select_stragglers, to_float
 
 LOGGED_PARTS = ("compute", "communication", "bubble", "data", "optimizer")
 MAX_EVENTS = 60  # of more, the first and the last half are listed

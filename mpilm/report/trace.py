@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from mpilm.mesh.shape import AXES, MeshShape
 from mpilm.parallel.pipeline.actions import COMPUTE, ActionKind, parse_action
 from mpilm.planner.simulate import Timeline, TimelineEvent, simulate
-from mpilm.telemetry.metrics_table import to_float
+from mpilm.telemetry.metrics import to_float
 
 
 class TracedStep(NamedTuple):

@@ -21,8 +21,7 @@ from mpilm.config.schema import Config
 from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import count_noun, format_duration, format_mebibytes
-from mpilm.telemetry.metrics import MetricsFollower, MetricsRow
-from mpilm.telemetry.metrics_table import SLOW_STEPS, select_stragglers
+from mpilm.telemetry.metrics import SLOW_STEPS, MetricsFollower, MetricsRow, select_stragglers
 
 MAX_POINTS = 4000  # losses that the curve is drawn from
 MAX_EVENTS = 3  # the latest ones are shown

@@ -21,7 +21,7 @@ from mpilm.report import figures, summary
 from mpilm.report.page import MARKER, save_images, write_report
 from mpilm.report.read import read_run
 from mpilm.report.trace import find_traced_step, sum_waits
-from mpilm.telemetry.metrics_table import PER_RANK
+from mpilm.telemetry.metrics import PER_RANK
 
 CONFIG = '[model]\narch = "llama"\nn_layers = 4\nd_model = 192\n\n[train]\nsteps = 40\nlr = 0.003\ndtype = "float32"\n'
 
