@@ -15,7 +15,11 @@ MAX_BALANCED = 2**25  # layers^2 times stages, which the time to balance them gr
 
 def check_config(config: Any) -> None:
     """Raise ConfigError for the first setting, or combination of settings, that cannot work, with what to write instead."""
-    _check_limits(config)
+    values = flatten(config)
+    for name, kind in schema.flatten_types(config).items():
+        for value in values[name] if isinstance(values[name], tuple) else (values[name],):
+            if problem := find_limit_problem(value, kind):
+                raise ConfigError(f"{flag_of(name)} {problem}")
     if isinstance(getattr(config, "data", None), DataConfig):
         config.data.corpora()  # raises
     if isinstance(config, Config):
@@ -25,15 +29,6 @@ def check_config(config: Any) -> None:
         for find_problems in (_find_data_problems, _find_model_problems, _find_train_problems, _find_parallel_problems):
             for problem in find_problems(config, flags):
                 raise ConfigError(problem)
-
-
-def _check_limits(config: Any) -> None:
-    """Raise ConfigError for a value outside the limits that its type states."""
-    values = flatten(config)
-    for name, kind in schema.flatten_types(config).items():
-        for value in values[name] if isinstance(values[name], tuple) else (values[name],):
-            if problem := find_limit_problem(value, kind):
-                raise ConfigError(f"{flag_of(name)} {problem}")
 
 
 def find_limit_problem(value: Any, kind: Any) -> str:
@@ -137,19 +132,19 @@ def _find_parallel_problems(config: Config, flags: Mapping[str, str]) -> Iterato
     if parallel.powersgd_rank and sync_every:
         both = f"{flags['parallel.powersgd_rank']} has no effect with {flags['parallel.sync_every']}"
         yield f"{both}: no gradients are exchanged between syncs; set only one"
-    actions = schema.microbatch_count(config) * parallel.pipeline * parallel.chunks
+    stages = parallel.pipeline * parallel.chunks
+    actions = schema.microbatch_count(config) * stages
     if actions > MAX_ACTIONS:
         names = ("train.global_batch", "train.micro_batch", "parallel.pipeline", "parallel.chunks")
         yield f"{', '.join(flags[name] for name in names)}: {actions:,} forward passes a step are too many to plan"
-    total = parallel.pipeline * parallel.chunks
-    if total > 1 and not parallel.cut and config.model.n_layers**2 * total > MAX_BALANCED:
-        yield f"{flags['model.n_layers']} over {total:,} stages are too many to balance by cost: set --parallel.cut"
-    for name, is_set, stages in (
+    if stages > 1 and not parallel.cut and config.model.n_layers**2 * stages > MAX_BALANCED:
+        yield f"{flags['model.n_layers']} over {stages:,} stages are too many to balance by cost: set --parallel.cut"
+    for name, is_set, zeros in (
         ("parallel.powersgd_rank", parallel.powersgd_rank, (0, 1)),
         ("parallel.sync_every", sync_every, (0,)),
     ):
-        if is_set and parallel.zero not in stages:
-            yield f"{flags[name]} needs --parallel.zero {' or '.join(map(str, stages))}, not {parallel.zero}"
+        if is_set and parallel.zero not in zeros:
+            yield f"{flags[name]} needs --parallel.zero {' or '.join(map(str, zeros))}, not {parallel.zero}"
         if is_set and parallel.wire_dtype != "float32":
             yield f"{flags[name]} sends float32: leave {flags['parallel.wire_dtype']} out"
     for name, steps in (("checkpoint.every", config.checkpoint.every), ("run.eval_every", config.run.eval_every)):

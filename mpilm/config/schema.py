@@ -311,9 +311,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Return every setting of a config, or of nested dictionaries, as "section.key" -> value."""
     flat: dict[str, Any] = {}
     for key, value in (config if isinstance(config, dict) else vars(config)).items():
-        flat.update(
-            flatten(value, f"{prefix}{key}.") if is_dataclass(value) or isinstance(value, dict) else {prefix + key: value}
-        )
+        is_section = is_dataclass(value) or isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
     return flat
 
 
@@ -322,7 +321,7 @@ def flatten_types(config: Any, prefix: str = "") -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for key, kind in get_setting_types(type(config)).items():
         value = getattr(config, key)
-        kinds.update(flatten_types(value, f"{prefix}{key}.") if is_dataclass(value) else {prefix + key: kind})
+        kinds |= flatten_types(value, f"{prefix}{key}.") if is_dataclass(value) else {prefix + key: kind}
     return kinds
 
 

@@ -36,9 +36,8 @@ class TrainingData:
 def open_training_data(config: Config, comm: Comm) -> TrainingData:
     """Open, or prepare, the data that `config` names. Collective; raises CollectiveError."""
     template = run_on_all_ranks(comm, lambda: find_chat_template(config.data.tokenizer))
-    if config.data.format == "chat":
-        return _open_chats(config, template, comm)
-    return _open_texts(config, template, comm)
+    open_data = _open_chats if config.data.format == "chat" else _open_texts
+    return open_data(config, template, comm)
 
 
 def _open_texts(config: Config, template: ChatTemplate | None, comm: Comm) -> TrainingData:

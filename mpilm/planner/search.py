@@ -78,11 +78,14 @@ def search(job: PlannedJob, ranks: int) -> tuple[list[Candidate], dict[str, str]
     for config in _enumerate_layouts(job, ranks):
         label, recompute = layout_label(config, ranks), config.train.recompute
         for choice in ("none", "block") if recompute == "none" else (recompute,):  # recompute only what does not fit
+            layout = override(config, train__recompute=choice)
             try:
-                candidate = _place(job, override(config, train__recompute=choice), ranks)
+                check_config(layout)
+                shape, cut = resolve_mesh_shape(layout, ranks), partition_by_cost(layout, job.vocab_size)
             except ConfigError as error:
                 rejected.setdefault(label, str(error))
                 break
+            candidate = Candidate(layout, job.vocab_size, job.machine, shape, job.ranks_on_node(ranks), cut)
             if candidate.memory_bytes <= available:
                 candidates.append(candidate)
                 break
@@ -123,13 +126,6 @@ def _enumerate_layouts(job: PlannedJob, ranks: int) -> Iterator[Config]:
                 for zero in fixed.get("zero", zeros):
                     layout = {"pipeline": pipeline, "schedule": schedule, "chunks": chunk, "zero": zero}
                     yield resolve_config(replace(job.config, parallel=replace(job.config.parallel, **layout)))
-
-
-def _place(job: PlannedJob, config: Config, ranks: int) -> Candidate:
-    """Return the layout on the nodes of the job; raises ConfigError if it cannot run."""
-    check_config(config)
-    shape, cut = resolve_mesh_shape(config, ranks), partition_by_cost(config, job.vocab_size)
-    return Candidate(config, job.vocab_size, job.machine, shape, job.ranks_on_node(ranks), cut)
 
 
 def layout_label(config: Config, ranks: int) -> str:

@@ -113,8 +113,7 @@ def hf_config(model: ModelConfig, vocab_size: int, eos: int) -> dict[str, Any]:
 
 
 def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
-    """Return the model, without dropout, and the vocabulary size that a config.json describes. Raises ConfigError, which names
-    the file `where`, for a model that mpilm does not support."""
+    """Return model, without dropout, and vocabulary size that a config.json describes; raises ConfigError naming `where`."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in MODEL_TYPES:
         raise ConfigError(f"{where}: model_type {format_value(name)} is not supported; {', '.join(MODEL_TYPES)} are")
@@ -147,7 +146,6 @@ def _read(config: Mapping[str, Any], key: str, setting: str, default: Any = None
     """Return the value of `key`, or `default` if it has none. Raises ValueError if neither exists, and unless the value has the
     type of our setting, is within its limits and, as a number, is above zero."""
     value, like = config.get(key), getattr(ModelConfig, setting)
-    value = config.get(key)
     if value is None and default is not None:
         return default
     if value is None:
@@ -186,8 +184,7 @@ def read_base_model(config: Mapping[str, Any], where: str) -> str:
 
 
 def add_hf_adapter(model: ModelConfig, config: Mapping[str, Any], where: str) -> ModelConfig:
-    """Return `model` with the adapters that an adapter_config.json describes. Raises ConfigError, which names the file `where`,
-    for adapters that mpilm does not support."""
+    """Return `model` with the adapters that an adapter_config.json describes; raises ConfigError naming the file `where`."""
     supported = {**ADAPTER_VALUES, "fan_in_fan_out": (model.arch == "gpt2",)}
     if unsupported := [key for key, values in supported.items() if config.get(key, values[0]) not in values]:
         raise ConfigError(f"{where}: {', '.join(f'{key} {format_value(config[key])}' for key in unsupported)} is not supported")
