@@ -27,21 +27,16 @@ TYPE_NAMES = {int: "whole number", float: "number", str: "string"}
 
 
 def parse(
-    argv: Sequence[str],
-    default: T,
-    command: str,
-    description: str,
+    argv: Sequence[str], default: T, command: str, description: str,
     presets: Mapping[str, Callable[[], T]] | None = None,
     add_folder_shape: Callable[[ModelConfig, str], ModelConfig] | None = None,
     check_folder_shape: Callable[[ModelConfig], None] | None = None,
     positional: str = "",
-) -> T:
+) -> T:  # fmt: skip
     """Return the checked config that the command line `argv` describes, of the type of `default`. Does not communicate.
-
     `add_folder_shape` returns a model section with the shape of a model folder (--model.init-from), `check_folder_shape` raises
     if a section asks for another shape than its folder has. Words that follow no flag set the setting `positional`. Raises
-    ConfigError or FileError, and SystemExit(text, 0) for --help, which the caller prints once instead of once per rank.
-    """
+    ConfigError or FileError, and SystemExit(text, 0) for --help, which the caller prints once instead of once per rank."""
     description = description.strip() + "\n\n--config FILE.toml reads settings from a file; flags override it."
     kinds = schema.flatten_types(default) | {"config": tuple[str, ...]} | ({"preset": str} if presets else {})
     if presets:
@@ -157,10 +152,8 @@ def read_toml(path: str | Path, label: str = "") -> dict[str, Any]:
 
 def merge_settings(base: T, values: Mapping[str, Any], source: str, warnings: dict[str, None] | None = None) -> T:
     """Return `base` with the nested `values` of `source`; old names are accepted and, if it is given, added to `warnings`.
-
     Settings of a training run that `base` lacks are skipped, so that every command accepts the config.toml of a run. Raises
-    ConfigError naming the source and the key if a key is unknown or a value has the wrong type.
-    """
+    ConfigError naming the source and the key if a key is unknown or a value has the wrong type."""
     kinds, settings = schema.flatten_types(base), {}
     for written, value in schema.flatten(values).items():
         name, items = _replace_old(written.replace("-", "_"), value if isinstance(value, list) else [value], warnings)
@@ -180,9 +173,8 @@ def _describe_unknown(name: str, known: Iterable[str]) -> str:
     if any(other.startswith(f"{name}.") for other in known):
         return f"{name} is a section: write --{name}.KEY or, in a file, [{name}] and its keys below it"
     close = difflib.get_close_matches(name[:100], known, n=1)
-    return f"unknown setting {flag_of(name)}; " + (
-        f"did you mean {flag_of(close[0])}?" if close else "--help lists the settings"
-    )
+    advice = f"did you mean {flag_of(close[0])}?" if close else "--help lists the settings"
+    return f"unknown setting {flag_of(name)}; {advice}"
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:

@@ -223,12 +223,10 @@ def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> n
 
 
 class ChatExamples:
-    """Examples of conversations, laid into rows of the context length.
-
-    Conversations longer than the context are cut or, with data.too-long "drop", left out, as are those that then have no
-    answer. With data.packing "concat" a row holds one conversation; with "documents", as many as fit, in their order, each by
-    itself. The last data.eval-fraction of the rows is the validation split. Raises ConfigError or DataError if one is empty.
-    """
+    """Examples of conversations, laid into rows of the context length. Conversations longer than the context are cut or, with
+    data.too-long "drop", left out, as are those that then have no answer. With data.packing "concat" a row holds one
+    conversation; with "documents", as many as fit, in their order, each by itself. The last data.eval-fraction of the rows is
+    the validation split. Raises ConfigError or DataError if one is empty."""
 
     def __init__(self, chats: EncodedChats, context_length: int, data: DataConfig, eos: int):
         self.chats, self.context_length, self.eos = chats, context_length, eos

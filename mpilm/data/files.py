@@ -39,8 +39,7 @@ def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
 
 
 def parse_json(text: str | bytes, place: object, kind: type = dict, **options: Any) -> Any:
-    """Return the value of a JSON text, of type `kind`; raises DataError naming the place. The only parser of JSON that others
-    have written. `options` are those of json.loads."""
+    """Return the value of a JSON text, of type `kind`; raises DataError naming the place. All JSON of others is read here."""
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         if _is_deep(text):

@@ -109,9 +109,6 @@ def score_documents(segments: np.ndarray, windows: EvalWindows, table: np.ndarra
         yield {"document": number, "tokens": tokens, "targets": int(targets), **scores}
 
 
-# The command.
-
-
 def evaluate_model(arguments: EvaluateArguments, world: Comm) -> None:
     """Score a text, print the result and write it. Collective."""
     config, data = run_on_all_ranks(world, lambda: _resolve_inputs(arguments))

@@ -50,12 +50,9 @@ class GeneratedSequence:
 
 @torch.no_grad()
 def generate(
-    model: PipelinedModel,
-    prompts: Mapping[int, list[int]],
-    settings: GenerateConfig,
-    eos: int,
+    model: PipelinedModel, prompts: Mapping[int, list[int]], settings: GenerateConfig, eos: int,
     on_done: Callable[[int], None] = lambda number: None,
-) -> dict[int, list[int]]:
+) -> dict[int, list[int]]:  # fmt: skip
     """Return the tokens that follow each prompt (not empty; by number), at most max-tokens, up to `eos`. The model attends to
     the last context-length tokens. A text depends only on its prompt, its number and the settings. Collective over the pipeline
     axis, whose ranks pass the same prompts; with ZeRO-3 over the whole mesh."""
@@ -94,8 +91,7 @@ def _sample_tokens(
 
 
 def sample_token(logits: Tensor, settings: GenerateConfig, generator: torch.Generator) -> int:  # (V,)
-    """Draw a token from the logits after temperature, top-k and top-p (Holtzman et al., arXiv 1904.09751). Raises
-    NonFiniteError if the logits are not finite."""
+    """Draw a token after temperature, top-k and top-p (Holtzman et al., arXiv 1904.09751). Raises NonFiniteError."""
     if not torch.isfinite(logits).all():
         raise NonFiniteError("the model's logits are not finite; its weights probably are not either")
     if settings.temperature == 0.0:
@@ -107,9 +103,6 @@ def sample_token(logits: Tensor, settings: GenerateConfig, generator: torch.Gene
     mass_before = probs.cumsum(dim=0) - probs
     probs[mass_before >= settings.top_p] = 0.0
     return int(tokens[torch.multinomial(probs, 1, generator=generator)])
-
-
-# The command.
 
 
 def generate_texts(config: Config, world: Comm) -> None:
@@ -168,7 +161,7 @@ def _read_prompts(settings: GenerateConfig) -> list[str]:
 
 def _parse_prompt(line: str, place: str) -> str:
     value = parse_json(line, place)
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+    if not isinstance(value.get("prompt"), str):
         raise DataError(f'{place} is not an object with a "prompt" that is a string')
     if not is_valid_utf8(value["prompt"]):
         raise DataError(f"{place} contains half a surrogate pair, which is not text")

@@ -81,8 +81,7 @@ class FeedForward(nn.Module):
 
 class RotaryEmbedding:
     """Rotary positions (Su et al., arXiv 2104.09864). `scaling`: empty, or Llama 3.1's (factor, low and high frequency factor,
-    original context length): waves longer than that context are stretched by the factor, short ones not, those between in
-    part."""
+    original context length), which stretches waves longer than that by the factor, and somewhat shorter ones in part."""
 
     def __init__(self, head_width: int, theta: float, scaling: Sequence[float] = ()):
         self.head_width, self.theta, self.scaling = head_width, theta, tuple(scaling)

@@ -135,10 +135,8 @@ def read_profile(name: str, flag: str = "--machine") -> MachineProfile:
             raise ValueError(f"mpilm {profile.mpilm} made it, and the steps of {mpilm.__version__} may take another time")
         return profile
     except (OSError, ValueError, DataError) as error:
-        raise FileError(
-            f"{flag} {name} cannot be used: {getattr(error, 'strerror', None) or error}; measure this machine: "
-            "mpirun -n RANKS python -m mpilm.doctor --calibrate"
-        ) from None
+        problem, advice = getattr(error, "strerror", None) or error, "mpirun -n RANKS python -m mpilm.doctor --calibrate"
+        raise FileError(f"{flag} {name} cannot be used: {problem}; measure this machine: {advice}") from None
 
 
 def _from_json(hint: Any, value: Any, key: str) -> Any:

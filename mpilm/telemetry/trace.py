@@ -24,9 +24,8 @@ ACTION_CATEGORIES = {"F": "forward", "REDUCE": "reduce", "SEND": "send", "RECV":
 
 
 def _categorize(event: object, pipelined: bool) -> str:
-    """Return the part of a step that an event belongs to. Communication is exposed time: waiting for messages and for slower
-    ranks, and adding gradients. The bubble is waiting for other stages of a pipeline, also at the end of a step, where all
-    ranks synchronize."""
+    """Return the part of a step that an event belongs to. Communication is exposed time: waiting for messages and slower ranks,
+    and adding gradients. The bubble is waiting for other stages of a pipeline, also where all ranks meet at a step's end."""
     if isinstance(event, Action):
         return "compute" if event.kind in COMPUTE else "communication"
     if isinstance(event, CommCall):
