@@ -151,16 +151,17 @@ class RunningStatistics:
     def __init__(self, model: nn.Module):
         kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
         self.norms = [module for module in model.modules() if isinstance(module, kinds) and module.track_running_stats]
+        names = ("num_batches_tracked", "running_mean", "running_var")
+        self.buffers: list[Tensor] = [getattr(norm, name) for norm in self.norms for name in names]
 
     def read(self) -> Tensor:
         """Return number of updates, means and variances of each module, one after the other."""
-        parts = [buffer.detach().double().view(-1) for norm in self.norms for buffer in _statistics_of(norm)]
-        return torch.cat(parts).cpu() if parts else torch.zeros(0, dtype=torch.float64)
+        parts = [buffer.detach().double().cpu().view(-1) for buffer in self.buffers]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     def write(self, values: Tensor) -> None:
         """Set all buffers from what `read` returned."""
-        buffers = [buffer for norm in self.norms for buffer in _statistics_of(norm)]
-        for buffer, part in zip(buffers, values.split([buffer.numel() for buffer in buffers])):
+        for buffer, part in zip(self.buffers, values.split([buffer.numel() for buffer in self.buffers])):
             buffer.copy_(part.view_as(buffer))
 
     def accumulate(self, start: Tensor, rows: Tensor) -> Tensor:
@@ -170,17 +171,13 @@ class RunningStatistics:
             end = first.clone()
             for after in afters:
                 count = float(after[0] - first[0])
-                if norm.momentum is None:  # the mean of all updates
-                    end[1:] = (end[0] * end[1:] + after[0] * after[1:] - first[0] * first[1:]) / max(1.0, float(end[0]) + count)
-                else:
+                if norm.momentum is None and count:  # the mean of all updates
+                    end[1:] = (end[0] * end[1:] + after[0] * after[1:] - first[0] * first[1:]) / (end[0] + count)
+                elif norm.momentum is not None:
                     end[1:] = after[1:] + (1 - norm.momentum) ** count * (end[1:] - first[1:])
                 end[0] += count
             ends.append(end)
         return torch.cat(ends)
-
-
-def _statistics_of(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return norm.num_batches_tracked, norm.running_mean, norm.running_var
 
 
 def _parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:

@@ -58,13 +58,10 @@ class CheckpointState:
 
 
 class PendingCheckpoint:
-    """A checkpoint being saved below `parent`, a folder that all ranks see.
-
-    The constructor copies the state into `buffers`, a thread writes it without messages to other ranks, and `poll` or
-    `finalize` commits it. Without `buffers`, the constructor writes block by block, with neither copies nor a thread. Then it
-    checks the state. All three are collective and raise CollectiveError on all ranks. An existing checkpoint is never
-    overwritten.
-    """
+    """A checkpoint being saved below `parent`, a folder that all ranks see. The constructor copies the state into `buffers`, a
+    thread writes it without messages to other ranks, and `poll` or `finalize` commits it. Without `buffers`, the constructor
+    writes block by block, with neither copies nor a thread. Then it checks the state. All three are collective and raise
+    CollectiveError on all ranks. An existing checkpoint is never overwritten."""
 
     def __init__(self, parent: Path, step: int, state: CheckpointState, comm: Comm, buffers: WriteBuffers | None = None):
         self.step, self.final, self.took_s = step, parent / checkpoint_name(step), 0.0  # took_s: to copy and to write
@@ -78,21 +75,20 @@ class PendingCheckpoint:
         nbytes = sum(file.nbytes for file in self._files)
         run_on_root(comm, lambda: _make_folder(self.final, self._folder_writer.folder, nbytes))
         plan = plan_blocks(self._files, state.shard_owners, comm.size)
-        blocks = assemble_blocks(plan, LocalState(state.slices, self._files), comm, buffers)
-        copies: list[AssembledBlock] = []
-        if buffers is not None:
-            copies += blocks
-            self._copied = {block.number: _sum_words(data) for block, data in copies}
-        else:
+        blocks: Iterable[AssembledBlock] = assemble_blocks(plan, LocalState(state.slices, self._files), comm, buffers)
+        if buffers is None:
             with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
                 self._run(partial(self._write, blocks, hasher))
+        else:
+            blocks = list(blocks)
+            self._copied = {block.number: _sum_words(data) for block, data in blocks}
         try:
             state.check()  # after the copy: memory that is right now was right then
         except CollectiveError:
             self._discard()
             raise
         if buffers is not None:
-            self._start_thread(partial(self._write, copies))
+            self._start_thread(partial(self._write, blocks))
 
     def poll(self) -> bool:
         """Wait for this rank's writing and take the next step: start the commit on rank 0, or see that it has succeeded. Return
@@ -271,11 +267,9 @@ class WriteBuffers(dict[int, Tensor]):
 def assemble_blocks(
     plan: Iterable[FileBlock], local: LocalState, comm: Comm, buffers: WriteBuffers | None = None
 ) -> Iterator[AssembledBlock]:
-    """Yield the blocks that this rank writes, in order. Collective: iterate to the end.
-
-    Every rank finishes its oldest block first. So the messages of the first unfinished block of all are always posted, which
-    excludes a deadlock, and without `buffers` at most BLOCKS_IN_FLIGHT blocks are in memory.
-    """
+    """Yield the blocks that this rank writes, in order. Collective: iterate to the end. Every rank finishes its oldest block
+    first. So the messages of the first unfinished block of all are always posted, which excludes a deadlock, and without
+    `buffers` at most BLOCKS_IN_FLIGHT blocks are in memory."""
     in_flight: deque[Iterator[AssembledBlock | None]] = deque()
     for block in plan:
         if comm.rank == block.writer or comm.rank in block.parts:

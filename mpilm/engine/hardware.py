@@ -177,14 +177,10 @@ def software_fingerprint(world: Comm) -> dict[str, str]:
 def numerics_environment(hardware: Hardware, world: Comm, parallel: ParallelConfig) -> dict[str, str]:
     """Return what may change the last bits of a result although no setting that decides it has changed."""
     settings = {"threads": str(hardware.threads), "device": hardware.device.type, "compile": str(hardware.compiles).lower()}
-    return software_versions(world) | settings | {"exchange": _describe_exchange(parallel)}
-
-
-def _describe_exchange(parallel: ParallelConfig) -> str:
-    """Return how gradients are exchanged (stored in trainer.json, where 0.1.0 wrote these words)."""
+    exchange = f"compressed to rank {parallel.powersgd_rank}" if parallel.powersgd_rank else parallel.wire_dtype
     if parallel.sync_every:
-        return f"apart for {parallel.sync_every} steps"
-    return f"compressed to rank {parallel.powersgd_rank}" if parallel.powersgd_rank else parallel.wire_dtype
+        exchange = f"apart for {parallel.sync_every} steps"  # stored in trainer.json, where 0.1.0 wrote these words
+    return software_versions(world) | settings | {"exchange": exchange}
 
 
 def processor_name() -> str:

@@ -30,10 +30,8 @@ def state_mismatch(model: TrainModel, done: int) -> float:
 
 
 def check_state(model: TrainModel, done: int) -> None:
-    """Compare the state with its digests, and with that of replicas. Collective over the mesh.
-
-    Raises RanksDisagreeError on all ranks, naming the first parameter that is wrong, the ranks, and what is wrong.
-    """
+    """Compare the state with its digests, and with that of replicas. Collective over the mesh. Raises RanksDisagreeError on all
+    ranks, naming the first parameter that is wrong, the ranks, and what is wrong."""
     digests = model.digests.measure()
     row = [socket.gethostname(), _find_changed(model, digests), _find_differing(model, done, digests)]
     hosts, changed, differing = zip(*model.mesh.world.all_gather_json(row))

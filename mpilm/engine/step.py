@@ -51,10 +51,8 @@ class StepResult:
 def train_step(
     model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS, max_loss: float = math.inf
 ) -> StepResult:
-    """Forward, backward, reduce gradients, clip, update. Collective over the mesh.
-
-    If the loss or the gradient is not finite, or the loss above `max_loss`, no rank updates anything.
-    """
+    """Forward, backward, reduce gradients, clip, update. Collective over the mesh. If the loss or the gradient is not finite,
+    or the loss above `max_loss`, no rank updates anything."""
     loss, norm, flags = forward_backward(model, source, step, flags)
     updated = math.isfinite(loss) and math.isfinite(norm) and loss <= max_loss
     lr = optimizer_step(model, step, norm) if updated else learning_rate(model.config.train, step)
@@ -108,11 +106,9 @@ def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm) -> 
 def reduce_loss_and_flags(
     losses: Mapping[int, Tensor | float], total: int, comm: Comm, flags: StepFlags
 ) -> tuple[float, StepFlags]:
-    """Return the total loss and the agreed flags, in a single all-reduce. Collective.
-
-    The vector holds the loss of each microbatch, a one-hot stop reason, whether a checkpoint is pending, and the state
-    mismatch. Each loss comes from one rank and meets only zeros, so the sum is exact.
-    """
+    """Return the total loss and the agreed flags, in a single all-reduce. Collective. The vector holds the loss of each
+    microbatch, a one-hot stop reason, whether a checkpoint is pending, and the state mismatch. Each loss comes from one rank
+    and meets only zeros, so the sum is exact."""
     packed = torch.zeros(total + STOP_REASON_COUNT + 2, dtype=torch.float64, device="cpu")
     for microbatch, loss in losses.items():
         packed[microbatch] = float(loss)

@@ -102,10 +102,8 @@ class InMemoryCheckpointing(Hook):
 
 
 class ConsistencyCheck(Hook):
-    """Compares calls of ranks, and replicas once in sync: in the first step and every fault.check-every steps.
-
-    Replicas that differ are a sign of silent data corruption.
-    """
+    """Compares calls of ranks, and replicas once in sync: in the first step and every fault.check-every steps. Replicas that
+    differ are a sign of silent data corruption."""
 
     pending = False  # replicas are still to be compared
 
@@ -136,8 +134,7 @@ class Evaluation(Hook):
 
     def after_step(self, event: StepEvent) -> None:
         run, every = self.run, self.run.config.run.eval_every
-        stops = stops_early(run, event)
-        if stops:
+        if stops_early(run, event):
             run.model.sync_replicas()
         is_wanted = is_due(event.done, every) or (every and is_checkpoint_planned(run, event))
         if run.batches.eval_samples and is_wanted:
@@ -153,7 +150,8 @@ class Checkpointing(Hook):
 
     def after_step(self, event: StepEvent) -> None:
         has_waited = self.checkpoints.poll(event.result.flags.checkpoint_pending)
-        if saves_checkpoint(self.run, event) and not (event.recovered and self.checkpoints.has_saved(event.done)):
+        is_wanted = stops_early(self.run, event) or is_checkpoint_planned(self.run, event)
+        if is_wanted and not (event.recovered and self.checkpoints.has_saved(event.done)):
             self.checkpoints.save(event.done, event.eval_loss)
             has_waited = True
         if has_waited:
@@ -184,12 +182,7 @@ def stops_early(run: Run, event: StepEvent) -> bool:
     return event.result.flags.stop_reason > 0 and event.done < run.config.train.steps
 
 
-def saves_checkpoint(run: Run, event: StepEvent) -> bool:
-    """Return whether a checkpoint is saved: as planned, or before a stop."""
-    return stops_early(run, event) or is_checkpoint_planned(run, event)
-
-
 def is_checkpoint_planned(run: Run, event: StepEvent) -> bool:
-    """Return whether a run that is not stopped saves, too: each checkpoint.every steps, at the end, after a rewind."""
+    """Return whether also a run that is not stopped saves: each checkpoint.every steps, at the end, after a rewind."""
     regular = is_due(event.done, run.config.checkpoint.every) and event.result.updated
     return event.done == run.config.train.steps or event.rewound or regular

@@ -69,10 +69,8 @@ def _train_working(
 
 
 def _idle_spare(world: Comm, recovered: RecoveredState | None) -> list[Any] | None:
-    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed.
-
-    Returns code and message of the error with which the working ranks end, if any.
-    """
+    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed. Return
+    code and message of the error with which the working ranks end, if any."""
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
     while (command := yielding.broadcast_json(None)) == CMD_BROADCAST:
         assert recovered is not None
@@ -83,10 +81,8 @@ def _idle_spare(world: Comm, recovered: RecoveredState | None) -> list[Any] | No
 def agree_on_survivors(
     config: Config, world: Comm, in_memory: InMemoryCheckpoint, own_name: str, members: list[str]
 ) -> tuple[RecoveredState, list[str]]:
-    """Return the state from which the ranks of a shrunk world resume, and their names. Collective.
-
-    Raises CollectiveError if too few ranks or not all of the state is left.
-    """
+    """Return the state from which the ranks of a shrunk world resume, and their names. Collective; raises CollectiveError if
+    too few ranks or not all of the state is left."""
     model, pipeline = in_memory.model, config.parallel.pipeline
     shapes = {PARAMETER: model.shapes, **model.moment_shapes} if model is not None else {}
     snapshots = [[snapshot.done, dict(snapshot.trainer), list(snapshot.state)] for snapshot in in_memory.snapshots]

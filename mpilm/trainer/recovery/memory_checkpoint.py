@@ -41,11 +41,8 @@ class Snapshot:
 
 
 class InMemoryCheckpoint:
-    """The last two steps, as far as this rank can restore them.
-
-    Under ZeRO a rank copies its own shard and that of the previous rank on the data axis. Without ZeRO every replica holds
-    everything, and nothing is copied.
-    """
+    """The last two steps, as far as this rank can restore them. Under ZeRO a rank copies its own shard and that of the previous
+    rank on the data axis. Without ZeRO every replica holds everything, and nothing is copied."""
 
     def __init__(self) -> None:
         self.snapshots: list[Snapshot] = []
@@ -137,9 +134,7 @@ def latest_complete_step(
     everyone: Sequence[Sequence[Any]], shapes: Mapping[str, Mapping[str, Sequence[int]]]
 ) -> tuple[int, Mapping[str, Any], list[OwnedRange]] | None:
     """Return the newest step of which the ranks together hold everything, its trainer state, and the ranges to broadcast.
-
-    `everyone`: for each rank (done, trainer, ranges) of its snapshots. `shapes`: of the complete tensors, by kind and name.
-    """
+    `everyone`: for each rank (done, trainer, ranges) of its snapshots. `shapes`: of the complete tensors, by kind and name."""
     numel = {(kind, name): prod(shape) for kind, items in shapes.items() for name, shape in items.items()}
     flat = [(rank, *snapshot) for rank, snapshots in enumerate(everyone) for snapshot in snapshots]
     for done in sorted({snapshot_done for _, snapshot_done, *_ in flat}, reverse=True):

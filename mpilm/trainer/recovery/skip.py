@@ -22,10 +22,8 @@ from mpilm.trainer.run import Run
 
 
 def skip_step(run: Run, log: RunLog, checkpoints: CheckpointManager, done: int, result: StepResult) -> bool:
-    """Report where step `done` went wrong and skip it, or rewind; return whether a checkpoint's state was restored.
-
-    Collective. Raises CollectiveError once there are too many bad steps.
-    """
+    """Report where step `done` went wrong and skip it, or rewind; return whether a checkpoint's state was restored. Collective;
+    raises CollectiveError after too many bad steps."""
     is_spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
     if is_spike:
         detail = f"a spike: above {run.bad_steps.spike_threshold(run.config.train):.4f}"
