@@ -65,7 +65,8 @@ class TrainModel(PipelinedModel):
         # Replicas compare the moments that they share; a digest of their own would cost more than that of the weights.
         self.digests = StateDigests(self.flat_parameters, {} if self.replicates_moments else self.optimizer.state_slices())
         owned = {layout.name: layout for layout in select_owned(select_trained(self.layouts))}
-        self.moment_shapes = moment_shapes(config.train.optimizer, owned, self.is_local_sgd)  # global, by name and parameter
+        # Global shapes of all tensors of the state, by kind and parameter.
+        self.state_shapes = {PARAMETER: self.shapes, **moment_shapes(config.train.optimizer, owned, self.is_local_sgd)}
         actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatch_count(config, mesh.shape))
         self.program = lower(actions[self.pipeline.rank], len(blocks_per_stage), len(self.microbatch_ids))
 
@@ -96,8 +97,11 @@ class TrainModel(PipelinedModel):
     @property
     def saved_bytes(self) -> int:
         """Bytes of all tensors of a checkpoint."""
-        of_moments = [shape for shapes in self.moment_shapes.values() for shape in shapes.values()]
-        return 4 * sum(map(prod, [*self.shapes.values(), *of_moments]))
+        return 4 * sum(prod(shape) for shapes in self.state_shapes.values() for shape in shapes.values())
+
+    def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
+        """Return the slices of parameters and moments that this rank updates, by kind; all kinds on every rank."""
+        return {PARAMETER: self.owned_slices(), **self.optimizer.state_slices()}
 
     @cached_property
     def shard_owners(self) -> dict[str, list[tuple[int, int, list[int]]]]:
@@ -168,9 +172,7 @@ class TrainModel(PipelinedModel):
 
 def load_checkpoint_state(model: TrainModel, checkpoint: Path, updates: int, world: Comm) -> None:
     """Load weights and moments of a verified checkpoint, taken after `updates` updates. Collective."""
-    slices = {PARAMETER: model.owned_slices(), **model.optimizer.state_slices()}
-    shapes = {PARAMETER: model.shapes, **model.moment_shapes}
-    load_checkpoint(checkpoint, slices, shapes, model.config.model, world, (OUTER_MOMENTUM,))
+    load_checkpoint(checkpoint, model.state_slices(), model.state_shapes, model.config.model, world, (OUTER_MOMENTUM,))
     model.optimizer.set_step(updates)
     model.reset_residuals()
     model.all_gather_parameters()

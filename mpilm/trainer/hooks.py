@@ -16,6 +16,8 @@ from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
 from mpilm.trainer.recovery.skip import skip_step
 from mpilm.trainer.run import Run
 
+HookParts = tuple[Run, RunLog, CheckpointManager, InMemoryCheckpoint | None]  # of every hook
+
 
 @dataclass
 class StepEvent:

@@ -44,9 +44,10 @@ def train(
             run.folder.checkpoints, config.checkpoint, run.mesh.world, recorder, make_state, log.log_save, log.log_save_failure
         )
         trace = Trace(trace_step_range(config), run.mesh, log.start_row["layout"])
-        tracing = hooks.Tracing(run, log, checkpoints, in_memory, trace)
+        parts = run, log, checkpoints, in_memory
+        tracing = hooks.Tracing(*parts, trace)
         try:
-            run_steps(run, log, checkpoints, in_memory, tracing, recovered)
+            run_steps(parts, tracing, recovered)
         except CollectiveError as error:
             checkpoints.close()
             tracing.write()
@@ -63,16 +64,9 @@ def train(
         _finish(run, log)
 
 
-def run_steps(
-    run: Run,
-    log: RunLog,
-    checkpoints: CheckpointManager,
-    in_memory: InMemoryCheckpoint | None,
-    tracing: hooks.Tracing,
-    recovered: RecoveredState | None,
-) -> None:
+def run_steps(parts: hooks.HookParts, tracing: hooks.Tracing, recovered: RecoveredState | None) -> None:
     """Run the remaining steps and their hooks. Collective."""
-    parts = run, log, checkpoints, in_memory
+    run, log, checkpoints, _ = parts
     reporting: list[hooks.Hook] = [
         hooks.Logging(*parts),  # first: it measures the time since the previous step
         hooks.Evaluation(*parts),  # before saving: a checkpoint stores its evaluation loss

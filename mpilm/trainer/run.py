@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from mpilm.checkpoint.format import PARAMETER
 from mpilm.checkpoint.save import CheckpointState
 from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.config.schema import Config, to_dict
@@ -68,7 +67,5 @@ def collect_state(run: Run, step: int, eval_loss: float | None) -> CheckpointSta
         "conditions": numerics_environment(run.hardware, run.mesh.world, config.parallel),
         "config": to_dict(config),
     }
-    shapes = {PARAMETER: model.shapes, **model.moment_shapes}
-    slices = {PARAMETER: model.owned_slices(), **model.optimizer.state_slices()}
-    check = partial(check_state, model, step)
-    return CheckpointState(config.model, data.tokenizer, data.template, trainer, shapes, slices, model.shard_owners, check)
+    tensors = model.state_shapes, model.state_slices(), model.shard_owners, partial(check_state, model, step)
+    return CheckpointState(config.model, data.tokenizer, data.template, trainer, *tensors)

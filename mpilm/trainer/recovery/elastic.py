@@ -8,7 +8,6 @@ import os
 import socket
 from typing import Any
 
-from mpilm.checkpoint.format import PARAMETER
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import Config, override
@@ -84,7 +83,7 @@ def agree_on_survivors(
     """Return the state from which the ranks of a shrunk world resume, and their names. Collective; raises CollectiveError if
     too few ranks or not all of the state is left."""
     model, pipeline = in_memory.model, config.parallel.pipeline
-    shapes = {PARAMETER: model.shapes, **model.moment_shapes} if model is not None else {}
+    shapes = model.state_shapes if model is not None else {}
     snapshots = [[snapshot.done, dict(snapshot.trainer), list(snapshot.state)] for snapshot in in_memory.snapshots]
     survivors, everyone, all_shapes = zip(*world.all_gather_json([own_name, snapshots, shapes]))
     lost = ", ".join(name for name in members if name not in survivors)

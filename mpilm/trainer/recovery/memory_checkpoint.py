@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.format import PARAMETER
 from mpilm.comm.base import Comm
 from mpilm.engine.step import NO_FLAGS, StepResult
 from mpilm.engine.train_model import TrainModel
@@ -18,7 +17,7 @@ from mpilm.engine.train_model import TrainModel
 TAG = 7
 CMD_BROADCAST = "give"
 
-StateRange = tuple[str, str, int, int]  # PARAMETER or the name of a moment, parameter, first element, the one after the last
+StateRange = tuple[str, str, int, int]  # kind (TrainModel.state_slices), parameter, first element, the one after the last
 OwnedRange = tuple[int, StateRange]  # with the world rank that holds it
 
 
@@ -75,8 +74,8 @@ class InMemoryCheckpoint:
 
 def state_ranges(model: TrainModel) -> dict[StateRange, Tensor]:
     """Return the model's own memory of the parameters and moments that this rank updates."""
-    kinds = {PARAMETER: model.owned_slices(), **model.optimizer.state_slices()}
-    return {(kind, item.name, item.start, item.stop): x.view(-1) for kind, items in kinds.items() for item, x in items.items()}
+    kinds = model.state_slices().items()
+    return {(kind, item.name, item.start, item.stop): x.view(-1) for kind, items in kinds for item, x in items.items()}
 
 
 def _split_into_ranges(values: Tensor, ranges: Sequence[StateRange]) -> dict[StateRange, Tensor]:
