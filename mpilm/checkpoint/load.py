@@ -119,8 +119,7 @@ class TensorRef:
 
 @contextlib.contextmanager
 def open_tensors(path: Path, stem: str = "model") -> Iterator[TensorRefs]:
-    """Open a safetensors file, or a folder's STEM.safetensors or, without one, the files in STEM.safetensors.index.json. Yields
-    the tensors by name. Raises FileError or DataError."""
+    """Yield the tensors, by name, of a file, or of a folder's STEM.safetensors or its index; raise FileError or DataError."""
     with contextlib.ExitStack() as stack:
         yield _open_folder(path, stem, stack) if path.is_dir() else _open_file(path, stack)
 

@@ -66,8 +66,7 @@ def has_adapter(folder: str | Path) -> bool:
 
 
 def find_base_model(folder: str | Path, base: str = "") -> Path:
-    """Return the folder with the model itself: for an adapter, `base` or the one that the adapter names. Raises FileError,
-    DataError or ConfigError."""
+    """Return the folder with the model itself: for an adapter, `base` or the one that the adapter names; raise UserError."""
     path = Path(folder).expanduser()
     if not has_adapter(path):
         return path

@@ -91,8 +91,7 @@ class PendingCheckpoint:
             self._start_thread(partial(self._write, blocks))
 
     def poll(self) -> bool:
-        """Wait for this rank's writing and take the next step: start the commit on rank 0, or see that it has succeeded. Return
-        whether the checkpoint is complete."""
+        """Wait for this rank's writing; then start the commit on rank 0, or return True if that has succeeded."""
         try:
             run_on_all_ranks(self.comm, self.work.result)
         except CollectiveError:

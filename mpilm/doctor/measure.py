@@ -105,8 +105,7 @@ class Bench:
 
 
 def time_collective(world: Comm, comm: Comm, action: Callable[[], object], calls: int = 5) -> float:
-    """Return the seconds of one call that all ranks of `comm` make: the slowest rank's, the median over the calls. Collective
-    over `world`, whose nodes measure at the same time."""
+    """Return the slowest rank's seconds for one call that all ranks of `comm` make: the median. Collective over `world`."""
     action()
     return float(time_collectives(world, comm, [action], calls).median())
 

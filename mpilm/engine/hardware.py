@@ -40,8 +40,7 @@ class Hardware:
 
 
 def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardware:
-    """Return the resources of this rank, and configure torch for them. Collective. `bind`: restrict the rank to a slice of the
-    node's cores if ranks share them."""
+    """Return the resources of this rank, and configure torch. `bind`: give ranks that share cores a slice each. Collective."""
     node = world.split_node()
     cores = cores_per_rank(node)
     threads = train.threads or parse_omp_threads(os.environ.get("OMP_NUM_THREADS", "")) or max(1, int(cores))
@@ -166,8 +165,7 @@ def software_versions(world: Comm) -> dict[str, str]:
 
 
 def software_fingerprint(world: Comm) -> dict[str, str]:
-    """Return what must be equal on all ranks: library versions, and a digest of this package's source, of which nodes may have
-    copies."""
+    """Return what must be equal on all ranks: library versions, and a digest of the source, of which nodes may have copies."""
     files = sorted(Path(mpilm.__file__).parent.rglob("*.py"))
     source = hex_digest(*(part for path in files for part in (path.name.encode(), path.read_bytes())))
     versions = software_versions(world)

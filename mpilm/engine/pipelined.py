@@ -40,8 +40,7 @@ from mpilm.parallel.tied import TiedParameters
 class PipelinedModel:
     """The stages of a model on this rank; parameters are zero until they are initialised or loaded. `blocks_per_stage`: the cut
     into stages. `alignment`: of the flat vectors, in elements, the same on all ranks. `build_reducer`: makes the gradient
-    reducer of a stage; by default the model only runs forward. The constructor is collective over the mesh, as are methods that
-    say so."""
+    reducer of a stage; by default the model only runs forward. The constructor is collective over the mesh."""
 
     def __init__(
         self,

@@ -64,8 +64,7 @@ def train_step(
 def forward_backward(
     model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS
 ) -> tuple[float, float, StepFlags]:
-    """Return the loss of a step, the norm of its gradient (left in `model.sums`) and the agreed flags. Collective over the
-    mesh."""
+    """Return loss and gradient norm of a step, and the agreed flags. The gradient is left in `model.sums`. Collective."""
     tokens, recorder = max(1, source.target_tokens(step)), model.mesh.recorder
     model.forward_backward(step, partial(source.training_batch, step), tokens)
     with recorder.span("compute"):  # waits for a GPU

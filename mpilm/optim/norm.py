@@ -1,8 +1,7 @@
 """The norm of a gradient distributed over many ranks, with the same bits however it is divided.
 
-Floating-point sums depend on their order; integer sums do not. Each square, exact in float64, is rounded to a multiple of
-one power of two q, about 2^-51 of the largest square. The multiples are added as integers, in two words: 64 bits would be too
-few for billions of elements.
+Floating-point sums depend on their order; integer sums do not. Each square, exact in float64, is rounded to a multiple of one
+power of two q, about 2^-51 of the largest. The multiples are added as integers of two words: billions would overflow 64 bits.
 """
 
 import math

@@ -142,8 +142,7 @@ def needs_full_parameter(optimizer: str) -> Callable[[str, Shape], bool]:
 
 
 def moment_shapes(optimizer: str, layouts: Mapping[str, ParamLayout], local_sgd: bool = False) -> dict[str, dict[str, Shape]]:
-    """Return the shapes of all moments of these parameters, by name and parameter. With `local_sgd`, replicas synchronize
-    through an outer optimizer (parallel/reduce/diloco.py)."""
+    """Return the shapes of all moments of these parameters, by name and parameter; with `local_sgd`, also those of DiLoCo."""
     shapes: dict[str, dict[str, Shape]] = {}
     if local_sgd:
         shapes[OUTER_MOMENTUM] = {name: layout.shape for name, layout in layouts.items()}

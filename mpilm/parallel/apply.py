@@ -38,8 +38,7 @@ def parallelize(
     3. Compile blocks: the compiled function is what recomputation repeats.
     4. Checkpoint activations: it wraps forwards, compiled or not, inside all module hooks.
     5. Split backward: it replaces the forwards of linear layers within the blocks that steps 3 and 4 have wrapped.
-    6. Install the parameters, replicated or sharded: the hooks that gather them must be outermost, so that recomputation within
-       a block finds its parameters gathered.
+    6. Install the parameters: hooks that gather shards must be outermost, so that recomputation in a block finds them gathered.
     7. Register the reducer: its hooks belong to the parameters that step 6 has installed.
     """
     parallel, comm, is_last = config.parallel, mesh.comm(*REDUCE_AXES), stage == len(blocks_per_stage) - 1

@@ -25,8 +25,7 @@ def read_sums(sums: list[Tensor]) -> list[int]:
 
 
 class StateDigests:
-    """The digests of the weights that this rank holds and of the `moments` that it updates, by kind. Each is taken right after
-    they were written."""
+    """Digests of the weights that this rank holds and of the `moments` that it updates, taken right after they were written."""
 
     def __init__(self, flats: Iterable[FlatParameters], moments: Mapping[str, Mapping[ParamSlice, Tensor]]):
         self.owned, self.received = NamedTensors(), NamedTensors()  # weights updated here, and those that other ranks update

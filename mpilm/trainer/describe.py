@@ -26,8 +26,7 @@ from mpilm.trainer.run import Run
 
 
 def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
-    """Return the start row of metrics.jsonl and the lines to print before the first step. Collective: gathers the facts from
-    all ranks, and measures their peak FLOP rate."""
+    """Return the start row of metrics.jsonl and the lines to print before the first step. Collective; measures FLOP rates."""
     world, config, parallel = run.mesh.world, run.config, run.config.parallel
     predictions = world.all_gather_json(predict_memory(run))  # so that all ranks measure at once
     peak, peak_source = measure_peak_flops(run.hardware, config.train.dtype)

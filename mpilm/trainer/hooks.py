@@ -104,8 +104,7 @@ class InMemoryCheckpointing(Hook):
 
 
 class ConsistencyCheck(Hook):
-    """Compares calls of ranks, and replicas once in sync: in the first step and every fault.check-every steps. Replicas that
-    differ are a sign of silent data corruption."""
+    """Compares calls of ranks, and replicas once in sync: in the first step and every fault.check-every steps."""
 
     pending = False  # replicas are still to be compared
 

@@ -129,8 +129,7 @@ def run_layout(config: Config, world: Comm, hardware: Hardware, flip_bit: bool =
 
 
 def _flip_one_gradient_bit(model: TrainModel, world: Comm) -> None:
-    """Flip the lowest bit of a gradient element on the last rank that updates any: with many shards of a small model some ranks
-    update nothing. Collective."""
+    """Flip the lowest bit of a gradient element on the last rank that updates any (some may not). Collective."""
     slices = model.gradient_slices().values()
     updating = [rank for rank, count in enumerate(world.all_gather_json(len(slices))) if count]
     if world.rank == updating[-1]:
@@ -154,8 +153,7 @@ def _compare(outcome: LayoutOutcome, serial: LayoutOutcome, world: Comm) -> tupl
 
 
 def _compare_slices(own: Slices, serial: Slices) -> tuple[float, bool]:
-    """Return the largest difference of an element, relative to the largest element of all parameters, and whether all bits
-    are the same, the sign of zeros included."""
+    """Return the largest difference of an element, relative to the largest of all parameters, and whether all bits agree."""
     full = {item.name: x for item, x in serial.items()}
     pairs = [(x, full[item.name][item.start : item.stop]) for item, x in own.items()]
     scale = max(float(x.abs().max()) for x in full.values())

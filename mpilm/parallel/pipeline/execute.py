@@ -40,8 +40,7 @@ class StageMessenger:
 def execute(
     program: Sequence[Action], stages: Mapping[int, ModelStage], messenger: StageMessenger, recorder: FlightRecorder
 ) -> None:
-    """Execute the actions in order. Collective over the pipeline axis, and over the reduce axes through REDUCE. `recorder`
-    records each action without the wait for its message."""
+    """Execute the actions in order, and record each without the wait for its message. Collective over all axes."""
     for action in program:
         if action.kind in ("F", "B", "I"):
             messenger.wait(action.message)

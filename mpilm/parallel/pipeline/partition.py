@@ -36,8 +36,7 @@ def partition_layers(
 def _cheapest(
     layers: int, stages: int, cost: Callable[[int, int, int], float], combine: Callable[[float, float], float]
 ) -> tuple[float, tuple[int, ...]]:
-    """Return the least combined cost of a partition, and that partition. cost(stage, start, stop): of layers start to stop - 1
-    as a stage."""
+    """Return the least combined cost of a partition, and that partition. cost(stage, start, stop): of layers as a stage."""
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by the number of layers assigned
     for stage in range(stages):
         reached: dict[int, tuple[float, tuple[int, ...]]] = {}

@@ -26,8 +26,7 @@ ATTEMPTS = 3
 def build_reducer(
     flat: FlatParameters, model: nn.Module, comm: Comm, config: Config, timings: dict[str, float]
 ) -> StepReducer | MicrobatchRoundReducer:
-    """Return the reducer of a stage's gradients. Collective over `comm`, the reduce axes. `timings` receives the seconds of the
-    methods that were timed."""
+    """Return the reducer of a stage's gradients. Collective over `comm`, the reduce axes. `timings` receives what was timed."""
     total, train, parallel, overlap = microbatch_count(config), config.train, config.parallel, flat.device.type == "cuda"
     if parallel.zero >= 2:
         return MicrobatchRoundReducer(flat, model, comm, total, parallel.wire_dtype)
@@ -57,8 +56,7 @@ def make_step_reducer(
     shared: bool = True,
     wire_dtype: str = "float32",
 ) -> StepReducer:
-    """Return a StepReducer with a reducer across the ranks of `comm`, the reduce axes. Collective. `shared`: reduce in shared
-    memory where a node has some."""
+    """Return a StepReducer that reduces across the ranks of `comm`; `shared`: in shared memory if a node has some. Collective."""
     bucket_count, gather = len(flat.layout.buckets), flat.zero == 0
     depth = bucket_count if overlap else min(BUCKETS_IN_FLIGHT, bucket_count)
     if not reproducible:

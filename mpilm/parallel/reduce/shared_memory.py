@@ -151,8 +151,7 @@ class SharedMemoryReducer(CrossRankReducer):
 def make_shared_memory_reducer(
     comm: Comm, layout: FlatLayout, plans: list[AccumulationPlan], microbatches: int, gather: bool, encoding: GradientEncoding
 ) -> SharedMemoryReducer | None:
-    """Return a reducer of buffers in shared memory, as each rank's plan needs them; None on all ranks if a node has no such
-    memory. Collective."""
+    """Return a reducer of buffers in shared memory, as plans need them; None on all ranks if a node has none. Collective."""
     if (topology := detect_topology(comm)) is None:
         return None
     counts = [count_buffers(ops) for ops, _ in plans]
