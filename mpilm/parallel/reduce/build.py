@@ -56,7 +56,7 @@ def make_step_reducer(
     shared: bool = True,
     wire_dtype: str = "float32",
 ) -> StepReducer:
-    """Return a StepReducer that reduces across the ranks of `comm`; `shared`: in shared memory if a node has some. Collective."""
+    """Return a StepReducer that reduces across the ranks of `comm`; `shared`: in shared memory, if any. Collective."""
     bucket_count, gather = len(flat.layout.buckets), flat.zero == 0
     depth = bucket_count if overlap else min(BUCKETS_IN_FLIGHT, bucket_count)
     if not reproducible:
