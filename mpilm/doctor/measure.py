@@ -208,7 +208,7 @@ def _rest_rates(bench: Bench, rates: ComputeRates, arch: str, tokens: int, width
 def _memory_operations(size: int, device: torch.device) -> dict[str, Callable[[], object]]:
     """Return an operation on vectors of so many elements for each rate of MemoryRates."""
     a, b, c, d = (torch.full((size,), 0.01, device=device) for _ in range(4))
-    weight, step = torch.zeros(size // 256, 256, device=device, requires_grad=True), torch.ones((), device=device)
+    weight = torch.zeros(size // 256, 256, device=device, requires_grad=True)
     tokens, fresh = torch.arange(512, device=device).remainder(size // 256), ReleasableBuffer(size, device)
 
     def embedding() -> None:
@@ -224,7 +224,7 @@ def _memory_operations(size: int, device: torch.device) -> dict[str, Callable[[]
         "add": lambda: a.add_(b),
         "scale": lambda: a.mul_(0.999),
         "norm": lambda: global_norm([a], SelfComm("alone")),
-        "adamw": lambda: fused_adamw([a], [b], [[c], [d]], step, TrainConfig(), lr=0.0, weight_decay=0.0),
+        "adamw": lambda: fused_adamw([a], [b], [[c], [d]], 1, TrainConfig(), lr=0.0, weight_decay=0.0),
         "embedding": embedding,
         "fresh": touch,
     }

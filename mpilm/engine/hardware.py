@@ -64,11 +64,10 @@ def _bind_cores(node: Comm, threads: int) -> bool:
     everyone = node.all_gather_json([os.getpid(), sorted(_allowed_cores(), key=_core_position)])
     processes, affinities = {pid for pid, _ in everyone}, [cores for _, cores in everyone]
     cores = slice_affinity(affinities, node.rank, threads)
-    if not cores or len(processes) < node.size or any(name in os.environ for name in BINDING_VARIABLES):
-        return False
-    with contextlib.suppress(OSError, AttributeError):  # a sandbox, or macOS
-        os.sched_setaffinity(0, cores)
-        return True
+    if cores and len(processes) == node.size and not any(name in os.environ for name in BINDING_VARIABLES):
+        with contextlib.suppress(OSError, AttributeError):  # a sandbox, or macOS
+            os.sched_setaffinity(0, cores)
+            return True
     return False
 
 

@@ -41,9 +41,6 @@ class UnshardedOptimizer(ABC):
             shapes = self.state_shapes(flats[stage].layout.spans[name][1].local_shape)
             self.moments[name] = {state: torch.zeros(shape, device=flats[stage].device) for state, shape in shapes.items()}
 
-    def set_step(self, step: int) -> None:
-        self.count = step
-
     def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
         self.count += 1
         for name, stage in self.stages.items():

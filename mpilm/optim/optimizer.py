@@ -48,7 +48,7 @@ class ElementwiseOptimizer(ABC):
         return dict.fromkeys(cls.STATE_NAMES, shape)
 
     def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig):
-        self.flats, self.train = flats, train
+        self.flats, self.train, self.count = flats, train, 0  # updates that the moments have seen
         device = next(iter(flats.values())).device
         self.spans = {
             decays: [(stage, span) for stage, flat in flats.items() for span in _owned_intervals(flat, decays)]
@@ -58,10 +58,6 @@ class ElementwiseOptimizer(ABC):
             name: {stage: FlatVector.zeros(_owned_intervals(flat, True, False), device) for stage, flat in flats.items()}
             for name in self.STATE_NAMES
         }
-        self.count = torch.zeros((), device=device)
-
-    def set_step(self, step: int) -> None:
-        self.count.fill_(step)
 
     def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
         self.count += 1
@@ -105,11 +101,11 @@ class AdamW(ElementwiseOptimizer):
 
 
 def fused_adamw(
-    values: Tensors, grads: Tensors, moments: list[Tensors], count: Tensor, train: TrainConfig, lr: float, weight_decay: float
+    values: Tensors, grads: Tensors, moments: list[Tensors], count: int, train: TrainConfig, lr: float, weight_decay: float
 ) -> None:
     """Update `values` and their first and second `moments` in place, for the `count`-th time."""
     settings: dict[str, Any] = {"lr": lr, "beta1": train.beta1, "beta2": train.beta2, "weight_decay": weight_decay, "eps": EPS}
-    (exp_avgs, exp_avg_sqs), counts = moments, [count] * len(values)
+    (exp_avgs, exp_avg_sqs), counts = moments, [torch.full((), float(count), device=values[0].device)] * len(values)
     torch._fused_adamw_(values, grads, exp_avgs, exp_avg_sqs, [], counts, **settings, amsgrad=False, maximize=False)
 
 
@@ -163,7 +159,7 @@ class Optimizer:
     def set_step(self, step: int) -> None:
         """Set the number of updates that the moments have seen."""
         for optimizer in self.optimizers:
-            optimizer.set_step(step)
+            optimizer.count = step
 
     def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
         """Update the parameters that this rank owns; gradients are by stage."""
