@@ -61,9 +61,8 @@ class CheckpointManager:
             state = self.make_state(step, eval_loss)
             _check_finite(state, step, self.comm)
             self._join_pruning()  # which frees the space that this one needs
-            self._pending = PendingCheckpoint(
-                self.folder, step, state, self.comm, self._buffers if self.config.asynchronous else None
-            )
+            buffers = self._buffers if self.config.asynchronous else None
+            self._pending = PendingCheckpoint(self.folder, step, state, self.comm, buffers)
         if not self.config.asynchronous:
             self.finish()
 

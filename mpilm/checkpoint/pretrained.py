@@ -43,13 +43,14 @@ def check_pretrained_shape(model: ModelConfig) -> None:
     shorter and, unless positions are learned, longer."""
     pretrained = read_pretrained_config(model.init_from, model.base)
     model = replace(model, lora_targets=order_lora_targets(model))
+    length, positions = model.context_length, pretrained.context_length
+    if length > positions and model.arch in ("gpt2", "bert"):
+        raise ConfigError(
+            f"--model.context-length {length}: {model.init_from} has learned positions for only {positions} tokens"
+        )
     for item in fields(ModelConfig):
         wanted, has, flag = getattr(model, item.name), getattr(pretrained, item.name), f"--model.{item.name.replace('_', '-')}"
-        if item.name in (*_user_settable(model.init_from), "init_from") or wanted == has:
-            continue
-        if item.name == "context_length":
-            if wanted > has and model.arch in ("gpt2", "bert"):
-                raise ConfigError(f"{flag} {wanted}: {model.init_from} has learned positions for only {has} tokens")
+        if item.name in (*_user_settable(model.init_from), "init_from", "context_length") or wanted == has:
             continue
         wanted_text = " ".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
         has_text = " ".join(map(str, has)) or "the usual ones" if isinstance(has, tuple) else has

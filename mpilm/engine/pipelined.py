@@ -84,8 +84,6 @@ class PipelinedModel:
         slices = (item for flat in self.flat_parameters for item in flat.layout.param_slices(flat.values.intervals))
         return sum(item.numel for item in slices)
 
-    # Values.
-
     def init_parameters(self, frozen: bool = True) -> None:
         """Draw the trained parameters, and the `frozen` ones, from (seed, name, shape). Collective."""
         for flat in self.flat_parameters if frozen else self.flats.values():
@@ -103,8 +101,6 @@ class PipelinedModel:
     def owned_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the slices of trained parameters that this rank updates."""
         return _owned_slices(self.flats.values())
-
-    # Computation.
 
     def forward(
         self, total: int, fetch: Callable[[int], Batch], output_fn: Callable[[Tensor, Batch], Tensor] = token_losses

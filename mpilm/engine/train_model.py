@@ -92,8 +92,6 @@ class TrainModel(PipelinedModel):
         for reducer in self.reducers.values():
             reducer.reset_residuals()
 
-    # Contents of checkpoints and their owners.
-
     @property
     def saved_bytes(self) -> int:
         """Bytes of all tensors of a checkpoint."""
@@ -135,8 +133,6 @@ class TrainModel(PipelinedModel):
     def shared_bytes(self) -> int:
         """Bytes of gradients in memory that other ranks of the node map too."""
         return sum(reducer.shared_bytes for reducer in self.reducers.values())
-
-    # Gradients.
 
     def gradient_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the summed gradient of the parameter slices that this rank updates."""

@@ -56,10 +56,8 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
         folder.release()
         raise
     batches = Batches(data.examples, config.train.seed, config.train.global_batch, config.train.micro_batch)
-    stop_request = StopRequest(folder.path / "stop", config.run.time_limit, query_slurm=world.rank == 0)
-    return Run(
-        config, hardware, mesh, data, batches, folder, content, model, stop_request, folder.bad_steps, memory, layout_note
-    )
+    stop = StopRequest(folder.path / "stop", config.run.time_limit, query_slurm=world.rank == 0)
+    return Run(config, hardware, mesh, data, batches, folder, content, model, stop, folder.bad_steps, memory, layout_note)
 
 
 def _common_alignment(config: Config, world: Comm, hardware: Hardware) -> int:

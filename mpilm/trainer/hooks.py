@@ -44,8 +44,7 @@ class Hook:
 
     def after_step(self, event: StepEvent) -> None: ...
 
-    def finish(self) -> None:
-        """Called after the last step."""
+    def finish(self) -> None: ...  # after the last step
 
 
 def is_due(done: int, every: int) -> bool:

@@ -66,8 +66,7 @@ def _open(
 ) -> tuple[list[Any], FolderLock]:
     """Return path, checkpoint, step, logged step, trainer state and notes, and the lock."""
     if recovered is not None:
-        path, done, trainer = recovered.folder, recovered.done, dict(recovered.trainer)
-        lock = _lock(path)
+        path, done, trainer, lock = recovered.folder, recovered.done, dict(recovered.trainer), _lock(recovered.folder)
         remove_leftovers(path / "checkpoints")
         return [str(path), "", done, done - 1, trainer, [recovered.note]], lock
     path = _choose_path(config)

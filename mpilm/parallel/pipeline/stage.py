@@ -11,9 +11,8 @@ from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.data.batch import Batch
 from mpilm.model.layers import hash_key, loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
-from mpilm.parallel.autograd import backward_with
 from mpilm.parallel.pipeline.actions import Direction
-from mpilm.parallel.pipeline.split_backward import WeightGradQueue
+from mpilm.parallel.pipeline.split_backward import WeightGradQueue, backward_with
 
 
 class GradientReducer:

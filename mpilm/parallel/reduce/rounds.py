@@ -33,10 +33,9 @@ class MicrobatchRoundReducer(GradientReducer):
         self.buffers = [FlatVector.zeros(flat.shard, flat.device) for _ in range(count_buffers(ops))]
         self.ops = [[ops.pop(0) for _ in each.remaining] for each in self.rounds]
         self.sums = self.buffers[0]
-        group_gradient = torch.zeros(max(group.stop - group.start for group in self.groups), device=flat.device)
-        self.gradients = [
-            FlatVector([(group.start, group.stop)], group_gradient[: group.stop - group.start]) for group in self.groups
-        ]  # the gradient of each group in turn
+        spans = [(group.start, group.stop) for group in self.groups]
+        group_gradient = torch.zeros(max(stop - start for start, stop in spans), device=flat.device)  # of each group in turn
+        self.gradients = [FlatVector([(start, stop)], group_gradient[: stop - start]) for start, stop in spans]
         self.encoding = make_encoding(wire_dtype)
         self.idle = [
             TreeOrderReduceScatter(comm, flat.layout, comm.size, flat.device, self.encoding) for _ in range(BUCKETS_IN_FLIGHT)

@@ -16,6 +16,7 @@ from mpilm.trainer.loop import train
 from mpilm.trainer.recovery.memory_checkpoint import CMD_BROADCAST, InMemoryCheckpoint, RecoveredState, latest_complete_step
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
+Failure = list[Any] | None  # code and message of the error with which the working ranks end, if any
 
 
 def train_elastic(config: Config, world: Comm) -> None:
@@ -55,10 +56,8 @@ def _working_ranks(config: Config, world: Comm) -> Comm | None:
     return working if world.rank < count else None
 
 
-def _train_working(
-    config: Config, working: Comm, in_memory: InMemoryCheckpoint, recovered: RecoveredState | None
-) -> list[Any] | None:
-    """Train on the working ranks; return code and message of the error with which they end, if any."""
+def _train_working(config: Config, working: Comm, in_memory: InMemoryCheckpoint, recovered: RecoveredState | None) -> Failure:
+    """Train on the working ranks."""
     single = working.size == config.parallel.pipeline  # a single replica, which ZeRO cannot shard
     try:
         train(override(config, parallel__zero=0) if single else config, working, in_memory, recovered)
@@ -67,9 +66,8 @@ def _train_working(
     return None
 
 
-def _idle_spare(world: Comm, recovered: RecoveredState | None) -> list[Any] | None:
-    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed. Return
-    code and message of the error with which the working ranks end, if any."""
+def _idle_spare(world: Comm, recovered: RecoveredState | None) -> Failure:
+    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed."""
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
     while (command := yielding.broadcast_json(None)) == CMD_BROADCAST:
         assert recovered is not None

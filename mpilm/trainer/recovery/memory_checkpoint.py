@@ -64,7 +64,7 @@ class InMemoryCheckpoint:
         """Return copies of this rank's shard and of the previous rank's. Collective over `data`."""
         previous, following = (data.rank - 1) % data.size, (data.rank + 1) % data.size
         if self._previous_ranges is None:
-            self._previous_ranges = data.all_gather_json(list(own))[previous]
+            self._previous_ranges = [tuple(item) for item in data.all_gather_json(list(own))[previous]]
         sent = torch.cat([*own.values()] or [torch.empty(0)]).cpu()
         received = torch.empty(sum(stop - start for *_, start, stop in self._previous_ranges))
         for request in (data.irecv(received, previous, TAG), data.isend(sent, following, TAG)):
@@ -79,8 +79,7 @@ def state_ranges(model: TrainModel) -> dict[StateRange, Tensor]:
 
 
 def _split_into_ranges(values: Tensor, ranges: Sequence[StateRange]) -> dict[StateRange, Tensor]:
-    parts = values.split([stop - start for *_, start, stop in ranges])
-    return {(kind, name, start, stop): part for (kind, name, start, stop), part in zip(ranges, parts)}
+    return dict(zip(ranges, values.split([stop - start for *_, start, stop in ranges])))
 
 
 @dataclass(frozen=True)
