@@ -19,7 +19,7 @@ from mpilm.ops.tree import Interval
 from mpilm.optim.matrix import Adafactor, Muon, UnshardedOptimizer
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals, merge_intervals
-from mpilm.parallel.layout import ParamLayout, Shape
+from mpilm.parallel.layout import Layouts, Shape
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
 
 EPS = 1e-8  # of AdamW
@@ -137,7 +137,7 @@ def needs_full_parameter(optimizer: str) -> Callable[[str, Shape], bool]:
     return lambda name, shape: optimizer == "adafactor"
 
 
-def moment_shapes(optimizer: str, layouts: Mapping[str, ParamLayout], local_sgd: bool = False) -> dict[str, dict[str, Shape]]:
+def moment_shapes(optimizer: str, layouts: Layouts, local_sgd: bool = False) -> dict[str, dict[str, Shape]]:
     """Return the shapes of all moments of these parameters, by name and parameter; with `local_sgd`, also those of DiLoCo."""
     shapes: dict[str, dict[str, Shape]] = {}
     if local_sgd:

@@ -1,6 +1,6 @@
 """The one function that turns a plain model into a stage of a parallel one, and the reason for its order."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.compile import compile_blocks
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.fsdp import ShardedParameters
-from mpilm.parallel.layout import REDUCE_AXES, ParamLayout, select_trained
+from mpilm.parallel.layout import REDUCE_AXES, Layouts, select_trained
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StageParameters
 from mpilm.parallel.plan import stage_of
@@ -22,7 +22,7 @@ def parallelize(
     model: nn.Module,
     stage: int,
     blocks_per_stage: Sequence[int],
-    layouts: Mapping[str, ParamLayout],
+    layouts: Layouts,
     config: Config,
     mesh: Mesh,
     device: torch.device,

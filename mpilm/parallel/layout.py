@@ -52,6 +52,9 @@ class ParamLayout:
         return tuple(axis for axis in (*REDUCE_AXES, "tensor") if self.cut is None or axis != self.cut.axis)
 
 
+Layouts = Mapping[str, ParamLayout]  # by the parameter's name
+
+
 def resolve_layouts(
     shapes: Mapping[str, Shape],
     tied: Mapping[str, str],
@@ -76,15 +79,15 @@ def resolve_layouts(
     return layouts
 
 
-def select_owned(layouts: Mapping[str, ParamLayout]) -> list[ParamLayout]:
+def select_owned(layouts: Layouts) -> list[ParamLayout]:
     """Return the parameters that are optimized, saved and counted: those not tied to another."""
     return [layout for layout in layouts.values() if layout.tied_to is None]
 
 
-def select_stage(layouts: Mapping[str, ParamLayout], stage: int) -> dict[str, ParamLayout]:
+def select_stage(layouts: Layouts, stage: int) -> dict[str, ParamLayout]:
     return {name: layout for name, layout in layouts.items() if layout.stage == stage}
 
 
-def select_trained(layouts: Mapping[str, ParamLayout]) -> dict[str, ParamLayout]:
+def select_trained(layouts: Layouts) -> dict[str, ParamLayout]:
     """Return the parameters that have gradients; the others are frozen."""
     return {name: layout for name, layout in layouts.items() if not layout.frozen}

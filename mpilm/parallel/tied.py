@@ -12,7 +12,7 @@ from mpilm.comm.base import Comm
 from mpilm.ops.tree import Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import intersect_intervals
-from mpilm.parallel.layout import ParamLayout
+from mpilm.parallel.layout import Layouts, ParamLayout
 
 FIRST_TAG = 1 << 14  # above the tags of activations
 ByStage = Mapping[int, FlatVector]
@@ -21,7 +21,7 @@ ByStage = Mapping[int, FlatVector]
 class TiedParameters:
     """The ties of a model with these `layouts`; `flats`: the stages on this rank. Collective over `comm`, the pipeline axis."""
 
-    def __init__(self, layouts: Mapping[str, ParamLayout], flats: Mapping[int, FlatParameters], comm: Comm):
+    def __init__(self, layouts: Layouts, flats: Mapping[int, FlatParameters], comm: Comm):
         self.comm, self.flats = comm, flats
         self.pairs = [(layout, layouts[layout.tied_to]) for layout in layouts.values() if layout.tied_to]
         self.intervals = {layout.name: self._own_intervals(layout) for pair in self.pairs for layout in pair}
