@@ -231,8 +231,7 @@ def _memory_operations(size: int, device: torch.device) -> dict[str, Callable[[]
 
 
 def measure_network(bench: Bench, comm: Comm, distance: int = 1) -> NetworkRates | None:
-    """Measure the messages between the ranks of `comm`; a single one goes to the rank that is so far away. Collective over the
-    world; None if `comm` has one rank."""
+    """Measure the messages between the ranks of `comm`, single ones over `distance`; None for one rank. Collective over all."""
     world, n, device = bench.comm, comm.size, bench.device
     if min(world.all_gather_json(n)) == 1:
         return None

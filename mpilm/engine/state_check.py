@@ -2,10 +2,9 @@
 
 import math
 import socket
-from collections import defaultdict
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-
-import torch
 
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.engine.train_model import TrainModel
@@ -60,7 +59,7 @@ def _find_differing(model: TrainModel, done: int, digests: Sequence[int]) -> lis
     """Return the tensors whose bits differ from those of most replicas. Collective over the mesh."""
     if model.zero == 3 or not model.are_replicas_in_sync(done):
         return []
-    totals: dict[tuple[str, ...], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    totals = defaultdict[tuple[str, ...], Counter[str]](Counter)
     for name, digest in zip(model.digests.weight_names, digests):
         totals[model.layouts[name].replica_axes][name] += digest
     if model.replicates_moments:
@@ -69,13 +68,10 @@ def _find_differing(model: TrainModel, done: int, digests: Sequence[int]) -> lis
                 totals[model.layouts[item.name].replica_axes][f"{item.name} ({kind})"] += digest
     differing: list[tuple[str, str]] = []
     for axes in sorted(totals):  # in the same order on all ranks
-        items = dict(sorted(totals[axes].items()))
-        comm = model.mesh.comm(*axes)
-        if comm.size > 1:
-            own = torch.tensor([digest % MODULUS for digest in items.values()])
-            everyone = torch.empty(comm.size, len(items), dtype=torch.int64)
-            comm.all_gather(own, everyone)
-            others = everyone.mode(dim=0).values if comm.size > 2 else everyone[1 - comm.rank]
-            most = f"most of the {comm.size} replicas" if comm.size > 2 else "the other replica"
-            differing += [(name, f"differed from {most}") for name, same in zip(items, own == others) if not same]
+        comm, names = model.mesh.comm(*axes), sorted(totals[axes])
+        everyone = comm.all_gather_json([totals[axes][name] % MODULUS for name in names])
+        others = everyone[1 - comm.rank] if comm.size == 2 else map(statistics.mode, zip(*everyone))
+        most = "the other replica" if comm.size == 2 else f"most of the {comm.size} replicas"
+        triples = zip(names, everyone[comm.rank], others)
+        differing += [(name, f"differed from {most}") for name, own, other in triples if own != other]
     return differing

@@ -90,8 +90,7 @@ def optimizer_step(model: TrainModel, step: int, norm: float) -> float:
 
 
 def validation_loss(model: PipelinedModel, batches: Batches, eval_batches: int) -> float:
-    """Return the mean loss per token, in nats, over so many global batches of held-out text (0: all), the same on every
-    layout. Collective over the mesh."""
+    """Return the mean loss per token, in nats, over so many global batches of held-out text (0: all). Collective."""
     total = batches.eval_microbatches(eval_batches)
     losses = model.forward(total, batches.evaluation_batch)
     return total_loss(losses, total, model.mesh.world) / max(1, batches.eval_targets(eval_batches))

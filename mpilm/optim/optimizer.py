@@ -1,9 +1,8 @@
 """The optimizers of train.optimizer: AdamW and SGD, which treat each element separately, alone or beside those of matrix.py.
 
-Each updates the parameters of its kind among those that this rank owns. AdamW and SGD call torch's fused kernels directly:
-constructing torch.optim.AdamW imports the compiler, which costs each rank a second at the start and 70 MiB (measured with torch
-2.13). The kernels run on whole spans of the flat vector, padding included: their last bits depend on where a span begins and
-ends, and spans end at multiples of the layout's alignment however the vector is sharded.
+Each updates the parameters of its kind that this rank owns. AdamW and SGD call torch's fused kernels: torch.optim.AdamW imports
+the compiler, which costs each rank a second and 70 MiB (torch 2.13). The kernels run on whole spans of the flat vector, padding
+included: their last bits depend on the ends of a span, which are multiples of the layout's alignment on any number of ranks.
 """
 
 import math

@@ -46,8 +46,7 @@ class TiedParameters:
         return copy.stage in self.flats and self.flats[copy.stage].aliases_owner
 
     def _own_intervals(self, layout: ParamLayout) -> list[Interval]:
-        """Return the parts of a parameter's buckets that this rank reduces or updates; none if its stage is on another rank.
-        Both parameters of a tie are divided alike."""
+        """Return the parts of a parameter's buckets that this rank reduces or updates; none if its stage is on another rank."""
         flat = self.flats.get(layout.stage)
         return [] if flat is None else intersect_intervals(flat.layout.group_of(layout.name).buckets, flat.reduced)
 

@@ -11,8 +11,7 @@ from mpilm.parallel.pipeline.stage import ModelStage
 
 
 class StageMessenger:
-    """Messages between stages over `comm`, the pipeline axis, where stage s is on rank s modulo its size. Each channel has one
-    send in flight: the next send waits for it."""
+    """Messages between stages over `comm`; stage s is on rank s modulo its size. A send waits for the last of its channel."""
 
     def __init__(self, comm: Comm):
         self.comm = comm
