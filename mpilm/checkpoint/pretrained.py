@@ -39,8 +39,7 @@ def with_pretrained_shape(model: ModelConfig, folder: str | Path) -> ModelConfig
 
 
 def check_pretrained_shape(model: ModelConfig) -> None:
-    """Raise ConfigError naming settings that differ from the shape of the folder that the model starts from. The context may be
-    shorter and, unless positions are learned, longer."""
+    """Raise ConfigError naming a setting that differs from the folder's shape. Learned positions limit the context alone."""
     pretrained = read_pretrained_config(model.init_from, model.base)
     model = replace(model, lora_targets=order_lora_targets(model))
     length, positions = model.context_length, pretrained.context_length

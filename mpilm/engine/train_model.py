@@ -119,8 +119,7 @@ class TrainModel(PipelinedModel):
         return owners
 
     def memory_bytes(self) -> dict[str, int]:
-        """Return this rank's bytes of weights, moments, partial gradient sums and their exchange, and of weights and gradients
-        that are full only while they are used ("passing")."""
+        """Return this rank's bytes, by part. "passing": weights and gradients that are full only while they are used."""
         weights = 4 * sum(flat.values.tensor.numel() for flat in self.flat_parameters)
         held = {"weights": weights, "moments": self.optimizer.memory_bytes, "gradients": 0, "exchange": 0, "passing": 0}
         for stage, reducer in self.reducers.items():

@@ -64,9 +64,8 @@ def resolve_layouts(
     is_unsharded: Callable[[str, Shape], bool] = lambda name, shape: False,
     is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, ParamLayout]:
-    """Return the layout of each named parameter of a model, in the order in which forward uses them. `tied`: parameter -> the
-    one whose value it has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError if tied parameters do not exist
-    or differ in shape."""
+    """Return the layout of each parameter, in the order in which forward uses them. `tied`: parameter -> the one whose value it
+    has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError for ties that do not exist or differ in shape."""
     for name, owner in tied.items():
         if shapes.get(name) is None or shapes.get(name) != shapes.get(owner):
             raise ValueError(f"{name} {shapes.get(name)} cannot be tied to {owner} {shapes.get(owner)}")
