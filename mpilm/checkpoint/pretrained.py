@@ -39,14 +39,12 @@ def with_pretrained_shape(model: ModelConfig, folder: str | Path) -> ModelConfig
 
 
 def check_pretrained_shape(model: ModelConfig) -> None:
-    """Raise ConfigError naming a setting that differs from the folder's shape. Learned positions limit the context alone."""
+    """Raise ConfigError naming a setting that differs from the folder's shape. The context may, within learned positions."""
     pretrained = read_pretrained_config(model.init_from, model.base)
     model = replace(model, lora_targets=order_lora_targets(model))
-    length, positions = model.context_length, pretrained.context_length
-    if length > positions and model.arch in ("gpt2", "bert"):
-        raise ConfigError(
-            f"--model.context-length {length}: {model.init_from} has learned positions for only {positions} tokens"
-        )
+    length, limit = model.context_length, pretrained.context_length
+    if length > limit and model.arch in ("gpt2", "bert"):
+        raise ConfigError(f"--model.context-length {length}: {model.init_from} has learned positions for only {limit} tokens")
     for item in fields(ModelConfig):
         wanted, has, flag = getattr(model, item.name), getattr(pretrained, item.name), f"--model.{item.name.replace('_', '-')}"
         if item.name in (*_user_settable(model.init_from), "init_from", "context_length") or wanted == has:

@@ -283,7 +283,7 @@ def assemble_blocks(
 def _exchange_block(
     block: FileBlock, local: LocalState, comm: Comm, buffers: WriteBuffers | None
 ) -> Iterator[AssembledBlock | None]:
-    """Start to send this rank's ranges, or to receive those of others; yield None. Then wait, and yield it on the writer."""
+    """Start to send ranges of the block, or to receive them; yield None. Then wait and, on the writer, yield the block."""
     if comm.rank != block.writer:
         request = comm.isend(torch.cat([local.bytes_of(r) for r in block.parts[comm.rank]]).cpu(), block.writer, TAG)
         yield None

@@ -105,7 +105,7 @@ class Bench:
 
 
 def time_collective(world: Comm, comm: Comm, action: Callable[[], object], calls: int = 5) -> float:
-    """Return the slowest rank's seconds for one call that all ranks of `comm` make: the median. Collective over `world`."""
+    """Return the slowest rank's seconds for one call by all ranks of `comm`, the median of `calls`. Collective over `world`."""
     action()
     return float(time_collectives(world, comm, [action], calls).median())
 
@@ -231,7 +231,7 @@ def _memory_operations(size: int, device: torch.device) -> dict[str, Callable[[]
 
 
 def measure_network(bench: Bench, comm: Comm, distance: int = 1) -> NetworkRates | None:
-    """Measure the messages between the ranks of `comm`, single ones over `distance`; None for one rank. Collective over all."""
+    """Measure messages between ranks of `comm`, single ones over `distance`; None for one rank. Collective over the world."""
     world, n, device = bench.comm, comm.size, bench.device
     if min(world.all_gather_json(n)) == 1:
         return None

@@ -51,7 +51,7 @@ class StepResult:
 def train_step(
     model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS, max_loss: float = math.inf
 ) -> StepResult:
-    """Forward, backward, reduce gradients, clip, and update unless loss or gradient is bad (StepResult.updated). Collective."""
+    """Forward, backward, reduce gradients, clip; update if all is finite and the loss at most `max_loss`. Collective."""
     loss, norm, flags = forward_backward(model, source, step, flags)
     updated = math.isfinite(loss) and math.isfinite(norm) and loss <= max_loss
     lr = optimizer_step(model, step, norm) if updated else learning_rate(model.config.train, step)

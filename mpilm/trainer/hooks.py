@@ -183,6 +183,6 @@ def stops_early(run: Run, event: StepEvent) -> bool:
 
 
 def is_checkpoint_planned(run: Run, event: StepEvent) -> bool:
-    """Return whether also a run that is not stopped saves: each checkpoint.every steps, at the end, after a rewind."""
+    """Return whether the run saves without being stopped: each checkpoint.every steps, at the end, after a rewind."""
     regular = is_due(event.done, run.config.checkpoint.every) and event.result.updated
     return event.done == run.config.train.steps or event.rewound or regular

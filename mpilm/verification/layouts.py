@@ -129,7 +129,7 @@ def run_layout(config: Config, world: Comm, hardware: Hardware, flip_bit: bool =
 
 
 def _flip_one_gradient_bit(model: TrainModel, world: Comm) -> None:
-    """Flip the lowest bit of a gradient element on the last rank that updates any (some may not). Collective."""
+    """Flip the lowest bit of a gradient element on the last rank that updates any (of many, some may not). Collective."""
     slices = model.gradient_slices().values()
     updating = [rank for rank, count in enumerate(world.all_gather_json(len(slices))) if count]
     if world.rank == updating[-1]:

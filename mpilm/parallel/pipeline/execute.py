@@ -39,7 +39,7 @@ class StageMessenger:
 def execute(
     program: Sequence[Action], stages: Mapping[int, ModelStage], messenger: StageMessenger, recorder: FlightRecorder
 ) -> None:
-    """Execute the actions in order, and record each without the wait for its message. Collective over all axes."""
+    """Execute the actions in order, recorded without the waits for messages. Collective over the pipeline and reduce axes."""
     for action in program:
         if action.kind in ("F", "B", "I"):
             messenger.wait(action.message)
