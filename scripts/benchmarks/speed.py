@@ -148,7 +148,7 @@ def guards_worker(args: argparse.Namespace) -> None:
 
     comm = mpi_world()
     run = build.build_run(make_config(f"{args.folder}/guarded", args.preset, train__threads=1), comm)
-    watchdog = Watchdog(run.mesh.recorder, comm, 0.0)
+    watchdog = Watchdog(run.mesh.recorder, comm)
 
     def guarded(step: int) -> None:
         checks = step % STEPS == 0  # ten times as often as by default (--fault.check-every)
@@ -159,8 +159,7 @@ def guards_worker(args: argparse.Namespace) -> None:
         if checks:
             check_state(run.model, step + 1)
 
-    with mock.patch.object(build, "InstrumentedComm", lambda inner, *_: inner):
-        bare = mpilm_side(make_config(f"{args.folder}/bare", args.preset, train__threads=1), comm)
+    bare = mpilm_side(make_config(f"{args.folder}/bare", args.preset, train__threads=1), comm)
 
     def without(step: int) -> None:
         with (
