@@ -190,7 +190,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 
 
 def _item_type(kind: Any) -> tuple[bool, type]:
-    """Return if the type of a setting is a tuple, and the plain type of its items or of its value."""
+    """Return whether the type of a setting is a tuple, and the plain type of its items or of its value."""
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     is_list = get_origin(kind) is tuple
     item = get_args(kind)[0] if is_list else kind

@@ -31,7 +31,7 @@ class CorpusSamples:
         shortest = min(train, held_out) if eval_fraction else train
         split = f"{train} tokens to train on and {held_out} held out"
         if shortest < 2:
-            advice = "give more text" + f", or a smaller --data.eval-fraction than {eval_fraction}" * bool(held_out)
+            advice = "give more text, or another --data.eval-fraction (0: hold out nothing)"
             raise DataError(f"--data.path {corpus.source}: {split} are too few for one sample; {advice}")
         problem = f"of {corpus.source}, {split} hold no whole sample of that length"
         advice = f"the largest value that works is {shortest - 1}, or give more text"

@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 POLL_S = 0.5  # between looks at the file, which may lie on a slow file system
 SLURM_MARGIN_S = 30.0  # for leaving, before SLURM ends a job
 SQUEUE_TIMEOUT_S = 20.0
-STOP_REASONS = ("", "received SIGUSR1", "received SIGTERM", "found its stop file", "reached run.time-limit", "SLURM job ends")
+STOP_REASONS = ("", "received SIGUSR1", "received SIGTERM", "found a stop file", "reached run.time-limit", "its SLURM job ends")
 BY_FILE, BY_TIME_LIMIT, BY_SLURM = 3, 4, 5
 
 

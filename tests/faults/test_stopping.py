@@ -32,9 +32,9 @@ STOPS = {  # how a start is asked to stop, its flags and environment, and the re
     "SIGUSR1 to one rank": (lambda job, run: os.kill(job.rank_processes()[1], signal.SIGUSR1), (), {}, "received SIGUSR1"),
     "SIGTERM to one rank": (lambda job, run: os.kill(job.rank_processes()[0], signal.SIGTERM), (), {}, "received SIGTERM"),
     "SIGUSR1 to the launcher": (lambda job, run: os.kill(job.process.pid, signal.SIGUSR1), (), {}, "received SIGUSR1"),
-    "stop file": (lambda job, run: (run / "stop").touch(), (), {}, "found its stop file"),
+    "stop file": (lambda job, run: (run / "stop").touch(), (), {}, "found a stop file"),
     "time limit": (do_nothing, ("--run.time-limit", 1), {}, "reached run.time-limit"),
-    "end of the SLURM job": (do_nothing, (), {"SLURM_JOB_END_TIME": 31}, "SLURM job ends"),  # half a minute is kept
+    "end of the SLURM job": (do_nothing, (), {"SLURM_JOB_END_TIME": 31}, "its SLURM job ends"),  # half a minute is kept
 }
 
 
