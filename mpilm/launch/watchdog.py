@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -198,9 +199,7 @@ class Watchdog:
         sys.stdout.flush()
         node_folder = self.table.path.with_suffix(".report") if self.table.path else None
         run_folder = self.recorder.report_folder and self.recorder.report_folder / self.stamp
-        folders = [
-            folder for folder in (node_folder, run_folder) if folder is not None
-        ]  # ranks learn the run's at different times
+        folders = [folder for folder in (node_folder, run_folder) if folder]  # ranks learn the run's at different times
         if not problem or not all(_claim(folder) for folder in folders):
             self._take_snapshot(folders)
             return time.sleep(4 * GRACE_S)
@@ -216,6 +215,7 @@ class Watchdog:
         if node_folder is not None:
             shutil.rmtree(node_folder, ignore_errors=True)
         _ignore_crashes()
+        _kill_later([self.pids[rank] for rank in missing if self.hosts[rank] == self.hosts[self.rank]])
         if self.world.size > 1:
             self.world.abort(EXIT_CODE)
 
@@ -264,6 +264,13 @@ def _claim(folder: Path) -> bool:
     except OSError as error:
         return not isinstance(error, FileExistsError)
     return True
+
+
+def _kill_later(pids: Sequence[int]) -> None:
+    """Let another process kill those that MPI_Abort, after which this one is gone, has not ended: a stopped one may stay."""
+    if pids:
+        command = f"sleep {GRACE_S}; kill -KILL {' '.join(map(str, pids))}"
+        subprocess.Popen(["sh", "-c", command], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _ignore_crashes() -> None:
