@@ -151,8 +151,7 @@ def splits_like_qwen(tokenizer: Tokenizer) -> bool:
 
 
 def load_tokenizer(path: str | Path, eos: int | None = None, needs_eos: bool = True) -> Tokenizer:
-    """Read a tokenizer.json, or the one in a folder. Unless `eos` is given, the files must name a token that ends documents, or
-    the tokenizer has NO_EOS where it `needs_eos` not."""
+    """Read a tokenizer.json, or the one in a folder, with `eos` or what the files name; with NO_EOS only unless `needs_eos`."""
     location = Path(path).expanduser()
     file = location / "tokenizer.json" if location.is_dir() else location
     if location.is_dir() and not file.is_file():
@@ -226,10 +225,12 @@ def tokenizer_from_spec(spec: str, needs_eos: bool = True) -> Tokenizer:
         raise type(error)(f"--data.tokenizer: {error}") from None
 
 
-def check_vocab_fits(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Raise ConfigError if the embedding has fewer rows than the tokenizer has ids."""
-    rows = model.vocab_size
-    if rows and tokenizer.vocab_size > rows:
+def fit_to_model(tokenizer: Tokenizer, model: ModelConfig) -> Tokenizer:
+    """Return the tokenizer, with a mask token for a bert model; raises ConfigError if the embedding has too few rows for it."""
+    fitted = tokenizer.with_mask() if model.arch == "bert" else tokenizer
+    rows, last = model.vocab_size, fitted.vocab_size - 1
+    if 0 < rows <= last:
         owner = f"{model.init_from} has" if model.init_from else f"--model.vocab-size {rows} makes"
-        last = tokenizer.vocab_size - 1
-        raise ConfigError(f"--data.tokenizer {tokenizer.name} has ids up to {last}, but {owner} {rows} rows for them")
+        mask = "" if fitted is tokenizer else f"has no {MASK} token, which a bert model needs, and with one "
+        raise ConfigError(f"--data.tokenizer {tokenizer.name} {mask}has ids up to {last}, but {owner} {rows} rows for them")
+    return fitted

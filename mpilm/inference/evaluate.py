@@ -22,15 +22,15 @@ from mpilm.config.schema import Config, DataConfig, flag_of
 from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus, open_corpus
 from mpilm.data.files import file_errors, read_json, write_durably
-from mpilm.data.objective import MaskedObjective, Objective, make_objective
+from mpilm.data.objective import Objective, make_objective
 from mpilm.data.order import mix_key
 from mpilm.data.token_files import document_starts, find_prefix
-from mpilm.data.tokenizer import Tokenizer
+from mpilm.data.tokenizer import Tokenizer, fit_to_model, tokenizer_from_spec
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.formatting import ProgressLine
 from mpilm.inference.arguments import EvaluateArguments, to_config
-from mpilm.inference.load import config_from_folder, load_model, load_model_tokenizer
+from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.layers import IGNORE_INDEX
 
 MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text
@@ -112,11 +112,12 @@ def score_documents(segments: np.ndarray, windows: EvalWindows, table: np.ndarra
 def evaluate_model(arguments: EvaluateArguments, world: Comm) -> None:
     """Score a text, print the result and write it. Collective."""
     config, data = run_on_all_ranks(world, lambda: _resolve_inputs(arguments))
-    tokenizer = run_on_all_ranks(world, lambda: load_model_tokenizer(config.data, config.model, arguments.held_out))
+    spec = config.data.tokenizer
+    tokenizer = run_on_all_ranks(world, lambda: fit_to_model(tokenizer_from_spec(spec, arguments.held_out), config.model))
     model = load_model(config, world)
     corpus = open_corpus(data, world.with_options(gpu_aware=False, yield_while_waiting=True), eos=arguments.held_out)
     objective = make_objective(config.model, config.data, tokenizer)
-    run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, arguments.held_out))
+    run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, config, arguments.held_out))
     segments = run_on_all_ranks(world, lambda: _find_segments(data, arguments, corpus))
     windows = cut_windows(segments, config.model.context_length, objective.is_causal)
     if not windows.start.size:
@@ -159,7 +160,7 @@ def read_run_config(folder: str) -> Config | None:
     return merge_settings(Config(), read_json(trainer).get("config", {}), str(trainer)) if trainer.is_file() else None
 
 
-def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, config: Config, held_out: bool) -> None:
+def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, config: Config, held_out: bool) -> None:
     """Raise ConfigError if the tokens do not match the model, or the text is not what the run has held out."""
     folder = config.model.init_from
     if corpus.tokenizer.with_mask().digest != tokenizer.with_mask().digest:
@@ -167,8 +168,6 @@ def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, co
         raise ConfigError(f"--data.path {corpus.source} {problem}; pass the text itself")
     if held_out and read_json(Path(folder).expanduser() / "trainer.json")["content"]["data.path"] != corpus.fingerprint:
         raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
-    if isinstance(objective, MaskedObjective) and objective.tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, which a bert model needs")
 
 
 def _find_segments(data: DataConfig, arguments: EvaluateArguments, corpus: Corpus) -> np.ndarray:
@@ -193,16 +192,15 @@ def _write_results(
     with file_errors(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
-    for name, value in result.items():
-        print(f"{name:<16}{value:.8g}" if isinstance(value, float) else f"{name:<16}{value}")
     source = "the length that the run trained with" if read_run_config(result["model"]) else "the model's context length"
     source = "--model.context-length" if arguments.model.context_length else source
-    print(f"windows         of {windows.length} tokens: {source}")
-    print(f"written to      {folder / 'evaluation.json'}")
+    result |= {"windows": f"of {windows.length} tokens: {source}", "written to": folder / "evaluation.json"}
     if arguments.documents:
         lines = (json.dumps(row) + "\n" for row in score_documents(segments, windows, table))
         write_durably(folder / "documents.jsonl", "".join(lines).encode())
-        print(f"documents       {folder / 'documents.jsonl'}", flush=True)
+        result["documents"] = folder / "documents.jsonl"
+    for name, value in result.items():
+        print(f"{name:<16}{value:.8g}" if isinstance(value, float) else f"{name:<16}{value}", flush=True)
 
 
 def _results_folder(init_from: str, run_dir: str) -> Path:

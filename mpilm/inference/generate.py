@@ -16,11 +16,11 @@ from mpilm.config.schema import Config, GenerateConfig
 from mpilm.data.batch import Batch
 from mpilm.data.chat import ChatTemplate, find_chat_template
 from mpilm.data.files import is_valid_utf8, parse_json, read_bytes
-from mpilm.data.tokenizer import Tokenizer
+from mpilm.data.tokenizer import Tokenizer, fit_to_model, tokenizer_from_spec
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.formatting import ProgressLine
-from mpilm.inference.load import config_from_folder, load_model, load_model_tokenizer
+from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.sequence_info import KVCache
 
 
@@ -109,7 +109,7 @@ def generate_texts(config: Config, world: Comm) -> None:
     """Print a prompt and its continuation; for a file of prompts, a JSON object each: prompt, text. Collective."""
     config = run_on_all_ranks(world, lambda: config_from_folder(config))
     settings = config.generate
-    tokenizer = run_on_all_ranks(world, lambda: load_model_tokenizer(config.data, config.model))
+    tokenizer = run_on_all_ranks(world, lambda: fit_to_model(tokenizer_from_spec(config.data.tokenizer), config.model))
     template = run_on_all_ranks(world, lambda: _load_template(config))
     prompts: list[str] = world.broadcast_json(run_on_root(world, lambda: _read_prompts(settings)))
     model = load_model(config, world)
