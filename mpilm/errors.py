@@ -70,8 +70,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def to_user_error(error: BaseException) -> UserError | None:
-    """Return the error that the user can fix: a UserError itself, OutOfMemoryError when memory has run out, FileError, such as
-    for a folder that has been removed; else None."""
+    """Return a UserError itself; OutOfMemoryError or FileError (such as for a removed folder) for another error; else None."""
     if isinstance(error, OSError) and error.filename and not is_out_of_memory(error):
         return FileError(f"{os.fsdecode(error.filename)} cannot be used: {error.strerror} (on {socket.gethostname()})")
     if isinstance(error, UserError) or not is_out_of_memory(error):
@@ -88,11 +87,10 @@ def to_user_error(error: BaseException) -> UserError | None:
 def print_uncaught_error(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
     """Exit with one message if an error is the user's to fix, else print its traceback: the excepthook of commands, for errors
     before they run, such as too little memory to import torch."""
-    if (problem := to_user_error(error)) is None:
-        sys.__excepthook__(kind, error, place)
-        return
-    print(f"mpilm: error: {problem}", file=sys.stderr, flush=True)
-    os._exit(problem.code)
+    if (problem := to_user_error(error)) is not None:
+        print(f"mpilm: error: {problem}", file=sys.stderr, flush=True)
+        os._exit(problem.code)
+    sys.__excepthook__(kind, error, place)
 
 
 def error_from_code(code: int, message: str) -> UserError:

@@ -41,7 +41,6 @@ def parse(
     kinds = schema.flatten_types(default) | {"config": tuple[str, ...]} | ({"preset": str} if presets else {})
     if presets:
         description += f" --preset NAME starts from a named config: {', '.join(presets)}."
-    asks_for_help = bool({"-h", "--help"} & set(argv))
     warnings: dict[str, None] = {}  # in order, each once
     flags = _read_flags([arg for arg in argv if arg not in ("-h", "--help")], kinds, positional, warnings)
     paths, preset = flags.pop("config", ()), flags.pop("preset", "")
@@ -53,7 +52,7 @@ def parse(
     def apply(config: T) -> T:
         for source, values in tomls.items():
             config = merge_settings(config, values, source, warnings)
-        if asks_for_help:
+        if {"-h", "--help"} & set(argv):
             raise SystemExit(_draw_help(config, command, description), 0)
         return schema.override(config, flags)
 

@@ -65,8 +65,7 @@ class ChatTemplate:
                     raise SecurityError(f"the result of {operator} is too large")
                 return super().call_binop(context, operator, left, right)
 
-        extensions = ["jinja2.ext.loopcontrols"]
-        environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals |= {"raise_exception": fail, "strftime_now": lambda form: datetime.now().strftime(form)}
         environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
         source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)  # marks what is learnt, and prints nothing
@@ -209,8 +208,7 @@ def _is_message(value: Any) -> bool:
 
 def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> np.ndarray:
     """Return the tokens of a conversation, and whether each is an answer; (n, 2) int32. Rendered text is encoded in one, and a
-    token belongs to the turn it begins in. Otherwise each turn is encoded by itself, as a prompt is when a text is generated
-    from it, and an eos ends the answer."""
+    token belongs to the turn it begins in. Otherwise each turn is encoded by itself, as prompts are, and an eos ends it all."""
     texts, answers = [text for text, _ in turns], [is_answer for _, is_answer in turns]
     if is_rendered:
         tokens, begins = tokenizer.encode_rendered("".join(texts))
@@ -223,10 +221,9 @@ def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> n
 
 
 class ChatExamples:
-    """Examples of conversations, laid into rows of the context length. Conversations longer than the context are cut or, with
-    data.too-long "drop", left out, as are those that then have no answer. With data.packing "concat" a row holds one
-    conversation; with "documents", as many as fit, in their order, each by itself. The last data.eval-fraction of the rows is
-    the validation split. Raises ConfigError or DataError if one is empty."""
+    """Conversations in rows of the context length. Longer conversations are cut or, with data.too-long "drop", left out, as are
+    those that then have no answer. With data.packing "concat" a row holds one; with "documents", as many as fit, in order,
+    each by itself. The last data.eval-fraction of rows is held out. Raises ConfigError or DataError if a part is empty."""
 
     def __init__(self, chats: EncodedChats, context_length: int, data: DataConfig, eos: int):
         self.chats, self.context_length, self.eos = chats, context_length, eos
@@ -256,7 +253,6 @@ class ChatExamples:
             raise ConfigError(f"--data.eval-fraction {data.eval_fraction} of {len(self.rows)} rows leaves {split}; {advice}")
 
     def make_batch(self, numbers: Indices, seed: int | None) -> Batch:
-        """Return the examples of these numbers."""
         shape = len(numbers), self.context_length
         inputs, targets = np.full(shape, self.eos, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
         positions, documents = np.zeros(shape, dtype=np.int64), np.full(shape, NO_DOCUMENT, dtype=np.int64)
@@ -273,7 +269,6 @@ class ChatExamples:
         return Batch.from_arrays(tokens=inputs, targets=targets, positions=positions, samples=numbers, documents=documents)
 
     def count_targets(self, numbers: Indices, seed: int | None) -> int:
-        """Return how many targets these examples have."""
         return int(self.targets[self._pick_rows(numbers, seed)].sum())
 
     def _pick_rows(self, numbers: Indices, seed: int | None) -> Indices:

@@ -55,9 +55,8 @@ class Corpus:
 
 
 def open_corpus(data: DataConfig, comm: Comm, eos: bool = True, arch: str = "") -> Corpus:
-    """Open token files; those of text are in the cache, where they are prepared if need be, and end documents with the
-    tokenizer's eos if `eos`. `arch`: the model for which a tokenizer is trained. Collective; raises CollectiveError, also if
-    ranks see different files."""
+    """Open token files; those of text are prepared in the cache if need be, and end documents with an eos if `eos`. `arch`: the
+    model for which a tokenizer is trained. Collective; raises CollectiveError, also if ranks see different files."""
     prepared = comm.broadcast_json(run_on_root(comm, lambda: str(find_prefix(data.source) or "")))
     prefix = Path(prepared) if prepared else prepare_in_cache(_with_family_bpe(data, arch), comm, eos)
     path, source = with_ending(prefix, ".bin"), data.source or "the embedded corpus"
@@ -193,8 +192,7 @@ def _rename_folder(own: Path, folder: Path, sources: Sequence[TextSource], stats
 
 
 def _digest_sources(path: str, sources: Sequence[TextSource], comm: Comm) -> tuple[list[list[int]], list[str]]:
-    """Return stat and digest of every source. Of more than VERIFIED_BYTES, those whose stat is the same are not read again.
-    Collective; raises FileError."""
+    """Return stat and digest of every source; of more than VERIFIED_BYTES, only those with a new stat are read. Collective."""
     key = hex_digest(str(Path(path).expanduser().resolve()) if path else "")
     index = cache_folder() / "files" / f"{key[:32]}.json"  # of rank 0
     on_root = run_on_root(comm, lambda: [[_stat(source.path) for source in sources], _read_index(index)])

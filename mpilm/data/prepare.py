@@ -75,9 +75,8 @@ def open_text(data: DataConfig, comm: Comm, sources: Sequence[TextSource] | None
 def encode_text(
     text: TextInput, comm: Comm, path: str | Path, eos: bool, inspect: Callable[[list[str]], None] = lambda texts: None
 ) -> NDArray:
-    """Write the tokens of this rank's part of the text to a file; return a table of SEQUENCE rows, of which each document is a
-    run. Documents end with the tokenizer's eos if `eos`. `inspect` receives the texts of each batch. Collective; raises
-    CollectiveError, also if the text is empty."""
+    """Write the tokens of this rank's part of the text to a file; return SEQUENCE rows, of which each document is a run. An eos
+    ends documents if `eos`. `inspect` receives the texts of each batch. Collective; refuses an empty text."""
     tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
     ending = np.array([tokenizer.eos] if eos else [], dtype=np.int32)
 
@@ -108,9 +107,7 @@ def gather_documents(sequences: NDArray, comm: Comm) -> tuple[NDArray, NDArray, 
     ended = comm.all_gather_json(int(sequences["is_last"].sum()))
     number = sum(ended[: comm.rank]) + np.cumsum(sequences["is_last"]) - sequences["is_last"]
     first = np.flatnonzero(np.diff(number, prepend=-1))
-    mine = np.empty((0, 6), np.int64)
-    if len(first):  # add up this rank's parts of each document
-        mine = np.column_stack([number[first], np.add.reduceat(sequences.view(np.int64).reshape(-1, 5), first)])
+    mine = np.column_stack([number[first], np.add.reduceat(sequences.view(np.int64).reshape(-1, 5), first)])
     documents = np.zeros((sum(ended), 5), dtype=np.int64)
     for rows in all_gather_rows(comm, mine):
         np.add.at(documents, rows[:, 0], rows[:, 1:])

@@ -129,8 +129,7 @@ def _make_source(path: Path, is_named: bool) -> TextSource | None:
     if not form:
         return None
     size = file_errors(path)(path.stat)().st_size
-    blocks = 1 if codec else -(-size // BLOCK_BYTES)
-    parts = _open_parquet(str(path)).num_row_groups if form == "parquet" else blocks
+    parts = _open_parquet(str(path)).num_row_groups if form == "parquet" else 1 if codec else -(-size // BLOCK_BYTES)
     return TextSource(str(path), form, codec, size, parts) if size and parts else None
 
 
@@ -200,9 +199,8 @@ def read_batches(
 
 
 def find_cut(window: bytes) -> int:
-    """Return where a block ends in `window`, which begins at a multiple of BLOCK_BYTES: before the first line that begins with
-    a visible character, else before the first line, else before the first character. So words and runs of white space, and
-    thereby tokens, stay in one block."""
+    """Return where a block ends in `window`, which begins at a multiple of BLOCK_BYTES: before the first line with a visible
+    first character, else the first line, else the first character. So words, white space and thereby tokens stay whole."""
     line = re.search(rb"\n(?=[^ \t\r\n\v\f])", window) or re.search(rb"\n(?=.)", window, re.DOTALL)
     return line.end() if line else next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
 
@@ -253,8 +251,7 @@ def _decode(data: bytes, settings: DataConfig, place: _Place) -> str:
 
 
 def read_json_lines(item: WorkItem, max_mib: int = DataConfig.max_document_mib) -> Iterator[tuple[bytes, _Place]]:
-    """Yield the lines that begin in this part of a file, without blank ones, and the place of each for messages. Raises
-    DataError for a line of more than `max_mib`, which is never read to its end."""
+    """Yield the lines that begin in this part, but no blank ones, with their places; refuse more than `max_mib` half read."""
     source, start = item.source, item.part * BLOCK_BYTES
 
     def read_line(offset: int) -> bytes:
@@ -319,14 +316,13 @@ def _open_parquet(path: str) -> Any:
 def _parquet_errors(path: str, place: object) -> Iterator[None]:
     """Turn errors of the disk into a FileError, and those of Arrow, which are OSErrors as well, into a DataError."""
     pyarrow = _import_pyarrow(path)
-    try:
-        with file_errors(path):
-            try:
-                yield
-            except OSError as error:
-                raise error if error.errno else pyarrow.ArrowException(error) from None
-    except (pyarrow.ArrowException, ValueError) as error:  # a column's name may not be UTF-8
-        raise DataError(f"{place} is not Parquet that can be read, the file is cut or damaged: {error}") from None
+    with file_errors(path):
+        try:
+            yield
+        except (OSError, pyarrow.ArrowException, ValueError) as error:  # a column's name may not be UTF-8
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise DataError(f"{place} is not Parquet that can be read, the file is cut or damaged: {error}") from None
 
 
 def _check_expansion(expanded: int, compressed: int, place: object) -> None:

@@ -57,25 +57,22 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
         "command": f"mpirun -n {world.size} {command}" if world.size > 1 else command,
         "versions": software_versions(world),
     }
-    return row, list(_header_lines(run, row, predicted, threads))
+    labelled = (f"  {label:<8} {text}" for label, text in _header_rows(run, row, predicted))
+    return row, [_first_line(run, threads), *labelled, ""]
 
 
-def _header_lines(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int], threads: Sequence[int]) -> Iterator[str]:
-    """Yield the lines. `predicted`: memory of the rank that uses most, by part; `threads`: of each rank."""
+def _first_line(run: Run, threads: Sequence[int]) -> str:
     hardware = run.hardware
     device = torch.cuda.get_device_name() if hardware.device.type == "cuda" else processor_name()
     text = f"{count_noun(threads[0], 'thread')} each"
     if len(set(threads)) > 1:
         text = f"{', '.join(map(str, threads))} threads (unequal: the last bits depend on which rank computes what)"
     cores = ", more ranks than cores" if hardware.oversubscribed else ", bound to separate cores" if hardware.is_bound else ""
-    yield f"mpilm {mpilm.__version__}: {count_noun(len(threads), 'rank')}, {text}{cores}, {device}, {run.config.train.dtype}"
-    for label, text in _header_rows(run, row, predicted):
-        yield f"  {label:<8} {text}"
-    yield ""
+    return f"mpilm {mpilm.__version__}: {count_noun(len(threads), 'rank')}, {text}{cores}, {device}, {run.config.train.dtype}"
 
 
 def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield labels and texts; a row without a label continues the one before."""
+    """Yield labels and texts; one without a label continues the row before. `predicted`: of the rank that uses most memory."""
     hardware = run.hardware
     yield "with", f"torch {torch.__version__}, {run.mesh.world.mpi_library}"
     if hardware.threads > max(1.0, float(hardware.cores)):

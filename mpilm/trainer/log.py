@@ -59,9 +59,8 @@ class RunLog:
         step_s = self.step_s = (time.perf_counter() - self.last) / (done - self.last_done)
         row, is_logged = self._step_row(done, result), self._is_logged(done)
         row |= {"step_s": step_s, "tokens_per_s": self.run.batches.step_tokens / step_s}
-        start = self.start_row
-        if start["peak_flops"]:
-            row["mfu"] = row["tokens_per_s"] * start["flops_per_token"] / start["peak_flops"]
+        if peak_flops := self.start_row["peak_flops"]:
+            row["mfu"] = row["tokens_per_s"] * self.start_row["flops_per_token"] / peak_flops
         if is_logged:
             row |= self._gather_rank_stats(done - self.last_done)
             self._write(row)

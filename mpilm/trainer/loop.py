@@ -43,9 +43,8 @@ def train(
         checkpoints = CheckpointManager(
             run.folder.checkpoints, config.checkpoint, run.mesh.world, recorder, make_state, log.log_save, log.log_save_failure
         )
-        trace = Trace(trace_step_range(config), run.mesh, log.start_row["layout"])
         parts = run, log, checkpoints, in_memory
-        tracing = hooks.Tracing(*parts, trace)
+        tracing = hooks.Tracing(*parts, Trace(trace_step_range(config), run.mesh, log.start_row["layout"]))
         try:
             run_steps(parts, tracing, recovered)
         except CollectiveError as error:

@@ -51,9 +51,8 @@ class RunFolder:
 def open_run_folder(
     config: Config, content: Facts, environment: Facts, comm: Comm, recovered: RecoveredState | None = None
 ) -> RunFolder:
-    """Find the state to resume from, refuse what does not match, and write config.toml. Collective; rank 0 reads and writes.
-    `content`: digests of the corpus and the tokenizer by CONTENT_KEYS. `environment`: versions, threads and device, compared
-    with those of the checkpoint. `recovered`: the state to resume from instead of a checkpoint."""
+    """Find the state to resume from (`recovered` or a checkpoint), refuse what does not match, and write config.toml.
+    `content`: digests by CONTENT_KEYS. `environment`: versions, threads, device, compared with the checkpoint's. Collective."""
     opened = run_on_root_with_verify(comm, lambda verify: _open(config, content, environment, recovered, verify))
     values, lock = opened or (None, None)
     path, checkpoint, step, logged, trainer, notes = comm.broadcast_json(values)

@@ -78,8 +78,7 @@ def _idle_spare(world: Comm, recovered: RecoveredState | None) -> Failure:
 def agree_on_survivors(
     config: Config, world: Comm, in_memory: InMemoryCheckpoint, own_name: str, members: list[str]
 ) -> tuple[RecoveredState, list[str]]:
-    """Return the state from which the ranks of a shrunk world resume, and their names. Collective; raises CollectiveError if
-    too few ranks or not all of the state is left."""
+    """Return the state from which a shrunk world resumes, and its ranks' names. Collective; raises if too little is left."""
     model, pipeline = in_memory.model, config.parallel.pipeline
     shapes = model.state_shapes if model is not None else {}
     snapshots = [[snapshot.done, dict(snapshot.trainer), list(snapshot.state)] for snapshot in in_memory.snapshots]

@@ -134,17 +134,17 @@ def latest_complete_step(
     """Return the newest step of which the ranks together hold everything, its trainer state, and the ranges to broadcast.
     `everyone`: for each rank (done, trainer, ranges) of its snapshots. `shapes`: of the complete tensors, by kind and name."""
     numel = {(kind, name): prod(shape) for kind, items in shapes.items() for name, shape in items.items()}
-    flat = [(rank, *snapshot) for rank, snapshots in enumerate(everyone) for snapshot in snapshots]
-    for done in sorted({snapshot_done for _, snapshot_done, *_ in flat}, reverse=True):
-        trainers, holders = [], defaultdict(list)
-        for rank, snapshot_done, trainer, ranges in flat:
-            if snapshot_done == done:
-                trainers.append(trainer)  # the same on all ranks
-                for kind, name, start, stop in ranges:
-                    holders[kind, name].append((start, stop, rank))
-        found = [(rank, (*key, start, stop)) for key in numel for start, stop, rank in _cover(holders[key])]
+    trainers: dict[int, Mapping[str, Any]] = {}
+    holders: dict[Any, list[tuple[int, int, int]]] = defaultdict(list)
+    for rank, snapshots in enumerate(everyone):
+        for done, trainer, ranges in snapshots:
+            trainers[done] = trainer  # the same on all ranks
+            for kind, name, start, stop in ranges:
+                holders[done, (kind, name)].append((start, stop, rank))
+    for done in sorted(trainers, reverse=True):
+        found = [(rank, (*key, start, stop)) for key in numel for start, stop, rank in _cover(holders[done, key])]
         if sum(stop - start for _, (*_, start, stop) in found) == sum(numel.values()):
-            return done, trainers[0], found
+            return done, trainers[done], found
     return None
 
 
