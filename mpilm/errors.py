@@ -85,8 +85,7 @@ def to_user_error(error: BaseException) -> UserError | None:
 
 
 def print_uncaught_error(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
-    """Exit with one message if an error is the user's to fix, else print its traceback: the excepthook of commands, for errors
-    before they run, such as too little memory to import torch."""
+    """Exit with one message if the user can fix the error, such as too little memory to import torch: an excepthook."""
     if (problem := to_user_error(error)) is not None:
         print(f"mpilm: error: {problem}", file=sys.stderr, flush=True)
         os._exit(problem.code)

@@ -74,8 +74,7 @@ class ChatTemplate:
 
     @contextmanager
     def _limit_resources(self, place: str, problem: str, messages: Sequence[Mapping[str, str]]) -> Iterator[int]:
-        """Limit the time and the memory of the process, if this is its main thread. Yield the length of the messages. Raises
-        DataError naming folder and line, whatever the template raises."""
+        """Limit time and memory in the main thread; yield the messages' length. Any error becomes a DataError with its line."""
 
         def stop(number: int, frame: object) -> None:
             raise TimeoutError(f"it takes more than {RENDER_S:g} s")

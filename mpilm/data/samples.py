@@ -56,7 +56,6 @@ class CorpusMixture:
         self.eval_samples = int(self.eval_ends[-1])
 
     def read(self, numbers: Indices, seed: int | None) -> Indices:
-        """Return the tokens of samples, (B, T + 1)."""
         which, places = self.locate(numbers, seed)
         seeds = [None if seed is None else mix_key(seed, MIXTURE_KEY, i) for i in range(len(self.corpora))]
         rows = [self.corpora[i].read(np.array([place]), seeds[i]) for i, place in zip(which.tolist(), places.tolist())]

@@ -26,8 +26,6 @@ from mpilm.model.sequence_info import KVCache
 
 @dataclass
 class GeneratedSequence:
-    """A sequence being generated."""
-
     tokens: list[int]
     window: int  # tokens that the model attends to
     capacity: int  # tokens that the whole sequence can have

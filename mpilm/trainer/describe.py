@@ -94,8 +94,7 @@ def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
     sizes = [f"{axis} {size}" for axis, size in zip(AXES, shape.sizes) if size > 1 or axis == "data"]
     yield "layout", " x ".join(sizes) + (f", ZeRO-{parallel.zero}" if parallel.zero else "")
     if shape.data > 1 and run.config.train.reproducible:  # otherwise nobody, or the MPI library, reduces the gradients
-        for text in _describe_reduction(run):
-            yield "", text
+        yield from _reduction_rows(run)
     if run.layout_note:
         yield "", run.layout_note
     if len(run.model.blocks_per_stage) > 1:
@@ -105,21 +104,21 @@ def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "", f"schedule {parallel.schedule}, layers per stage {','.join(map(str, run.model.blocks_per_stage))}{idle}"
 
 
-def _describe_reduction(run: Run) -> Iterator[str]:
+def _reduction_rows(run: Run) -> Iterator[tuple[str, str]]:
     parallel = run.config.parallel
     if parallel.sync_every:
         synchronized = f"replicas train independently and synchronize every {parallel.sync_every} steps"
-        yield f"{synchronized}; loss and norm are over all replicas"
+        yield "", f"{synchronized}; loss and norm are over all replicas"
     elif parallel.powersgd_rank:
-        yield f"gradients of matrices are compressed to rank {parallel.powersgd_rank}"
+        yield "", f"gradients of matrices are compressed to rank {parallel.powersgd_rank}"
     else:
         timings = ", ".join(f"{method} {1000 * seconds:.1f} ms" for method, seconds in run.model.reduce_timings.items())
         reducer = next(iter(run.model.reducers.values()))
         if isinstance(reducer, StepReducer):
             method = "shared memory within the node" if reducer.across_ranks.uses_shared_buffers else "messages"
-            yield f"gradient all-reduce: {method}{f' ({timings})' if timings else ''}"
+            yield "", f"gradient all-reduce: {method}{f' ({timings})' if timings else ''}"
         if parallel.wire_dtype == "bfloat16":
-            yield "gradients are sent as bfloat16: the last bits depend on the layout"
+            yield "", "gradients are sent as bfloat16: the last bits depend on the layout"
 
 
 def _training_rows(run: Run, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -120,8 +120,6 @@ class ConsistencyCheck(Hook):
 
 
 class Logging(Hook):
-    """Logs the step."""
-
     def after_step(self, event: StepEvent) -> None:
         if event.recovered:
             self.log.log_recovered_step(event.done, event.result)

@@ -173,9 +173,8 @@ def _check_is_newest(checkpoint: Path, path: Path) -> None:
         raise FileError(f"--checkpoint.resume {checkpoint} is not a checkpoint folder (.../checkpoints/step-NNNNNNNN)")
     newest = list_checkpoints(path / "checkpoints")[-1:]
     if newest and newest[0].resolve() != checkpoint.resolve():
-        other = f"to resume from {checkpoint} choose another --run.dir"
-        same = "to resume from the newest write --checkpoint.resume auto"
-        raise ConfigError(f"--run.dir {path} already holds {newest[0].name}; {other}, {same}")
+        advice = f"to resume from {checkpoint} choose another --run.dir, for the newest write --checkpoint.resume auto"
+        raise ConfigError(f"--run.dir {path} already holds {newest[0].name}; {advice}")
 
 
 def _compare_with_checkpoint(

@@ -57,7 +57,6 @@ def _working_ranks(config: Config, world: Comm) -> Comm | None:
 
 
 def _train_working(config: Config, working: Comm, in_memory: InMemoryCheckpoint, recovered: RecoveredState | None) -> Failure:
-    """Train on the working ranks."""
     single = working.size == config.parallel.pipeline  # a single replica, which ZeRO cannot shard
     try:
         train(override(config, parallel__zero=0) if single else config, working, in_memory, recovered)
