@@ -33,10 +33,9 @@ def parse(
     check_folder_shape: Callable[[ModelConfig], None] | None = None,
     positional: str = "",
 ) -> T:  # fmt: skip
-    """Return the checked config that the command line `argv` describes, of the type of `default`. Does not communicate.
-    `add_folder_shape` returns a model section with the shape of a model folder (--model.init-from), `check_folder_shape` raises
-    if a section asks for another shape than its folder has. Words that follow no flag set the setting `positional`. Raises
-    ConfigError or FileError, and SystemExit(text, 0) for --help, which the caller prints once instead of once per rank."""
+    """Return the checked config that `argv` describes, of the type of `default`. Does not communicate. `add_folder_shape` gives
+    a model section the shape of --model.init-from, `check_folder_shape` raises if it has another. Words after no flag set
+    `positional`. Raises ConfigError or FileError, and SystemExit(text, 0) for --help, which the caller prints on one rank."""
     description = description.strip() + "\n\n--config FILE.toml reads settings from a file; flags override it."
     kinds = schema.flatten_types(default) | {"config": tuple[str, ...]} | ({"preset": str} if presets else {})
     if presets:
@@ -77,8 +76,7 @@ def _read_flags(args: Sequence[str], kinds: Mapping[str, Any], positional: str, 
             groups.append(arg.split("=", 1))
         else:
             groups[-1].append(arg)
-    settings: dict[str, Any] = {}
-    words = groups.pop(0)[1:]  # that follow no flag
+    words, settings = groups.pop(0)[1:], dict[str, Any]()  # words follow no flag
     for flag, *texts in groups:
         name, texts = _replace_old(flag[2:].replace("-", "_"), texts, warnings)
         flag = flag_of(name)
@@ -150,9 +148,8 @@ def read_toml(path: str | Path, label: str = "") -> dict[str, Any]:
 
 
 def merge_settings(base: T, values: Mapping[str, Any], source: str, warnings: dict[str, None] | None = None) -> T:
-    """Return `base` with the nested `values` of `source`; old names are accepted and, if it is given, added to `warnings`.
-    Settings of a training run that `base` lacks are skipped, so that every command accepts the config.toml of a run. Raises
-    ConfigError naming the source and the key if a key is unknown or a value has the wrong type."""
+    """Return `base` with the nested `values` of `source`; old names are accepted and add `warnings`. Settings of a run that
+    `base` lacks are skipped, so every command accepts its config.toml. Raises ConfigError naming source and key."""
     kinds, settings = schema.flatten_types(base), {}
     for written, value in schema.flatten(values).items():
         name, items = _replace_old(written.replace("-", "_"), value if isinstance(value, list) else [value], warnings)

@@ -84,8 +84,7 @@ def _with_family_bpe(data: DataConfig, arch: str) -> DataConfig:
 
 def open_corpora(data: DataConfig, comm: Comm, arch: str = "") -> list[Corpus]:
     """Open each corpus of data.path, all with the tokenizer of the first. Collective."""
-    corpora: list[Corpus] = []
-    spec = data.tokenizer
+    corpora, spec = list[Corpus](), data.tokenizer
     for each, part in data.corpora():
         corpora.append(replace(open_corpus(replace(each, tokenizer=spec), comm, arch=arch), part=part))
         first, corpus = corpora[0], corpora[-1]
@@ -175,8 +174,7 @@ def _corpus_folder(data: DataConfig, sources: Sequence[TextSource], digests: Seq
     tokenizer = f"{kind}:{size}" if size else tokenizer_from_spec(settings.tokenizer, eos).digest
     options = {"encoding_errors": settings.encoding_errors, "text_key": settings.text_key}
     content = [[source.format, source.codec, digest] for source, digest in zip(sources, digests, strict=True)]
-    key = hex_digest(json.dumps([TokenMetadata.format, content, tokenizer, options, eos]))
-    return cache_folder() / "corpora" / key[:32]
+    return cache_folder() / "corpora" / hex_digest(json.dumps([TokenMetadata.format, content, tokenizer, options, eos]))[:32]
 
 
 def _rename_folder(own: Path, folder: Path, sources: Sequence[TextSource], stats: Sequence[list[int]]) -> None:

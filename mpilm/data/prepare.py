@@ -120,9 +120,8 @@ def prepare_tokens(
     data: DataConfig, output: str | Path, comm: Comm, drop_duplicates: bool = False, eos: bool = True,
     sources: Sequence[TextSource] | None = None,
 ) -> TokenMetadata:  # fmt: skip
-    """Write the text of `data` as PREFIX.bin, .idx, .json and .tokenizer.json, PREFIX being `output`. Every document ends with
-    the tokenizer's eos unless `eos` is False. Memory does not grow with the text. Collective; raises FileError if one of the
-    files exists, ConfigError or DataError, on every rank, and leaves nothing behind then."""
+    """Write the text of `data` as PREFIX.bin, .idx, .json and .tokenizer.json, PREFIX being `output`; an eos ends documents if
+    `eos`. Memory is bounded. Collective; raises FileError if one exists, ConfigError or DataError, and leaves nothing then."""
     prefix = Path(output).expanduser()
     run_on_root(comm, lambda: _check_absent(prefix))
     text = open_text(data, comm, sources, eos)

@@ -61,8 +61,6 @@ class WorkItem(NamedTuple):
 
 
 class DocumentChunk(NamedTuple):
-    """Part of a document."""
-
     text: str
     number: int  # counted from 0 at the beginning of the document
     is_last: bool  # whether the document ends here
@@ -86,10 +84,9 @@ class _Place(NamedTuple):
 
 
 def find_sources(path: str) -> list[TextSource]:
-    """Return the input files of a path in corpus order: a file, the files below a folder or, for "", the embedded corpus. A
-    folder is sorted by relative name, without files that are hidden, empty or not known as text by their suffix. The embedded
-    corpus is Python's standard library, without its tests, in an order as good as random, so that its end, which is held out,
-    is like the rest. Raises FileError, ConfigError for token files, or DataError if no file is left."""
+    """Return the input files of a path: a file, those below a folder sorted by relative name (not hidden, empty or unknown by
+    suffix) or, for "", the embedded corpus: Python's standard library without tests, in an order as good as random, so that
+    its held-out end is like the rest. Raises FileError, ConfigError for token files, or DataError if no file is left."""
     if find_prefix(path):
         raise ConfigError(f"--data.path {path}: these are prepared tokens; give the text they were made from")
     root = Path(path or sysconfig.get_path("stdlib")).expanduser()

@@ -51,9 +51,8 @@ def generate(
     model: PipelinedModel, prompts: Mapping[int, list[int]], settings: GenerateConfig, eos: int,
     on_done: Callable[[int], None] = lambda number: None,
 ) -> dict[int, list[int]]:  # fmt: skip
-    """Return the tokens that follow each prompt (not empty; by number), at most max-tokens, up to `eos`. The model attends to
-    the last context-length tokens. A text depends only on its prompt, its number and the settings. Collective over the pipeline
-    axis, whose ranks pass the same prompts; with ZeRO-3 over the whole mesh."""
+    """Return what follows each prompt (not empty; by number), at most max-tokens, up to `eos`. A text depends on its prompt,
+    number and the settings alone. Collective over the pipeline axis with the same prompts; with ZeRO-3 over the whole mesh."""
     in_flight = 2 * len(model.blocks_per_stage) if len(model.blocks_per_stage) > 1 else 1  # so that no stage idles long
     numbers, window = list(prompts) if settings.max_tokens else [], model.config.model.context_length
     generated = {number: list[int]() for number in prompts}

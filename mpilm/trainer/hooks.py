@@ -134,8 +134,7 @@ class Evaluation(Hook):
         run, every = self.run, self.run.config.run.eval_every
         if stops_early(run, event):
             run.model.sync_replicas()
-        is_wanted = is_due(event.done, every) or (every and is_checkpoint_planned(run, event))
-        if run.batches.eval_samples and is_wanted:
+        if run.batches.eval_samples and (is_due(event.done, every) or (every and is_checkpoint_planned(run, event))):
             began_s = time.perf_counter()
             run.recorder.enter("evaluation", event.done - 1)
             with run.recorder.span("evaluation"):

@@ -194,11 +194,10 @@ def _check_same_result(old: Mapping[str, Any], config: Config, what: str, conten
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
     if changed := [k for k in new if k in old and old[k] != new[k] and k not in allowed]:
         rows = "".join(f"\n  {key}: was {_format_value(key, old[key])}, now {_format_value(key, new[key])}" for key in changed)
-        problem = f"{what} was made with other settings, and the result depends on them:{rows}"
         advice = f"Choose another --run.dir for another run{_suggest_change(changed)}"
         if "data.tokenizer" in changed and config.model.arch == "qwen":  # version 0.1.0 trained another kind
             advice += f"\nTo go on with its tokenizer: --run.dir {Path(what).parents[1]} --data.tokenizer {what}"
-        raise ConfigError(f"{problem}\n{advice}")
+        raise ConfigError(f"{what} was made with other settings, and the result depends on them:{rows}\n{advice}")
 
 
 def _suggest_change(changed: list[str]) -> str:
