@@ -12,8 +12,7 @@ from mpilm.config.schema import flatten
 from mpilm.engine.step import StepResult
 from mpilm.formatting import format_duration, format_mebibytes
 from mpilm.launch.run import launcher_world_size
-from mpilm.telemetry.display import Display
-from mpilm.telemetry.live import LiveView
+from mpilm.telemetry.live import Display, LiveView
 from mpilm.telemetry.metrics import MetricsWriter
 from mpilm.telemetry.trace import CATEGORIES, break_down
 from mpilm.telemetry.trackers import Tracker, open_trackers
