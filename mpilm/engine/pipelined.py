@@ -1,7 +1,4 @@
-"""A model whose stages are distributed over the pipeline axis: this rank's parameters, and forward passes.
-
-What depends on the layout is in this file and train_model.py; what is computed, on which data and how often, is not.
-"""
+"""A model whose stages are distributed over the pipeline axis. All that depends on the layout is here and in train_model.py."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -39,18 +36,10 @@ from mpilm.parallel.tied import TiedParameters
 
 class PipelinedModel:
     """The stages of a model on this rank; parameters are zero until they are initialised or loaded. `blocks_per_stage`: the cut
-    into stages. `alignment`: of the flat vectors, in elements, the same on all ranks. `build_reducer`: makes the gradient
-    reducer of a stage; by default the model only runs forward. The constructor is collective over the mesh."""
+    into stages. `alignment`: of flat vectors, in elements, equal on all ranks. The constructor is collective over the mesh."""
 
     def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        blocks_per_stage: Sequence[int],
-        vocab_size: int,
-        device: torch.device,
-        alignment: int,
-        build_reducer: Callable[[int, FlatParameters, nn.Module], GradientReducer] = lambda *_: GradientReducer(),
+        self, config: Config, mesh: Mesh, blocks_per_stage: Sequence[int], vocab_size: int, device: torch.device, alignment: int
     ):
         self.config, self.mesh, self.blocks_per_stage, self.device = config, mesh, tuple(blocks_per_stage), device
         self.vocab_size, self.alignment = vocab_size, alignment
@@ -68,7 +57,7 @@ class PipelinedModel:
         for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):
             model, layouts = meta_model(config.model, vocab_size), select_stage(self.layouts, stage)
             self.stages[stage], self.flats[stage], frozen = parallelize(
-                model, stage, blocks_per_stage, layouts, config, mesh, device, alignment, partial(build_reducer, stage)
+                model, stage, blocks_per_stage, layouts, config, mesh, device, alignment, partial(self.make_reducer, stage)
             )
             if frozen is not None:
                 self.frozen[stage] = frozen
@@ -77,6 +66,10 @@ class PipelinedModel:
         self.tied_frozen = TiedParameters(frozen_layouts, self.frozen, self.pipeline)
         self.messenger = StageMessenger(self.pipeline)
         self.token_losses = compiled_token_losses() if config.train.compile else token_losses
+
+    def make_reducer(self, stage: int, flat: FlatParameters, model: nn.Module) -> GradientReducer:
+        """Return the gradient reducer of a stage: none here, where the model only runs forward."""
+        return GradientReducer()
 
     @property
     def local_numel(self) -> int:

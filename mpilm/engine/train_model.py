@@ -39,13 +39,7 @@ class TrainModel(PipelinedModel):
     ):
         self.reducers: dict[int, StepReducer | MicrobatchRoundReducer] = {}
         self.reduce_timings: dict[str, float] = {}  # seconds of each method of reduction that was timed
-        comm = mesh.comm(*REDUCE_AXES)
-
-        def build(stage: int, flat: FlatParameters, model: nn.Module) -> StepReducer | MicrobatchRoundReducer:
-            self.reducers[stage] = build_reducer(flat, model, comm, config, self.reduce_timings)
-            return self.reducers[stage]
-
-        super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment, build)
+        super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment)
         self.is_local_sgd = config.parallel.sync_every > 0  # replicas train independently and synchronize every few steps
         self.row_sum = compile_row_sum() if config.train.compile and device.type == "cuda" else None
         self.sums = {stage: reducer.sums for stage, reducer in self.reducers.items()}  # the summed gradients, by stage
@@ -69,6 +63,10 @@ class TrainModel(PipelinedModel):
         self.state_shapes = {PARAMETER: self.shapes, **moment_shapes(config.train.optimizer, owned, self.is_local_sgd)}
         actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatch_count(config, mesh.shape))
         self.program = lower(actions[self.pipeline.rank], len(blocks_per_stage), len(self.microbatch_ids))
+
+    def make_reducer(self, stage: int, flat: FlatParameters, model: nn.Module) -> StepReducer | MicrobatchRoundReducer:
+        self.reducers[stage] = build_reducer(flat, model, self.reduce_comm, self.config, self.reduce_timings)
+        return self.reducers[stage]
 
     def are_replicas_in_sync(self, done: int) -> bool:
         """Return whether all replicas have the same weights after `done` steps."""
@@ -167,7 +165,7 @@ class TrainModel(PipelinedModel):
 
 def load_checkpoint_state(model: TrainModel, checkpoint: Path, updates: int, world: Comm) -> None:
     """Load weights and moments of a verified checkpoint, taken after `updates` updates. Collective."""
-    load_checkpoint(checkpoint, model.state_slices(), model.state_shapes, model.config.model, world, (OUTER_MOMENTUM,))
+    load_checkpoint(checkpoint, model.state_slices(), model.state_shapes, model.config.model, world, OUTER_MOMENTUM)
     model.optimizer.set_step(updates)
     model.reset_residuals()
     model.all_gather_parameters()
