@@ -32,22 +32,20 @@ POSITIONS = "embed.positions.weight"
 
 Slices = Mapping[ParamSlice, Tensor]  # flat float32 tensors on any device, to be filled
 Shapes = Mapping[str, TensorShape]  # global, of all parameters with their own memory
-SlicesByKind = Mapping[str, Slices]  # parameters and moments
-ShapesByKind = Mapping[str, Shapes]
 TensorRefs = Mapping[str, "TensorRef"]
 
 
 def load_checkpoint(
-    folder: Path, slices: SlicesByKind, shapes: ShapesByKind, model: ModelConfig, comm: Comm, optional: Collection[str] = ()
+    folder: Path, slices: Mapping[str, Slices], shapes: Mapping[str, Shapes], model: ModelConfig, comm: Comm, optional: str = ""
 ) -> None:
-    """Fill this rank's slices from a verified checkpoint of any layout. Every rank compares all shapes with the files. Kinds in
-    `optional` stay as they are if the files have none. Collective over `comm`; raises CollectiveError on all ranks."""
+    """Fill this rank's slices, by kind, from a verified checkpoint of any layout. All ranks compare all shapes with the files.
+    The kind `optional` stays as it is if the files have none. Collective over `comm`; raises CollectiveError on all ranks."""
 
     def read() -> None:
         for kind, kind_shapes in shapes.items():
             names = {name: stored_name(name, kind, model) for name in kind_shapes}
             with open_tensors(folder, file_stem(kind, model)) as refs:
-                if kind not in optional or any(name in refs for name in names.values()):
+                if kind != optional or any(name in refs for name in names.values()):
                     _read_slices(folder, refs, slices.get(kind, {}), names, kind_shapes, exact=True)
 
     run_on_all_ranks(comm, read)
