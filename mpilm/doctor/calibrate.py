@@ -4,11 +4,10 @@ All ranks measure at the same time, since those of a node share its memory and i
 measures alone, with all cores. Numbers are medians over the calls of a rank, and over the ranks.
 """
 
-import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -62,8 +61,9 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
     compute, memory = measure_rates(bench, hardware.threads, node.size)
     alone = replace(bench, comm=comm.with_options(gpu_aware=False, yield_while_waiting=True), alone=True)
     if node.size > 1 and not cuda:
-        with _threads(cores if node.rank == 0 else 1):
-            rates = measure_rates(alone, cores, 1)
+        torch.set_num_threads(cores if node.rank == 0 else 1)
+        rates = measure_rates(alone, cores, 1)
+        torch.set_num_threads(hardware.threads)
         compute, memory = compute + rates[0], memory + rates[1]
     versions = software_versions(comm)
     profile = MachineProfile(
@@ -78,21 +78,14 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
     corrected = []
     for each in compute:
         ranks = bench if each.ranks == node.size else alone
-        with _threads(each.threads if ranks is bench or node.rank == 0 else 1):
-            corrected.append(replace(each, training=_training_slowdown(ranks, profile, each)))
+        torch.set_num_threads(each.threads if ranks is bench or node.rank == 0 else 1)
+        corrected.append(replace(each, training=_training_slowdown(ranks, profile, each)))
+    torch.set_num_threads(hardware.threads)
     profile = replace(profile, compute=tuple(corrected))
     profile = replace(profile, step_s=_unexplained_s(bench, profile))
     if max(comm.all_gather_json(bench.elapsed_s)) > BUDGET_S:
         CheckReport(comm).warn("this took long: if other programs run here, calibrate again without them")
     return profile
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 def _memory_bytes(device: torch.device) -> int:
