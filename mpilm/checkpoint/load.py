@@ -54,10 +54,9 @@ def load_checkpoint(
 def load_hf_weights(
     folder: Path, parameters: Slices, shapes: Shapes, model: ModelConfig, comm: Comm, adapter: bool = False
 ) -> None:
-    """Fill this rank's slices from a Hugging Face folder: one safetensors file or several with an index, in F16, BF16, F32 or
-    F64. With `adapter`, the parameters are those of the adapter in the folder, as PEFT or mpilm writes it. A table of learned
-    positions may be longer than the model needs. A folder with a manifest is verified first. Collective over `comm`; raises
-    CollectiveError on all ranks."""
+    """Fill this rank's slices from a Hugging Face folder: one safetensors file or several with an index, in any of DTYPES. With
+    `adapter`, they are those of the adapter in the folder, as PEFT or mpilm writes it. A table of learned positions may be
+    longer than needed. A folder with a manifest is verified first. Collective; raises CollectiveError on all ranks."""
     run_on_root_with_verify(comm, lambda verify: verify(folder) if (folder / MANIFEST).exists() else None)
 
     def read() -> None:

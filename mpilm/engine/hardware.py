@@ -116,8 +116,7 @@ def _allowed_cores() -> list[int]:
 
 
 def fair_share(affinities: list[list[int]], rank: int, limit: float) -> Fraction:
-    """Return the cores of a rank if each core is shared equally by the ranks of the node that may use it. `limit`: cores that
-    all ranks of the node may use together (a cgroup's quota)."""
+    """Return a rank's share of cores that several may use. `limit`: cores of all ranks of the node (a cgroup's quota)."""
     users = {core: sum(core in other for other in affinities) for core in affinities[rank]}
     share = sum((Fraction(1, n) for n in users.values()), Fraction(0))
     return min(share, Fraction(limit).limit_denominator(1000) / len(affinities)) if limit < 1e6 else share
@@ -145,8 +144,7 @@ def choose_device(setting: str, node: Comm) -> torch.device:
 
 def measure_peak_flops(hardware: Hardware, dtype: str) -> tuple[float | None, str]:
     """Return this rank's peak FLOP/s, or None if it is unknown, and its source: for a GPU the vendor's number, for a CPU the
-    best of a few matrix products, which all ranks of a node should time at once. Seconds of cores are counted, not of the
-    clock, and the rank has its share of cores: with more ranks than cores, those of others do not count."""
+    best of a few matrix products, which all ranks of a node should time at once. Ranks that share its cores do not count."""
     if hardware.device.type == "cuda":
         name = torch.cuda.get_device_name(hardware.device)
         known = next((peak for key, peak in GPU_PEAKS.items() if key in name), None) if dtype == "bfloat16" else None

@@ -103,9 +103,8 @@ def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm) -> 
 def reduce_loss_and_flags(
     losses: Mapping[int, Tensor | float], total: int, comm: Comm, flags: StepFlags
 ) -> tuple[float, StepFlags]:
-    """Return the total loss and the agreed flags, in a single all-reduce. Collective. The vector holds the loss of each
-    microbatch, a one-hot stop reason, whether a checkpoint is pending, and the state mismatch. Each loss comes from one rank
-    and meets only zeros, so the sum is exact."""
+    """Return the total loss and the agreed flags, in one all-reduce of the loss of each microbatch, a one-hot stop reason, and
+    the other flags. Each loss comes from one rank and meets only zeros, so the sum is exact. Collective."""
     packed = torch.zeros(total + STOP_REASON_COUNT + 2, dtype=torch.float64, device="cpu")
     for microbatch, loss in losses.items():
         packed[microbatch] = float(loss)

@@ -73,8 +73,7 @@ def rank_bytes(layout: PlacedLayout, rank: int) -> dict[str, int]:
 def memory_parts(
     config: Config, device: str, resident: Mapping[str, int], step: Mapping[str, int], saved: float, ranks: int
 ) -> dict[str, int]:
-    """Return all bytes of a rank from those of the program, weights and so on, and of a step. All ranks together write the
-    `saved` bytes of a checkpoint."""
+    """Return all bytes of a rank, given the resident ones, those of a step, and those that all ranks save together."""
     if device == "cuda":
         return {**resident, **step}  # a checkpoint is copied to the processor's memory
     program_bytes = resident["program"] + FIRST_STEP_BYTES + COMPILER_BYTES * config.train.compile

@@ -71,8 +71,7 @@ class Candidate(PlacedLayout):
 
 
 def search(job: PlannedJob, ranks: int) -> tuple[list[Candidate], dict[str, str]]:
-    """Return the layouts of so many ranks that can run, the best first, and the reasons against the others, by label. Raises
-    ConfigError with the reasons if none can run."""
+    """Return the layouts that can run, the best first, and the reasons against others, by label; ConfigError if none can."""
     candidates, rejected = list[Candidate](), dict[str, str]()
     available = USABLE_MEMORY * job.machine.memory_bytes / -(-job.ranks_on_node(ranks) // job.machine.gpus)
     for config in _enumerate_layouts(job, ranks):

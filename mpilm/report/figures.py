@@ -58,8 +58,7 @@ class Chart:
 
 def downsample_m4(y: np.ndarray, buckets: int) -> np.ndarray:
     """Return the indices of the first, smallest, largest and last value of each of `buckets` stretches of y, in order. With one
-    stretch per pixel column, these draw the same pixels as all values do (Jugel, Jerzak, Hackenbroich and Markl, "M4: a
-    visualization-oriented time series data aggregation", VLDB 2014). A spike of a single step is always kept."""
+    stretch per pixel column they draw the same pixels as all values, each spike included (Jugel et al., "M4", VLDB 2014)."""
     if len(y) <= 4 * buckets:
         return np.arange(len(y))
     width = -(-len(y) // buckets)

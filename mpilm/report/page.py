@@ -48,8 +48,7 @@ def render_page(runs: Sequence[RecordedRun]) -> str:
 
 
 def save_images(runs: Sequence[RecordedRun], folder: str | Path) -> list[Path]:
-    """Draw the charts of the runs as PNG files in `folder` and return their paths. Raises ConfigError without matplotlib,
-    FileError if a file cannot be written or is not an image of a report."""
+    """Draw the charts of the runs as PNG files in `folder` and return their paths. Raises ConfigError or FileError."""
     drawn = {Path(folder) / f"{chart.key}.png": figures.draw_chart(chart) for chart in figures.make_charts(runs)}
     with file_errors(f"--png {folder}", "created"):
         Path(folder).mkdir(parents=True, exist_ok=True)
