@@ -5,7 +5,6 @@ measures alone, with all cores. Numbers are medians over the calls of a rank, an
 """
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,6 @@ import torch
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
-from mpilm.data.files import file_errors
 from mpilm.doctor.checks import CheckReport
 from mpilm.doctor.measure import BUDGET_S, Bench, measure_network, measure_rates, time_collective
 from mpilm.engine.hardware import cores_per_rank, detect_hardware, software_versions
@@ -36,7 +34,6 @@ from mpilm.telemetry.memory import MemoryMeter
 from mpilm.verification.layouts import RandomTokens
 
 TRAINED, VOCAB_SIZE = ((128, 128), (512, 192), (1024, 512)), 2048  # tokens and width of models that are trained
-DISK_BYTES = 128 << 20
 
 
 def write_calibration(comm: Comm, device: str, path: Path) -> None:
@@ -73,7 +70,7 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
         memory_bytes=_memory_bytes(hardware.device), program_bytes=max(comm.all_gather_json(program_bytes)),
         compute=tuple(compute), memory=tuple(memory), within=measure_network(bench, node),
         across=measure_network(bench, comm, node.size) if node.size < comm.size else None,
-        write_bandwidth=_write_bandwidth(bench), step_s=1e-9,
+        step_s=1e-9,
     )  # fmt: skip
     corrected = []
     for each in compute:
@@ -132,18 +129,3 @@ def _small_model(
     source, steps = RandomTokens(config, VOCAB_SIZE), count()
     layout = PlacedLayout(config, VOCAB_SIZE, profile, shape, ranks_per_node, cut)
     return layout, lambda: train_step(trained, source, next(steps))
-
-
-def _write_bandwidth(bench: Bench) -> float:
-    """Measure the bytes a second that rank 0 writes here, until they are on the disk. Collective."""
-    bench.progress("the disk")
-
-    def write() -> float:
-        data = torch.randint(0, 255, (DISK_BYTES,), dtype=torch.uint8, device="cpu").numpy().tobytes()
-        with file_errors(Path.cwd(), "written"), tempfile.TemporaryFile(dir=".", buffering=0) as file:
-            start_s = time.perf_counter()
-            file.write(data)
-            os.fsync(file.fileno())
-            return DISK_BYTES / (time.perf_counter() - start_s)
-
-    return float(bench.comm.broadcast_json(run_on_root(bench.comm, write)))

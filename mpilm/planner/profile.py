@@ -110,7 +110,6 @@ class MachineProfile:
     memory: tuple[MemoryRates, ...]
     within: NetworkRates | None
     across: NetworkRates | None
-    write_bandwidth: float  # bytes a second that one rank writes to disk
     step_s: float  # of a step that nothing else explains: Python, the loss, small messages
     source: str = "machine.json"  # file that the profile was read from
 

@@ -119,7 +119,6 @@ def quick(monkeypatch, tmp_path):
     }.items():  # fmt: skip
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(calibrate, "TRAINED", ((16, 64), (32, 64)))
-    monkeypatch.setattr(calibrate, "DISK_BYTES", 1 << 20)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -135,7 +134,6 @@ def test_calibrate_one_node_gives_a_profile_that_is_written_and_read(size, quick
     assert profile.across is None
     if profile.within is not None:
         assert (profile.within.ranks, len(profile.within.shared)) == (size, 3)
-    assert not list(tmp_path.iterdir())  # the file that measured the disk is gone
     write_profile(tmp_path / "machine.json", profile)
     again = read_profile(str(tmp_path / "machine.json"))
     config, shape = (
