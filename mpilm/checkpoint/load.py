@@ -124,8 +124,7 @@ def open_tensors(path: Path, stem: str = "model") -> Iterator[TensorRefs]:
 def lookup_tensor(
     refs: TensorRefs, name: str, shape: TensorShape, where: Path, dtypes: Collection[str] = DTYPES, longer: bool = False
 ) -> TensorRef:
-    """Return the tensor `name`. Raises ConfigError if it is missing or has another shape, and DataError if its dtype is not
-    among `dtypes`. With `longer` it may have more rows than `shape`."""
+    """Return a tensor, with `longer` also of more rows; raise ConfigError if name or shape, DataError if the dtype is wrong."""
     if name not in refs:
         raise ConfigError(f"{where} has no tensor {name}: it is a checkpoint of another model")
     ref, expected = refs[name], tuple(shape)

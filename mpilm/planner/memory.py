@@ -142,8 +142,7 @@ def _gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
 
 @cache
 def _partial_sums(data: int, total: int, sharing: int) -> tuple[int, int]:
-    """Return the partial sums that a node exchanges at most, and those of all nodes, sampled for very many ranks. Ranks that
-    share memory have added what they can."""
+    """Return the partial sums that a node exchanges at most and those of all nodes (sampled), once its ranks have added up."""
     sample = min(data, max(sharing, 256 // sharing * sharing))
     persistent = [[*plan_block_accumulation(*block_of_rank(r, data, total), total)[1].values()] for r in range(sample)]
     left = [len(plan_merges(sorted(chain(*persistent[r : r + sharing])), total)[1]) for r in range(0, sample, sharing)]

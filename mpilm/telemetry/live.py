@@ -194,9 +194,8 @@ def draw_curve(values: Iterable[float], columns: int = 48, rows: int = 4) -> lis
 
 
 class Display:
-    """Prints on rank 0 (`enabled`), stays silent on the others, and writes every line with its time into the file `log`.
-    `launched` by mpirun or srun, it prints lines even on a terminal: Open MPI gives ranks a terminal of their own also where it
-    then writes to a file, so a rank cannot tell, and lines are right everywhere."""
+    """Prints on rank 0 alone (`enabled`) and writes every line with its time into the file `log`. `launched` by mpirun or srun,
+    it prints lines even on a terminal: Open MPI gives ranks one also where it then writes to a file, so a rank cannot tell."""
 
     def __init__(self, enabled: bool, view: LiveView, log: Path, launched: bool):
         self.enabled, self.view = enabled, view
