@@ -134,6 +134,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return files
 
 
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's trainer.json; raises FileError, or DataError if it lacks the facts of a run."""
+    trainer = read_json(folder / "trainer.json")
+    for key in ("config", "content", "conditions"):
+        if not isinstance(trainer.get(key), dict):
+            raise DataError(f'{folder / "trainer.json"} has no object "{key}", as mpilm.train writes it')
+    return trainer
+
+
 def hash_manifest(manifest: Mapping[str, Any]) -> str:
     """Return the sha256 of a manifest without a digest of its own."""
     return hashlib.sha256(dump_json(manifest).encode()).hexdigest()

@@ -43,7 +43,7 @@ def find_limit_problem(value: Any, kind: Any) -> str:
         return f"{value!a} is not valid UTF-8"  # and could not be written to config.toml
     wrong = [limit.text for limit in limits if isinstance(limit, schema.Range) and not limit.contains(value)]
     if not wrong and type(value) is int and abs(value) > schema.LARGEST_INT:
-        wrong = [f"at most {schema.LARGEST_INT:,}"]
+        wrong = [f"{'at most ' if value > 0 else 'at least -'}{schema.LARGEST_INT:,}"]
     return f"must be {wrong[0]}, not {format_value(value)}" if wrong else ""
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpilm.checkpoint.format import checkpoint_step
+from mpilm.checkpoint.format import checkpoint_step, read_trainer
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config.parse import merge_settings
@@ -166,7 +166,7 @@ def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, config: Config, held_out
     if corpus.tokenizer.with_mask().digest != tokenizer.with_mask().digest:
         problem = f"was tokenized with another tokenizer than that of {folder}"
         raise ConfigError(f"--data.path {corpus.source} {problem}; pass the text itself")
-    if held_out and read_json(Path(folder).expanduser() / "trainer.json")["content"]["data.path"] != corpus.fingerprint:
+    if held_out and read_trainer(Path(folder).expanduser())["content"].get("data.path") != corpus.fingerprint:
         raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
 
 

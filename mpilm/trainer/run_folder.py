@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
+from mpilm.checkpoint.format import checkpoint_step, list_checkpoints, read_trainer
 from mpilm.checkpoint.manager import remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.config.parse import merge_settings, read_toml
 from mpilm.config.schema import OLD_NAMES, Config, flatten, result_settings, to_dict
-from mpilm.data.files import read_json, write_durably
+from mpilm.data.files import write_durably
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.launch.lock import LOCK_NAME, FolderLock
 from mpilm.model.layers import hash_key
@@ -75,7 +75,7 @@ def _open(
     try:
         checkpoint, broken = _choose_checkpoint(path, config, verify)
         if checkpoint is not None:
-            trainer = read_json(checkpoint / "trainer.json")
+            trainer = read_trainer(checkpoint)
             notes += _compare_with_checkpoint(checkpoint, trainer, config, content, environment)
         step = trainer.get("step", 0)
         if step > config.train.steps:

@@ -55,6 +55,7 @@ LIMITS = [
     ({"model__d_ff": 10**30}, "--model.d-ff must be at most 16,777,216, not 1000000000000000000000000000000"),
     ({"train__seed": 2**63}, "--train.seed must be at most 9,223,372,036,854,775,807, not 9223372036854775808"),
     ({"train__steps": 1 << 99999}, "--train.steps must be at most 9,223,372,036,854,775,807, not a value too large to print"),
+    ({"parallel__cut": (-(10**30),)}, "--parallel.cut must be at least -9,223,372,036,854,775,807, not -1"),
     ({"parallel__cut": (10**30,)}, "--parallel.cut must be at most 9,223,372,036,854,775,807"),
     ({"train__on_spike": "wait"}, "--train.on-spike must be one of ignore, skip, rewind, not 'wait'"),
     ({"run__trackers": ("wandb", "x")}, "--run.trackers must be one of wandb, mlflow, not 'x'"),

@@ -29,6 +29,7 @@ from mpilm.checkpoint.format import (
     manifest_entry,
     pack_header,
     read_manifest,
+    read_trainer,
 )
 from mpilm.checkpoint.manager import prune_checkpoints, remove_leftovers
 from mpilm.checkpoint.pretrained import read_pretrained_config
@@ -43,6 +44,13 @@ FILES = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
     "optimizer.safetensors", "trainer.json", MANIFEST,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [{}, {"config": {}, "content": []}, {"config": {}, "content": {}, "conditions": None}])
+def test_trainer_without_the_facts_of_a_run_is_refused(tmp_path, content):
+    (tmp_path / "trainer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"trainer\.json has no object"):
+        read_trainer(tmp_path)
 
 
 def write_checkpoint(parent, tie=True):
