@@ -32,14 +32,15 @@ def watch_start(rank: int, size: int, limit_s: float) -> Iterator[None]:
 
 
 def _watch_ranks(daemon: int, parent: int, own_rank: int, limit_s: float) -> None:
-    since: dict[int, float] = {}
+    since, seen = dict[int, float](), set[int]()
     while os.getppid() == parent:
         time.sleep(POLL_S)
         ranks, now = find_ranks(daemon), time.monotonic()
+        seen |= set(ranks)  # the one that has reported may be gone already
         stopped = {rank: pid for rank, pids in ranks.items() for pid in pids if process_fields(pid)[1:2] in (["T"], ["t"])}
         since = {rank: since.get(rank, now) for rank in stopped}
         late = [rank for rank in stopped if now - since[rank] > limit_s]
-        if late and own_rank == min(set(ranks) - set(stopped)):
+        if late and own_rank == min(seen - set(stopped)):
             processes = {rank: (socket.gethostname(), pid) for rank, pid in stopped.items()}
             problem = f"MPI does not start for {limit_s:.0f} s"
             os.write(2, format_report(problem, {}, processes, dict.fromkeys(stopped, STOPPED)).encode())
