@@ -82,12 +82,29 @@ def test_disconnected_network_ends_the_job(tmp_path, data):
     assert len(list((tmp_path / "run" / "watchdog").glob("*/rank-*.json"))) == 2
 
 
-@pytest.mark.parametrize("point", [slow_case("load"), slow_case("eval"), slow_case("sample")])
-def test_disconnected_network_is_named_in_any_phase(tmp_path, data, point):
-    """Rank 1 works slowly, and rank 0 waits for it, so that the phase lasts."""
-    fault = f"kind=slow rank=1 value=300 point={point}"
-    flags = (*STEPS, "--fault.step-timeout", 4, "--run.eval-every", 2, "--generate.max-tokens", 4)
-    with start_job(2, train_arguments(data, tmp_path / "run", *flags), tmp_path, wrapper=hosts(1), MPILM_FAULT=fault) as job:
+@pytest.mark.parametrize(
+    ("point", "rank"),
+    [
+        *(slow_case(point, 1) for point in ("prepare", "build", "load", "eval", "checkpoint.open", "sample", "leaving")),
+        *(slow_case(point, 0) for point in ("tokenizer", "report")),  # which rank 0 alone does
+    ],
+)
+def test_disconnected_network_is_named_in_any_phase(tmp_path, text, point, rank):
+    """One rank works slowly, and the other waits for it, so that the phase lasts."""
+    fault = f"kind=slow rank={rank} value=300 point={point}"
+    flags = (
+        *STEPS,
+        "--fault.step-timeout",
+        4,
+        "--run.eval-every",
+        2,
+        "--generate.max-tokens",
+        4,
+        "--data.tokenizer",
+        "bpe:300",
+    )
+    variables = {"MPILM_FAULT": fault, "MPILM_CACHE": str(tmp_path)}
+    with start_job(2, train_arguments(text, tmp_path / "run", *flags), tmp_path, wrapper=hosts(1), **variables) as job:
         job.wait_until(lambda: "fault: slow" in job.output, 120)
         time.sleep(6)
         assert "watchdog" not in job.output
