@@ -98,5 +98,5 @@ class DeferredLinear(torch.autograd.Function):
 
 
 def _weight_gradient(x: Tensor, gradient: Tensor, transposed: bool) -> Tensor:  # (N, in), (N, out)
-    product = (gradient.t() @ x).float()
-    return product.t() if transposed else product  # a weight that is stored (in, out)
+    product = x.t() @ gradient if transposed else gradient.t() @ x  # as autograd: of a small matrix, the other has other bits
+    return product.float()
