@@ -1,5 +1,6 @@
 """Data parallelism for your own torch model and training loop: docs/guides/own-model.md, scripts/own_model.py."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,8 +37,9 @@ def launch(main: Body) -> NoReturn:
 class DataParallel:
     """Distributes the microbatches of each step over the ranks of `comm` and sums their gradients in one fixed order: the bits
     of the result do not depend on the number of ranks (with equal threads). Nor does dropout: `seed` reseeds torch for each
-    microbatch. BatchNorm does: use another norm. The model lies on one device and gets rank 0's values. Its parameters stay
-    the same objects, but their memory moves. All methods are collective and raise user errors on all ranks."""
+    microbatch. BatchNorm normalizes each microbatch by itself; its running statistics are those of the microbatches of all
+    ranks, in their order. The model lies on one device and gets rank 0's values. Its parameters stay the same objects, but
+    their memory moves. All methods are collective and raise user errors on all ranks."""
 
     def __init__(self, model: nn.Module, comm: Comm, microbatches: int, seed: int = 0):
         self.model, self.comm, self.count, self.seed = model, comm, microbatches, seed
@@ -62,6 +64,10 @@ class DataParallel:
         for fixed in [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]:
             fixed.data = fixed.detach().contiguous()
             comm.broadcast(fixed.data)
+        self.statistics = RunningStatistics(model)
+        if self.statistics.norms and comm.rank == 0:
+            problem = "normalizes each microbatch by itself, so results depend on the size of a microbatch"
+            warnings.warn(f"{type(self.statistics.norms[0]).__name__} {problem}; GroupNorm and LayerNorm do not", stacklevel=2)
         self.reducer = make_step_reducer(self.flat, model, comm, microbatches, overlap=self.flat.device.type == "cuda")
 
     def microbatches(self, step: int) -> Iterator[int]:
@@ -70,15 +76,22 @@ class DataParallel:
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         if changed := sorted(trained ^ set(self.reducer.parameters)):
             raise ConfigError(f"{changed[0]}: requires_grad has changed since DataParallel was created; create a new one")
+        statistics = self.statistics.read()
+        rows = torch.zeros(self.count, len(statistics), dtype=torch.float64)
         with torch.random.fork_rng(devices=[]):
             for i, number in enumerate(range(*block_of_rank(self.comm.rank, self.comm.size, self.count))):
                 self.reducer.begin_microbatch(i)
                 torch.manual_seed(hash_key("microbatch", self.seed, step, number) >> 1)
                 yield number
                 self.reducer.end_microbatch(i)
+                rows[number] = self.statistics.read()
+                self.statistics.write(statistics)  # each microbatch begins with the same ones
         self.reducer.reduce()
         for name, parameter in self.reducer.parameters.items():
             parameter.grad = self.flat.parameter(name, self.reducer.sums)
+        if self.statistics.norms:
+            self.comm.all_reduce(rows)  # each row meets only zeros: exact
+            self.statistics.write(self.statistics.accumulate(statistics, rows))
 
     def total(self, values: Mapping[int, float | Tensor]) -> float:
         """Return the sum of one value per microbatch, such as its loss, over all ranks, in a fixed order."""
@@ -130,6 +143,41 @@ class DataParallel:
 
         path = self.comm.broadcast_json(run_on_root_with_verify(self.comm, find))
         return run_on_all_ranks(self.comm, read) if path else 0
+
+
+class RunningStatistics:
+    """The running statistics of a model's BatchNorm modules, as vectors in float64."""
+
+    def __init__(self, model: nn.Module):
+        kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+        self.norms = [module for module in model.modules() if isinstance(module, kinds) and module.track_running_stats]
+        names = ("num_batches_tracked", "running_mean", "running_var")
+        self.buffers: list[Tensor] = [getattr(norm, name) for norm in self.norms for name in names]
+
+    def read(self) -> Tensor:
+        """Return number of updates, means and variances of each module, one after the other."""
+        parts = [buffer.detach().double().cpu().view(-1) for buffer in self.buffers]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def write(self, values: Tensor) -> None:
+        """Set all buffers from what `read` returned."""
+        for buffer, part in zip(self.buffers, values.split([buffer.numel() for buffer in self.buffers])):
+            buffer.copy_(part.view_as(buffer))
+
+    def accumulate(self, start: Tensor, rows: Tensor) -> Tensor:
+        """Return the statistics after the updates of all microbatches in turn. A row: `start` after those of one alone."""
+        sizes, ends = [1 + 2 * norm.num_features for norm in self.norms], []
+        for norm, first, afters in zip(self.norms, start.split(sizes), rows.split(sizes, dim=1)):
+            end = first.clone()
+            for after in afters:
+                count = float(after[0] - first[0])
+                if norm.momentum is None and count:  # the mean of all updates
+                    end[1:] = (end[0] * end[1:] + after[0] * after[1:] - first[0] * first[1:]) / (end[0] + count)
+                elif norm.momentum is not None:
+                    end[1:] = after[1:] + (1 - norm.momentum) ** count * (end[1:] - first[1:])
+                end[0] += count
+            ends.append(end)
+        return torch.cat(ends)
 
 
 def _parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:

@@ -1,7 +1,16 @@
 """Errors for the user, each with an exit code that scripts can rely on."""
 
+import errno
 import os
+import resource
+import socket
+import sys
+from types import TracebackType
 
+OUT_OF_MEMORY_TEXTS = (  # of torch, on a CPU and a GPU, of the dynamic loader, and of Python
+    "allocate memory", "out of memory", "Storage size calculation overflowed", "map segment", "start new thread",
+)  # fmt: skip
+MESSAGE_LENGTH = 4010  # most characters: names and values from files may be as long as the files
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "SLURM_PROCID")  # by launcher
 
 
@@ -11,9 +20,13 @@ def is_first_process() -> bool:
 
 
 class UserError(Exception):
-    """A problem that the user can fix. The message says what is wrong, where, and what to write instead."""
+    """A problem that the user can fix. The message says what is wrong, where, and what to write instead; at most a page."""
 
     code = 1
+
+    def __init__(self, message: object = ""):
+        text = str(message)
+        super().__init__(text if len(text) < MESSAGE_LENGTH else f"{text[:3000]} [...] {text[-1000:]}")
 
 
 class ConfigError(UserError):
@@ -46,6 +59,37 @@ class OutOfMemoryError(UserError):
 
 class LostRankError(UserError):
     code = 89  # ranks of the job have failed, and the others cannot continue without them
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the host or a GPU has run out of memory, or that a limit (ulimit -v) is reached."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    is_library_error = isinstance(error, (RuntimeError, ImportError, OSError))
+    return is_library_error and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
+
+
+def to_user_error(error: BaseException) -> UserError | None:
+    """Return a UserError itself; OutOfMemoryError or FileError (such as for a removed folder) for another error; else None."""
+    if isinstance(error, OSError) and error.filename and not is_out_of_memory(error):
+        return FileError(f"{os.fsdecode(error.filename)} cannot be used: {error.strerror} (on {socket.gethostname()})")
+    if isinstance(error, UserError) or not is_out_of_memory(error):
+        return error if isinstance(error, UserError) else None
+    lines = str(error).strip().splitlines()
+    reasons = [line for line in lines if any(text in line for text in OUT_OF_MEMORY_TEXTS)] or lines
+    detail = "".join(f" ({line[:200]})" for line in reasons[:1])
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    allowed = f", of which ulimit -v allows this process {limit >> 20:,} MiB" if limit != resource.RLIM_INFINITY else ""
+    advice = "raise the limit, start fewer ranks a node, or use a smaller model or input"
+    return OutOfMemoryError(f"out of memory{detail}{allowed}; {advice}")
+
+
+def print_uncaught_error(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    """Exit with one message if the user can fix the error, such as too little memory to import torch: an excepthook."""
+    if (problem := to_user_error(error)) is not None:
+        print(f"mpilm: error: {problem}", file=sys.stderr, flush=True)
+        os._exit(problem.code)
+    sys.__excepthook__(kind, error, place)
 
 
 def error_from_code(code: int, message: str) -> UserError:

@@ -6,6 +6,15 @@ import time
 from collections.abc import Collection
 
 
+def format_value(value: object) -> str:
+    """Return a value from a file or a flag for a message; at most a line of it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists
+        return "a value too large to print"
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text):,} characters)"
+
+
 def format_duration(seconds: float) -> str:
     """Return seconds as 12s, 2m31s, 1h02m or, from two days on, 9.1 days."""
     total = round(seconds)

@@ -17,9 +17,8 @@ from mpilm.telemetry.trackers import check_trackers_installed
 
 
 def main() -> Body:
-    config = resolve_config(
-        parse(sys.argv[1:], Config(), "train", __doc__ or "", PRESETS, with_pretrained_shape, check_pretrained_shape)
-    )
+    shape_of_folder = with_pretrained_shape, check_pretrained_shape
+    config = resolve_config(parse(sys.argv[1:], Config(), "train", __doc__ or "", PRESETS, *shape_of_folder))
     if config.model.lora_rank and not config.model.init_from:
         raise ConfigError("--model.lora-rank needs a model to adapt: name it with --model.init-from FOLDER")
     check_trackers_installed(config.run.trackers)
@@ -32,6 +31,7 @@ def main() -> Body:
 
         (train_elastic if config.fault.elastic else train)(config, comm)
 
+    body.step_timeout_s = config.fault.step_timeout  # type: ignore[attr-defined]
     return body
 
 

@@ -34,9 +34,8 @@ class VerifyArguments:
 
 def main() -> Body:
     presets = {name: lambda make=make: VerifyArguments(make().model, make().train) for name, make in PRESETS.items()}
-    arguments = parse(
-        sys.argv[1:], VerifyArguments(), "verify", __doc__ or "", presets, with_pretrained_shape, check_pretrained_shape
-    )
+    shape_of_folder = with_pretrained_shape, check_pretrained_shape
+    arguments = parse(sys.argv[1:], VerifyArguments(), "verify", __doc__ or "", presets, *shape_of_folder)
     config = resolve_config(Config(model=arguments.model, train=arguments.train))
     check_config(config)
     if not config.train.reproducible:

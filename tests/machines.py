@@ -36,6 +36,6 @@ def machine(ranks_per_node=2, **changes):
     rates = MachineProfile(
         format=FORMAT, mpilm=mpilm.__version__, torch="2", processor="a processor", mpi="an MPI", device="cpu", made="today",
         nodes=1, ranks_per_node=ranks_per_node, gpus=1, cores=ranks_per_node, memory_bytes=64 << 30, program_bytes=1 << 20,
-        compute=(compute,), memory=(memory,), within=network(ranks_per_node), across=None, write_bandwidth=1e9, step_s=NOTHING,
+        compute=(compute,), memory=(memory,), within=network(ranks_per_node), across=None, step_s=NOTHING,
     )  # fmt: skip
     return replace(rates, **changes)

@@ -21,6 +21,7 @@ from mpilm.model.hf.names import hf_name
 ITEM_BYTES = 4  # all tensors of a checkpoint are float32
 PARAMETER = "parameter"  # the kind of tensor that is not a moment
 MANIFEST = "manifest.json"
+OWN_DIGEST = "sha256"  # the manifest's entry for itself without this entry; older manifests have none
 TEMPORARY = ".writing-"
 
 TensorShape = tuple[int, ...]
@@ -100,7 +101,8 @@ class CheckpointFolder:
 
     def commit(self, final: Path) -> None:
         """Complete the folder with its manifest, then rename it to `final`; both survive a power loss."""
-        self.write_json(MANIFEST, {"format": 1, "files": self.entries})
+        manifest = {"format": 1, "files": self.entries}
+        self.write_json(MANIFEST, manifest | {OWN_DIGEST: hash_manifest(manifest)})
         sync_folder(self.folder)
         self.rename(final)
         sync_folder(final.parent)
@@ -122,12 +124,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the entries of a checkpoint's manifest by file name. Raises FileError or DataError."""
     path = folder / MANIFEST
     manifest = read_json(path)
-    files = manifest.get("files")
-    if manifest.get("format") != 1 or not isinstance(files, dict) or not all(map(_is_entry, files, files.values())):
+    text, own_digest = dump_json(manifest), manifest.pop(OWN_DIGEST, None)
+    files: Any = manifest.get("files")
+    is_manifest = manifest == {"format": 1, "files": files} and isinstance(files, dict)
+    if not is_manifest or not all(map(_is_entry, files, files.values())):
         raise DataError(f"{path} is not a manifest of format 1 that lists files of its own folder")
-    if path.read_bytes() != dump_json(manifest).encode():  # no digest covers the manifest itself
+    if path.read_bytes() != text.encode() or own_digest not in (None, hash_manifest(manifest)):
         raise DataError(f"{path} is damaged: its bytes are not those that were written")
     return files
+
+
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's trainer.json; raises FileError, or DataError if it lacks the facts of a run."""
+    trainer = read_json(folder / "trainer.json")
+    for key in ("config", "content", "conditions"):
+        if not isinstance(trainer.get(key), dict):
+            raise DataError(f'{folder / "trainer.json"} has no object "{key}", as mpilm.train writes it')
+    return trainer
+
+
+def hash_manifest(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of a manifest without a digest of its own."""
+    return hashlib.sha256(dump_json(manifest).encode()).hexdigest()
 
 
 def _is_entry(name: str, entry: Any) -> bool:
@@ -137,7 +155,7 @@ def _is_entry(name: str, entry: Any) -> bool:
 
 def is_file_name(name: Any) -> bool:
     """Return whether a name read from a file is a plain file name, which cannot lead out of the folder."""
-    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
+    return isinstance(name, str) and name.isprintable() and name not in ("", "..") and Path(name).name == name
 
 
 def dump_json(value: Any) -> str:

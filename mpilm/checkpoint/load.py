@@ -5,7 +5,6 @@ header, but reads whole rows into new memory. So tensors are read here, as range
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from mpilm.checkpoint.verify import run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import ModelConfig
-from mpilm.data.files import file_errors, read_json
+from mpilm.data.files import file_errors, parse_json, read_json
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.hf.names import match_keys
 from mpilm.parallel.flat_layout import ParamSlice
@@ -33,22 +32,20 @@ POSITIONS = "embed.positions.weight"
 
 Slices = Mapping[ParamSlice, Tensor]  # flat float32 tensors on any device, to be filled
 Shapes = Mapping[str, TensorShape]  # global, of all parameters with their own memory
-SlicesByKind = Mapping[str, Slices]  # parameters and moments
-ShapesByKind = Mapping[str, Shapes]
 TensorRefs = Mapping[str, "TensorRef"]
 
 
 def load_checkpoint(
-    folder: Path, slices: SlicesByKind, shapes: ShapesByKind, model: ModelConfig, comm: Comm, optional: Collection[str] = ()
+    folder: Path, slices: Mapping[str, Slices], shapes: Mapping[str, Shapes], model: ModelConfig, comm: Comm, optional: str = ""
 ) -> None:
-    """Fill this rank's slices from a verified checkpoint of any layout. Every rank compares all shapes with the files. Kinds in
-    `optional` stay as they are if the files have none. Collective over `comm`; raises CollectiveError on all ranks."""
+    """Fill this rank's slices, by kind, from a verified checkpoint of any layout. All ranks compare all shapes with the files.
+    The kind `optional` stays as it is if the files have none. Collective over `comm`; raises CollectiveError on all ranks."""
 
     def read() -> None:
         for kind, kind_shapes in shapes.items():
             names = {name: stored_name(name, kind, model) for name in kind_shapes}
             with open_tensors(folder, file_stem(kind, model)) as refs:
-                if kind not in optional or any(name in refs for name in names.values()):
+                if kind != optional or any(name in refs for name in names.values()):
                     _read_slices(folder, refs, slices.get(kind, {}), names, kind_shapes, exact=True)
 
     run_on_all_ranks(comm, read)
@@ -57,12 +54,9 @@ def load_checkpoint(
 def load_hf_weights(
     folder: Path, parameters: Slices, shapes: Shapes, model: ModelConfig, comm: Comm, adapter: bool = False
 ) -> None:
-    """Fill this rank's slices from a Hugging Face folder: one safetensors file or several with an index, in F16, BF16, F32 or
-    F64. Collective over `comm`; raises CollectiveError on all ranks.
-
-    With `adapter`, the parameters are those of the adapter in the folder, as PEFT or mpilm writes it. A table of learned
-    positions may be longer than the model needs. A folder with a manifest is verified first.
-    """
+    """Fill this rank's slices from a Hugging Face folder: one safetensors file or several with an index, in any of DTYPES. With
+    `adapter`, they are those of the adapter in the folder, as PEFT or mpilm writes it. A table of learned positions may be
+    longer than needed. A folder with a manifest is verified first. Collective; raises CollectiveError on all ranks."""
     run_on_root_with_verify(comm, lambda verify: verify(folder) if (folder / MANIFEST).exists() else None)
 
     def read() -> None:
@@ -122,8 +116,7 @@ class TensorRef:
 
 @contextlib.contextmanager
 def open_tensors(path: Path, stem: str = "model") -> Iterator[TensorRefs]:
-    """Open a safetensors file, or a folder's STEM.safetensors or, without one, the files in STEM.safetensors.index.json. Yields
-    the tensors by name. Raises FileError or DataError."""
+    """Yield the tensors, by name, of a file, or of a folder's STEM.safetensors or its index; raise FileError or DataError."""
     with contextlib.ExitStack() as stack:
         yield _open_folder(path, stem, stack) if path.is_dir() else _open_file(path, stack)
 
@@ -131,8 +124,7 @@ def open_tensors(path: Path, stem: str = "model") -> Iterator[TensorRefs]:
 def lookup_tensor(
     refs: TensorRefs, name: str, shape: TensorShape, where: Path, dtypes: Collection[str] = DTYPES, longer: bool = False
 ) -> TensorRef:
-    """Return the tensor `name`. Raises ConfigError if it is missing or has another shape, and DataError if its dtype is not
-    among `dtypes`. With `longer` it may have more rows than `shape`."""
+    """Return a tensor, with `longer` also of more rows; raise ConfigError if name or shape, DataError if the dtype is wrong."""
     if name not in refs:
         raise ConfigError(f"{where} has no tensor {name}: it is a checkpoint of another model")
     ref, expected = refs[name], tuple(shape)
@@ -165,7 +157,7 @@ def _open_file(path: Path, stack: contextlib.ExitStack) -> TensorRefs:
         try:
             with safe_open(path, framework="pt"):  # checks that offsets, shapes and dtypes fit each other and the file
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length), object_pairs_hook=_check_unique)
+                header = parse_json(file.read(length), f"{path}: the header", object_pairs_hook=_check_unique)
         except (SafetensorError, ValueError) as error:
             raise DataError(f"{path} is not a readable safetensors file: {error}") from None
     header.pop("__metadata__", None)

@@ -61,9 +61,8 @@ class CheckpointManager:
             state = self.make_state(step, eval_loss)
             _check_finite(state, step, self.comm)
             self._join_pruning()  # which frees the space that this one needs
-            self._pending = PendingCheckpoint(
-                self.folder, step, state, self.comm, self._buffers if self.config.asynchronous else None
-            )
+            buffers = self._buffers if self.config.asynchronous else None
+            self._pending = PendingCheckpoint(self.folder, step, state, self.comm, buffers)
         if not self.config.asynchronous:
             self.finish()
 
@@ -139,6 +138,7 @@ def _check_finite(state: CheckpointState, step: int, comm: Comm) -> None:
 
     for rank, name in enumerate(comm.all_gather_json(next(find_bad(), ""))):
         if name:
+            state.check()  # a flipped bit is the better explanation
             problem = f"after step {step} {name} is not finite (on rank {rank}), although loss and gradient were"
             result = "nothing is saved, and the newest checkpoint is from before"
             advice = "A processor or its memory may be failing, or --train.lr is too high"
@@ -146,16 +146,20 @@ def _check_finite(state: CheckpointState, step: int, comm: Comm) -> None:
 
 
 def prune_checkpoints(parent: Path, keep: int, keep_best: bool) -> None:
-    """Remove all but the `keep` newest checkpoints and, with `keep_best`, the one with the lowest evaluation loss."""
+    """Remove all but the `keep` newest checkpoints, the newest whose state was checked (older ones were not) and, with
+    `keep_best`, the one with the lowest evaluation loss."""
     folders = list_checkpoints(parent)
     retained = set(folders[-keep:] if keep else folders)
     losses: dict[Path, float] = {}
-    for folder in folders if keep_best else ():
+    checked: list[Path] = []
+    for folder in folders:
         with contextlib.suppress(UserError):
-            loss = read_json(folder / "trainer.json").get("eval_loss")
-            if loss is not None and not isnan(loss):
+            trainer = read_json(folder / "trainer.json")
+            checked += [folder] * bool(trainer.get("checked"))
+            loss = trainer.get("eval_loss")
+            if keep_best and loss is not None and not isnan(loss):
                 losses[folder] = loss
-    retained |= set(sorted(losses, key=losses.__getitem__)[:1])
+    retained |= {*sorted(losses, key=losses.__getitem__)[:1], *checked[-1:]}
     for folder in folders:
         if folder not in retained:
             _remove(folder)

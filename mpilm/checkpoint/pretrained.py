@@ -1,5 +1,6 @@
 """Folders that a run can start from: a Hugging Face model, one of our checkpoints, or an adapter to either."""
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -38,17 +39,15 @@ def with_pretrained_shape(model: ModelConfig, folder: str | Path) -> ModelConfig
 
 
 def check_pretrained_shape(model: ModelConfig) -> None:
-    """Raise ConfigError naming settings that differ from the shape of the folder that the model starts from. The context may be
-    shorter and, unless positions are learned, longer."""
+    """Raise ConfigError naming a setting that differs from the folder's shape. The context may, within learned positions."""
     pretrained = read_pretrained_config(model.init_from, model.base)
     model = replace(model, lora_targets=order_lora_targets(model))
+    length, limit = model.context_length, pretrained.context_length
+    if length > limit and model.arch in ("gpt2", "bert"):
+        raise ConfigError(f"--model.context-length {length}: {model.init_from} has learned positions for only {limit} tokens")
     for item in fields(ModelConfig):
         wanted, has, flag = getattr(model, item.name), getattr(pretrained, item.name), f"--model.{item.name.replace('_', '-')}"
-        if item.name in (*_user_settable(model.init_from), "init_from") or wanted == has:
-            continue
-        if item.name == "context_length":
-            if wanted > has and model.arch in ("gpt2", "bert"):
-                raise ConfigError(f"{flag} {wanted}: {model.init_from} has learned positions for only {has} tokens")
+        if item.name in (*_user_settable(model.init_from), "init_from", "context_length") or wanted == has:
             continue
         wanted_text = " ".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
         has_text = " ".join(map(str, has)) or "the usual ones" if isinstance(has, tuple) else has
@@ -65,15 +64,14 @@ def has_adapter(folder: str | Path) -> bool:
 
 
 def find_base_model(folder: str | Path, base: str = "") -> Path:
-    """Return the folder with the model itself: for an adapter, `base` or the one that the adapter names. Raises FileError,
-    DataError or ConfigError."""
+    """Return the folder with the model itself: for an adapter, `base` or the one that the adapter names; raise UserError."""
     path = Path(folder).expanduser()
     if not has_adapter(path):
         return path
     config = path / ADAPTER_CONFIG
     base = base or read_base_model(read_json(config), str(config))
     for model in (Path(base).expanduser(), path / base):  # a relative path starts here, or in the adapter's folder
-        if base and (model / "config.json").is_file():
+        if base and os.path.isfile(model / "config.json"):  # False for any name that cannot be one
             return model
     raise FileError(f"{path} holds an adapter to {base!r}, which is not a model folder here; set --model.base to its folder")
 

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
+import socket
 import threading
 import time
 from collections import defaultdict, deque
@@ -29,8 +30,9 @@ from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_
 from mpilm.config.schema import ModelConfig
 from mpilm.data.chat import ChatTemplate
 from mpilm.data.tokenizer import Tokenizer
-from mpilm.errors import FileError
+from mpilm.errors import FileError, RanksDisagreeError
 from mpilm.model.hf.config import ADAPTER_CONFIG, hf_adapter_config, hf_config
+from mpilm.parallel.digests import CAUSE, sum_bits
 from mpilm.parallel.flat_layout import ParamSlice
 
 TAG = 5  # one tag is enough: two ranks send and receive their messages in the order of blocks
@@ -52,15 +54,14 @@ class CheckpointState:
     shapes: Mapping[str, Mapping[str, TensorShape]]  # global, of the whole model
     slices: Mapping[str, Mapping[ParamSlice, Tensor]]  # of this rank; flat, contiguous, float32, on any device
     shard_owners: ShardOwners  # the same on all ranks; ranges cover a parameter in order, each owner has a slice with all of it
+    check: Callable[[], None] = lambda: None  # collective; raises CollectiveError if the slices hold wrong values
 
 
 class PendingCheckpoint:
-    """A checkpoint being saved below `parent`, a folder that all ranks see.
-
-    The constructor copies the state into `buffers`, a thread writes it without messages to other ranks, and `poll` or
-    `finalize` commits it. Without `buffers`, the constructor writes block by block, with neither copies nor a thread. All three
-    are collective and raise CollectiveError on all ranks. An existing checkpoint is never overwritten.
-    """
+    """A checkpoint being saved below `parent`, a folder that all ranks see. The constructor copies the state into `buffers`, a
+    thread writes it without messages to other ranks, and `poll` or `finalize` commits it. Without `buffers`, the constructor
+    writes block by block, with neither copies nor a thread. Then it checks the state. All three are collective and raise
+    CollectiveError on all ranks. An existing checkpoint is never overwritten."""
 
     def __init__(self, parent: Path, step: int, state: CheckpointState, comm: Comm, buffers: WriteBuffers | None = None):
         self.step, self.final, self.took_s = step, parent / checkpoint_name(step), 0.0  # took_s: to copy and to write
@@ -70,24 +71,31 @@ class PendingCheckpoint:
         self._files = plan_files(state.model, state.shapes)
         self._digests = torch.zeros(sum(count_blocks(file.nbytes) for file in self._files), 32, dtype=torch.uint8)
         self._committing = False
+        self._copied: dict[int, int] = {}  # sums of the bits of the copies in `buffers`, by block
         nbytes = sum(file.nbytes for file in self._files)
         run_on_root(comm, lambda: _make_folder(self.final, self._folder_writer.folder, nbytes))
         plan = plan_blocks(self._files, state.shard_owners, comm.size)
-        blocks = assemble_blocks(plan, LocalState(state.slices, self._files), comm, buffers)
-        if buffers is not None:
-            self._start_thread(partial(self._write, list(blocks)))
-        else:
+        blocks: Iterable[AssembledBlock] = assemble_blocks(plan, LocalState(state.slices, self._files), comm, buffers)
+        if buffers is None:
             with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
                 self._run(partial(self._write, blocks, hasher))
+        else:
+            blocks = list(blocks)
+            self._copied = {block.number: _sum_words(data) for block, data in blocks}
+        try:
+            state.check()  # after the copy: memory that is right now was right then
+        except CollectiveError:
+            self._discard()
+            raise
+        if buffers is not None:
+            self._start_thread(partial(self._write, blocks))
 
     def poll(self) -> bool:
-        """Wait for this rank's writing and take the next step: start the commit on rank 0, or see that it has succeeded. Return
-        whether the checkpoint is complete."""
+        """Wait for this rank's writing; then start the commit on rank 0, or return True if that has succeeded."""
         try:
             run_on_all_ranks(self.comm, self.work.result)
         except CollectiveError:
-            if self.comm.rank == 0:  # a partial checkpoint would only take the space that the next one needs
-                shutil.rmtree(self._folder_writer.folder, ignore_errors=True)
+            self._discard()  # a partial checkpoint would only take the space that the next one needs
             raise
         if self._committing:
             return True
@@ -96,6 +104,11 @@ class PendingCheckpoint:
             self._start_thread(self._commit)
         self._committing = True
         return False
+
+    def _discard(self) -> None:
+        """Remove the folder, in which no rank is writing any more."""
+        if self.comm.rank == 0:
+            shutil.rmtree(self._folder_writer.folder, ignore_errors=True)
 
     def finalize(self) -> Path:
         """Wait until the checkpoint is complete, and return its folder."""
@@ -125,7 +138,8 @@ class PendingCheckpoint:
 
     def _write(self, blocks: Iterable[AssembledBlock], hasher: ThreadPoolExecutor | None = None) -> None:
         """Write and hash this rank's blocks and, on rank 0, the metadata. `hasher` hashes a block while it is written."""
-        waited_s, failure = _scheduler_wait_s(), None
+        waited_s = _scheduler_wait_s()
+        failure: OSError | RanksDisagreeError | None = None
         with contextlib.closing(FileBlockWriter(self._folder_writer.folder)) as writer:
             for block, data in blocks:  # to the end even after a failure, because other ranks send to this one
                 digest = hasher and hasher.submit(sha256_tensor, data)
@@ -135,6 +149,9 @@ class PendingCheckpoint:
                 except OSError as error:
                     failure = error
                 self._digests[block.number] = digest.result() if digest else sha256_tensor(data)
+                if self._copied.get(block.number) not in (None, _sum_words(data)):
+                    problem = f"{self.final / block.file.name}: its copy in memory changed before it was written"
+                    failure = RanksDisagreeError(f"{problem}: {CAUSE}; {UNCHANGED} (on {socket.gethostname()})")
         if failure is not None:
             raise failure
         if self.comm.rank == 0:
@@ -145,6 +162,10 @@ class PendingCheckpoint:
         for file, rows in zip(self._files, self._digests.split([count_blocks(file.nbytes) for file in self._files])):
             self._folder_writer.entries[file.name] = manifest_entry(file.nbytes, rows.numpy().tobytes())
         self._folder_writer.commit(self.final)
+
+
+def _sum_words(data: Tensor) -> int:
+    return int(*sum_bits([data[: data.numel() // 4 * 4]]))
 
 
 def _scheduler_wait_s() -> float:
@@ -245,11 +266,9 @@ class WriteBuffers(dict[int, Tensor]):
 def assemble_blocks(
     plan: Iterable[FileBlock], local: LocalState, comm: Comm, buffers: WriteBuffers | None = None
 ) -> Iterator[AssembledBlock]:
-    """Yield the blocks that this rank writes, in order. Collective: iterate to the end.
-
-    Every rank finishes its oldest block first. So the messages of the first unfinished block of all are always posted, which
-    excludes a deadlock, and without `buffers` at most BLOCKS_IN_FLIGHT blocks are in memory.
-    """
+    """Yield the blocks that this rank writes, in order. Collective: iterate to the end. Every rank finishes its oldest block
+    first. So the messages of the first unfinished block of all are always posted, which excludes a deadlock, and without
+    `buffers` at most BLOCKS_IN_FLIGHT blocks are in memory."""
     in_flight: deque[Iterator[AssembledBlock | None]] = deque()
     for block in plan:
         if comm.rank == block.writer or comm.rank in block.parts:
@@ -264,8 +283,7 @@ def assemble_blocks(
 def _exchange_block(
     block: FileBlock, local: LocalState, comm: Comm, buffers: WriteBuffers | None
 ) -> Iterator[AssembledBlock | None]:
-    """Start to send this rank's ranges in one message, or to receive those of others, and yield None. Then wait and, on the
-    writer, yield the block."""
+    """Start to send ranges of the block, or to receive them; yield None. Then wait and, on the writer, yield the block."""
     if comm.rank != block.writer:
         request = comm.isend(torch.cat([local.bytes_of(r) for r in block.parts[comm.rank]]).cpu(), block.writer, TAG)
         yield None

@@ -46,8 +46,7 @@ def _digest_files(folder: Path, sizes: Mapping[str, int], comm: Comm) -> list[by
 
 
 def run_on_root_with_verify(comm: Comm, action: Callable[[Verifier], R]) -> R | None:
-    """Run `action` on rank 0, passing it a `verify` in which all ranks share the hashing. Errors and results are as in
-    `run_on_root`. Collective."""
+    """Run `action` on rank 0 with a `verify` in which all ranks share the hashing; otherwise like `run_on_root`. Collective."""
 
     def run() -> R:
         try:

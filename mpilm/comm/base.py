@@ -55,10 +55,8 @@ class Comm(ABC):
         return self._iall_reduce(x, op)
 
     def iall_gather(self, x: Tensor, out: Tensor, counts: Counts | None = None) -> Request:
-        """Concatenate the x of all ranks into the flat `out`; `counts[r]` elements come from rank r.
-
-        x may be this rank's own part of `out`.
-        """
+        """Concatenate the x of all ranks into the flat `out`; `counts[r]` elements come from rank r. x may be this rank's own
+        part of `out`."""
         counts = self._check_counts("all_gather", counts, out.numel())
         self._check_buffers("all_gather", x, out, (x.numel(), counts[self.rank]), (out.numel(), sum(counts)))
         return self._iall_gather(x, out, counts)
@@ -75,11 +73,9 @@ class Comm(ABC):
         return self._iall_to_all(x, out, sends, receives)
 
     def isend(self, x: Tensor, to: int, tag: int = 0) -> Request:
-        """Send x to one rank. Messages between two ranks with one tag arrive in order.
-
-        A send to another rank completes only after its receive has started. So a fast rank cannot fill the memory of a slow
-        one, and a program that would hang with long messages hangs with short ones too.
-        """
+        """Send x to one rank. Messages between two ranks with one tag arrive in order. A send to another rank completes only
+        after its receive has started. So a fast rank cannot fill the memory of a slow one, and a program that would hang with
+        long messages hangs with short ones too."""
         self._check_buffers("send", x)
         return self._isend(x, self._check_peer("send", to), tag)
 
@@ -140,11 +136,9 @@ class Comm(ABC):
 
     @abstractmethod
     def allocate_shared(self, numel: int) -> list[Tensor] | None:
-        """Allocate zeroed float32 memory that every rank can access; return one tensor for each rank. Collective.
-
-        Each tensor has at least the number of elements its rank asked for. After a barrier a rank may read what another has
-        written. Returns None on all ranks if they have no common memory.
-        """
+        """Allocate zeroed float32 memory that every rank can access; return one tensor for each rank. Collective. Each tensor
+        has at least the number of elements its rank asked for. After a barrier a rank may read what another has written.
+        Returns None on all ranks if they have no common memory."""
 
     def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> Comm:
         """Return the same ranks with other transport options, if the implementation has any (MpiComm)."""
@@ -155,10 +149,8 @@ class Comm(ABC):
         return False
 
     def shrink(self) -> None:
-        """Shrink to the surviving ranks, keeping their order. Collective over the survivors.
-
-        Communicators split from this one become invalid; pending operations on them raise.
-        """
+        """Shrink to the surviving ranks, keeping their order. Collective over the survivors. Communicators split from this one
+        become invalid; pending operations on them raise."""
         raise RuntimeError(f"{self}: {self.mpi_library} does not let ranks survive the loss of another")
 
     @abstractmethod

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from mpilm.comm.base import Comm
-from mpilm.errors import ConfigError, UserError, error_from_code
+from mpilm.errors import ConfigError, UserError, error_from_code, to_user_error
 from mpilm.formatting import name_ranks
 
 R = TypeVar("R")
@@ -19,11 +19,8 @@ class CollectiveError(Exception):
 
 
 def run_on_all_ranks(comm: Comm, action: Callable[[], R]) -> R:
-    """Run `action` on every rank and return its result. Collective.
-
-    If it raises a UserError on any rank, all ranks raise that error as a CollectiveError. For actions that may fail on one
-    rank alone, such as opening a file.
-    """
+    """Run `action` on every rank and return its result. Collective. If it raises a UserError on any rank, all ranks raise that
+    error as a CollectiveError. For actions that may fail on one rank alone, such as opening a file."""
     result, failure = _catch(action)
     failures = comm.all_gather_json(failure)
     if failed := [rank for rank, failure in enumerate(failures) if failure]:
@@ -42,11 +39,13 @@ def run_on_root(comm: Comm, action: Callable[[], R]) -> R | None:
 
 
 def _catch(action: Callable[[], R]) -> tuple[R | None, list[Any] | None]:
-    """Return the result of `action`, or code and message of the UserError that it raises."""
+    """Return the result of `action`, or code and message of the UserError that it raises, also when memory runs out."""
     try:
         return action(), None
-    except UserError as error:
-        return None, [error.code, str(error)]
+    except Exception as error:
+        if (problem := to_user_error(error)) is None:
+            raise
+        return None, [problem.code, str(problem)]
 
 
 def check_same_on_all_ranks(comm: Comm, what: str, settings: Mapping[str, Any]) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+R = TypeVar("R")
 RECENT_CALLS = 32
 PACKAGE = Path(__file__).parents[1]
 
@@ -38,35 +39,48 @@ class Span(NamedTuple):
 
 
 class FlightRecorder:
-    """The state of one rank, written by its main thread."""
+    """The state of one rank, written by its main thread, and what the watchdog must know of its run."""
 
     def __init__(self) -> None:
-        self.step, self.phase, self.since = 0, "start", time.monotonic()
+        self.step, self.phase, self.since = -1, "start", time.monotonic()  # step: -1 before and between runs
         self.longest_s: dict[str, float] = {}  # longest duration of each phase so far
         self.waiting: tuple[CommCall, float] | None = None  # the pending call, and when it began
         self.calls: deque[CommCall] = deque(maxlen=RECENT_CALLS)
         self._spans: list[Span] | None = None
+        self.progress, self.progressed_s = 0, time.monotonic()  # calls, phases and spans that have ended, and the last end
+        self.step_timeout_s = 0.0  # stated limit of a step and of standing still; 0: none
+        self.report_folder: Path | None = None  # for details of a hang; all ranks see it
+        self.is_signalled: Callable[[], bool] = lambda: False
         self.is_aborting = False  # set by the watchdog before it aborts: a call that unblocks after this must not return
 
-    def enter(self, phase: str, step: int) -> None:
-        """Begin a phase of the run, which ends the previous one."""
-        self._park_if_aborting()
+    def enter(self, phase: str, step: int = -1) -> None:
+        """Begin a phase of the run, which ends the previous one. `step`: its number, for phases of which each step has one."""
+        self.advance()
         self.longest_s[self.phase] = max(time.monotonic() - self.since, self.longest_s.get(self.phase, 0.0))
         self.step, self.phase, self.since = step, phase, time.monotonic()
 
-    def wait(self, call: CommCall, finish: Callable[[], object]) -> None:
-        """Call `finish`, which waits for other ranks, and record its duration."""
-        self._park_if_aborting()
+    def advance(self) -> None:
+        """Record that this rank has finished something. If the watchdog ends the job, this does not return."""
+        while self.is_aborting:
+            time.sleep(1.0)
+        self.progress += 1
+        self.progressed_s = time.monotonic()
+
+    def wait(self, call: CommCall, finish: Callable[[], R]) -> R:
+        """Return the result of `finish`, which waits for other ranks, and record its duration."""
+        self.advance()
         self.waiting = call, time.monotonic()
         with self.span(call):
-            finish()
+            result = finish()
         self.waiting = None
+        return result
 
     @contextmanager
     def span(self, event: object) -> Iterator[None]:
         """Record the duration of the block as a span of `event`. Spans may nest."""
         start_s = time.monotonic()
         yield
+        self.advance()
         if self._spans is not None:
             self._spans.append(Span(event, start_s, time.monotonic()))
 
@@ -74,10 +88,6 @@ class FlightRecorder:
         """Return the spans that ended since the last call; the first call starts the recording."""
         spans, self._spans = self._spans or [], []
         return spans
-
-    def _park_if_aborting(self) -> None:
-        while self.is_aborting:
-            time.sleep(1.0)
 
 
 def locate_caller(frame: FrameType | None) -> str:

@@ -15,24 +15,35 @@ from mpilm.formatting import name_ranks
 
 
 class InstrumentedComm(Comm):
-    """Passes every operation on to `inner` and records it in `recorder`.
-
-    While `checks_calls` is true, each collective first compares its operation, dtype, counts and position in the order of
-    calls over the ranks, and raises RanksDisagreeError on all of them before any data is touched: plain MPI returns garbage
-    without an error. `world_ranks`: world ranks of this communicator's ranks, if it is not the world.
-    """
+    """Passes every operation on to `inner` and records it in `recorder`. While `checks_calls` is true, each collective first
+    compares its operation, dtype, counts and position in the order of calls over the ranks, and raises RanksDisagreeError on
+    all of them before any data is touched: plain MPI returns garbage without an error. `world_ranks`: of this communicator's
+    ranks, if it is not the world."""
 
     def __init__(
         self, inner: Comm, checks_calls: bool = False, recorder: FlightRecorder | None = None, world_ranks: Sequence[int] = ()
     ):
         self.inner, self.checks_calls = inner, checks_calls
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
-        self.mpi_library = inner.mpi_library
+        self.mpi_library, self.mpi_details = inner.mpi_library, inner.mpi_details
+        self.is_fault_tolerant = inner.is_fault_tolerant
         self.recorder = recorder or FlightRecorder()
         self.world_ranks = world_ranks or range(inner.size)
         self.calls: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
-        self._collective_count = self._message_count = 0
+        self._counts: Counter[str] = Counter()  # of collectives and messages
+
+    def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> Comm:
+        inner = self.inner.with_options(gpu_aware, yield_while_waiting)
+        other = InstrumentedComm(inner, self.checks_calls, self.recorder, self.world_ranks)
+        other._counts = self._counts  # the same calls in the order of all ranks
+        return other
+
+    def shrink(self) -> None:
+        own = self.world_ranks[self.rank]
+        self.inner.shrink()
+        self.rank, self.size = self.inner.rank, self.inner.size
+        self.world_ranks = self.inner.all_gather_json(own)
 
     def _record(self, call: CommCall) -> CommCall:
         self.recorder.calls.append(call)
@@ -43,10 +54,11 @@ class InstrumentedComm(Comm):
 
     def _record_collective(self, op: str, *arguments: Any, sent_bytes: int = 0) -> CommCall:
         """Record a collective and compare it over the ranks. Messages between two ranks have no place in this order."""
-        self._collective_count += 1
-        call = self._record(CommCall(op, self.name, self._collective_count, self.world_ranks, sent_bytes=sent_bytes))
+        self._counts["collective"] += 1
+        number = self._counts["collective"]
+        call = self._record(CommCall(op, self.name, number, self.world_ranks, sent_bytes=sent_bytes))
         if self.checks_calls:
-            signature = [self._collective_count, op, *map(str, arguments), f"({locate_caller(sys._getframe())})"]
+            signature = [number, op, *map(str, arguments), f"({locate_caller(sys._getframe())})"]
             self.recorder.wait(call, lambda: self._compare(signature))
         return call
 
@@ -68,19 +80,19 @@ class InstrumentedComm(Comm):
         self.recorder.wait(self._record_collective("barrier"), self.inner.barrier)
 
     def split(self, color: int, key: int, name: str) -> Comm:
-        self._record_collective("split", name)
-        return self._instrument(self.inner.split(color, key, name))
+        call = self._record_collective("split", name)
+        return self._instrument(self.recorder.wait(call, lambda: self.inner.split(color, key, name)))
 
     def split_node(self, name: str = "node") -> Comm:
-        self._record_collective("split_node", name)
-        return self._instrument(self.inner.split_node(name))
+        call = self._record_collective("split_node", name)
+        return self._instrument(self.recorder.wait(call, lambda: self.inner.split_node(name)))
 
     def _instrument(self, inner: Comm) -> Comm:
         return InstrumentedComm(inner, self.checks_calls, self.recorder, inner.all_gather_json(self.world_ranks[self.rank]))
 
     def allocate_shared(self, numel: int) -> list[Tensor] | None:
-        self._record_collective("allocate_shared")
-        return self.inner.allocate_shared(numel)
+        call = self._record_collective("allocate_shared")
+        return self.recorder.wait(call, lambda: self.inner.allocate_shared(numel))
 
     def is_rank_failure(self, error: BaseException) -> bool:
         return self.inner.is_rank_failure(error)
@@ -114,10 +126,17 @@ class InstrumentedComm(Comm):
         return self._record_wait(self._record_message("receive", source, tag, out.nbytes), self.inner._irecv(out, source, tag))
 
     def _record_message(self, op: str, peer: int, tag: int, nbytes: int) -> CommCall:
-        self._message_count += 1
-        return self._record(CommCall(op, self.name, self._message_count, (self.world_ranks[peer],), f"tag {tag}", nbytes))
+        self._counts["message"] += 1
+        return self._record(CommCall(op, self.name, self._counts["message"], (self.world_ranks[peer],), f"tag {tag}", nbytes))
 
     def _broadcast(self, x: Tensor, root: int) -> None:
         sent_bytes = x.nbytes if self.rank == root else 0
         call = self._record_collective("broadcast", x.dtype, x.numel(), f"from rank {root}", sent_bytes=sent_bytes)
         self.recorder.wait(call, lambda: self.inner._broadcast(x, root))
+
+
+def instrument(comm: Comm, checks_calls: bool = False) -> InstrumentedComm:
+    """Return `comm` instrumented, with the recorder that it has if it is already."""
+    if not isinstance(comm, InstrumentedComm):
+        return InstrumentedComm(comm, checks_calls)
+    return InstrumentedComm(comm.inner, checks_calls, comm.recorder, comm.world_ranks)

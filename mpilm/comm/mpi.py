@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import time
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Counts, Request
+from mpilm.comm.processes import LAUNCHERS, find_ancestor
 from mpilm.comm.shared_memory import map_shared_memory
 
 MOVE_TYPES = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T}  # by item size
@@ -32,31 +34,19 @@ MAX_COUNT = 2**31 - 1  # Open MPI 5 has no calls with larger counts
 FINALIZE_TIMEOUT_S = 60  # for MPI_Finalize, once all ranks have reached it
 YIELDS_BEFORE_SLEEP = 200
 MAX_SLEEP_S = 0.0005
-LAUNCHERS = ("mpiexec", "mpiexec.hydra", "mpirun", "orterun", "prterun")
 RANK_TIMEOUT_S = 5  # for MPI_Abort to end this rank
 LAUNCHER_TIMEOUT_S = 60  # for the launcher to exit: it first notifies the other hosts
 KILL_LATER = "for second in $(seq {seconds}); do kill -0 {pid} 2>/dev/null || exit; sleep 1; done; kill -9 {pid}"
 
 
 class MpiComm(Comm):
-    """One rank of an MPI communicator.
+    """One rank of an MPI communicator. `gpu_aware`: pass device pointers to MPI. `yield_while_waiting`: yield the core while
+    waiting, for more ranks than cores; MPI itself spins, and would take the core from a rank that still computes."""
 
-    `gpu_aware`: pass device pointers to MPI. `yield_while_waiting`: yield the core while waiting, for more ranks than cores;
-    MPI itself spins, and would take the core from a rank that still computes.
-    """
-
-    def __init__(
-        self,
-        comm: MPI.Comm,
-        name: str,
-        gpu_aware: bool = False,
-        yield_while_waiting: bool = False,
-        family: list[MPI.Comm] | None = None,
-    ):
-        self._comm, self.name = comm, name
-        self._family = [comm] if family is None else family  # all communicators split from one world, to be revoked together
-        self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        self.gpu_aware, self.yield_while_waiting = gpu_aware, yield_while_waiting
+    def __init__(self, comm: MPI.Comm, name: str):
+        self._comm, self.name, self.rank, self.size = comm, name, comm.Get_rank(), comm.Get_size()
+        self._family = [comm]  # all communicators split from one world, to be revoked together
+        self.gpu_aware = self.yield_while_waiting = False
         self.mpi_library = mpi_library_name()
         self.is_fault_tolerant = os.environ.get(ULFM_VARIABLE, "").lower() in ("1", "true") and None not in FAILURE_CLASSES
 
@@ -66,7 +56,9 @@ class MpiComm(Comm):
         return f"{_library_path()}, threads: {levels[MPI.Query_thread()]}"
 
     def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> MpiComm:
-        return type(self)(self._comm, self.name, gpu_aware, yield_while_waiting, self._family)
+        other = copy(self)
+        other.gpu_aware, other.yield_while_waiting = gpu_aware, yield_while_waiting
+        return other
 
     def barrier(self) -> None:
         self._wait(self._comm.Ibarrier())
@@ -79,7 +71,9 @@ class MpiComm(Comm):
 
     def _wrap(self, comm: MPI.Comm, name: str) -> Comm:
         self._family.append(comm)
-        return type(self)(comm, name, self.gpu_aware, self.yield_while_waiting, self._family)
+        other = copy(self)
+        other._comm, other.name, other.rank, other.size = comm, name, comm.Get_rank(), comm.Get_size()
+        return other
 
     def is_rank_failure(self, error: BaseException) -> bool:
         return isinstance(error, MPI.Exception) and error.Get_error_class() in FAILURE_CLASSES
@@ -186,7 +180,6 @@ def _as_words(x: Tensor, counts: Counts | None = None) -> list[object]:
 
 
 def mpi_world() -> MpiComm:
-    """Return a duplicate of MPI's world."""
     return MpiComm(MPI.COMM_WORLD.Dup(), "world")
 
 
@@ -220,13 +213,10 @@ def finalize(code: int) -> None:
 
 
 def force_exit() -> None:
-    """Make sure that this rank and its launcher exit soon. Call before MPI_Abort.
-
-    A kernel timer ends this rank, since MPI_Abort may hold the interpreter lock. A separate process kills the launcher if it
-    runs on this host; otherwise the job would last until its time limit.
-    """
+    """Let this rank and its launcher exit soon; call before MPI_Abort. A kernel timer ends the rank, since MPI_Abort may hold
+    the interpreter lock. A process kills a launcher of this host: else the job would last until its time limit."""
     exit_after(RANK_TIMEOUT_S)
-    if (pid := find_launcher()) is not None:
+    if (pid := find_ancestor(LAUNCHERS)) is not None:
         null = subprocess.DEVNULL  # a launcher waits until every process has closed the output it inherited
         command = ["sh", "-c", KILL_LATER.format(seconds=LAUNCHER_TIMEOUT_S, pid=pid)]
         with contextlib.suppress(OSError):
@@ -238,15 +228,3 @@ def exit_after(seconds: int) -> None:
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds)
-
-
-def find_launcher() -> int | None:
-    """Return the process id of the mpirun (or one of its other names) that started this rank, if it runs on this host."""
-    pid = os.getppid()
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        while pid > 1:
-            name, _, fields = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
-            if name in LAUNCHERS:
-                return pid
-            pid = int(fields.split()[1])
-    return None

@@ -7,11 +7,19 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from mpilm.config import schema
 from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, Config, DataConfig, flag_of, flatten
 from mpilm.errors import ConfigError
+from mpilm.formatting import format_value
+
+MAX_ACTIONS = 2**24  # of a pipeline in a step, which are planned one by one
+MAX_BALANCED = 2**25  # layers^2 times stages, which the time to balance them grows with; about half a minute
 
 
 def check_config(config: Any) -> None:
     """Raise ConfigError for the first setting, or combination of settings, that cannot work, with what to write instead."""
-    _check_limits(config)
+    values = flatten(config)
+    for name, kind in schema.flatten_types(config).items():
+        for value in values[name] if isinstance(values[name], tuple) else (values[name],):
+            if problem := find_limit_problem(value, kind):
+                raise ConfigError(f"{flag_of(name)} {problem}")
     if isinstance(getattr(config, "data", None), DataConfig):
         config.data.corpora()  # raises
     if isinstance(config, Config):
@@ -23,26 +31,20 @@ def check_config(config: Any) -> None:
                 raise ConfigError(problem)
 
 
-def _check_limits(config: Any) -> None:
-    """Raise ConfigError for a value outside the limits that its type states."""
-    values = flatten(config)
-    for name, kind in schema.flatten_types(config).items():
-        kind, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)
-        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
-        for value in values[name] if isinstance(values[name], tuple) else (values[name],):
-            if problem := _find_limit_problem(value, kind, limits):
-                raise ConfigError(f"{flag_of(name)} {problem}")
-
-
-def _find_limit_problem(value: Any, kind: Any, limits: list[Any]) -> str:
+def find_limit_problem(value: Any, kind: Any) -> str:
+    """Return why a setting of type `kind` cannot have this value, or hold it in its list; empty if it can."""
+    kind, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+    kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
     if get_origin(kind) is Literal and value not in get_args(kind):
-        return f"must be one of {', '.join(map(str, get_args(kind)))}, not {value!r}"
+        return f"must be one of {', '.join(map(str, get_args(kind)))}, not {format_value(value)}"
     if isinstance(value, float) and not isfinite(value):
         return f"must be a finite number, not {value}"
     if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
         return f"{value!a} is not valid UTF-8"  # and could not be written to config.toml
     wrong = [limit.text for limit in limits if isinstance(limit, schema.Range) and not limit.contains(value)]
-    return f"must be {wrong[0]}, not {value}" if wrong else ""
+    if not wrong and type(value) is int and abs(value) > schema.LARGEST_INT:
+        wrong = [f"{'at most ' if value > 0 else 'at least -'}{schema.LARGEST_INT:,}"]
+    return f"must be {wrong[0]}, not {format_value(value)}" if wrong else ""
 
 
 def nearest_multiple(value: int, divisor: int) -> int:
@@ -55,7 +57,7 @@ def _find_data_problems(config: Config, flags: Mapping[str, str]) -> Iterator[st
     if data.format == "chat":
         if len(data.path) != 1:
             yield "--data.format chat needs one --data.path, of JSON lines with prompt and response, or messages"
-        if data.tokenizer.startswith("bpe:") or (data.tokenizer == "auto" and not model.init_from):
+        if data.tokenizer.startswith(("bpe:", "qwen-bpe:")) or (data.tokenizer == "auto" and not model.init_from):
             use = "use an existing tokenizer: the folder of a model, a tokenizer.json, or bytes"
             yield f"--data.format chat with {flags['data.tokenizer']}: {use}"
         if model.arch == "bert":
@@ -130,12 +132,19 @@ def _find_parallel_problems(config: Config, flags: Mapping[str, str]) -> Iterato
     if parallel.powersgd_rank and sync_every:
         both = f"{flags['parallel.powersgd_rank']} has no effect with {flags['parallel.sync_every']}"
         yield f"{both}: no gradients are exchanged between syncs; set only one"
-    for name, is_set, stages in (
+    stages = parallel.pipeline * parallel.chunks
+    actions = schema.microbatch_count(config) * stages
+    if actions > MAX_ACTIONS:
+        names = ("train.global_batch", "train.micro_batch", "parallel.pipeline", "parallel.chunks")
+        yield f"{', '.join(flags[name] for name in names)}: {actions:,} forward passes a step are too many to plan"
+    if stages > 1 and not parallel.cut and config.model.n_layers**2 * stages > MAX_BALANCED:
+        yield f"{flags['model.n_layers']} over {stages:,} stages are too many to balance by cost: set --parallel.cut"
+    for name, is_set, zeros in (
         ("parallel.powersgd_rank", parallel.powersgd_rank, (0, 1)),
         ("parallel.sync_every", sync_every, (0,)),
     ):
-        if is_set and parallel.zero not in stages:
-            yield f"{flags[name]} needs --parallel.zero {' or '.join(map(str, stages))}, not {parallel.zero}"
+        if is_set and parallel.zero not in zeros:
+            yield f"{flags[name]} needs --parallel.zero {' or '.join(map(str, zeros))}, not {parallel.zero}"
         if is_set and parallel.wire_dtype != "float32":
             yield f"{flags[name]} sends float32: leave {flags['parallel.wire_dtype']} out"
     for name, steps in (("checkpoint.every", config.checkpoint.every), ("run.eval_every", config.run.eval_every)):

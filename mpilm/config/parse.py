@@ -14,6 +14,7 @@ from mpilm.config import schema
 from mpilm.config.check import check_config
 from mpilm.config.schema import Config, ModelConfig, flag_of
 from mpilm.errors import ConfigError, FileError, is_first_process
+from mpilm.formatting import format_bytes, format_value
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,30 +22,24 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+MAX_TOML_BYTES = 2**22
 TYPE_NAMES = {int: "whole number", float: "number", str: "string"}
 
 
 def parse(
-    argv: Sequence[str],
-    default: T,
-    command: str,
-    description: str,
+    argv: Sequence[str], default: T, command: str, description: str,
     presets: Mapping[str, Callable[[], T]] | None = None,
     add_folder_shape: Callable[[ModelConfig, str], ModelConfig] | None = None,
     check_folder_shape: Callable[[ModelConfig], None] | None = None,
     positional: str = "",
-) -> T:
-    """Return the checked config that the command line `argv` describes, of the type of `default`. Does not communicate.
-
-    `add_folder_shape` returns a model section with the shape of a model folder (--model.init-from), `check_folder_shape` raises
-    if a section asks for another shape than its folder has. Words that follow no flag set the setting `positional`. Raises
-    ConfigError or FileError, and SystemExit(text, 0) for --help, which the caller prints once instead of once per rank.
-    """
+) -> T:  # fmt: skip
+    """Return the checked config that `argv` describes, of the type of `default`. Does not communicate. `add_folder_shape` gives
+    a model section the shape of --model.init-from, `check_folder_shape` raises if it has another. Words after no flag set
+    `positional`. Raises ConfigError or FileError, and SystemExit(text, 0) for --help, which the caller prints on one rank."""
     description = description.strip() + "\n\n--config FILE.toml reads settings from a file; flags override it."
     kinds = schema.flatten_types(default) | {"config": tuple[str, ...]} | ({"preset": str} if presets else {})
     if presets:
         description += f" --preset NAME starts from a named config: {', '.join(presets)}."
-    asks_for_help = bool({"-h", "--help"} & set(argv))
     warnings: dict[str, None] = {}  # in order, each once
     flags = _read_flags([arg for arg in argv if arg not in ("-h", "--help")], kinds, positional, warnings)
     paths, preset = flags.pop("config", ()), flags.pop("preset", "")
@@ -56,7 +51,7 @@ def parse(
     def apply(config: T) -> T:
         for source, values in tomls.items():
             config = merge_settings(config, values, source, warnings)
-        if asks_for_help:
+        if {"-h", "--help"} & set(argv):
             raise SystemExit(_draw_help(config, command, description), 0)
         return schema.override(config, flags)
 
@@ -81,8 +76,7 @@ def _read_flags(args: Sequence[str], kinds: Mapping[str, Any], positional: str, 
             groups.append(arg.split("=", 1))
         else:
             groups[-1].append(arg)
-    settings: dict[str, Any] = {}
-    words = groups.pop(0)[1:]  # that follow no flag
+    words, settings = groups.pop(0)[1:], dict[str, Any]()  # words follow no flag
     for flag, *texts in groups:
         name, texts = _replace_old(flag[2:].replace("-", "_"), texts, warnings)
         flag = flag_of(name)
@@ -99,7 +93,7 @@ def _read_flags(args: Sequence[str], kinds: Mapping[str, Any], positional: str, 
         value = _convert(values if is_list else values[0], kinds[name], flag)
         settings[name] = settings.get(name, ()) + value if name == "config" else value
     if words and not positional:
-        raise ConfigError(f"{words[0]!r} follows no setting; --help lists the settings")
+        raise ConfigError(f"{format_value(words[0])} follows no setting; --help lists the settings")
     if words:
         settings[positional] = tuple(words) if _item_type(kinds[positional])[0] else words[-1]
     return settings
@@ -139,19 +133,23 @@ def _draw_help(default: Any, command: str, description: str) -> str:
 def read_toml(path: str | Path, label: str = "") -> dict[str, Any]:
     """Return the values of a TOML file; raises FileError or ConfigError that begin with `label`, by default the path."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(MAX_TOML_BYTES + 1)
+        if len(data) > MAX_TOML_BYTES:
+            raise ValueError(f"it is larger than {format_bytes(MAX_TOML_BYTES)}")
+        values = tomllib.loads(data.decode())
+        repr(list(schema.flatten(values).values()))  # fails for lists nested too deep and integers of thousands of digits
+        return values
     except OSError as error:
         raise FileError(f"{label or path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{label or path} is not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # of the parser, or UTF-8
+        text = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{label or path} is not valid TOML: {text}") from None
 
 
 def merge_settings(base: T, values: Mapping[str, Any], source: str, warnings: dict[str, None] | None = None) -> T:
-    """Return `base` with the nested `values` of `source`; old names are accepted and, if it is given, added to `warnings`.
-
-    Settings of a training run that `base` lacks are skipped, so that every command accepts the config.toml of a run. Raises
-    ConfigError naming the source and the key if a key is unknown or a value has the wrong type.
-    """
+    """Return `base` with the nested `values` of `source`; old names are accepted and add `warnings`. Settings of a run that
+    `base` lacks are skipped, so every command accepts its config.toml. Raises ConfigError naming source and key."""
     kinds, settings = schema.flatten_types(base), {}
     for written, value in schema.flatten(values).items():
         name, items = _replace_old(written.replace("-", "_"), value if isinstance(value, list) else [value], warnings)
@@ -170,21 +168,20 @@ def merge_settings(base: T, values: Mapping[str, Any], source: str, warnings: di
 def _describe_unknown(name: str, known: Iterable[str]) -> str:
     if any(other.startswith(f"{name}.") for other in known):
         return f"{name} is a section: write --{name}.KEY or, in a file, [{name}] and its keys below it"
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown setting {flag_of(name)}; " + (
-        f"did you mean {flag_of(close[0])}?" if close else "--help lists the settings"
-    )
+    close = difflib.get_close_matches(name[:100], known, n=1)
+    advice = f"did you mean {flag_of(close[0])}?" if close else "--help lists the settings"
+    return f"unknown setting {flag_of(name)}; {advice}"
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
     """Return a value as a setting of the type `kind`; raises ConfigError if it has another type."""
     is_list, item = _item_type(kind)
     items = value if is_list and isinstance(value, list) else [value]
-    items = [float(entry) if item is float and type(entry) is int else entry for entry in items]
+    items = [float(entry) if item is float and type(entry) is int and abs(entry) < 2**64 else entry for entry in items]
     if is_list != isinstance(value, list) or any(type(entry) is not item for entry in items):
         name = TYPE_NAMES.get(item, "")
         expected = f"a list of {name}s" if is_list else f"a {name}" if name else "true or false"
-        raise ConfigError(f"{where} must be {expected}, not {value!r}")
+        raise ConfigError(f"{where} must be {expected}, not {format_value(value)}")
     return tuple(items) if is_list else items[0]
 
 

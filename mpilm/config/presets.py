@@ -4,19 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from mpilm.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from mpilm.config.schema import Config, ModelConfig, TrainConfig, override
 
 
 def _pretrain(model: ModelConfig, lr: float, global_batch: int, micro_batch: int = 1) -> Config:
     """Return the config for training a published model from scratch on a large corpus."""
-    train = TrainConfig(steps=20000, lr=lr, min_lr=lr / 10, warmup_steps=1000, dtype="bfloat16")
-    return Config(
-        model=model,
-        data=DataConfig(eval_fraction=0.005),
-        train=replace(train, global_batch=global_batch, micro_batch=micro_batch),
-        checkpoint=CheckpointConfig(every=1000),
-        run=RunConfig(eval_every=500, eval_batches=8),
-    )
+    config = Config(model=model, train=TrainConfig(lr=lr, min_lr=lr / 10, global_batch=global_batch, micro_batch=micro_batch))
+    steps = {"train.steps": 20000, "train.warmup_steps": 1000, "checkpoint.every": 1000, "run.eval_every": 500}
+    return override(config, steps, data__eval_fraction=0.005, train__dtype="bfloat16")
 
 
 _LLAMA_100M = ModelConfig(n_layers=12, n_heads=12, d_model=768, d_ff=2048, context_length=1024)

@@ -38,12 +38,24 @@ class Range:
     contains: Callable[[float], bool]
 
 
+def _at_most(limit: int) -> Range:
+    return Range(f"at most {limit:,}", lambda value: value <= limit)
+
+
+LARGEST_INT = 2**63 - 1  # of any setting; those that memory or loops grow with have lower limits
 _POSITIVE = Range("above zero", lambda value: value > 0)
 _NON_NEGATIVE = Range("zero or more", lambda value: value >= 0)
 PositiveInt = Annotated[int, _POSITIVE]
 PositiveFloat = Annotated[float, _POSITIVE]
 NonNegativeInt = Annotated[int, _NON_NEGATIVE]
 NonNegativeFloat = Annotated[float, _NON_NEGATIVE]
+Layers = Annotated[PositiveInt, _at_most(1024)]
+PositiveCount = Annotated[PositiveInt, _at_most(4096)]  # of heads, experts, stages and the like
+Count = Annotated[NonNegativeInt, _at_most(4096)]
+PositiveWidth = Annotated[PositiveInt, _at_most(2**24)]  # of a dimension of a tensor
+Width = Annotated[NonNegativeInt, _at_most(2**24)]
+RankCounts = Annotated[tuple[int, ...], _POSITIVE, _at_most(1_000_000)]
+BatchSize = Annotated[PositiveInt, _at_most(2**20)]
 Fraction = Annotated[float, Range("at least 0 and below 1", lambda value: 0 <= value < 1)]
 MaskFraction = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
 TopP = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
@@ -59,26 +71,26 @@ class ModelConfig:
     # Hugging Face folder or checkpoint that provides the shape, the initial weights and the tokenizer; empty: random weights.
     init_from: str = ""
     base: str = ""  # Base model of the LoRA adapter in init-from; empty: the folder that the adapter names.
-    vocab_size: NonNegativeInt = 0  # Rows of the token embedding; 0: the vocabulary size of the tokenizer.
-    n_layers: PositiveInt = 4  # Number of transformer blocks.
-    n_heads: PositiveInt = 4  # Attention heads per block; must divide d-model.
-    n_kv_heads: NonNegativeInt = 0  # Key and value heads; must divide n-heads. 0: n-heads, which gpt2 and bert always use.
-    d_model: PositiveInt = 192  # Hidden size: width of the residual stream.
-    head_width: NonNegativeInt = 0  # Width of an attention head; 0: d-model / n-heads.
+    vocab_size: Width = 0  # Rows of the token embedding; 0: the vocabulary size of the tokenizer.
+    n_layers: Layers = 4  # Number of transformer blocks.
+    n_heads: PositiveCount = 4  # Attention heads per block; must divide d-model.
+    n_kv_heads: Count = 0  # Key and value heads; must divide n-heads. 0: n-heads, which gpt2 and bert always use.
+    d_model: PositiveWidth = 192  # Hidden size: width of the residual stream.
+    head_width: Width = 0  # Width of an attention head; 0: d-model / n-heads.
     # Width of the feed-forward layer; 0: 4 d-model for gpt2 and bert, else 8/3 d-model rounded up to a multiple of 32.
-    d_ff: NonNegativeInt = 0
-    context_length: PositiveInt = 256  # Tokens in a sequence.
+    d_ff: Width = 0
+    context_length: PositiveWidth = 256  # Tokens in a sequence.
     dropout: Fraction = 0.0  # Dropout probability of embeddings, attention weights and residual branches.
     tie_embeddings: bool = True  # Use the token embedding as the output matrix, too.
     rope_theta: PositiveFloat = 10000.0  # Base of the rotary position frequencies.
     # Rotary scaling as in Llama 3.1: factor, low and high frequency factor, original context length; empty: none.
     rope_scaling: tuple[float, ...] = ()
     qk_norm: bool = False  # qwen: normalize queries and keys (Qwen 3); false: biases on queries, keys and values (Qwen 2).
-    n_experts: PositiveInt = 8  # mixtral: experts (feed-forward layers) per block.
-    experts_per_token: PositiveInt = 2  # mixtral: experts that process each token.
+    n_experts: PositiveCount = 8  # mixtral: experts (feed-forward layers) per block.
+    experts_per_token: PositiveCount = 2  # mixtral: experts that process each token.
     router_loss: NonNegativeFloat = 0.02  # mixtral: weight of the auxiliary loss that balances the load of the experts.
     norm_eps: PositiveFloat = 1e-5  # Epsilon of the normalization layers.
-    lora_rank: NonNegativeInt = 0  # Train LoRA adapters of this rank and freeze the model in init-from; 0: train the model.
+    lora_rank: Width = 0  # Train LoRA adapters of this rank and freeze the model in init-from; 0: train the model.
     lora_alpha: PositiveFloat = 16.0  # LoRA scale: adapters are multiplied by lora-alpha / lora-rank.
     # Matrices that get an adapter, of q k v o gate up down (gpt2: qkv o up down); empty: all (mixtral: q k v o).
     lora_targets: tuple[str, ...] = ()
@@ -91,7 +103,8 @@ class DataConfig:
     # Text file, folder, .jsonl(.gz/.zst) or .parquet file, or prefix of prepared tokens; empty: the embedded corpus, Python's
     # standard library. To mix several corpora, write each path and its share of the samples: a.txt 0.7 b.txt 0.3.
     path: tuple[str, ...] = ()
-    # bytes, bpe:SIZE (trained on the corpus) or a tokenizer.json; auto: the tokenizer of prepared tokens, else bpe:2048.
+    # bytes, bpe:SIZE (trained on the corpus; qwen-bpe:SIZE splits it as Qwen does, which qwen models always do) or a
+    # tokenizer.json; auto: the tokenizer of prepared tokens, else bpe:2048.
     tokenizer: str = "auto"
     eval_fraction: Fraction = 0.05  # Fraction of the corpus, taken from its end, that is held out for evaluation.
     format: Literal["text", "chat"] = "text"  # chat: JSON lines of prompt and response, or messages; trains on responses only.
@@ -100,6 +113,7 @@ class DataConfig:
     too_long: Literal["truncate", "drop"] = "truncate"  # chat: what to do with conversations longer than the context.
     mask_fraction: MaskFraction = 0.15  # bert: fraction of the tokens to predict.
     whole_words: bool = False  # bert: mask whole words instead of single tokens.
+    max_document_mib: PositiveCount = 64  # Longest document in a .jsonl or .parquet file, which is in memory at once, in MiB.
     encoding_errors: Literal["stop", "replace"] = "stop"  # Invalid UTF-8: stop and report it, or replace it by U+FFFD.
     text_key: str = "text"  # Field of a .jsonl object, or column of a .parquet file, that holds the text.
 
@@ -129,8 +143,8 @@ class TrainConfig:
     """Training hyperparameters, precision and devices."""
 
     steps: PositiveInt = 360  # Total number of optimizer steps.
-    global_batch: PositiveInt = 16  # Sequences per optimizer step, over all ranks.
-    micro_batch: PositiveInt = 2  # Sequences per forward and backward pass; must divide global-batch.
+    global_batch: BatchSize = 16  # Sequences per optimizer step, over all ranks.
+    micro_batch: BatchSize = 2  # Sequences per forward and backward pass; must divide global-batch.
     seed: NonNegativeInt = 0  # Random seed of the initial weights, the data order and dropout.
     lr: NonNegativeFloat = 3e-3  # Peak learning rate.
     min_lr: NonNegativeFloat = 3e-4  # Learning rate at the end of the schedule.
@@ -158,9 +172,9 @@ class TrainConfig:
 class ParallelConfig:
     """Parallel layout. Only powersgd-rank and sync-every change the result; wire-dtype changes its last bits."""
 
-    pipeline: PositiveInt = 1  # Pipeline stages that the layers are divided over; the remaining ranks are data parallel.
+    pipeline: PositiveCount = 1  # Pipeline stages that the layers are divided over; the remaining ranks are data parallel.
     schedule: Literal["1f1b", "gpipe", "interleaved", "zero-bubble"] = "1f1b"  # Pipeline schedule.
-    chunks: NonNegativeInt = 0  # Model chunks (virtual stages) per rank; 0: 2 for the interleaved schedule, else 1.
+    chunks: Count = 0  # Model chunks (virtual stages) per rank; 0: 2 for the interleaved schedule, else 1.
     cut: tuple[int, ...] = ()  # Layers per stage, first to last; empty: balanced by cost.
     balance: Literal["cost", "measured"] = "cost"  # Balance stages by computed FLOPs, or by time measured at the start.
     zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage: shard 1 optimizer state, 2 also gradients, 3 also parameters.
@@ -168,7 +182,7 @@ class ParallelConfig:
     # Gradient all-reduce (ZeRO 0 and 1, CPU): in the shared memory of each node, or by messages; auto: measured at the start.
     reduce: Literal["auto", "shared-memory", "messages"] = "auto"
     wire_dtype: Literal["float32", "bfloat16"] = "float32"  # Type of sent gradients, with error feedback; sums stay float32.
-    powersgd_rank: NonNegativeInt = 0  # For slow networks: compress gradients of matrices to this rank (PowerSGD); 0: off.
+    powersgd_rank: Width = 0  # For slow networks: compress gradients of matrices to this rank (PowerSGD); 0: off.
     # For slow networks: replicas train this many steps independently, then synchronize (DiLoCo); 0: off. Needs more steps.
     sync_every: NonNegativeInt = 0
 
@@ -206,10 +220,10 @@ class FaultConfig:
     """Fault detection and recovery."""
 
     max_bad_steps: NonNegativeInt = 10  # Steps with a non-finite loss or gradient, or a spike, to skip before exit code 87.
-    check_every: NonNegativeInt = 50  # Steps between checks for equal weights and equal calls on all ranks; 0: only one.
+    check_every: NonNegativeInt = 50  # Steps between checks for equal calls and moments on all ranks; 0: only one.
     elastic: bool = False  # Continue within a step on the ranks that survive a failure; needs Open MPI, --with-ft ulfm.
-    # Seconds that a step may take before the job ends with code 86 and reports which rank waits for which; 0: 20 times the
-    # longest step so far, at least 60 seconds.
+    # Seconds that a step may take, or a rank may do nothing elsewhere, before the job ends with code 86 and reports which rank
+    # waits for which; 0: 60 for a rank that does not respond, 20 times the longest phase of its kind for one that does nothing.
     step_timeout: NonNegativeFloat = 0.0
 
 
@@ -218,7 +232,8 @@ class GenerateConfig:
     """Text generation (sampling)."""
 
     prompt: str = ""  # Beginning of the text; empty: the beginning of a document.
-    prompts: str = ""  # File with a prompt per line, or "prompt" fields (.jsonl); -: standard input. Prints JSON lines.
+    # File with a prompt per line, empty lines included, or with "prompt" fields (.jsonl); -: standard input. Prints JSON lines.
+    prompts: str = ""
     chat: bool = False  # Insert each prompt as a user message into the chat template of the tokenizer.
     max_tokens: NonNegativeInt = 160  # Maximum number of tokens to generate; 0: no text.
     temperature: NonNegativeFloat = 0.8  # Sampling temperature; 0: always the most likely token.
@@ -243,7 +258,7 @@ class Config:
 
 RESUME_MAY_CHANGE = {  # of the sections that determine the result, the settings that do not, or change its last bits only
     "model": ("init_from", "base"),
-    "data": ("path", "tokenizer", "text_key"),  # the corpus and the tokenizer are compared by content
+    "data": ("path", "tokenizer", "text_key", "max_document_mib"),  # the corpus and the tokenizer are compared by content
     "train": ("steps", "threads", "device", "gpu_aware_mpi", "recompute", "compile"),
 }
 RESUME_MUST_KEEP = ("parallel.powersgd_rank", "parallel.sync_every")  # of the other sections
@@ -296,9 +311,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Return every setting of a config, or of nested dictionaries, as "section.key" -> value."""
     flat: dict[str, Any] = {}
     for key, value in (config if isinstance(config, dict) else vars(config)).items():
-        flat.update(
-            flatten(value, f"{prefix}{key}.") if is_dataclass(value) or isinstance(value, dict) else {prefix + key: value}
-        )
+        is_section = is_dataclass(value) or isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
     return flat
 
 
@@ -307,7 +321,7 @@ def flatten_types(config: Any, prefix: str = "") -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for key, kind in get_setting_types(type(config)).items():
         value = getattr(config, key)
-        kinds.update(flatten_types(value, f"{prefix}{key}.") if is_dataclass(value) else {prefix + key: kind})
+        kinds |= flatten_types(value, f"{prefix}{key}.") if is_dataclass(value) else {prefix + key: kind}
     return kinds
 
 

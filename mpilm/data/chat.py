@@ -2,10 +2,16 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import resource
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,6 +31,8 @@ from mpilm.model.layers import IGNORE_INDEX
 from mpilm.model.sequence_info import NO_DOCUMENT
 
 ASSISTANT = "assistant"
+RENDER_S, RENDER_BYTES, RENDER_GROWTH = 10.0, 2**29, 16  # that a conversation may take, and the growth of its text
+PROCESS_PAGES = Path("/proc/self/statm")
 Turn = tuple[str, bool]  # text, and whether it is an answer
 
 
@@ -38,34 +46,78 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> Any:
-        from jinja2.exceptions import TemplateError
+        from jinja2.exceptions import SecurityError, TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def fail(message: str) -> NoReturn:
             raise TemplateError(message)
 
-        extensions = ["jinja2.ext.loopcontrols"]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        class Environment(ImmutableSandboxedEnvironment):
+            """The sandbox of Hugging Face, without products and powers that take endless memory or time."""
+
+            intercepted_binops = frozenset(("*", "**"))
+
+            def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+                sizes = [len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
+                is_list = hasattr(left, "__len__") or hasattr(right, "__len__")
+                most = 2**10 if operator == "**" else 2**20 if is_list else 2**64
+                if max(sizes) > most or (is_list and prod(sizes) > most):
+                    raise SecurityError(f"the result of {operator} is too large")
+                return super().call_binop(context, operator, left, right)
+
+        environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals |= {"raise_exception": fail, "strftime_now": lambda form: datetime.now().strftime(form)}
         environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
         source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)  # marks what is learnt, and prints nothing
-        try:
+        with self._limit_resources("", "cannot be read", []):
             return environment.from_string(source)
-        except TemplateError as error:
-            raise DataError(f"the chat template of {self.folder} cannot be read: {error}") from None
+
+    @contextmanager
+    def _limit_resources(self, place: str, problem: str, messages: Sequence[Mapping[str, str]]) -> Iterator[int]:
+        """Limit time and memory in the main thread; yield the messages' length. Any error becomes a DataError with its line."""
+
+        def stop(number: int, frame: object) -> None:
+            raise TimeoutError(f"it takes more than {RENDER_S:g} s")
+
+        size = sum(len(message["role"]) + len(message["content"]) for message in messages)
+        is_limited = threading.current_thread() is threading.main_thread() and PROCESS_PAGES.exists()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        try:
+            if is_limited:
+                used = int(PROCESS_PAGES.read_text().split()[0]) * resource.getpagesize()
+                most = used + RENDER_BYTES + RENDER_GROWTH * size
+                resource.setrlimit(resource.RLIMIT_AS, (min(most, soft % 2**63), hard))  # -1 means none
+                before = signal.signal(signal.SIGVTALRM, stop)
+                signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_S, 1.0)
+            yield size
+        except DataError:
+            raise
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [getattr(error, "lineno", None), *(f.lineno for f in reversed(frames) if f.filename == "<template>"), 1]
+            text = "it takes too much memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
+            line = next(line for line in lines if line)
+            raise DataError(f"{place}the chat template of {self.folder}, line {line}, {problem}: {text[:500]}") from None
+        finally:
+            if is_limited:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                signal.signal(signal.SIGVTALRM, before)
+                resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
     def split_turns(self, messages: Sequence[Mapping[str, str]], place: object) -> list[Turn]:
         """Return the text of messages in turns; an answer reaches to the end of its turn. Raises DataError naming `place`."""
         turns: list[Turn] = []
-        done = ""
-        for i, message in enumerate(messages):
-            if message["role"] == ASSISTANT:
-                prompt, text = self.render(messages[:i], place, True), self.render(messages[: i + 1], place, False)
-                if not (prompt.startswith(done) and text.startswith(prompt)):
-                    why = f"changes what came before when message {i + 1} is added, so its answers cannot be told from the rest"
-                    raise DataError(f"{place}: the chat template of {self.folder} {why}")
-                turns += [(prompt[len(done) :], False), (text[len(prompt) :], True)]
-                done = text
+        done, template = "", self._template
+        with self._limit_resources(f"{place}: ", "refuses it", messages) as size:
+            for i, message in enumerate(messages):
+                if message["role"] == ASSISTANT:
+                    prompt, text = (self._render(template, messages[: i + n], n == 0, size) for n in (0, 1))
+                    if not (prompt.startswith(done) and text.startswith(prompt)):
+                        why = f"changes what came before when message {i + 1} is added"
+                        rest = "so its answers cannot be told from the rest"
+                        raise DataError(f"{place}: the chat template of {self.folder} {why}, {rest}")
+                    turns += [(prompt[len(done) :], False), (text[len(prompt) :], True)]
+                    done = text
         if not turns:
             raise DataError(f'{place}: no message has the role "{ASSISTANT}", so there is nothing to learn')
         return turns
@@ -73,10 +125,14 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, str]], place: object, begin_answer: bool) -> str:
         """Return the text of messages; raises DataError naming `place`."""
         template = self._template
-        try:
-            return template.render(messages=list(messages), add_generation_prompt=begin_answer, **self.special_tokens)
-        except Exception as error:  # a stranger's template may raise anything
-            raise DataError(f"{place}: the chat template of {self.folder} refuses it: {error}") from None
+        with self._limit_resources(f"{place}: ", "refuses it", messages) as size:
+            return self._render(template, messages, begin_answer, size)
+
+    def _render(self, template: Any, messages: Sequence[Mapping[str, str]], begin_answer: bool, size: int) -> str:
+        text = template.render(messages=list(messages), add_generation_prompt=begin_answer, **self.special_tokens)
+        if len(text) > RENDER_GROWTH * (size + 2**16) or not is_valid_utf8(text):
+            raise ValueError(f"it makes {len(text):,} characters of {size:,}, or half a surrogate pair")
+        return text
 
 
 def find_chat_template(tokenizer: str | Path) -> ChatTemplate | None:
@@ -91,7 +147,10 @@ def find_chat_template(tokenizer: str | Path) -> ChatTemplate | None:
     if isinstance(source, list):  # several, by name
         source = {str(each.get("name")): each.get("template") for each in source if isinstance(each, dict)}.get("default")
     if file.is_file():
-        source = read_bytes(file).decode()
+        try:
+            source = read_bytes(file).decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is not UTF-8 at byte {error.start}") from None
     named = ((name, values.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token"))
     tokens = {name: str(token.get("content", "") if isinstance(token, dict) else token) for name, token in named if token}
     return ChatTemplate(source, tokens, str(folder)) if isinstance(source, str) else None
@@ -105,11 +164,15 @@ class EncodedChats(NamedTuple):
     ends: Indices  # where each conversation ends
 
 
-def read_chats(sources: list[TextSource], tokenizer: Tokenizer, template: ChatTemplate | None, comm: Comm) -> EncodedChats:
+def read_chats(
+    sources: list[TextSource], tokenizer: Tokenizer, template: ChatTemplate | None, comm: Comm,
+    max_document_mib: int = DataConfig.max_document_mib,
+) -> EncodedChats:  # fmt: skip
     """Read JSON lines, of which each rank encodes a part. Collective; raises DataError on all ranks, with file and line."""
 
     def encode() -> list[np.ndarray]:
-        lines = (entry for item in partition_items(sources, comm.rank, comm.size) for entry in read_json_lines(item))
+        items = partition_items(sources, comm.rank, comm.size)
+        lines = (entry for item in items for entry in read_json_lines(item, max_document_mib))
         return [_encode(parse_conversation(line, place, template), tokenizer, bool(template)) for line, place in lines]
 
     mine = run_on_all_ranks(comm, encode)
@@ -121,10 +184,9 @@ def read_chats(sources: list[TextSource], tokenizer: Tokenizer, template: ChatTe
 
 def parse_conversation(line: bytes, place: object, template: ChatTemplate | None) -> list[Turn]:
     """Return the turns of a conversation; raises DataError naming file and line, ConfigError if messages need a template."""
-    value = parse_json(line, place)
-    if not is_valid_utf8(json.dumps(value, ensure_ascii=False)):
+    fields = parse_json(line, place)
+    if not is_valid_utf8(json.dumps(fields, ensure_ascii=False)):
         raise DataError(f"{place} holds half a surrogate pair, which is no text")
-    fields = value if isinstance(value, dict) else {}
     prompt, response, messages = (fields.get(name) for name in ("prompt", "response", "messages"))
     if isinstance(prompt, str) and isinstance(response, str):
         if template is None:
@@ -145,8 +207,7 @@ def _is_message(value: Any) -> bool:
 
 def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> np.ndarray:
     """Return the tokens of a conversation, and whether each is an answer; (n, 2) int32. Rendered text is encoded in one, and a
-    token belongs to the turn it begins in. Otherwise each turn is encoded by itself, as a prompt is when a text is generated
-    from it, and an eos ends the answer."""
+    token belongs to the turn it begins in. Otherwise each turn is encoded by itself, as prompts are, and an eos ends it all."""
     texts, answers = [text for text, _ in turns], [is_answer for _, is_answer in turns]
     if is_rendered:
         tokens, begins = tokenizer.encode_rendered("".join(texts))
@@ -159,12 +220,9 @@ def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> n
 
 
 class ChatExamples:
-    """Examples of conversations, laid into rows of the context length.
-
-    Conversations longer than the context are cut or, with data.too-long "drop", left out, as are those that then have no
-    answer. With data.packing "concat" a row holds one conversation; with "documents", as many as fit, in their order, each by
-    itself. The last data.eval-fraction of the rows is the validation split. Raises ConfigError or DataError if one is empty.
-    """
+    """Conversations in rows of the context length. Longer conversations are cut or, with data.too-long "drop", left out, as are
+    those that then have no answer. With data.packing "concat" a row holds one; with "documents", as many as fit, in order,
+    each by itself. The last data.eval-fraction of rows is held out. Raises ConfigError or DataError if a part is empty."""
 
     def __init__(self, chats: EncodedChats, context_length: int, data: DataConfig, eos: int):
         self.chats, self.context_length, self.eos = chats, context_length, eos
@@ -194,7 +252,6 @@ class ChatExamples:
             raise ConfigError(f"--data.eval-fraction {data.eval_fraction} of {len(self.rows)} rows leaves {split}; {advice}")
 
     def make_batch(self, numbers: Indices, seed: int | None) -> Batch:
-        """Return the examples of these numbers."""
         shape = len(numbers), self.context_length
         inputs, targets = np.full(shape, self.eos, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
         positions, documents = np.zeros(shape, dtype=np.int64), np.full(shape, NO_DOCUMENT, dtype=np.int64)
@@ -211,7 +268,6 @@ class ChatExamples:
         return Batch.from_arrays(tokens=inputs, targets=targets, positions=positions, samples=numbers, documents=documents)
 
     def count_targets(self, numbers: Indices, seed: int | None) -> int:
-        """Return how many targets these examples have."""
         return int(self.targets[self._pick_rows(numbers, seed)].sum())
 
     def _pick_rows(self, numbers: Indices, seed: int | None) -> Indices:

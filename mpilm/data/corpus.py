@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config.schema import DataConfig
-from mpilm.data.files import file_errors, hex_digest
+from mpilm.data.files import file_errors, hex_digest, parse_json, read_bytes
 from mpilm.data.gather import digest_files
 from mpilm.data.prepare import broadcast_sources, prepare_tokens, resolve_settings, temporary_folder
 from mpilm.data.sources import TextSource
 from mpilm.data.token_files import TokenMetadata, find_prefix, open_tokens, read_metadata, with_ending
-from mpilm.data.tokenizer import Tokenizer, load_tokenizer, parse_bpe_size, tokenizer_from_spec
-from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.data.tokenizer import BPE, Tokenizer, load_tokenizer, parse_bpe_size, tokenizer_from_spec
+from mpilm.errors import ConfigError, DataError, FileError, UserError
 
-VERIFIED_BYTES = 2**30  # of tokens that are compared with their digest at every start
+VERIFIED_BYTES = 2**30  # of tokens, and of text, that are read and compared with their digest at every start
 SAMPLED_TOKENS, SAMPLES = 2**16, 16  # to measure bytes per token
 COUNTED_TOKENS = 2**18  # at once, which bincount makes 64-bit integers of
 
@@ -54,11 +54,11 @@ class Corpus:
         return tokens.astype(np.int64)
 
 
-def open_corpus(data: DataConfig, comm: Comm, eos: bool = True) -> Corpus:
-    """Open token files; those of text are in the cache, where they are prepared if need be, and end documents with the
-    tokenizer's eos if `eos`. Collective; raises CollectiveError, also if ranks see different files."""
+def open_corpus(data: DataConfig, comm: Comm, eos: bool = True, arch: str = "") -> Corpus:
+    """Open token files; those of text are prepared in the cache if need be, and end documents with an eos if `eos`. `arch`: the
+    model for which a tokenizer is trained. Collective; raises CollectiveError, also if ranks see different files."""
     prepared = comm.broadcast_json(run_on_root(comm, lambda: str(find_prefix(data.source) or "")))
-    prefix = Path(prepared) if prepared else prepare_in_cache(data, comm, eos)
+    prefix = Path(prepared) if prepared else prepare_in_cache(_with_family_bpe(data, arch), comm, eos)
     path, source = with_ending(prefix, ".bin"), data.source or "the embedded corpus"
     tokens, documents, metadata = run_on_all_ranks(comm, lambda: _open_files(prefix, verify=comm.rank == 0))
     seen = comm.all_gather_json([socket.gethostname(), len(tokens), tokens.dtype.name, metadata and asdict(metadata)])
@@ -76,12 +76,17 @@ def open_corpus(data: DataConfig, comm: Comm, eos: bool = True) -> Corpus:
     return replace(corpus, bytes_per_token=metadata.source_bytes / metadata.tokens)
 
 
-def open_corpora(data: DataConfig, comm: Comm) -> list[Corpus]:
+def _with_family_bpe(data: DataConfig, arch: str) -> DataConfig:
+    """Return the settings of text, where a tokenizer that is trained for a qwen model splits text as Qwen does."""
+    spec = resolve_settings(data).tokenizer
+    return replace(data, tokenizer=f"qwen-{spec}") if arch == "qwen" and spec.startswith(BPE) else data
+
+
+def open_corpora(data: DataConfig, comm: Comm, arch: str = "") -> list[Corpus]:
     """Open each corpus of data.path, all with the tokenizer of the first. Collective."""
-    corpora: list[Corpus] = []
-    spec = data.tokenizer
+    corpora, spec = list[Corpus](), data.tokenizer
     for each, part in data.corpora():
-        corpora.append(replace(open_corpus(replace(each, tokenizer=spec), comm), part=part))
+        corpora.append(replace(open_corpus(replace(each, tokenizer=spec), comm, arch=arch), part=part))
         first, corpus = corpora[0], corpora[-1]
         if corpus.tokenizer.digest != first.tokenizer.digest:
             problem = f"{corpus.path} was made with another tokenizer than {first.path}; a model has one"
@@ -165,11 +170,11 @@ def _corpus_folder(data: DataConfig, sources: Sequence[TextSource], digests: Seq
     """Return the folder whose name is a digest of everything that the tokens depend on."""
     settings = resolve_settings(data)
     size = parse_bpe_size(settings.tokenizer)
-    tokenizer = f"bpe:{size}" if size else tokenizer_from_spec(settings.tokenizer).digest
+    kind, _, _ = settings.tokenizer.partition(":")
+    tokenizer = f"{kind}:{size}" if size else tokenizer_from_spec(settings.tokenizer, eos).digest
     options = {"encoding_errors": settings.encoding_errors, "text_key": settings.text_key}
     content = [[source.format, source.codec, digest] for source, digest in zip(sources, digests, strict=True)]
-    key = hex_digest(json.dumps([TokenMetadata.format, content, tokenizer, options, eos]))
-    return cache_folder() / "corpora" / key[:32]
+    return cache_folder() / "corpora" / hex_digest(json.dumps([TokenMetadata.format, content, tokenizer, options, eos]))[:32]
 
 
 def _rename_folder(own: Path, folder: Path, sources: Sequence[TextSource], stats: Sequence[list[int]]) -> None:
@@ -185,31 +190,34 @@ def _rename_folder(own: Path, folder: Path, sources: Sequence[TextSource], stats
 
 
 def _digest_sources(path: str, sources: Sequence[TextSource], comm: Comm) -> tuple[list[list[int]], list[str]]:
-    """Return stat and digest of every source, reading only those that have changed. Collective; raises FileError."""
+    """Return stat and digest of every source; of more than VERIFIED_BYTES, only those with a new stat are read. Collective."""
     key = hex_digest(str(Path(path).expanduser().resolve()) if path else "")
     index = cache_folder() / "files" / f"{key[:32]}.json"  # of rank 0
     on_root = run_on_root(comm, lambda: [[_stat(source.path) for source in sources], _read_index(index)])
     stats, known = comm.broadcast_json(on_root)
-    digests = {s.path: known[s.path][2] for s, stat in zip(sources, stats) if known.get(s.path, [])[:2] == stat}
+    trusted = known if sum(source.size for source in sources) > VERIFIED_BYTES else {}
+    digests = {s.path: trusted[s.path][-1] for s, stat in zip(sources, stats) if trusted.get(s.path, [])[:-1] == stat}
     if changed := [source for source in sources if source.path not in digests]:
         new = digest_files([Path(source.path) for source in changed], [source.size for source in changed], comm)
         digests |= {source.path: digest for source, digest in zip(changed, new)}
-        run_on_root(comm, lambda: _write_index(index, {s.path: [*stat, digests[s.path]] for s, stat in zip(sources, stats)}))
+        rows = {s.path: [*stat, digests[s.path]] for s, stat in zip(sources, stats)}
+        if rows != known:
+            run_on_root(comm, lambda: _write_index(index, rows))
     return stats, [digests[source.path] for source in sources]
 
 
 def _stat(path: str) -> list[int]:
-    """Return size in bytes and time of change in nanoseconds."""
+    """Return size in bytes and both times of change in nanoseconds: the second one cannot be set to an earlier time."""
     stat = file_errors(path)(os.stat)(path)
-    return [stat.st_size, stat.st_mtime_ns]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _read_index(index: Path) -> dict[str, list]:
     """Return what is stored; nothing if the file is damaged."""
     try:
-        rows = json.loads(index.read_bytes())
-        return {path: [int(size), int(time), str(digest)] for path, (size, time, digest) in rows.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        rows = parse_json(read_bytes(index), index)
+        return {path: [*map(int, stat), str(digest)] for path, (*stat, digest) in rows.items()}
+    except (UserError, ValueError, TypeError, AttributeError, OverflowError):
         return {}
 
 

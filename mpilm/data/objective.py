@@ -29,8 +29,7 @@ class CausalObjective:
 
 @dataclass(frozen=True)
 class MaskedObjective:
-    """Predict a part of the tokens, chosen by the row's key: most are hidden behind a mask, some replaced by a random token,
-    some left as they are (Devlin et al., arXiv 1810.04805, section 3.1)."""
+    """Predict some tokens, chosen by key: most masked, some replaced or kept (Devlin et al., arXiv 1810.04805, section 3.1)."""
 
     tokenizer: Tokenizer
     fraction: float

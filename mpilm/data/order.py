@@ -50,8 +50,7 @@ def _feistel(x: Bits, half_bits: int, keys: Bits) -> Bits:
 
 
 def pick_samples(positions: Indices, seed: int | None, n_samples: int) -> Indices:
-    """Return the sample at each position: of the endless stream of a run, reshuffled every epoch, or of the validation split
-    (None), which has one order for all runs."""
+    """Return the sample at each position: of a run, reshuffled every epoch, or of the validation split (None), always alike."""
     if seed is None:
         return permute(positions, n_samples, VALIDATION_KEY)
     epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), n_samples)

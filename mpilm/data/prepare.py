@@ -28,7 +28,7 @@ from mpilm.data.files import file_errors, write_durably
 from mpilm.data.gather import all_gather_rows, digest_files
 from mpilm.data.sources import TextSource, find_sources, partition_items, read_batches, sample_text
 from mpilm.data.token_files import TokenCounts, TokenMetadata, open_shared, token_dtype, with_ending, write_index
-from mpilm.data.tokenizer import Tokenizer, parse_bpe_size, tokenizer_from_spec, train_bpe
+from mpilm.data.tokenizer import QWEN_BPE, Tokenizer, parse_bpe_size, tokenizer_from_spec, train_bpe
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.formatting import ProgressLine, count_noun
 
@@ -59,13 +59,14 @@ def resolve_settings(data: DataConfig) -> DataConfig:
     return replace(data, tokenizer=tokenizer, encoding_errors=data.encoding_errors if data.source else "replace")
 
 
-def open_text(data: DataConfig, comm: Comm, sources: Sequence[TextSource] | None = None) -> TextInput:
-    """Find the sources unless they are given, and let rank 0 load or train the tokenizer. Collective."""
+def open_text(data: DataConfig, comm: Comm, sources: Sequence[TextSource] | None = None, eos: bool = True) -> TextInput:
+    """Find the sources unless they are given, and let rank 0 load or train the tokenizer, with an `eos`. Collective."""
     files, settings = sources or broadcast_sources(data, comm), resolve_settings(data)
 
     def make_tokenizer() -> list:
         spec, size = settings.tokenizer, parse_bpe_size(settings.tokenizer)
-        tokenizer = train_bpe(sample_text(files, settings), size) if size else tokenizer_from_spec(spec)
+        texts, like_qwen = sample_text(files, settings), spec.startswith(QWEN_BPE)
+        tokenizer = train_bpe(texts, size, like_qwen) if size else tokenizer_from_spec(spec, eos)
         return [tokenizer.json, tokenizer.eos, spec]
 
     return TextInput(files, settings, Tokenizer(*comm.broadcast_json(run_on_root(comm, make_tokenizer))))
@@ -74,9 +75,8 @@ def open_text(data: DataConfig, comm: Comm, sources: Sequence[TextSource] | None
 def encode_text(
     text: TextInput, comm: Comm, path: str | Path, eos: bool, inspect: Callable[[list[str]], None] = lambda texts: None
 ) -> NDArray:
-    """Write the tokens of this rank's part of the text to a file; return a table of SEQUENCE rows, of which each document is a
-    run. Documents end with the tokenizer's eos if `eos`. `inspect` receives the texts of each batch. Collective; raises
-    CollectiveError, also if the text is empty."""
+    """Write the tokens of this rank's part of the text to a file; return SEQUENCE rows, of which each document is a run. An eos
+    ends documents if `eos`. `inspect` receives the texts of each batch. Collective; refuses an empty text."""
     tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
     ending = np.array([tokenizer.eos] if eos else [], dtype=np.int32)
 
@@ -107,9 +107,7 @@ def gather_documents(sequences: NDArray, comm: Comm) -> tuple[NDArray, NDArray, 
     ended = comm.all_gather_json(int(sequences["is_last"].sum()))
     number = sum(ended[: comm.rank]) + np.cumsum(sequences["is_last"]) - sequences["is_last"]
     first = np.flatnonzero(np.diff(number, prepend=-1))
-    mine = np.empty((0, 6), np.int64)
-    if len(first):  # add up this rank's parts of each document
-        mine = np.column_stack([number[first], np.add.reduceat(sequences.view(np.int64).reshape(-1, 5), first)])
+    mine = np.column_stack([number[first], np.add.reduceat(sequences.view(np.int64).reshape(-1, 5), first)])
     documents = np.zeros((sum(ended), 5), dtype=np.int64)
     for rows in all_gather_rows(comm, mine):
         np.add.at(documents, rows[:, 0], rows[:, 1:])
@@ -122,12 +120,11 @@ def prepare_tokens(
     data: DataConfig, output: str | Path, comm: Comm, drop_duplicates: bool = False, eos: bool = True,
     sources: Sequence[TextSource] | None = None,
 ) -> TokenMetadata:  # fmt: skip
-    """Write the text of `data` as PREFIX.bin, .idx, .json and .tokenizer.json, PREFIX being `output`. Every document ends with
-    the tokenizer's eos unless `eos` is False. Memory does not grow with the text. Collective; raises FileError if one of the
-    files exists, ConfigError or DataError, on every rank, and leaves nothing behind then."""
+    """Write the text of `data` as PREFIX.bin, .idx, .json and .tokenizer.json, PREFIX being `output`; an eos ends documents if
+    `eos`. Memory is bounded. Collective; raises FileError if one exists, ConfigError or DataError, and leaves nothing then."""
     prefix = Path(output).expanduser()
     run_on_root(comm, lambda: _check_absent(prefix))
-    text = open_text(data, comm, sources)
+    text = open_text(data, comm, sources, eos)
     tokenizer, dtype = text.tokenizer, token_dtype(text.tokenizer.vocab_size)
     with temporary_folder(prefix, comm) as folder:
         temporary = folder / prefix.name

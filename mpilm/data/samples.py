@@ -16,9 +16,8 @@ MIXTURE_PERIOD = 2**16  # samples in which each corpus has its part to the neare
 
 
 class CorpusSamples:
-    """A corpus cut into samples of T + 1 tokens that overlap by one: sample i covers tokens [i T, i T + T + 1). The last
-    `eval_fraction` of the tokens is the validation split, into which no training sample reaches. Raises ConfigError naming
-    --model.context-length, or DataError, if a split has no sample."""
+    """A corpus cut into samples of T + 1 tokens that overlap by one: sample i covers tokens [i T, i T + T + 1). No training
+    sample reaches into the validation split, the last `eval_fraction`. Raises ConfigError or DataError if a split is empty."""
 
     def __init__(self, corpus: Corpus, context_length: int, eval_fraction: float):
         self.corpus, self.context_length = corpus, context_length
@@ -46,8 +45,7 @@ class CorpusSamples:
 
 class CorpusMixture:
     """Several corpora, of which each has its part of the samples, whatever its size; the validation split is that of each. A
-    keyed permutation of every MIXTURE_PERIOD samples determines which corpus is read when, and how many samples of it came
-    before, so that nothing needs to be counted or stored."""
+    keyed permutation of every MIXTURE_PERIOD samples, not a stored count, gives the corpus of a sample and its number there."""
 
     def __init__(self, corpora: Sequence[CorpusSamples], parts: Sequence[float]):
         self.corpora, self.context_length = corpora, corpora[0].context_length
@@ -58,7 +56,6 @@ class CorpusMixture:
         self.eval_samples = int(self.eval_ends[-1])
 
     def read(self, numbers: Indices, seed: int | None) -> Indices:
-        """Return the tokens of samples, (B, T + 1)."""
         which, places = self.locate(numbers, seed)
         seeds = [None if seed is None else mix_key(seed, MIXTURE_KEY, i) for i in range(len(self.corpora))]
         rows = [self.corpora[i].read(np.array([place]), seeds[i]) for i, place in zip(which.tolist(), places.tolist())]
@@ -80,8 +77,7 @@ class CorpusMixture:
 
 class TextExamples:
     """Examples of running text. With a packing of "concat" a sample is one text, whatever documents it has parts of. With
-    "documents", attention stays inside each document, positions begin anew, and no token is predicted from another document;
-    `eos` ends documents."""
+    "documents" (ended by `eos`) attention stays inside each, positions begin anew, and none predicts a token of the next."""
 
     def __init__(
         self, samples: CorpusSamples | CorpusMixture, objective: Objective | None = None, packing: str = "concat", eos: int = -1
@@ -90,7 +86,6 @@ class TextExamples:
         self.context_length, self.eval_samples = samples.context_length, samples.eval_samples
 
     def make_batch(self, numbers: Indices, seed: int | None) -> Batch:
-        """Return the examples of these numbers."""
         rows, key = self.samples.read(numbers, seed), VALIDATION_KEY if seed is None else seed
         inputs, targets = self.objective(rows, [mix_key(key, number, OBJECTIVE_KEY) for number in numbers.tolist()])
         if self.packing == "concat":

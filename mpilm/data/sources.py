@@ -25,8 +25,9 @@ from mpilm.errors import ConfigError, DataError, FileError, UserError
 BLOCK_BYTES = 2**20
 WINDOW_BYTES = 2**16  # how far behind a multiple of BLOCK_BYTES a cut may lie
 READ_BYTES = 2**18
-PARQUET_ROWS = 1024  # at once
+PARQUET_ROWS = 16  # at once: a page of a few kilobytes may hold the same long text many times
 BATCH_CHARACTERS, BATCH_CHUNKS = 2**20, 2**14  # that are worth encoding together
+MAX_EXPANSION, FREE_EXPANSION_BYTES = 200, 2**26  # times the compressed bytes, beside these: small files may expand at will
 TRAINING_BYTES = 16 * 2**20  # of text that a BPE is trained on; its time and memory grow with it
 
 PROSE = "txt text md markdown rst tex html htm xml csv tsv"
@@ -60,8 +61,6 @@ class WorkItem(NamedTuple):
 
 
 class DocumentChunk(NamedTuple):
-    """Part of a document."""
-
     text: str
     number: int  # counted from 0 at the beginning of the document
     is_last: bool  # whether the document ends here
@@ -85,12 +84,9 @@ class _Place(NamedTuple):
 
 
 def find_sources(path: str) -> list[TextSource]:
-    """Return the input files of a path in corpus order: a file, the files below a folder or, for "", the embedded corpus.
-
-    A folder is sorted by relative name, without files that are hidden, empty or not known as text by their suffix. The
-    embedded corpus is Python's standard library, without its tests, in an order as good as random, so that its end, which is
-    held out, is like the rest. Raises FileError, ConfigError for token files, or DataError if no file is left.
-    """
+    """Return the input files of a path: a file, those below a folder sorted by relative name (not hidden, empty or unknown by
+    suffix) or, for "", the embedded corpus: Python's standard library without tests, in an order as good as random, so that
+    its held-out end is like the rest. Raises FileError, ConfigError for token files, or DataError if no file is left."""
     if find_prefix(path):
         raise ConfigError(f"--data.path {path}: these are prepared tokens; give the text they were made from")
     root = Path(path or sysconfig.get_path("stdlib")).expanduser()
@@ -130,8 +126,7 @@ def _make_source(path: Path, is_named: bool) -> TextSource | None:
     if not form:
         return None
     size = file_errors(path)(path.stat)().st_size
-    blocks = 1 if codec else -(-size // BLOCK_BYTES)
-    parts = _open_parquet(str(path)).num_row_groups if form == "parquet" else blocks
+    parts = _open_parquet(str(path)).num_row_groups if form == "parquet" else 1 if codec else -(-size // BLOCK_BYTES)
     return TextSource(str(path), form, codec, size, parts) if size and parts else None
 
 
@@ -152,7 +147,7 @@ def read_chunks(item: WorkItem, settings: DataConfig) -> Iterator[DocumentChunk]
     if source.format == "parquet":
         yield from _read_parquet(item, settings)
     elif source.format == "jsonl":
-        for line, place in read_json_lines(item):
+        for line, place in read_json_lines(item, settings.max_document_mib):
             text = _find_text(parse_json(_decode(line, settings, place), place), settings.text_key, place)
             yield from _chunk_text(text, settings, place)
     else:
@@ -201,9 +196,8 @@ def read_batches(
 
 
 def find_cut(window: bytes) -> int:
-    """Return where a block ends in `window`, which begins at a multiple of BLOCK_BYTES: before the first line that begins with
-    a visible character, else before the first line, else before the first character. So words and runs of white space, and
-    thereby tokens, stay in one block."""
+    """Return where a block ends in `window`, which begins at a multiple of BLOCK_BYTES: before the first line with a visible
+    first character, else the first line, else the first character. So words, white space and thereby tokens stay whole."""
     line = re.search(rb"\n(?=[^ \t\r\n\v\f])", window) or re.search(rb"\n(?=.)", window, re.DOTALL)
     return line.end() if line else next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
 
@@ -253,22 +247,33 @@ def _decode(data: bytes, settings: DataConfig, place: _Place) -> str:
         raise DataError(f"{place}, byte {place.offset} {what}") from None
 
 
-def read_json_lines(item: WorkItem) -> Iterator[tuple[bytes, _Place]]:
-    """Yield the lines that begin in this part of a file, without blank ones, and the place of each for messages."""
+def read_json_lines(item: WorkItem, max_mib: int = DataConfig.max_document_mib) -> Iterator[tuple[bytes, _Place]]:
+    """Yield the lines that begin in this part, but no blank ones, with their places; refuse more than `max_mib` half read."""
     source, start = item.source, item.part * BLOCK_BYTES
+
+    def read_line(offset: int) -> bytes:
+        line = file.readline((max_mib << 20) + 1)
+        check_document(len(line), max_mib, _Place(source, offset))
+        return line
+
     with open_source(source) as file:
         if start:
-            start = file.seek(start - 1) + len(file.readline())
+            start = file.seek(start - 1) + len(read_line(start - 1))
         place, stop = _Place(source, start), sys.maxsize if source.codec else min(source.size, (item.part + 1) * BLOCK_BYTES)
-        while place.offset < stop and (line := file.readline()):
+        while place.offset < stop and (line := read_line(place.offset)):
             if line.strip():
                 yield line, place
             place = _Place(source, place.offset + len(line))
 
 
-def _find_text(value: Any, key: str, place: _Place) -> str:
-    if not isinstance(value, dict):
-        raise DataError(f"{place} is not a JSON object, but {type(value).__name__}")
+def check_document(size: int, max_mib: int, place: object) -> None:
+    """Raise DataError for a document of more than `max_mib`, with what to do if it is meant."""
+    if size > max_mib << 20:
+        advice = "if it is meant, raise that, or give the text as a .txt file, which is read in pieces"
+        raise DataError(f"{place} is longer than the {max_mib} MiB of --data.max-document-mib; {advice}")
+
+
+def _find_text(value: dict[str, Any], key: str, place: _Place) -> str:
     if isinstance(text := value.get(key), str):
         return text
     problem = f'holds {type(text).__name__}, not text, in the field "{key}"' if key in value else f'has no field "{key}"'
@@ -278,26 +283,50 @@ def _find_text(value: Any, key: str, place: _Place) -> str:
 
 def _read_parquet(item: WorkItem, settings: DataConfig) -> Iterator[DocumentChunk]:
     path, key = item.source.path, settings.text_key
-    file = _open_parquet(path)
-    if key not in (names := file.schema_arrow.names):
-        raise DataError(f'{path} has no column "{key}", but {", ".join(names)}. Name that of the text with --data.text-key')
-    if str(kind := file.schema_arrow.field(key).type) not in ("string", "large_string"):
-        raise DataError(f'{path}: column "{key}" holds {kind}, not text. Name that of the text with --data.text-key')
-    with file_errors(path):
+    place = _Place(item.source, row=f"row group {item.part}")
+    with _parquet_errors(path, place):
+        file = _open_parquet(path)
+        if key not in (names := file.schema_arrow.names):
+            raise DataError(f'{path} has no column "{key}", but {", ".join(names)}. Name that of the text with --data.text-key')
+        if str(kind := file.schema_arrow.field(key).type) not in ("string", "large_string"):
+            raise DataError(f'{path}: column "{key}" holds {kind}, not text. Name that of the text with --data.text-key')
+        group, expanded, row = file.metadata.row_group(item.part), 0, -1
+        _check_expansion(group.total_byte_size, item.source.size, place)
         batches = file.iter_batches(PARQUET_ROWS, row_groups=[item.part], columns=[key])
         values = (value for batch in batches for value in batch.column(0).cast("large_binary").to_pylist())
         for row, value in enumerate(values):
+            expanded += len(value or b"")
             place = _Place(item.source, row=f"row group {item.part}, row {row}")
+            _check_expansion(expanded, item.source.size, place)
+            check_document(len(value or b""), settings.max_document_mib, place)
             yield from _chunk_text(_decode(value or b"", settings, place), settings, place)
+        if row + 1 != group.num_rows:
+            raise ValueError(f"it has {row + 1} rows, and its footer lists {group.num_rows}")
 
 
 def _open_parquet(path: str) -> Any:
+    with _parquet_errors(path, path):
+        return _import_pyarrow(path).parquet.ParquetFile(path, page_checksum_verification=True)
+
+
+@contextmanager
+def _parquet_errors(path: str, place: object) -> Iterator[None]:
+    """Turn errors of the disk into a FileError, and those of Arrow, which are OSErrors as well, into a DataError."""
     pyarrow = _import_pyarrow(path)
-    try:
-        with file_errors(path):
-            return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a Parquet file that can be read: {error}") from None
+    with file_errors(path):
+        try:
+            yield
+        except (OSError, pyarrow.ArrowException, ValueError) as error:  # a column's name may not be UTF-8
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise DataError(f"{place} is not Parquet that can be read, the file is cut or damaged: {error}") from None
+
+
+def _check_expansion(expanded: int, compressed: int, place: object) -> None:
+    """Raise DataError for a stream that expands like no text does, such as a terabyte of zeros."""
+    if expanded > FREE_EXPANSION_BYTES + MAX_EXPANSION * compressed:
+        advice = "if that is meant, store it without compression"
+        raise DataError(f"{place} expands to more than {MAX_EXPANSION} times its size; {advice}")
 
 
 def _import_pyarrow(path: str) -> Any:
@@ -318,9 +347,26 @@ def open_source(source: TextSource) -> Iterator[IO[bytes]]:
         is_zstd = source.codec == "zstd"
         expanded = _import_pyarrow(source.path).CompressedInputStream(raw, "zstd") if is_zstd else gzip.GzipFile(fileobj=raw)
         try:
-            yield io.BufferedReader(expanded, READ_BYTES)
+            yield io.BufferedReader(_ExpandingStream(expanded, raw, source.path), READ_BYTES)
         except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno:  # of the disk, not of what it holds
                 raise
             what = f"cannot be uncompressed, the file is cut or damaged: {error}"
             raise DataError(f"{source.path}: near byte {raw.tell()}: {what}") from None
+
+
+class _ExpandingStream(io.RawIOBase):
+    """The uncompressed bytes of a stream. Raises DataError if they are far more than text can be compressed to."""
+
+    def __init__(self, stream: Any, compressed: IO[bytes], path: str):
+        self._stream, self._compressed, self._path, self._read_bytes = stream, compressed, path, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = int(self._stream.readinto(buffer))
+        self._read_bytes += count
+        compressed = self._compressed.tell()
+        _check_expansion(self._read_bytes, compressed, f"{self._path}: near byte {compressed}: the stream")
+        return count

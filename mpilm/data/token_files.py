@@ -7,20 +7,20 @@
 .json  what mpilm.prepare knows of its tokens besides; files of other programs have none
 """
 
-import json
 import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpilm.data.files import file_errors, read_bytes
+from mpilm.data.files import file_errors, read_json
 from mpilm.errors import DataError
+from mpilm.formatting import format_value
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 HEADER = struct.Struct("<9sQBQQ")
@@ -59,13 +59,14 @@ def read_metadata(prefix: Path) -> TokenMetadata | None:
     path = with_ending(prefix, ".json")
     if not path.exists():
         return None
-    try:
-        values = json.loads(read_bytes(path))
-        if values["format"] != TokenMetadata.format:
-            raise ValueError(f"format {values['format']}, and only {TokenMetadata.format} is known")
-        return TokenMetadata(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is not what mpilm.prepare writes beside its tokens: {error}") from None
+    values, known = read_json(path), {item.name: item.type for item in fields(TokenMetadata)}
+    problem = f"format {format_value(values.get('format'))}, and only {TokenMetadata.format} is known"
+    if values.get("format") == TokenMetadata.format:
+        wrong = [name for name in {**known, **values} if type(values.get(name)) is not known.get(name)]
+        problem = f"{', '.join(wrong)[:200]} missing, unknown or of another type" if wrong else ""
+    if problem:
+        raise DataError(f"{path} is not what mpilm.prepare writes beside its tokens: {problem}")
+    return TokenMetadata(**values)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -13,9 +13,10 @@ from mpilm.data.files import hex_digest
 from mpilm.data.objective import make_objective
 from mpilm.data.prepare import broadcast_sources
 from mpilm.data.samples import CorpusMixture, CorpusSamples, TextExamples
-from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
+from mpilm.data.tokenizer import Tokenizer, fit_to_model, splits_like_qwen, tokenizer_from_spec
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun
+from mpilm.model.hf.config import hf_model_type
 
 EOS_SEARCH_TOKENS = 10**7  # at the beginning of a corpus
 
@@ -34,17 +35,15 @@ class TrainingData:
 
 def open_training_data(config: Config, comm: Comm) -> TrainingData:
     """Open, or prepare, the data that `config` names. Collective; raises CollectiveError."""
-    template = run_on_all_ranks(comm, lambda: find_chat_template(config.data.tokenizer))
-    if config.data.format == "chat":
-        return _open_chats(config, template, comm)
-    return _open_texts(config, template, comm)
+    open_data = _open_chats if config.data.format == "chat" else _open_texts
+    return open_data(config, run_on_all_ranks(comm, lambda: find_chat_template(config.data.tokenizer)), comm)
 
 
 def _open_texts(config: Config, template: ChatTemplate | None, comm: Comm) -> TrainingData:
     data, context_length = config.data, config.model.context_length
-    corpora = open_corpora(data, comm)
+    corpora = open_corpora(data, comm, config.model.arch)
     first = corpora[0]
-    tokenizer = run_on_all_ranks(comm, lambda: _tokenizer_for_model(first.tokenizer, config))
+    tokenizer = run_on_all_ranks(comm, lambda: fit_to_model(first.tokenizer, config.model))
     samples = run_on_all_ranks(comm, lambda: [CorpusSamples(corpus, context_length, data.eval_fraction) for corpus in corpora])
     run_on_all_ranks(comm, lambda: _check_have_eos(corpora, data.packing))
     mixture = CorpusMixture(samples, [corpus.part for corpus in corpora]) if len(corpora) > 1 else samples[0]
@@ -59,7 +58,16 @@ def _open_texts(config: Config, template: ChatTemplate | None, comm: Comm) -> Tr
             f"{corpus.source}: {len(corpus.tokens):,} tokens of {name}, {count_noun(corpus.documents, 'document')},{share}",
             f"{of.eval_samples:,} of {of.eval_samples + of.train_samples:,} sequences held out",
         ]
-    return TrainingData(tokenizer, examples, content, template, samples, lines)
+    return TrainingData(tokenizer, examples, content, template, samples, lines + _describe_split(tokenizer, config))
+
+
+def _describe_split(tokenizer: Tokenizer, config: Config) -> list[str]:
+    if hf_model_type(config.model) != "qwen2" or config.model.init_from or splits_like_qwen(tokenizer):
+        return []
+    return [
+        "for qwen2 models transformers' AutoTokenizer ignores how this tokenizer splits text: load it there with",
+        "PreTrainedTokenizerFast, or use another (qwen-bpe:SIZE)",
+    ]
 
 
 def _check_have_eos(corpora: Sequence[Corpus], packing: str) -> None:
@@ -77,8 +85,8 @@ def _open_chats(config: Config, template: ChatTemplate | None, comm: Comm) -> Tr
     if any(source.format != "jsonl" for source in sources):
         message = f"--data.format chat reads JSON lines, and --data.path {data.source} holds others: name .jsonl files"
         raise CollectiveError(ConfigError(message))
-    tokenizer = run_on_all_ranks(comm, lambda: _tokenizer_for_model(tokenizer_from_spec(data.tokenizer), config))
-    chats = read_chats(sources, tokenizer, template, comm)
+    tokenizer = run_on_all_ranks(comm, lambda: fit_to_model(tokenizer_from_spec(data.tokenizer), config.model))
+    chats = read_chats(sources, tokenizer, template, comm, data.max_document_mib)
     examples = run_on_all_ranks(comm, lambda: ChatExamples(chats, config.model.context_length, data, tokenizer.eos))
     content = {"data.path": hex_digest(*(values.tobytes() for values in chats)), "data.tokenizer": tokenizer.digest}
     lines = [
@@ -88,10 +96,3 @@ def _open_chats(config: Config, template: ChatTemplate | None, comm: Comm) -> Tr
         f"{len(examples.rows):,} rows, {examples.eval_samples:,} held out",
     ]
     return TrainingData(tokenizer, examples, content, template, [], lines)
-
-
-def _tokenizer_for_model(tokenizer: Tokenizer, config: Config) -> Tokenizer:
-    """Return the tokenizer with what the model needs; raises ConfigError if the model has no rows for all its ids."""
-    tokenizer = tokenizer.with_mask() if config.model.arch == "bert" else tokenizer
-    check_vocab_fits(tokenizer, config.model)
-    return tokenizer

@@ -4,8 +4,8 @@ Check the ranks that mpirun starts: libraries and versions, cores and binding, e
 answers, latency and bandwidth, clocks, shared memory. Print what is wrong and what to do; exit with a code other than 0 if a
 check fails.
 
---calibrate also measures, in a minute or two, how fast everything is that a training step consists of, for mpilm.plan and for
-train --parallel.auto; start as many ranks a node as a job will have.
+--calibrate also measures, in two minutes on an idle machine and ten at most, how fast everything is that a training step
+consists of, for mpilm.plan and for train --parallel.auto; start as many ranks a node as a job will have.
 
 $ mpirun -n 4 python -m mpilm.doctor
 $ mpirun -n 4 python -m mpilm.doctor --drill true        # kill a rank at the end, which must end the job

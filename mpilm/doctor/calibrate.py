@@ -4,11 +4,9 @@ All ranks measure at the same time, since those of a node share its memory and i
 measures alone, with all cores. Numbers are medians over the calls of a rank, and over the ranks.
 """
 
-import contextlib
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -19,9 +17,8 @@ import torch
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
-from mpilm.data.files import file_errors
 from mpilm.doctor.checks import CheckReport
-from mpilm.doctor.measure import Bench, measure_network, measure_rates, time_collective
+from mpilm.doctor.measure import BUDGET_S, Bench, measure_network, measure_rates, time_collective
 from mpilm.engine.hardware import cores_per_rank, detect_hardware, software_versions
 from mpilm.engine.step import train_step
 from mpilm.engine.train_model import TrainModel
@@ -37,7 +34,6 @@ from mpilm.telemetry.memory import MemoryMeter
 from mpilm.verification.layouts import RandomTokens
 
 TRAINED, VOCAB_SIZE = ((128, 128), (512, 192), (1024, 512)), 2048  # tokens and width of models that are trained
-DISK_BYTES = 128 << 20
 
 
 def write_calibration(comm: Comm, device: str, path: Path) -> None:
@@ -54,17 +50,17 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
     node, cuda = comm.split_node(), hardware.device.type == "cuda"
     sizes = comm.all_gather_json(node.size)
     if len(set(sizes)) > 1:
-        raise CollectiveError(ConfigError(
-            f"nodes have {min(sizes)} to {max(sizes)} ranks: start the same number on each, as many as a job will have"
-        ))  # fmt: skip
+        problem = f"nodes have {min(sizes)} to {max(sizes)} ranks"
+        raise CollectiveError(ConfigError(f"{problem}: start the same number on each, as many as a job will have"))
     program_bytes = MemoryMeter(hardware.device).program_bytes
     cores = max(1, round(sum(node.all_gather_json(float(cores_per_rank(node))))))
     bench = Bench(comm, node, hardware.device)
     compute, memory = measure_rates(bench, hardware.threads, node.size)
     alone = replace(bench, comm=comm.with_options(gpu_aware=False, yield_while_waiting=True), alone=True)
     if node.size > 1 and not cuda:
-        with _threads(cores if node.rank == 0 else 1):
-            rates = measure_rates(alone, cores, 1)
+        torch.set_num_threads(cores if node.rank == 0 else 1)
+        rates = measure_rates(alone, cores, 1)
+        torch.set_num_threads(hardware.threads)
         compute, memory = compute + rates[0], memory + rates[1]
     versions = software_versions(comm)
     profile = MachineProfile(
@@ -74,23 +70,19 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
         memory_bytes=_memory_bytes(hardware.device), program_bytes=max(comm.all_gather_json(program_bytes)),
         compute=tuple(compute), memory=tuple(memory), within=measure_network(bench, node),
         across=measure_network(bench, comm, node.size) if node.size < comm.size else None,
-        write_bandwidth=_write_bandwidth(bench), step_s=1e-9,
+        step_s=1e-9,
     )  # fmt: skip
     corrected = []
     for each in compute:
         ranks = bench if each.ranks == node.size else alone
-        with _threads(each.threads if ranks is bench or node.rank == 0 else 1):
-            corrected.append(replace(each, training=_training_slowdown(ranks, profile, each)))
+        torch.set_num_threads(each.threads if ranks is bench or node.rank == 0 else 1)
+        corrected.append(replace(each, training=_training_slowdown(ranks, profile, each)))
+    torch.set_num_threads(hardware.threads)
     profile = replace(profile, compute=tuple(corrected))
-    return replace(profile, step_s=_unexplained_s(bench, profile))
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+    profile = replace(profile, step_s=_unexplained_s(bench, profile))
+    if max(comm.all_gather_json(bench.elapsed_s)) > BUDGET_S:
+        CheckReport(comm).warn("this took long: if other programs run here, calibrate again without them")
+    return profile
 
 
 def _memory_bytes(device: torch.device) -> int:
@@ -137,18 +129,3 @@ def _small_model(
     source, steps = RandomTokens(config, VOCAB_SIZE), count()
     layout = PlacedLayout(config, VOCAB_SIZE, profile, shape, ranks_per_node, cut)
     return layout, lambda: train_step(trained, source, next(steps))
-
-
-def _write_bandwidth(bench: Bench) -> float:
-    """Measure the bytes a second that rank 0 writes here, until they are on the disk. Collective."""
-    bench.progress("the disk")
-
-    def write() -> float:
-        data = torch.randint(0, 255, (DISK_BYTES,), dtype=torch.uint8, device="cpu").numpy().tobytes()
-        with file_errors(Path.cwd(), "written"), tempfile.TemporaryFile(dir=".", buffering=0) as file:
-            start_s = time.perf_counter()
-            file.write(data)
-            os.fsync(file.fileno())
-            return DISK_BYTES / (time.perf_counter() - start_s)
-
-    return float(bench.comm.broadcast_json(run_on_root(bench.comm, write)))

@@ -19,19 +19,20 @@ from mpilm.comm.shared_memory import SHM_FOLDER
 from mpilm.doctor.measure import time_collective
 from mpilm.engine.hardware import cores_per_rank, software_versions
 from mpilm.errors import RanksDisagreeError
-from mpilm.formatting import format_mebibytes
+from mpilm.formatting import count_noun, format_mebibytes
 from mpilm.telemetry.trace import measure_clock_offset
 
 SLOW = 3.0  # times the median of the ranks
 SMALL_SHM_BYTES = 256 << 20
 CLOCK_SKEW_S = 1.0
+SLOW_LATENCY_S = 2e-4  # Ethernet takes a quarter of that
 
 
 class CheckReport:
     """The outcome of the checks, printed on rank 0."""
 
     def __init__(self, comm: Comm):
-        self.comm, self.failed = comm, list[str]()
+        self.comm, self.failed, self.warnings = comm, list[str](), 0
 
     def print(self, label: str, text: str) -> None:
         if self.comm.rank == 0:
@@ -39,6 +40,7 @@ class CheckReport:
 
     def warn(self, text: str) -> None:
         """Print something that is wrong although a job may run."""
+        self.warnings += 1
         self.print("  warning", text)
 
     def check(self, label: str, passed: bool, detail: str = "") -> None:
@@ -61,11 +63,11 @@ def run_checks(comm: Comm, nbytes: int) -> None:
         _check_clocks(report)
     _check_shared_memory(report, node)
     if report.failed:
-        raise CollectiveError(RanksDisagreeError(
-            f"this MPI gives wrong answers ({', '.join(report.failed)}): do not train with it. Try another MPI module, or the "
-            "mpich wheel (pip install mpich); was mpi4py built for the library above?"
-        ))  # fmt: skip
-    report.print("", "all checks passed")
+        problem = f"this MPI gives wrong answers ({', '.join(report.failed)}): do not train with it"
+        advice = "Try another MPI module, or the mpich wheel (pip install mpich); was mpi4py built for the library above?"
+        raise CollectiveError(RanksDisagreeError(f"{problem}. {advice}"))
+    warnings = f", with {count_noun(report.warnings, 'warning')}" if report.warnings else ""
+    report.print("", f"all checks passed{warnings}")
 
 
 def _print_versions(report: CheckReport) -> None:
@@ -78,7 +80,8 @@ def _print_versions(report: CheckReport) -> None:
         if len(set(values)) > 1:
             report.warn(f"ranks have different {key}: {_count_values(values)}; bits may differ from rank to rank")
     if comm.size == 1:
-        report.warn("only one rank: start with mpirun -n 2 or more to check messages")
+        option = " --allow-run-as-root" if software["mpi"].startswith("Open MPI") and os.getuid() == 0 else ""
+        report.warn(f"only one rank: start with mpirun{option} -n 2 or more to check messages")
 
 
 def _count_values(values: Sequence[str]) -> str:
@@ -139,6 +142,10 @@ def _measure_messages(report: CheckReport, nbytes: int) -> None:
     rates = [nbytes / _one_way_s(comm, peer, torch.empty(nbytes // 4), 1) for peer in range(1, comm.size)]
     report.print("latency", f"{1e6 * min(latencies):.1f} .. {1e6 * max(latencies):.1f} us between rank 0 and the others")
     report.print("bandwidth", f"{min(rates) / 1e9:.2f} .. {max(rates) / 1e9:.2f} GB/s, messages of {format_mebibytes(nbytes)}")
+    if max(latencies) > SLOW_LATENCY_S:
+        slowest = 1 + latencies.index(max(latencies))
+        advice = "end other programs here, ask for whole nodes (sbatch --exclusive), start no more ranks than cores"
+        report.warn(f"messages to rank {slowest} take long: {advice}; between nodes, check that MPI uses the fast network")
     for peer, rate in enumerate(rates, 1):
         slower = statistics.median(rates) / rate
         if slower > SLOW:
@@ -187,10 +194,8 @@ def _check_shared_memory(report: CheckReport, node: Comm) -> None:
         free = min(report.comm.all_gather_json(shutil.disk_usage(SHM_FOLDER).free))
         report.print(SHM_FOLDER, f"{format_mebibytes(free)} free")
         if free < SMALL_SHM_BYTES:
-            report.warn(
-                f"{SHM_FOLDER} is small (a container has 64 MiB by default), and MPI itself may die there of SIGBUS: "
-                "enlarge it (docker: --shm-size 2g)"
-            )
+            problem = "is small (a container has 64 MiB by default), and MPI itself may die there of SIGBUS"
+            report.warn(f"{SHM_FOLDER} {problem}: enlarge it (docker: --shm-size 2g)")
 
 
 def kill_last_rank(comm: Comm) -> None:

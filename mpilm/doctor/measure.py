@@ -5,7 +5,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpilm.comm.base import Comm, SelfComm
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
-from mpilm.formatting import count_noun
+from mpilm.errors import ConfigError
+from mpilm.formatting import count_noun, format_duration
 from mpilm.model.families import build_model
 from mpilm.model.flops import block_matrices, block_numel, saved_floats_per_token
 from mpilm.model.layers import loss_sum
@@ -27,11 +29,13 @@ from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.flat_layout import BUCKET, FlatLayout
 from mpilm.parallel.fsdp import ReleasableBuffer
 from mpilm.parallel.layout import ParamLayout
+from mpilm.parallel.reduce.build import time_collectives
 from mpilm.parallel.reduce.shared_memory import NodeTopology, SharedMemoryReducer
 from mpilm.planner.cost import attention_s, linear_s
 from mpilm.planner.profile import ComputeRates, Curve, MemoryRates, NetworkRates
 
 MEASUREMENT_S = 0.12  # of one measurement, which has three calls at least
+PROGRESS_S, BUDGET_S, LIMIT_S = 5.0, 150.0, 600.0  # between lines; after which a single call must do; for the calibration
 TOKENS, WIDTHS = (128, 512, 2048), (128, 384, 1024, 2048)  # of matrix products
 CONTEXTS, HEAD_WIDTHS = (128, 512, 2048), (32, 64, 128)  # of attention cores
 BLOCKS = ((128, 128), (256, 256), (512, 512), (1024, 1024))  # tokens and width of blocks that are timed as one
@@ -43,7 +47,7 @@ SUMS = (BUCKET // 16, BUCKET, 16 * BUCKET)  # elements, in shared memory
 ForwardBackward = tuple[float, float]  # seconds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
     """The ranks and the device to measure."""
 
@@ -51,10 +55,31 @@ class Bench:
     node: Comm
     device: torch.device
     alone: bool = False  # only the first rank of each node works, and the others wait
+    began_s: float = field(default_factory=time.monotonic)
+    printed_s: float = 0.0
+    task: str = ""
+    done: int = 0  # measurements of this task
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.began_s
 
     def progress(self, text: str) -> None:
+        """Begin a task."""
+        self.task, self.done, self.printed_s = text, 0, self.elapsed_s
         if self.comm.rank == 0:
             print(f"  measuring {text}", file=sys.stderr, flush=True)
+
+    def _count(self, elapsed_s: float) -> None:
+        """Count a measurement; raise CollectiveError if all of them together take too long."""
+        self.done += 1
+        if elapsed_s > LIMIT_S:
+            advice = "end other programs here, and start one rank a core at most; numbers of a busy machine would mislead"
+            raise CollectiveError(ConfigError(f"--calibrate has taken {format_duration(elapsed_s)} and is not done: {advice}"))
+        if self.comm.rank == 0 and elapsed_s > self.printed_s + PROGRESS_S:
+            self.printed_s = elapsed_s
+            text = f"{count_noun(self.done, 'measurement')}, {format_duration(elapsed_s)} since the start"
+            print(f"  measuring {self.task}: {text}", file=sys.stderr, flush=True)
 
     def time_call(self, action: Callable[[], object]) -> float:
         """Return the seconds of one call: the median over the calls of a rank, and over the ranks. Collective."""
@@ -69,28 +94,20 @@ class Bench:
         self.comm.barrier()
         times = list[float]()
         if not self.alone or self.node.rank == 0:
-            timed()
-            until_s = time.perf_counter() + MEASUREMENT_S
-            while len(times) < 3 or (time.perf_counter() < until_s and len(times) < 1000):
+            first_s = timed()
+            until_s, is_late = time.perf_counter() + MEASUREMENT_S, self.elapsed_s > BUDGET_S
+            while not is_late and (len(times) < 3 or (time.perf_counter() < until_s and len(times) < 1000)):
                 times.append(timed())
-        medians = self.comm.all_gather_json(statistics.median(times) if times else 0.0)
+            times = times or [first_s]
+        medians, elapsed_s = zip(*self.comm.all_gather_json([statistics.median(times) if times else 0.0, self.elapsed_s]))
+        self._count(max(elapsed_s))
         return statistics.median(each for each in medians if each > 0)
 
 
 def time_collective(world: Comm, comm: Comm, action: Callable[[], object], calls: int = 5) -> float:
-    """Return the seconds of one call that all ranks of `comm` make: the slowest rank's, the median over the calls.
-
-    Collective over `world`, whose nodes measure at the same time.
-    """
-    times = torch.zeros(calls, dtype=torch.float64, device="cpu")
+    """Return the slowest rank's seconds for one call by all ranks of `comm`, the median of `calls`. Collective over `world`."""
     action()
-    for i in range(calls):
-        comm.barrier()
-        start_s = time.perf_counter()
-        action()
-        times[i] = time.perf_counter() - start_s
-    world.all_reduce(times, "max")
-    return float(times.median())
+    return float(time_collectives(world, comm, [action], calls).median())
 
 
 def measure_rates(bench: Bench, threads: int, ranks: int) -> tuple[list[ComputeRates], list[MemoryRates]]:
@@ -161,10 +178,8 @@ def _rates(
 
 
 def _rest_rates(bench: Bench, rates: ComputeRates, arch: str, tokens: int, width: int) -> tuple[float, ForwardBackward]:
-    """Measure what a block computes besides matrix products and attention: floats that it keeps, and seconds for each.
-
-    One block among several is timed, run in turn as in training: what backward needs has left the cache by then.
-    """
+    """Measure what a block computes besides matrix products and attention: floats that it keeps, and seconds for each. One
+    block among several is timed, run in turn as in training: what backward needs has left the cache by then."""
     shape = ModelConfig(arch=arch, n_layers=1, n_heads=max(1, width // 64), d_model=width, context_length=min(tokens, 512))  # type: ignore[arg-type]
     model = resolve_config(Config(model=shape)).model
     length, saved = model.context_length, tokens * saved_floats_per_token(model, rates.dtype)
@@ -193,7 +208,7 @@ def _rest_rates(bench: Bench, rates: ComputeRates, arch: str, tokens: int, width
 def _memory_operations(size: int, device: torch.device) -> dict[str, Callable[[], object]]:
     """Return an operation on vectors of so many elements for each rate of MemoryRates."""
     a, b, c, d = (torch.full((size,), 0.01, device=device) for _ in range(4))
-    weight, step = torch.zeros(size // 256, 256, device=device, requires_grad=True), torch.ones((), device=device)
+    weight = torch.zeros(size // 256, 256, device=device, requires_grad=True)
     tokens, fresh = torch.arange(512, device=device).remainder(size // 256), ReleasableBuffer(size, device)
 
     def embedding() -> None:
@@ -209,17 +224,14 @@ def _memory_operations(size: int, device: torch.device) -> dict[str, Callable[[]
         "add": lambda: a.add_(b),
         "scale": lambda: a.mul_(0.999),
         "norm": lambda: global_norm([a], SelfComm("alone")),
-        "adamw": lambda: fused_adamw([a], [b], [[c], [d]], step, TrainConfig(), lr=0.0, weight_decay=0.0),
+        "adamw": lambda: fused_adamw([a], [b], [[c], [d]], 1, TrainConfig(), lr=0.0, weight_decay=0.0),
         "embedding": embedding,
         "fresh": touch,
     }
 
 
 def measure_network(bench: Bench, comm: Comm, distance: int = 1) -> NetworkRates | None:
-    """Measure the messages between the ranks of `comm`; a single one goes to the rank that is so far away.
-
-    Collective over the world; None if `comm` has one rank.
-    """
+    """Measure messages between ranks of `comm`, single ones over `distance`; None for one rank. Collective over the world."""
     world, n, device = bench.comm, comm.size, bench.device
     if min(world.all_gather_json(n)) == 1:
         return None

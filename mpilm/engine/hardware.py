@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import time
 import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,10 +40,7 @@ class Hardware:
 
 
 def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardware:
-    """Return the resources of this rank, and configure torch for them. Collective.
-
-    `bind`: restrict the rank to a slice of the node's cores if ranks share them.
-    """
+    """Return the resources of this rank, and configure torch. `bind`: give ranks that share cores a slice each. Collective."""
     node = world.split_node()
     cores = cores_per_rank(node)
     threads = train.threads or parse_omp_threads(os.environ.get("OMP_NUM_THREADS", "")) or max(1, int(cores))
@@ -66,20 +64,16 @@ def _bind_cores(node: Comm, threads: int) -> bool:
     everyone = node.all_gather_json([os.getpid(), sorted(_allowed_cores(), key=_core_position)])
     processes, affinities = {pid for pid, _ in everyone}, [cores for _, cores in everyone]
     cores = slice_affinity(affinities, node.rank, threads)
-    if not cores or len(processes) < node.size or any(name in os.environ for name in BINDING_VARIABLES):
-        return False
-    with contextlib.suppress(OSError, AttributeError):  # a sandbox, or macOS
-        os.sched_setaffinity(0, cores)
-        return True
+    if cores and len(processes) == node.size and not any(name in os.environ for name in BINDING_VARIABLES):
+        with contextlib.suppress(OSError, AttributeError):  # a sandbox, or macOS
+            os.sched_setaffinity(0, cores)
+            return True
     return False
 
 
 def slice_affinity(affinities: Sequence[Sequence[int]], rank: int, threads: int) -> Sequence[int]:
-    """Return this rank's even slice of the node's cores, or nothing if the launcher has already pinned the ranks, if the node
-    has one rank, or if slices would be smaller than the thread count.
-
-    `affinities`: the cores of each rank; neighbours in the list are neighbours on the chip.
-    """
+    """Return this rank's even slice of the node's cores; nothing if the launcher has pinned the ranks, if there is one rank, or
+    if slices would be smaller than the thread count. `affinities`: the cores of each rank, neighbours on the chip adjacent."""
     cores, size = affinities[rank], len(affinities)
     if size == 1 or len(cores) // size < threads or any(other != cores for other in affinities):
         return []
@@ -122,10 +116,7 @@ def _allowed_cores() -> list[int]:
 
 
 def fair_share(affinities: list[list[int]], rank: int, limit: float) -> Fraction:
-    """Return the cores of a rank if each core is shared equally by the ranks of the node that may use it.
-
-    `limit`: cores that all ranks of the node may use together (a cgroup's quota).
-    """
+    """Return a rank's share of cores that several may use. `limit`: cores of all ranks of the node (a cgroup's quota)."""
     users = {core: sum(core in other for other in affinities) for core in affinities[rank]}
     share = sum((Fraction(1, n) for n in users.values()), Fraction(0))
     return min(share, Fraction(limit).limit_denominator(1000) / len(affinities)) if limit < 1e6 else share
@@ -151,32 +142,27 @@ def choose_device(setting: str, node: Comm) -> torch.device:
     return device
 
 
-def measure_peak_flops(device: torch.device, dtype: str) -> tuple[float | None, str]:
+def measure_peak_flops(hardware: Hardware, dtype: str) -> tuple[float | None, str]:
     """Return this rank's peak FLOP/s, or None if it is unknown, and its source: for a GPU the vendor's number, for a CPU the
-    best of a few matrix products, which all ranks of a node should time at once."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    best of a few matrix products, which all ranks of a node should time at once. Ranks that share its cores do not count."""
+    if hardware.device.type == "cuda":
+        name = torch.cuda.get_device_name(hardware.device)
         known = next((peak for key, peak in GPU_PEAKS.items() if key in name), None) if dtype == "bfloat16" else None
         return known, "the vendor's number"
     a, out = torch.ones(2, PROBE_SIZE, PROBE_SIZE, dtype=getattr(torch, dtype))
-    fastest_s = min(timeit.repeat(lambda: torch.mm(a, a, out=out), number=1, repeat=5))
-    return 2 * PROBE_SIZE**3 / fastest_s, f"a product of {PROBE_SIZE} x {PROBE_SIZE} matrices, measured at the start"
+    fastest_s = min(timeit.repeat(lambda: torch.mm(a, a, out=out), timer=time.process_time, number=1, repeat=5))
+    cores = min(hardware.threads, float(hardware.cores))
+    return cores * 2 * PROBE_SIZE**3 / fastest_s, f"a product of {PROBE_SIZE} x {PROBE_SIZE} matrices, measured at the start"
 
 
 def software_versions(world: Comm) -> dict[str, str]:
     """Return the versions of the programs in use, and the processor."""
-    return {
-        "mpilm": mpilm.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "mpi": world.mpi_library,
-        "processor": processor_name(),
-    }
+    programs = {"mpilm": mpilm.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return programs | {"mpi": world.mpi_library, "processor": processor_name()}
 
 
 def software_fingerprint(world: Comm) -> dict[str, str]:
-    """Return what must be equal on all ranks: library versions, and a digest of this package's source, of which nodes may have
-    copies."""
+    """Return what must be equal on all ranks: library versions, and a digest of the source, of which nodes may have copies."""
     files = sorted(Path(mpilm.__file__).parent.rglob("*.py"))
     source = hex_digest(*(part for path in files for part in (path.name.encode(), path.read_bytes())))
     versions = software_versions(world)
@@ -185,20 +171,11 @@ def software_fingerprint(world: Comm) -> dict[str, str]:
 
 def numerics_environment(hardware: Hardware, world: Comm, parallel: ParallelConfig) -> dict[str, str]:
     """Return what may change the last bits of a result although no setting that decides it has changed."""
-    return {
-        **software_versions(world),
-        "threads": str(hardware.threads),
-        "device": hardware.device.type,
-        "compile": str(hardware.compiles).lower(),
-        "exchange": _describe_exchange(parallel),
-    }
-
-
-def _describe_exchange(parallel: ParallelConfig) -> str:
-    """Return how gradients are exchanged (stored in trainer.json, where 0.1.0 wrote these words)."""
+    settings = {"threads": str(hardware.threads), "device": hardware.device.type, "compile": str(hardware.compiles).lower()}
+    exchange = f"compressed to rank {parallel.powersgd_rank}" if parallel.powersgd_rank else parallel.wire_dtype
     if parallel.sync_every:
-        return f"apart for {parallel.sync_every} steps"
-    return f"compressed to rank {parallel.powersgd_rank}" if parallel.powersgd_rank else parallel.wire_dtype
+        exchange = f"apart for {parallel.sync_every} steps"  # stored in trainer.json, where 0.1.0 wrote these words
+    return software_versions(world) | settings | {"exchange": exchange}
 
 
 def processor_name() -> str:

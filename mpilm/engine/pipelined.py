@@ -1,7 +1,4 @@
-"""A model whose stages are distributed over the pipeline axis: this rank's parameters, and forward passes.
-
-What depends on the layout is in this file and train_model.py; what is computed, on which data and how often, is not.
-"""
+"""A model whose stages are distributed over the pipeline axis. All that depends on the layout is here and in train_model.py."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -38,22 +35,11 @@ from mpilm.parallel.tied import TiedParameters
 
 
 class PipelinedModel:
-    """The stages of a model on this rank. Parameters are zero until they are initialised or loaded.
-
-    `blocks_per_stage`: the cut of the model into stages. `alignment`: of the flat vectors, in elements, the same on all ranks.
-    `build_reducer`: makes the gradient reducer of a stage; by default the model only runs forward. The constructor is
-    collective over the mesh, as are the methods that say so.
-    """
+    """The stages of a model on this rank; parameters are zero until they are initialised or loaded. `blocks_per_stage`: the cut
+    into stages. `alignment`: of flat vectors, in elements, equal on all ranks. The constructor is collective over the mesh."""
 
     def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        blocks_per_stage: Sequence[int],
-        vocab_size: int,
-        device: torch.device,
-        alignment: int,
-        build_reducer: Callable[[int, FlatParameters, nn.Module], GradientReducer] = lambda *_: GradientReducer(),
+        self, config: Config, mesh: Mesh, blocks_per_stage: Sequence[int], vocab_size: int, device: torch.device, alignment: int
     ):
         self.config, self.mesh, self.blocks_per_stage, self.device = config, mesh, tuple(blocks_per_stage), device
         self.vocab_size, self.alignment = vocab_size, alignment
@@ -71,7 +57,7 @@ class PipelinedModel:
         for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):
             model, layouts = meta_model(config.model, vocab_size), select_stage(self.layouts, stage)
             self.stages[stage], self.flats[stage], frozen = parallelize(
-                model, stage, blocks_per_stage, layouts, config, mesh, device, alignment, partial(build_reducer, stage)
+                model, stage, blocks_per_stage, layouts, config, mesh, device, alignment, partial(self.make_reducer, stage)
             )
             if frozen is not None:
                 self.frozen[stage] = frozen
@@ -81,13 +67,15 @@ class PipelinedModel:
         self.messenger = StageMessenger(self.pipeline)
         self.token_losses = compiled_token_losses() if config.train.compile else token_losses
 
+    def make_reducer(self, stage: int, flat: FlatParameters, model: nn.Module) -> GradientReducer:
+        """Return the gradient reducer of a stage: none here, where the model only runs forward."""
+        return GradientReducer()
+
     @property
     def local_numel(self) -> int:
         """Parameters that this rank holds permanently: those of its stages, or with ZeRO-3 its shard of them."""
         slices = (item for flat in self.flat_parameters for item in flat.layout.param_slices(flat.values.intervals))
         return sum(item.numel for item in slices)
-
-    # Values.
 
     def init_parameters(self, frozen: bool = True) -> None:
         """Draw the trained parameters, and the `frozen` ones, from (seed, name, shape). Collective."""
@@ -107,8 +95,6 @@ class PipelinedModel:
         """Return the slices of trained parameters that this rank updates."""
         return _owned_slices(self.flats.values())
 
-    # Computation.
-
     def forward(
         self, total: int, fetch: Callable[[int], Batch], output_fn: Callable[[Tensor, Batch], Tensor] = token_losses
     ) -> Mapping[int, Tensor]:
@@ -122,9 +108,7 @@ class PipelinedModel:
 
     def next_logits(self, batches: Mapping[int, Batch], kv_caches: Mapping[int, KVCache]) -> Mapping[int, Tensor]:
         """Return the logits (V,) of the token after each of this replica's sequences, by number, on ranks with the last stage.
-
-        `kv_caches`: of each sequence, on this rank. Collective over the pipeline axis.
-        """
+        `kv_caches`: of each sequence, on this rank. Collective over the pipeline axis."""
         ids = list(batches)
         inputs = StepInputs(batches.__getitem__, ids, output_fn=lambda logits, _: logits[0, -1].float(), kv_caches=kv_caches)
         return self._run_forward(len(ids), inputs)

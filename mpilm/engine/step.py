@@ -12,6 +12,7 @@ from torch import Tensor
 from mpilm.comm.base import Comm
 from mpilm.data.batch import Batch, Batches
 from mpilm.engine.pipelined import PipelinedModel
+from mpilm.engine.state_check import check_state, state_mismatch
 from mpilm.engine.train_model import TrainModel
 from mpilm.optim.optimizer import learning_rate
 
@@ -30,6 +31,7 @@ class StepFlags(NamedTuple):
 
     stop_reason: int = 0  # agreed: the highest (launch/stop_request.py; 0: none), below STOP_REASON_COUNT
     checkpoint_pending: bool = False  # agreed: whether any rank is still writing a checkpoint
+    state_mismatch: float = 0.0  # agreed: the sum; 0 unless bits are wrong (engine/state_check.py)
 
 
 NO_FLAGS = StepFlags()
@@ -49,10 +51,7 @@ class StepResult:
 def train_step(
     model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS, max_loss: float = math.inf
 ) -> StepResult:
-    """Forward, backward, reduce gradients, clip, update. Collective over the mesh.
-
-    If the loss or the gradient is not finite, or the loss above `max_loss`, no rank updates anything.
-    """
+    """Forward, backward, reduce gradients, clip; update if all is finite and the loss at most `max_loss`. Collective."""
     loss, norm, flags = forward_backward(model, source, step, flags)
     updated = math.isfinite(loss) and math.isfinite(norm) and loss <= max_loss
     lr = optimizer_step(model, step, norm) if updated else learning_rate(model.config.train, step)
@@ -64,13 +63,16 @@ def train_step(
 def forward_backward(
     model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS
 ) -> tuple[float, float, StepFlags]:
-    """Return the loss of a step, the norm of its gradient (left in `model.sums`) and the agreed flags. Collective over the
-    mesh."""
+    """Return loss and gradient norm of a step, and the agreed flags. The gradient is left in `model.sums`. Collective."""
     tokens, recorder = max(1, source.target_tokens(step)), model.mesh.recorder
     model.forward_backward(step, partial(source.training_batch, step), tokens)
     with recorder.span("compute"):  # waits for a GPU
         losses = {m: float(loss) for m, loss in model.results().items()}
+    with recorder.span("optimizer"):
+        flags = flags._replace(state_mismatch=state_mismatch(model, step))
     loss, flags = reduce_loss_and_flags(losses, model.microbatch_count, model.mesh.world, flags)
+    if flags.state_mismatch:  # before wrong weights are updated
+        check_state(model, step)
     with recorder.span("optimizer"):
         return loss / tokens, model.gradient_norm(), flags
 
@@ -87,8 +89,7 @@ def optimizer_step(model: TrainModel, step: int, norm: float) -> float:
 
 
 def validation_loss(model: PipelinedModel, batches: Batches, eval_batches: int) -> float:
-    """Return the mean loss per token, in nats, over so many global batches of held-out text (0: all), the same on every
-    layout. Collective over the mesh."""
+    """Return the mean loss per token, in nats, over so many global batches of held-out text (0: all). Collective."""
     total = batches.eval_microbatches(eval_batches)
     losses = model.forward(total, batches.evaluation_batch)
     return total_loss(losses, total, model.mesh.world) / max(1, batches.eval_targets(eval_batches))
@@ -102,15 +103,12 @@ def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm) -> 
 def reduce_loss_and_flags(
     losses: Mapping[int, Tensor | float], total: int, comm: Comm, flags: StepFlags
 ) -> tuple[float, StepFlags]:
-    """Return the total loss and the agreed flags, in a single all-reduce. Collective.
-
-    The vector holds the loss of each microbatch, a one-hot stop reason, and whether a checkpoint is pending. Each loss comes
-    from one rank and meets only zeros, so the sum is exact.
-    """
-    packed = torch.zeros(total + STOP_REASON_COUNT + 1, dtype=torch.float64, device="cpu")
+    """Return the total loss and the agreed flags, in one all-reduce of the loss of each microbatch, a one-hot stop reason, and
+    the other flags. Each loss comes from one rank and meets only zeros, so the sum is exact. Collective."""
+    packed = torch.zeros(total + STOP_REASON_COUNT + 2, dtype=torch.float64, device="cpu")
     for microbatch, loss in losses.items():
         packed[microbatch] = float(loss)
     packed[total + flags.stop_reason] = 1.0
-    packed[-1] = flags.checkpoint_pending
+    packed[-2], packed[-1] = flags.checkpoint_pending, flags.state_mismatch
     comm.all_reduce(packed)
-    return sum(packed[:total].tolist()), StepFlags(int(packed[total:-1].nonzero().max()), bool(packed[-1]))
+    return sum(packed[:total].tolist()), StepFlags(int(packed[total:-2].nonzero().max()), bool(packed[-2]), float(packed[-1]))

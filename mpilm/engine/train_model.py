@@ -18,6 +18,7 @@ from mpilm.mesh.mesh import Mesh
 from mpilm.ops.tree import Interval, block_of_rank
 from mpilm.optim.norm import compile_row_sum, global_norm
 from mpilm.optim.optimizer import Optimizer, moment_shapes
+from mpilm.parallel.digests import StateDigests
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_stage, select_trained
@@ -38,13 +39,7 @@ class TrainModel(PipelinedModel):
     ):
         self.reducers: dict[int, StepReducer | MicrobatchRoundReducer] = {}
         self.reduce_timings: dict[str, float] = {}  # seconds of each method of reduction that was timed
-        comm = mesh.comm(*REDUCE_AXES)
-
-        def build(stage: int, flat: FlatParameters, model: nn.Module) -> StepReducer | MicrobatchRoundReducer:
-            self.reducers[stage] = build_reducer(flat, model, comm, config, self.reduce_timings)
-            return self.reducers[stage]
-
-        super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment, build)
+        super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment)
         self.is_local_sgd = config.parallel.sync_every > 0  # replicas train independently and synchronize every few steps
         self.row_sum = compile_row_sum() if config.train.compile and device.type == "cuda" else None
         self.sums = {stage: reducer.sums for stage, reducer in self.reducers.items()}  # the summed gradients, by stage
@@ -60,15 +55,27 @@ class TrainModel(PipelinedModel):
             self.microbatch_ids = range(self.data.rank, self.microbatch_count, self.data.size)
         diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
         self.optimizer = Optimizer(self.flats, config.train, diloco)
+        self.replicates_moments = self.zero == 0 and not self.is_local_sgd and self.reduce_comm.size > 1
+        # Replicas compare the moments that they share; a digest of their own would cost more than that of the weights.
+        self.digests = StateDigests(self.flat_parameters, {} if self.replicates_moments else self.optimizer.state_slices())
         owned = {layout.name: layout for layout in select_owned(select_trained(self.layouts))}
-        self.moment_shapes = moment_shapes(config.train.optimizer, owned, self.is_local_sgd)  # global, by name and parameter
+        # Global shapes of all tensors of the state, by kind and parameter.
+        self.state_shapes = {PARAMETER: self.shapes, **moment_shapes(config.train.optimizer, owned, self.is_local_sgd)}
         actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatch_count(config, mesh.shape))
         self.program = lower(actions[self.pipeline.rank], len(blocks_per_stage), len(self.microbatch_ids))
+
+    def make_reducer(self, stage: int, flat: FlatParameters, model: nn.Module) -> StepReducer | MicrobatchRoundReducer:
+        self.reducers[stage] = build_reducer(flat, model, self.reduce_comm, self.config, self.reduce_timings)
+        return self.reducers[stage]
 
     def are_replicas_in_sync(self, done: int) -> bool:
         """Return whether all replicas have the same weights after `done` steps."""
         diloco = self.optimizer.diloco
         return diloco is None or diloco.is_due(done, self.config.train.steps)
+
+    def all_gather_parameters(self) -> None:
+        with self.digests.recording():
+            super().all_gather_parameters()
 
     def sync_replicas(self) -> None:
         """Synchronize replicas that train independently. Collective over the mesh."""
@@ -83,13 +90,14 @@ class TrainModel(PipelinedModel):
         for reducer in self.reducers.values():
             reducer.reset_residuals()
 
-    # Contents of checkpoints and their owners.
-
     @property
     def saved_bytes(self) -> int:
         """Bytes of all tensors of a checkpoint."""
-        of_moments = [shape for shapes in self.moment_shapes.values() for shape in shapes.values()]
-        return 4 * sum(map(prod, [*self.shapes.values(), *of_moments]))
+        return 4 * sum(prod(shape) for shapes in self.state_shapes.values() for shape in shapes.values())
+
+    def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
+        """Return the slices of parameters and moments that this rank updates, by kind; all kinds on every rank."""
+        return {PARAMETER: self.owned_slices(), **self.optimizer.state_slices()}
 
     @cached_property
     def shard_owners(self) -> dict[str, list[tuple[int, int, list[int]]]]:
@@ -109,10 +117,7 @@ class TrainModel(PipelinedModel):
         return owners
 
     def memory_bytes(self) -> dict[str, int]:
-        """Return this rank's bytes of weights, moments, partial gradient sums and their exchange.
-
-        passing: weights and gradients that are full only while they are used.
-        """
+        """Return this rank's bytes, by part. "passing": weights and gradients that are full only while they are used."""
         weights = 4 * sum(flat.values.tensor.numel() for flat in self.flat_parameters)
         held = {"weights": weights, "moments": self.optimizer.memory_bytes, "gradients": 0, "exchange": 0, "passing": 0}
         for stage, reducer in self.reducers.items():
@@ -125,8 +130,6 @@ class TrainModel(PipelinedModel):
     def shared_bytes(self) -> int:
         """Bytes of gradients in memory that other ranks of the node map too."""
         return sum(reducer.shared_bytes for reducer in self.reducers.values())
-
-    # Gradients.
 
     def gradient_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the summed gradient of the parameter slices that this rank updates."""
@@ -162,9 +165,7 @@ class TrainModel(PipelinedModel):
 
 def load_checkpoint_state(model: TrainModel, checkpoint: Path, updates: int, world: Comm) -> None:
     """Load weights and moments of a verified checkpoint, taken after `updates` updates. Collective."""
-    slices = {PARAMETER: model.owned_slices(), **model.optimizer.state_slices()}
-    shapes = {PARAMETER: model.shapes, **model.moment_shapes}
-    load_checkpoint(checkpoint, slices, shapes, model.config.model, world, (OUTER_MOMENTUM,))
+    load_checkpoint(checkpoint, model.state_slices(), model.state_shapes, model.config.model, world, OUTER_MOMENTUM)
     model.optimizer.set_step(updates)
     model.reset_residuals()
     model.all_gather_parameters()

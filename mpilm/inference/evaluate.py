@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpilm.checkpoint.format import checkpoint_step
+from mpilm.checkpoint.format import checkpoint_step, read_trainer
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config.parse import merge_settings
@@ -22,15 +22,15 @@ from mpilm.config.schema import Config, DataConfig, flag_of
 from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus, open_corpus
 from mpilm.data.files import file_errors, read_json, write_durably
-from mpilm.data.objective import MaskedObjective, Objective, make_objective
+from mpilm.data.objective import Objective, make_objective
 from mpilm.data.order import mix_key
 from mpilm.data.token_files import document_starts, find_prefix
-from mpilm.data.tokenizer import Tokenizer
+from mpilm.data.tokenizer import Tokenizer, fit_to_model, tokenizer_from_spec
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.formatting import ProgressLine
 from mpilm.inference.arguments import EvaluateArguments, to_config
-from mpilm.inference.load import config_from_folder, load_model, load_model_tokenizer
+from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.layers import IGNORE_INDEX
 
 MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text
@@ -43,20 +43,15 @@ class EvalWindows:
     start: np.ndarray  # first token
     stop: np.ndarray  # the one after the last
     document: np.ndarray  # number of the document
+    length: int  # tokens read in a window, at most
 
 
 def cut_windows(segments: np.ndarray, length: int, causal: bool) -> EvalWindows:
-    """Cut each segment [segments[i], segments[i + 1]) into windows of `length` read tokens, the last one shorter.
-
-    A causal window has one token more, with which the next one begins; a window of one token predicts nothing.
-    """
-    starts, stops, documents = [], [], []
-    for number, (first, end) in enumerate(pairwise(segments.tolist())):
-        begin = np.arange(first, end - causal, length, dtype=np.int64)
-        starts.append(begin)
-        stops.append(np.minimum(begin + length + causal, end))
-        documents.append(np.full(len(begin), number))
-    return EvalWindows(np.concatenate(starts), np.concatenate(stops), np.concatenate(documents))
+    """Cut each segment [segments[i], segments[i + 1]) into windows of `length` read tokens, the last one shorter. A causal
+    window has one token more, with which the next one begins; a window of one token predicts nothing."""
+    starts = [np.arange(first, end - causal, length, dtype=np.int64) for first, end in pairwise(segments.tolist())]
+    start, document = np.concatenate(starts), np.repeat(np.arange(len(starts)), [len(each) for each in starts])
+    return EvalWindows(start, np.minimum(start + length + causal, segments[document + 1]), document, length)
 
 
 def group_windows(sizes: np.ndarray, max_rows: int) -> list[tuple[int, int]]:
@@ -114,17 +109,15 @@ def score_documents(segments: np.ndarray, windows: EvalWindows, table: np.ndarra
         yield {"document": number, "tokens": tokens, "targets": int(targets), **scores}
 
 
-# The command.
-
-
 def evaluate_model(arguments: EvaluateArguments, world: Comm) -> None:
     """Score a text, print the result and write it. Collective."""
     config, data = run_on_all_ranks(world, lambda: _resolve_inputs(arguments))
-    tokenizer = run_on_all_ranks(world, lambda: load_model_tokenizer(config.data, config.model))
+    spec = config.data.tokenizer
+    tokenizer = run_on_all_ranks(world, lambda: fit_to_model(tokenizer_from_spec(spec, arguments.held_out), config.model))
     model = load_model(config, world)
     corpus = open_corpus(data, world.with_options(gpu_aware=False, yield_while_waiting=True), eos=arguments.held_out)
     objective = make_objective(config.model, config.data, tokenizer)
-    run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, objective, config, arguments.held_out))
+    run_on_all_ranks(world, lambda: _check_corpus(corpus, tokenizer, config, arguments.held_out))
     segments = run_on_all_ranks(world, lambda: _find_segments(data, arguments, corpus))
     windows = cut_windows(segments, config.model.context_length, objective.is_causal)
     if not windows.start.size:
@@ -142,14 +135,15 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
             raise ConfigError(f"{flag_of(f'data.{key}')} is for training; evaluate reads running text, window by window")
     if arguments.held_out and config.data != DataConfig():
         raise ConfigError("--held-out true scores what the run has held out of its own text; omit the --data settings")
-    resolved = config_from_folder(config, arguments.model.context_length)
+    run = read_run_config(config.model.init_from)
+    resolved = config_from_folder(config, arguments.model.context_length or (run.model.context_length if run else 0))
     if not arguments.held_out:
         is_prepared = config.data.source and find_prefix(config.data.source)  # prepared tokens name their tokenizer
         return resolved, config.data if is_prepared else resolved.data
-    folder = Path(config.model.init_from).expanduser()
-    if not (folder / "trainer.json").is_file():
+    folder = config.model.init_from
+    if run is None:
         raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
-    data = merge_settings(Config(), read_json(folder / "trainer.json")["config"], str(folder / "trainer.json")).data
+    data = replace(run.data, tokenizer=folder) if resolved.model.arch == "qwen" else run.data  # 0.1.0 trained other tokenizers
     for is_refused, reason in (
         (data.format == "chat", "the run was trained on conversations, and only running text can be scored"),
         (len(data.path) > 1, "the run has mixed several corpora; score each with --data.path"),
@@ -160,17 +154,20 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
     return resolved, data
 
 
-def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, objective: Objective, config: Config, held_out: bool) -> None:
+def read_run_config(folder: str) -> Config | None:
+    """Return the settings of the run whose checkpoint, of a model or an adapter, the folder is; None for other folders."""
+    trainer = Path(folder).expanduser() / "trainer.json"
+    return merge_settings(Config(), read_json(trainer).get("config", {}), str(trainer)) if trainer.is_file() else None
+
+
+def _check_corpus(corpus: Corpus, tokenizer: Tokenizer, config: Config, held_out: bool) -> None:
     """Raise ConfigError if the tokens do not match the model, or the text is not what the run has held out."""
     folder = config.model.init_from
     if corpus.tokenizer.with_mask().digest != tokenizer.with_mask().digest:
-        raise ConfigError(
-            f"--data.path {corpus.source} was tokenized with another tokenizer than that of {folder}; pass the text itself"
-        )
-    if held_out and read_json(Path(folder).expanduser() / "trainer.json")["content"]["data.path"] != corpus.fingerprint:
+        problem = f"was tokenized with another tokenizer than that of {folder}"
+        raise ConfigError(f"--data.path {corpus.source} {problem}; pass the text itself")
+    if held_out and read_trainer(Path(folder).expanduser())["content"].get("data.path") != corpus.fingerprint:
         raise ConfigError(f"--held-out true: {corpus.source} is no longer the text that the run was trained on")
-    if isinstance(objective, MaskedObjective) and objective.tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(f"--data.tokenizer {config.data.tokenizer} has no [MASK] token, which a bert model needs")
 
 
 def _find_segments(data: DataConfig, arguments: EvaluateArguments, corpus: Corpus) -> np.ndarray:
@@ -187,7 +184,7 @@ def _write_results(
     arguments: EvaluateArguments, corpus: Corpus, segments: np.ndarray, windows: EvalWindows, table: np.ndarray, masked: bool
 ) -> None:
     tokens = int(segments[-1] - segments[0])
-    result: dict[str, Any] = {"model": arguments.model.init_from, "text": corpus.source}
+    result: dict[str, Any] = {"model": arguments.model.init_from, "text": corpus.source, "context_length": windows.length}
     result |= summarize_scores(table, tokens, corpus.bytes_per_token * tokens, masked)
     if not math.isfinite(result["loss"]):
         raise NonFiniteError(f"the loss is {result['loss']}: weights in {arguments.model.init_from} are not finite")
@@ -195,13 +192,15 @@ def _write_results(
     with file_errors(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
-    for name, value in result.items():
-        print(f"{name:<16}{value:.8g}" if isinstance(value, float) else f"{name:<16}{value}")
-    print(f"written to      {folder / 'evaluation.json'}")
+    source = "the length that the run trained with" if read_run_config(result["model"]) else "the model's context length"
+    source = "--model.context-length" if arguments.model.context_length else source
+    result |= {"windows": f"of {windows.length} tokens: {source}", "written to": folder / "evaluation.json"}
     if arguments.documents:
         lines = (json.dumps(row) + "\n" for row in score_documents(segments, windows, table))
         write_durably(folder / "documents.jsonl", "".join(lines).encode())
-        print(f"documents       {folder / 'documents.jsonl'}", flush=True)
+        result["documents"] = folder / "documents.jsonl"
+    for name, value in result.items():
+        print(f"{name:<16}{value:.8g}" if isinstance(value, float) else f"{name:<16}{value}", flush=True)
 
 
 def _results_folder(init_from: str, run_dir: str) -> Path:

@@ -16,18 +16,16 @@ from mpilm.config.schema import Config, GenerateConfig
 from mpilm.data.batch import Batch
 from mpilm.data.chat import ChatTemplate, find_chat_template
 from mpilm.data.files import is_valid_utf8, parse_json, read_bytes
-from mpilm.data.tokenizer import Tokenizer
+from mpilm.data.tokenizer import Tokenizer, fit_to_model, tokenizer_from_spec
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.formatting import ProgressLine
-from mpilm.inference.load import config_from_folder, load_model, load_model_tokenizer
+from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.sequence_info import KVCache
 
 
 @dataclass
 class GeneratedSequence:
-    """A sequence being generated."""
-
     tokens: list[int]
     window: int  # tokens that the model attends to
     capacity: int  # tokens that the whole sequence can have
@@ -50,17 +48,11 @@ class GeneratedSequence:
 
 @torch.no_grad()
 def generate(
-    model: PipelinedModel,
-    prompts: Mapping[int, list[int]],
-    settings: GenerateConfig,
-    eos: int,
+    model: PipelinedModel, prompts: Mapping[int, list[int]], settings: GenerateConfig, eos: int,
     on_done: Callable[[int], None] = lambda number: None,
-) -> dict[int, list[int]]:
-    """Return the tokens that follow each prompt (not empty; by number), at most max-tokens, up to `eos`.
-
-    The model attends to the last context-length tokens. A text depends only on its prompt, its number and the settings.
-    Collective over the pipeline axis, whose ranks pass the same prompts; with ZeRO-3 over the whole mesh.
-    """
+) -> dict[int, list[int]]:  # fmt: skip
+    """Return what follows each prompt (not empty; by number), at most max-tokens, up to `eos`. A text depends on its prompt,
+    number and the settings alone. Collective over the pipeline axis with the same prompts; with ZeRO-3 over the whole mesh."""
     in_flight = 2 * len(model.blocks_per_stage) if len(model.blocks_per_stage) > 1 else 1  # so that no stage idles long
     numbers, window = list(prompts) if settings.max_tokens else [], model.config.model.context_length
     generated = {number: list[int]() for number in prompts}
@@ -96,8 +88,7 @@ def _sample_tokens(
 
 
 def sample_token(logits: Tensor, settings: GenerateConfig, generator: torch.Generator) -> int:  # (V,)
-    """Draw a token from the logits after temperature, top-k and top-p (Holtzman et al., arXiv 1904.09751). Raises
-    NonFiniteError if the logits are not finite."""
+    """Draw a token after temperature, top-k and top-p (Holtzman et al., arXiv 1904.09751). Raises NonFiniteError."""
     if not torch.isfinite(logits).all():
         raise NonFiniteError("the model's logits are not finite; its weights probably are not either")
     if settings.temperature == 0.0:
@@ -111,14 +102,11 @@ def sample_token(logits: Tensor, settings: GenerateConfig, generator: torch.Gene
     return int(tokens[torch.multinomial(probs, 1, generator=generator)])
 
 
-# The command.
-
-
 def generate_texts(config: Config, world: Comm) -> None:
     """Print a prompt and its continuation; for a file of prompts, a JSON object each: prompt, text. Collective."""
     config = run_on_all_ranks(world, lambda: config_from_folder(config))
     settings = config.generate
-    tokenizer = run_on_all_ranks(world, lambda: load_model_tokenizer(config.data, config.model))
+    tokenizer = run_on_all_ranks(world, lambda: fit_to_model(tokenizer_from_spec(config.data.tokenizer), config.model))
     template = run_on_all_ranks(world, lambda: _load_template(config))
     prompts: list[str] = world.broadcast_json(run_on_root(world, lambda: _read_prompts(settings)))
     model = load_model(config, world)
@@ -170,7 +158,7 @@ def _read_prompts(settings: GenerateConfig) -> list[str]:
 
 def _parse_prompt(line: str, place: str) -> str:
     value = parse_json(line, place)
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+    if not isinstance(value.get("prompt"), str):
         raise DataError(f'{place} is not an object with a "prompt" that is a string')
     if not is_valid_utf8(value["prompt"]):
         raise DataError(f"{place} contains half a surrogate pair, which is not text")

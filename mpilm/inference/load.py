@@ -6,8 +6,7 @@ from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_f
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import check_same_on_all_ranks, run_on_all_ranks
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, DataConfig, ModelConfig, flatten, override, resolve_config
-from mpilm.data.tokenizer import Tokenizer, check_vocab_fits, tokenizer_from_spec
+from mpilm.config.schema import Config, flatten, override, resolve_config
 from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.pipelined import PipelinedModel, load_initial_weights
 from mpilm.errors import ConfigError
@@ -42,13 +41,6 @@ def load_model(config: Config, world: Comm) -> PipelinedModel:
     model = PipelinedModel(config, Mesh(shape, world), blocks_per_stage, config.model.vocab_size, hardware.device, ALIGNMENT)
     load_initial_weights(model, world)
     return model
-
-
-def load_model_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
-    """Return the tokenizer of a config from `config_from_folder`; raise ConfigError if its ids exceed the model's rows."""
-    tokenizer = tokenizer_from_spec(data.tokenizer)
-    check_vocab_fits(tokenizer, model)
-    return tokenizer
 
 
 def _mesh_shape(config: Config, ranks: int) -> MeshShape:

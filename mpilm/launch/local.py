@@ -5,12 +5,15 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from mpilm.errors import UserError
+from mpilm.errors import UserError, is_first_process
 
 
 def run_local(main: Callable[[], Callable[[], None]]) -> NoReturn:
-    """Run a command and exit with its code. `main` parses the command line and returns the function to call."""
+    """Run a command and exit with its code. `main` parses the command line and returns the function to call. Of the processes
+    that a launcher starts, the first one alone prints."""
     code = 0
+    if not is_first_process():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         main()()
         sys.stdout.flush()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mpilm.comm.processes import process_fields
 from mpilm.errors import ConfigError
 
 LOCK_NAME = "lock.json"
@@ -88,7 +89,7 @@ def _acquire(path: Path, stale: dict[str, Any] | None, holder: dict[str, Any]) -
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the holder; None if the file does not exist or does not name one."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         holder = json.loads(path.read_text(encoding="utf-8"))
         return holder if isinstance(holder, dict) else None
     return None
@@ -104,11 +105,8 @@ def _system_id() -> str:
 
 def _start_ticks(pid: Any) -> int:
     """Return when a process started, in kernel ticks, since ids are reused; 0 if it does not exist or is a zombie."""
-    try:
-        state, *numbers = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
-        return 0 if state in "ZX" else int(numbers[18])
-    except (OSError, ValueError, TypeError, IndexError):
-        return 0
+    fields = process_fields(pid)
+    return int(fields[20]) if fields and fields[1] not in "ZX" else 0
 
 
 def _last_touch(path: Path) -> float:

@@ -14,7 +14,11 @@ from typing import Any, NoReturn
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks
-from mpilm.errors import ConfigError, LostRankError, PreemptedError, UserError, is_first_process
+from mpilm.comm.flight_recorder import FlightRecorder
+from mpilm.comm.instrumented import InstrumentedComm
+from mpilm.errors import RANK_VARIABLES, ConfigError, LostRankError, PreemptedError, UserError, is_first_process, to_user_error
+from mpilm.launch.start import watch_start
+from mpilm.launch.watchdog import MIN_LIMIT_S, Watchdog
 
 Body = Callable[[Comm], None]
 ROOT_FIRST_S = 0.5  # delay of the other ranks when a terminal interrupts all of them
@@ -24,22 +28,26 @@ SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PA
 
 
 def run(parse: Callable[[], Body]) -> NoReturn:
-    """Run a command on every rank and exit.
-
-    `parse` validates the arguments without communication and returns the function to call with the world.
-    """
+    """Run a command on every rank and exit. `parse` validates the arguments without communication and returns the function to
+    call with the world; its attribute `step_timeout_s`, if any, is the limit of the watchdog."""
     faulthandler.enable()  # a fatal signal prints the stack of this rank
-    faulthandler.dump_traceback_later(START_TIMEOUT_S, exit=True)  # if some ranks never start, or hang before they meet
-    comm = connect_world()
-    _exit_with_launcher()
+    faulthandler.dump_traceback_later(START_TIMEOUT_S, exit=True)  # if MPI does not start, which holds the interpreter lock
     if FAULT_VARIABLE in os.environ:
         from mpilm.testing.faults import install_faults
 
-        install_faults(os.environ[FAULT_VARIABLE], comm.rank)
+        install_faults(os.environ[FAULT_VARIABLE], launcher_rank())
+    recorder, outcome = FlightRecorder(), _parse_or_stop(parse)
+    recorder.step_timeout_s = getattr(outcome[0], "step_timeout_s", 0.0)
+    with watch_start(launcher_rank(), launcher_world_size() or 1, recorder.step_timeout_s or MIN_LIMIT_S):
+        comm = InstrumentedComm(connect_world(), recorder=recorder)
+        watchdog = Watchdog(recorder, comm)
+    faulthandler.cancel_dump_traceback_later()
+    _exit_with_launcher()
     try:
-        code = _run_command(comm, parse)
+        code = _run_command(comm, *outcome)
     except BaseException as error:  # of any kind: the other ranks must not wait for this one
         _abort_job(comm, error)
+    watchdog.close()
     sys.stdout.flush()
     sys.stderr.flush()
     if "mpilm.comm.mpi" in sys.modules:
@@ -47,12 +55,11 @@ def run(parse: Callable[[], Body]) -> NoReturn:
     sys.exit(code)
 
 
-def _run_command(comm: Comm, parse: Callable[[], Body]) -> int:
-    """Return the exit code of a command that ends in an orderly way on every rank."""
+def _run_command(comm: Comm, body: Body | None, stop: Any, error: UserError | None) -> int:
+    """Return the exit code of a command that ends in an orderly way on every rank, from what `_parse_or_stop` has returned."""
     try:
-        body, stop = run_on_all_ranks(comm, lambda: _parse_or_stop(parse))
+        run_on_all_ranks(comm, lambda: _raise_if(error))
         stops = [stop for stop in comm.all_gather_json(stop) if stop]
-        faulthandler.cancel_dump_traceback_later()  # all ranks have started
         if not stops:
             assert body is not None
             body(comm)
@@ -72,14 +79,24 @@ def _run_command(comm: Comm, parse: Callable[[], Body]) -> int:
     return int(code)
 
 
-def _parse_or_stop(parse: Callable[[], Body]) -> tuple[Body | None, Any]:
-    """Return the function to call, or the text and exit code of a SystemExit, of which the parser's has both as arguments."""
+def _parse_or_stop(parse: Callable[[], Body]) -> tuple[Body | None, Any, UserError | None]:
+    """Return the function to call, or the text and exit code of a SystemExit, or the error of the arguments. The parser's
+    SystemExit has text and code as arguments."""
     try:
-        return parse(), None
+        return parse(), None, None
     except SystemExit as stop:
         if len(stop.args) == 2:
-            return None, stop.args
-        return None, (f"{stop.code}\n", 1) if isinstance(stop.code, str) else ("", stop.code or 0)
+            return None, stop.args, None
+        return None, (f"{stop.code}\n", 1) if isinstance(stop.code, str) else ("", stop.code or 0), None
+    except Exception as error:
+        if (problem := to_user_error(error)) is None:
+            raise
+        return None, None, problem
+
+
+def _raise_if(error: UserError | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _abort_job(comm: Comm, error: BaseException) -> NoReturn:
@@ -88,6 +105,7 @@ def _abort_job(comm: Comm, error: BaseException) -> NoReturn:
         os._exit(141)  # the reader of the output has exited, as in `| head`
     if comm.is_rank_failure(error):
         error = LostRankError(f"another rank has failed ({error}); the same command resumes from the newest checkpoint")
+    error = to_user_error(error) or error
     where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     if isinstance(error, UserError):
         code, text = error.code, f"mpilm: error on {where}: {error}\n"
@@ -112,16 +130,19 @@ def _exit_with_launcher() -> None:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
+def launcher_rank() -> int:
+    """Return the rank that a launcher has given to this process; 0 without a known launcher."""
+    return next((int(os.environ[v]) for v in RANK_VARIABLES if os.environ.get(v, "").isdigit()), 0)
+
+
 def launcher_world_size() -> int | None:
     """Return the number of ranks that a launcher says it has started; None without a known launcher."""
     return next((int(os.environ[v]) for v in SIZE_VARIABLES if os.environ.get(v, "").isdigit()), None)
 
 
 def connect_world() -> Comm:
-    """Return MPI's world, or one rank if no MPI is installed and no launcher was used.
-
-    Exits when the launcher belongs to another MPI than the library: each rank would train by itself.
-    """
+    """Return MPI's world, or one rank if no MPI is installed and no launcher was used. Exits when the launcher belongs to
+    another MPI than the library: each rank would train by itself."""
     announced = launcher_world_size() or 1
     try:
         from mpilm.comm.mpi import mpi_library_name, mpi_world

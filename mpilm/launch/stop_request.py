@@ -19,11 +19,9 @@ BY_FILE, BY_TIME_LIMIT, BY_SLURM = 3, 4, 5
 
 
 class StopRequest:
-    """Stop requests to one rank, as indices of STOP_REASONS: the ranks agree on the largest.
-
-    The run stops when `file` appears and after `limit_s` seconds; 0: at the end of the SLURM job, if any. `query_slurm`:
-    this rank may ask SLURM for that end if the environment does not tell it (before 23.02).
-    """
+    """Stop requests to one rank, as indices of STOP_REASONS: the ranks agree on the largest. The run stops when `file` appears
+    and after `limit_s` seconds; 0: at the end of the SLURM job, if any. `query_slurm`: this rank may ask SLURM for that end if
+    the environment does not tell it (before 23.02)."""
 
     def __init__(self, file: Path, limit_s: float, query_slurm: bool = True):
         self.file, self._file_seen, self._polled = file, False, 0.0

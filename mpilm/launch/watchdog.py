@@ -1,7 +1,8 @@
-"""A watchdog that ends a job that hangs and reports which rank waits for which.
+"""A watchdog that ends a job in which a rank stands still, in any phase, and reports which rank waits for which.
 
-A thread on every rank checks how long the current phase has lasted. A rank past its limit writes a snapshot of its state; the
-lowest of these ranks reports on all of them and ends the job.
+A thread on every rank proves each second that its process lives, and notes when its rank last moved: finished a call or,
+outside of known steps, computed, read or wrote. A rank that waits for others does not stand still. Each rank watches itself and
+the ranks of its node, each node its neighbours (heartbeat.py). The first to find one past its limit reports and ends the job.
 """
 
 import contextlib
@@ -10,46 +11,60 @@ import faulthandler
 import json
 import math
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mpilm.comm.base import Comm
 from mpilm.comm.flight_recorder import FlightRecorder, locate_caller
+from mpilm.comm.processes import process_fields, work_of_other_threads
 from mpilm.formatting import name_ranks
+from mpilm.launch.hang_report import Snapshot, describe_call, describe_phase, describe_process, format_report
+from mpilm.launch.heartbeat import MOVED, REPORTED, TICK, WAITING, HeartbeatTable, NodeLinks, shared_path
 
 EXIT_CODE = 86
 TICK_S = 1.0
 SUSPENDED_S = 10.0  # a tick later than this: the machine slept, or the job was suspended and resumed
-TIMEOUT_FACTOR = 20  # times the longest phase of its kind so far
-MIN_TIMEOUT_S = 60.0  # least learned limit
-FIRST_TIMEOUT_S = 3600.0  # limit of a phase that has not run before
-SIGNALLED_TIMEOUT_S = 5.0  # limit of a step after a signal has asked the run to stop
-GRACE_S = 5.0  # wait for other ranks to reach their limits
-PREPARATION = "preparation"  # the corpus is prepared, without a limit: it may take days, and prints its progress
-EXITING = "exiting"  # only the exit barrier is left
-
-Snapshot = Mapping[str, Any]  # state of a rank, as written to its file
+LIMIT_FACTOR = 20  # times the longest phase of its kind so far
+MIN_LIMIT_S = 60.0  # least limit that is not stated
+FIRST_LIMIT_S = 600.0  # limit of a rank that does nothing in a phase that has not run before: a file system may be slow
+SIGNALLED_LIMIT_S = 5.0  # limit of a step after a signal has asked the run to stop
+GRACE_S = 3.0  # for the other ranks to write down what they do
+NOTICE_S = 30.0  # between lines that say what rank 0 waits for
+IDLE_CPU = 0.001  # cores that the other threads of a process that does nothing may use
 
 
 class Watchdog:
-    """Watches `recorder` from construction to `close`. Collective: the constructor gathers host and process of every rank.
+    """Watches `recorder` and the ranks of its node from construction to `close`. The constructor is collective."""
 
-    `step_timeout_s`: limit of a step; 0: learned. Until `set_run_folder` is called every rank reports for itself.
-    """
-
-    def __init__(self, recorder: FlightRecorder, world: Comm, step_timeout_s: float):
-        self.recorder, self.world, self.step_timeout_s = recorder, world, step_timeout_s
-        self.processes = world.all_gather_json([socket.gethostname(), os.getpid()])
+    def __init__(self, recorder: FlightRecorder, world: Comm):
+        self.recorder, self.world, self.rank = recorder, world, world.rank
+        host = socket.gethostname()
+        self.hosts, keys = zip(*world.all_gather_json([host, f"{os.getpid()}-{time.monotonic_ns()}"]))
+        path = shared_path(keys[self.hosts.index(host)]) if world.size > 1 else None
+        self.table = HeartbeatTable(self.rank, world.size, path)
+        places = world.all_gather_json([host, os.getpid(), 0 if self.table.path else self.rank])
+        self.pids = [pid for _, pid, _ in places]
+        nodes: dict[str, list[int]] = {}
+        for rank, (name, _, private) in enumerate(places):
+            nodes.setdefault(f"{name} {private}", []).append(rank)
+        self.local = next(ranks for ranks in nodes.values() if self.rank in ranks)
+        self.links = NodeLinks(world, list(nodes.values())) if len(nodes) > 1 else None
         self.stamp = world.broadcast_json(time.strftime("%Y%m%d-%H%M%S"))
-        self.folder: Path | None = None
-        self.is_signalled: Callable[[], bool] = lambda: False
+        self.table.unlink()  # all have opened it
+        self.resumed_s = self._moved_s = time.monotonic()  # what is older than resumed_s is not counted: nothing could run
+        self._evidence: tuple[Any, ...] = ()
+        self._work = (0.0, 0)
+        self._notices = 0
         self.main_thread = threading.current_thread().ident
         self._closed = threading.Event()
         with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # signals are not available everywhere
@@ -57,69 +72,162 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def set_run_folder(self, folder: Path) -> None:
-        """Set the folder, seen by all ranks, for the snapshots."""
-        self.folder = folder / "watchdog" / self.stamp
-
     def close(self) -> None:
         """Stop watching and join the thread: it refers to the run, whose tensors must not be freed while Python exits."""
         self._closed.set()
         self._thread.join()
 
-    def limit_s(self) -> float:
-        """Return the time limit of the current phase."""
-        phase, longest_s = self.recorder.phase, self.recorder.longest_s.get(self.recorder.phase)
-        if phase == PREPARATION:
-            return math.inf
-        if phase == EXITING:
-            return max(self.step_timeout_s, MIN_TIMEOUT_S)
-        if phase == "step" and longest_s is not None and self.is_signalled():  # srun -K1: a rank died, and this one must exit
-            return min(max(SIGNALLED_TIMEOUT_S, 3 * longest_s), self.step_timeout_s or math.inf)
-        if phase == "step" and self.step_timeout_s:
-            return self.step_timeout_s
-        return FIRST_TIMEOUT_S if longest_s is None else max(MIN_TIMEOUT_S, TIMEOUT_FACTOR * longest_s)
+    # What is found, each tick.
 
     def _watch(self) -> None:
         last_tick = time.monotonic()
         while not self._closed.wait(TICK_S):
             now = time.monotonic()
             if now - last_tick > TICK_S + SUSPENDED_S:
-                self.recorder.since += now - last_tick
+                self.resumed_s = now
             last_tick = now
-            if now - self.recorder.since > self.limit_s():
+            self._note_movement(now)
+            is_asked = self.table.header[REPORTED] or (self.links and self.links.is_report_requested)
+            problem = "" if is_asked else self._find_problem(now)
+            if is_asked or problem:
                 try:
-                    self._report_and_abort()
+                    self._report_and_abort(problem)
                 finally:
                     os._exit(EXIT_CODE)  # even if the report failed
+            self._maybe_notice(now)
 
-    def _report_and_abort(self) -> None:
+    def _note_movement(self, now: float) -> None:
+        """Write down that this process lives, and when its rank last moved."""
+        recorder = self.recorder
+        evidence: tuple[Any, ...] = (recorder.progress,)
+        if recorder.waiting is None and not (recorder.phase == "step" and "step" in recorder.longest_s):
+            with contextlib.suppress(AttributeError, OSError):  # a sleeping thread uses nothing
+                evidence += (time.clock_gettime(time.pthread_getcpuclockid(self.main_thread or 0)),)
+            cpu_s, nbytes = work_of_other_threads()
+            if nbytes > self._work[1] or cpu_s - self._work[0] > 0.005 + IDLE_CPU * (now - self._moved_s):
+                evidence += (cpu_s, nbytes)
+        if evidence != self._evidence:
+            self._moved_s, self._evidence, self._work = now, evidence[:2], work_of_other_threads()
+        row = self.table.own
+        row[TICK], row[MOVED], row[WAITING] = now, self._moved_s, recorder.waiting is not None
+
+    def _still_s(self, rank: int, column: int, now: float) -> float:
+        """Return how long a rank of this node has not written a time to its row."""
+        return now - max(self.table.rows[rank, column], self.resumed_s)
+
+    def limit_s(self) -> float:
+        """Return how long a rank that waits for no other may do nothing in the current phase."""
+        longest_s = self.recorder.longest_s.get(self.recorder.phase)
+        learned_s = FIRST_LIMIT_S if longest_s is None else max(MIN_LIMIT_S, LIMIT_FACTOR * longest_s)
+        return self.recorder.step_timeout_s or learned_s
+
+    def _find_problem(self, now: float) -> str:
+        """Return what is past its limit; empty if nothing is."""
+        recorder, missing_limit_s = self.recorder, self.recorder.step_timeout_s or MIN_LIMIT_S
+        if problem := self._find_slow_step(now):
+            return problem
+        still_s = self._still_s(self.rank, MOVED, now)
+        if recorder.waiting is None and still_s > self.limit_s():
+            return self._describe_still(f"rank {self.rank} has done nothing", still_s, self.limit_s())
+        if missing := self._find_missing(now, missing_limit_s):
+            return self._describe_still(f"no response from {name_ranks(missing)}", missing_limit_s, missing_limit_s)
+        return self._find_problem_of_nodes(now, missing_limit_s) if self._represents_node(now) else ""
+
+    def _find_problem_of_nodes(self, now: float, limit_s: float) -> str:
+        """Exchange heartbeats with the neighbouring nodes; return what they, or all nodes together, do not do."""
+        waiting = [bool(self.table.rows[rank, WAITING]) for rank in self.local]
+        still_s = min(self._still_s(rank, MOVED, now) for rank in self.local) if all(waiting) else 0.0
+        job_still_s, deadlock_s = self.links.exchange(still_s) if self.links else still_s, max(MIN_LIMIT_S, self.limit_s())
+        if (self.links is None or self.links.node == 0) and job_still_s > deadlock_s:
+            return f"no rank has finished a call for {job_still_s:.0f} s; the limit is {deadlock_s:.0f} s"
+        if self.links and still_s > limit_s and (silent := self.links.silent_nodes(limit_s, self.resumed_s)):
+            hosts = ", ".join(self.hosts[self.links.nodes[node][0]] for node in silent)
+            return f"no heartbeat from {hosts} for {limit_s:.0f} s: the host, or the network to it, is down"
+        return ""
+
+    def _find_slow_step(self, now: float) -> str:
+        """Return the problem of a step that has lasted longer than its stated limit, or that follows a signal to stop."""
+        recorder, limit_s = self.recorder, self.recorder.step_timeout_s
+        if recorder.phase != "step":
+            return ""
+        longest_s = recorder.longest_s.get("step")
+        if longest_s is not None and recorder.is_signalled():  # srun -K1: a rank died, and this one must exit
+            limit_s = min(max(SIGNALLED_LIMIT_S, 3 * longest_s), limit_s or math.inf)
+        lasted_s = now - max(recorder.since, self.resumed_s)
+        if not limit_s or lasted_s <= limit_s:
+            return ""
+        return f"step {recorder.step + 1} has lasted {lasted_s:.0f} s; the limit is {limit_s:.0f} s (--fault.step-timeout)"
+
+    def _describe_still(self, who: str, still_s: float, limit_s: float) -> str:
+        limit = f"the limit is {limit_s:.0f} s (--fault.step-timeout; 0 learns it from the run)"
+        return f"{who} for {still_s:.0f} s in {self._phase()}; {limit}"
+
+    def _phase(self) -> str:
+        return describe_phase(self.recorder.phase, self.recorder.step + 1)
+
+    def _find_missing(self, now: float, limit_s: float) -> list[int]:
+        """Return the other ranks of this node whose processes have not proved for so long that they live."""
+        late = [rank for rank in self.local if rank != self.rank and self._still_s(rank, TICK, now) > limit_s]
+        if not self.world.is_fault_tolerant:
+            return late
+        return [rank for rank in late if process_fields(self.pids[rank])]  # the others continue without a dead one
+
+    def _represents_node(self, now: float) -> bool:
+        """Return whether this is the lowest rank of its node that lives."""
+        return all(rank >= self.rank or self._still_s(rank, TICK, now) > 5 * TICK_S for rank in self.local)
+
+    def _maybe_notice(self, now: float) -> None:
+        """Print what rank 0 waits for, each 30 s in which it finishes no call."""
+        quiet_s = now - max(self.recorder.progressed_s, self.resumed_s)
+        notices, self._notices = self._notices, int(quiet_s // NOTICE_S)
+        if self.rank or self._notices <= notices:
+            return
+        if self.recorder.waiting is None:
+            frame = sys._current_frames().get(self.main_thread or 0)
+            text = f"{self._phase()} goes on for {quiet_s:.0f} s at {locate_caller(frame)}"
+        else:
+            call, peers = self.recorder.waiting[0], [rank for rank in self.recorder.waiting[0].peers if rank != self.rank]
+            busy = [rank for rank in peers if rank in self.local and not self.table.rows[rank, WAITING]]
+            text = f"rank 0 has waited {quiet_s:.0f} s for {describe_call(call, busy or peers)}, in {self._phase()}"
+        print(f"mpilm: {text}", file=sys.stderr, flush=True)
+
+    # The report.
+
+    def _report_and_abort(self, problem: str) -> None:
+        """Report and end the job, if this rank is the first with a problem; otherwise write down what it does and wait."""
         self.recorder.is_aborting = True
-        limit_s = self.limit_s()
-        snapshot = self._take_snapshot(limit_s)
-        grace_s = GRACE_S + 0.05 * limit_s
-        if self.folder is None:
-            sys.stderr.write(format_report({self.world.rank: snapshot}, self.processes, {}))
-            return time.sleep(grace_s)  # the other ranks report too
-        snapshots = self._exchange_snapshots(self.folder, snapshot, grace_s)
-        if min(snapshots) != self.world.rank:
-            return time.sleep(2 * grace_s)  # the lowest of these ranks reports and ends the job
-        states = {rank: self._inspect_process(rank) for rank in range(self.world.size) if rank not in snapshots}
         sys.stdout.flush()
-        print(format_report(snapshots, self.processes, states) + f"  details in {self.folder}", file=sys.stderr, flush=True)
+        node_folder = self.table.path.with_suffix(".report") if self.table.path else None
+        run_folder = self.recorder.report_folder and self.recorder.report_folder / self.stamp
+        folders = [folder for folder in (node_folder, run_folder) if folder]  # ranks learn the run's at different times
+        if not problem or not all(_claim(folder) for folder in folders):
+            self._take_snapshot(folders)
+            return time.sleep(4 * GRACE_S)
+        self.table.header[REPORTED] = 1
+        if self.links is not None:
+            self.links.request_reports()
+        snapshots = self._collect_snapshots(folders)
+        local = self.local if run_folder is None else range(self.world.size)
+        missing = [rank for rank in local if rank not in snapshots]
+        states = {rank: describe_process(self.pids[rank]) * (self.hosts[rank] == self.hosts[self.rank]) for rank in missing}
+        report = format_report(problem, snapshots, dict(enumerate(zip(self.hosts, self.pids))), states)
+        print(report + f"  details in {run_folder}" * (run_folder is not None), file=sys.stderr, flush=True)
+        if node_folder is not None:
+            shutil.rmtree(node_folder, ignore_errors=True)
         _ignore_crashes()
+        _kill_later([self.pids[rank] for rank in missing if self.hosts[rank] == self.hosts[self.rank]])
         if self.world.size > 1:
             self.world.abort(EXIT_CODE)
 
-    def _take_snapshot(self, limit_s: float) -> dict[str, Any]:
-        """Return what this rank is doing."""
+    def _take_snapshot(self, folders: Sequence[Path]) -> Snapshot:
+        """Return what this rank is doing, and write it into the folders."""
         recorder, now, frames = self.recorder, time.monotonic(), sys._current_frames()
         call, since = recorder.waiting or (None, now)
-        return {
-            "rank": self.world.rank,
+        snapshot = {
+            "rank": self.rank,
             "step": recorder.step + 1,
             "phase": recorder.phase,
-            "lasted_s": now - recorder.since,
-            "limit_s": limit_s,
+            "still_s": now - self._moved_s,
             "waiting": None if call is None else [*call[:3], list(call.peers), call.detail, now - since],
             "reached": {call.axis: call.number for call in list(recorder.calls) if call.op not in ("send", "receive")},
             "calls": [str(call) for call in list(recorder.calls)],
@@ -130,37 +238,39 @@ class Watchdog:
                 if thread.ident in frames and thread.ident != threading.get_ident()
             },
         }
+        for folder in folders:
+            path = folder / f"rank-{self.rank:04d}.json"
+            with contextlib.suppress(OSError):
+                path.with_suffix(".tmp").write_text(json.dumps(snapshot, indent=1))
+                path.with_suffix(".tmp").rename(path)
+        return snapshot
 
-    def _exchange_snapshots(self, folder: Path, own: Snapshot, grace_s: float) -> dict[int, Snapshot]:
-        """Write this rank's snapshot and return those that appear within `grace_s`, by rank."""
-        paths = [folder / f"rank-{rank:04d}.json" for rank in range(self.world.size)]
-        temporary = paths[self.world.rank].with_suffix(".tmp")
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(own, indent=1))
-            temporary.rename(paths[self.world.rank])
-        end, snapshots = time.monotonic() + grace_s, {self.world.rank: own}
-        while len(snapshots) < self.world.size and time.monotonic() < end:
+    def _collect_snapshots(self, folders: Sequence[Path]) -> dict[int, Snapshot]:
+        """Return the snapshots, by rank, of this rank and of those that write theirs in time."""
+        snapshots, end = {self.rank: self._take_snapshot(folders)}, time.monotonic() + GRACE_S
+        while folders and len(snapshots) < len(self.pids) and time.monotonic() < end:
             time.sleep(0.1)
-            new = [rank for rank, path in enumerate(paths) if rank not in snapshots and path.exists()]
-            snapshots |= {rank: json.loads(paths[rank].read_text()) for rank in new}
+            for rank, folder in product(set(range(len(self.pids))) - set(snapshots), folders):
+                with contextlib.suppress(OSError):
+                    snapshots[rank] = json.loads((folder / f"rank-{rank:04d}.json").read_text())
         return snapshots
 
-    def _inspect_process(self, rank: int) -> str:
-        """Describe the process of a rank that has written no snapshot, if it runs on this host."""
-        host, pid = self.processes[rank]
-        if host != socket.gethostname():
-            return ""
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return "its process no longer exists"
-        if state in "Tt":
-            return "its process has been stopped (SIGSTOP, a debugger)"
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGUSR2)  # it prints its stack
-            time.sleep(0.5)
-        return f"its process exists (state {state}) but does not respond: probably native code holds the interpreter lock"
+
+def _claim(folder: Path) -> bool:
+    """Create the folder of a report; return False if another rank has claimed it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(folder / "reporter", os.O_CREAT | os.O_EXCL))
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
+    return True
+
+
+def _kill_later(pids: Sequence[int]) -> None:
+    """Let another process kill those that MPI_Abort, after which this one is gone, has not ended: a stopped one may stay."""
+    if pids:
+        command = f"sleep {GRACE_S}; kill -KILL {' '.join(map(str, pids))}"
+        subprocess.Popen(["sh", "-c", command], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _ignore_crashes() -> None:
@@ -170,42 +280,3 @@ def _ignore_crashes() -> None:
         libc = ctypes.CDLL(None)
         for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT):
             libc.signal(int(number), ctypes.cast(libc.pause, ctypes.c_void_p))
-
-
-def format_report(snapshots: Mapping[int, Snapshot], processes: Sequence[Sequence[Any]], states: Mapping[int, str]) -> str:
-    """Return the report: the verdict, then a line for each rank. `states`: of ranks without a snapshot."""
-    first = snapshots[min(snapshots)]
-    lasted = f"{_describe_phase(first)} has lasted {first['lasted_s']:.0f} s"
-    limit = f"the limit is {first['limit_s']:.0f} s (--fault.step-timeout; 0 learns it from the run)"
-    lines = [f"mpilm: watchdog: {lasted}; {limit}. {_diagnose(snapshots, states)}"]
-    for rank, (host, pid) in enumerate(processes):
-        name = f"  rank {rank} on {host} (process {pid})"
-        if rank in states:
-            lines.append(f"{name}: no response" + f"; {states[rank]}" * bool(states[rank]))
-        elif rank in snapshots:
-            lines.append(f"{name}: {_describe_rank(snapshots[rank], snapshots)}")
-    return "\n".join(lines) + "\n"
-
-
-def _diagnose(snapshots: Mapping[int, Snapshot], states: Mapping[int, str]) -> str:
-    if states:
-        return f"Missing: {name_ranks(states)}."
-    if busy := [rank for rank, snapshot in snapshots.items() if snapshot["waiting"] is None]:
-        return f"The others wait for {name_ranks(busy)}."
-    return "All ranks wait for each other: a message was lost, or they do not make the same calls."
-
-
-def _describe_phase(snapshot: Snapshot) -> str:
-    return "the exit barrier" if snapshot["phase"] == EXITING else f"{snapshot['phase']} {snapshot['step']}"
-
-
-def _describe_rank(snapshot: Snapshot, snapshots: Mapping[int, Snapshot]) -> str:
-    place = f"{_describe_phase(snapshot)}, at {snapshot['at']}"
-    if snapshot["waiting"] is None:
-        return f"waits for no other rank; {place}"
-    op, axis, number, peers, detail, since_s = snapshot["waiting"]
-    others = [rank for rank in peers if rank != snapshot["rank"]]
-    reached = {rank: other["reached"].get(axis, 0) for rank, other in snapshots.items()}
-    behind = [rank for rank in others if reached.get(rank, 0) < number]  # of a single peer, the number does not matter
-    call = f"{op} on {axis} (call {number}{', ' * bool(detail)}{detail})"
-    return f"waits {since_s:.0f} s for {name_ranks(behind or others)} in {call}; {place}"

@@ -5,17 +5,13 @@ from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.mesh.shape import AXES, MeshShape
 
 AXIS_SETS = (*((axis,) for axis in AXES), ("data", "context"), ("data", "context", "tensor"))
-"""Sets of axes with a communicator, in the order in which all ranks create them.
-
-Gradients are reduced, and ZeRO shards, over data and context; parameters that are not cut are replicated over tensor too.
-"""
+"""Sets of axes with a communicator, in the order in which all ranks create them. Gradients are reduced, and ZeRO shards, over
+data and context; parameters that are not cut are replicated over tensor too."""
 
 
 class Mesh:
-    """The ranks of `world` arranged in `shape`. An axis of size 1 has a communicator like any other.
-
-    The constructor creates the communicators, on all ranks in the order of AXIS_SETS. Collective.
-    """
+    """The ranks of `world` arranged in `shape`. An axis of size 1 has a communicator like any other. The constructor creates
+    the communicators, on all ranks in the order of AXIS_SETS. Collective."""
 
     def __init__(self, shape: MeshShape, world: Comm, recorder: FlightRecorder | None = None):
         if shape.size != world.size:

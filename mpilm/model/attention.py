@@ -16,9 +16,7 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor, SequenceInfo], Tensor]
 
 class AttentionCore(nn.Module):
     """Scaled dot-product attention: (B, H, Tq, K), 2 x (B, G, Tk, K) -> (B, H, Tq, K). The queries are the last of the keys.
-
-    Dropout of attention weights takes the explicit formula, because torch's fused kernels accept no generator.
-    """
+    Dropout of attention weights takes the explicit formula, because torch's fused kernels accept no generator."""
 
     def __init__(self, causal: bool, dropout: float, path: str):
         super().__init__()
@@ -58,10 +56,8 @@ def attention_mask(queries: Tensor, keys: Tensor, causal: bool, documents: Tenso
 
 
 class Attention(nn.Module):
-    """Queries, keys and values, rotated if `info` has a rotation, mixed by `core` and projected back.
-
-    `qk_norm` normalises the queries and keys of each head (Dehghani et al., arXiv 2302.05442).
-    """
+    """Queries, keys and values, rotated if `info` has a rotation, mixed by `core` and projected back. `qk_norm` normalises the
+    queries and keys of each head (Dehghani et al., arXiv 2302.05442)."""
 
     def __init__(self, model: ModelConfig, core: AttentionFn, qkv_bias: bool, o_bias: bool = False, qk_norm: bool = False):
         super().__init__()

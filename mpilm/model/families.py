@@ -1,8 +1,5 @@
-"""The registry of model families: how each is built, which matrices it ties, where its parameters start.
-
-A new family needs a builder in BUILDERS here, an entry in MODULE_NAMES (hf/names.py) and in MODEL_TYPES (hf/config.py), its
-sizes in flops.py, and its name and adapter targets in the config.
-"""
+"""The registry of model families: how each is built, which matrices it ties, where its parameters start. CONTRIBUTING.md lists
+the other places that a new family needs."""
 
 import math
 from collections import OrderedDict
@@ -51,11 +48,9 @@ def initial_std(name: str, model: ModelConfig) -> float | None:
 
 
 def initial_value(seed: int, name: str, shape: tuple[int, ...], std: float | None) -> Tensor:
-    """Return float32 values for the parameter `name`: normal with deviation `std`, or ones if `std` is None.
-
-    They depend on (seed, name, shape) alone, so that any part of a model can be made anywhere. numpy's Philox and its
-    table-driven normal distribution give the same numbers on every processor; torch's generators differ between vector widths.
-    """
+    """Return float32 values for the parameter `name`: normal with deviation `std`, or ones if `std` is None. They depend on
+    (seed, name, shape) alone, so that any part of a model can be made anywhere. numpy's Philox and its table-driven normal
+    distribution give the same numbers on every processor; torch's generators differ between vector widths."""
     if not std:
         return torch.full(shape, 1.0 if std is None else 0.0)
     generator = np.random.Generator(np.random.Philox(key=hash_key("init", seed, name)))

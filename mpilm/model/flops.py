@@ -9,8 +9,13 @@ from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, ModelConfig
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     """Return the number of parameters; a tied matrix counts once."""
-    tied = vocab_size * model.d_model * model.tie_embeddings
-    return model.n_layers * block_numel(model) + sum(embedding_and_head_numel(model, vocab_size)) - tied
+    return stage_numel(model, vocab_size, model.n_layers) - vocab_size * model.d_model * model.tie_embeddings
+
+
+def stage_numel(model: ModelConfig, vocab_size: int, layers: int, first: bool = True, last: bool = True) -> int:
+    """Return the number of gradient elements of a pipeline stage; both uses of a tied matrix count."""
+    embedding, head = embedding_and_head_numel(model, vocab_size)
+    return layers * block_numel(model) + first * embedding + last * head
 
 
 def block_numel(model: ModelConfig) -> int:

@@ -80,11 +80,8 @@ class FeedForward(nn.Module):
 
 
 class RotaryEmbedding:
-    """Rotary positions (Su et al., arXiv 2104.09864).
-
-    `scaling` is empty or Llama 3.1's (factor, low frequency factor, high frequency factor, original context length). It
-    stretches waves longer than the original context by the factor, leaves short ones as they are, and those between in part.
-    """
+    """Rotary positions (Su et al., arXiv 2104.09864). `scaling`: empty, or Llama 3.1's (factor, low and high frequency factor,
+    original context length), which stretches waves longer than that by the factor, and somewhat shorter ones in part."""
 
     def __init__(self, head_width: int, theta: float, scaling: Sequence[float] = ()):
         self.head_width, self.theta, self.scaling = head_width, theta, tuple(scaling)

@@ -1,6 +1,5 @@
 """Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685): x A^T B^T times a factor, added to the output of a layer. A is
-(inner, in); B is (out, inner) and starts at zero. They are applied from outside, by hooks on the layers of a plain model.
-"""
+(inner, in); B is (out, inner) and starts at zero. They are applied from outside, by hooks on the layers of a plain model."""
 
 import math
 from collections import OrderedDict

@@ -11,10 +11,8 @@ from mpilm.model.sequence_info import NO_DOCUMENT, SequenceInfo
 
 
 class MixtureOfExperts(nn.Module):
-    """The weighted sum of the `experts_per_token` most probable experts of each token.
-
-    The router is also trained by a load-balancing loss, which only backward sees: the reported loss does not include it.
-    """
+    """The weighted sum of the `experts_per_token` most probable experts of each token. The router is also trained by a
+    load-balancing loss, which only backward sees: the reported loss does not include it."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()

@@ -14,18 +14,15 @@ class KVCache:
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self._buffers: dict[str, tuple[Tensor, Tensor]] = {}
-        self._lengths: dict[str, int] = {}
+        self._buffers: dict[str, tuple[Tensor, Tensor, int]] = {}  # keys, values and the number of tokens in them
 
     def append(self, path: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store those of new tokens, 2 x (1, G, T, K), for the module at `path`; return those of all tokens so far."""
-        start = self._lengths.get(path, 0)
-        stop = self._lengths[path] = start + k.shape[2]
-        if path not in self._buffers:
-            shape = (*k.shape[:2], self.capacity, k.shape[3])
-            self._buffers[path] = k.new_empty(shape), v.new_empty(shape)
-        keys, values = self._buffers[path]
+        shape = (*k.shape[:2], self.capacity, k.shape[3])
+        keys, values, start = self._buffers.get(path) or (k.new_empty(shape), v.new_empty(shape), 0)
+        stop = start + k.shape[2]
         keys[:, :, start:stop], values[:, :, start:stop] = k, v
+        self._buffers[path] = keys, values, stop
         return keys[:, :, :stop], values[:, :, :stop]
 
 

@@ -70,9 +70,7 @@ class PostNormBlock(Block):
 
 class Transformer(nn.Module):
     """Token ids to logits. Parts that are None and blocks that are missing are skipped, so a part of a model keeps its names.
-
-    Tied matrices of `embed` and `head` are two parameters, because each use has a gradient of its own.
-    """
+    Tied matrices of `embed` and `head` are two parameters, because each use has a gradient of its own."""
 
     def __init__(
         self, embed: nn.Module, blocks: list[Block], norm: nn.Module, head: nn.Module, rotary: RotaryEmbedding | None = None

@@ -36,12 +36,18 @@ class AccumulateOp:
     merges: tuple[tuple[int, int], ...]  # additions of buffers (to, from) that follow
 
 
-def plan_accumulation(nodes: Sequence[TreeNode], total: int) -> tuple[list[AccumulateOp], dict[int, TreeNode]]:
-    """Return how to accumulate adjacent nodes in order, and the node that each buffer holds in the end.
+AccumulationPlan = tuple[list[AccumulateOp], dict[int, TreeNode]]  # and the node that each buffer holds after the last one
 
-    A right node is added straight into its sibling's buffer. Buffers are numbered from 0 and reused: at most
-    1 + log2(len(nodes)) if the nodes have one size and together form a subtree.
-    """
+
+def count_buffers(ops: Sequence[AccumulateOp]) -> int:
+    """Return the number of buffers that a plan needs."""
+    return 1 + max(op.buffer for op in ops)
+
+
+def plan_accumulation(nodes: Sequence[TreeNode], total: int) -> AccumulationPlan:
+    """Return how to accumulate adjacent nodes in order, and the node that each buffer holds in the end. A right node is added
+    straight into its sibling's buffer. Buffers are numbered from 0 and reused: at most 1 + log2(len(nodes)) if the nodes have
+    one size and together form a subtree."""
     stack: list[tuple[TreeNode, int]] = []
     ops: list[AccumulateOp] = []
     for node in nodes:
@@ -54,7 +60,7 @@ def plan_accumulation(nodes: Sequence[TreeNode], total: int) -> tuple[list[Accum
     return ops, {buffer: node for node, buffer in stack}
 
 
-def plan_block_accumulation(start: int, stop: int, total: int) -> tuple[list[AccumulateOp], dict[int, TreeNode]]:
+def plan_block_accumulation(start: int, stop: int, total: int) -> AccumulationPlan:
     """Return how a rank accumulates its block of microbatches in order."""
     return plan_accumulation([(leaf, leaf + 1) for leaf in range(start, stop)], total)
 

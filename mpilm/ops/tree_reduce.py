@@ -45,11 +45,8 @@ class GradientEncoding:
 
 
 class BFloat16Encoding(GradientEncoding):
-    """bfloat16 with error feedback: half the bytes.
-
-    The rounding error of each message is added to the next one from the same place, so that no error accumulates over the steps
-    (Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847).
-    """
+    """bfloat16 with error feedback: half the bytes. The rounding error of each message is added to the next one from the same
+    place, so that none accumulates (Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847)."""
 
     dtype = torch.bfloat16
 

@@ -1,8 +1,7 @@
 """The norm of a gradient distributed over many ranks, with the same bits however it is divided.
 
-Floating-point sums depend on their order; integer sums do not. Each square, exact in float64, is rounded to a multiple of
-one power of two q, about 2^-51 of the largest square. The multiples are added as integers, in two words: 64 bits would be too
-few for billions of elements.
+Floating-point sums depend on their order; integer sums do not. Each square, exact in float64, is rounded to a multiple of one
+power of two q, about 2^-51 of the largest. The multiples are added as integers of two words: billions would overflow 64 bits.
 """
 
 import math
@@ -22,10 +21,8 @@ RowSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def global_norm(pieces: Sequence[Tensor], comm: Comm, row_sum: RowSum | None = None) -> float:
-    """Return the 2-norm of all pieces of all ranks of `comm`; inf if an element is not finite. Collective.
-
-    `row_sum`: `compile_row_sum()`, for a GPU: the same bits, seven times as fast (measured on an H200).
-    """
+    """Return the 2-norm of all pieces of all ranks of `comm`; inf if an element is not finite. Collective. `row_sum`:
+    `compile_row_sum()`, for a GPU: the same bits, seven times as fast (measured on an H200)."""
     largest = _largest(pieces)
     comm.all_reduce(largest, "max")
     peak = float(largest)
@@ -52,10 +49,8 @@ def compile_row_sum() -> RowSum:
 
 
 def _row_sum(rows: Tensor, shift: Tensor, shift_sum: Tensor) -> Tensor:  # (R, ROW), (), () -> (2,)
-    """Return the sum of the squares in units of q: a high word, and a low one of LOW_BITS bits for each row.
-
-    Adding `shift`, 1.5 2^52 q, to a square rounds it to a multiple of q; the integer is then in the low bits of the sum.
-    """
+    """Return the sum of the squares in units of q: a high word, and a low one of LOW_BITS bits for each row. Adding `shift`,
+    1.5 2^52 q, to a square rounds it to a multiple of q; the integer is then in the low bits of the sum."""
     wide = rows.double()
     squares = torch.addcmul(shift, wide, wide)  # x^2 is exact in float64: fused or not, one rounding
     sums = squares.view(torch.int64).sum(1) - shift_sum  # both wrap around; the difference is exact

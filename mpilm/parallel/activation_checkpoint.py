@@ -1,11 +1,8 @@
-"""Activation checkpointing: backward recomputes what forward did not keep (Chen et al., arXiv 1604.06174; Korthikanti et al.,
-2205.05198).
+"""Activation checkpointing: recomputation in backward (Chen et al., arXiv 1604.06174; Korthikanti et al., arXiv 2205.05198).
 
 Applied from outside: it wraps a block's forward, or its attention core. Dropout masks have keys, so the recomputation equals
-the first computation bit for bit.
-
-torch.utils.checkpoint does the same for programs that draw random numbers as they go. It imports the compiler, which takes
-80 MiB and 3 s on every rank.
+the first computation bit for bit. torch.utils.checkpoint does the same for programs that draw random numbers as they go, but it
+imports the compiler, which takes 80 MiB and 3 s on every rank.
 """
 
 from collections.abc import Callable
@@ -15,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpilm.parallel.autograd import backward_with
+from mpilm.parallel.pipeline.split_backward import backward_with
 
 
 def checkpoint_activations(model: nn.Module, part: str) -> None:
@@ -32,8 +29,7 @@ def _checkpoint(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 class CheckpointFunction(torch.autograd.Function):
-    """function(*inputs), of which only the inputs are kept. `anchor` requires a gradient, so that backward runs for the
-    parameters even if no input requires one."""
+    """function(*inputs), of which only the inputs are kept. `anchor` lets backward run even if no input requires a gradient."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], anchor: Tensor, *inputs: Any) -> Tensor:
@@ -60,8 +56,7 @@ class CheckpointFunction(torch.autograd.Function):
 
 class GradCapture(torch.autograd.Function):
     """Identity on x that stores its gradient at index `i` of `gradients`, unchanged. A leaf would change it: its .grad has the
-    leaf's strides, and autocast makes one copy of a leaf for all matrices that it is multiplied with, not one for each, so that
-    sums come in another order."""
+    leaf's strides, and autocast copies a leaf once for all its products, not for each, so that sums come in another order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradients: list[Tensor | None], i: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The one function that turns a plain model into a stage of a parallel one, and the reason for its order."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.compile import compile_blocks
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.fsdp import ShardedParameters
-from mpilm.parallel.layout import REDUCE_AXES, ParamLayout, select_trained
+from mpilm.parallel.layout import REDUCE_AXES, Layouts, select_trained
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StageParameters
 from mpilm.parallel.plan import stage_of
@@ -22,7 +22,7 @@ def parallelize(
     model: nn.Module,
     stage: int,
     blocks_per_stage: Sequence[int],
-    layouts: Mapping[str, ParamLayout],
+    layouts: Layouts,
     config: Config,
     mesh: Mesh,
     device: torch.device,
@@ -38,8 +38,7 @@ def parallelize(
     3. Compile blocks: the compiled function is what recomputation repeats.
     4. Checkpoint activations: it wraps forwards, compiled or not, inside all module hooks.
     5. Split backward: it replaces the forwards of linear layers within the blocks that steps 3 and 4 have wrapped.
-    6. Install the parameters, replicated or sharded: the hooks that gather them must be outermost, so that recomputation within
-       a block finds its parameters gathered.
+    6. Install the parameters: hooks that gather shards must be outermost, so that recomputation in a block finds them gathered.
     7. Register the reducer: its hooks belong to the parameters that step 6 has installed.
     """
     parallel, comm, is_last = config.parallel, mesh.comm(*REDUCE_AXES), stage == len(blocks_per_stage) - 1

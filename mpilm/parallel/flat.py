@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mpilm.ops.tree import Interval
 from mpilm.parallel.flat_layout import ALIGNMENT, FlatLayout, ParamSlice, intersect_intervals
-from mpilm.parallel.layout import ParamLayout
+from mpilm.parallel.layout import Layouts, ParamLayout
 
 
 class FlatVector:
@@ -41,13 +41,7 @@ class FlatParameters:
     owner's memory if both are on this rank in full, and is a copy otherwise."""
 
     def __init__(
-        self,
-        layouts: Mapping[str, ParamLayout],
-        device: torch.device,
-        zero: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-        alignment: int = ALIGNMENT,
+        self, layouts: Layouts, device: torch.device, zero: int = 0, rank: int = 0, ranks: int = 1, alignment: int = ALIGNMENT
     ):
         self.device, self.zero, self.rank, self.ranks = device, zero, rank, ranks
         self.layout = FlatLayout(layouts.values(), alignment, per_module=zero >= 2, ranks=ranks)

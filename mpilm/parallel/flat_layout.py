@@ -42,13 +42,10 @@ class ReduceGroup(NamedTuple):
 
 
 class FlatLayout:
-    """The position of each parameter of a stage: `spans` maps its name to (offset, layout).
-
-    Copies of tied parameters come first. Offsets, and so all slices, are multiples of `alignment`: 16 elements for each thread
-    of a rank, so that a kernel's vectors, and the remainder at the end of a thread's share, are the same however the vector is
-    divided. `per_module`: every FSDP unit is a group of its own (ZeRO-2 and 3); otherwise small ones are merged.
-    `ranks`: size of the reduce axes.
-    """
+    """The position of each parameter of a stage: `spans` maps its name to (offset, layout). Copies of tied parameters come
+    first. Offsets, and so all slices, are multiples of `alignment`, 16 elements for each thread of a rank: a kernel's vectors,
+    and the remainder at the end of a thread's share, are the same however the vector is divided. `per_module`: every FSDP unit
+    is a group of its own (ZeRO-2 and 3); otherwise small ones are merged. `ranks`: size of the reduce axes."""
 
     def __init__(self, layouts: Iterable[ParamLayout], alignment: int = ALIGNMENT, per_module: bool = False, ranks: int = 1):
         self.alignment, self.ranks, self.numel = alignment, ranks, 0
@@ -100,7 +97,6 @@ class FlatLayout:
         return ReduceGroup(names, buckets[0][0], buckets[-1][1], buckets)
 
     def group_of(self, name: str) -> ReduceGroup:
-        """Return the group of a parameter."""
         return next(group for group in self.groups if name in group.names)
 
     def slices(self, bucket: Interval) -> list[int]:

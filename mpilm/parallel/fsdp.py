@@ -54,8 +54,7 @@ class FSDPUnit:
         self.pending: list[Request] | None = None
 
     def install(self, model: nn.Module) -> None:
-        """Make the parameters views of the gathered buffer. `.data` bypasses autograd's version counter, so that a later gather
-        is not seen as an in-place change."""
+        """Make the parameters views of the buffer; autograd does not see later gathers as in-place changes of `.data`."""
         for flat, group, full in self.parts:
             for name in group.names:
                 set_parameter(model, name, flat.parameter(name, full).data, flat.layout.spans[name][1])

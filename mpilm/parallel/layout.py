@@ -52,6 +52,9 @@ class ParamLayout:
         return tuple(axis for axis in (*REDUCE_AXES, "tensor") if self.cut is None or axis != self.cut.axis)
 
 
+Layouts = Mapping[str, ParamLayout]  # by the parameter's name
+
+
 def resolve_layouts(
     shapes: Mapping[str, Shape],
     tied: Mapping[str, str],
@@ -61,39 +64,29 @@ def resolve_layouts(
     is_unsharded: Callable[[str, Shape], bool] = lambda name, shape: False,
     is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, ParamLayout]:
-    """Return the layout of each named parameter of a model, in the order in which forward uses them. `tied`: parameter -> the
-    one whose value it has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError if tied parameters do not exist
-    or differ in shape."""
+    """Return the layout of each parameter, in the order in which forward uses them. `tied`: parameter -> the one whose value it
+    has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError for ties that do not exist or differ in shape."""
     for name, owner in tied.items():
         if shapes.get(name) is None or shapes.get(name) != shapes.get(owner):
             raise ValueError(f"{name} {shapes.get(name)} cannot be tied to {owner} {shapes.get(owner)}")
     layouts = {}
     for name, shape in shapes.items():
-        cut = cut_of(name)
-        layouts[name] = ParamLayout(
-            name=name,
-            shape=tuple(shape),
-            stage=stage_of(name),
-            cut=cut,
-            parts=1 if cut is None else getattr(mesh, cut.axis),
-            tied_to=tied.get(name),
-            tied_copies=tuple(copy for copy, owner in tied.items() if owner == name),
-            unsharded=is_unsharded(name, tuple(shape)),
-            frozen=is_frozen(name),
-        )
+        cut, unsharded, frozen = cut_of(name), is_unsharded(name, shape), is_frozen(name)
+        parts = 1 if cut is None else getattr(mesh, cut.axis)
+        copies = tuple(copy for copy, owner in tied.items() if owner == name)
+        layouts[name] = ParamLayout(name, shape, stage_of(name), cut, parts, tied.get(name), copies, unsharded, frozen)
     return layouts
 
 
-def select_owned(layouts: Mapping[str, ParamLayout]) -> list[ParamLayout]:
+def select_owned(layouts: Layouts) -> list[ParamLayout]:
     """Return the parameters that are optimized, saved and counted: those not tied to another."""
     return [layout for layout in layouts.values() if layout.tied_to is None]
 
 
-def select_stage(layouts: Mapping[str, ParamLayout], stage: int) -> dict[str, ParamLayout]:
-    """Return the parameters of one pipeline stage."""
+def select_stage(layouts: Layouts, stage: int) -> dict[str, ParamLayout]:
     return {name: layout for name, layout in layouts.items() if layout.stage == stage}
 
 
-def select_trained(layouts: Mapping[str, ParamLayout]) -> dict[str, ParamLayout]:
+def select_trained(layouts: Layouts) -> dict[str, ParamLayout]:
     """Return the parameters that have gradients; the others are frozen."""
     return {name: layout for name, layout in layouts.items() if not layout.frozen}

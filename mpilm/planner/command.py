@@ -7,7 +7,7 @@ from functools import partial
 from itertools import pairwise
 from math import ceil, inf, log2, nan
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from mpilm.config import schema
 from mpilm.config.check import check_config
@@ -36,7 +36,6 @@ LIMITS = {
     "fixed": "costs that ranks cannot share take",
 }
 START_BYTES, LOG_BYTES, NUMBER_BYTES = 400, 24, 8  # a rank: gathered at the start, in each row of the log; of one number
-RankCounts = Annotated[tuple[int, ...], schema.Range("above zero", lambda value: value > 0)]
 
 
 @dataclass(frozen=True)
@@ -46,17 +45,17 @@ class PlanConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    ranks: RankCounts = ()  # Ranks of the job, or several numbers to compare: 1,2,4,8; empty: parallel.pipeline ranks.
+    ranks: schema.RankCounts = ()  # Ranks of the job, or several numbers to compare: 1,2,4,8; empty: parallel.pipeline ranks.
     machine: str = "machine.json"  # The machine file that doctor --calibrate has written.
     ranks_per_node: schema.NonNegativeInt = 0  # Ranks on a node; 0: as many as were measured.
     tokens: schema.NonNegativeFloat = 0.0  # Tokens to train on, such as 2e9, to predict how long that takes; 0: train.steps.
     top: schema.PositiveInt = 8  # Layouts to show.
     plot: str = ""  # A file (.png, .svg, .pdf) for the plot of speed over ranks; empty: none.
     draw: bool = False  # Draw the pipeline schedule instead of ranking layouts.
-    vocabulary: schema.PositiveInt = 2048  # Vocabulary size: the logits make the last stage slower.
+    vocabulary: schema.PositiveWidth = 2048  # Vocabulary size: the logits make the last stage slower.
     costs: str = "1,2,1,1"  # Time of F, B, I and W: forward, backward, and its two halves (zero-bubble); only ratios matter.
     svg: str = ""  # A file to write the drawing to as an SVG image; empty: none.
-    width: schema.NonNegativeInt = 0  # Columns of the drawing; 0: those of the terminal.
+    width: schema.Count = 0  # Columns of the drawing; 0: those of the terminal.
 
 
 def plan_presets() -> dict[str, Callable[[], PlanConfig]]:
@@ -212,10 +211,8 @@ def _header(job: PlannedJob, ranks: int) -> list[str]:
         f"{format_bytes(machine.memory_bytes)}; measured {machine.made} with {machine.ranks_per_node} ranks a node{nodes}",
     ]
     if ranks > on_node and machine.across is None:
-        lines.append(
-            f"warning: more than {on_node} ranks need several nodes, and one was measured: messages between nodes are taken to "
-            "be as fast as within; calibrate on two nodes"
-        )
+        problem = f"more than {on_node} ranks need several nodes, and one was measured"
+        lines.append(f"warning: {problem}: messages between nodes are taken to be as fast as within; calibrate on two nodes")
     if config.train.compile:
         lines.append("warning: the speedup of --train.compile was not measured")
     return [*lines, ""]

@@ -9,13 +9,7 @@ from typing import Literal
 from mpilm.config.schema import Config, ModelConfig
 from mpilm.errors import FileError
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.flops import (
-    attention_flops_per_token,
-    block_matrices,
-    block_numel,
-    embedding_and_head_numel,
-    saved_floats_per_token,
-)
+from mpilm.model.flops import attention_flops_per_token, block_matrices, saved_floats_per_token, stage_numel
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import lower, schedule
@@ -50,10 +44,8 @@ class StepTime:
 
 @dataclass(frozen=True)
 class PlacedLayout:
-    """A parallel layout on a machine whose nodes are filled with ranks one after the other.
-
-    Ranks that differ along the data axis are neighbours; those of a pipeline are a whole data axis apart.
-    """
+    """A parallel layout on a machine whose nodes are filled with ranks one after the other. Ranks that differ along the data
+    axis are neighbours; those of a pipeline are a whole data axis apart."""
 
     config: Config
     vocab_size: int
@@ -86,17 +78,16 @@ class PlacedLayout:
         return [range(rank, len(self.cut), self.shape.pipeline) for rank in range(self.shape.pipeline)]
 
     def numel(self, stage: int) -> int:
-        """Return the number of gradient elements of a stage; both uses of a tied matrix count."""
-        first, last = embedding_and_head_numel(self.config.model, self.vocab_size)
-        blocks = self.cut[stage] * block_numel(self.config.model)
-        return blocks + first * (stage == 0) + last * (stage == len(self.cut) - 1)
+        return stage_numel(self.config.model, self.vocab_size, self.cut[stage], stage == 0, stage == len(self.cut) - 1)
 
     @cached_property
     def compute_rates(self) -> ComputeRates:
         """The rates measured with the nearest number of ranks on a node."""
-        rates = [each for each in self.machine.compute if each.dtype == self.config.train.dtype]
+        dtype, family = self.config.train.dtype, CALIBRATED_AS[self.config.model.arch]
+        complete = [each for each in self.machine.compute if family in each.rest_forward and family in each.rest_backward]
+        rates = [each for each in complete if each.dtype == dtype]
         if not rates:
-            raise FileError(f"{self.machine.source} holds no rates for {self.config.train.dtype}: run mpilm.doctor --calibrate")
+            raise FileError(f"{self.machine.source} holds no rates for {dtype} and {family}: run mpilm.doctor --calibrate")
         return min(rates, key=self._distance)
 
     @cached_property

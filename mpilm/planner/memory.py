@@ -7,7 +7,7 @@ from itertools import chain
 
 from mpilm.config.schema import Config, microbatch_count
 from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_numel, parameter_count
-from mpilm.ops.tree import block_of_rank, plan_accumulation, plan_block_accumulation, plan_merges
+from mpilm.ops.tree import block_of_rank, count_buffers, plan_accumulation, plan_block_accumulation, plan_merges
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.schedules import lower, schedule
@@ -73,10 +73,7 @@ def rank_bytes(layout: PlacedLayout, rank: int) -> dict[str, int]:
 def memory_parts(
     config: Config, device: str, resident: Mapping[str, int], step: Mapping[str, int], saved: float, ranks: int
 ) -> dict[str, int]:
-    """Return all bytes of a rank from those of the program, weights and so on, and of a step.
-
-    All ranks together write the `saved` bytes of a checkpoint.
-    """
+    """Return all bytes of a rank, given the resident ones, those of a step, and those that all ranks save together."""
     if device == "cuda":
         return {**resident, **step}  # a checkpoint is copied to the processor's memory
     program_bytes = resident["program"] + FIRST_STEP_BYTES + COMPILER_BYTES * config.train.compile
@@ -88,10 +85,8 @@ def memory_parts(
 
 
 def persistent_bytes(layout: PlacedLayout, stages: Sequence[int]) -> dict[str, int]:
-    """Return the bytes of these stages of a rank: weights, moments, partial sums of gradients, and their exchange.
-
-    "passing" are weights and gradients that are gathered only while they are used, one stage at a time.
-    """
+    """Return the bytes of these stages of a rank: weights, moments, partial sums of gradients, and their exchange. "passing"
+    are weights and gradients that are gathered only while they are used, one stage at a time."""
     total = {"weights": 0.0, "moments": 0.0, "gradients": 0.0, "exchange": 0.0, "passing": 0.0}
     for stage in stages:
         for part, numel in _stage_floats(layout, stage).items():
@@ -147,10 +142,7 @@ def _gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
 
 @cache
 def _partial_sums(data: int, total: int, sharing: int) -> tuple[int, int]:
-    """Return the partial sums that a node exchanges at most, and those of all nodes, sampled for very many ranks.
-
-    Ranks that share memory have added what they can.
-    """
+    """Return the partial sums that a node exchanges at most and those of all nodes (sampled), once its ranks have added up."""
     sample = min(data, max(sharing, 256 // sharing * sharing))
     persistent = [[*plan_block_accumulation(*block_of_rank(r, data, total), total)[1].values()] for r in range(sample)]
     left = [len(plan_merges(sorted(chain(*persistent[r : r + sharing])), total)[1]) for r in range(0, sample, sharing)]
@@ -161,9 +153,8 @@ def _partial_sums(data: int, total: int, sharing: int) -> tuple[int, int]:
 def _gradient_buffers(data: int, total: int) -> int:
     """Return the gradient buffers of the rank that uses most: every block is as long as the first, or one shorter."""
     ranks = {0, total % data, data - 1} if total >= data else {0}
-    return max(
-        1 + max(f.buffer for f in plan_block_accumulation(*block_of_rank(r, data, total), total)[0]) for r in ranks if r < data
-    )
+    blocks = [block_of_rank(rank, data, total) for rank in ranks if rank < data]
+    return max(count_buffers(plan_block_accumulation(*block, total)[0]) for block in blocks)
 
 
 @cache
@@ -171,4 +162,4 @@ def _round_buffers(data: int, total: int) -> int:
     """Return the gradient buffers where each round of microbatches is summed at once; a round may leave several nodes."""
     rounds = [[(m, m + 1) for m in range(start, min(start + data, total))] for start in range(0, total, data)]
     nodes = [node for leaves in rounds for node, _ in plan_merges(leaves, total)[1]]
-    return 1 + max(f.buffer for f in plan_accumulation(nodes, total)[0])
+    return count_buffers(plan_accumulation(nodes, total)[0])

@@ -9,15 +9,17 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import mpilm
-from mpilm.data.files import file_errors
-from mpilm.errors import FileError
+from mpilm.data.files import MAX_JSON_BYTES, file_errors, parse_json
+from mpilm.errors import DataError, FileError
+from mpilm.formatting import format_value
 
-FORMAT = 1
+FORMAT, LARGEST = 1, 1e36
 Curve = tuple[tuple[float, float], ...]  # (size, seconds a unit), by rising size
 Surface = tuple[tuple[float, Curve], ...]  # (first size, curve over the second size), by rising first size
 
@@ -108,7 +110,6 @@ class MachineProfile:
     memory: tuple[MemoryRates, ...]
     within: NetworkRates | None
     across: NetworkRates | None
-    write_bandwidth: float  # bytes a second that one rank writes to disk
     step_s: float  # of a step that nothing else explains: Python, the loss, small messages
     source: str = "machine.json"  # file that the profile was read from
 
@@ -124,18 +125,17 @@ def write_profile(path: Path, profile: MachineProfile) -> None:
 def read_profile(name: str, flag: str = "--machine") -> MachineProfile:
     """Read the profile in the file that a flag names; raises FileError that says what is missing or wrong."""
     try:
-        content = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        with open(Path(name).expanduser(), "rb") as file:
+            content = parse_json(file.read(MAX_JSON_BYTES), "it")
+        if content.get("format") != FORMAT:
             raise ValueError(f"it is not a machine profile of format {FORMAT}")
         profile: MachineProfile = _from_json(MachineProfile, {**content, "source": name}, "")
         if profile.mpilm != mpilm.__version__:
             raise ValueError(f"mpilm {profile.mpilm} made it, and the steps of {mpilm.__version__} may take another time")
         return profile
-    except (OSError, ValueError) as error:
-        raise FileError(
-            f"{flag} {name} cannot be used: {getattr(error, 'strerror', None) or error}; measure this machine: "
-            "mpirun -n RANKS python -m mpilm.doctor --calibrate"
-        ) from None
+    except (OSError, ValueError, DataError) as error:
+        problem, advice = getattr(error, "strerror", None) or error, "mpirun -n RANKS python -m mpilm.doctor --calibrate"
+        raise FileError(f"{flag} {name} cannot be used: {problem}; measure this machine: {advice}") from None
 
 
 def _from_json(hint: Any, value: Any, key: str) -> Any:
@@ -146,8 +146,9 @@ def _from_json(hint: Any, value: Any, key: str) -> Any:
     if hint is str:
         return str(value)
     if hint in (int, float):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{key} is {value!r}, not a number above zero")
+        if isinstance(value, bool) or not isinstance(value, (int, hint)) or not 0 < value < LARGEST:
+            number = "whole number" if hint is int else "number"
+            raise ValueError(f"{key} is {format_value(value)}, not a {number} above zero")
         return hint(value)
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
@@ -155,7 +156,11 @@ def _from_json(hint: Any, value: Any, key: str) -> Any:
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(value):
             raise ValueError(f"{key} has {len(value)} entries, not {len(kinds)}")
-        return tuple(_from_json(kind, item, f"{key}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value)))
+        entries = tuple(_from_json(kind, item, f"{key}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value)))
+        sizes = [entry[0] for entry in entries if isinstance(entry, tuple)]  # of a curve or surface
+        if any(size >= after for size, after in pairwise(sizes)) or not (entries or key.endswith(".shared")):
+            raise ValueError(f"{key} must hold entries of rising size")
+        return entries
     if not isinstance(value, Mapping):
         raise ValueError(f"{key or 'the file'} is not a table")
     prefix = f"{key}." if key else ""

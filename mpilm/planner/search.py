@@ -1,7 +1,7 @@
 """The search over all layouts of a number of ranks: the best first, and the reason against each that cannot run."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -71,20 +71,20 @@ class Candidate(PlacedLayout):
 
 
 def search(job: PlannedJob, ranks: int) -> tuple[list[Candidate], dict[str, str]]:
-    """Return the layouts of so many ranks that can run, the best first, and the reasons against the others, by label.
-
-    Raises ConfigError with the reasons if none can run.
-    """
+    """Return the layouts that can run, the best first, and the reasons against others, by label; ConfigError if none can."""
     candidates, rejected = list[Candidate](), dict[str, str]()
     available = USABLE_MEMORY * job.machine.memory_bytes / -(-job.ranks_on_node(ranks) // job.machine.gpus)
     for config in _enumerate_layouts(job, ranks):
         label, recompute = layout_label(config, ranks), config.train.recompute
         for choice in ("none", "block") if recompute == "none" else (recompute,):  # recompute only what does not fit
+            layout = override(config, train__recompute=choice)
             try:
-                candidate = _place(job, override(config, train__recompute=choice), ranks)
+                check_config(layout)
+                shape, cut = resolve_mesh_shape(layout, ranks), partition_by_cost(layout, job.vocab_size)
             except ConfigError as error:
                 rejected.setdefault(label, str(error))
                 break
+            candidate = Candidate(layout, job.vocab_size, job.machine, shape, job.ranks_on_node(ranks), cut)
             if candidate.memory_bytes <= available:
                 candidates.append(candidate)
                 break
@@ -123,17 +123,8 @@ def _enumerate_layouts(job: PlannedJob, ranks: int) -> Iterator[Config]:
             chunks = [c for c in CHUNKS if c * pipeline <= layers] or [2] if schedule == "interleaved" else [1]
             for chunk in fixed.get("chunks", chunks):
                 for zero in fixed.get("zero", zeros):
-                    yield resolve_config(override(
-                        job.config, parallel__pipeline=pipeline, parallel__schedule=schedule, parallel__chunks=chunk,
-                        parallel__zero=zero,
-                    ))  # fmt: skip
-
-
-def _place(job: PlannedJob, config: Config, ranks: int) -> Candidate:
-    """Return the layout on the nodes of the job; raises ConfigError if it cannot run."""
-    check_config(config)
-    shape, cut = resolve_mesh_shape(config, ranks), partition_by_cost(config, job.vocab_size)
-    return Candidate(config, job.vocab_size, job.machine, shape, job.ranks_on_node(ranks), cut)
+                    layout = {"pipeline": pipeline, "schedule": schedule, "chunks": chunk, "zero": zero}
+                    yield resolve_config(replace(job.config, parallel=replace(job.config.parallel, **layout)))
 
 
 def layout_label(config: Config, ranks: int) -> str:

@@ -65,12 +65,9 @@ class Timeline:
 
 
 def simulate(programs: Sequence[Program], costs: ActionCosts, transfer_s: float = 0.0, blocking: bool = False) -> Timeline:
-    """Return the timeline of lowered programs, one per rank; raise ValueError, naming who waits for what, on a deadlock.
-
-    A message travels for `transfer_s` once it is sent and its receive is posted (nothing is buffered). A compute action
-    waits for its message. A SEND waits until the one before it on its channel has arrived or, if `blocking`, until it has
-    arrived itself.
-    """
+    """Return the timeline of lowered programs, one per rank; raise ValueError, naming who waits for what, on a deadlock. A
+    message travels for `transfer_s` once it is sent and its receive is posted (nothing is buffered). A compute action waits for
+    its message; a SEND until the one before it on its channel has arrived or, if `blocking`, it has itself."""
     simulation = _Simulation(programs, costs, transfer_s, blocking)
     while any(simulation.advance(rank) for rank in range(len(programs))):
         pass

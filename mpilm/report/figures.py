@@ -14,7 +14,7 @@ from mpilm.planner.simulate import TimelineEvent
 from mpilm.report.read import RecordedRun
 from mpilm.report.summary import average_parts, measure_peak_memory, split_step
 from mpilm.report.trace import TracedStep, find_traced_step
-from mpilm.telemetry.metrics_table import per_rank_values, to_float
+from mpilm.telemetry.metrics import per_rank_values, to_float
 
 BUCKETS = 800  # columns of a chart, shared by the runs that are compared
 NOISY = 400  # a curve with more points than this also gets its mean
@@ -57,11 +57,8 @@ class Chart:
 
 
 def downsample_m4(y: np.ndarray, buckets: int) -> np.ndarray:
-    """Return the indices of the first, smallest, largest and last value of each of `buckets` stretches of y, in order.
-
-    With one stretch per pixel column, these draw the same pixels as all values do (Jugel, Jerzak, Hackenbroich and Markl,
-    "M4: a visualization-oriented time series data aggregation", VLDB 2014). A spike of a single step is always kept.
-    """
+    """Return the indices of the first, smallest, largest and last value of each of `buckets` stretches of y, in order. With one
+    stretch per pixel column they draw the same pixels as all values, each spike included (Jugel et al., "M4", VLDB 2014)."""
     if len(y) <= 4 * buckets:
         return np.arange(len(y))
     width = -(-len(y) // buckets)

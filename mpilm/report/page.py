@@ -13,17 +13,15 @@ from mpilm.formatting import count_noun, format_mebibytes, format_number
 from mpilm.mesh.shape import AXES
 from mpilm.report import figures, summary, trace
 from mpilm.report.read import RecordedRun, read_run
-from mpilm.telemetry.metrics_table import to_float
+from mpilm.telemetry.metrics import SLOW, to_float
 
 PAGE = "report.html"
 MARKER = b"mpilm.report"  # within the first KiB of every file that a report may overwrite
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path = "") -> tuple[Path, list[RecordedRun]]:
-    """Write the report of the runs in `folders`, by default into the first one. Return its path and the runs.
-
-    Raises FileError if a folder is not a run or the file cannot be written, ConfigError if plotly is not installed.
-    """
+    """Write the report of the runs in `folders`, by default into the first one. Return its path and the runs. Raises FileError
+    if a folder is not a run or the file cannot be written, ConfigError if plotly is not installed."""
     runs = [read_run(folder) for folder in folders]
     path = Path(output) if output else runs[0].folder / (PAGE if len(runs) == 1 else "comparison.html")
     _replace_file(path, render_page(runs).encode("utf-8", errors="backslashreplace"))  # JSON may hold lone surrogates
@@ -43,16 +41,14 @@ def render_page(runs: Sequence[RecordedRun]) -> str:
     environment.policies["json.dumps_kwargs"] = {"default": lambda value: value.tolist()}
     environment.filters |= {"number": format_number, "mebibytes": format_mebibytes, "count": count_noun, "float": to_float}
     environment.filters |= {"digits": lambda value: f"{to_float(value):.3g}", "facts": summary.collect_facts}
-    environment.globals |= {"figures": figures, "summary": summary, "trace": trace, "axes": AXES, "version": __version__}
+    environment.globals |= {"figures": figures, "summary": summary, "trace": trace}
+    environment.globals |= {"axes": AXES, "slow": SLOW, "version": __version__}
     charts = {chart.key: asdict(chart) for chart in figures.make_charts(runs)}
     return environment.get_template("page.html.j2").render(runs=runs, charts=charts, plotly=get_plotlyjs()).lstrip()
 
 
 def save_images(runs: Sequence[RecordedRun], folder: str | Path) -> list[Path]:
-    """Draw the charts of the runs as PNG files in `folder` and return their paths.
-
-    Raises ConfigError without matplotlib, FileError if a file cannot be written or is not an image of a report.
-    """
+    """Draw the charts of the runs as PNG files in `folder` and return their paths. Raises ConfigError or FileError."""
     drawn = {Path(folder) / f"{chart.key}.png": figures.draw_chart(chart) for chart in figures.make_charts(runs)}
     with file_errors(f"--png {folder}", "created"):
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """Reading a run folder as far as it is complete: absent and broken parts are listed, not raised."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from mpilm.config.parse import read_toml
-from mpilm.data.files import file_errors
-from mpilm.errors import FileError, UserError
+from mpilm.config.schema import flatten
+from mpilm.data.files import file_errors, parse_json
+from mpilm.errors import DataError, FileError, UserError
 from mpilm.formatting import count_noun
-from mpilm.telemetry.metrics import MetricsRow
-from mpilm.telemetry.metrics_table import MetricsTable, read_metrics_table
+from mpilm.telemetry.metrics import MetricsRow, MetricsTable, read_metrics_table
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def read_run(folder: str | Path) -> RecordedRun:
     except OSError as error:
         missing.append(f"metrics.jsonl cannot be read: {error.strerror}.")
     try:
-        config = _flatten_sections(read_toml(path / "config.toml", "config.toml"))
+        config = flatten(read_toml(path / "config.toml", "config.toml"))
         text = (path / "config.toml").read_text(encoding="utf-8")
     except (UserError, OSError) as error:
         missing.append(f"{error}.")
@@ -85,24 +84,17 @@ def read_run(folder: str | Path) -> RecordedRun:
     return run
 
 
-def _flatten_sections(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten_sections(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def _load_trace(folder: Path, missing: list[str]) -> Mapping[str, Any] | None:
     """Return the newest trace of the run; None if it has none that can be read."""
     path = max(folder.glob("trace-*.json"), key=os.path.getmtime, default=None)
     if path is None:
         return None
     try:
-        trace = json.loads(path.read_bytes())
-        if isinstance(trace, dict) and isinstance(trace.get("traceEvents"), list):
+        trace = parse_json(path.read_bytes(), path.name)
+        if isinstance(trace.get("traceEvents"), list):
             return trace
         missing.append(f"{path.name} is not a trace.")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, DataError) as error:
         missing.append(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or 'it is not complete JSON'}.")
     return None
 

@@ -12,11 +12,9 @@ import numpy as np
 from mpilm.config.schema import Config, flatten, resolve_config
 from mpilm.formatting import count_noun, format_duration, format_number
 from mpilm.report.read import RecordedRun
-from mpilm.telemetry.metrics import MetricsRow
-from mpilm.telemetry.metrics_table import per_rank_values, to_float
+from mpilm.telemetry.metrics import MetricsRow, per_rank_values, select_stragglers, to_float
 
 LOGGED_PARTS = ("compute", "communication", "bubble", "data", "optimizer")
-SLOW = 1.2  # a straggler computes this many times as long as the median rank
 MAX_EVENTS = 60  # of more, the first and the last half are listed
 MAX_SAVES = 6  # of more checkpoints, the first and the last are listed
 
@@ -71,10 +69,8 @@ def measure_training_time(run: RecordedRun) -> float:
 
 
 def list_events(run: RecordedRun) -> tuple[list[MetricsRow], str]:
-    """Return the events to list and, if the checkpoints are too many for that, a sentence on them.
-
-    Of many events, the first and the last are listed, with a row for the others between them.
-    """
+    """Return the events to list and, if the checkpoints are too many for that, a sentence on them. Of many events, the first
+    and the last are listed, with a row for the others between them."""
     rows, saves, sentence = list(run.metrics.events), run.find_events("saved"), ""
     if len(saves) > MAX_SAVES:
         rows = [row for row in rows if row["event"] != "saved" or row is saves[0] or row is saves[-1]]
@@ -135,18 +131,17 @@ def split_step(row: MetricsRow) -> dict[str, np.ndarray] | None:
     return known | {"other": np.maximum(0.0, np.nan_to_num(other))}
 
 
-def _split_latest(run: RecordedRun) -> list[dict[str, np.ndarray]]:
-    """Return the parts of those sampled rows that have the ranks and parts of the last one."""
-    splits = [parts for row in run.metrics.samples if (parts := split_step(row)) is not None]
-    return [parts for parts in splits if parts.keys() == splits[-1].keys() and len(parts["other"]) == len(splits[-1]["other"])]
+def _split_latest(run: RecordedRun) -> tuple[list[dict[str, np.ndarray]], list[float]]:
+    """Return the parts of those sampled rows that have the ranks and parts of the last one, and the steps of these rows."""
+    splits = [(parts, to_float(row.get("step"))) for row in run.metrics.samples if (parts := split_step(row)) is not None]
+    latest = [s for s in splits if s[0].keys() == splits[-1][0].keys() and len(s[0]["other"]) == len(splits[-1][0]["other"])]
+    return [parts for parts, _ in latest], [step for _, step in latest]
 
 
 def average_parts(run: RecordedRun) -> dict[str, np.ndarray]:
     """Return the mean seconds of each part, (ranks,) each, since the number of ranks last changed; empty if none were logged.
-
-    The time that training waited for checkpoints is spread over all steps.
-    """
-    splits = _split_latest(run)
+    The time that training waited for checkpoints is spread over all steps."""
+    splits, _ = _split_latest(run)
     means = {part: np.mean([parts[part] for parts in splits], axis=0) for part in (splits[-1] if splits else ())}
     waits = [to_float(row["waited_s"]) for row in run.find_events("saved") if "waited_s" in row]
     if means and waits:
@@ -156,18 +151,9 @@ def average_parts(run: RecordedRun) -> dict[str, np.ndarray]:
 
 
 def find_stragglers(run: RecordedRun) -> tuple[list[tuple[int, float, int]], int]:
-    """Return the ranks that compute SLOW times as long as the median, slowest first, and the number of rows sampled.
-
-    Each has its rank, its mean compute time over the median of all ranks, and the sampled rows in which it was that slow.
-    """
-    compute = np.array([parts["compute"] for parts in _split_latest(run)])  # (rows, ranks)
-    if not len(compute) or compute.shape[1] < 2:
-        return [], len(compute)
-    mean = compute.mean(axis=0)
-    limit = SLOW * statistics.median_low(mean.tolist())
-    slow_rows = np.sum([row > SLOW * statistics.median_low(row.tolist()) for row in compute], axis=0)
-    slow = [rank for rank in np.argsort(-mean).tolist() if mean[rank] > limit]
-    return [(rank, float(SLOW * mean[rank] / limit), int(slow_rows[rank])) for rank in slow], len(compute)
+    """Return the stragglers in the rows sampled, as `select_stragglers` describes them, and the number of these rows."""
+    splits, steps = _split_latest(run)
+    return select_stragglers(steps, np.array([parts["compute"] for parts in splits])) if splits else [], len(splits)
 
 
 def measure_peak_memory(run: RecordedRun) -> tuple[np.ndarray | None, str]:

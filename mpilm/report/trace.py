@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from mpilm.mesh.shape import AXES, MeshShape
 from mpilm.parallel.pipeline.actions import COMPUTE, ActionKind, parse_action
 from mpilm.planner.simulate import Timeline, TimelineEvent, simulate
-from mpilm.telemetry.metrics_table import to_float
+from mpilm.telemetry.metrics import to_float
 
 
 class TracedStep(NamedTuple):
@@ -79,11 +79,8 @@ def _simulate_step(by_rank: Sequence[Sequence[TimelineEvent]]) -> Timeline:
 
 
 def sum_waits(trace: Mapping[str, Any]) -> list[tuple[str, str, float, float, int, float, float]]:
-    """Return the waits for other ranks in the traced steps, longest first.
-
-    Each has axis, operation, mean milliseconds per step and rank, those of the rank that waits longest, this rank, and calls
-    and bytes sent per step and rank.
-    """
+    """Return the waits for other ranks in the traced steps, longest first. Each has axis, operation, mean milliseconds per step
+    and rank, those of the rank that waits longest, this rank, and calls and bytes sent per step and rank."""
     calls: dict[tuple[str, str], list[tuple[int, float, float]]] = defaultdict(list)  # rank, milliseconds and bytes of each
     steps, ranks = set(), set()
     for event in trace["traceEvents"]:

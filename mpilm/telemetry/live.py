@@ -1,12 +1,14 @@
-"""Live view of a run in a terminal, from the rows of its metrics: while it trains, or from its folder (mpilm.watch)."""
+"""Console output of a run: a live view on a terminal, while it trains or from its folder (mpilm.watch), and lines elsewhere."""
 
 import contextlib
 import math
 import statistics
+import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -20,12 +22,12 @@ from mpilm.config.schema import Config
 from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import count_noun, format_duration, format_mebibytes
-from mpilm.telemetry.metrics import MetricsFollower, MetricsRow
+from mpilm.telemetry.metrics import SLOW_STEPS, MetricsFollower, MetricsRow, select_stragglers
 
+REFRESH_S = 0.5  # of a run that trains
 MAX_POINTS = 4000  # losses that the curve is drawn from
 MAX_EVENTS = 3  # the latest ones are shown
 SILENT_S = 60.0
-SLOW = 1.2  # times the median
 STEP_KEYS = frozenset({"step", "time", "loss", "grad_norm", "lr"})
 EVALUATION_KEYS = frozenset({"step", "time", "eval_loss"})
 EVENT_TEXTS = {
@@ -55,14 +57,17 @@ class LiveView:
         self._best_loss = math.inf  # of the evaluations
         self._peak_bytes: list[int] = []  # by rank
         self._step_s = 0.0
+        self._compute_s: deque[tuple[int, Sequence[float]]] = deque()  # of every rank, in the last SLOW_STEPS
         self._losses: deque[float] = deque(maxlen=MAX_POINTS)
         self._events: deque[str] = deque(maxlen=MAX_EVENTS)
 
     def update(self, row: MetricsRow) -> None:
         """Add a row of metrics.jsonl, or of a step that is not logged."""
+        row = {key: value for key, value in row.items() if key not in IS_SHOWABLE or IS_SHOWABLE[key](value)}
         event, text = row.get("event"), _describe_event(row)
         if text and event == "start":
             self._start, self._ranks, self.final_state = row, {}, ""
+            self._compute_s.clear()
         if text and event in FINAL_STATES:
             self.final_state = FINAL_STATES[event]
             self._peak_bytes = row.get("peak_memory_on_rank_bytes", self._peak_bytes)
@@ -76,8 +81,11 @@ class LiveView:
             self._step = row
             self._losses.append(row["loss"])
             self._step_s = row.get("step_s", self._step_s)
-            if "rank_s" in row:
+            if row.keys() >= {"rank_s", "memory_bytes"}:
                 self._ranks, self._peak_bytes = row, row["memory_bytes"]
+                self._compute_s.append((row["step"], row["rank_s"]["compute"]))
+                while len(self._compute_s) > 2 and self._compute_s[1][0] <= row["step"] - SLOW_STEPS:
+                    self._compute_s.popleft()
 
     def __rich__(self) -> RenderableType:
         """Render the view as it is now."""
@@ -91,6 +99,15 @@ class LiveView:
         curves: list[RenderableType] = [Text(curve, style="cyan"), ""] if curve.strip() else []
         events: list[RenderableType] = ["", *(Text(event, style="dim") for event in self._events)] if self._events else []
         return Group(self._title(), bar, "", *curves, table, *events)
+
+    def describe_straggler(self) -> str:
+        """Name the rank that computes longest; empty if it is not clearly slower than most in all of the last rows."""
+        if not self._compute_s:
+            return ""
+        steps, rows = zip(*self._compute_s)
+        others = "the other rank" if len(rows[0]) == 2 else "most"
+        slowest = select_stragglers(steps, np.array(rows))[:1]
+        return "".join(f"rank {rank} computes {ratio:.1f} times as long as {others}" for rank, ratio, _ in slowest)
 
     def _title(self) -> Text:
         ranks, layout = self._start.get("ranks"), self._start.get("layout", {})
@@ -114,14 +131,14 @@ class LiveView:
         if self._evaluation:
             best = "" if self._evaluation["eval_loss"] <= self._best_loss else f", best {self._best_loss:.4f}"
             yield "evaluation", f"{self._evaluation['eval_loss']:.4f} at step {self._evaluation['step']}{best}"
-        if "tokens_per_s" in row:
+        if row.keys() >= {"tokens_per_s", "step_s"}:
             mfu = f"   MFU {row['mfu']:.1%}" if "mfu" in row else ""
             yield "speed", f"{row['tokens_per_s']:,.0f} tokens/s   {row['step_s']:.3g} s per step{mfu}"
         if self._ranks:
             mean_s = {category: statistics.fmean(seconds) for category, seconds in self._ranks["rank_s"].items()}
             step_s = self._ranks.get("step_s") or sum(mean_s.values())
             yield "time", "   ".join(f"{category} {s / step_s:.0%}" for category, s in mean_s.items() if s > 0.005 * step_s)
-            yield "slowest", slowest_rank_note(self._ranks["rank_s"]["compute"]) or "no rank is clearly slower than most"
+            yield "slowest", self.describe_straggler() or "no rank is clearly slower than most"
             predicted = self._start.get("predicted_memory_bytes")
             suffix = f", {format_mebibytes(predicted)} predicted" if predicted else ""
             yield "memory", f"at most {format_mebibytes(max(self._peak_bytes))} per rank{suffix}"
@@ -135,17 +152,28 @@ def _describe_event(row: MetricsRow) -> str:
     ranks = {"ranks": count_noun(row["ranks"], "rank")} if "ranks" in row else {}
     try:
         text = EVENT_TEXTS.get(row["event"], "{event} at step {step}").format_map(row | ranks)
-        return f"{time.strftime('%H:%M:%S', time.localtime(row['time']))}  {text}"
-    except KeyError:
+        line = f"{time.strftime('%H:%M:%S', time.localtime(row['time']))}  {text}"
+        return line.encode(errors="replace").decode()  # half a surrogate pair has no UTF-8
+    except (KeyError, ValueError, OverflowError, OSError):  # the last three: no such time
         return ""
 
 
-def slowest_rank_note(compute_s: Sequence[float]) -> str:
-    """Name the rank that computes longest; empty if it is not clearly slower than most."""
-    median, longest = statistics.median_low(compute_s), max(compute_s)
-    if len(compute_s) < 2 or longest <= SLOW * median:
-        return ""
-    return f"rank {compute_s.index(longest)} computes {longest / median:.1f} times as long as most"
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e15
+
+
+def _are_finite(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and len(values) > 0 and all(map(_is_finite, values))
+
+
+IS_SHOWABLE: Mapping[str, Callable[[Any], bool]] = {  # values by key: anything may have written the file
+    **dict.fromkeys(("step", "time", "lr", "step_s", "tokens_per_s", "mfu", "ranks", "predicted_memory_bytes"), _is_finite),
+    **dict.fromkeys(("loss", "grad_norm", "eval_loss"), lambda value: type(value) is float or _is_finite(value)),
+    **dict.fromkeys(("memory_bytes", "peak_memory_on_rank_bytes"), _are_finite),
+    "rank_s": lambda value: isinstance(value, dict) and "compute" in value and all(map(_are_finite, value.values())),
+    "event": lambda value: isinstance(value, str),
+    "layout": lambda value: isinstance(value, dict),
+}
 
 
 def draw_curve(values: Iterable[float], columns: int = 48, rows: int = 4) -> list[str]:
@@ -163,6 +191,76 @@ def draw_curve(values: Iterable[float], columns: int = 48, rows: int = 4) -> lis
             cells[rows - 1 - y // 4][x // 2] |= BRAILLE_DOTS[x % 2][y % 4]
     labels = {0: f" {high:.3f}", rows - 1: f" {low:.3f}"}
     return ["".join(map(chr, line)) + labels.get(number, "") for number, line in enumerate(cells)]
+
+
+class Display:
+    """Prints on rank 0 alone (`enabled`) and writes every line with its time into the file `log`. `launched` by mpirun or srun,
+    it prints lines even on a terminal: Open MPI gives ranks one also where it then writes to a file, so a rank cannot tell."""
+
+    def __init__(self, enabled: bool, view: LiveView, log: Path, launched: bool):
+        self.enabled, self.view = enabled, view
+        self._first_step, self._started = 0, time.monotonic()
+        self._log = open(log, "a", encoding="utf-8") if enabled else None  # noqa: SIM115
+        self._terminal = enabled and sys.stdout.isatty() and not launched
+        self._live: Live | None = None
+        self._refreshed = 0.0
+
+    def start(self, first_step: int) -> None:
+        """Start the live view: the header has been printed, and training goes on from `first_step`."""
+        self._first_step, self._started = first_step, time.monotonic()
+        if self._terminal and self.view.steps > first_step:
+            self._live = Live(self.view, auto_refresh=False)
+            self._live.start()
+
+    def print(self, text: str = "") -> None:
+        """Print text as it is, and log it."""
+        self.log_only(text)
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        elif self.enabled:
+            print(text, flush=True)
+
+    def log_line(self, text: str) -> None:
+        """Print an event with the time of day, and log it; a terminal shows it without the time."""
+        if self.enabled and not self._terminal:
+            self.log_only(text)
+            print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+        else:
+            self.print(text)
+
+    def log_only(self, text: str) -> None:
+        """Write text into the log file. Errors of the file never stop the run: a full disk stops checkpoints, not lines."""
+        if self._log is not None:
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            try:
+                self._log.write("".join(f"{now}  {line}".rstrip() + "\n" for line in text.split("\n")))
+                self._log.flush()
+            except OSError:
+                self._log = None
+
+    def show_step(self, done: int, row: dict[str, Any], logged: bool) -> None:
+        """Show that `done` steps are done. `row`: metrics of the last one, which gets a line if it is `logged`."""
+        if self.enabled and logged:
+            log = self.log_line if self._live is None else self.log_only
+            log(self._format_step(done, row))
+        elif self._live is not None:
+            self.view.update(row)
+        if self._live is not None and time.monotonic() > self._refreshed + REFRESH_S:
+            self._live.refresh()
+            self._refreshed = time.monotonic()
+
+    def _format_step(self, done: int, row: dict[str, Any]) -> str:
+        steps, elapsed_s = self.view.steps, time.monotonic() - self._started
+        left = format_duration(elapsed_s / (done - self._first_step) * (steps - done))
+        text = f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
+        straggler = self.view.describe_straggler()
+        return f"step {done:>{len(str(steps))}}/{steps}  {text}  {left} left{f'  ({straggler})' if straggler else ''}"
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.refresh()
+            self._live.stop()
+            self._live = None
 
 
 def watch_run(folder: str, interval_s: float, once: bool) -> None:

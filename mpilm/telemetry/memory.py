@@ -9,25 +9,21 @@ import torch
 
 
 def _read_bytes(file: str, key: str) -> int:
+    """Return a size from /proc/self, 0 if it is not there. VmRSS: all in RAM, shared pages in full."""
     with contextlib.suppress(OSError):
         if match := re.search(rf"^{key}:\s+(\d+) kB", Path(f"/proc/self/{file}").read_text(), re.MULTILINE):
             return 1024 * int(match.group(1))
     return 0
 
 
-def resident_bytes() -> int:
-    """Return this process's memory in RAM (RSS). Pages shared with other ranks count in full."""
-    return _read_bytes("status", "VmRSS")
-
-
 def shared_bytes() -> int:
-    """Return the part of `resident_bytes` that lies in memory shared between ranks."""
+    """Return the part of this process's memory in RAM that ranks share."""
     return _read_bytes("status", "RssShmem")
 
 
 def proportional_bytes() -> int:
     """Return this process's memory in RAM, with each shared page divided among the processes that share it (PSS)."""
-    return _read_bytes("smaps_rollup", "Pss") or resident_bytes()
+    return _read_bytes("smaps_rollup", "Pss") or _read_bytes("status", "VmRSS")
 
 
 def trim_heap() -> None:
@@ -46,20 +42,18 @@ class MemoryMeter:
             Path("/proc/self/clear_refs").write_text("5")  # reset the peak, VmHWM
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self._resident, self._shared = resident_bytes(), shared_bytes()
+        self._resident, self._shared = _read_bytes("status", "VmRSS"), shared_bytes()
         # the program's own, before there is a model
         self.program_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else proportional_bytes()
 
     @property
     def used_bytes(self) -> int:
         """Memory in use now."""
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else resident_bytes()
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else _read_bytes("status", "VmRSS")
 
     def peak_bytes(self, own_shared: int) -> int:
-        """Return the highest use so far, with the program's shared pages divided as they were at the start.
-
-        `own_shared` is this rank's part of memory that ranks share; the parts of others, which it sees too, do not count.
-        """
+        """Return the highest use so far, with the program's shared pages divided as they were at the start. `own_shared` is
+        this rank's part of memory that ranks share; the parts of others, which it sees too, do not count."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         others = max(0, shared_bytes() - self._shared - own_shared)

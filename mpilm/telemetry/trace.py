@@ -1,7 +1,4 @@
-"""The spans that ranks record: the parts of a step, and what every rank did in steps A to B, on one clock.
-
-RUN/trace-A-B.json is in the Chrome trace format, which Perfetto opens.
-"""
+"""The spans that ranks record: the parts of a step, and RUN/trace-A-B.json, a Chrome trace of all ranks on one clock."""
 
 import json
 import os
@@ -24,11 +21,8 @@ ACTION_CATEGORIES = {"F": "forward", "REDUCE": "reduce", "SEND": "send", "RECV":
 
 
 def _categorize(event: object, pipelined: bool) -> str:
-    """Return the part of a step that an event belongs to.
-
-    Communication is exposed time: waiting for messages and for slower ranks, and adding gradients. The bubble is waiting for
-    other stages of a pipeline, also at the end of a step, where all ranks synchronize.
-    """
+    """Return the part of a step that an event belongs to. Communication is exposed time: waiting for messages and slower ranks,
+    and adding gradients. The bubble is waiting for other stages of a pipeline, also where all ranks meet at a step's end."""
     if isinstance(event, Action):
         return "compute" if event.kind in COMPUTE else "communication"
     if isinstance(event, CommCall):
@@ -122,8 +116,7 @@ class Trace:
 
 
 def _write_all(path: Path, events: str, about: str, world: Comm) -> str:
-    """Write the events of all ranks into one file; return a line about it. Rank 0 writes them one rank at a time, so that it
-    never holds all. Collective."""
+    """Write all ranks' events into one file, rank after rank: rank 0 never holds all. Return a line about it. Collective."""
     data = torch.frombuffer(bytearray(events.encode()), dtype=torch.uint8)
     sizes = world.all_gather_json(data.numel())
     if world.rank > 0:

@@ -42,6 +42,14 @@ POINTS: Mapping[str, Sequence[str]] = {
     "recover.agree": ["mpilm.trainer.recovery.elastic:agree_on_survivors"],
     "recover.give": ["mpilm.trainer.recovery.memory_checkpoint:RecoveredState.broadcast_range"],
     "leaving": ["mpilm.trainer.loop:exit_barrier"],
+    "mpi": ["mpilm.launch.run:connect_world"],
+    "command": ["mpilm.launch.run:_run_command"],
+    "prepare": ["mpilm.trainer.build:open_training_data"],
+    "tokenizer": ["mpilm.data.tokenizer:train_bpe"],
+    "build": ["mpilm.trainer.build:partition_model"],
+    "load": ["mpilm.trainer.build:_load_or_init"],
+    "sample": ["mpilm.trainer.loop:_sample_text"],
+    "report": ["mpilm.trainer.loop:_write_report"],
 }
 """Point -> the functions (module:qualified name) before which it lies; reduce.after lies behind its function."""
 
@@ -58,6 +66,14 @@ def _hold_interpreter_lock(value: float) -> None:
         libc.usleep(int(1e6 * value))
     else:
         libc.read(os.pipe()[0], ctypes.create_string_buffer(1), ctypes.c_size_t(1))
+
+
+def _work_slowly(value: float) -> None:
+    """Read a little each half second, for so many seconds."""
+    end = time.monotonic() + value
+    while time.monotonic() < end:
+        time.sleep(0.5)
+        Path("/proc/self/stat").read_bytes()
 
 
 def _raise(error: Exception, value: float) -> None:
@@ -82,6 +98,7 @@ KINDS: Mapping[str, Callable[[float], object]] = {
     "hold": _hold_interpreter_lock,
     "loop": _loop_forever,
     "sleep": time.sleep,
+    "slow": _work_slowly,
     "raise": functools.partial(_raise, ValueError("injected by MPILM_FAULT")),
     "exit": lambda value: sys.exit(3),
     "os_exit": lambda value: os._exit(3),
@@ -116,7 +133,7 @@ def install_faults(description: str, rank: int) -> None:
     from mpilm.comm.flight_recorder import FlightRecorder
 
     step = [0]
-    _wrap(FlightRecorder, "enter", lambda recorder, phase, number: step.__setitem__(0, number))
+    _wrap(FlightRecorder, "enter", lambda recorder, phase, number=-1: step.__setitem__(0, number))
     for fault in [_parse_fault(text) for text in description.split(";") if text.strip()]:
         for target in POINTS[fault.point]:
             module, _, name = target.partition(":")

@@ -31,9 +31,7 @@ PARTS = (0, 1, 0)  # one block divided into three stages: the embedding; the blo
 
 def choose_layout(config: Config, vocab_size: int, hardware: Hardware, world: Comm) -> tuple[Config, str]:
     """Return the config with the layout that the planner predicts to be fastest, and a note; unchanged without parallel.auto.
-
-    Collective; raises CollectiveError if machine.json describes another machine, or no layout works.
-    """
+    Collective; raises CollectiveError if machine.json describes another machine, or no layout works."""
     if not config.parallel.auto:
         return config, ""
     ranks_per_node = max(world.all_gather_json(world.split_node().size))
@@ -69,11 +67,8 @@ def _check_same_machine(profile: MachineProfile, hardware: Hardware, world: Comm
 
 
 def partition_model(config: Config, mesh: Mesh, vocab_size: int, device: torch.device) -> tuple[int, ...]:
-    """Return the number of blocks in each stage, the same on all ranks. Collective over the mesh; raises CollectiveError.
-
-    With `parallel.balance measured` all ranks time a block, the embedding and the head at once, as in training; a stage is as
-    fast as the slowest of its replicas.
-    """
+    """Return the number of blocks in each stage. Collective over the mesh; raises CollectiveError. To measure their cost, ranks
+    time a block, the embedding and the head at once, as in training; a stage is as fast as the slowest of its replicas."""
     parallel = config.parallel
     if parallel.balance == "cost" or parallel.cut or parallel.pipeline == 1:
         return run_on_all_ranks(mesh.world, lambda: partition_by_cost(config, vocab_size))

@@ -6,8 +6,7 @@ from pathlib import Path
 from mpilm.checkpoint.pretrained import list_pretrained_files
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
-from mpilm.comm.flight_recorder import FlightRecorder
-from mpilm.comm.instrumented import InstrumentedComm
+from mpilm.comm.instrumented import instrument
 from mpilm.config.schema import Config, flatten
 from mpilm.data.batch import Batches
 from mpilm.data.files import hex_digest
@@ -18,7 +17,6 @@ from mpilm.engine.pipelined import load_initial_weights
 from mpilm.engine.train_model import TrainModel, load_checkpoint_state
 from mpilm.errors import ConfigError
 from mpilm.launch.stop_request import StopRequest
-from mpilm.launch.watchdog import PREPARATION
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.flat_layout import ALIGNMENT
 from mpilm.parallel.layout_check import resolve_mesh_shape
@@ -29,25 +27,22 @@ from mpilm.trainer.run import Run
 from mpilm.trainer.run_folder import RunFolder, open_run_folder
 
 
-def build_run(
-    config: Config, world: Comm, recovered: RecoveredState | None = None, recorder: FlightRecorder | None = None
-) -> Run:
+def build_run(config: Config, world: Comm, recovered: RecoveredState | None = None) -> Run:
     """Build everything `config` asks for, in the state of a checkpoint or of `recovered` if the run resumes. Collective."""
     check_same_on_all_ranks(world, "settings", flatten(config))
     check_same_on_all_ranks(world, "programs", software_fingerprint(world))
     if not config.parallel.auto:
         run_on_all_ranks(world, lambda: resolve_mesh_shape(config, world.size))  # refused before anything is read
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
-    world = world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed)
-    recorder = recorder or FlightRecorder()
-    recorder.enter(PREPARATION, 0)
+    world = instrument(world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed), checks_calls=False)
+    world.recorder.enter("preparation")
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)  # rank 0 may train a tokenizer on all cores
     data = open_training_data(config, yielding)
-    recorder.enter("start", 0)
+    world.recorder.enter("start")
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     config, layout_note = choose_layout(config, vocab_size, hardware, world)
     shape = run_on_all_ranks(world, lambda: resolve_mesh_shape(config, world.size))
-    mesh = Mesh(shape, InstrumentedComm(world, True, recorder), recorder)
+    mesh = Mesh(shape, instrument(world, checks_calls=True), world.recorder)
     content = _digest_content(config, data, world)
     folder = open_run_folder(config, content, numerics_environment(hardware, world, config.parallel), world, recovered)
     try:
@@ -61,10 +56,8 @@ def build_run(
         folder.release()
         raise
     batches = Batches(data.examples, config.train.seed, config.train.global_batch, config.train.micro_batch)
-    stop_request = StopRequest(folder.path / "stop", config.run.time_limit, query_slurm=world.rank == 0)
-    return Run(
-        config, hardware, mesh, data, batches, folder, content, model, stop_request, folder.bad_steps, memory, layout_note
-    )
+    stop = StopRequest(folder.path / "stop", config.run.time_limit, query_slurm=world.rank == 0)
+    return Run(config, hardware, mesh, data, batches, folder, content, model, stop, folder.bad_steps, memory, layout_note)
 
 
 def _common_alignment(config: Config, world: Comm, hardware: Hardware) -> int:

@@ -1,6 +1,5 @@
 """Description of a run: start row of metrics.jsonl, header, predicted memory, and the error when memory runs out."""
 
-import errno
 import shlex
 import socket
 import sys
@@ -27,13 +26,10 @@ from mpilm.trainer.run import Run
 
 
 def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
-    """Return the start row of metrics.jsonl and the lines to print before the first step.
-
-    Collective: gathers the facts from all ranks, and measures their peak FLOP rate.
-    """
+    """Return the start row of metrics.jsonl and the lines to print before the first step. Collective; measures FLOP rates."""
     world, config, parallel = run.mesh.world, run.config, run.config.parallel
     predictions = world.all_gather_json(predict_memory(run))  # so that all ranks measure at once
-    peak, peak_source = measure_peak_flops(run.hardware.device, config.train.dtype)
+    peak, peak_source = measure_peak_flops(run.hardware, config.train.dtype)
     facts = [peak, run.model.local_numel, run.hardware.threads, socket.gethostname()]
     peaks, local_numel, threads, hosts = zip(*world.all_gather_json(facts))
     predicted = max(predictions, key=lambda parts: sum(parts.values()))
@@ -61,25 +57,22 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
         "command": f"mpirun -n {world.size} {command}" if world.size > 1 else command,
         "versions": software_versions(world),
     }
-    return row, list(_header_lines(run, row, predicted, threads))
+    labelled = (f"  {label:<8} {text}" for label, text in _header_rows(run, row, predicted))
+    return row, [_first_line(run, threads), *labelled, ""]
 
 
-def _header_lines(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int], threads: Sequence[int]) -> Iterator[str]:
-    """Yield the lines. `predicted`: memory of the rank that uses most, by part; `threads`: of each rank."""
+def _first_line(run: Run, threads: Sequence[int]) -> str:
     hardware = run.hardware
     device = torch.cuda.get_device_name() if hardware.device.type == "cuda" else processor_name()
     text = f"{count_noun(threads[0], 'thread')} each"
     if len(set(threads)) > 1:
         text = f"{', '.join(map(str, threads))} threads (unequal: the last bits depend on which rank computes what)"
     cores = ", more ranks than cores" if hardware.oversubscribed else ", bound to separate cores" if hardware.is_bound else ""
-    yield f"mpilm {mpilm.__version__}: {count_noun(len(threads), 'rank')}, {text}{cores}, {device}, {run.config.train.dtype}"
-    for label, text in _header_rows(run, row, predicted):
-        yield f"  {label:<8} {text}"
-    yield ""
+    return f"mpilm {mpilm.__version__}: {count_noun(len(threads), 'rank')}, {text}{cores}, {device}, {run.config.train.dtype}"
 
 
 def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield labels and texts; a row without a label continues the one before."""
+    """Yield labels and texts; one without a label continues the row before. `predicted`: of the rank that uses most memory."""
     hardware = run.hardware
     yield "with", f"torch {torch.__version__}, {run.mesh.world.mpi_library}"
     if hardware.threads > max(1.0, float(hardware.cores)):
@@ -101,8 +94,7 @@ def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
     sizes = [f"{axis} {size}" for axis, size in zip(AXES, shape.sizes) if size > 1 or axis == "data"]
     yield "layout", " x ".join(sizes) + (f", ZeRO-{parallel.zero}" if parallel.zero else "")
     if shape.data > 1 and run.config.train.reproducible:  # otherwise nobody, or the MPI library, reduces the gradients
-        for text in _describe_reduction(run):
-            yield "", text
+        yield from _reduction_rows(run)
     if run.layout_note:
         yield "", run.layout_note
     if len(run.model.blocks_per_stage) > 1:
@@ -112,21 +104,21 @@ def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "", f"schedule {parallel.schedule}, layers per stage {','.join(map(str, run.model.blocks_per_stage))}{idle}"
 
 
-def _describe_reduction(run: Run) -> Iterator[str]:
+def _reduction_rows(run: Run) -> Iterator[tuple[str, str]]:
     parallel = run.config.parallel
     if parallel.sync_every:
         synchronized = f"replicas train independently and synchronize every {parallel.sync_every} steps"
-        yield f"{synchronized}; loss and norm are over all replicas"
+        yield "", f"{synchronized}; loss and norm are over all replicas"
     elif parallel.powersgd_rank:
-        yield f"gradients of matrices are compressed to rank {parallel.powersgd_rank}"
+        yield "", f"gradients of matrices are compressed to rank {parallel.powersgd_rank}"
     else:
         timings = ", ".join(f"{method} {1000 * seconds:.1f} ms" for method, seconds in run.model.reduce_timings.items())
         reducer = next(iter(run.model.reducers.values()))
         if isinstance(reducer, StepReducer):
             method = "shared memory within the node" if reducer.across_ranks.uses_shared_buffers else "messages"
-            yield f"gradient all-reduce: {method}{f' ({timings})' if timings else ''}"
+            yield "", f"gradient all-reduce: {method}{f' ({timings})' if timings else ''}"
         if parallel.wire_dtype == "bfloat16":
-            yield "gradients are sent as bfloat16: the last bits depend on the layout"
+            yield "", "gradients are sent as bfloat16: the last bits depend on the layout"
 
 
 def _training_rows(run: Run, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -159,15 +151,6 @@ def predict_memory(run: Run) -> dict[str, int]:
 def list_parts(parts: Mapping[str, int]) -> str:
     """Return the parts of a prediction as text, without empty ones."""
     return ", ".join(f"{part} {format_mebibytes(nbytes)}" for part, nbytes in parts.items() if nbytes)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the host or a GPU has run out of memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's, on a CPU
 
 
 def out_of_memory_error(run: Run, error: BaseException) -> OutOfMemoryError:

@@ -1,22 +1,22 @@
 """Hooks: what happens around a training step. trainer/loop.py states their order."""
 
+import time
 from dataclasses import dataclass
-
-import torch
 
 from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.flight_recorder import Span
+from mpilm.engine.state_check import check_state
 from mpilm.engine.step import StepResult, validation_loss
-from mpilm.engine.train_model import TrainModel
-from mpilm.errors import PreemptedError, RanksDisagreeError
-from mpilm.formatting import name_ranks
+from mpilm.errors import PreemptedError
 from mpilm.launch.stop_request import STOP_REASONS
 from mpilm.telemetry.trace import Trace
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
 from mpilm.trainer.recovery.skip import skip_step
 from mpilm.trainer.run import Run
+
+HookParts = tuple[Run, RunLog, CheckpointManager, InMemoryCheckpoint | None]  # of every hook
 
 
 @dataclass
@@ -44,8 +44,7 @@ class Hook:
 
     def after_step(self, event: StepEvent) -> None: ...
 
-    def finish(self) -> None:
-        """Called after the last step."""
+    def finish(self) -> None: ...  # after the last step
 
 
 def is_due(done: int, every: int) -> bool:
@@ -104,10 +103,7 @@ class InMemoryCheckpointing(Hook):
 
 
 class ConsistencyCheck(Hook):
-    """Compares calls of ranks, and weights of replicas once in sync: in the first step and every fault.check-every steps.
-
-    Weights that differ are a sign of silent data corruption.
-    """
+    """Compares calls of ranks, and replicas once in sync: in the first step and every fault.check-every steps."""
 
     pending = False  # replicas are still to be compared
 
@@ -119,13 +115,11 @@ class ConsistencyCheck(Hook):
     def after_step(self, event: StepEvent) -> None:
         self.run.mesh.check_calls(False)
         if self.pending and self.run.model.are_replicas_in_sync(event.done):
-            check_replicas_equal(self.run.model, event.done)
+            check_state(self.run.model, event.done)
             self.pending = False
 
 
 class Logging(Hook):
-    """Logs the step."""
-
     def after_step(self, event: StepEvent) -> None:
         if event.recovered:
             self.log.log_recovered_step(event.done, event.result)
@@ -138,15 +132,14 @@ class Evaluation(Hook):
 
     def after_step(self, event: StepEvent) -> None:
         run, every = self.run, self.run.config.run.eval_every
-        stops = stops_early(run, event)
-        if stops:
+        if stops_early(run, event):
             run.model.sync_replicas()
-        is_wanted = is_due(event.done, every) or (every and saves_checkpoint(run, event) and not stops)
-        if run.batches.eval_samples and is_wanted:
+        if run.batches.eval_samples and (is_due(event.done, every) or (every and is_checkpoint_planned(run, event))):
+            began_s = time.perf_counter()
             run.recorder.enter("evaluation", event.done - 1)
             with run.recorder.span("evaluation"):
                 event.eval_loss = validation_loss(run.model, run.batches, run.config.run.eval_batches)
-            self.log.log_evaluation(event.done, event.eval_loss)
+            self.log.log_evaluation(event.done, event.eval_loss, time.perf_counter() - began_s)
 
 
 class Checkpointing(Hook):
@@ -154,7 +147,8 @@ class Checkpointing(Hook):
 
     def after_step(self, event: StepEvent) -> None:
         has_waited = self.checkpoints.poll(event.result.flags.checkpoint_pending)
-        if saves_checkpoint(self.run, event) and not (event.recovered and self.checkpoints.has_saved(event.done)):
+        is_wanted = stops_early(self.run, event) or is_checkpoint_planned(self.run, event)
+        if is_wanted and not (event.recovered and self.checkpoints.has_saved(event.done)):
             self.checkpoints.save(event.done, event.eval_loss)
             has_waited = True
         if has_waited:
@@ -185,46 +179,7 @@ def stops_early(run: Run, event: StepEvent) -> bool:
     return event.result.flags.stop_reason > 0 and event.done < run.config.train.steps
 
 
-def saves_checkpoint(run: Run, event: StepEvent) -> bool:
-    """Return whether a checkpoint is saved: each checkpoint.every steps, before a stop, at the end, after a rewind."""
+def is_checkpoint_planned(run: Run, event: StepEvent) -> bool:
+    """Return whether the run saves without being stopped: each checkpoint.every steps, at the end, after a rewind."""
     regular = is_due(event.done, run.config.checkpoint.every) and event.result.updated
-    return stops_early(run, event) or event.done == run.config.train.steps or event.rewound or regular
-
-
-def check_replicas_equal(model: TrainModel, done: int) -> None:
-    """Compare a checksum of every parameter that replicas hold in full. Collective over the mesh.
-
-    Raises RanksDisagreeError on all ranks, naming the first parameter that differs, and the ranks.
-    """
-    differing = _differing_parameters(model) if model.zero < 3 else []
-    everyone = [(rank, *item) for rank, items in enumerate(model.mesh.world.all_gather_json(differing)) for item in items]
-    if everyone:
-        _, name, replicas = everyone[0]
-        names = {other for _, other, _ in everyone}
-        ranks = [rank for rank, other, _ in everyone if other == name]
-        odd = f"{name_ranks(ranks)} differ{'s' * (len(ranks) == 1)} from most" if replicas > 2 else "the two differ"
-        more = f", and {len(names) - 1} more parameters" if len(names) > 1 else ""
-        problem = f"{name}{more} should be the same on all {replicas} replicas, but {odd}"
-        cause = "a processor or its memory may be failing"
-        advice = "The newest checkpoint may hold wrong values; resume from an older one without that host"
-        raise CollectiveError(RanksDisagreeError(f"after step {done}: {problem}: {cause}. {advice}"))
-
-
-def _differing_parameters(model: TrainModel) -> list[tuple[str, int]]:
-    """Return the parameters whose bits differ from those of most replicas, and the number of replicas. Collective."""
-    by_axes: dict[tuple[str, ...], list[tuple[str, torch.Tensor]]] = {}
-    for flat in model.flats.values():
-        for name, (_, layout) in flat.layout.spans.items():
-            if layout.tied_to is None:
-                bits = flat.parameter(name).view(-1).view(torch.int32).sum(dtype=torch.int64).cpu()
-                by_axes.setdefault(layout.replica_axes, []).append((name, bits))
-    differing: list[tuple[str, int]] = []
-    for axes, items in by_axes.items():
-        comm = model.mesh.comm(*axes)
-        if comm.size > 1:
-            own = torch.stack([bits for _, bits in items])
-            everyone = torch.empty(comm.size, len(items), dtype=torch.int64)
-            comm.all_gather(own, everyone)
-            equal = (own == everyone.mode(dim=0).values).tolist()
-            differing += [(name, comm.size) for (name, _), same in zip(items, equal) if not same]
-    return differing
+    return event.done == run.config.train.steps or event.rewound or regular

@@ -12,8 +12,7 @@ from mpilm.config.schema import flatten
 from mpilm.engine.step import StepResult
 from mpilm.formatting import format_duration, format_mebibytes
 from mpilm.launch.run import launcher_world_size
-from mpilm.telemetry.display import Display
-from mpilm.telemetry.live import LiveView
+from mpilm.telemetry.live import Display, LiveView
 from mpilm.telemetry.metrics import MetricsWriter
 from mpilm.telemetry.trace import CATEGORIES, break_down
 from mpilm.telemetry.trackers import Tracker, open_trackers
@@ -32,7 +31,7 @@ class RunLog:
         self.live = LiveView(str(folder.path), run.config.train.steps, run.config.checkpoint.every)
         self.sinks: list[MetricsWriter | Tracker] = []
         self.eval_loss: float | None = None
-        self.step_s, self.save_s = 0.0, sum(run.model.memory_bytes().values()) / ASSUMED_WRITE_RATE
+        self.step_s, self.eval_s, self.save_s = 0.0, 0.0, sum(run.model.memory_bytes().values()) / ASSUMED_WRITE_RATE
 
         def open_files() -> Display:
             with writing(folder.path):
@@ -59,9 +58,8 @@ class RunLog:
         step_s = self.step_s = (time.perf_counter() - self.last) / (done - self.last_done)
         row, is_logged = self._step_row(done, result), self._is_logged(done)
         row |= {"step_s": step_s, "tokens_per_s": self.run.batches.step_tokens / step_s}
-        start = self.start_row
-        if start["peak_flops"]:
-            row["mfu"] = row["tokens_per_s"] * start["flops_per_token"] / start["peak_flops"]
+        if peak_flops := self.start_row["peak_flops"]:
+            row["mfu"] = row["tokens_per_s"] * self.start_row["flops_per_token"] / peak_flops
         if is_logged:
             row |= self._gather_rank_stats(done - self.last_done)
             self._write(row)
@@ -80,14 +78,8 @@ class RunLog:
         return every > 0 and (done % every == 0 or done in (self.run.folder.logged + 1, self.run.config.train.steps))
 
     def _step_row(self, done: int, result: StepResult) -> dict[str, Any]:
-        return {
-            "step": done,
-            "time": time.time(),
-            "tokens": done * self.run.batches.step_tokens,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": result.lr,
-        }
+        row = {"step": done, "time": time.time(), "tokens": done * self.run.batches.step_tokens}
+        return row | {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
 
     def step_skipped(self, done: int, cause: str, since: int) -> None:
         """Log a step that changed nothing, together with the rewound steps from `since` on."""
@@ -96,13 +88,13 @@ class RunLog:
         self.restart_clock(done)
 
     def next_step_s(self) -> float:
-        """Return the seconds that another step and a save will take, with a margin."""
-        return 2 * self.step_s + 1.5 * self.save_s
+        """Return the seconds that another step, an evaluation and a save will take, with a margin."""
+        return 2 * self.step_s + 1.5 * (self.eval_s + self.save_s)
 
-    def log_evaluation(self, done: int, loss: float) -> None:
+    def log_evaluation(self, done: int, loss: float, took_s: float) -> None:
         self.display.log_line(f"step {done}: evaluation loss {loss:.4f}")
         self._write({"step": done, "time": time.time(), "eval_loss": loss})
-        self.eval_loss = loss
+        self.eval_loss, self.eval_s = loss, took_s
         self.restart_clock(done)
 
     def log_line(self, text: str) -> None:

@@ -7,55 +7,46 @@ from functools import partial
 from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.flight_recorder import FlightRecorder
-from mpilm.comm.instrumented import InstrumentedComm
+from mpilm.comm.instrumented import instrument
 from mpilm.config.schema import Config, trace_step_range
 from mpilm.data.corpus import unigram_loss
 from mpilm.engine.step import StepFlags, train_step
-from mpilm.errors import UserError
+from mpilm.errors import UserError, is_out_of_memory
 from mpilm.inference.generate import generate
-from mpilm.launch.watchdog import EXITING, Watchdog
+from mpilm.launch.hang_report import EXITING
 from mpilm.report.page import write_report
 from mpilm.telemetry.trace import Trace
 from mpilm.trainer import hooks
 from mpilm.trainer.build import build_run
-from mpilm.trainer.describe import describe_run, is_out_of_memory, out_of_memory_error
+from mpilm.trainer.describe import describe_run, out_of_memory_error
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint, RecoveredState
 from mpilm.trainer.run import Run, collect_state
 
 
 def train(
-    config: Config,
-    world: Comm,
-    in_memory: InMemoryCheckpoint | None = None,
-    recovered: RecoveredState | None = None,
-    recorder: FlightRecorder | None = None,
+    config: Config, world: Comm, in_memory: InMemoryCheckpoint | None = None, recovered: RecoveredState | None = None
 ) -> None:
-    """Train, evaluate, save and log, to the last step or until the run is asked to stop. Collective.
-
-    `in_memory`: receives the state of every step; `recovered`: the state to resume from (trainer/recovery/elastic.py).
-    """
-    recorder = recorder or FlightRecorder()
+    """Train, evaluate, save and log, to the last step or until the run is asked to stop. Collective. `in_memory`: receives the
+    state of every step; `recovered`: the state to resume from (trainer/recovery/elastic.py)."""
     with contextlib.ExitStack() as stack:
-        watchdog = Watchdog(recorder, world, config.fault.step_timeout)
-        stack.callback(watchdog.close)
-        run = build_run(config, world, recovered, recorder)
+        run = build_run(config, instrument(world), recovered)
+        recorder = run.recorder
         stack.callback(run.folder.release)
         stack.enter_context(run.stop_request.catch_signals())
-        stack.push(lambda _, error, __: exit_barrier(world, recorder, error))
-        watchdog.set_run_folder(run.folder.path)
-        watchdog.is_signalled = lambda: run.stop_request.signalled
+        stack.push(lambda _, error, __: exit_barrier(run, error))
+        recorder.report_folder = run.folder.path / "watchdog"
+        recorder.is_signalled = lambda: run.stop_request.signalled
         log = RunLog(run, *describe_run(run))
         stack.callback(log.display.close)
         make_state = partial(collect_state, run)
         checkpoints = CheckpointManager(
             run.folder.checkpoints, config.checkpoint, run.mesh.world, recorder, make_state, log.log_save, log.log_save_failure
         )
-        trace = Trace(trace_step_range(config), run.mesh, log.start_row["layout"])
-        tracing = hooks.Tracing(run, log, checkpoints, in_memory, trace)
+        parts = run, log, checkpoints, in_memory
+        tracing = hooks.Tracing(*parts, Trace(trace_step_range(config), run.mesh, log.start_row["layout"]))
         try:
-            run_steps(run, log, checkpoints, in_memory, tracing, recovered)
+            run_steps(parts, tracing, recovered)
         except CollectiveError as error:
             checkpoints.close()
             tracing.write()
@@ -68,20 +59,13 @@ def train(
             if is_out_of_memory(error):
                 raise out_of_memory_error(run, error) from error
             raise
-        recorder.enter("end", config.train.steps)
+        recorder.enter("end")
         _finish(run, log)
 
 
-def run_steps(
-    run: Run,
-    log: RunLog,
-    checkpoints: CheckpointManager,
-    in_memory: InMemoryCheckpoint | None,
-    tracing: hooks.Tracing,
-    recovered: RecoveredState | None,
-) -> None:
+def run_steps(parts: hooks.HookParts, tracing: hooks.Tracing, recovered: RecoveredState | None) -> None:
     """Run the remaining steps and their hooks. Collective."""
-    parts = run, log, checkpoints, in_memory
+    run, log, checkpoints, _ = parts
     reporting: list[hooks.Hook] = [
         hooks.Logging(*parts),  # first: it measures the time since the previous step
         hooks.Evaluation(*parts),  # before saving: a checkpoint stores its evaluation loss
@@ -114,14 +98,11 @@ def run_steps(
         hook.finish()
 
 
-def exit_barrier(world: Comm, recorder: FlightRecorder, error: BaseException | None) -> None:
-    """Wait for all ranks before the watchdog is closed, unless an error has ended this rank alone. Collective.
-
-    Nothing watches MPI_Finalize, where a hanging rank would block the others.
-    """
+def exit_barrier(run: Run, error: BaseException | None) -> None:
+    """Wait for all ranks before the folder is released, unless an error has ended this rank alone. Collective."""
     if error is None or isinstance(error, CollectiveError):
-        recorder.enter(EXITING, recorder.step)
-        InstrumentedComm(world, recorder=recorder).barrier()
+        run.recorder.enter(EXITING)
+        run.mesh.world.barrier()
 
 
 def _finish(run: Run, log: RunLog) -> None:

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from mpilm.checkpoint.format import PARAMETER
 from mpilm.checkpoint.save import CheckpointState
 from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.config.schema import Config, to_dict
 from mpilm.data.batch import Batches
 from mpilm.data.training_data import TrainingData
 from mpilm.engine.hardware import Hardware, numerics_environment
+from mpilm.engine.state_check import check_state
 from mpilm.engine.train_model import TrainModel
 from mpilm.launch.stop_request import StopRequest
 from mpilm.mesh.mesh import Mesh
@@ -59,18 +60,12 @@ def collect_state(run: Run, step: int, eval_loss: float | None) -> CheckpointSta
         "tokens": step * run.batches.step_tokens,
         "seed": config.train.seed,
         "eval_loss": eval_loss,
+        "checked": True,  # by `check`, without which nothing is saved
         **run.bad_steps.state_dict(),
         "content": dict(run.content),
         "layout": dict(zip(AXES, run.mesh.shape.sizes)),
         "conditions": numerics_environment(run.hardware, run.mesh.world, config.parallel),
         "config": to_dict(config),
     }
-    return CheckpointState(
-        model=config.model,
-        tokenizer=data.tokenizer,
-        template=data.template,
-        trainer=trainer,
-        shapes={PARAMETER: model.shapes, **model.moment_shapes},
-        slices={PARAMETER: model.owned_slices(), **model.optimizer.state_slices()},
-        shard_owners=model.shard_owners,
-    )
+    tensors = model.state_shapes, model.state_slices(), model.shard_owners, partial(check_state, model, step)
+    return CheckpointState(config.model, data.tokenizer, data.template, trainer, *tensors)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
+from mpilm.checkpoint.format import checkpoint_step, list_checkpoints, read_trainer
 from mpilm.checkpoint.manager import remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.config.parse import merge_settings, read_toml
 from mpilm.config.schema import OLD_NAMES, Config, flatten, result_settings, to_dict
-from mpilm.data.files import read_json, write_durably
+from mpilm.data.files import write_durably
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.launch.lock import LOCK_NAME, FolderLock
 from mpilm.model.layers import hash_key
@@ -22,6 +22,8 @@ from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 
 NOT_SHAPE = ("model.dropout", "model.router_loss", "model.lora_alpha", "model.init_from")
 CONTENT_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by content
+NEW_CONFIG = ".config.toml.tmp"
+Facts = Mapping[str, str]  # by name
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,10 @@ class RunFolder:
 
 
 def open_run_folder(
-    config: Config,
-    content: Mapping[str, str],
-    environment: Mapping[str, str],
-    comm: Comm,
-    recovered: RecoveredState | None = None,
+    config: Config, content: Facts, environment: Facts, comm: Comm, recovered: RecoveredState | None = None
 ) -> RunFolder:
-    """Find the state to resume from, refuse what does not match, and write config.toml. Collective; rank 0 reads and writes.
-
-    `content`: digests of the corpus and the tokenizer by CONTENT_KEYS. `environment`: versions, threads and device, compared
-    with those of the checkpoint. `recovered`: the state to resume from instead of a checkpoint.
-    """
+    """Find the state to resume from (`recovered` or a checkpoint), refuse what does not match, and write config.toml.
+    `content`: digests by CONTENT_KEYS. `environment`: versions, threads, device, compared with the checkpoint's. Collective."""
     opened = run_on_root_with_verify(comm, lambda verify: _open(config, content, environment, recovered, verify))
     values, lock = opened or (None, None)
     path, checkpoint, step, logged, trainer, notes = comm.broadcast_json(values)
@@ -66,16 +61,11 @@ def open_run_folder(
 
 
 def _open(
-    config: Config,
-    content: Mapping[str, str],
-    environment: Mapping[str, str],
-    recovered: RecoveredState | None,
-    verify: Verifier,
+    config: Config, content: Facts, environment: Facts, recovered: RecoveredState | None, verify: Verifier
 ) -> tuple[list[Any], FolderLock]:
     """Return path, checkpoint, step, logged step, trainer state and notes, and the lock."""
     if recovered is not None:
-        path, done, trainer = recovered.folder, recovered.done, dict(recovered.trainer)
-        lock = _lock(path)
+        path, done, trainer, lock = recovered.folder, recovered.done, dict(recovered.trainer), _lock(recovered.folder)
         remove_leftovers(path / "checkpoints")
         return [str(path), "", done, done - 1, trainer, [recovered.note]], lock
     path = _choose_path(config)
@@ -85,7 +75,7 @@ def _open(
     try:
         checkpoint, broken = _choose_checkpoint(path, config, verify)
         if checkpoint is not None:
-            trainer = read_json(checkpoint / "trainer.json")
+            trainer = read_trainer(checkpoint)
             notes += _compare_with_checkpoint(checkpoint, trainer, config, content, environment)
         step = trainer.get("step", 0)
         if step > config.train.steps:
@@ -94,6 +84,7 @@ def _open(
     except BaseException:
         lock.release()
         with contextlib.suppress(OSError):
+            (path / NEW_CONFIG).unlink(missing_ok=True)
             path.rmdir()  # if it is still empty
         raise
     return [str(path), str(checkpoint or ""), step, step, trainer, notes], lock
@@ -118,7 +109,7 @@ def _prepare_folder(path: Path, config: Config, broken: Mapping[Path, str]) -> l
     """Write config.toml and set broken checkpoints aside, in a folder that this job has locked; return notes."""
     import tomli_w
 
-    temporary = path / ".config.toml.tmp"
+    temporary = path / NEW_CONFIG
     with writing(path):
         write_durably(temporary, tomli_w.dumps(to_dict(config)).encode())
         os.replace(temporary, path / "config.toml")  # first: it marks the folder as a run's
@@ -143,8 +134,8 @@ def _choose_path(config: Config) -> Path:
 
 def _check_is_same_run(path: Path, config: Config) -> None:
     """Refuse a folder that holds something else, or a run that must not be resumed."""
-    if not path.exists() or (path.is_dir() and all(LOCK_NAME in item.name for item in path.iterdir())):
-        return
+    if not path.exists() or (path.is_dir() and all(LOCK_NAME in i.name or i.name == NEW_CONFIG for i in path.iterdir())):
+        return  # a job may have ended before it had written config.toml
     if not (path / "config.toml").is_file():
         raise ConfigError(f"--run.dir {path} exists and is not a run folder; choose another")
     if config.checkpoint.resume == "never":
@@ -182,13 +173,12 @@ def _check_is_newest(checkpoint: Path, path: Path) -> None:
         raise FileError(f"--checkpoint.resume {checkpoint} is not a checkpoint folder (.../checkpoints/step-NNNNNNNN)")
     newest = list_checkpoints(path / "checkpoints")[-1:]
     if newest and newest[0].resolve() != checkpoint.resolve():
-        other = f"to resume from {checkpoint} choose another --run.dir"
-        same = "to resume from the newest write --checkpoint.resume auto"
-        raise ConfigError(f"--run.dir {path} already holds {newest[0].name}; {other}, {same}")
+        advice = f"to resume from {checkpoint} choose another --run.dir, for the newest write --checkpoint.resume auto"
+        raise ConfigError(f"--run.dir {path} already holds {newest[0].name}; {advice}")
 
 
 def _compare_with_checkpoint(
-    checkpoint: Path, trainer: Mapping[str, Any], config: Config, content: Mapping[str, str], environment: Mapping[str, str]
+    checkpoint: Path, trainer: Mapping[str, Any], config: Config, content: Facts, environment: Facts
 ) -> list[str]:
     """Refuse differences that the result depends on; return notes on the others."""
     old = result_settings(merge_settings(Config(), trainer["config"], str(checkpoint / "trainer.json"))) | trainer["content"]
@@ -198,14 +188,16 @@ def _compare_with_checkpoint(
     return [f"the last bits may differ from those of an uninterrupted run: {'; '.join(changed)}"] if changed else []
 
 
-def _check_same_result(old: Mapping[str, Any], config: Config, what: str, content: Mapping[str, str] | None = None) -> None:
+def _check_same_result(old: Mapping[str, Any], config: Config, what: str, content: Facts | None = None) -> None:
     """Raise ConfigError naming each setting that the result depends on and that differs from the old run's."""
     new = result_settings(config) | dict(content or {})
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
     if changed := [k for k in new if k in old and old[k] != new[k] and k not in allowed]:
         rows = "".join(f"\n  {key}: was {_format_value(key, old[key])}, now {_format_value(key, new[key])}" for key in changed)
-        problem = f"{what} was made with other settings, and the result depends on them:{rows}"
-        raise ConfigError(f"{problem}\nChoose another --run.dir for another run{_suggest_change(changed)}")
+        advice = f"Choose another --run.dir for another run{_suggest_change(changed)}"
+        if "data.tokenizer" in changed and config.model.arch == "qwen":  # version 0.1.0 trained another kind
+            advice += f"\nTo go on with its tokenizer: --run.dir {Path(what).parents[1]} --data.tokenizer {what}"
+        raise ConfigError(f"{what} was made with other settings, and the result depends on them:{rows}\n{advice}")
 
 
 def _suggest_change(changed: list[str]) -> str:

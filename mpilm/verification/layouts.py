@@ -79,10 +79,8 @@ def _why_invalid(config: Config, ranks: int) -> str:
 
 
 def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Callable[[str], None]) -> None:
-    """Run every layout and compare it with the serial run. Collective; raises CollectiveError if one differs.
-
-    `self_test`: one rank flips the lowest bit of one gradient element, which the comparison must find.
-    """
+    """Run every layout and compare it with the serial run. Collective; raises CollectiveError if one differs. `self_test`: one
+    rank flips the lowest bit of one gradient element, which the comparison must find."""
     check_same_on_all_ranks(world, "settings", flatten(config))
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
     world = InstrumentedComm(world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed))
@@ -122,7 +120,7 @@ def run_layout(config: Config, world: Comm, hardware: Hardware, flip_bit: bool =
     source, numbers, gradients = RandomTokens(config), list[float](), []
     for step in range(config.train.steps):
         loss, norm, _ = forward_backward(model, source, step)
-        if flip_bit and step == 0:
+        if flip_bit and step == config.train.steps - 1:  # the next step would refuse replicas that differ
             _flip_one_gradient_bit(model, world)
         numbers += [loss, norm]
         gradients.append(_clone(model.gradient_slices()))
@@ -131,8 +129,7 @@ def run_layout(config: Config, world: Comm, hardware: Hardware, flip_bit: bool =
 
 
 def _flip_one_gradient_bit(model: TrainModel, world: Comm) -> None:
-    """Flip the lowest bit of a gradient element on the last rank that updates any: with many shards of a small model some ranks
-    update nothing. Collective."""
+    """Flip the lowest bit of a gradient element on the last rank that updates any (of many, some may not). Collective."""
     slices = model.gradient_slices().values()
     updating = [rank for rank, count in enumerate(world.all_gather_json(len(slices))) if count]
     if world.rank == updating[-1]:
@@ -156,8 +153,7 @@ def _compare(outcome: LayoutOutcome, serial: LayoutOutcome, world: Comm) -> tupl
 
 
 def _compare_slices(own: Slices, serial: Slices) -> tuple[float, bool]:
-    """Return the largest difference of an element, relative to the largest element of all parameters, and whether all bits
-    are the same, the sign of zeros included."""
+    """Return the largest difference of an element, relative to the largest of all parameters, and whether all bits agree."""
     full = {item.name: x for item, x in serial.items()}
     pairs = [(x, full[item.name][item.start : item.stop]) for item, x in own.items()]
     scale = max(float(x.abs().max()) for x in full.values())

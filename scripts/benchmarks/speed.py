@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -139,14 +140,15 @@ def guards_worker(args: argparse.Namespace) -> None:
     from unittest import mock
 
     from mpilm.comm.mpi import mpi_world
+    from mpilm.engine.state_check import check_state
     from mpilm.engine.step import train_step
     from mpilm.launch.watchdog import Watchdog
+    from mpilm.parallel.digests import StateDigests
     from mpilm.trainer import build
-    from mpilm.trainer.hooks import check_replicas_equal
 
     comm = mpi_world()
     run = build.build_run(make_config(f"{args.folder}/guarded", args.preset, train__threads=1), comm)
-    watchdog = Watchdog(run.mesh.recorder, comm, 0.0)
+    watchdog = Watchdog(run.mesh.recorder, comm)
 
     def guarded(step: int) -> None:
         checks = step % STEPS == 0  # ten times as often as by default (--fault.check-every)
@@ -155,11 +157,18 @@ def guards_worker(args: argparse.Namespace) -> None:
         train_step(run.model, run.batches, step)
         run.mesh.check_calls(False)
         if checks:
-            check_replicas_equal(run.model, step + 1)
+            check_state(run.model, step + 1)
 
-    with mock.patch.object(build, "InstrumentedComm", lambda inner, *_: inner):
-        bare = mpilm_side(make_config(f"{args.folder}/bare", args.preset, train__threads=1), comm)
-    times, void = time_sides({"guarded": guarded, "without": bare}, args.rounds, comm)
+    bare = mpilm_side(make_config(f"{args.folder}/bare", args.preset, train__threads=1), comm)
+
+    def without(step: int) -> None:
+        with (
+            mock.patch("mpilm.engine.step.state_mismatch", return_value=0.0),
+            mock.patch.object(StateDigests, "recording", return_value=contextlib.nullcontext()),
+        ):
+            bare(step)
+
+    times, void = time_sides({"guarded": guarded, "without": without}, args.rounds, comm)
     watchdog.close()
     if comm.rank == 0:
         print_report(

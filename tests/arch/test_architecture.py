@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mpilm"
 NAMES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
-MAX_PACKAGE_LINES, MAX_CORE_LINES = 17_000, 12_000
+MAX_PACKAGE_LINES, MAX_CORE_LINES = 17_500, 12_500
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 CORE = {
     "comm", "mesh", "ops", "model", "data", "parallel", "optim", "checkpoint", "engine", "trainer", "launch", "config",
@@ -215,6 +215,12 @@ def unsafe_uses(name: str) -> Iterator[str]:
             called = ast.unparse(node.func)
             if called in UNSAFE_CALLS or re.search(r"_comm\.[a-z]\w*$", called):  # mpi4py's lower-case calls pickle
                 yield f"mpilm/{name}:{node.lineno}: {called}"
+
+
+def test_json_of_others_is_parsed_in_one_place() -> None:
+    """parse_json limits depth and size, and its message names the place; the other files parse what ranks of one job wrote."""
+    callers = {name for name in NAMES if re.search(r"\bjson\.loads?\(", source(name))}
+    assert callers == {"data/files.py", "comm/base.py", "launch/lock.py", "launch/watchdog.py", "planner/profile.py"}
 
 
 # Sizes.

@@ -1,6 +1,11 @@
 """Wrong input: one message that names what is wrong, and the promised exit code."""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +60,17 @@ def test_train_unknown_flag_ends_without_traceback():
     assert "--train.stepps" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_train_with_too_little_memory_to_start_is_one_message():
+    command = f"ulimit -v 300000; exec {shlex.quote(sys.executable)} -m mpilm.train"  # not enough to map torch
+    variables = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        ["bash", "-c", command], env={**os.environ, **variables}, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("mpilm: error")) == (71, "", 1), done.stderr
+    assert "of which ulimit -v allows this process 292 MiB; raise the limit" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # On one rank, in this process.

@@ -67,7 +67,10 @@ def test_hanging_rank_is_named_and_the_job_ends(tmp_path, data, hang, ranks, fla
         assert time.monotonic() - fired < LIMIT_S + 15
     output = job.output
     assert output.count("mpilm: watchdog:") == 1
-    assert re.search(rf"step 5 has lasted [{LIMIT_S}{LIMIT_S + 1}] s; the limit is {LIMIT_S} s", output), output
+    assert re.search(
+        rf"(step 5 has lasted|no response from rank 1 for) [{LIMIT_S}{LIMIT_S + 1}] s( in step 5)?; the limit is {LIMIT_S} s",
+        output,
+    ), output
     (pid,) = re.findall(r"  rank 1 on \S+ \(process (\d+)\)", output)
     assert re.search(rf"  rank 1 on \S+ \(process {pid}\): {HANGS[hang]}", output), output
     others = [rank for rank in range(ranks) if rank != 1]
@@ -104,7 +107,7 @@ def test_rank_that_hangs_at_the_exit_barrier_is_named(tmp_path, data):
     fault = "kind=stop rank=1 point=leaving"
     with start_job(2, arguments(data, tmp_path / "run", "--train.steps", 2), tmp_path, MPILM_FAULT=fault) as job:
         assert_ended_by_watchdog(job, 110)
-    assert re.search(r"watchdog: the exit barrier has lasted 6\d s; the limit is 60 s", job.output), job.output
+    assert "watchdog: no response from rank 1 for 2 s in the exit barrier; the limit is 2 s" in job.output
     assert "Missing: rank 1." in job.output
     assert re.search(r"  rank 0 on \S+ .*: waits \d+ s for rank 1 in barrier on world", job.output), job.output
 
@@ -141,12 +144,12 @@ def test_suspended_job_continues(tmp_path, data):
 
 
 def test_slow_rank_is_named_and_the_run_continues(tmp_path, data):
-    flags = ("--train.steps", 12, "--run.log-every", 4)
-    fault = sleep_in_steps(1, 11, 0.1)
+    flags = ("--train.steps", 16, "--run.log-every", 4)
+    fault = sleep_in_steps(1, 15, 0.1)
     with start_job(2, arguments(data, tmp_path / "run", *flags), tmp_path, MPILM_FAULT=fault) as job:
         assert job.wait() == 0, job.output
-    assert job.output.count("fault: sleep") == 11
-    assert re.search(r"rank 1 computes [\d.]+ times as long as most", job.output)
+    assert job.output.count("fault: sleep") == 15
+    assert re.search(r"rank 1 computes [\d.]+ times as long as the other rank", job.output)
     assert "watchdog" not in job.output
 
 

@@ -143,7 +143,7 @@ def test_system_exit_is_read_as_python_does(stop: SystemExit, printed: tuple[str
     def parse() -> NoReturn:
         raise stop
 
-    assert _parse_or_stop(parse) == (None, printed)
+    assert _parse_or_stop(parse) == (None, printed, None)
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

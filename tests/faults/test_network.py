@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from training_jobs import ROOT, logged_step, read_outcome, run_serially, start_job, train_arguments
+from training_jobs import ROOT, logged_step, read_outcome, run_serially, slow_case, start_job, train_arguments
 
 CAN_EMULATE = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and all(map(shutil.which, ("ip", "nsenter", "unshare")))
 pytestmark = [
@@ -80,3 +80,32 @@ def test_disconnected_network_ends_the_job(tmp_path, data):
     assert "rank 0 on h0" in job.output
     assert "rank 1 on h1" in job.output
     assert len(list((tmp_path / "run" / "watchdog").glob("*/rank-*.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    "point", list(map(slow_case, ("prepare", "build", "load", "eval", "checkpoint.open", "sample", "leaving")))
+)
+def test_disconnected_network_is_named_in_any_phase(tmp_path, text, point):
+    """Rank 1 works slowly, and rank 0 waits for it, so that the phase lasts."""
+    fault = f"kind=slow rank=1 value=300 point={point}"
+    flags = (
+        *STEPS,
+        "--fault.step-timeout",
+        4,
+        "--run.eval-every",
+        2,
+        "--generate.max-tokens",
+        4,
+        "--data.tokenizer",
+        "bpe:300",
+    )
+    variables = {"MPILM_FAULT": fault, "MPILM_CACHE": str(tmp_path)}
+    with start_job(2, train_arguments(text, tmp_path / "run", *flags), tmp_path, wrapper=hosts(1), **variables) as job:
+        job.wait_until(lambda: "fault: slow" in job.output, 120)
+        time.sleep(6)
+        assert "watchdog" not in job.output
+        job.process.send_signal(signal.SIGUSR1)
+        pulled = time.monotonic()
+        job.wait_until(lambda: "mpilm: watchdog: no heartbeat from h" in job.output, 30)
+        assert time.monotonic() - pulled < 4 + 6
+        assert job.wait(120) != 0

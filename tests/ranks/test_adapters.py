@@ -248,9 +248,9 @@ def changed(adapter, **config):
         ({"exclude_modules": ["q_proj"]}, r"exclude_modules \['q_proj'\] is not supported"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out True is not supported"),
         ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS' is not supported"),
-        ({"r": True}, "r True and"),
-        ({"r": 0}, "r 0 and lora_alpha 8 must be numbers above zero"),
-        ({"lora_alpha": None}, "lora_alpha None must be numbers above zero"),
+        ({"r": True}, "r True is not a number"),
+        ({"r": 0}, "r 0 is not a number above zero"),
+        ({"lora_alpha": None}, "lacks 'lora_alpha'"),
         (
             {"target_modules": ["lm_head"]},
             r"target_modules \['lm_head'\] names no matrix of llama that may have an adapter: self",

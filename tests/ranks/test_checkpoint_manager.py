@@ -13,11 +13,12 @@ from thread_ranks import run_ranks
 
 from mpilm.checkpoint.format import PARAMETER, checkpoint_step, list_checkpoints
 from mpilm.checkpoint.manager import CheckpointManager
+from mpilm.checkpoint.save import PendingCheckpoint
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.config.schema import CheckpointConfig
-from mpilm.errors import NonFiniteError
+from mpilm.errors import NonFiniteError, RanksDisagreeError
 from mpilm.testing.faults import POINTS, install_faults
 
 SHAPES = {"embed.weight": (40, 16), "norm.weight": (16,)}
@@ -88,6 +89,26 @@ def test_manager_with_a_value_that_is_not_finite_saves_nothing(tmp_path, shardin
     for kind in (PARAMETER, "exp_avg"):
         run_ranks(2, lambda comm, kind=kind: body(comm, None if shared else 0, kind))
     assert list_checkpoints(tmp_path) == []
+
+
+def test_manager_with_a_copy_that_flips_a_bit_saves_nothing(tmp_path):
+    def flip_and_start(save, action):
+        if save.comm.rank == 1:
+            copies = action.args[0]
+            copies[0][1][50] ^= 4
+        start(save, action)
+
+    def body(comm):
+        manager = make_manager(tmp_path, comm, CheckpointConfig(), [])
+        manager.save(1, None)
+        with pytest.raises(CollectiveError, match=r"step-00000001/\S+: its copy in memory changed .*, rank 1\)") as caught:
+            manager.finish()
+        assert isinstance(caught.value.error, RanksDisagreeError)
+
+    start = PendingCheckpoint._start_thread
+    with small_files(2000), mock.patch.object(PendingCheckpoint, "_start_thread", flip_and_start):
+        run_ranks(2, body)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -140,6 +140,47 @@ def test_data_parallel_frozen_parameters_and_buffers_get_rank_zeros_values(size)
         torch.testing.assert_close(gradient, plain.last.weight.grad)
 
 
+class BatchNormNet(nn.Module):
+    """A network with a frozen BatchNorm and two that learn their statistics, one of them twice for each microbatch."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.twice, self.mean = nn.BatchNorm1d(6), nn.BatchNorm1d(6), nn.BatchNorm1d(6, momentum=None)
+        self.frozen.running_mean += 0.5
+
+    def forward(self, x):
+        self.frozen.eval()
+        return self.mean(self.twice(torch.tanh(self.twice(self.frozen(x))))).sum(1, keepdim=True)
+
+
+@pytest.mark.filterwarnings("ignore:BatchNorm1d normalizes")
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_data_parallel_running_statistics_are_those_of_one_rank(size):
+    def body(comm):
+        model = BatchNormNet()
+        parallel = DataParallel(model, comm, COUNT)
+        for step in range(2):
+            for m in parallel.microbatches(step):
+                compute_loss(model, step, m).backward()
+        return model.state_dict()
+
+    plain, alone = BatchNormNet(), body(ALONE)
+    for step in range(2):
+        for m in range(COUNT):
+            compute_loss(plain, step, m)
+    for found in run_ranks(size, body):
+        assert all(torch.equal(found[name], value) for name, value in alone.items())
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    assert (alone["twice.num_batches_tracked"], alone["frozen.num_batches_tracked"]) == (4 * COUNT, 0)
+
+
+def test_data_parallel_batch_norm_warns_once():
+    with pytest.warns(UserWarning, match="BatchNorm1d normalizes each microbatch by itself") as caught:
+        run_ranks(3, lambda comm: DataParallel(BatchNormNet(), comm, COUNT))
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_data_parallel_changed_requires_grad_raises(trained):
     model = Net()

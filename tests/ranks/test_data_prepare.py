@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from thread_ranks import run_ranks
 
+import mpilm.data.corpus as corpus
 import mpilm.data.prepare as prepare
 import mpilm.data.sources as sources
 from mpilm.comm.base import SelfComm
@@ -174,7 +175,7 @@ def test_open_corpus_prepares_text_once(tmp_path, text, size, monkeypatch):
     assert len({c.fingerprint for c in first}) == 1
     assert first[0].tokens.tolist() == open_corpus(text, SelfComm()).tokens.tolist()
     monkeypatch.setattr("mpilm.data.corpus.prepare_tokens", None)
-    monkeypatch.setattr("mpilm.data.corpus._write_index", None)  # no file of text is read again either
+    monkeypatch.setattr("mpilm.data.corpus._write_index", None)  # the text is that of before
     again = open_corpus(text, SelfComm())
     assert again.fingerprint == first[0].fingerprint
     assert again.path == first[0].path
@@ -199,6 +200,18 @@ def test_open_corpus_fingerprint_depends_on_content_alone(tmp_path, text):
     assert open_corpus(replace(moved, tokenizer="bpe:300"), SelfComm()).fingerprint != one.fingerprint
     (tmp_path / "moved" / "a.txt").write_text("FIRST\n")
     assert open_corpus(moved, SelfComm()).fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize("verified_bytes", [corpus.VERIFIED_BYTES, 0])
+def test_open_corpus_text_changed_in_place_is_read_again(tmp_path, text, verified_bytes, monkeypatch):
+    """Size and time stay. Where too much text is read to compare it, the time of the change of the inode tells."""
+    monkeypatch.setattr(corpus, "VERIFIED_BYTES", verified_bytes)
+    one, file = open_corpus(text, SelfComm()), tmp_path / "text" / "a.txt"
+    before = file.stat()
+    file.write_text("FIRST\n")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    assert open_corpus(text, SelfComm()).fingerprint != one.fingerprint
 
 
 def test_open_corpus_four_jobs_at_once_share_one_cache_entry(text):

@@ -1,11 +1,13 @@
 """The doctor: right answers pass, each wrong one is named, and a machine is measured, written and read."""
 
+import re
+
 import pytest
 import torch
 from runs import small_config
 from thread_ranks import ThreadComm, run_ranks
 
-from mpilm.comm.base import Request
+from mpilm.comm.base import Request, SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import resolve_config
 from mpilm.doctor import calibrate, checks, measure
@@ -34,6 +36,14 @@ def test_run_checks_with_a_wrong_clock_warns(capsys, monkeypatch):
     monkeypatch.setattr(checks, "measure_clock_offset", lambda comm, now: ClockOffset(0.0, -5.0 * comm.rank, 0.0))
     run_ranks(2, lambda comm: run_checks(comm, 1 << 16))
     assert "  warning   the clock of rank 1 is off by 5.0 s; logs and traces will mislead" in capsys.readouterr().out
+
+
+def test_run_checks_with_slow_messages_warns(capsys, monkeypatch):
+    monkeypatch.setattr(checks, "_one_way_s", lambda comm, peer, x, rounds: 1.5e-3 if x.numel() == 1 and peer == 2 else 1e-6)
+    run_ranks(3, lambda comm: run_checks(comm, 1 << 16))
+    output = capsys.readouterr().out
+    assert "  warning   messages to rank 2 take long: end other programs here" in output
+    assert re.search(r"all checks passed, with \d+ warnings?\n", output)
 
 
 def corrupting(op):
@@ -109,7 +119,6 @@ def quick(monkeypatch, tmp_path):
     }.items():  # fmt: skip
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(calibrate, "TRAINED", ((16, 64), (32, 64)))
-    monkeypatch.setattr(calibrate, "DISK_BYTES", 1 << 20)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -125,7 +134,6 @@ def test_calibrate_one_node_gives_a_profile_that_is_written_and_read(size, quick
     assert profile.across is None
     if profile.within is not None:
         assert (profile.within.ranks, len(profile.within.shared)) == (size, 3)
-    assert not list(tmp_path.iterdir())  # the file that measured the disk is gone
     write_profile(tmp_path / "machine.json", profile)
     again = read_profile(str(tmp_path / "machine.json"))
     config, shape = (
@@ -143,6 +151,23 @@ def test_calibrate_several_nodes_measures_within_and_across(quick):
     assert (profile.within.ranks, profile.across.ranks) == (2, 4)
     assert profile.within.shared
     assert not profile.across.shared
+
+
+def test_calibration_shows_progress_and_ends_on_a_busy_machine(quick, monkeypatch, capsys):
+    calls = []
+    bench = measure.Bench(SelfComm(), SelfComm(), torch.device("cpu"))
+    bench.time_call(lambda: calls.append(1))
+    monkeypatch.setattr(measure, "BUDGET_S", -1.0)
+    bench.time_call(lambda: calls.append(1))
+    assert len(calls) == (1 + 3) + 1
+    monkeypatch.setattr(measure, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(measure, "LIMIT_S", 0.2)
+    with pytest.raises(CollectiveError, match="--calibrate has taken 0s and is not done: end other programs here"):
+        run_ranks(2, lambda comm: calibrate_machine(comm, "cpu"))
+    lines = capsys.readouterr().err
+    assert re.search(
+        r"  measuring matrices in float32, 2 ranks a node, 1 thread each: 2 measurements, 0s since the start\n", lines
+    )
 
 
 def test_calibrate_unequal_nodes_raises(quick):

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config.schema import DataConfig
+from mpilm.config.schema import DataConfig, override
 from mpilm.data.prepare import prepare_tokens
-from mpilm.data.tokenizer import bytes_tokenizer
+from mpilm.data.tokenizer import EOS, bytes_tokenizer
 from mpilm.inference.arguments import EvaluateArguments, EvaluateCompute, EvaluateModel, EvaluateOutput, InferenceParallel
 from mpilm.inference.evaluate import cut_windows, evaluate_model, group_windows
 from mpilm.model.families import initial_value
@@ -157,6 +157,35 @@ def test_documents_are_scored_separately(folders, tmp_path):
     assert found["loss"] == pytest.approx(sum(map(sum, losses)) / sum(map(len, losses)), rel=1e-6)
 
 
+def test_tokenizer_without_an_end_token_scores_a_text(folders, tmp_path):
+    """No token is added to the text, so none is needed."""
+    copy = shutil.copytree(folders["llama"], tmp_path / "copy")
+    (copy / "tokenizer.json").write_text(bytes_tokenizer().json.replace(EOS, "<other>"))
+    (tmp_path / "x.txt").write_text(make_text(5))
+    expected = evaluate_on_threads(folders["llama"], tmp_path / "x.txt", tmp_path / "1")
+    assert evaluate_on_threads(copy, tmp_path / "x.txt", tmp_path / "2") == expected | {"model": str(copy)}
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_checkpoint_is_scored_in_windows_of_the_trained_length(folders, tmp_path, lora_rank, capsys):
+    changes = {"model__init_from": str(folders["llama"]), "model__lora_rank": lora_rank, "model__context_length": T // 2}
+    shape = small_config(**changes, model__dropout=0.0).model
+    config = override(tiny_config(write_text(tmp_path), tmp_path / "run", train__steps=1), model=shape)
+    run_ranks(1, lambda comm: train(override(config, data__tokenizer=str(folders["llama"])), comm))
+    (tmp_path / "x.txt").write_text(make_text(5))
+    found = {}
+    for folder, text in (
+        (
+            tmp_path / "run" / "checkpoints" / "step-00000001",
+            "windows         of 8 tokens: the length that the run trained with",
+        ),
+        (folders["llama"], "windows         of 16 tokens: the model's context length"),
+    ):
+        found[folder] = evaluate_on_threads(folder, tmp_path / "x.txt", tmp_path / "out")["context_length"]
+        assert text in capsys.readouterr().out
+    assert list(found.values()) == [T // 2, T]
+
+
 # Refused.
 
 
@@ -195,7 +224,7 @@ def test_more_stages_than_layers_are_refused(folders, tmp_path):
 # The held-out part of a run.
 
 
-@pytest.mark.parametrize(("family", "prepared"), [("llama", True), ("llama", False), ("bert", True)])
+@pytest.mark.parametrize(("family", "prepared"), [("llama", True), ("llama", False), ("bert", True), ("qwen2", False)])
 def test_held_out_text_of_a_run_has_its_last_validation_loss(tmp_path, family, prepared):
     """All of it, with the run's own tokenizer, whether its text was prepared or not."""
     source = write_tokens(tmp_path / "data") if prepared else write_text(tmp_path / "data")

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import socket
 from dataclasses import replace
 from functools import cache, partial
 from unittest import mock
@@ -22,8 +23,11 @@ from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import override
 from mpilm.data.batch import Batches
+from mpilm.engine.pipelined import PipelinedModel
 from mpilm.engine.step import train_step
+from mpilm.engine.train_model import TrainModel
 from mpilm.errors import NonFiniteError, RanksDisagreeError
+from mpilm.optim.optimizer import Optimizer
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.trainer import loop
 from mpilm.trainer.build import build_run
@@ -199,34 +203,91 @@ def test_spike_of_the_loss_is_skipped_or_rewound(tmp_path, data, train_by_hand, 
     assert trainer["skipped"] == [step + 1 for step in range(STEPS) if step not in TRAINED[on_spike]]
 
 
-# Replicas that differ.
+# Memory that flips bits.
 
-ONE_OF_THREE = "on all 3 replicas, but rank 1 differs from most"
+FLIPPED = {**BATCH, "train__steps": 5, "checkpoint__every": 1, "checkpoint__keep": 1}
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, data):
+    """The checkpoint of a serial run without a fault."""
+    return train_to_end(tiny_config(data, tmp_path_factory.mktemp("clean") / "run", **FLIPPED), 1)
+
+
+@contextlib.contextmanager
+def flipped_weight(owner, method, rank, part, after=False):
+    """Flip a bit of a weight on `rank` once, when `method` is called in the third step or, with `after`, when it returns.
+    `part`: of StateDigests. Yields a list for the parameter's name."""
+
+    def call(model, *arguments, **options):
+        flips = model.mesh.rank == rank and model.mesh.recorder.step == 2 and not names
+        if flips and not after:
+            flip(model)
+        result = original(model, *arguments, **options)
+        if flips and after:
+            flip(model)
+        return result
+
+    def flip(model):
+        name, values = getattr(model.digests, part)[0]
+        values[:1].view(torch.int32).bitwise_xor_(1 << 30)
+        names.append(name)
+
+    names, original = [], getattr(owner, method)
+    with mock.patch.object(owner, method, call):
+        yield names
 
 
 @pytest.mark.parametrize(
-    ("size", "settings", "message"),
+    ("size", "settings", "rank", "part", "when"),
     [
-        (3, layout(), ONE_OF_THREE), (2, layout(), "on all 2 replicas, but the two differ"), (3, layout(zero=2), ONE_OF_THREE),
-        (6, layout(2), ONE_OF_THREE),
+        (1, layout(), 0, "moments", "save"), (2, layout(), 1, "owned", "save"), (4, layout(2), 2, "owned", "gather"),
+        (2, layout(zero=1), 0, "owned", "gather"), (2, layout(zero=1), 1, "received", "save"),
+        (4, layout(zero=2), 3, "owned", "save"), (2, layout(zero=2), 0, "received", "forward"),
+        (2, layout(zero=3), 1, "owned", "save"), (4, layout(2, zero=3), 2, "moments", "forward"),
     ],
 )  # fmt: skip
-def test_replica_that_differs_by_one_bit_is_named(tmp_path, data, size, settings, message):
-    """The bit is flipped in step 3; replicas are compared after every second step."""
-    name = "blocks.1.mlp.up.weight" if settings["parallel__pipeline"] == 1 else "embed.weight"
-
-    def step_and_flip(model, source, step, *more):
-        result = train_step(model, source, step, *more)
-        if (model.mesh.rank, step) == (1, 2):
-            flat = next(flat for flat in model.flats.values() if name in flat.layout.spans)
-            flat.parameter(name).view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
-        return result
-
-    config = tiny_config(data, tmp_path / "run", fault__check_every=2, **BATCH, **settings)
-    with mock.patch.object(loop, "train_step", step_and_flip), pytest.raises(CollectiveError, match=message) as caught:
+def test_flipped_weight_is_named_and_not_saved_and_the_run_resumes(tmp_path, data, clean, size, settings, rank, part, when):
+    owner, method, after, done = {
+        "forward": (TrainModel, "forward_backward", False, 2),
+        "gather": (PipelinedModel, "all_gather_parameters", False, 3),
+        "save": (loop, "train_step", True, 3),
+    }[when]
+    config = tiny_config(data, tmp_path / "run", checkpoint__asynchronous=size < 4, **FLIPPED, **settings)
+    with flipped_weight(owner, method, rank, part, after) as names, pytest.raises(CollectiveError) as caught:
         run_ranks(size, lambda comm: train(config, comm))
     assert isinstance(caught.value.error, RanksDisagreeError)
-    assert re.match(rf"after step [35]: {name}", str(caught.value))
+    where = rf"{re.escape(names[0])} on rank {rank} \({socket.gethostname()}\)"
+    assert re.match(rf"after step {done}: {where} changed since the last update \(bit 30 of an element\): ", str(caught.value))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [checkpoint_name(2)]
+    assert train_to_end(config, size) == clean
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "kind", "message"),
+    [
+        (3, layout(), "value", r"on rank 1 \(\S+\) differed from most of the 3 replicas"),
+        (2, layout(), "value", r"on ranks 0, 1 \(\S+\) differed from the other replica"),
+        (6, layout(2), "value", r"on rank 1 \(\S+\) differed from most of the 3 replicas"),
+        (3, layout(), "exp_avg", r"\(exp_avg\) on rank 1 \(\S+\) differed from most of the 3 replicas"),
+    ],
+)
+def test_replica_that_updates_otherwise_is_named(tmp_path, data, size, settings, kind, message):
+    """Wrong weights are found in the next step, wrong moments before they are saved."""
+
+    def step(optimizer, gradients, lr):
+        original(optimizer, gradients, lr)
+        flat = next(iter(optimizer.optimizers[0].flats.values()))
+        if flat.rank == 1 and gradients.keys() & {0} and optimizer.optimizers[0].count == 3:
+            slices = flat.owned_slices(flat.values) if kind == "value" else optimizer.state_slices()[kind]
+            next(iter(slices.values()))[:1].view(torch.int32).bitwise_xor_(1)
+
+    original = Optimizer.step
+    every = 0 if kind == "value" else 3
+    config = tiny_config(data, tmp_path / "run", fault__check_every=0, checkpoint__every=every, **BATCH, **settings)
+    with mock.patch.object(Optimizer, "step", step), pytest.raises(CollectiveError, match=f"after step 3: .*{message}"):
+        run_ranks(size, lambda comm: train(config, comm))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 # Ranks that no pipeline needs.

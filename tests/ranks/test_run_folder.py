@@ -1,7 +1,9 @@
 """The run folder: what a run resumes from, what is refused with which message, and nothing overwritten."""
 
+import errno
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from runs import layout
@@ -80,6 +82,18 @@ def test_new_run_folder_has_the_resolved_settings(tmp_path):
     assert (
         open_and_release(config, CONTENT, ENVIRONMENT, SELF) == found
     )  # a run killed before its first checkpoint starts again
+
+
+def test_run_folder_that_a_full_disk_or_a_kill_left_half_made_is_taken_up_again(tmp_path):
+    config = resolve_config(override(TINY, run__dir=str(tmp_path / "run")))
+    full = mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with full, pytest.raises(CollectiveError, match="cannot be written: No space left on device"):
+        open_and_release(config, CONTENT, ENVIRONMENT, SELF)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.toml.tmp").write_text("[mod")
+    assert open_and_release(config, CONTENT, ENVIRONMENT, SELF).step == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.toml"]
 
 
 def test_run_resumes_from_the_newest_checkpoint(run):

@@ -67,7 +67,7 @@ def test_trace_has_every_action_of_the_schedule_in_order(tmp_path, data, size, l
             actions = [parse_action(event["name"]) for event in sorted(events, key=lambda event: event["ts"])]
             assert actions == programs[rank // replicas]  # with the third microbatch, padding on the last of 3 ranks
             assert len(spans(trace, "step", step=step, pid=rank)) == 1
-            assert len(spans(trace, "optimizer", step=step, pid=rank)) == 2  # norm and update
+            assert len(spans(trace, "optimizer", step=step, pid=rank)) == 3  # check of the state, norm and update
 
 
 def test_trace_messages_are_arrows_between_ranks_forward_in_time(tmp_path, data):

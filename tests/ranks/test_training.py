@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +17,7 @@ import torch
 from checkpoints import write_hf_model
 from helpers import read_metrics
 from runs import FAMILIES, assemble, differing, full_batch, full_model, layout, owned_state, train_to_end, train_until_killed
-from text import tiny_config, write_tokens
+from text import make_text, tiny_config, write_tokens
 from thread_ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
@@ -25,17 +26,21 @@ from mpilm.checkpoint.pretrained import read_pretrained_config
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import DataConfig, override
+from mpilm.data.corpus import open_corpus
 from mpilm.data.prepare import prepare_tokens
-from mpilm.data.tokenizer import bytes_tokenizer
+from mpilm.data.tokenizer import bytes_tokenizer, load_tokenizer
 from mpilm.engine import hardware
 from mpilm.engine.step import total_loss, train_step, validation_loss
+from mpilm.launch.stop_request import BY_FILE, StopRequest
 from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.optimizer import learning_rate
+from mpilm.trainer import hooks
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
 
 BATCH = {"train__global_batch": 8}  # 4 microbatches
+FIRST = "checkpoints/step-00000001"
 
 
 @pytest.fixture(scope="module")
@@ -358,3 +363,38 @@ def test_checkpoint_has_the_chat_template_of_its_model(tmp_path, chats, capsys):
     messages = [{"role": "user", "content": "hi"}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered == "B<user>hi<|endoftext|><assistant>"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_tokenizer_is_read_by_transformers(tmp_path, family):
+    """Token by token, on text whose words depend on the splitter: digits, code, contractions, accents of two characters."""
+    text = (make_text(50) + "def step_2024(x):\n\n\n\treturn x['a']  # it's the 1234567th cafe\u0301, isn't it?\r\n") * 9
+    (tmp_path / "text.txt").write_text(text)
+    changes = {"data__tokenizer": "bpe:500", "train__steps": 1, **FAMILIES[family], **BATCH}
+    train_to_end(tiny_config(tmp_path / "text.txt", tmp_path / "run", **changes), 1)
+    checkpoint = tmp_path / "run" / FIRST
+    ours, theirs = load_tokenizer(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    assert theirs(text)["input_ids"] == ours.encode(text).tolist()
+    assert theirs.eos_token_id == ours.eos
+    prepared = open_corpus(DataConfig(path=(str(tmp_path / "text.txt"),), tokenizer="bpe:500"), SelfComm(), arch=family[:4])
+    assert prepared.tokens[:-1].tolist() == ours.encode(text).tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_stop_at_a_checkpoint_step_evaluates_as_a_run_that_is_not_stopped(tmp_path, data, size):
+    config = tiny_config(data, tmp_path / "run", checkpoint__every=1, run__eval_every=5, **BATCH)
+    stop = mock.patch.object(StopRequest, "stop_reason", return_value=BY_FILE)
+    with stop, pytest.raises(CollectiveError, match="stopped after step 1 of 6"):
+        run_ranks(size, lambda comm: train(config, comm))
+    train_to_end(override(config, train__steps=2, run__dir=str(tmp_path / "other")), 1)
+    stopped, other = (json.loads((tmp_path / run / FIRST / "trainer.json").read_text()) for run in ("run", "other"))
+    assert stopped["eval_loss"] == other["eval_loss"] != None  # noqa: E711
+
+
+def test_time_for_an_evaluation_is_kept_before_a_time_limit(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", run__eval_every=1, train__steps=3, **BATCH)
+    clock = mock.patch.object(hooks, "time", mock.Mock(perf_counter=mock.Mock(side_effect=count(0, 1000))))
+    with clock, mock.patch.object(StopRequest, "stop_reason", return_value=0) as asked:
+        train(config, SelfComm())
+    needed_s = [call.args[0] for call in asked.call_args_list]
+    assert needed_s[0] < 1000 < needed_s[1]

@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from mpilm.comm.mpi import find_launcher
+from mpilm.comm.processes import LAUNCHERS, find_ancestor
 
 ROOT = Path(__file__).parents[2]
-PRINT_LAUNCHER = "from mpilm.comm.mpi import find_launcher; print(find_launcher())"
+PRINT_LAUNCHER = "from mpilm.comm.processes import LAUNCHERS, find_ancestor; print(find_ancestor(LAUNCHERS))"
 FORCE_EXIT = "from mpilm.comm import mpi; mpi.RANK_TIMEOUT_S, mpi.LAUNCHER_TIMEOUT_S = {}; mpi.force_exit()\n"
 
 
@@ -30,7 +30,7 @@ def test_find_launcher_returns_the_mpirun_above(tmp_path):
 
 
 def test_find_launcher_ignores_other_parents(tmp_path):
-    assert run_under("slurmstepd", PRINT_LAUNCHER, tmp_path).stdout.split()[1] == str(find_launcher())
+    assert run_under("slurmstepd", PRINT_LAUNCHER, tmp_path).stdout.split()[1] == str(find_ancestor(LAUNCHERS))
 
 
 def test_force_exit_does_not_keep_a_launcher_that_ends(tmp_path):

@@ -50,6 +50,13 @@ LIMITS = [
     ({"model__rope_scaling": (float("inf"),)}, "--model.rope-scaling must be a finite number, not inf"),
     ({"parallel__zero": 4}, "--parallel.zero must be one of 0, 1, 2, 3, not 4"),
     ({"parallel__schedule": "1F1B"}, "--parallel.schedule must be one of 1f1b, gpipe, interleaved, zero-bubble, not '1F1B'"),
+    ({"parallel__chunks": 10**30}, "--parallel.chunks must be at most 4,096, not 1000000000000000000000000000000"),
+    ({"model__head_width": 2**63}, "--model.head-width must be at most 16,777,216, not 9223372036854775808"),
+    ({"model__d_ff": 10**30}, "--model.d-ff must be at most 16,777,216, not 1000000000000000000000000000000"),
+    ({"train__seed": 2**63}, "--train.seed must be at most 9,223,372,036,854,775,807, not 9223372036854775808"),
+    ({"train__steps": 1 << 99999}, "--train.steps must be at most 9,223,372,036,854,775,807, not a value too large to print"),
+    ({"parallel__cut": (-(10**30),)}, "--parallel.cut must be at least -9,223,372,036,854,775,807, not -1"),
+    ({"parallel__cut": (10**30,)}, "--parallel.cut must be at most 9,223,372,036,854,775,807"),
     ({"train__on_spike": "wait"}, "--train.on-spike must be one of ignore, skip, rewind, not 'wait'"),
     ({"run__trackers": ("wandb", "x")}, "--run.trackers must be one of wandb, mlflow, not 'x'"),
 ]
@@ -98,7 +105,13 @@ TRAIN = [
 ]
 SYNC, POWERSGD, BFLOAT16 = {"parallel__sync_every": 20}, {"parallel__powersgd_rank": 4}, {"parallel__wire_dtype": "bfloat16"}
 OTHER_SUM = {"train__reproducible": False}
+MANY = {"train__global_batch": 2**20, "train__micro_batch": 1, "parallel__pipeline": 64}
 PARALLEL = [
+    (
+        {"model__n_layers": 1024, "parallel__pipeline": 340},
+        "--model.n-layers 1024 over 340 stages are too many to balance by cost: set --parallel.cut",
+    ),
+    (MANY, "--parallel.pipeline 64, --parallel.chunks 1: 67,108,864 forward passes a step are too many to plan"),
     (
         OTHER_SUM | {"parallel__zero": 3},
         "--parallel.zero 3 sums in the fixed order at no cost; --train.reproducible false needs ",

@@ -222,3 +222,30 @@ def test_read_toml_names_files_that_cannot_be_read(tmp_path):
         parse_train("--config", "/none.toml")
     with pytest.raises(FileError, match=r"^/none\.toml cannot be read"):
         read_toml("/none.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nsteps = " + "[" * 5000, "it is nested too deep"),
+        (".".join("a" * 5000) + " = 1\n", "it is nested too deep"),
+        ("[train]\nsteps = 0x" + "f" * 5000, "Exceeds the limit"),
+        ("#" * 2**22 + "\n", "it is larger than 4.0 MiB"),
+    ],
+)
+def test_read_toml_refuses_absurd_files_with_one_message(tmp_path, text, message):
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"a\.toml is not valid TOML: {message}"):
+        read_toml(tmp_path / "a.toml")
+
+
+def test_parse_refuses_values_of_any_length_in_one_line():
+    for flags in (
+        ["--train.seed", "9" * 9000],
+        ["--train.lr", "9" * 9000],
+        ["--train.steps", "x" * 10**6],
+        ["--" + "x" * 10**6],
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse(flags, Config(), "train", "")
+        assert len(str(caught.value)) < 4100

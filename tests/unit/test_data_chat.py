@@ -1,6 +1,7 @@
 """Conversations: what is learnt of them, how they share rows, and what cannot be read."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_ranks import run_ranks
 
+import mpilm.data.chat as chat
 import mpilm.data.sources as sources
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
@@ -205,7 +207,7 @@ NO_FORM = 'line 2 has neither "prompt" and "response"'
         ('{"prompt": "a", "response": 3}', NO_FORM),
         ('{"messages": []}', NO_FORM),
         ('{"messages": [{"role": "user"}]}', NO_FORM),
-        ("[1]", NO_FORM),
+        ("[1]", "line 2 is not a JSON object, but list"),
         ('{"prompt": "a", "response": "\\ud800"}', "line 2 holds half a surrogate pair"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "line 2 has messages, and the tokenizer no chat template"),
     ],
@@ -220,16 +222,58 @@ def test_read_chats_wrong_line_raises_on_all_ranks(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ raise_exception('only one system message') }}", "x: line 1: the chat template of T refuses it: only one system"),
+        (
+            "{{ raise_exception('only one system message') }}",
+            "x: line 1: the chat template of T, line 1, refuses it: only one system",
+        ),
         ("{{ messages | length }}", "changes what came before when message 2 is added"),
         ("{{ messages[0].__class__.__mro__ }}", "refuses it"),
-        ("{% if %}", "the chat template of T cannot be read"),
+        ("{% if %}", "the chat template of T, line 1, cannot be read"),
     ],
 )
 def test_chat_template_unusable_raises(source, message):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(DataError, match=message):
         ChatTemplate(source, {}, "T").split_turns(messages, "x: line 1")
+
+
+GREEDY = {
+    '\n{{ "a" * 3000000000 }}': "line 2, refuses it: the result of . is too large",
+    "{{ [0] * 1000000000 }}": "line 1, refuses it: the result of . is too large",
+    "{{ 9 ** 9 ** 9 }}": "line 1, refuses it: the result of .. is too large",
+    "{% for i in range(1000000000) %}x{% endfor %}": "line 1, refuses it: Range too big",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "line 1, .* takes more than 0.2 s",
+    "{% for i in range(9) %}\n{{ 'x' * 1000000 }}{% endfor %}": "line 1, refuses it: it makes 9,000,000 characters of",
+    "\n{{ 'a'.center(3000000000) }}": "line 2, refuses it: it takes too much memory",
+    "\n\n{{ 'a'|center(3000000000) }}": "line 3, refuses it: it takes too much memory",
+    "{{ '%03000000000d' % 1 }}": "line 1, refuses it: it takes too much memory",
+    "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}": "line 1, refuses it: it ",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "line 1, refuses it: maximum recursion",
+    "{{ " + "(" * 5000: "line 1, cannot be read: ",
+}
+
+
+@pytest.mark.parametrize("source", GREEDY)
+def test_chat_template_that_takes_too_much_raises(source, monkeypatch):
+    monkeypatch.setattr(chat, "RENDER_S", 0.2)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match=f"the chat template of FOLDER, {GREEDY[source]}"):
+        ChatTemplate(source, {}, "FOLDER").split_turns(messages, "x: line 1")
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+def test_chat_template_limits_the_time_of_a_conversation(monkeypatch):
+    monkeypatch.setattr(chat, "RENDER_S", 0.2)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 5000
+    with pytest.raises(DataError, match=r"refuses it: it takes more than 0\.2 s"):
+        ChatTemplate(CHATML, {}, "FOLDER").split_turns(messages, "x: line 1")
+
+
+def test_find_chat_template_that_is_no_text_raises(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"a\xff")
+    with pytest.raises(DataError, match=r"chat_template\.jinja is not UTF-8 at byte 1"):
+        find_chat_template(tmp_path)
 
 
 def test_chat_template_without_answers_raises():

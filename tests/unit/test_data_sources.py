@@ -129,6 +129,73 @@ def test_open_source_cut_or_damaged_raises(tmp_path, ending, damage):
         read(path)
 
 
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_read_chunks_too_long_a_line_raises_with_its_place(tmp_path, ending):
+    lines = [b'{"text": "' + b"a" * size + b'"}\n' for size in (9, 2**20 - 50, 3 * 2**20, 9)]
+    path = tmp_path / f"x.jsonl{ending}"
+    path.write_bytes(compress(ending, b"".join(lines)) if ending else b"".join(lines))
+    with pytest.raises(DataError, match=r"line 3 is longer than the 1 MiB of --data\.max-document-mib; if it is meant, raise"):
+        read(path, DataConfig(max_document_mib=1))
+    assert [len(text) for text in documents(path, DataConfig(max_document_mib=4))] == [9, 2**20 - 50, 3 * 2**20, 9]
+    for item in partition_items(find_sources(str(path)))[1:3]:  # each part refuses it by itself, wherever the line begins
+        with pytest.raises(DataError, match="line 3 is longer"):
+            list(read_chunks(item, DataConfig(max_document_mib=1)))
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.txt"])
+def test_open_source_that_expands_too_far_raises(tmp_path, monkeypatch, ending, name):
+    monkeypatch.setattr(sources, "FREE_EXPANSION_BYTES", 2**21)
+    path = tmp_path / f"{name}{ending}"
+    path.write_bytes(compress(ending, (b" " * 65535 + b"\n") * 2**5))
+    assert "".join(documents(path)).strip() == ""
+    path.write_bytes(compress(ending, (b" " * 65535 + b"\n") * 2**8))
+    message = rf"{path}: near byte \d+: the stream expands to more than 200 times its size; if that is meant, store it without"
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
+def test_read_chunks_parquet_of_a_damaged_page_raises(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path, text = tmp_path / "x.parquet", "".join(chr(97 + i % 26) for i in range(5000))
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(pa.table({"text": [text] * 3}), path, **options)
+    data = path.read_bytes()
+    at = data.index(text.encode())
+    for byte in range(at, at + 5000, 500):
+        path.write_bytes(data[:byte] + bytes([data[byte] ^ 4]) + data[byte + 1 :])
+        with pytest.raises(DataError, match=r"x\.parquet: row group 0 is not Parquet that can be read.*CRC"):
+            read(path)
+    path.write_bytes(data)
+    assert documents(path) == [text] * 3
+    with pytest.raises(DataError, match=r"row group 0, row 0 is longer than the 0 MiB"):
+        read(path, DataConfig(max_document_mib=0))
+
+
+def test_read_chunks_parquet_that_lacks_rows_raises(tmp_path, monkeypatch):
+    """A flipped bit in the footer can hide the values of a row group from pyarrow."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "x.parquet")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, *arguments, **options: iter(()))
+    with pytest.raises(DataError, match=r"row group 0 is not Parquet that can be read.* has 0 rows, and .* lists 2"):
+        read(tmp_path / "x.parquet")
+
+
+def test_read_chunks_parquet_that_expands_too_far_raises(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(sources, "FREE_EXPANSION_BYTES", 2**21)
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 50, pa.int32()), pa.array(["a" * 2**18]))
+    pq.write_table(pa.table({"text": text}), tmp_path / "x.parquet", store_schema=False, dictionary_pagesize_limit=2**20)
+    with pytest.raises(DataError, match=r"row group 0, row \d+ expands to more than 200 times its size; .*without compression"):
+        read(tmp_path / "x.parquet")
+
+
 def test_read_chunks_parquet_by_row_groups(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -141,7 +208,7 @@ def test_read_chunks_parquet_by_row_groups(tmp_path):
     with pytest.raises(DataError, match='column "n" holds int64'):
         read(tmp_path, DataConfig(text_key="n"))
     (tmp_path / "x.parquet").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match=r"x\.parquet is not a Parquet file"):
+    with pytest.raises(DataError, match=r"x\.parquet is not Parquet that can be read"):
         find_sources(str(tmp_path))
 
 

@@ -1,13 +1,24 @@
 """Megatron's format: against a parser written from its description, and damaged in many ways."""
 
+import json
 import struct
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpilm.data.token_files import TokenCounts, document_starts, find_prefix, open_tokens, token_dtype, write_index
+from mpilm.data.token_files import (
+    TokenCounts,
+    TokenMetadata,
+    document_starts,
+    find_prefix,
+    open_tokens,
+    read_metadata,
+    token_dtype,
+    write_index,
+)  # fmt: skip
 from mpilm.errors import DataError, FileError
 
 
@@ -66,6 +77,28 @@ def test_write_index_writes_megatron_in_two_parts(tmp_path_factory, documents, c
         ends = before.sequences + np.cumsum([len(d) for d in part], dtype=np.int64)
         write_index(path, np.dtype("uint16"), lengths, ends, before, total)
     assert path.read_bytes() == megatron_bytes(documents, 8, "H")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": [2]}, "format [2], and only 1 is known"),
+        ({"eos": 1e999}, "eos missing, unknown or of another type"),
+        ({"tokens": "9", "sequences": True}, "sequences, tokens missing, unknown or of another type"),
+        ({"surprise": 1}, "surprise missing, unknown or of another type"),
+    ],
+)
+def test_read_metadata_refuses_what_prepare_does_not_write(tmp_path, change, message):
+    written = TokenMetadata(
+        documents=1, sequences=1, tokens=1, dtype="uint16", tokens_digest="d", tokenizer="bytes", tokenizer_digest="d", eos=256,
+        eos_written=True, source_bytes=1, dropped_duplicates=0,
+    )  # fmt: skip
+    (tmp_path / "x.json").write_text(json.dumps(asdict(written)))
+    assert read_metadata(tmp_path / "x") == written
+    (tmp_path / "x.json").write_text(json.dumps({**asdict(written), **change}))
+    with pytest.raises(DataError) as caught:
+        read_metadata(tmp_path / "x")
+    assert str(caught.value).endswith(f"x.json is not what mpilm.prepare writes beside its tokens: {message}")
 
 
 def test_open_tokens_reads_nanogpt(tmp_path):

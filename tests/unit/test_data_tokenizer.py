@@ -106,6 +106,28 @@ def test_load_tokenizer_wrong_file_raises(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab": {"a": 2**31}}, "holds an id or number of 2,147,483,648; those below 10,000,000 are supported"),
+        ({"vocab": {"a": 0}, "merges": ["a b"]}, "is not a tokenizer.json that the tokenizers library reads: Token `b`"),
+        ({"continuing_subword_prefix": "aaaaaaaaa", "merges": ["t h"]}, "is not a tokenizer.json that the tokenizers library"),
+        ({"x": ["[" * 9]}, ""),
+    ],
+)
+def test_load_tokenizer_absurd_file_raises(tmp_path, trained, change, message):
+    values = json.loads(trained.json)
+    values["model"] |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}')
+    if not message:
+        assert load_tokenizer(tmp_path).eos == trained.eos
+        return
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(tmp_path)
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize("spec", ["bpe:", "bpe:x", "bpe:12", "bpe:-5", "bpe:99999999", "bpe:²"])
 def test_parse_bpe_size_wrong_size_raises(spec):
     with pytest.raises(ConfigError, match=r"--data\.tokenizer"):

@@ -8,6 +8,7 @@ from torch import nn
 
 from mpilm.engine.pipelined import resolve_model_layouts
 from mpilm.model.families import build_model
+from mpilm.parallel.digests import read_sums, sum_bits
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ALIGNMENT, intersect_intervals
 from mpilm.parallel.layout import resolve_layouts, select_stage
@@ -122,3 +123,16 @@ def test_stages_of_a_model_hold_all_its_parameters():
     stages = [FlatParameters(select_stage(table, stage), CPU) for stage in range(2)]
     assert [len(flat.layout.spans) for flat in stages] == [1 + 2 * 9, 9 + 2]
     assert {name for flat in stages for name in flat.layout.spans} == table.keys()
+
+
+def test_sum_of_bits_changes_with_every_bit_and_is_the_sum_over_parts():
+    def digest(*tensors):
+        return sum(read_sums(sum_bits(tensors))) % 2**32
+
+    for numel in (1, 5, 37):
+        x = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+        assert digest(x) == digest(*x.split(3))
+        for bit in range(32 * numel):
+            altered = x.clone()
+            altered.view(torch.int32)[bit // 32] ^= (1 << bit % 32) - (2**32 if bit % 32 == 31 else 0)
+            assert (digest(altered) - digest(x)) % 2**32 in (2 ** (bit % 32), 2**32 - 2 ** (bit % 32))

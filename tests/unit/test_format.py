@@ -24,10 +24,12 @@ from mpilm.checkpoint.format import (
     checkpoint_step,
     dump_json,
     hash_blocks,
+    hash_manifest,
     list_checkpoints,
     manifest_entry,
     pack_header,
     read_manifest,
+    read_trainer,
 )
 from mpilm.checkpoint.manager import prune_checkpoints, remove_leftovers
 from mpilm.checkpoint.pretrained import read_pretrained_config
@@ -42,6 +44,13 @@ FILES = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
     "optimizer.safetensors", "trainer.json", MANIFEST,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [{}, {"config": {}, "content": []}, {"config": {}, "content": {}, "conditions": None}])
+def test_trainer_without_the_facts_of_a_run_is_refused(tmp_path, content):
+    (tmp_path / "trainer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"trainer\.json has no object"):
+        read_trainer(tmp_path)
 
 
 def write_checkpoint(parent, tie=True):
@@ -293,22 +302,24 @@ def test_verify_names_the_file_with_a_flipped_bit_or_a_cut(checkpoint):
         path = damage(checkpoint, number)
         with pytest.raises((DataError, FileError)) as caught:
             verify_checkpoint(checkpoint)
-        # An altered manifest may list a file that does not exist.
-        assert str(path if path.name != MANIFEST else checkpoint) in str(caught.value)
+        assert str(path) in str(caught.value)
         path.write_bytes(content[path])
 
 
-def test_verify_finds_every_flipped_bit_and_every_cut_of_the_manifest(checkpoint):
-    entries = read_manifest(checkpoint)
-    small = {name: entries[name] for name in ("config.json", "trainer.json")}  # each file is read again for each bit
-    content = dump_json({"format": 1, "files": small}).encode()
+@pytest.mark.parametrize("version", ["old", "new"])
+def test_verify_finds_every_flipped_bit_and_every_cut_of_the_manifest(checkpoint, version):
+    """An old manifest, without a digest of its own, may let another file seem wrong."""
+    small = {"trainer.json": read_manifest(checkpoint)["trainer.json"]}  # the file is read again for each bit
+    manifest = {"format": 1, "files": small}
+    content = dump_json(manifest if version == "old" else manifest | {"sha256": hash_manifest(manifest)}).encode()
     (checkpoint / MANIFEST).write_bytes(content)
     verify_checkpoint(checkpoint)
     flipped = (content[:i] + bytes([content[i] ^ 1 << bit]) + content[i + 1 :] for i in range(len(content)) for bit in range(8))
     for altered in (*flipped, *(content[:end] for end in range(len(content)))):
         (checkpoint / MANIFEST).write_bytes(altered)
-        with pytest.raises(UserError):
+        with pytest.raises(UserError) as caught:
             verify_checkpoint(checkpoint)
+        assert version == "old" or str(caught.value).startswith(str(checkpoint / MANIFEST))
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -412,6 +423,13 @@ def test_prune_keeps_the_newest_and_the_best(parent, keep, best, left):
     assert list_steps(parent) == left
     assert (parent / "note.txt").read_text() == "mine"
     assert not list(parent.glob(f"{TEMPORARY}removing*"))
+
+
+def test_prune_keeps_the_newest_whose_state_was_checked(parent):
+    for step in (1, 2):
+        (parent / checkpoint_name(step) / "trainer.json").write_text(json.dumps({"checked": True}))
+    prune_checkpoints(parent, 1, False)
+    assert list_steps(parent) == [2, 5]
 
 
 def test_remove_leftovers_removes_nothing_else(parent):

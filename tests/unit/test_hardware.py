@@ -1,6 +1,7 @@
 """The hardware of a rank: its cores among the ranks of a node, its threads, its GPU."""
 
 import os
+import time
 from dataclasses import replace
 from fractions import Fraction
 from itertools import count, repeat
@@ -152,6 +153,19 @@ def test_numerics_environment_names_what_may_change_the_last_bits():
             numerics_environment(hardware.Hardware(torch.device("cpu"), 3, False), SelfComm(), parallel)["exchange"] == exchange
         )
     assert torch.backends.cpu.get_cpu_capability() in found["processor"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "counted"),
+    [(Fraction(2, 3), 1, 2 / 3), (Fraction(1), 2, 1), (Fraction(2), 2, 2), (Fraction(2), 4, 2), (Fraction(2), 1, 1)],
+)
+def test_peak_counts_each_core_once(monkeypatch, cores, threads, counted):
+    timers = []
+    monkeypatch.setattr(hardware, "PROBE_SIZE", 10)
+    monkeypatch.setattr(hardware.timeit, "repeat", lambda *_, timer, **__: timers.append(timer) or [1e-6, 2e-6])
+    rank = hardware.Hardware(torch.device("cpu"), threads, cores < 1, cores=cores)
+    assert hardware.measure_peak_flops(rank, "float32")[0] == pytest.approx(counted * 2 * 10**3 / 1e-6)
+    assert timers == [time.process_time]  # other ranks on the same core do not count
 
 
 def test_allowed_cores_are_the_affinity_of_the_process():

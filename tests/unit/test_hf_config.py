@@ -5,7 +5,7 @@ from text import tiny_config
 from transformers import LlamaConfig
 
 from mpilm.errors import ConfigError
-from mpilm.model.hf.config import hf_config, read_hf_config
+from mpilm.model.hf.config import add_hf_adapter, hf_config, read_hf_config
 
 V = 53
 
@@ -35,6 +35,12 @@ def test_hf_config_written_and_read_is_the_same(changes):
     ("changes", "message"),
     [
         ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+        ({"model_type": {"a": 1}}, "model_type {'a': 1} is not supported"),
+        ({"intermediate_size": 10**9}, "intermediate_size must be at most 16,777,216, not 1000000000"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers must be at most 1,024"),
+        ({"vocab_size": -5}, "vocab_size -5 is not a number above zero"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be at most 9,223,372,036,854,775,807"),
+        ({"rope_theta": float("inf")}, "rope_theta must be a finite number, not inf"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks 'low_freq_factor'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling of type 'linear' of this model is not supported"),
@@ -57,6 +63,13 @@ def test_hf_config_that_is_unsupported_or_wrong_is_refused(changes, message):
     with pytest.raises(ConfigError) as caught:
         read_hf_config(config, "some/config.json")
     assert str(caught.value).startswith(f"some/config.json: {message}")
+
+
+@pytest.mark.parametrize("targets", ["(.*)*x", ".*.*.*.*.*.*.*q_proj", r".*\.((q|k)_proj)+"])
+def test_adapter_targets_that_may_take_for_ever_are_refused(targets):
+    config = {"r": 2, "lora_alpha": 4, "target_modules": targets}
+    with pytest.raises(ConfigError, match=r"x: target_modules .* names no matrix of llama that may have an adapter"):
+        add_hf_adapter(tiny_config("", "").model, config, "x")
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size"])

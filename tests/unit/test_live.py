@@ -51,10 +51,37 @@ def test_live_view_shows_progress_speed_memory_and_events():
     for text in (
         "runs/a  2 ranks, pipeline 2, ZeRO-3", "step 3/100", "3m14s left", "3.0000", "3.7500 at step 2, best 3.5000",
         "5,000 tokens/s", "2 s per step", "MFU 42.0%", "compute 72%   bubble 20%", "in 7 steps, 14s",
-        "rank 1 computes 1.9 times as long as most", "at most 250 MiB per rank, 300 MiB predicted",
+        "no rank is clearly slower than most", "at most 250 MiB per rank, 300 MiB predicted",
         "started on 2 ranks at step 0", "saved step 3", " 4.000", " 3.000",
     ):  # fmt: skip
         assert text in screen, screen
+
+
+def compute_rows(rows, every=10):
+    others = {name: [0.0] * len(rows[0]) for name in ("bubble", "communication", "data", "optimizer")}
+    return [
+        step(max(1, i * every), memory_bytes=[1] * len(seconds), rank_s={"compute": seconds, **others})
+        for i, seconds in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("every", "rows", "text"),
+    [
+        (10, [[1.0, 1.0], [1.0, 1.9], [1.0, 1.9]], "rank 1 computes 1.9 times as long as the other rank"),  # within 20 steps
+        (4, [[1.0, 1.05, 1.5]] * 5, "rank 2 computes 1.4 times as long as most"),
+        (20, [[9.0, 1.0, 1.0]] + [[1.0, 1.0, 1.5]] * 2, "rank 2 computes 1.5 times as long as most"),
+        (10, [[1.0, 1.9], [1.0, 1.9]], "no rank is clearly slower"),  # 9 steps
+        (1, [[1.0, 1.9]] * 10, "no rank is clearly slower"),
+        (10, [[1.0, 1.9], [1.9, 1.0], [1.0, 1.9], [1.9, 1.0]], "no rank is clearly slower"),  # noise of ranks that share cores
+        (10, [[1.0, 0.8, 0.9, 1.2, 1.3]] * 9, "no rank is clearly slower"),  # rank 4 differs as the others do
+        (10, [[1.0, 1.9]] * 3 + [[1.0, 1.1]], "no rank is clearly slower"),  # any more
+        (10, [[1.0]] * 9, "no rank is clearly slower"),
+    ],
+)
+def test_live_view_names_a_rank_that_is_slow_in_several_rows(every, rows, text):
+    assert text in render([START, *compute_rows(rows, every)])
+    assert "no rank is clearly slower" in render([*compute_rows(rows, every), START, *compute_rows(rows[:1])])
 
 
 def test_live_view_silent_ended_and_resumed_run_shows_its_state():

@@ -5,6 +5,7 @@ import json
 import pytest
 from helpers import read_metrics
 
+from mpilm.errors import FileError
 from mpilm.telemetry.metrics import MetricsFollower, MetricsWriter, length_through_step
 
 ROWS = [json.dumps({"step": step, "loss": 1 / (step + 1)}).encode() + b"\n" for step in (0, 1, 2, 3, 4)]
@@ -28,6 +29,15 @@ def test_metrics_writer_resume_keeps_rows_through_the_step(path, step):
     assert path.read_bytes() == b"".join(ROWS[: step + 1]) + json.dumps(row).encode() + b"\n"  # at once
     assert read_metrics(path)[-1] == row  # with every bit of the float
     writer.close()
+
+
+def test_metrics_writer_of_a_removed_file_raises(path):
+    writer = MetricsWriter(path, 0)
+    writer.write({"step": 1})
+    path.unlink()
+    with pytest.raises(FileError, match=r"metrics\.jsonl has been removed while the run was writing it"):
+        writer.write({"step": 2})
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("cut", [1, 2, 12, len(ROWS[4]) - 1])

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from mpilm.telemetry.metrics_table import COLUMNS, EVALUATION_COLUMNS, parse_rows, read_metrics_table
+from mpilm.telemetry.metrics import COLUMNS, EVALUATION_COLUMNS, parse_rows, read_metrics_table
 
 STEP = {"time": 5.0, "tokens": 64, "loss": 3.25, "grad_norm": 0.5, "lr": 1e-3, "step_s": 0.5, "tokens_per_s": 128.0, "mfu": 0.3}
 RANKS = {"memory_bytes": [1, 2], "rank_s": {"compute": [0.25, 0.5]}}

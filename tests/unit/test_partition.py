@@ -13,9 +13,8 @@ from mpilm.parallel.pipeline.partition import partition_layers, validate_partiti
 SECONDS = st.floats(0, 8, width=16)
 
 
-def stage_costs(partition, first_s, last_s, each_s, speeds):
-    ends = list(itertools.accumulate(partition))
-    costs = [sum(each_s[end - n : end]) for end, n in zip(ends, partition)]
+def stage_costs(partition, first_s, last_s, layer_s, speeds):
+    costs = [layer_s * n for n in partition]
     costs[0] += first_s
     costs[-1] += last_s
     return [cost / speed for cost, speed in zip(costs, speeds)]
@@ -30,15 +29,14 @@ def all_partitions(layers, stages):
 def test_partition_is_the_best_of_all(data):
     layers = data.draw(st.integers(1, 9))
     stages = data.draw(st.integers(1, layers))
-    first_s, last_s = data.draw(SECONDS), data.draw(SECONDS)
-    each_s = data.draw(st.lists(SECONDS, min_size=layers, max_size=layers))
+    first_s, last_s, layer_s = (data.draw(SECONDS) for _ in range(3))
     speeds = data.draw(st.lists(st.floats(0.25, 4, width=16), min_size=stages, max_size=stages))
 
     def value(partition):
-        costs = stage_costs(partition, first_s, last_s, each_s, speeds)
+        costs = stage_costs(partition, first_s, last_s, layer_s, speeds)
         return max(costs), sum(cost**2 for cost in costs)
 
-    partition = partition_layers(layers, stages, first_s, last_s, each_s, speeds)
+    partition = partition_layers(layers, stages, first_s, last_s, layer_s, speeds)
     assert len(partition) == stages
     assert min(partition) >= 1
     assert sum(partition) == layers
@@ -57,7 +55,6 @@ def test_partition_is_the_best_of_all(data):
         ((8, 2, 2.0), (3, 5)),
         ((8, 2, 0.0, 2.0), (5, 3)),
         ((22, 8, 0.0, 2.0), (3, 3, 3, 3, 3, 3, 3, 1)),
-        ((4, 2, 0.0, 0.0, [1.0, 1.0, 1.0, 3.0]), (3, 1)),
         ((9, 2, 0.0, 0.0, 1.0, [1.0, 2.0]), (3, 6)),  # the second is twice as fast
         ((4, 2, 0.0, 100.0), (3, 1)),  # every stage has a layer
         ((6, 3, 0.0, 0.0, 0.0), (2, 2, 2)),

@@ -146,6 +146,18 @@ def test_run_alone_exits_as_other_commands(capsys, monkeypatch):
     assert "no-such-flag" in output.err
 
 
+@pytest.mark.parametrize(("rank", "message"), [("0", "mpilm: error: no such file\n"), ("1", "")])
+def test_run_alone_under_a_launcher_prints_once(capsys, monkeypatch, rank, message):
+    def refuse():
+        print("begun")
+        raise FileError("no such file")
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # restored at the end
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setenv("PMI_RANK", rank)
+    assert exit_of(capsys, lambda: refuse) == (FileError.code, ("begun\n" * (rank == "0"), message))
+
+
 def test_draw_into_a_missing_folder_exits_with_the_file_code(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan", "--draw", "--svg", "/no/such/folder/plan.svg"])
     code, output = exit_of(capsys, main)

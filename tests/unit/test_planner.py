@@ -263,6 +263,10 @@ def test_profile_round_trips_through_its_file(tmp_path):
         ("within__exchange", 1, "within.exchange is not a list"),
         ("cores", None, "cores is missing"),
         ("cores", "two", "cores is 'two'"),
+        ("cores", 1.5, "cores is 1.5, not a whole number above zero"),
+        ("step_s", 10**400, "not a number above zero"),
+        ("within__exchange", [[2, 1], [2, 1]], "within.exchange must hold entries of rising size"),
+        ("memory", [], "memory must hold entries"),
         ("within", 3, "within is not a table"),
         ("mpilm", "0.0.9", "mpilm 0.0.9 made it"),
         ("format", 0, "not a machine profile of format 1"),
@@ -287,5 +291,5 @@ def test_read_profile_without_a_file_or_json_says_how_to_make_one(tmp_path):
     with pytest.raises(FileError, match="cannot be used: No such file or directory; measure this machine: mpirun"):
         read_profile(str(tmp_path / "none.json"))
     (tmp_path / "text.json").write_text("cores: 2")
-    with pytest.raises(FileError, match="cannot be used: Expecting value"):
+    with pytest.raises(FileError, match="cannot be used: it is not JSON: Expecting value"):
         read_profile(str(tmp_path / "text.json"))

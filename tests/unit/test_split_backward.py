@@ -75,6 +75,7 @@ CASES = {
     "attention recomputed": FullModel("attention"),
     "blocks recomputed": FullModel("block"),
     "gpt2": FullModel(arch="gpt2", n_kv_heads=4),
+    "gpt2 of width 8": FullModel(arch="gpt2", n_kv_heads=4, d_model=8),
     "bert": FullModel(arch="bert", n_kv_heads=4),
     "qwen2": FullModel(arch="qwen"),
     "qwen3": FullModel(arch="qwen", qk_norm=True, head_width=6),

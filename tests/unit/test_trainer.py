@@ -5,11 +5,12 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from mpilm.comm.collective_errors import CollectiveError
+from mpilm.comm.base import SelfComm
+from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.schema import Config, FaultConfig, TrainConfig, override
-from mpilm.errors import NonFiniteError
-from mpilm.trainer.describe import is_out_of_memory
+from mpilm.errors import NonFiniteError, is_out_of_memory
 from mpilm.trainer.recovery.bad_steps import MIN_LOSSES, WINDOW, BadStepTracker
 from mpilm.trainer.recovery.skip import _check_bad_step_budget
 
@@ -62,3 +63,26 @@ def test_more_bad_steps_than_allowed_end_the_run(on_spike, kinds):
 def test_is_out_of_memory_knows_the_errors_of_the_kernel():
     assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
     assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
+    assert is_out_of_memory(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**62)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (MemoryError(), 71, r"out of memory; .*raise the limit, start fewer ranks a node"),
+        (FileNotFoundError(2, "No such file", b"runs/x"), 74, r"runs/x cannot be used: No such file \(on "),
+        (OSError(12, "Cannot allocate memory", "x"), 71, "out of memory"),
+    ],
+)
+def test_errors_of_the_machine_reach_all_ranks_as_one_message(error, code, message):
+    def fail():
+        raise error
+
+    with pytest.raises(CollectiveError, match=message) as caught:
+        run_on_root(SelfComm("world"), fail)
+    assert caught.value.error.code == code
+    with pytest.raises(ZeroDivisionError):
+        run_on_root(SelfComm("world"), lambda: 1 / 0)

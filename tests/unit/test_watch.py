@@ -35,7 +35,14 @@ def run(monkeypatch, *arguments):
     watch.main()
 
 
-@pytest.mark.parametrize("last_line", ["", '{"step": 3, "lo', "\0\0\0\n", '{"event": "start"}\n', '{"loss": 1.5}\n'])
+BROKEN = (
+    '{"step": 3, "lo', "\0\0\0\n", '{"event": "start"}\n', '{"loss": 1.5}\n', "[" * 100_000 + "\n",
+    '{"event": {}, "step": 2, "time": 1e999, "ranks": "x"}\n', '{"event": "x\\ud800", "step": 2, "time": 3}\n',
+    json.dumps(ROWS[2] | {"rank_s": [], "memory_bytes": {}, "step_s": 1e999}) + "\n",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("last_line", ["", *BROKEN])
 def test_watch_once_running_run_is_shown_and_unchanged(folder, monkeypatch, capsys, last_line):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(last_line)

@@ -1,9 +1,9 @@
 """The watchdog: its limit, its report from the snapshots of ranks; tests/faults/test_hanging.py has whole jobs."""
 
-import math
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -11,14 +11,16 @@ import pytest
 from mpilm.comm.base import SelfComm
 from mpilm.comm.flight_recorder import CommCall, FlightRecorder
 from mpilm.launch import watchdog
-from mpilm.launch.watchdog import FIRST_TIMEOUT_S, MIN_TIMEOUT_S, TIMEOUT_FACTOR, Watchdog, format_report
+from mpilm.launch.hang_report import format_report
+from mpilm.launch.watchdog import FIRST_LIMIT_S, LIMIT_FACTOR, MIN_LIMIT_S, Watchdog
 
-PROCESSES = [["a", 11], ["a", 12], ["b", 13]]
+PROBLEM = "step 4 has lasted 31 s; the limit is 30 s"
+PROCESSES = {0: ["a", 11], 1: ["a", 12], 2: ["b", 13]}
 
 
 def snapshot(rank, waiting=None, reached=None, at="data/batch.py:9 in train"):
     return {
-        "rank": rank, "step": 4, "phase": "step", "lasted_s": 31.0, "limit_s": 30.0, "waiting": waiting,
+        "rank": rank, "step": 4, "phase": "step", "waiting": waiting,
         "reached": reached or {}, "at": at,
     }  # fmt: skip
 
@@ -27,7 +29,7 @@ def test_report_names_the_rank_that_others_wait_for():
     """Ranks 0 and 2 have reached call 7 on the data axis; rank 1 is at call 6 and computes."""
     call = ["all_reduce", "data", 7, [0, 1, 2], "", 30.0]
     found = {0: snapshot(0, call, {"data": 7}), 1: snapshot(1, None, {"data": 6}), 2: snapshot(2, call, {"data": 7})}
-    report = format_report(found, PROCESSES, {})
+    report = format_report(PROBLEM, found, PROCESSES, {})
     assert "step 4 has lasted 31 s; the limit is 30 s" in report
     assert "The others wait for rank 1." in report
     assert "rank 0 on a (process 11): waits 30 s for rank 1 in all_reduce on data (call 7); step 4, at data/batch" in report
@@ -41,7 +43,7 @@ def test_report_of_ranks_that_wait_for_each_other_blames_none():
         1: snapshot(1, ["receive", "pipeline", 9, [0], "tag 2", 13.0]),
         2: snapshot(2, ["barrier", "world", 2, [0, 1, 2], "", 14.0], {"world": 2}),
     }
-    report = format_report(found, PROCESSES, {})
+    report = format_report(PROBLEM, found, PROCESSES, {})
     assert "All ranks wait for each other: a message was lost, or they do not make the same calls." in report
     assert "waits 12 s for rank 1 in receive on pipeline (call 3, tag 5)" in report
     assert "waits 13 s for rank 0 in receive on pipeline (call 9, tag 2)" in report
@@ -50,85 +52,170 @@ def test_report_of_ranks_that_wait_for_each_other_blames_none():
 
 def test_report_names_missing_ranks_and_their_processes():
     found = {0: snapshot(0, ["barrier", "world", 2, [0, 1, 2], "", 14.0], {"world": 2})}
-    report = format_report(found, PROCESSES, {1: "its process no longer exists", 2: ""})
+    report = format_report(PROBLEM, found, PROCESSES, {1: "its process no longer exists", 2: ""})
     assert "Missing: ranks 1, 2." in report
     assert "rank 1 on a (process 12): no response; its process no longer exists\n" in report
     assert "rank 2 on b (process 13): no response\n" in report
     assert "waits 14 s for ranks 1, 2 in barrier" in report
 
 
+class Findings(list):
+    """Problems that a watchdog has found, and the exit code. This thread must not compute while it waits for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.ended = threading.Event()
+
+    def end(self, code):
+        self.append(code)
+        self.ended.set()
+
+
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(watchdog, "TICK_S", 0.01)
+    """Return the findings of a watchdog that does not end the process."""
+    found = Findings()
+    monkeypatch.setattr(watchdog, "TICK_S", 0.02)
+    monkeypatch.setattr(Watchdog, "_report_and_abort", lambda self, problem: (found.append(problem), self._closed.set()))
+    monkeypatch.setattr(watchdog.os, "_exit", found.end)
+    return found
 
 
-def test_limit_is_the_setting_or_learned_from_the_longest_phase():
+def test_limit_is_stated_or_learned_from_the_longest_phase_of_its_kind():
     recorder = FlightRecorder()
-    for setting, longest_s, expected in (
-        (0.0, None, FIRST_TIMEOUT_S),
-        (0.0, 0.1, MIN_TIMEOUT_S),
-        (0.0, 100.0, TIMEOUT_FACTOR * 100.0),
+    watched = Watchdog(recorder, SelfComm("world"))
+    watched.close()
+    for stated_s, longest_s, expected in (
+        (0.0, None, FIRST_LIMIT_S),
+        (0.0, 0.1, MIN_LIMIT_S),
+        (0.0, 100.0, LIMIT_FACTOR * 100.0),
         (7.0, 100.0, 7.0),
+        (7.0, None, 7.0),
     ):
-        recorder.phase, recorder.longest_s = "step", {} if longest_s is None else {"step": longest_s}
-        watched = Watchdog(recorder, SelfComm("world"), setting)
-        watched.close()
-        assert watched.limit_s() == expected
-    recorder.phase = "evaluation"
-    assert watched.limit_s() == FIRST_TIMEOUT_S  # the setting is for steps
-    recorder.phase = watchdog.PREPARATION
-    assert watched.limit_s() == math.inf
+        for phase in ("step", "evaluation", "preparation"):
+            recorder.phase, recorder.longest_s = phase, {} if longest_s is None else {phase: longest_s}
+            recorder.step_timeout_s = stated_s
+            assert watched.limit_s() == expected
 
 
-def test_watchdog_acts_past_the_limit_and_not_before(quick, monkeypatch):
-    events = []
-    monkeypatch.setattr(Watchdog, "_report_and_abort", lambda self: (events.append(self.recorder.step), self._closed.set()))
-    monkeypatch.setattr(watchdog.os, "_exit", lambda code: events.append(code))
+@pytest.mark.parametrize("phase", ["preparation", "start", "evaluation", "step"])
+def test_watchdog_finds_a_rank_that_does_nothing_in_any_phase(quick, phase):
     recorder = FlightRecorder()
-    watched = Watchdog(recorder, SelfComm("world"), 2.0)
-    for step in range(5):
-        recorder.enter("step", step)
-        time.sleep(0.05)
-    assert events == []
-    deadline = time.monotonic() + 30
-    while len(events) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert events == [4, watchdog.EXIT_CODE]
+    recorder.step_timeout_s = 0.5
+    recorder.enter(phase, 3)
+    watched = Watchdog(recorder, SelfComm("world"))
+    assert quick.ended.wait(30)
+    watched.close()
+    lasted = "step 4 has lasted 1 s" if phase == "step" else f"rank 0 has done nothing for 1 s in {phase} 4"
+    assert quick[0].startswith(f"{lasted}; the limit is 0 s (--fault.step-timeout")
+    assert quick[1] == watchdog.EXIT_CODE
+
+
+def compute(recorder):
+    sum(range(10**5))
+    time.sleep(0.02)
+
+
+def write(recorder):
+    time.sleep(0.02)
+    threading.Thread(target=lambda: os.write(NULL, b"x" * 10**6)).start()
+
+
+def start_process(recorder):
+    subprocess.run([sys.executable, "-S", "-c", "sum(range(10**6))"], check=True)
+
+
+def finish_a_call(recorder):
+    time.sleep(0.02)
+    recorder.advance()
+
+
+NULL = os.open(os.devnull, os.O_WRONLY)
+
+
+@pytest.mark.parametrize("work", [compute, write, start_process, finish_a_call])
+def test_watchdog_leaves_a_rank_alone_that_works_slowly(quick, work):
+    recorder = FlightRecorder()
+    recorder.step_timeout_s = 0.5
+    watched = Watchdog(recorder, SelfComm("world"))
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        work(recorder)
+    assert quick == []
+    assert quick.ended.wait(30)  # once it has stopped
     watched.close()
 
 
+def test_watchdog_leaves_a_rank_alone_that_waits_for_others(quick):
+    recorder, call = FlightRecorder(), CommCall("barrier", "world", 1, (0, 1))
+    recorder.step_timeout_s = 0.3
+    watched = Watchdog(recorder, SelfComm("world"))
+    recorder.wait(call, lambda: time.sleep(1.0))
+    assert quick == []
+    watched.close()
+
+
+def test_step_that_follows_steps_must_finish_calls(quick, monkeypatch):
+    """An endless loop computes, and so does a healthy rank in its first step, which may last."""
+    monkeypatch.setattr(watchdog, "MIN_LIMIT_S", 0.5)
+    recorder = FlightRecorder()
+    watched = Watchdog(recorder, SelfComm("world"))
+    recorder.enter("step", 0)
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        compute(recorder)
+    assert quick == []
+    recorder.enter("step", 1)
+    recorder.longest_s["step"] = 0.01
+    while not quick.ended.is_set():
+        compute(recorder)
+    assert quick[0].startswith("rank 0 has done nothing for 1 s in step 2; the limit is 0 s")
+    watched.close()
+
+
+def test_rank_0_says_each_half_minute_what_it_waits_for(monkeypatch, capfd):
+    monkeypatch.setattr(watchdog, "TICK_S", 0.01)
+    monkeypatch.setattr(watchdog, "NOTICE_S", 0.1)
+    recorder = FlightRecorder()
+    watched = Watchdog(recorder, SelfComm("world"))
+    recorder.enter("evaluation", 7)
+    recorder.wait(CommCall("barrier", "world", 5, (0, 1)), lambda: time.sleep(0.45))
+    watched.close()
+    lines = capfd.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4
+    assert all("rank 0 has waited 0 s for rank 1 in barrier on world (call 5), in evaluation 8" in line for line in lines)
+
+
 def test_watchdog_whose_report_fails_still_ends_the_rank(quick, monkeypatch):
-    events = []
-    monkeypatch.setattr(Watchdog, "_take_snapshot", lambda self, limit_s: self._closed.set() or 1 / 0)
-    monkeypatch.setattr(watchdog.os, "_exit", lambda code: events.append(code))
+    monkeypatch.setattr(Watchdog, "_report_and_abort", lambda self, problem: self._closed.set() or 1 / 0)
     monkeypatch.setattr(watchdog.threading, "excepthook", lambda arguments: None)
-    Watchdog(FlightRecorder(), SelfComm("world"), 0.0).recorder.longest_s["start"] = 0.0
-    monkeypatch.setattr(watchdog, "MIN_TIMEOUT_S", 0.0)
-    deadline = time.monotonic() + 30
-    while not events and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert events == [watchdog.EXIT_CODE]
+    recorder = FlightRecorder()
+    recorder.step_timeout_s = 0.1
+    watched = Watchdog(recorder, SelfComm("world"))
+    assert quick.ended.wait(30)
+    watched.close()
+    assert quick == [watchdog.EXIT_CODE]
 
 
-def test_watchdog_without_a_folder_reports_its_own_rank(quick, monkeypatch, capsys):
+def test_watchdog_without_a_folder_reports_its_own_rank(monkeypatch, capsys):
     """No folder is known to all ranks while a run starts."""
-    events = []
-    monkeypatch.setattr(watchdog, "FIRST_TIMEOUT_S", 0.0)
+    codes = Findings()
+    monkeypatch.setattr(watchdog, "TICK_S", 0.02)
     monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
-    monkeypatch.setattr(watchdog.os, "_exit", lambda code: (events.append(code), watched._closed.set()))
-    watched = Watchdog(FlightRecorder(), SelfComm("world"), 5.0)
-    deadline = time.monotonic() + 30
-    while not events and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert events[0] == watchdog.EXIT_CODE
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: (watched._closed.set(), codes.end(code)))
+    recorder = FlightRecorder()
+    recorder.step_timeout_s = 0.2
+    watched = Watchdog(recorder, SelfComm("world"))
+    assert codes.ended.wait(30)
     report = capsys.readouterr().err
-    assert report.startswith("mpilm: watchdog: start 1 has lasted 0 s; the limit is 0 s")
-    assert f"process {os.getpid()}): waits for no other rank; start 1, at" in report
+    assert codes[0] == watchdog.EXIT_CODE
+    assert report.startswith("mpilm: watchdog: rank 0 has done nothing for 0 s in start; the limit is 0 s")
+    assert f"process {os.getpid()}): waits for no other rank; start, at" in report
 
 
 def test_closed_watchdog_has_no_thread():
     """It refers to the run: tensors that a thread frees while Python exits would crash the process."""
-    watched = Watchdog(FlightRecorder(), SelfComm("world"), 0.0)
+    watched = Watchdog(FlightRecorder(), SelfComm("world"))
     assert watched._thread.is_alive()
     watched.close()
     assert not watched._thread.is_alive()

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpilm.config.schema import LORA_TARGETS, Config, ModelConfig, resolve_config
+from mpilm.config.check import find_limit_problem
+from mpilm.config.schema import LORA_TARGETS, Config, ModelConfig, get_setting_types, resolve_config
 from mpilm.errors import ConfigError
+from mpilm.formatting import format_value
 from mpilm.model.hf.names import hf_module_name
 
 
@@ -75,6 +77,7 @@ ADAPTER_VALUES: Mapping[str, tuple[Any, ...]] = {  # key -> the values that mpil
     "exclude_modules": (None, []), "init_lora_weights": (True, False, "gaussian"),
     "task_type": (None, "CAUSAL_LM", "FEATURE_EXTRACTION"),
 }  # fmt: skip
+MAX_REPEATS = 6  # in a pattern of module names; each multiplies the time that matching may take by the length of a name
 MLP_MATRICES = ("gate", "up", "down")
 
 
@@ -110,47 +113,49 @@ def hf_config(model: ModelConfig, vocab_size: int, eos: int) -> dict[str, Any]:
 
 
 def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
-    """Return the model, without dropout, and the vocabulary size that a config.json describes. Raises ConfigError, which names
-    the file `where`, for a model that mpilm does not support."""
+    """Return model, without dropout, and vocabulary size that a config.json describes; raises ConfigError naming `where`."""
     name = config.get("model_type")
-    if name not in MODEL_TYPES:
-        raise ConfigError(f"{where}: model_type {name!r} is not supported; {', '.join(MODEL_TYPES)} are")
+    if not isinstance(name, str) or name not in MODEL_TYPES:
+        raise ConfigError(f"{where}: model_type {format_value(name)} is not supported; {', '.join(MODEL_TYPES)} are")
     spec = MODEL_TYPES[name]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     scaling = rope.get("rope_type", rope.get("type", "default"))
-    unsupported = [f"{key} {config[key]!r}" for key, value in spec.required.items() if config.get(key, value) != value]
+    unsupported = [
+        f"{key} {format_value(config[key])}" for key, value in spec.required.items() if config.get(key, value) != value
+    ]
     if scaling not in ("default", "llama3", None):
-        unsupported.append(f"rope scaling of type {scaling!r}")
+        unsupported.append(f"rope scaling of type {format_value(scaling)}")
     if unsupported:
         raise ConfigError(f"{where}: {', '.join(unsupported)} of this model is not supported")
     try:
-        settings = {
-            ours: _read(config, key, getattr(ModelConfig(), ours), spec.defaults.get(ours)) for ours, key in spec.keys.items()
-        }
+        settings = {ours: _read(config, key, ours, spec.defaults.get(ours)) for ours, key in spec.keys.items()}
         if "n_kv_heads" in settings:  # has rotary positions
             theta = {"rope_theta": config.get("rope_theta") or rope.get("rope_theta")}
-            settings["rope_theta"] = float(_read(theta, "rope_theta", 1.0, spec.defaults["rope_theta"]))
+            settings["rope_theta"] = float(_read(theta, "rope_theta", "rope_theta", spec.defaults["rope_theta"]))
             if scaling == "llama3":
-                settings["rope_scaling"] = tuple(float(_read(rope, key, 1.0)) for key in ROPE_SCALING)
-        vocab_size = _read(config, "vocab_size", 1)
+                settings["rope_scaling"] = tuple(float(_read(rope, key, "rope_theta")) for key in ROPE_SCALING)
+        vocab_size = _read(config, "vocab_size", "vocab_size")
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
     model = ModelConfig(arch=spec.arch, qk_norm=name == "qwen3", **settings)  # type: ignore[arg-type]
     return resolve_config(Config(model=model)).model, vocab_size
 
 
-def _read(config: Mapping[str, Any], key: str, like: Any, default: Any = None) -> Any:
+def _read(config: Mapping[str, Any], key: str, setting: str, default: Any = None) -> Any:
     """Return the value of `key`, or `default` if it has none. Raises ValueError if neither exists, and unless the value has the
-    type of `like` and, as a number, is above zero."""
-    value = config.get(key)
+    type of our setting, is within its limits and, as a number, is above zero."""
+    value, like = config.get(key), getattr(ModelConfig, setting)
     if value is None and default is not None:
         return default
     if value is None:
         raise ValueError(f"lacks {key!r}")
     types = (int, float) if isinstance(like, float) else (type(like),)
     if type(value) not in types or (type(value) is not bool and not value > 0):
-        raise ValueError(f"{key} {value!r} is not {'true or false' if isinstance(like, bool) else 'a number above zero'}")
+        kind = "true or false" if isinstance(like, bool) else "a number above zero"
+        raise ValueError(f"{key} {format_value(value)} is not {kind}")
+    if problem := find_limit_problem(value, get_setting_types(ModelConfig)[setting]):
+        raise ValueError(f"{key} {problem}")
     return value
 
 
@@ -179,24 +184,25 @@ def read_base_model(config: Mapping[str, Any], where: str) -> str:
 
 
 def add_hf_adapter(model: ModelConfig, config: Mapping[str, Any], where: str) -> ModelConfig:
-    """Return `model` with the adapters that an adapter_config.json describes. Raises ConfigError, which names the file `where`,
-    for adapters that mpilm does not support."""
+    """Return `model` with the adapters that an adapter_config.json describes; raises ConfigError naming the file `where`."""
     supported = {**ADAPTER_VALUES, "fan_in_fan_out": (model.arch == "gpt2",)}
     if unsupported := [key for key, values in supported.items() if config.get(key, values[0]) not in values]:
-        raise ConfigError(f"{where}: {', '.join(f'{key} {config[key]!r}' for key in unsupported)} is not supported")
-    inner, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    if type(inner) is not int or (type(alpha) is not int and type(alpha) is not float) or not (inner > 0 and alpha > 0):
-        raise ConfigError(f"{where}: r {inner!r} and lora_alpha {alpha!r} must be numbers above zero")
+        raise ConfigError(f"{where}: {', '.join(f'{key} {format_value(config[key])}' for key in unsupported)} is not supported")
+    targets = config.get("target_modules")
+    try:
+        inner, alpha = _read(config, "r", "lora_rank"), float(_read(config, "lora_alpha", "lora_alpha"))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
     allowed = LORA_TARGETS[model.arch]
     try:
         names = tuple(name for name in allowed if _is_target(targets, _first_module(name, model.arch)))
     except (re.error, TypeError):
         names = ()
     if not names:
-        problem = f"target_modules {targets!r} names no matrix of {model.arch} that may have an adapter"
+        problem = f"target_modules {format_value(targets)} names no matrix of {model.arch} that may have an adapter"
         matrices = ", ".join(_first_module(name, model.arch).partition(".0.")[2] for name in allowed)
         raise ConfigError(f"{where}: {problem}: {matrices}")
-    return replace(model, lora_rank=inner, lora_alpha=float(alpha), lora_targets=() if names == allowed else names)
+    return replace(model, lora_rank=inner, lora_alpha=alpha, lora_targets=() if names == allowed else names)
 
 
 def _first_module(name: str, arch: str) -> str:
@@ -219,5 +225,7 @@ def _target_modules(model: ModelConfig) -> str | list[str]:
 def _is_target(targets: Any, module: str) -> bool:
     """Return whether `module` is a target by PEFT's rules: targets are a pattern of whole names, or a list of their endings."""
     if isinstance(targets, str):
+        if re.search(r"\)[*+{]", targets) or len(re.findall(r"[*+{]", targets)) > MAX_REPEATS:
+            raise re.error("a pattern that may take for ever")
         return targets == "all-linear" or re.fullmatch(targets, module) is not None
     return any(module == ending or module.endswith(f".{ending}") for ending in targets)

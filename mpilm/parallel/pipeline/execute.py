@@ -11,8 +11,7 @@ from mpilm.parallel.pipeline.stage import ModelStage
 
 
 class StageMessenger:
-    """Messages between stages over `comm`, the pipeline axis, where stage s is on rank s modulo its size. Each channel has one
-    send in flight: the next send waits for it."""
+    """Messages between stages over `comm`; stage s is on rank s modulo its size. A send waits for the last of its channel."""
 
     def __init__(self, comm: Comm):
         self.comm = comm
@@ -40,8 +39,7 @@ class StageMessenger:
 def execute(
     program: Sequence[Action], stages: Mapping[int, ModelStage], messenger: StageMessenger, recorder: FlightRecorder
 ) -> None:
-    """Execute the actions in order. Collective over the pipeline axis, and over the reduce axes through REDUCE. `recorder`
-    records each action without the wait for its message."""
+    """Execute the actions in order, recorded without the waits for messages. Collective over the pipeline and reduce axes."""
     for action in program:
         if action.kind in ("F", "B", "I"):
             messenger.wait(action.message)

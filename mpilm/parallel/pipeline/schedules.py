@@ -54,13 +54,11 @@ def schedule(name: str, pipeline: int, chunks: int, microbatches: int) -> Schedu
 
 
 def lower(actions: Sequence[Action], stages: int, real_microbatches: int | None = None) -> list[Action]:
-    """Return the program of one rank: its compute actions and their communication, in a pipeline of `stages` stages in all.
-
-    A receive is posted one compute action before the one that needs it, so that the message travels meanwhile; at most two
-    receives are posted on a channel. A send follows the action that computed its data. REDUCE follows the last backward of
-    its stage. Microbatches from number `real_microbatches` on are padding of a replica that has fewer than others: the rank
-    computes them, for the collectives within, but sends nothing.
-    """
+    """Return the program of one rank: its compute actions and their communication, in a pipeline of `stages` stages in all. A
+    receive is posted one compute action before the one that needs it, so that the message travels meanwhile; at most two are
+    posted on a channel. A send follows the action that computed its data, REDUCE the last backward of its stage. Microbatches
+    from number `real_microbatches` on are padding of a replica that has fewer than others: the rank computes them, for the
+    collectives within, but sends nothing."""
     last = {action.stage: i for i, action in enumerate(actions) if action.kind in WEIGHT_GRADIENT}
     receives = [action.input_receive(stages) for action in actions]
     program: list[Action | None] = receives[:1]

@@ -11,9 +11,8 @@ from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.data.batch import Batch
 from mpilm.model.layers import hash_key, loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
-from mpilm.parallel.autograd import backward_with
 from mpilm.parallel.pipeline.actions import Direction
-from mpilm.parallel.pipeline.split_backward import WeightGradQueue
+from mpilm.parallel.pipeline.split_backward import WeightGradQueue, backward_with
 
 
 class GradientReducer:
@@ -139,7 +138,6 @@ class ModelStage:
                 parameter.grad = None
 
     def backward_weight(self, microbatch: int) -> None:
-        """Compute the queued weight gradients."""
         if not self._exists(microbatch):
             return self.reducer.join_round(microbatch, lambda name: None)
         self.backward_microbatch = microbatch

@@ -8,7 +8,7 @@ from torch import nn
 
 from mpilm.comm.base import Comm
 from mpilm.config.schema import Config, microbatch_count
-from mpilm.ops.tree import AccumulateOp, block_of_rank, plan_block_accumulation
+from mpilm.ops.tree import AccumulateOp, AccumulationPlan, block_of_rank, count_buffers, plan_block_accumulation
 from mpilm.ops.tree_reduce import GradientEncoding, make_encoding
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import FlatLayout
@@ -17,7 +17,7 @@ from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, AllReduceReducer, 
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
 from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
 from mpilm.parallel.reduce.shared_memory import make_shared_memory_reducer
-from mpilm.parallel.reduce.step import AccumulationPlan, CrossRankReducer, StepReducer, count_buffers
+from mpilm.parallel.reduce.step import CrossRankReducer, StepReducer
 
 MIN_TIMED_NUMEL, MAX_TIMED_NUMEL = 1 << 20, 1 << 22  # smaller sums are not worth timing; larger ones take as long per element
 ATTEMPTS = 3
@@ -26,8 +26,7 @@ ATTEMPTS = 3
 def build_reducer(
     flat: FlatParameters, model: nn.Module, comm: Comm, config: Config, timings: dict[str, float]
 ) -> StepReducer | MicrobatchRoundReducer:
-    """Return the reducer of a stage's gradients. Collective over `comm`, the reduce axes. `timings` receives the seconds of the
-    methods that were timed."""
+    """Return the reducer of a stage's gradients. Collective over `comm`, the reduce axes. `timings` receives what was timed."""
     total, train, parallel, overlap = microbatch_count(config), config.train, config.parallel, flat.device.type == "cuda"
     if parallel.zero >= 2:
         return MicrobatchRoundReducer(flat, model, comm, total, parallel.wire_dtype)
@@ -57,8 +56,7 @@ def make_step_reducer(
     shared: bool = True,
     wire_dtype: str = "float32",
 ) -> StepReducer:
-    """Return a StepReducer with a reducer across the ranks of `comm`, the reduce axes. Collective. `shared`: reduce in shared
-    memory where a node has some."""
+    """Return a StepReducer that reduces across the ranks of `comm`; `shared`: in shared memory, if any. Collective."""
     bucket_count, gather = len(flat.layout.buckets), flat.zero == 0
     depth = bucket_count if overlap else min(BUCKETS_IN_FLIGHT, bucket_count)
     if not reproducible:
@@ -86,7 +84,7 @@ def _plan_blocks(ranks: int, microbatches: int) -> list[AccumulationPlan]:
 
 
 def _make_buffers(flat: FlatParameters, plan: AccumulationPlan) -> list[FlatVector]:
-    return [FlatVector.zeros([(0, flat.layout.numel)], flat.device) for _ in range(count_buffers(plan))]
+    return [FlatVector.zeros([(0, flat.layout.numel)], flat.device) for _ in range(count_buffers(plan[0]))]
 
 
 def time_methods(comm: Comm, numel: int, gather: bool) -> dict[str, float]:
@@ -107,18 +105,19 @@ def time_methods(comm: Comm, numel: int, gather: bool) -> dict[str, float]:
             messages.start([x[start:stop]], (start, stop))
         messages.finish()
 
-    seconds = _time(comm, [shared.finish, reduce_by_messages])
+    seconds = time_collectives(comm, comm, [shared.finish, reduce_by_messages], ATTEMPTS).amin(dim=0).tolist()
     return {name: s * numel / layout.numel for name, s in zip(("shared-memory", "messages"), seconds)}
 
 
-def _time(comm: Comm, actions: Sequence[Callable[[], None]]) -> list[float]:
-    """Return for each action the shortest time of a few attempts on the slowest rank."""
-    times = torch.zeros(len(actions), ATTEMPTS, dtype=torch.float64)
-    for attempt in range(ATTEMPTS):
+def time_collectives(world: Comm, comm: Comm, actions: Sequence[Callable[[], object]], rounds: int) -> torch.Tensor:
+    """Return the seconds of the slowest rank, (rounds, actions), for actions that all ranks of `comm` take in turn. Collective
+    over `world`, whose other communicators do the same."""
+    times = torch.zeros(rounds, len(actions), dtype=torch.float64, device="cpu")
+    for row in times:
         for number, action in enumerate(actions):
             comm.barrier()
             start_s = time.perf_counter()
             action()
-            times[number, attempt] = time.perf_counter() - start_s
-    comm.all_reduce(times, "max")
-    return [float(row.min()) for row in times]
+            row[number] = time.perf_counter() - start_s
+    world.all_reduce(times, "max")
+    return times

@@ -1,8 +1,7 @@
 """Local SGD with an outer optimizer: replicas train independently and synchronize every few steps.
 
-DiLoCo (Douillard et al., arXiv 2311.08105). Between synchronizations each replica steps with its own gradient. Then the mean
-displacement of the replicas, old minus new weights, is the gradient of an outer optimizer: SGD with Nesterov momentum, with the
-paper's settings.
+DiLoCo (Douillard et al., arXiv 2311.08105). Between synchronizations each replica steps with its own gradient. Then their mean
+displacement, old minus new weights, is the gradient of an outer optimizer: SGD with Nesterov momentum and the paper's settings.
 """
 
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
-from mpilm.ops.tree import Interval, plan_accumulation
+from mpilm.ops.tree import Interval, count_buffers, plan_accumulation
 from mpilm.ops.tree_reduce import TreeMerger, TreeOrderReduceScatter, make_encoding
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ReduceGroup
@@ -30,13 +30,12 @@ class MicrobatchRoundReducer(GradientReducer):
         leaves = [[(m, m + 1)] if m < microbatches else [] for m in range(-(-microbatches // comm.size) * comm.size)]
         self.rounds = [TreeMerger(leaves[m : m + comm.size], microbatches) for m in range(0, microbatches, comm.size)]
         ops, _ = plan_accumulation([node for each in self.rounds for node in each.remaining], microbatches)
-        self.buffers = [FlatVector.zeros(flat.shard, flat.device) for _ in range(1 + max(op.buffer for op in ops))]
+        self.buffers = [FlatVector.zeros(flat.shard, flat.device) for _ in range(count_buffers(ops))]
         self.ops = [[ops.pop(0) for _ in each.remaining] for each in self.rounds]
         self.sums = self.buffers[0]
-        group_gradient = torch.zeros(max(group.stop - group.start for group in self.groups), device=flat.device)
-        self.gradients = [
-            FlatVector([(group.start, group.stop)], group_gradient[: group.stop - group.start]) for group in self.groups
-        ]  # the gradient of each group in turn
+        spans = [(group.start, group.stop) for group in self.groups]
+        group_gradient = torch.zeros(max(stop - start for start, stop in spans), device=flat.device)  # of each group in turn
+        self.gradients = [FlatVector([(start, stop)], group_gradient[: stop - start]) for start, stop in spans]
         self.encoding = make_encoding(wire_dtype)
         self.idle = [
             TreeOrderReduceScatter(comm, flat.layout, comm.size, flat.device, self.encoding) for _ in range(BUCKETS_IN_FLIGHT)

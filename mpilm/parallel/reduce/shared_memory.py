@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm
-from mpilm.ops.tree import Interval, TreeNode
+from mpilm.ops.tree import AccumulationPlan, Interval, TreeNode, count_buffers
 from mpilm.ops.tree_reduce import GradientEncoding, TreeMerger
 from mpilm.parallel.flat_layout import FlatLayout
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, MessageReducer
-from mpilm.parallel.reduce.step import AccumulationPlan, CrossRankReducer, count_buffers
+from mpilm.parallel.reduce.step import CrossRankReducer
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class NodeTopology:
     inter_node: Comm  # the ranks with this rank's local rank
 
     def ranks(self, node: int) -> range:
-        """Return the ranks of a node."""
         return range(node * self.intra_node.size, (node + 1) * self.intra_node.size)
 
 
@@ -150,18 +149,12 @@ class SharedMemoryReducer(CrossRankReducer):
 
 
 def make_shared_memory_reducer(
-    comm: Comm,
-    layout: FlatLayout,
-    plans: Sequence[AccumulationPlan],
-    microbatches: int,
-    gather: bool,
-    encoding: GradientEncoding,
+    comm: Comm, layout: FlatLayout, plans: list[AccumulationPlan], microbatches: int, gather: bool, encoding: GradientEncoding
 ) -> SharedMemoryReducer | None:
-    """Return a reducer of buffers in shared memory, as each rank's plan needs them; None on all ranks if a node has no such
-    memory. Collective."""
+    """Return a reducer of buffers in shared memory, as plans need them; None on all ranks if a node has none. Collective."""
     if (topology := detect_topology(comm)) is None:
         return None
-    counts = [count_buffers(plan) for plan in plans]
+    counts = [count_buffers(ops) for ops, _ in plans]
     parts = topology.intra_node.allocate_shared(counts[comm.rank] * layout.numel)
     if not all(comm.all_gather_json(parts is not None)) or parts is None:
         return None

@@ -4,24 +4,16 @@ Reproducible: additions follow the fixed tree of ops/tree.py. Each rank accumula
 ranks complete the tree from all their nodes. Otherwise the MPI library's all-reduce adds in an order of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mpilm.ops.tree import AccumulateOp, Interval, TreeNode
+from mpilm.ops.tree import AccumulationPlan, Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import intersect_intervals
 from mpilm.parallel.pipeline.stage import GradientReducer
-
-AccumulationPlan = tuple[Sequence[AccumulateOp], Mapping[int, TreeNode]]
-"""The accumulation of each microbatch of a rank, and the tree node that each buffer holds after the last one."""
-
-
-def count_buffers(plan: AccumulationPlan) -> int:
-    """Return the number of buffers that a rank needs."""
-    return 1 + max(op.buffer for op in plan[0])
 
 
 class CrossRankReducer:
@@ -41,10 +33,8 @@ class CrossRankReducer:
 
 
 class StepReducer(GradientReducer):
-    """Collects the gradients of this rank's block of microbatches in `buffers` and lets `across_ranks` sum them.
-
-    `overlap`: start a bucket as soon as the last backward has completed it. Collective over the communicator of `across_ranks`.
-    """
+    """Collects the gradients of this rank's block of microbatches in `buffers` and lets `across_ranks` sum them. `overlap`:
+    start a bucket as soon as the last backward has completed it. Collective over the communicator of `across_ranks`."""
 
     def __init__(
         self,
@@ -78,10 +68,8 @@ class StepReducer(GradientReducer):
         self.across_ranks.reset_residuals()
 
     def begin_microbatch(self, i: int) -> None:
-        """Direct the gradients of this rank's i-th microbatch to the buffer that the plan assigns.
-
-        Gradients are copied into a fresh buffer as they come, which reads and writes half of what adding to zeros would.
-        """
+        """Direct the gradients of this rank's i-th microbatch to the buffer that the plan assigns. Gradients are copied into a
+        fresh buffer as they come, which reads and writes half of what adding to zeros would."""
         op = self.ops[i]
         self.overwrite, self.into = op.overwrite, self.views[op.buffer]
         self.pending = dict(self.into) if op.overwrite else {}

@@ -8,16 +8,15 @@ import os
 import socket
 from typing import Any
 
-from mpilm.checkpoint.format import PARAMETER
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.config.schema import Config, override
 from mpilm.errors import ConfigError, LostRankError, error_from_code
 from mpilm.trainer.loop import train
 from mpilm.trainer.recovery.memory_checkpoint import CMD_BROADCAST, InMemoryCheckpoint, RecoveredState, latest_complete_step
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
+Failure = list[Any] | None  # code and message of the error with which the working ranks end, if any
 
 
 def train_elastic(config: Config, world: Comm) -> None:
@@ -25,7 +24,7 @@ def train_elastic(config: Config, world: Comm) -> None:
     if not world.is_fault_tolerant:
         needed = "an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm"
         raise CollectiveError(ConfigError(f"--fault.elastic needs {needed}, not {world.mpi_library} as it was started here"))
-    in_memory, recorder, recovered, has_lost_ranks = InMemoryCheckpoint(), FlightRecorder(), None, False
+    in_memory, recovered, has_lost_ranks = InMemoryCheckpoint(), None, False
     members = world.all_gather_json(f"rank {world.rank} ({socket.gethostname()}, process {os.getpid()})")
     own_name = members[world.rank]
     while True:
@@ -35,7 +34,7 @@ def train_elastic(config: Config, world: Comm) -> None:
             if (working := _working_ranks(config, world)) is None:
                 failure = _idle_spare(world, recovered)
             else:
-                failure = _train_working(config, working, in_memory, recovered, recorder)
+                failure = _train_working(config, working, in_memory, recovered)
                 world.broadcast_json(failure)
             break
         except Exception as error:
@@ -57,23 +56,17 @@ def _working_ranks(config: Config, world: Comm) -> Comm | None:
     return working if world.rank < count else None
 
 
-def _train_working(
-    config: Config, working: Comm, in_memory: InMemoryCheckpoint, recovered: RecoveredState | None, recorder: FlightRecorder
-) -> list[Any] | None:
-    """Train on the working ranks; return code and message of the error with which they end, if any."""
+def _train_working(config: Config, working: Comm, in_memory: InMemoryCheckpoint, recovered: RecoveredState | None) -> Failure:
     single = working.size == config.parallel.pipeline  # a single replica, which ZeRO cannot shard
     try:
-        train(override(config, parallel__zero=0) if single else config, working, in_memory, recovered, recorder)
+        train(override(config, parallel__zero=0) if single else config, working, in_memory, recovered)
     except CollectiveError as error:
         return [error.error.code, str(error.error)]
     return None
 
 
-def _idle_spare(world: Comm, recovered: RecoveredState | None) -> list[Any] | None:
-    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed.
-
-    Returns code and message of the error with which the working ranks end, if any.
-    """
+def _idle_spare(world: Comm, recovered: RecoveredState | None) -> Failure:
+    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed."""
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
     while (command := yielding.broadcast_json(None)) == CMD_BROADCAST:
         assert recovered is not None
@@ -84,12 +77,9 @@ def _idle_spare(world: Comm, recovered: RecoveredState | None) -> list[Any] | No
 def agree_on_survivors(
     config: Config, world: Comm, in_memory: InMemoryCheckpoint, own_name: str, members: list[str]
 ) -> tuple[RecoveredState, list[str]]:
-    """Return the state from which the ranks of a shrunk world resume, and their names. Collective.
-
-    Raises CollectiveError if too few ranks or not all of the state is left.
-    """
+    """Return the state from which a shrunk world resumes, and its ranks' names. Collective; raises if too little is left."""
     model, pipeline = in_memory.model, config.parallel.pipeline
-    shapes = {PARAMETER: model.shapes, **model.moment_shapes} if model is not None else {}
+    shapes = model.state_shapes if model is not None else {}
     snapshots = [[snapshot.done, dict(snapshot.trainer), list(snapshot.state)] for snapshot in in_memory.snapshots]
     survivors, everyone, all_shapes = zip(*world.all_gather_json([own_name, snapshots, shapes]))
     lost = ", ".join(name for name in members if name not in survivors)

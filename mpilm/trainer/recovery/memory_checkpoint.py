@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilm.checkpoint.format import PARAMETER
 from mpilm.comm.base import Comm
 from mpilm.engine.step import NO_FLAGS, StepResult
 from mpilm.engine.train_model import TrainModel
@@ -18,7 +17,7 @@ from mpilm.engine.train_model import TrainModel
 TAG = 7
 CMD_BROADCAST = "give"
 
-StateRange = tuple[str, str, int, int]  # PARAMETER or the name of a moment, parameter, first element, the one after the last
+StateRange = tuple[str, str, int, int]  # kind (TrainModel.state_slices), parameter, first element, the one after the last
 OwnedRange = tuple[int, StateRange]  # with the world rank that holds it
 
 
@@ -41,11 +40,8 @@ class Snapshot:
 
 
 class InMemoryCheckpoint:
-    """The last two steps, as far as this rank can restore them.
-
-    Under ZeRO a rank copies its own shard and that of the previous rank on the data axis. Without ZeRO every replica holds
-    everything, and nothing is copied.
-    """
+    """The last two steps, as far as this rank can restore them. Under ZeRO a rank copies its own shard and that of the previous
+    rank on the data axis. Without ZeRO every replica holds everything, and nothing is copied."""
 
     def __init__(self) -> None:
         self.snapshots: list[Snapshot] = []
@@ -68,7 +64,7 @@ class InMemoryCheckpoint:
         """Return copies of this rank's shard and of the previous rank's. Collective over `data`."""
         previous, following = (data.rank - 1) % data.size, (data.rank + 1) % data.size
         if self._previous_ranges is None:
-            self._previous_ranges = data.all_gather_json(list(own))[previous]
+            self._previous_ranges = [tuple(item) for item in data.all_gather_json(list(own))[previous]]
         sent = torch.cat([*own.values()] or [torch.empty(0)]).cpu()
         received = torch.empty(sum(stop - start for *_, start, stop in self._previous_ranges))
         for request in (data.irecv(received, previous, TAG), data.isend(sent, following, TAG)):
@@ -78,13 +74,12 @@ class InMemoryCheckpoint:
 
 def state_ranges(model: TrainModel) -> dict[StateRange, Tensor]:
     """Return the model's own memory of the parameters and moments that this rank updates."""
-    kinds = {PARAMETER: model.owned_slices(), **model.optimizer.state_slices()}
-    return {(kind, item.name, item.start, item.stop): x.view(-1) for kind, items in kinds.items() for item, x in items.items()}
+    kinds = model.state_slices().items()
+    return {(kind, item.name, item.start, item.stop): x.view(-1) for kind, items in kinds for item, x in items.items()}
 
 
 def _split_into_ranges(values: Tensor, ranges: Sequence[StateRange]) -> dict[StateRange, Tensor]:
-    parts = values.split([stop - start for *_, start, stop in ranges])
-    return {(kind, name, start, stop): part for (kind, name, start, stop), part in zip(ranges, parts)}
+    return dict(zip(ranges, values.split([stop - start for *_, start, stop in ranges])))
 
 
 @dataclass(frozen=True)
@@ -137,21 +132,19 @@ def latest_complete_step(
     everyone: Sequence[Sequence[Any]], shapes: Mapping[str, Mapping[str, Sequence[int]]]
 ) -> tuple[int, Mapping[str, Any], list[OwnedRange]] | None:
     """Return the newest step of which the ranks together hold everything, its trainer state, and the ranges to broadcast.
-
-    `everyone`: for each rank (done, trainer, ranges) of its snapshots. `shapes`: of the complete tensors, by kind and name.
-    """
+    `everyone`: for each rank (done, trainer, ranges) of its snapshots. `shapes`: of the complete tensors, by kind and name."""
     numel = {(kind, name): prod(shape) for kind, items in shapes.items() for name, shape in items.items()}
-    flat = [(rank, *snapshot) for rank, snapshots in enumerate(everyone) for snapshot in snapshots]
-    for done in sorted({snapshot_done for _, snapshot_done, *_ in flat}, reverse=True):
-        trainers, holders = [], defaultdict(list)
-        for rank, snapshot_done, trainer, ranges in flat:
-            if snapshot_done == done:
-                trainers.append(trainer)  # the same on all ranks
-                for kind, name, start, stop in ranges:
-                    holders[kind, name].append((start, stop, rank))
-        found = [(rank, (*key, start, stop)) for key in numel for start, stop, rank in _cover(holders[key])]
+    trainers: dict[int, Mapping[str, Any]] = {}
+    holders: dict[Any, list[tuple[int, int, int]]] = defaultdict(list)
+    for rank, snapshots in enumerate(everyone):
+        for done, trainer, ranges in snapshots:
+            trainers[done] = trainer  # the same on all ranks
+            for kind, name, start, stop in ranges:
+                holders[done, (kind, name)].append((start, stop, rank))
+    for done in sorted(trainers, reverse=True):
+        found = [(rank, (*key, start, stop)) for key in numel for start, stop, rank in _cover(holders[done, key])]
         if sum(stop - start for _, (*_, start, stop) in found) == sum(numel.values()):
-            return done, trainers[0], found
+            return done, trainers[done], found
     return None
 
 

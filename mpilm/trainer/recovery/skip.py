@@ -22,15 +22,10 @@ from mpilm.trainer.run import Run
 
 
 def skip_step(run: Run, log: RunLog, checkpoints: CheckpointManager, done: int, result: StepResult) -> bool:
-    """Report where step `done` went wrong and skip it, or rewind; return whether a checkpoint's state was restored.
-
-    Collective. Raises CollectiveError once there are too many bad steps.
-    """
+    """Report and skip a bad step, or rewind; return whether a checkpoint was restored. Collective; raises after too many."""
     is_spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-    if is_spike:
-        detail = f"a spike: above {run.bad_steps.spike_threshold(run.config.train):.4f}"
-    else:
-        detail = locate_nonfinite(run.model, run.batches, done - 1)
+    spike = f"a spike: above {run.bad_steps.spike_threshold(run.config.train):.4f}"
+    detail = spike if is_spike else locate_nonfinite(run.model, run.batches, done - 1)
     cause = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm} ({detail})"
     rewound_to = _rewind(run, checkpoints, done) if is_spike and run.config.train.on_spike == "rewind" else None
     if rewound_to is None:

@@ -1,0 +1,68 @@
+"""Processes of this host as /proc shows them: their state, the work they do, the ranks a launcher has started."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mpilm.errors import RANK_VARIABLES
+
+LAUNCHERS = ("mpiexec", "mpiexec.hydra", "mpirun", "orterun", "prterun")
+DAEMONS = (*LAUNCHERS, "hydra_pmi_proxy", "prted", "orted", "slurmstepd", "palsd")  # that start the ranks of a host
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+def process_fields(pid: int) -> list[str]:
+    """Return the name of a process and the fields behind it in /proc/PID/stat, from its state on; empty if it is gone."""
+    with contextlib.suppress(OSError):
+        _, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")
+        name, _, fields = rest.rpartition(")")
+        return [name, *fields.split()]
+    return []
+
+
+def work_of_other_threads() -> tuple[float, int]:
+    """Return the CPU seconds that this process and its descendants have used, and the bytes that it has read and written, both
+    without those of the calling thread."""
+    children_s = sum(sum(map(int, process_fields(child)[12:16])) / TICKS_PER_S for child in descendants(os.getpid()))
+    ended = os.times()
+    cpu_s = time.process_time() - time.thread_time() + ended.children_user + ended.children_system + children_s
+    nbytes = 0
+    with contextlib.suppress(OSError, ValueError):
+        for path, sign in (("io", 1), (f"task/{threading.get_native_id()}/io", -1)):
+            lines = Path(f"/proc/self/{path}").read_text().splitlines()
+            nbytes += sign * sum(int(line.split()[1]) for line in lines[:2])
+    return cpu_s, nbytes
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """Yield the processes that a process, or one of its descendants, has started."""
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield int(child)
+                yield from descendants(int(child))
+
+
+def find_ancestor(names: Sequence[str]) -> int | None:
+    """Return the nearest ancestor of this process that has one of the names, if it runs on this host."""
+    pid = os.getppid()
+    while pid > 1 and (fields := process_fields(pid)):
+        if fields[0] in names:
+            return pid
+        pid = int(fields[2])
+    return None
+
+
+def find_ranks(daemon: int) -> dict[int, list[int]]:
+    """Return the processes below a launcher's daemon by the rank that their environment names."""
+    ranks: dict[int, list[int]] = {}
+    for pid in descendants(daemon):
+        with contextlib.suppress(OSError, ValueError):
+            variables = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+            rank = next((int(variables[name]) for name in RANK_VARIABLES if name in variables), None)
+            if rank is not None:
+                ranks.setdefault(rank, []).append(pid)
+    return ranks

@@ -1,0 +1,62 @@
+"""Digests of the state in memory. Only updates change it: other changes are a sign of failing memory."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from mpilm.parallel.flat import FlatParameters
+from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals
+
+CAUSE = "a processor or its memory may be failing"
+NamedTensors = list[tuple[str, Tensor]]
+
+
+def sum_bits(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the sum of each tensor's 32-bit words modulo 2**32. It changes with each single bit, and is as fast as memory."""
+    return [x.view(torch.int32).sum(dtype=torch.int32) for x in tensors]
+
+
+def read_sums(sums: list[Tensor]) -> list[int]:
+    """Return the values of sums, which may be on a device."""
+    return torch.stack(sums).tolist() if sums else []
+
+
+class StateDigests:
+    """Digests of the weights that this rank holds and of the `moments` that it updates, taken right after they were written."""
+
+    def __init__(self, flats: Iterable[FlatParameters], moments: Mapping[str, Mapping[ParamSlice, Tensor]]):
+        self.owned, self.received = NamedTensors(), NamedTensors()  # weights updated here, and those that other ranks update
+        for flat in flats:
+            edges = [0, *chain.from_iterable(flat.owned), flat.layout.numel]
+            others = [(start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop]
+            received = flat.layout.param_slices(intersect_intervals(others, flat.values.intervals))
+            self.owned += [(item.name, x) for item, x in flat.owned_slices(flat.values).items()]
+            self.received += [(item.name, flat.values.view(at, at + item.numel)) for item, at in received.items()]
+        self.moments = [(f"{item.name} ({kind})", x) for kind, slices in moments.items() for item, x in slices.items()]
+        self._parts = [*self.owned, *self.received, *self.moments]
+        self.names = [name for name, _ in self._parts]
+        self.weight_names = self.names[: len(self.owned) + len(self.received)]
+        self._recorded = _sums(self._parts)
+
+    @property
+    def recorded(self) -> list[int]:
+        """The digests after the last update, one for each of `names`."""
+        return read_sums(self._recorded)
+
+    def measure(self) -> list[int]:
+        """Return the digests of what memory holds now, one for each of `names`."""
+        return read_sums(_sums(self._parts))
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record digests of what this rank has updated, before other ranks receive it, and then of what it has received."""
+        owned, moments = _sums(self.owned), _sums(self.moments)
+        yield
+        self._recorded = [*owned, *_sums(self.received), *moments]
+
+
+def _sums(items: NamedTensors) -> list[Tensor]:
+    return sum_bits(x for _, x in items)
