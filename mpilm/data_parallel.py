@@ -14,14 +14,15 @@ from mpilm.checkpoint.format import MANIFEST, TEMPORARY, CheckpointFolder, check
 from mpilm.checkpoint.manager import prune_checkpoints, remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
-from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.data.files import file_errors, read_json
+from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
+from mpilm.data.files import blake2b_digest, file_errors, read_json
 from mpilm.engine.hardware import cores_per_rank
 from mpilm.engine.step import total_loss
-from mpilm.errors import ConfigError, DataError
+from mpilm.errors import ConfigError, DataError, NonFiniteError, RanksDisagreeError
 from mpilm.launch.run import Body, run
 from mpilm.model.layers import hash_key
 from mpilm.ops.tree import block_of_rank
+from mpilm.parallel.digests import CAUSE
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import resolve_layouts
 from mpilm.parallel.reduce.build import make_step_reducer
@@ -117,7 +118,19 @@ class DataParallel:
                 writer.commit(final)
             prune_checkpoints(final.parent, keep, keep_best=False)
 
+        self._check_parameters(f"checkpoint {final} is not written")
         run_on_root(self.comm, write)
+
+    def _check_parameters(self, consequence: str) -> None:
+        """Raise CollectiveError if a parameter is not finite, or differs between ranks. Collective."""
+        own = {name: parameter.detach().cpu().reshape(-1) for name, parameter in self.model.named_parameters()}
+        digests = [blake2b_digest(x.view(torch.uint8).numpy().tobytes()).hex() for x in own.values()]
+        rows = self.comm.all_gather_json([[bool(x.isfinite().all()), digest] for x, digest in zip(own.values(), digests)])
+        for name, of_ranks in zip(own, zip(*rows)):
+            if not all(is_finite for is_finite, _ in of_ranks):
+                raise CollectiveError(NonFiniteError(f"{name} is not finite; {consequence}"))
+            if len({digest for _, digest in of_ranks}) > 1:
+                raise CollectiveError(RanksDisagreeError(f"{name} is not the same on all ranks: {CAUSE}; {consequence}"))
 
     def load(self, folder: str | Path, optimizer: Optimizer | None = None) -> int:
         """Load the newest undamaged checkpoint in FOLDER and its `extra`; return its step, or 0 if there is none."""

@@ -71,8 +71,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def to_user_error(error: BaseException) -> UserError | None:
     """Return a UserError itself; OutOfMemoryError or FileError (such as for a removed folder) for another error; else None."""
-    if isinstance(error, OSError) and error.filename and not is_out_of_memory(error):
-        return FileError(f"{os.fsdecode(error.filename)} cannot be used: {error.strerror} (on {socket.gethostname()})")
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC) and not is_out_of_memory(error):
+        name = os.fsdecode(error.filename) if error.filename else "the output"
+        return FileError(f"{name} cannot be used: {error.strerror} (on {socket.gethostname()})")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser
+        return FileError("a path begins with ~ and a user who does not exist here; write it in full")
     if isinstance(error, UserError) or not is_out_of_memory(error):
         return error if isinstance(error, UserError) else None
     lines = str(error).strip().splitlines()

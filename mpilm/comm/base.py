@@ -45,8 +45,6 @@ class Comm(ABC):
     is_fault_tolerant = False  # the other ranks can continue when one fails
     checks_calls = False  # every collective first compares the calls of all ranks (InstrumentedComm)
 
-    # Non-blocking operations.
-
     def iall_reduce(self, x: Tensor, op: str = "sum") -> Request:
         """Combine x over the ranks, in place. float32, float64, int32 and int64 only."""
         self._check_buffers("all_reduce", x)
@@ -55,8 +53,7 @@ class Comm(ABC):
         return self._iall_reduce(x, op)
 
     def iall_gather(self, x: Tensor, out: Tensor, counts: Counts | None = None) -> Request:
-        """Concatenate the x of all ranks into the flat `out`; `counts[r]` elements come from rank r. x may be this rank's own
-        part of `out`."""
+        """Concatenate the x of all ranks into the flat `out`: `counts[r]` elements of rank r; x may lie in `out` already."""
         counts = self._check_counts("all_gather", counts, out.numel())
         self._check_buffers("all_gather", x, out, (x.numel(), counts[self.rank]), (out.numel(), sum(counts)))
         return self._iall_gather(x, out, counts)
@@ -83,8 +80,6 @@ class Comm(ABC):
         """Receive into `out` from one rank."""
         self._check_buffers("receive", out)
         return self._irecv(out, self._check_peer("receive", source), tag)
-
-    # Blocking operations.
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> None:
         self.iall_reduce(x, op).wait()

@@ -2,7 +2,9 @@
 
 import difflib
 import io
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
@@ -123,6 +125,7 @@ def _draw_help(default: Any, command: str, description: str) -> str:
     import tyro
 
     output = io.StringIO()
+    os.environ["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns))  # in fewer, tyro never ends
     config = (tyro.conf.FlagConversionOff,)  # every setting is `--section.key value`, booleans too
     with redirect_stdout(output), suppress(SystemExit):
         prog = f"python -m mpilm.{command}"

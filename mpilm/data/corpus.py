@@ -72,7 +72,8 @@ def open_corpus(data: DataConfig, comm: Comm, eos: bool = True, arch: str = "") 
     if not metadata:
         return replace(corpus, bytes_per_token=run_on_all_ranks(comm, lambda: _measure_bytes_per_token(corpus)))
     if digest != metadata.tokens_digest:
-        raise CollectiveError(DataError(f"{path} is damaged: its digest differs from the one in the .json beside it"))
+        hint = "" if prepared else f"; it is a cache: remove {prefix.parent}, and the next start prepares it again"
+        raise CollectiveError(DataError(f"{path} is damaged: its digest differs from the one in the .json beside it{hint}"))
     return replace(corpus, bytes_per_token=metadata.source_bytes / metadata.tokens)
 
 

@@ -49,7 +49,7 @@ def parse_json(text: str | bytes, place: object, kind: type = dict, **options: A
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DataError(f"{place} is not JSON: {error.msg}: {line}character {error.colno}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not JSON: {error}") from None
+        raise DataError(f"{place} is not JSON: {str(error).partition(';')[0]}") from None
     if not isinstance(value, kind):
         raise DataError(f"{place} is not a JSON {'object' if kind is dict else kind.__name__}, but {type(value).__name__}")
     return value

@@ -92,7 +92,7 @@ def _core_position(core: int) -> list[int]:
 def parse_omp_threads(value: str) -> int:
     """Return the threads that OMP_NUM_THREADS asks for (the first of a list), or 0 for none; raise ConfigError."""
     first = value.split(",")[0].strip()
-    if first and not (first.isdigit() and int(first) > 0):
+    if first and not (first.isdigit() and len(first) < 5 and int(first) > 0):
         advice = "write for example OMP_NUM_THREADS=1 or unset it"
         raise ConfigError(f"OMP_NUM_THREADS={value} is not a number of threads; {advice}")
     return int(first or 0)

@@ -23,6 +23,8 @@ from mpilm.formatting import ProgressLine
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.sequence_info import KVCache
 
+COLDEST = 1e-30  # lower temperatures overflow; the most likely token is as good
+
 
 @dataclass
 class GeneratedSequence:
@@ -91,14 +93,14 @@ def sample_token(logits: Tensor, settings: GenerateConfig, generator: torch.Gene
     """Draw a token after temperature, top-k and top-p (Holtzman et al., arXiv 1904.09751). Raises NonFiniteError."""
     if not torch.isfinite(logits).all():
         raise NonFiniteError("the model's logits are not finite; its weights probably are not either")
-    if settings.temperature == 0.0:
+    if settings.temperature < COLDEST:
         return int(logits.argmax())
     sorted_logits, tokens = (logits / settings.temperature).sort(descending=True, stable=True)
     probs = sorted_logits.softmax(dim=0)
     if settings.top_k:
         probs[settings.top_k :] = 0.0
     mass_before = probs.cumsum(dim=0) - probs
-    probs[mass_before >= settings.top_p] = 0.0
+    probs[1:][mass_before[1:] >= settings.top_p] = 0.0
     return int(tokens[torch.multinomial(probs, 1, generator=generator)])
 
 

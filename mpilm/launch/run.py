@@ -30,6 +30,9 @@ SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PA
 def run(parse: Callable[[], Body]) -> NoReturn:
     """Run a command on every rank and exit. `parse` validates the arguments without communication and returns the function to
     call with the world; its attribute `step_timeout_s`, if any, is the limit of the watchdog."""
+    sys.stdout, sys.stderr = (each or open(os.devnull, "w") for each in (sys.stdout, sys.stderr))  # noqa: SIM115 - if closed
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may not know all characters
     faulthandler.enable()  # a fatal signal prints the stack of this rank
     faulthandler.dump_traceback_later(START_TIMEOUT_S, exit=True)  # if MPI does not start, which holds the interpreter lock
     if FAULT_VARIABLE in os.environ:
@@ -116,7 +119,8 @@ def _abort_job(comm: Comm, error: BaseException) -> NoReturn:
     else:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         text = f"mpilm: {where} failed:\n" + "".join(traceback.format_exception(error))
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     print(text, end="", file=sys.stderr, flush=True)
     if comm.size > 1:
         comm.abort(code or 1)

@@ -16,8 +16,7 @@ POLL_S = 0.5
 @contextlib.contextmanager
 def watch_start(rank: int, size: int, limit_s: float) -> Iterator[None]:
     """Let a child process watch the other ranks of this host during the block, if a launcher has started them here. If one is
-    stopped for longer than `limit_s`, the child of the lowest other rank reports it and kills its parent, which ends the
-    job."""
+    stopped for longer than `limit_s`, the child of the lowest other rank reports it and ends the job by killing its parent."""
     daemon = find_ancestor(DAEMONS) if size > 1 else None
     child = os.fork() if daemon else None
     if daemon and child == 0:

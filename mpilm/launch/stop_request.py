@@ -57,7 +57,7 @@ class StopRequest:
         if time.time() + needed_s > self._end:
             return self._end_reason
         if (now := time.monotonic()) > self._polled + POLL_S:
-            self._polled, self._file_seen = now, self.file.exists()
+            self._polled, self._file_seen = now, self.file.exists() and not self.file.is_dir()
         if self.signalled:
             return self._signal_reason
         return BY_FILE if self._file_seen else 0

@@ -33,7 +33,7 @@ from mpilm.launch.heartbeat import MOVED, REPORTED, TICK, WAITING, HeartbeatTabl
 
 EXIT_CODE = 86
 TICK_S = 1.0
-SUSPENDED_S = 10.0  # a tick later than this: the machine slept, or the job was suspended and resumed
+SUSPENDED_S = 2.0  # a tick later than this: the machine slept, or the job was suspended and resumed
 LIMIT_FACTOR = 20  # times the longest phase of its kind so far
 MIN_LIMIT_S = 60.0  # least limit that is not stated
 FIRST_LIMIT_S = 600.0  # limit of a rank that does nothing in a phase that has not run before: a file system may be slow
@@ -76,8 +76,6 @@ class Watchdog:
         """Stop watching and join the thread: it refers to the run, whose tensors must not be freed while Python exits."""
         self._closed.set()
         self._thread.join()
-
-    # What is found, each tick.
 
     def _watch(self) -> None:
         last_tick = time.monotonic()
@@ -178,7 +176,7 @@ class Watchdog:
 
     def _maybe_notice(self, now: float) -> None:
         """Print what rank 0 waits for, each 30 s in which it finishes no call."""
-        quiet_s = now - max(self.recorder.progressed_s, self.resumed_s)
+        quiet_s = max(0.0, now - max(self.recorder.progressed_s, self.resumed_s))
         notices, self._notices = self._notices, int(quiet_s // NOTICE_S)
         if self.rank or self._notices <= notices:
             return
@@ -190,8 +188,6 @@ class Watchdog:
             busy = [rank for rank in peers if rank in self.local and not self.table.rows[rank, WAITING]]
             text = f"rank 0 has waited {quiet_s:.0f} s for {describe_call(call, busy or peers)}, in {self._phase()}"
         print(f"mpilm: {text}", file=sys.stderr, flush=True)
-
-    # The report.
 
     def _report_and_abort(self, problem: str) -> None:
         """Report and end the job, if this rank is the first with a problem; otherwise write down what it does and wait."""

@@ -34,8 +34,7 @@ def tied_parameters(model: ModelConfig) -> Mapping[str, str]:
 
 
 def initial_std(name: str, model: ModelConfig) -> float | None:
-    """Return the deviation of a parameter's initial values, or None for ones. Matrices that add to a residual stream which is
-    never normalised start smaller."""
+    """Return the deviation of initial values, or None for ones; smaller where a residual stream is never normalised."""
     if name.endswith("norm.weight"):
         return None
     if name.endswith(".bias"):

@@ -66,8 +66,7 @@ def plan_block_accumulation(start: int, stop: int, total: int) -> AccumulationPl
 
 
 def plan_merges(nodes: Sequence[TreeNode], total: int) -> tuple[list[tuple[int, int]], list[tuple[TreeNode, int]]]:
-    """Return the additions (to, from) possible among adjacent nodes, as pairs of positions in `nodes`, and the nodes that
-    remain, each with its position."""
+    """Return the possible additions (to, from) of adjacent nodes, by position in `nodes`, and what remains, with positions."""
     stack: list[tuple[TreeNode, int]] = []
     return [merge for position, node in enumerate(nodes) for merge in _push_node(stack, node, position, total)], stack
 

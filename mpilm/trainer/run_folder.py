@@ -121,7 +121,7 @@ def _prepare_folder(path: Path, config: Config, broken: Mapping[Path, str]) -> l
 
 def _choose_path(config: Config) -> Path:
     if config.run.dir != "auto":
-        return Path(config.run.dir)
+        return Path(config.run.dir).expanduser()
     first_names = {new: old for old, new in OLD_NAMES.items()}  # a renamed setting must not change the name of the folder
     settings = result_settings(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
     key = {first_names.get(name, name): value for name, value in settings.items()}

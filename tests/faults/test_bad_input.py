@@ -21,7 +21,7 @@ SMALL = (
     "--model.context-length", 16, "--train.global-batch", 4, "--train.micro-batch", 2, "--train.steps", 2, "--train.threads", 1,
     "--train.device", "cpu", "--run.eval-every", 0, "--generate.max-tokens", 0,
 )  # fmt: skip
-LIMIT_S = 30.0
+LIMIT_S, ROOT = 30.0, Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +74,35 @@ def test_train_with_too_little_memory_to_start_is_one_message():
 
 
 # On one rank, in this process.
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "message"),
+    [(">&-", 0, ""), (">/dev/full", 74, "the output cannot be used: No space left on device"), ("2>&-", 0, "")],
+)
+def test_output_that_is_closed_or_full_is_no_traceback(redirection, code, message):
+    line = f"{sys.executable} -m mpilm.verify --help {redirection}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "message"),
+    [
+        ({"COLUMNS": "1"}, 0, ""),
+        ({"OMP_NUM_THREADS": "99999999999"}, 78, "OMP_NUM_THREADS=99999999999 is not a number of threads"),
+        ({"MPILM_CACHE": "~nobody-here/cache"}, 74, "a path begins with ~ and a user who does not exist here"),
+    ],
+)
+def test_absurd_environment_is_no_traceback(tmp_path, variables, code, message):
+    (tmp_path / "text.txt").write_text("some words\n" * 400)
+    places = "--data.path", tmp_path / "text.txt", "--run.dir", tmp_path / "run", "--train.threads", 0
+    flags = map(str, ["--help"] if "COLUMNS" in variables else [*SMALL, *places])
+    line, environment = [sys.executable, "-m", "mpilm.train", *flags], os.environ | variables
+    done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT, env=environment, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    assert message in done.stderr
 
 
 def test_train_missing_corpus_is_error_of(tmp_path):

@@ -124,20 +124,20 @@ def test_rank_that_hangs_in_mpi_finalize_does_not_keep_the_others(tmp_path):
         assert job.wait(30) not in (0, None), job.output
 
 
-@pytest.mark.slow
-def test_suspended_job_continues(tmp_path, data):
-    """As by Ctrl-Z or scontrol suspend, for much longer than a step may last."""
+@pytest.mark.parametrize("limits", [2, slow_case(9)])
+def test_suspended_job_continues(tmp_path, data, limits):
+    """As by Ctrl-Z or scontrol suspend, for longer than a step may last."""
     run = tmp_path / "run"
     with start_job(2, arguments(data, run), tmp_path) as job:
         job.wait_until(lambda: logged_step(run) >= 5)
         ranks = job.rank_processes()
         for rank in ranks:
             os.kill(rank, signal.SIGSTOP)
-        time.sleep(9 * LIMIT_S)
+        time.sleep(limits * LIMIT_S)
         step = logged_step(run)
         for rank in ranks:
             os.kill(rank, signal.SIGCONT)
-        time.sleep(3 * LIMIT_S)
+        time.sleep(1.5 * LIMIT_S)
         assert logged_step(run) > step
         assert job.rank_processes() == ranks
         assert "watchdog" not in job.output

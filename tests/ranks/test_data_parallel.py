@@ -4,6 +4,7 @@ tests/mpi/test_data_parallel.py covers dropout, since threads share torch's gene
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -246,6 +247,25 @@ def test_data_parallel_save_again_at_the_same_step_keeps_the_checkpoint(tmp_path
         parallel.load(tmp_path, optimizer)
         parallel.save(tmp_path, 5, optimizer)
     assert names_in(tmp_path) == ["step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "ranks", "problem"),
+    [
+        (lambda weight, rank: weight[0, 0].fill_(math.nan), 1, r"last\.weight is not finite"),
+        (lambda weight, rank: weight[0, 0].mul_(1 + rank), 2, r"last\.weight is not the same on all ranks"),
+    ],
+)
+def test_data_parallel_save_of_wrong_weights_is_refused(tmp_path, damage, ranks, problem):
+    def save(comm):
+        model = Net()
+        parallel = DataParallel(model, comm, COUNT)
+        damage(model.last.weight.data, comm.rank)
+        parallel.save(tmp_path, 1)
+
+    with pytest.raises(CollectiveError, match=problem):
+        run_ranks(ranks, save)
+    assert names_in(tmp_path) == []
 
 
 def test_data_parallel_save_prunes_old_checkpoints(tmp_path):

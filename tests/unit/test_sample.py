@@ -41,6 +41,11 @@ def test_sample_token_with_top_p_leaves_the_most_probable_mass(p, possible):
     assert set(frequencies(GenerateConfig(temperature=1.0, top_p=p))) == possible
 
 
+@pytest.mark.parametrize("extreme", [{"temperature": 1e-300}, {"temperature": 1e-39}, {"temperature": 1.0, "top_p": 1e-300}])
+def test_sample_token_at_the_bounds_of_the_settings_takes_the_most_likely(extreme):
+    assert set(frequencies(GenerateConfig(**extreme))) == {1}
+
+
 def test_sample_token_from_logits_that_are_not_finite_is_refused():
     with pytest.raises(NonFiniteError, match="logits are not finite"):
         sample_token(torch.tensor([0.0, math.nan]), GenerateConfig(), torch.Generator())

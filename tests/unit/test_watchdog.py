@@ -186,6 +186,15 @@ def test_rank_0_says_each_half_minute_what_it_waits_for(monkeypatch, capfd):
     assert all("rank 0 has waited 0 s for rank 1 in barrier on world (call 5), in evaluation 8" in line for line in lines)
 
 
+def test_rank_0_says_nothing_when_a_call_has_just_finished(monkeypatch, capfd):
+    """It may finish after the tick has read the clock."""
+    watched = Watchdog(FlightRecorder(), SelfComm("world"))
+    watched._maybe_notice(watched.recorder.progressed_s - 1.0)
+    watched._maybe_notice(watched.recorder.progressed_s)
+    watched.close()
+    assert capfd.readouterr().err == ""
+
+
 def test_watchdog_whose_report_fails_still_ends_the_rank(quick, monkeypatch):
     monkeypatch.setattr(Watchdog, "_report_and_abort", lambda self, problem: self._closed.set() or 1 / 0)
     monkeypatch.setattr(watchdog.threading, "excepthook", lambda arguments: None)
