@@ -52,8 +52,7 @@ def arguments(text, run):
 
 def cells():
     """Yield phase, kind, ranks, the rank that stops, and the Python of an environment with its MPI library."""
-    quick = {("start-up", "stop"), ("tokenizer training", "hold"), ("model building", "stop"), ("first evaluation", "sleep"),
-             ("first save", "hold"), ("leaving", "stop")}  # fmt: skip
+    quick = {("start-up", "stop"), ("first evaluation", "sleep"), ("first save", "hold"), ("leaving", "stop")}
     for phase, kind in product(PHASES, KINDS):
         if phase != "start-up" or kind in ("stop", "kill"):
             yield (
