@@ -10,6 +10,7 @@ PATH = Path(__file__).parents[2] / "scripts" / "fuzz.py"
 SPEC = importlib.util.spec_from_file_location("fuzz", PATH)
 fuzz = sys.modules["fuzz"] = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(fuzz)
+kinds = sys.modules["fuzzing.kinds"]
 
 
 @pytest.mark.parametrize("name", fuzz.KINDS)
@@ -25,9 +26,11 @@ def test_mutations_are_refused_or_harmless(name):
 
 def test_what_should_fail_does(tmp_path, monkeypatch):
     def use(path, before):
-        raise {0: ValueError, 1: RecursionError, 2: fuzz.HangError, 3: fuzz.AcceptedError}[len(list(tmp_path.iterdir()))]("why")
+        raise {0: ValueError, 1: RecursionError, 2: fuzz.HangError, 3: kinds.AcceptedError}[len(list(tmp_path.iterdir()))](
+            "why"
+        )
 
-    kind = fuzz.Kind("x", lambda folder: folder.joinpath("x").write_bytes(b"a") and None, lambda random, data: b"b", use)
+    kind = kinds.Kind("x", lambda folder: folder.joinpath("x").write_bytes(b"a") and None, lambda random, data: b"b", use)
     monkeypatch.setitem(fuzz.KINDS, "x", kind)
     for number in range(4):
         (folder := tmp_path / str(number)).mkdir()
