@@ -81,7 +81,7 @@ def plan_files(model: ModelConfig, shapes: Mapping[str, Mapping[str, TensorShape
 
 
 def assign_files(stem: str, tensors: Sequence[StoredTensor]) -> list[TensorFile]:
-    """Assign tensors to STEM.safetensors, or to files such as STEM-00001-of-00003 if MAX_SHARD_BYTES are too few for all."""
+    """Assign tensors to STEM.safetensors, or above MAX_SHARD_BYTES to several files, such as STEM-00001-of-00003."""
     groups: list[list[StoredTensor]] = [[]]
     room = MAX_SHARD_BYTES
     for tensor in tensors:

@@ -39,7 +39,7 @@ def with_pretrained_shape(model: ModelConfig, folder: str | Path) -> ModelConfig
 
 
 def check_pretrained_shape(model: ModelConfig) -> None:
-    """Raise ConfigError naming a setting that differs from the folder's shape. The context may, within learned positions."""
+    """Raise ConfigError if a setting differs from the folder's shape, or the context exceeds its learned positions."""
     pretrained = read_pretrained_config(model.init_from, model.base)
     model = replace(model, lora_targets=order_lora_targets(model))
     length, limit = model.context_length, pretrained.context_length

@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import time
 from copy import copy
 from functools import partial
@@ -22,7 +21,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Counts, Request
-from mpilm.comm.processes import LAUNCHERS, find_ancestor
+from mpilm.comm.processes import LAUNCHERS, find_ancestor, kill_later
 from mpilm.comm.shared_memory import map_shared_memory
 
 MOVE_TYPES = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T}  # by item size
@@ -36,7 +35,6 @@ YIELDS_BEFORE_SLEEP = 200
 MAX_SLEEP_S = 0.0005
 RANK_TIMEOUT_S = 5  # for MPI_Abort to end this rank
 LAUNCHER_TIMEOUT_S = 60  # for the launcher to exit: it first notifies the other hosts
-KILL_LATER = "for second in $(seq {seconds}); do kill -0 {pid} 2>/dev/null || exit; sleep 1; done; kill -9 {pid}"
 
 
 class MpiComm(Comm):
@@ -217,10 +215,7 @@ def force_exit() -> None:
     the interpreter lock. A process kills a launcher of this host: else the job would last until its time limit."""
     exit_after(RANK_TIMEOUT_S)
     if (pid := find_ancestor(LAUNCHERS)) is not None:
-        null = subprocess.DEVNULL  # a launcher waits until every process has closed the output it inherited
-        command = ["sh", "-c", KILL_LATER.format(seconds=LAUNCHER_TIMEOUT_S, pid=pid)]
-        with contextlib.suppress(OSError):
-            subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+        kill_later(pid, LAUNCHER_TIMEOUT_S)
 
 
 def exit_after(seconds: int) -> None:

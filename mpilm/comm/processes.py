@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from mpilm.errors import RANK_VARIABLES
 
 LAUNCHERS = ("mpiexec", "mpiexec.hydra", "mpirun", "orterun", "prterun")
 DAEMONS = (*LAUNCHERS, "hydra_pmi_proxy", "prted", "orted", "slurmstepd", "palsd")  # that start the ranks of a host
+KILL_LATER = "for second in $(seq {seconds}); do kill -0 {pid} 2>/dev/null || exit; sleep 1; done; kill -9 {pid}"
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -21,6 +23,14 @@ def process_fields(pid: int) -> list[str]:
         name, _, fields = rest.rpartition(")")
         return [name, *fields.split()]
     return []
+
+
+def kill_later(pid: int, seconds: int) -> None:
+    """Let another process, which outlives this one, kill a process that still exists after so many seconds."""
+    null = subprocess.DEVNULL  # a launcher waits until every process has closed the output it inherited
+    with contextlib.suppress(OSError):
+        command = ["sh", "-c", KILL_LATER.format(seconds=seconds, pid=pid)]
+        subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
 
 
 def work_of_other_threads() -> tuple[float, int]:

@@ -207,7 +207,7 @@ def _is_message(value: Any) -> bool:
 
 def _encode(turns: Sequence[Turn], tokenizer: Tokenizer, is_rendered: bool) -> np.ndarray:
     """Return the tokens of a conversation, and whether each is an answer; (n, 2) int32. Rendered text is encoded in one, and a
-    token belongs to the turn it begins in. Otherwise each turn is encoded by itself, as prompts are, and an eos ends it all."""
+    token belongs to the turn it begins in. Otherwise each turn is encoded by itself, as prompts are; an eos ends the answer."""
     texts, answers = [text for text, _ in turns], [is_answer for _, is_answer in turns]
     if is_rendered:
         tokens, begins = tokenizer.encode_rendered("".join(texts))

@@ -248,7 +248,7 @@ def _decode(data: bytes, settings: DataConfig, place: _Place) -> str:
 
 
 def read_json_lines(item: WorkItem, max_mib: int = DataConfig.max_document_mib) -> Iterator[tuple[bytes, _Place]]:
-    """Yield the lines that begin in this part, but no blank ones, with their places; refuse more than `max_mib` half read."""
+    """Yield the lines, except blank ones, that begin in this part, with their places; refuse one of more than `max_mib`."""
     source, start = item.source, item.part * BLOCK_BYTES
 
     def read_line(offset: int) -> bytes:

@@ -120,7 +120,7 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], size: int, like_qwen: bool = False) -> Tokenizer:
-    """Train a byte-level BPE of at most `size` tokens, which splits text as GPT-2 or Qwen does. Equal texts give equal ones."""
+    """Train a byte-level BPE of at most `size` tokens, split as by GPT-2 or Qwen. Equal texts give equal tokenizers."""
     library, alphabet = _byte_level(models.BPE(), like_qwen), _byte_characters()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
     library.train_from_iterator(texts, trainer)

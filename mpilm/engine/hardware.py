@@ -92,7 +92,7 @@ def _core_position(core: int) -> list[int]:
 def parse_omp_threads(value: str) -> int:
     """Return the threads that OMP_NUM_THREADS asks for (the first of a list), or 0 for none; raise ConfigError."""
     first = value.split(",")[0].strip()
-    if first and not (first.isdigit() and len(first) < 5 and int(first) > 0):
+    if first and not (first.isdigit() and len(first) < 5 and int(first) > 0):  # torch cannot start 10,000
         advice = "write for example OMP_NUM_THREADS=1 or unset it"
         raise ConfigError(f"OMP_NUM_THREADS={value} is not a number of threads; {advice}")
     return int(first or 0)
@@ -144,7 +144,7 @@ def choose_device(setting: str, node: Comm) -> torch.device:
 
 def measure_peak_flops(hardware: Hardware, dtype: str) -> tuple[float | None, str]:
     """Return this rank's peak FLOP/s, or None if it is unknown, and its source: for a GPU the vendor's number, for a CPU the
-    best of a few matrix products, which all ranks of a node should time at once. Ranks that share its cores do not count."""
+    best of a few matrix products, timed by all ranks of a node at once, per second of its cores: ranks may share them."""
     if hardware.device.type == "cuda":
         name = torch.cuda.get_device_name(hardware.device)
         known = next((peak for key, peak in GPU_PEAKS.items() if key in name), None) if dtype == "bfloat16" else None

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import faulthandler
+import io
 import os
 import signal
 import socket
@@ -32,7 +33,8 @@ def run(parse: Callable[[], Body]) -> NoReturn:
     call with the world; its attribute `step_timeout_s`, if any, is the limit of the watchdog."""
     sys.stdout, sys.stderr = (each or open(os.devnull, "w") for each in (sys.stdout, sys.stderr))  # noqa: SIM115 - if closed
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may not know all characters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know all characters
     faulthandler.enable()  # a fatal signal prints the stack of this rank
     faulthandler.dump_traceback_later(START_TIMEOUT_S, exit=True)  # if MPI does not start, which holds the interpreter lock
     if FAULT_VARIABLE in os.environ:

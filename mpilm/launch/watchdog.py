@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 from mpilm.comm.base import Comm
 from mpilm.comm.flight_recorder import FlightRecorder, locate_caller
-from mpilm.comm.processes import process_fields, work_of_other_threads
+from mpilm.comm.processes import kill_later, process_fields, work_of_other_threads
 from mpilm.formatting import name_ranks
 from mpilm.launch.hang_report import Snapshot, describe_call, describe_phase, describe_process, format_report
 from mpilm.launch.heartbeat import MOVED, REPORTED, TICK, WAITING, HeartbeatTable, NodeLinks, shared_path
@@ -211,7 +210,8 @@ class Watchdog:
         if node_folder is not None:
             shutil.rmtree(node_folder, ignore_errors=True)
         _ignore_crashes()
-        _kill_later([self.pids[rank] for rank in missing if self.hosts[rank] == self.hosts[self.rank]])
+        for rank in (rank for rank in missing if self.hosts[rank] == self.hosts[self.rank]):
+            kill_later(self.pids[rank], int(GRACE_S))  # MPI_Abort may leave a stopped one, and this process ends in it
         if self.world.size > 1:
             self.world.abort(EXIT_CODE)
 
@@ -260,13 +260,6 @@ def _claim(folder: Path) -> bool:
     except OSError as error:
         return not isinstance(error, FileExistsError)
     return True
-
-
-def _kill_later(pids: Sequence[int]) -> None:
-    """Let another process kill those that MPI_Abort, after which this one is gone, has not ended: a stopped one may stay."""
-    if pids:
-        command = f"sleep {GRACE_S}; kill -KILL {' '.join(map(str, pids))}"
-        subprocess.Popen(["sh", "-c", command], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _ignore_crashes() -> None:

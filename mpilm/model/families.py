@@ -34,7 +34,7 @@ def tied_parameters(model: ModelConfig) -> Mapping[str, str]:
 
 
 def initial_std(name: str, model: ModelConfig) -> float | None:
-    """Return the deviation of initial values, or None for ones; smaller where a residual stream is never normalised."""
+    """Return the deviation of initial values, None for ones; smaller for matrices that add to a residual stream."""
     if name.endswith("norm.weight"):
         return None
     if name.endswith(".bias"):
