@@ -74,7 +74,8 @@ class MpiComm(Comm):
         return other
 
     def is_rank_failure(self, error: BaseException) -> bool:
-        return isinstance(error, MPI.Exception) and error.Get_error_class() in FAILURE_CLASSES
+        is_unreadable = "process_vm_readv failed (errno 3)" in str(error)  # MPICH copies from a process that no longer exists
+        return isinstance(error, MPI.Exception) and (is_unreadable or error.Get_error_class() in FAILURE_CLASSES)
 
     def shrink(self) -> None:
         for comm in self._family:

@@ -2,11 +2,11 @@
 
 import contextlib
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 
 from mpilm.errors import RANK_VARIABLES
 
@@ -27,10 +27,9 @@ def process_fields(pid: int) -> list[str]:
 
 def kill_later(pid: int, seconds: int) -> None:
     """Let another process, which outlives this one, kill a process that still exists after so many seconds."""
-    null = subprocess.DEVNULL  # a launcher waits until every process has closed the output it inherited
-    with contextlib.suppress(OSError):
-        command = ["sh", "-c", KILL_LATER.format(seconds=seconds, pid=pid)]
-        subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    command = ["sh", "-c", KILL_LATER.format(seconds=seconds, pid=pid)]
+    with contextlib.suppress(OSError):  # DEVNULL: a launcher waits until every process has closed the output it inherited
+        Popen(command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True)
 
 
 def work_of_other_threads() -> tuple[float, int]:

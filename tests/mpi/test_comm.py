@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from contract import CONTRACT, MISMATCHES, check_odd_rank_is_named, check_unequal_counts_are_named, ranks_are_in_step
+from mpi4py import MPI
 from torch import Tensor
 
 from mpilm.comm import shared_memory
@@ -140,3 +141,15 @@ def test_message_longer_than_mpi_counts_is_refused(world: Comm) -> None:
 
 def test_mpi_library_name_is_that_of_a_known_library() -> None:
     assert mpi_library_name().split()[0] in ("MPICH", "Open", "Intel", "MVAPICH")
+
+
+def test_rank_whose_memory_is_gone_has_failed(world: MpiComm) -> None:
+    """MPICH copies long messages from the memory of the sender, which may have been killed."""
+
+    class UnreadableError(MPI.Exception):
+        def __str__(self) -> str:
+            return "Other MPI error, error stack:\nMPIDI_CMA_copy_data(68): \ncopy_iovs(224): process_vm_readv failed (errno 3)"
+
+    assert world.is_rank_failure(UnreadableError(MPI.ERR_OTHER))
+    assert not world.is_rank_failure(MPI.Exception(MPI.ERR_OTHER))
+    assert not world.is_rank_failure(ValueError("process_vm_readv failed (errno 3)"))
