@@ -16,8 +16,9 @@ KILL_LATER = "for second in $(seq {seconds}); do kill -0 {pid} 2>/dev/null || ex
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
-def process_fields(pid: int) -> list[str]:
-    """Return the name of a process and the fields behind it in /proc/PID/stat, from its state on; empty if it is gone."""
+def process_fields(pid: int | str) -> list[str]:
+    """Return the name of a process, or of a thread ("self/task/ID"), and the fields behind it in its stat, from its state on;
+    empty if it is gone."""
     with contextlib.suppress(OSError):
         _, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")
         name, _, fields = rest.rpartition(")")
@@ -44,6 +45,13 @@ def work_of_other_threads() -> tuple[float, int]:
             lines = Path(f"/proc/self/{path}").read_text().splitlines()
             nbytes += sign * sum(int(line.split()[1]) for line in lines[:2])
     return cpu_s, nbytes
+
+
+def waits_for_disk() -> bool:
+    """Return whether a thread of this process waits for a disk or a network file system, as in fsync."""
+    with contextlib.suppress(OSError):
+        return any(process_fields(f"self/task/{thread}")[1:2] == ["D"] for thread in os.listdir("/proc/self/task"))
+    return False
 
 
 def descendants(pid: int) -> Iterator[int]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from mpilm.comm.base import Comm
 from mpilm.comm.flight_recorder import FlightRecorder, locate_caller
-from mpilm.comm.processes import kill_later, process_fields, work_of_other_threads
+from mpilm.comm.processes import kill_later, process_fields, waits_for_disk, work_of_other_threads
 from mpilm.formatting import name_ranks
 from mpilm.launch.hang_report import Snapshot, describe_call, describe_phase, describe_process, format_report
 from mpilm.launch.heartbeat import MOVED, REPORTED, TICK, WAITING, HeartbeatTable, NodeLinks, shared_path
@@ -123,9 +123,11 @@ class Watchdog:
         recorder, missing_limit_s = self.recorder, self.recorder.step_timeout_s or MIN_LIMIT_S
         if problem := self._find_slow_step(now):
             return problem
-        still_s = self._still_s(self.rank, MOVED, now)
-        if recorder.waiting is None and still_s > self.limit_s():
-            return self._describe_still(f"rank {self.rank} has done nothing", still_s, self.limit_s())
+        still_s, limit_s = self._still_s(self.rank, MOVED, now), self.limit_s()
+        if recorder.waiting is None and still_s > limit_s and waits_for_disk():
+            limit_s = max(limit_s, MIN_LIMIT_S)  # others may keep the disk busy
+        if recorder.waiting is None and still_s > limit_s:
+            return self._describe_still(f"rank {self.rank} has done nothing", still_s, limit_s)
         if missing := self._find_missing(now, missing_limit_s):
             return self._describe_still(f"no response from {name_ranks(missing)}", missing_limit_s, missing_limit_s)
         return self._find_problem_of_nodes(now, missing_limit_s) if self._represents_node(now) else ""

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from mpilm.comm import processes
 from mpilm.comm.base import SelfComm
 from mpilm.comm.flight_recorder import CommCall, FlightRecorder
 from mpilm.launch import watchdog
@@ -109,6 +110,26 @@ def test_watchdog_finds_a_rank_that_does_nothing_in_any_phase(quick, phase):
     lasted = "step 4 has lasted 1 s" if phase == "step" else f"rank 0 has done nothing for 1 s in {phase} 4"
     assert quick[0].startswith(f"{lasted}; the limit is 0 s (--fault.step-timeout")
     assert quick[1] == watchdog.EXIT_CODE
+
+
+def test_watchdog_gives_a_rank_that_waits_for_a_disk_more_time(quick, monkeypatch):
+    monkeypatch.setattr(watchdog, "waits_for_disk", lambda: True)
+    monkeypatch.setattr(watchdog, "MIN_LIMIT_S", 1.0)
+    recorder = FlightRecorder()
+    recorder.step_timeout_s = 0.2
+    began = time.monotonic()
+    watched = Watchdog(recorder, SelfComm("world"))
+    assert quick.ended.wait(30)
+    watched.close()
+    assert "the limit is 1 s" in quick[0]
+    assert time.monotonic() - began > 1.0
+
+
+def test_thread_that_waits_for_a_disk_is_one_in_state_d(monkeypatch):
+    assert not processes.waits_for_disk()
+    other, fields = str(os.getpid()), processes.process_fields
+    monkeypatch.setattr(processes, "process_fields", lambda path: ["x", "D"] if path.endswith(other) else fields(path))
+    assert processes.waits_for_disk()
 
 
 def compute(recorder):
