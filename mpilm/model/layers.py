@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,13 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., D)
+        return self.look_up(ids)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Return the rows of these ids. An instance can have another function in the place of this one."""
+        return F.embedding(ids, self.weight)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -109,12 +116,21 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, K)
     return x * cos.to(x.dtype) + torch.cat((-high, low), dim=-1) * sin.to(x.dtype)
 
 
+class Slices(Protocol):
+    """The slices of a sample that are here."""
+
+    @property
+    def slices(self) -> Sequence[int]:
+        """Their numbers, in the order in which they lie."""
+
+
 class Dropout(nn.Module):
     """Dropout whose mask depends on a key per sample and on the module's path, not on the order of computation."""
 
     def __init__(self, probability: float, path: str):
         super().__init__()
         self.probability, self.path = probability, path
+        self.slices: Slices | None = None  # if the first dim of a sample is divided, each slice has a mask of its own
 
     def forward(self, x: Tensor, keys: list[int] | None) -> Tensor:  # (B, ...) -> (B, ...)
         """Drop elements of `x`; `keys` holds one integer for each of its samples, or is None in evaluation."""
@@ -123,16 +139,18 @@ class Dropout(nn.Module):
         masks = torch.stack([self._draw_mask(key, x) for key in keys])
         return x * masks.div_(1.0 - self.probability)
 
-    def window(self, shape: Sequence[int]) -> tuple[Sequence[int], Any]:
-        """Return the shape of a whole sample, for which masks are drawn, and the index in it of the part that `x` holds, whose
-        shape is given. Here that is all of it; an instance can have another function in its place."""
-        return shape, ...
-
     def _draw_mask(self, key: int, x: Tensor) -> Tensor:
-        shape, index = self.window(x.shape[1:])
-        generator = torch.Generator(x.device).manual_seed(hash_key(key, self.path) >> 1)
-        mask = torch.empty(shape, dtype=x.dtype, device=x.device)
-        return mask.bernoulli_(1.0 - self.probability, generator=generator)[index]
+        if self.slices is None:
+            return self._draw(x.new_empty(x.shape[1:]), key, self.path)
+        numbers = self.slices.slices
+        parts = x.new_empty(len(numbers), x.shape[1] // len(numbers), *x.shape[2:])
+        for part, number in zip(parts, numbers):
+            self._draw(part, key, f"{self.path}.{number}")
+        return parts.flatten(0, 1)
+
+    def _draw(self, mask: Tensor, key: int, path: str) -> Tensor:
+        generator = torch.Generator(mask.device).manual_seed(hash_key(key, path) >> 1)
+        return mask.bernoulli_(1.0 - self.probability, generator=generator)
 
 
 def hash_key(*parts: object) -> int:

@@ -22,16 +22,20 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:  # (B, T, D) -> (B, T, D)
         flat = x.flatten(0, -2)  # (N, D)
+        return self.run_experts(flat, *self.route(flat, info)).view(x.shape)
+
+    def route(self, flat: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:  # (N, D) -> 2 x (N, k)
+        """Return the chosen experts of each token and their weights, to which the balance loss is attached."""
         probs = self.router(flat).softmax(dim=-1, dtype=torch.float32)  # (N, E)
         # torch.topk states no rule for equal probabilities; on a CPU, its choice depends on the token's own row and k alone.
         weights, chosen = probs.topk(self.top_k, dim=-1)  # (N, k)
-        weights = (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
+        weights = (weights / weights.sum(dim=-1, keepdim=True)).to(flat.dtype)
         # Attached to the weights, not to the output: torch.compile drops a Function whose result is a view of a graph input.
         if torch.is_grad_enabled() and self.balance_weight and info.loss_weight:
             real = slice(None) if info.documents is None else (info.documents != NO_DOCUMENT).flatten()
             loss = load_balancing_loss(probs[real], chosen[real])
             weights = AddAuxLoss.apply(weights, self.balance_weight * info.loss_weight * loss)
-        return self.run_experts(flat, chosen, weights).view(x.shape)
+        return chosen, weights
 
     def run_experts(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:  # (N, D), 2 x (N, k) -> (N, D)
         """Return the weighted sum of the `chosen` experts of each token, added in ascending expert number. An expert without

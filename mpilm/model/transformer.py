@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpilm.config.schema import ModelConfig
@@ -18,7 +17,7 @@ class TokenEmbedding(Embedding):
         self.dropout = Dropout(model.dropout, "embed")
 
     def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # type: ignore[override]  # (B, T) -> (B, T, D)
-        return self.dropout(F.embedding(tokens, self.weight), info.dropout_keys)
+        return self.dropout(self.look_up(tokens), info.dropout_keys)
 
 
 class TokenPositionEmbedding(nn.Module):
@@ -43,8 +42,12 @@ class BertEmbedding(TokenPositionEmbedding):
         self.norm = LayerNorm(model.d_model, model.norm_eps)
 
     def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # (B, T) -> (B, T, D)
-        x = self.tokens(tokens) + self.positions(info.positions) + self.segments.weight[0]
+        x = self.add_segment(self.tokens(tokens) + self.positions(info.positions))
         return self.dropout(self.norm(x), info.dropout_keys)
+
+    def add_segment(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """Add the vector of sentence A. An instance can have another function in the place of this one."""
+        return x + self.segments.weight[0]
 
 
 class Block(nn.Module):

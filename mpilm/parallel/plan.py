@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
 
+from torch import Tensor
+
+from mpilm.ops.tree import block_of_rank
+
 STAGES = {"embed": 0, "norm": -1, "head": -1}
 """Top-level module of any family -> its pipeline stage, from the end if negative; blocks are divided among the stages."""
 
@@ -17,6 +21,21 @@ class Cut:
     dim: int
     axis: str = "tensor"
     fused: int = 1  # matrices stored side by side along dim, each divided by itself (GPT-2's q, k and v)
+
+    def ranges(self, size: int, parts: int) -> list[range]:
+        """Return the range of each part in a matrix of this size along `dim`; the first are longer if it does not divide."""
+        return [range(*block_of_rank(part, parts, size // self.fused)) for part in range(parts)]
+
+    def part_shape(self, shape: Sequence[int], part: int, parts: int) -> tuple[int, ...]:
+        """Return the shape of a part of a parameter of this shape."""
+        length = self.fused * len(self.ranges(shape[self.dim], parts)[part])
+        return (*shape[: self.dim], length, *shape[self.dim + 1 :])
+
+    def take_part(self, x: Tensor, part: int, parts: int) -> Tensor:
+        """Return a part of a whole parameter."""
+        rows = self.ranges(x.shape[self.dim], parts)[part]
+        matrices = x.unflatten(self.dim, (self.fused, -1)).narrow(self.dim + 1, rows.start, len(rows))
+        return matrices.flatten(self.dim, self.dim + 1)
 
 
 COLUMN, ROW, VOCABULARY = Cut(0), Cut(1), Cut(0)  # of weights stored (out, in), as nn.Linear does
@@ -65,6 +84,18 @@ def stage_of(name: str, blocks_per_stage: Sequence[int]) -> int:
 def cut_of(name: str, family: str) -> Cut | None:
     """Return the cut of a parameter; None if it is replicated."""
     return next((cut for pattern, cut in CUTS[family].items() if fnmatchcase(name, pattern)), None)
+
+
+def region_of(name: str) -> str:
+    """Return the module whose parameters are divided together: part of a block, the head, or the table of token embeddings."""
+    steps = name.split(".")
+    return ".".join(steps[:3]) if steps[0] == "blocks" else name.rpartition(".")[0]
+
+
+def part_name(name: str, part: int) -> str:
+    """Return the name of part `part` of a parameter (parallel/tensor.py)."""
+    region = region_of(name)
+    return f"{region}.parts.{part}{name.removeprefix(region)}"
 
 
 def fsdp_unit(name: str) -> str:

@@ -1,0 +1,180 @@
+"""Exchange of activations on the tensor axis, in fixed parts: equal bits for any number of ranks.
+
+A model has V tensor parts, whatever the number of ranks; a rank holds a contiguous range of them. Each part makes products of its
+own, and what they make for each other is added in the order of the tree in ops/tree.py. Where the parts of the model need all
+tokens, each rank has all of them; elsewhere tokens are divided into V slices, and a rank has the slices with the numbers of its
+parts (sequence parallelism; Korthikanti et al., arXiv 2205.05198, section 4.2.2).
+
+Letters in shapes: B sequences, N tokens (n of them on a rank), S sequence parts, L tokens of a slice, D width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from mpilm.comm.base import Comm
+from mpilm.ops.tree import block_of_rank, plan_merges
+from mpilm.ops.tree_reduce import TreeMerger
+
+
+class TensorAxis:
+    """The V parts on the ranks of `comm`, the tensor axis. `sliced`: ranks have slices of the tokens between the parts of the
+    model; otherwise each has all tokens. `sequence_parts`: of this rank's tokens, each divided into V slices. The methods are
+    collective over `comm`."""
+
+    def __init__(self, comm: Comm, parts: int, sequence_parts: int = 1):
+        self.comm, self.parts, self.sequence_parts, self.sliced = comm, parts, sequence_parts, True
+        blocks = [block_of_rank(rank, comm.size, parts) for rank in range(comm.size)]
+        plans = [plan_merges([(part, part + 1) for part in range(*block)], parts) for block in blocks]
+        self.local, self.sizes = range(*blocks[comm.rank]), [stop - start for start, stop in blocks]
+        self._merges, self._sums = plans[comm.rank]
+        self._nodes = [[node for node, _ in remaining] for _, remaining in plans]
+
+    @property
+    def slices(self) -> list[int]:
+        """The numbers of the slices that this rank has, in the order of its tokens."""
+        return [part * self.parts + number for part in range(self.sequence_parts) for number in self.local]
+
+    def gather(self, x: Tensor) -> Tensor:  # (B, n, ...) -> (B, N, ...)
+        """Return the tokens of all ranks."""
+        if not self.sliced or self.comm.size == 1:
+            return x.contiguous()  # strides decide in which order a kernel adds
+        sizes = [x.numel() // len(self.local) * size for size in self.sizes]
+        out = x.new_empty(sum(sizes))
+        self.comm.all_gather(x.detach().contiguous().view(-1), out, sizes)
+        if x.shape[0] * self.sequence_parts == 1:
+            return out.view(1, -1, *x.shape[2:])
+        shape, rest = (x.shape[0], self.sequence_parts), (x.shape[1] // self.sequence_parts // len(self.local), *x.shape[2:])
+        by_rank = [part.view(*shape, size, *rest) for part, size in zip(out.split(sizes), self.sizes)]
+        return torch.cat(by_rank, dim=2).flatten(1, 3)
+
+    def reduce(self, partial: Sequence[Tensor]) -> Tensor:  # of each part here (B, N, ...) -> (B, n, ...)
+        """Return the sum of what all parts have, at least in float32: of this rank's tokens."""
+        if not self.sliced or self.comm.size == 1:
+            return self.all_reduce(partial)
+        nodes, shape = self._fold(partial), partial[0].shape
+        sent = [self._order_by_rank(node) for node in nodes]
+        each = sent[0].numel() // self.parts
+        own, received, requests = each * len(self.local), dict[tuple[int, int], Tensor](), []
+        for j in range(max(map(len, self._nodes))):
+            sources = [rank for rank, held in enumerate(self._nodes) if len(held) > j]
+            rows = sent[0].new_empty(len(sources), own)
+            received |= {(rank, j): row for rank, row in zip(sources, rows)}
+            x = sent[j] if j < len(sent) else sent[0][:0]
+            sends = [each * size if j < len(sent) else 0 for size in self.sizes]
+            receives = [own if rank in sources else 0 for rank in range(self.comm.size)]
+            requests.append(self.comm.iall_to_all(x, rows.view(-1), sends, receives))
+        for request in requests:
+            request.wait()
+        total = self._merge([row for _, row in sorted(received.items(), key=lambda item: item[0])])
+        return total.view(shape[0], shape[1] // self.parts * len(self.local), *shape[2:])
+
+    def all_reduce(self, partial: Sequence[Tensor]) -> Tensor:
+        """Return the sum of what all parts have, at least in float32, on every rank."""
+        nodes = self._fold(partial)
+        if self.comm.size == 1:
+            return nodes[0]
+        numel, counts = nodes[0].numel(), [len(held) for held in self._nodes]
+        out = nodes[0].new_empty(sum(counts), numel)
+        self.comm.all_gather(torch.cat([node.reshape(-1) for node in nodes]), out.view(-1), [numel * count for count in counts])
+        return self._merge(list(out)).view(partial[0].shape)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Return the largest values of all ranks, in place."""
+        self.comm.all_reduce(x, "max")
+        return x
+
+    def own(self, x: Tensor, dim: int = 1) -> Tensor:  # (B, N, ...) -> (B, n, ...)
+        """Return this rank's tokens of all, which lie along `dim`."""
+        if not self.sliced or self.comm.size == 1:
+            return x
+        slices = x.unflatten(dim, (self.sequence_parts, self.parts, -1))
+        return slices.narrow(dim + 1, self.local.start, len(self.local)).flatten(dim, dim + 2)
+
+    def _fold(self, partial: Sequence[Tensor]) -> list[Tensor]:
+        """Add the parts of this rank in tree order; return the nodes that remain."""
+        wide = [x if x.dtype == torch.float64 else x.float() for x in partial]
+        for into, other in self._merges:
+            wide[into] = wide[into] + wide[other]
+        return [wide[position].detach() for _, position in self._sums]
+
+    def _merge(self, nodes: list[Tensor]) -> Tensor:
+        """Add the nodes of all ranks, in the order of ranks, in place."""
+        return TreeMerger(self._nodes, self.parts).merge(nodes)[0]
+
+    def _order_by_rank(self, x: Tensor) -> Tensor:  # (B, N, ...) -> flat: the tokens of each rank, one rank after the other
+        if x.shape[0] * self.sequence_parts == 1:
+            return x.contiguous().view(-1)
+        slices = x.unflatten(1, (self.sequence_parts, self.parts, -1))
+        return torch.cat([part.reshape(-1) for part in slices.split(self.sizes, dim=2)])
+
+
+class EnterParts(Function):
+    """The input of the parts: x (B, n, ...) -> for each part here, and with `shared` once more, all tokens (B, N, ...). The
+    gradients of parts are added; that of the shared one is complete."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: TensorAxis, shared: bool) -> tuple[Tensor, ...]:
+        ctx.axis, ctx.dtype = axis, x.dtype
+        full = axis.gather(x)
+        return tuple(full.view_as(full) for _ in range(len(axis.local) + shared))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        count = len(ctx.axis.local)
+        total = ctx.axis.reduce(gradients[:count])
+        for gradient in gradients[count:]:
+            total = total + ctx.axis.own(gradient)
+        return total.to(ctx.dtype), None, None
+
+
+class LeaveParts(Function):
+    """The sum of the outputs of parts: for each part here (B, N, ...) -> (B, n, ...)."""
+
+    @staticmethod
+    def forward(ctx, axis: TensorAxis, *partial: Tensor) -> Tensor:
+        ctx.axis, ctx.dtype = axis, partial[0].dtype
+        return axis.reduce(partial)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        full = ctx.axis.gather(gradient.to(ctx.dtype))
+        return None, *[full] * len(ctx.axis.local)
+
+
+class ShareAmongParts(Function):
+    """x, the same on all ranks, for each use: of a part here or, with `sequence`, of a slice or part of the tokens. The
+    gradients of all uses on all ranks are added, those of one sequence part first."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: TensorAxis, sequence_parts: int) -> tuple[Tensor, ...]:
+        ctx.axis, ctx.sequence_parts, ctx.dtype = axis, sequence_parts, x.dtype
+        return tuple(x.view_as(x) for _ in range(sequence_parts * len(axis.local)))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        count = len(ctx.axis.local)
+        by_part = [torch.stack(gradients[i::count]) for i in range(count)]  # (S, ...)
+        return fold(list(ctx.axis.all_reduce(by_part))).to(ctx.dtype), None, None
+
+
+class ContiguousGradient(Function):
+    """The identity on x. Its gradient is contiguous, whatever was made of x: strides decide in which order a kernel adds."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+def fold(leaves: list[Tensor]) -> Tensor:
+    """Return the sum of all leaves in tree order."""
+    merges, _ = plan_merges([(i, i + 1) for i in range(len(leaves))], len(leaves))
+    for into, other in merges:
+        leaves[into] = leaves[into] + leaves[other]
+    return leaves[0]

@@ -1,0 +1,208 @@
+"""Tensor parallelism: modules in parts that ranks divide among each other (Shoeybi et al., arXiv 1909.08053), with sequence
+parallelism between them (Korthikanti et al., arXiv 2205.05198). Applied from outside to a plain model.
+
+A region, which is a module whose parameters the plan cuts, becomes V parts: the same module with a slice of each matrix. The parts
+of a layer read all tokens, and the sum of their outputs is its output; those of the head make logits of a part of the vocabulary.
+The parts share the parameters that the plan does not cut. Outside of regions each slice of the tokens has a gradient of its own;
+their sum, in tree order, is the gradient.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from mpilm.model.layers import IGNORE_INDEX, Dropout, Embedding
+from mpilm.model.moe import MixtureOfExperts
+from mpilm.model.sequence_info import SequenceInfo
+from mpilm.model.transformer import BertEmbedding
+from mpilm.ops.tensor_axis import ContiguousGradient, EnterParts, LeaveParts, ShareAmongParts, TensorAxis
+from mpilm.parallel.plan import Cut, region_of
+
+CutOf = Callable[[str], Cut | None]
+
+
+def divide_model(model: nn.Module, cut_of: CutOf, axis: TensorAxis) -> None:
+    """Divide `model`, on the meta device, and keep the parts of this rank."""
+    regions = {region_of(name) for name, _ in model.named_parameters() if cut_of(name)}
+    for path, module in list(model.named_modules()):
+        if path in regions:
+            _divide_region(module, path, cut_of, axis)
+        elif not any(f"{path}.".startswith(f"{region}.") for region in regions):
+            _divide_tokens(module, axis)
+
+
+def _divide_region(region: Any, path: str, cut_of: CutOf, axis: TensorAxis) -> None:
+    own = dict(region.named_parameters())
+    cuts = {name: cut for name in own if (cut := cut_of(f"{path}.{name}"))}
+    biases = [name for name in own if name not in cuts and f"{name.removesuffix('bias')}weight" in cuts]  # added to the sum
+    shared = [name for name in own if name not in cuts and name not in biases]
+    parts = nn.ModuleDict({str(part): _make_part(region, own, cuts, part, axis.parts) for part in axis.local})
+    for name in cuts:
+        _set_parameter(region, name, None)
+    region.parts = parts
+    if isinstance(region, Embedding):
+        region.look_up = partial(_look_up, region, axis, cuts["weight"].ranges(len(own["weight"]), axis.parts))
+        for module in region.children():
+            _divide_tokens(module, axis)
+    elif isinstance(region, MixtureOfExperts):
+        region.forward = partial(_forward_experts, region, axis)
+    elif path == "head":
+        region.forward = partial(_forward_head, region, axis, cuts["weight"].ranges(len(own["weight"]), axis.parts))
+    else:
+        region.forward = partial(_forward_layer, region, axis, shared, biases)
+
+
+def _make_part(region: nn.Module, own: Mapping[str, Tensor], cuts: Mapping[str, Cut], part: int, parts: int) -> nn.Module:
+    """Return a copy of a region with part of each cut parameter, and without the others."""
+    module = copy.deepcopy(region)
+    for name, parameter in own.items():
+        shape = cuts[name].part_shape(parameter.shape, part, parts) if name in cuts else None
+        _set_parameter(module, name, None if shape is None else nn.Parameter(torch.empty(shape, device="meta")))
+    for inner in module.modules():
+        if isinstance(inner, Dropout):
+            inner.path = f"{inner.path}.{part}"
+        if hasattr(inner, "causal"):  # an attention core: its keys and values are cached by path
+            inner.path = f"{inner.path}.{part}"
+    return module
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: Tensor | None) -> None:
+    """Replace a parameter, also by a tensor that is none or by nothing."""
+    owner, _, attribute = name.rpartition(".")
+    module.get_submodule(owner)._parameters[attribute] = parameter  # type: ignore[assignment]
+
+
+def _forward_layer(
+    region: Any, axis: TensorAxis, shared: Sequence[str], biases: Sequence[str], x: Tensor, info: SequenceInfo
+) -> Tensor:  # (B, n, D) -> (B, n, D)
+    aliases = {name: ShareAmongParts.apply(region.get_parameter(name), axis, 1) for name in shared}
+    outputs = []
+    for i, (part, full) in enumerate(zip(region.parts.values(), EnterParts.apply(x, axis, False))):
+        for name in shared:
+            _set_parameter(part, name, aliases[name][i])
+        outputs.append(part(full, info))
+    y = LeaveParts.apply(axis, *outputs)
+    for name in biases:
+        y = _by_slice(axis, torch.add, [region.get_parameter(name)], y)
+    return y
+
+
+def _forward_experts(region: Any, axis: TensorAxis, x: Tensor, info: SequenceInfo) -> Tensor:  # (B, n, D) -> (B, n, D)
+    *inputs, full = EnterParts.apply(x, axis, True)
+    chosen, weights = region.route(full.flatten(0, -2), info)
+    shares = ShareAmongParts.apply(weights, axis, 1)
+    outputs = [
+        part.run_experts(each.flatten(0, -2), chosen, share).view(full.shape)
+        for part, each, share in zip(region.parts.values(), inputs, shares)
+    ]
+    return LeaveParts.apply(axis, *outputs)
+
+
+def _look_up(region: Any, axis: TensorAxis, ranges: Sequence[range], ids: Tensor) -> Tensor:  # (B, N) -> (B, n, D)
+    outputs = []
+    for number, part in region.parts.items():
+        rows = ranges[int(number)]
+        inside = (ids >= rows.start) & (ids < rows.stop)
+        found = part.look_up((ids - rows.start).where(inside, 0))
+        outputs.append(found * inside[..., None].to(found.dtype))
+    return LeaveParts.apply(axis, *outputs)
+
+
+@dataclass(frozen=True)
+class PartLogits:
+    """The logits of the parts of this rank: `parts`, each (B, N, v), of the tokens numbered in `ranges`."""
+
+    axis: TensorAxis
+    ranges: Sequence[range]
+    parts: Sequence[Tensor]
+
+    def losses(self, targets: Tensor) -> Tensor:  # (B, N) -> (B, N)
+        """Return the cross-entropy of each target, float32; 0 for one that is ignored. Collective over the tensor axis."""
+        return PartCrossEntropy.apply(self.axis, self.ranges, targets, *self.parts)
+
+
+def _forward_head(region: Any, axis: TensorAxis, ranges: Sequence[range], x: Tensor) -> PartLogits:  # (B, n, D)
+    parts = [part(full) for part, full in zip(region.parts.values(), EnterParts.apply(x, axis, False))]
+    return PartLogits(axis, [ranges[part] for part in axis.local], parts)
+
+
+class PartCrossEntropy(Function):
+    """The cross-entropy of targets (B, N) from logits in parts of the vocabulary, each (B, N, v). The largest logit is exact, and
+    the exponentials are added by part and then in tree order. No rank has the logits of all tokens (arXiv 1909.08053, section
+    3)."""
+
+    @staticmethod
+    def forward(ctx: Any, axis: TensorAxis, ranges: Sequence[range], targets: Tensor, *logits: Tensor) -> Tensor:
+        wide = [x.float() for x in logits]
+        largest = axis.largest(torch.stack([x.amax(dim=-1) for x in wide]).amax(dim=0))
+        exponentials = [(x - largest[..., None]).exp_() for x in wide]
+        total = axis.all_reduce([x.sum(dim=-1) for x in exponentials])
+        places = [(targets - rows.start).where((targets >= rows.start) & (targets < rows.stop), -1) for rows in ranges]
+        own = [x.gather(-1, at.clamp(min=0)[..., None])[..., 0].where(at >= 0, 0.0) for x, at in zip(wide, places)]
+        ctx.save_for_backward(targets, total, *places, *exponentials)
+        ctx.dtype = logits[0].dtype
+        return (total.log() + largest - axis.all_reduce(own)).where(targets != IGNORE_INDEX, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        targets, total, *saved = ctx.saved_tensors
+        places, exponentials = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        gradient = gradient.where(targets != IGNORE_INDEX, 0.0)[..., None]
+        gradients = []
+        for at, exponential in zip(places, exponentials):
+            own = exponential / total[..., None] * gradient
+            own.scatter_add_(-1, at.clamp(min=0)[..., None], gradient.neg().where((at >= 0)[..., None], 0.0))
+            gradients.append(own.to(ctx.dtype))
+        return None, None, None, *gradients
+
+
+def _divide_tokens(module: Any, axis: TensorAxis) -> None:
+    """Let a module outside of the regions use each slice of the tokens by itself."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    if isinstance(module, Dropout):
+        module.slices = axis
+    elif isinstance(module, Embedding):  # of positions: all ranks know those of all tokens
+        look_up = module.look_up
+        module.look_up = lambda ids: _call_by_slice(module, look_up, names, axis, axis.own(ids, ids.dim() - 1), ids.dim() - 1)
+    elif isinstance(module, BertEmbedding):
+        add_segment, segments = module.add_segment, module.segments
+        module.add_segment = lambda x: _call_by_slice(segments, add_segment, ["weight"], axis, x)
+    elif names:
+        forward = module.forward
+        module.forward = lambda x: _call_by_slice(module, forward, names, axis, x)
+
+
+def _call_by_slice(
+    module: nn.Module, function: Callable[[Tensor], Tensor], names: Sequence[str], axis: TensorAxis, x: Tensor, dim: int = 1
+) -> Tensor:
+    """Return function(x) of a module whose parameters `names` have a gradient of its own for each slice of `x` along `dim`."""
+    if not axis.sliced:
+        return function(x)
+    parameters = [module.get_parameter(name) for name in names]
+
+    def call(piece: Tensor, *values: Tensor) -> Tensor:
+        module._parameters.update(zip(names, values))  # type: ignore[arg-type]
+        return function(piece)
+
+    try:
+        return _by_slice(axis, call, parameters, x, dim)
+    finally:
+        module._parameters.update(zip(names, parameters))
+
+
+def _by_slice(
+    axis: TensorAxis, function: Callable[..., Tensor], parameters: Sequence[Tensor], x: Tensor, dim: int = 1
+) -> Tensor:
+    """Return function(slice of x along `dim`, *parameters) for each slice that this rank has, one after the other."""
+    if not axis.sliced:
+        return function(x, *parameters)
+    aliases = zip(*(ShareAmongParts.apply(parameter, axis, axis.sequence_parts) for parameter in parameters))
+    pieces = x.unflatten(dim, (axis.sequence_parts * len(axis.local), -1)).unbind(dim)
+    outputs = [ContiguousGradient.apply(function(x.contiguous(), *values)) for x, values in zip(pieces, aliases, strict=True)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim)
