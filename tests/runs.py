@@ -50,6 +50,7 @@ FAMILIES = {
 """Every architecture, as changes of SMALL."""
 SERIAL = {
     "parallel__pipeline": 1,
+    "parallel__tensor": 1,
     "parallel__schedule": "1f1b",
     "parallel__chunks": 0,
     "parallel__zero": 0,

@@ -89,6 +89,9 @@ class ModelConfig:
     n_experts: PositiveCount = 8  # mixtral: experts (feed-forward layers) per block.
     experts_per_token: PositiveCount = 2  # mixtral: experts that process each token.
     router_loss: NonNegativeFloat = 0.02  # mixtral: weight of the auxiliary loss that balances the load of the experts.
+    # Parts into which heads, feed-forward layers and the vocabulary are divided, and sequences between them; 0: parallel.tensor.
+    # They belong to the result: with equal parts it has equal bits for any parallel.tensor.
+    tensor_parts: Count = 0
     norm_eps: PositiveFloat = 1e-5  # Epsilon of the normalization layers.
     lora_rank: Width = 0  # Train LoRA adapters of this rank and freeze the model in init-from; 0: train the model.
     lora_alpha: PositiveFloat = 16.0  # LoRA scale: adapters are multiplied by lora-alpha / lora-rank.
@@ -173,6 +176,7 @@ class ParallelConfig:
     """Parallel layout. Only powersgd-rank and sync-every change the result; wire-dtype changes its last bits."""
 
     pipeline: PositiveCount = 1  # Pipeline stages that the layers are divided over; the remaining ranks are data parallel.
+    tensor: PositiveCount = 1  # Ranks that divide the matrices of each layer, and the tokens between them.
     schedule: Literal["1f1b", "gpipe", "interleaved", "zero-bubble"] = "1f1b"  # Pipeline schedule.
     chunks: Count = 0  # Model chunks (virtual stages) per rank; 0: 2 for the interleaved schedule, else 1.
     cut: tuple[int, ...] = ()  # Layers per stage, first to last; empty: balanced by cost.
@@ -273,6 +277,7 @@ def resolve_config(config: Config) -> Config:
         head_width=model.head_width or model.d_model // model.n_heads,
         d_ff=model.d_ff or (4 * model.d_model if gpt2_style else -(-(8 * model.d_model // 3) // 32) * 32),
         lora_targets=order_lora_targets(model),
+        tensor_parts=model.tensor_parts or config.parallel.tensor,
     )
     chunks = config.parallel.chunks or (2 if config.parallel.schedule == "interleaved" else 1)
     return replace(config, model=shape, parallel=replace(config.parallel, chunks=chunks))

@@ -14,10 +14,10 @@ from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import Config, ModelConfig, TrainConfig
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
-from mpilm.mesh.shape import MeshShape
 from mpilm.model.families import build_model, initial_std, initial_value, tied_parameters
 from mpilm.model.lora import is_frozen
 from mpilm.model.sequence_info import KVCache
+from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.ops.tree import block_of_rank
 from mpilm.optim.optimizer import needs_full_parameter
 from mpilm.parallel.apply import parallelize
@@ -25,12 +25,21 @@ from mpilm.parallel.compile import compiled_token_losses
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ParamSlice
 from mpilm.parallel.fsdp import all_gather_shards
-from mpilm.parallel.layout import REDUCE_AXES, ParamLayout, resolve_layouts, select_owned, select_stage, select_trained
+from mpilm.parallel.layout import (
+    REDUCE_AXES,
+    ParamLayout,
+    global_shapes,
+    resolve_layouts,
+    select_parts,
+    select_stage,
+    select_trained,
+)
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.execute import StageMessenger, execute
 from mpilm.parallel.pipeline.schedules import forward_only, lower
-from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StepInputs, token_losses
+from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StepInputs, last_logits, token_losses
 from mpilm.parallel.plan import cut_of, stage_of
+from mpilm.parallel.tensor import select_part
 from mpilm.parallel.tied import TiedParameters
 
 
@@ -45,19 +54,20 @@ class PipelinedModel:
         self.vocab_size, self.alignment = vocab_size, alignment
         self.pipeline, self.data, self.reduce_comm = mesh.comm("pipeline"), mesh.comm("data"), mesh.comm(*REDUCE_AXES)
         self.zero = config.parallel.zero
-        self.layouts = resolve_model_layouts(config.model, vocab_size, blocks_per_stage, config.train.optimizer, mesh.shape)
-        trained = select_trained(self.layouts)
-        frozen_layouts = {name: layout for name, layout in self.layouts.items() if layout.frozen}
-        # Global shapes of the parameters that are optimized and saved, in the order of the model, and of the frozen ones.
-        self.shapes = {layout.name: layout.shape for layout in select_owned(trained)}
-        self.frozen_shapes = {layout.name: layout.shape for layout in select_owned(frozen_layouts)}
+        self.tensor = TensorAxis(mesh.comm("tensor"), config.model.tensor_parts)
+        # All parameters of the model, and those that the ranks with this rank's tensor parts have.
+        self.layouts = resolve_model_layouts(config.model, vocab_size, blocks_per_stage, config.train.optimizer)
+        local = select_parts(self.layouts, self.tensor.local)
+        trained = select_trained(local)
+        frozen_layouts = {name: layout for name, layout in local.items() if layout.frozen}
+        self.shapes, self.frozen_shapes = global_shapes(trained), global_shapes(frozen_layouts)
         self.flats: dict[int, FlatParameters] = {}  # trained parameters, by stage
         self.frozen: dict[int, FlatParameters] = {}  # frozen parameters, of stages that have any
         self.stages: dict[int, ModelStage] = {}
         for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):
-            model, layouts = meta_model(config.model, vocab_size), select_stage(self.layouts, stage)
+            model, layouts = meta_model(config.model, vocab_size), select_stage(local, stage)
             self.stages[stage], self.flats[stage], frozen = parallelize(
-                model, stage, blocks_per_stage, layouts, config, mesh, device, alignment, partial(self.make_reducer, stage)
+                model, stage, blocks_per_stage, layouts, config, mesh, self.tensor, device, alignment, partial(self.make_reducer, stage)
             )
             if frozen is not None:
                 self.frozen[stage] = frozen
@@ -65,7 +75,7 @@ class PipelinedModel:
         self.tied = TiedParameters(trained, self.flats, self.pipeline)
         self.tied_frozen = TiedParameters(frozen_layouts, self.frozen, self.pipeline)
         self.messenger = StageMessenger(self.pipeline)
-        self.token_losses = compiled_token_losses() if config.train.compile else token_losses
+        self.token_losses = compiled_token_losses() if config.train.compile and self.tensor.parts == 1 else token_losses
 
     def make_reducer(self, stage: int, flat: FlatParameters, model: nn.Module) -> GradientReducer:
         """Return the gradient reducer of a stage: none here, where the model only runs forward."""
@@ -103,15 +113,20 @@ class PipelinedModel:
         return self._run_forward(-(-total // self.data.size), StepInputs(fetch, ids, output_fn=output_fn))
 
     def results(self) -> Mapping[int, Tensor]:
-        """Return the outputs of this rank's microbatches, by number; empty on ranks without the last stage."""
+        """Return the outputs of this rank's microbatches, by number, on the first rank of the tensor axis with the last stage;
+        empty on others."""
+        return {} if self.tensor.comm.rank else self._outputs()
+
+    def _outputs(self) -> Mapping[int, Tensor]:
         return {m: x for stage in self.stages.values() for m, x in stage.results.items()}
 
     def next_logits(self, batches: Mapping[int, Batch], kv_caches: Mapping[int, KVCache]) -> Mapping[int, Tensor]:
         """Return the logits (V,) of the token after each of this replica's sequences, by number, on ranks with the last stage.
         `kv_caches`: of each sequence, on this rank. Collective over the pipeline axis."""
         ids = list(batches)
-        inputs = StepInputs(batches.__getitem__, ids, output_fn=lambda logits, _: logits[0, -1].float(), kv_caches=kv_caches)
-        return self._run_forward(len(ids), inputs)
+        inputs = StepInputs(batches.__getitem__, ids, output_fn=last_logits, kv_caches=kv_caches)
+        self._run_forward(len(ids), inputs)
+        return self._outputs()
 
     def _run_forward(self, count: int, inputs: StepInputs) -> Mapping[int, Tensor]:
         """Run `count` microbatches forward, of which this replica has those in `inputs`; return `results()`."""
@@ -140,8 +155,9 @@ def draw_values(flat: FlatParameters, shape: ModelConfig, seed: int) -> None:
     name, values = "", torch.empty(0)
     for item, out in flat.owned_slices(flat.values).items():
         if name != item.name:
-            name, full_shape = item.name, flat.layout.spans[item.name][1].shape
-            values = initial_value(seed, name, full_shape, initial_std(name, shape)).flatten()
+            name, layout = item.name, flat.layout.spans[item.name][1]
+            values = initial_value(seed, layout.source, layout.global_shape, initial_std(layout.source, shape))
+            values = select_part(values, layout.part).flatten()
         out.copy_(values[item.start : item.stop])
 
 
@@ -166,7 +182,6 @@ def resolve_model_layouts(
     vocab_size: int,
     blocks_per_stage: Sequence[int],
     optimizer: str = TrainConfig.optimizer,
-    mesh: MeshShape = MeshShape(),  # noqa: B008 - frozen
 ) -> dict[str, ParamLayout]:
     """Return the layout of every parameter of the model divided into these stages."""
     return resolve_layouts(
@@ -174,7 +189,7 @@ def resolve_model_layouts(
         tied_parameters(shape),
         partial(stage_of, blocks_per_stage=blocks_per_stage),
         partial(cut_of, family=shape.arch),
-        mesh,
+        shape.tensor_parts,
         needs_full_parameter(optimizer),
         partial(is_frozen, model=shape),
     )

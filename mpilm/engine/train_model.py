@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from mpilm.optim.optimizer import Optimizer, moment_shapes
 from mpilm.parallel.digests import StateDigests
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
-from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_stage, select_trained
+from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_parts, select_stage, select_trained
 from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.parallel.pipeline.stage import StepInputs
@@ -46,7 +47,7 @@ class TrainModel(PipelinedModel):
         self.norm_shards = [  # the part of the gradient that this rank contributes to the norm
             self.sums[stage].view(*interval)
             for stage, flat in self.flats.items()
-            for interval in (flat.owned if self.is_local_sgd else self._unique_intervals(flat))
+            for interval in self._unique_intervals(flat)
         ]
         self.microbatch_count, parallel = microbatch_count(config), config.parallel
         # The microbatches of this replica, in the order in which it computes them.
@@ -58,7 +59,7 @@ class TrainModel(PipelinedModel):
         self.replicates_moments = self.zero == 0 and not self.is_local_sgd and self.reduce_comm.size > 1
         # Replicas compare the moments that they share; a digest of their own would cost more than that of the weights.
         self.digests = StateDigests(self.flat_parameters, {} if self.replicates_moments else self.optimizer.state_slices())
-        owned = {layout.name: layout for layout in select_owned(select_trained(self.layouts))}
+        owned = select_owned(select_trained(self.layouts))
         # Global shapes of all tensors of the state, by kind and parameter.
         self.state_shapes = {PARAMETER: self.shapes, **moment_shapes(config.train.optimizer, owned, self.is_local_sgd)}
         actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatch_count(config, mesh.shape))
@@ -101,19 +102,21 @@ class TrainModel(PipelinedModel):
 
     @cached_property
     def shard_owners(self) -> dict[str, list[tuple[int, int, list[int]]]]:
-        """For each parameter, ranges of its elements and the world ranks that update each. The same on all ranks."""
-        shape, first = self.mesh.shape, dict.fromkeys(self.mesh.coordinate, 0)
+        """For each parameter or part of one, ranges of its elements and the world ranks that update each (of the tensor axis, the
+        first for what is not cut). The same on all ranks."""
+        shape, stages, trained = self.mesh.shape, range(len(self.blocks_per_stage)), select_trained(self.layouts)
         reduce_places = [{"data": data, "context": context} for data in range(shape.data) for context in range(shape.context)]
         replicas = 1 if self.is_local_sgd else len(reduce_places)  # ranks that hold the same values
-        by_stage = [select_stage(select_trained(self.layouts), stage).values() for stage in range(len(self.blocks_per_stage))]
-        flats = [FlatLayout(x, self.alignment, per_module=self.zero >= 2, ranks=self.reduce_comm.size) for x in by_stage]
         owners: dict[str, list[tuple[int, int, list[int]]]] = {}
-        for name in self.shapes:
-            stage = self.layouts[name].stage
-            place = {**first, "pipeline": stage % self.pipeline.size}
+        for stage, (tensor, parts) in product(stages, enumerate(self.tensor.held)):
+            layouts = select_parts(select_stage(trained, stage), parts)
+            flat = FlatLayout(layouts.values(), self.alignment, per_module=self.zero >= 2, ranks=self.reduce_comm.size)
+            place = {"pipeline": stage % self.pipeline.size, "tensor": tensor}
             ranks = [shape.rank({**place, **other}) for other in reduce_places]  # in the order of their communicator
-            shards = shard_owners(name, flats[stage], self.zero > 0)
-            owners[name] = [(start, stop, [ranks[i] for i in own[:replicas]]) for start, stop, own in shards]
+            for layout in select_owned(layouts):
+                if layout.part is not None or tensor == 0:
+                    shards = shard_owners(layout.name, flat, self.zero > 0)
+                    owners[layout.name] = [(start, stop, [ranks[i] for i in own[:replicas]]) for start, stop, own in shards]
         return owners
 
     def memory_bytes(self) -> dict[str, int]:
@@ -140,7 +143,8 @@ class TrainModel(PipelinedModel):
         (FlatParameters.unique) covers the reduce axes; of ranks that replicate one along other axes the first has it."""
         others = {axis for axis, index in self.mesh.coordinate.items() if index > 0} - {*REDUCE_AXES}
         counted = [name for name, (_, layout) in flat.layout.spans.items() if others.isdisjoint(layout.replica_axes)]
-        return intersect_intervals(flat.unique, merge_intervals(map(flat.layout.padded_span, counted)))
+        divided = flat.owned if self.is_local_sgd else flat.unique
+        return intersect_intervals(divided, merge_intervals(map(flat.layout.padded_span, counted)))
 
     def scale_gradients(self, factor: float) -> None:
         for stage, flat in self.flats.items():
@@ -151,7 +155,8 @@ class TrainModel(PipelinedModel):
         """Return the norm of the gradient; with DiLoCo the largest over the replicas. Collective over the mesh."""
         if not self.is_local_sgd:
             return global_norm(self.norm_shards, self.mesh.world, self.row_sum)
-        largest = torch.tensor([global_norm(self.norm_shards, self.pipeline, self.row_sum)], dtype=torch.float64, device="cpu")
+        norm = global_norm(self.norm_shards, self.mesh.comm("pipeline", "tensor"), self.row_sum)
+        largest = torch.tensor([norm], dtype=torch.float64, device="cpu")
         self.data.all_reduce(largest, "max")
         return float(largest)
 

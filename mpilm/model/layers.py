@@ -41,9 +41,9 @@ class Embedding(nn.Embedding):
         pass
 
     def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., D)
-        return self.look_up(ids)
+        return self.lookup(ids)
 
-    def look_up(self, ids: Tensor) -> Tensor:
+    def lookup(self, ids: Tensor) -> Tensor:
         """Return the rows of these ids. An instance can have another function in the place of this one."""
         return F.embedding(ids, self.weight)
 

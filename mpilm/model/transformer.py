@@ -17,7 +17,7 @@ class TokenEmbedding(Embedding):
         self.dropout = Dropout(model.dropout, "embed")
 
     def forward(self, tokens: Tensor, info: SequenceInfo) -> Tensor:  # type: ignore[override]  # (B, T) -> (B, T, D)
-        return self.dropout(self.look_up(tokens), info.dropout_keys)
+        return self.dropout(self.lookup(tokens), info.dropout_keys)
 
 
 class TokenPositionEmbedding(nn.Module):

@@ -28,7 +28,8 @@ class TensorAxis:
         self.comm, self.parts, self.sequence_parts, self.sliced = comm, parts, sequence_parts, True
         blocks = [block_of_rank(rank, comm.size, parts) for rank in range(comm.size)]
         plans = [plan_merges([(part, part + 1) for part in range(*block)], parts) for block in blocks]
-        self.local, self.sizes = range(*blocks[comm.rank]), [stop - start for start, stop in blocks]
+        self.held = [range(*block) for block in blocks]  # the parts of each rank
+        self.local, self.sizes = self.held[comm.rank], list(map(len, self.held))
         self._merges, self._sums = plans[comm.rank]
         self._nodes = [[node for node, _ in remaining] for _, remaining in plans]
 
@@ -36,6 +37,15 @@ class TensorAxis:
     def slices(self) -> list[int]:
         """The numbers of the slices that this rank has, in the order of its tokens."""
         return [part * self.parts + number for part in range(self.sequence_parts) for number in self.local]
+
+    @property
+    def slice_count(self) -> int:
+        """The number of slices in the tokens of a sequence."""
+        return self.sequence_parts * self.parts
+
+    def count_own(self, tokens: int) -> int:
+        """Return how many of the tokens this rank has."""
+        return tokens // self.parts * len(self.local) if self.sliced else tokens
 
     def gather(self, x: Tensor) -> Tensor:  # (B, n, ...) -> (B, N, ...)
         """Return the tokens of all ranks."""

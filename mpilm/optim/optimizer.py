@@ -10,7 +10,7 @@ the one rank that owns a parameter updates it, so nothing is computed twice and 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from mpilm.config.schema import TrainConfig
 from mpilm.ops.tree import Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals, merge_intervals
-from mpilm.parallel.layout import Layouts, Shape
+from mpilm.parallel.layout import ParamLayout, Shape
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
 
 EPS = 1e-8  # of AdamW
@@ -140,7 +140,7 @@ class UnshardedOptimizer(ABC):
         self.stages = {name: stage for stage, flat in flats.items() for name in _owned_unsharded(flat)}
         self.moments: dict[str, dict[str, Tensor]] = {}
         for name, stage in self.stages.items():
-            shapes = self.state_shapes(flats[stage].layout.spans[name][1].local_shape)
+            shapes = self.state_shapes(flats[stage].layout.spans[name][1].shape)
             self.moments[name] = {state: torch.zeros(shape, device=flats[stage].device) for state, shape in shapes.items()}
 
     def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
@@ -243,15 +243,15 @@ def needs_full_parameter(optimizer: str) -> Callable[[str, Shape], bool]:
     return lambda name, shape: optimizer == "adafactor"
 
 
-def moment_shapes(optimizer: str, layouts: Layouts, local_sgd: bool = False) -> dict[str, dict[str, Shape]]:
+def moment_shapes(optimizer: str, layouts: Iterable[ParamLayout], local_sgd: bool = False) -> dict[str, dict[str, Shape]]:
     """Return the shapes of all moments of these parameters, by name and parameter; with `local_sgd`, also those of DiLoCo."""
     shapes: dict[str, dict[str, Shape]] = {}
     if local_sgd:
-        shapes[OUTER_MOMENTUM] = {name: layout.shape for name, layout in layouts.items()}
+        shapes[OUTER_MOMENTUM] = {layout.source: layout.global_shape for layout in layouts}
     unsharded, divisible = OPTIMIZERS[optimizer]
-    for name, layout in layouts.items():
-        for state, shape in (unsharded if layout.unsharded else divisible).state_shapes(layout.shape).items():
-            shapes.setdefault(state, {})[name] = shape
+    for layout in layouts:
+        for state, shape in (unsharded if layout.unsharded else divisible).state_shapes(layout.global_shape).items():
+            shapes.setdefault(state, {})[layout.source] = shape
     return shapes
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from mpilm.config.schema import Config
 from mpilm.mesh.mesh import Mesh
+from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.compile import compile_blocks
 from mpilm.parallel.flat import FlatParameters
@@ -15,7 +16,8 @@ from mpilm.parallel.fsdp import ShardedParameters
 from mpilm.parallel.layout import REDUCE_AXES, Layouts, select_trained
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StageParameters
-from mpilm.parallel.plan import stage_of
+from mpilm.parallel.plan import cut_of, stage_of
+from mpilm.parallel.tensor import divide_model
 
 
 def parallelize(
@@ -25,6 +27,7 @@ def parallelize(
     layouts: Layouts,
     config: Config,
     mesh: Mesh,
+    tensor: TensorAxis,
     device: torch.device,
     alignment: int,
     build_reducer: Callable[[FlatParameters, nn.Module], GradientReducer],
@@ -34,15 +37,18 @@ def parallelize(
     Collective over the reduce axes. `layouts`: of this stage. The order, and why:
 
     1. Prune other stages' modules: absent modules are never sharded, wrapped or compiled.
-    2. Allocate the flat parameters: their sizes follow from step 1 alone.
-    3. Compile blocks: the compiled function is what recomputation repeats.
-    4. Checkpoint activations: it wraps forwards, compiled or not, inside all module hooks.
-    5. Split backward: it replaces the forwards of linear layers within the blocks that steps 3 and 4 have wrapped.
-    6. Install the parameters: hooks that gather shards must be outermost, so that recomputation in a block finds them gathered.
-    7. Register the reducer: its hooks belong to the parameters that step 6 has installed.
+    2. Divide modules into tensor parts: each part is a plain module, to which the other steps apply.
+    3. Allocate the flat parameters: their sizes follow from steps 1 and 2 alone.
+    4. Compile blocks: the compiled function is what recomputation repeats.
+    5. Checkpoint activations: it wraps forwards, compiled or not, inside all module hooks.
+    6. Split backward: it replaces the forwards of linear layers within the blocks that steps 4 and 5 have wrapped.
+    7. Install the parameters: hooks that gather shards must be outermost, so that recomputation in a block finds them gathered.
+    8. Register the reducer: its hooks belong to the parameters that step 7 has installed.
     """
     parallel, comm, is_last = config.parallel, mesh.comm(*REDUCE_AXES), stage == len(blocks_per_stage) - 1
     prune_to_stage(model, stage, blocks_per_stage)
+    if tensor.parts > 1:
+        divide_model(model, partial(cut_of, family=config.model.arch), tensor)
     shard = comm.rank, comm.size, alignment
     flat, frozen = FlatParameters(select_trained(layouts), device, parallel.zero, *shard), None
     frozen_layouts = {name: layout for name, layout in layouts.items() if layout.frozen}
@@ -64,7 +70,7 @@ def parallelize(
     reducer = build_reducer(flat, model)
     autocast, width, seed = make_autocast(config.train.dtype, device), config.model.d_model, config.train.seed
     model_stage = ModelStage(
-        model, stage == 0, is_last, reducer, parameters, weight_grads, autocast, width, seed, device, mesh.recorder
+        model, stage == 0, is_last, reducer, parameters, weight_grads, tensor, autocast, width, seed, device, mesh.recorder
     )
     return model_stage, flat, frozen
 

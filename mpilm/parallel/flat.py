@@ -59,7 +59,7 @@ class FlatParameters:
         at, layout = self.layout.spans[name]
         if layout.tied_to and self.aliases_owner and vector is None:
             return self.parameter(layout.tied_to)
-        return (vector or self.values).view(at, at + layout.numel).view(layout.local_shape)
+        return (vector or self.values).view(at, at + layout.numel).view(layout.shape)
 
     def install(self, model: nn.Module) -> None:
         """Make the parameters of `model`, built on the meta device, views of the values."""

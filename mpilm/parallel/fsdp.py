@@ -15,6 +15,7 @@ from mpilm.comm.base import Comm, Request
 from mpilm.parallel.flat import FlatParameters, FlatVector, set_parameter
 from mpilm.parallel.pipeline.stage import StageParameters
 from mpilm.parallel.plan import fsdp_unit
+from mpilm.parallel.tensor import PartLogits
 
 GATHERS_IN_FLIGHT = 2
 
@@ -107,10 +108,11 @@ class ShardedParameters(StageParameters):
         if 0 <= following < len(self.units):
             self.units[following].prefetch()
 
-    def _leave(self, number: int, output: Tensor) -> None:
+    def _leave(self, number: int, output: Tensor | PartLogits) -> None:
         self.units[number].reshard()
-        if output.requires_grad:
-            output.register_hook(lambda _: self._begin_unit_backward(number))
+        for tensor in output.parts if isinstance(output, PartLogits) else (output,):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: self._begin_unit_backward(number))
 
     def _begin_unit_backward(self, number: int) -> None:
         """Gather a unit for its backward; the backward of the units after it has ended."""

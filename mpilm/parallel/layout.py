@@ -2,40 +2,60 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
-from mpilm.mesh.shape import MeshShape
-from mpilm.parallel.plan import Cut
+from mpilm.parallel.plan import Cut, part_name
 
 Shape = tuple[int, ...]
 REDUCE_AXES = ("data", "context")  # axes whose ranks see different tokens, so that their gradients are partial sums
 
 
 @dataclass(frozen=True)
+class ParamPart:
+    """A part of a parameter that the tensor axis divides (parallel/tensor.py)."""
+
+    source: str  # the name of the parameter
+    shape: Shape  # its global shape
+    cut: Cut
+    number: int
+    count: int
+
+    @property
+    def runs(self) -> tuple[int, int, int]:
+        """The elements of the part in the flattened parameter: runs of equal length at equal distances. Returns the first
+        element, the length of a run, and the distance between the beginnings of two."""
+        inner, size = prod(self.shape[self.cut.dim + 1 :]), self.shape[self.cut.dim]
+        rows = self.cut.ranges(size, self.count)[self.number]
+        return rows.start * inner, len(rows) * inner, size // self.cut.fused * inner
+
+
+@dataclass(frozen=True)
 class ParamLayout:
-    """Layout of one parameter, the same on all ranks."""
+    """Layout of one parameter, or of a part of one, the same on all ranks."""
 
     name: str
-    shape: Shape  # global
+    shape: Shape
     stage: int = 0
-    cut: Cut | None = None  # None: replicated within its stage
-    parts: int = 1  # ranks on the axis of the cut
+    part: ParamPart | None = None  # None: all of a parameter, which is replicated within its stage
     tied_to: str | None = None  # the parameter whose value this one always has; each of the two has its own gradient
     tied_copies: tuple[str, ...] = ()  # the parameters tied to this one
     unsharded: bool = False  # its optimizer needs the full parameter, so ZeRO assigns it to one rank undivided
     frozen: bool = False  # not trained: it has no gradient
 
     @property
-    def local_shape(self) -> Shape:
-        """Shape on one rank of its stage, before ZeRO."""
-        if self.cut is None or self.parts == 1:
-            return self.shape
-        return tuple(size // self.parts if dim == self.cut.dim else size for dim, size in enumerate(self.shape))
-
-    @property
     def numel(self) -> int:
         """Elements on one rank of its stage, before ZeRO."""
-        return prod(self.local_shape)
+        return prod(self.shape)
+
+    @property
+    def source(self) -> str:
+        """The name of the parameter of the model."""
+        return self.name if self.part is None else self.part.source
+
+    @property
+    def global_shape(self) -> Shape:
+        return self.shape if self.part is None else self.part.shape
 
     @property
     def decays(self) -> bool:
@@ -49,10 +69,10 @@ class ParamLayout:
     @property
     def replica_axes(self) -> tuple[str, ...]:
         """The mesh axes whose ranks hold the same values."""
-        return tuple(axis for axis in (*REDUCE_AXES, "tensor") if self.cut is None or axis != self.cut.axis)
+        return REDUCE_AXES if self.part is not None else (*REDUCE_AXES, "tensor")
 
 
-Layouts = Mapping[str, ParamLayout]  # by the parameter's name
+Layouts = Mapping[str, ParamLayout]  # by the name
 
 
 def resolve_layouts(
@@ -60,21 +80,27 @@ def resolve_layouts(
     tied: Mapping[str, str],
     stage_of: Callable[[str], int] = lambda name: 0,
     cut_of: Callable[[str], Cut | None] = lambda name: None,
-    mesh: MeshShape = MeshShape(),  # noqa: B008 - frozen
+    parts: int = 1,
     is_unsharded: Callable[[str, Shape], bool] = lambda name, shape: False,
     is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, ParamLayout]:
-    """Return the layout of each parameter, in the order in which forward uses them. `tied`: parameter -> the one whose value it
-    has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError for ties that do not exist or differ in shape."""
+    """Return the layout of each parameter, in the order in which forward uses them; of one that is cut, of all its `parts`.
+    `tied`: parameter -> the one whose value it has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError for ties
+    that do not exist or differ in shape."""
     for name, owner in tied.items():
         if shapes.get(name) is None or shapes.get(name) != shapes.get(owner):
             raise ValueError(f"{name} {shapes.get(name)} cannot be tied to {owner} {shapes.get(owner)}")
     layouts = {}
-    for name, shape in shapes.items():
-        cut, unsharded, frozen = cut_of(name), is_unsharded(name, shape), is_frozen(name)
-        parts = 1 if cut is None else getattr(mesh, cut.axis)
-        copies = tuple(copy for copy, owner in tied.items() if owner == name)
-        layouts[name] = ParamLayout(name, shape, stage_of(name), cut, parts, tied.get(name), copies, unsharded, frozen)
+    for source, shape in shapes.items():
+        cut = cut_of(source) if parts > 1 else None
+        for number in range(parts) if cut else (0,):
+            rename = partial(part_name, part=number) if cut else str
+            part = ParamPart(source, shape, cut, number, parts) if cut else None
+            own_shape = cut.part_shape(shape, number, parts) if cut else shape
+            owner = rename(tied[source]) if source in tied else None
+            copies = tuple(rename(copy) for copy, owner in tied.items() if owner == source)
+            name, unsharded, frozen = rename(source), is_unsharded(source, shape), is_frozen(source)
+            layouts[name] = ParamLayout(name, own_shape, stage_of(source), part, owner, copies, unsharded, frozen)
     return layouts
 
 
@@ -85,6 +111,16 @@ def select_owned(layouts: Layouts) -> list[ParamLayout]:
 
 def select_stage(layouts: Layouts, stage: int) -> dict[str, ParamLayout]:
     return {name: layout for name, layout in layouts.items() if layout.stage == stage}
+
+
+def select_parts(layouts: Layouts, parts: range) -> dict[str, ParamLayout]:
+    """Return what the ranks with these tensor parts have: them, and all that is not cut."""
+    return {name: layout for name, layout in layouts.items() if layout.part is None or layout.part.number in parts}
+
+
+def global_shapes(layouts: Layouts) -> dict[str, Shape]:
+    """Return the shapes of the parameters of the model that are optimized and saved, in its order."""
+    return {layout.source: layout.global_shape for layout in select_owned(layouts)}
 
 
 def select_trained(layouts: Layouts) -> dict[str, ParamLayout]:

@@ -21,7 +21,8 @@ def resolve_mesh_shape(config: Config, ranks: int) -> MeshShape:
         advice = ", or ".join(filter(None, (next(working, "") for working in texts)))
         raise ConfigError(f"{reason}; {advice}" if advice else reason)
     _check_cut(config)
-    return MeshShape(pipeline=config.parallel.pipeline, data=ranks // config.parallel.pipeline)
+    pipeline, tensor = config.parallel.pipeline, config.parallel.tensor
+    return MeshShape(pipeline=pipeline, data=ranks // (pipeline * tensor), tensor=tensor)
 
 
 def replica_microbatch_count(config: Config, shape: MeshShape) -> int:
@@ -56,6 +57,7 @@ def _check_cut(config: Config) -> None:
 
 def _find_problem(config: Config, ranks: int) -> Problem | None:
     """Return why these ranks cannot run `config`, and what to change; None if they can."""
+    ranks //= config.parallel.tensor
     return _find_pipeline_problem(config, ranks) or _find_data_problem(config, ranks)
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
 
-from torch import Tensor
-
 from mpilm.ops.tree import block_of_rank
 
 STAGES = {"embed": 0, "norm": -1, "head": -1}
@@ -30,12 +28,6 @@ class Cut:
         """Return the shape of a part of a parameter of this shape."""
         length = self.fused * len(self.ranges(shape[self.dim], parts)[part])
         return (*shape[: self.dim], length, *shape[self.dim + 1 :])
-
-    def take_part(self, x: Tensor, part: int, parts: int) -> Tensor:
-        """Return a part of a whole parameter."""
-        rows = self.ranges(x.shape[self.dim], parts)[part]
-        matrices = x.unflatten(self.dim, (self.fused, -1)).narrow(self.dim + 1, rows.start, len(rows))
-        return matrices.flatten(self.dim, self.dim + 1)
 
 
 COLUMN, ROW, VOCABULARY = Cut(0), Cut(1), Cut(0)  # of weights stored (out, in), as nn.Linear does

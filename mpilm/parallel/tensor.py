@@ -22,6 +22,7 @@ from mpilm.model.moe import MixtureOfExperts
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.model.transformer import BertEmbedding
 from mpilm.ops.tensor_axis import ContiguousGradient, EnterParts, LeaveParts, ShareAmongParts, TensorAxis
+from mpilm.parallel.layout import ParamPart
 from mpilm.parallel.plan import Cut, region_of
 
 CutOf = Callable[[str], Cut | None]
@@ -47,7 +48,7 @@ def _divide_region(region: Any, path: str, cut_of: CutOf, axis: TensorAxis) -> N
         _set_parameter(region, name, None)
     region.parts = parts
     if isinstance(region, Embedding):
-        region.look_up = partial(_look_up, region, axis, cuts["weight"].ranges(len(own["weight"]), axis.parts))
+        region.lookup = partial(_lookup, region, axis, cuts["weight"].ranges(len(own["weight"]), axis.parts))
         for module in region.children():
             _divide_tokens(module, axis)
     elif isinstance(region, MixtureOfExperts):
@@ -104,19 +105,19 @@ def _forward_experts(region: Any, axis: TensorAxis, x: Tensor, info: SequenceInf
     return LeaveParts.apply(axis, *outputs)
 
 
-def _look_up(region: Any, axis: TensorAxis, ranges: Sequence[range], ids: Tensor) -> Tensor:  # (B, N) -> (B, n, D)
+def _lookup(region: Any, axis: TensorAxis, ranges: Sequence[range], ids: Tensor) -> Tensor:  # (B, N) -> (B, n, D)
     outputs = []
     for number, part in region.parts.items():
         rows = ranges[int(number)]
         inside = (ids >= rows.start) & (ids < rows.stop)
-        found = part.look_up((ids - rows.start).where(inside, 0))
+        found = part.lookup((ids - rows.start).where(inside, 0))
         outputs.append(found * inside[..., None].to(found.dtype))
     return LeaveParts.apply(axis, *outputs)
 
 
 @dataclass(frozen=True)
 class PartLogits:
-    """The logits of the parts of this rank: `parts`, each (B, N, v), of the tokens numbered in `ranges`."""
+    """The logits of the parts of this rank, each (B, N, v). `ranges`: of the vocabulary, of all parts."""
 
     axis: TensorAxis
     ranges: Sequence[range]
@@ -124,12 +125,20 @@ class PartLogits:
 
     def losses(self, targets: Tensor) -> Tensor:  # (B, N) -> (B, N)
         """Return the cross-entropy of each target, float32; 0 for one that is ignored. Collective over the tensor axis."""
-        return PartCrossEntropy.apply(self.axis, self.ranges, targets, *self.parts)
+        return PartCrossEntropy.apply(self.axis, [self.ranges[part] for part in self.axis.local], targets, *self.parts)
+
+    def gather_last(self) -> Tensor:
+        """Return all logits of the last token of the first sequence, float32, (V,). Collective over the tensor axis."""
+        own = torch.cat([x[0, -1].detach().float() for x in self.parts])
+        counts = [sum(len(self.ranges[part]) for part in held) for held in self.axis.held]
+        out = own.new_empty(sum(counts))
+        self.axis.comm.all_gather(own, out, counts)
+        return out
 
 
 def _forward_head(region: Any, axis: TensorAxis, ranges: Sequence[range], x: Tensor) -> PartLogits:  # (B, n, D)
     parts = [part(full) for part, full in zip(region.parts.values(), EnterParts.apply(x, axis, False))]
-    return PartLogits(axis, [ranges[part] for part in axis.local], parts)
+    return PartLogits(axis, ranges, parts)
 
 
 class PartCrossEntropy(Function):
@@ -162,14 +171,22 @@ class PartCrossEntropy(Function):
         return None, None, None, *gradients
 
 
+def select_part(x: Tensor, part: ParamPart | None) -> Tensor:
+    """Return a part of a parameter."""
+    if part is None:
+        return x
+    first, length, distance = part.runs
+    return x.reshape(-1, distance)[:, first : first + length].reshape(part.cut.part_shape(part.shape, part.number, part.count))
+
+
 def _divide_tokens(module: Any, axis: TensorAxis) -> None:
     """Let a module outside of the regions use each slice of the tokens by itself."""
     names = [name for name, _ in module.named_parameters(recurse=False)]
     if isinstance(module, Dropout):
         module.slices = axis
     elif isinstance(module, Embedding):  # of positions: all ranks know those of all tokens
-        look_up = module.look_up
-        module.look_up = lambda ids: _call_by_slice(module, look_up, names, axis, axis.own(ids, ids.dim() - 1), ids.dim() - 1)
+        lookup = module.lookup
+        module.lookup = lambda ids: _call_by_slice(module, lookup, names, axis, axis.own(ids, ids.dim() - 1), ids.dim() - 1)
     elif isinstance(module, BertEmbedding):
         add_segment, segments = module.add_segment, module.segments
         module.add_segment = lambda x: _call_by_slice(segments, add_segment, ["weight"], axis, x)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.data.batch import Batch
 from mpilm.model.layers import hash_key, loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
+from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.parallel.pipeline.actions import Direction
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, backward_with
+from mpilm.parallel.tensor import PartLogits
 
 
 class GradientReducer:
@@ -39,9 +42,17 @@ class StageParameters:
     def join_backward(self) -> None: ...
 
 
-def token_losses(logits: Tensor, batch: Batch) -> Tensor:
+Logits = Tensor | PartLogits
+
+
+def token_losses(logits: Logits, batch: Batch) -> Tensor:
     """Return the sum of the token losses of a microbatch."""
-    return loss_sum(logits, batch.targets)
+    return logits.losses(batch.targets).sum() if isinstance(logits, PartLogits) else loss_sum(logits, batch.targets)
+
+
+def last_logits(logits: Logits, batch: Batch) -> Tensor:
+    """Return the logits of the token after the first sequence, float32, (V,)."""
+    return logits.gather_last() if isinstance(logits, PartLogits) else logits[0, -1].float()
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class StepInputs:
     microbatch_ids: Sequence[int]  # the global numbers of this replica's microbatches; a program may have more of them
     step: int | None = None  # keys dropout; None: neither dropout nor gradients
     target_tokens: int = 1  # divides the losses before backward
-    output_fn: Callable[[Tensor, Batch], Tensor] = token_losses  # applied to the logits by the last stage
+    output_fn: Callable[[Any, Batch], Tensor] = token_losses  # applied to the logits by the last stage
     kv_caches: Mapping[int, KVCache] | None = None  # by global number, for decoding
 
 
@@ -67,6 +78,7 @@ class ModelStage:
     reducer: GradientReducer
     parameters: StageParameters
     weight_grads: WeightGradQueue  # used by schedules with W
+    tensor: TensorAxis
     autocast: Callable[[], torch.autocast]
     width: int
     seed: int
@@ -88,7 +100,8 @@ class ModelStage:
 
     def receive_buffer(self, direction: Direction, microbatch: int) -> Tensor:
         """Return the buffer that receives the input of a microbatch, or the gradient of its output."""
-        shape = (*self._batch(microbatch).tokens.shape, self.width)
+        sequences, tokens = self._batch(microbatch).tokens.shape
+        shape = (sequences, self.tensor.count_own(tokens), self.width)
         buffer = self._free[shape].pop() if self._free[shape] else torch.empty(shape, device=self.device)
         self._received[direction, microbatch] = buffer
         return buffer
@@ -173,7 +186,8 @@ class ModelStage:
 
     def _batch(self, microbatch: int) -> Batch:
         if microbatch not in self._batches:
-            self._batches[microbatch] = self.fetch_batch(self.inputs.microbatch_ids[microbatch])
+            batch = self._batches[microbatch] = self.fetch_batch(self.inputs.microbatch_ids[microbatch])
+            self.tensor.sliced = self.inputs.kv_caches is None and batch.tokens.shape[1] % self.tensor.slice_count == 0
         return self._batches[microbatch]
 
     def fetch_batch(self, number: int) -> Batch:
