@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -24,6 +25,7 @@ from mpilm.data.files import file_errors, parse_json, read_json
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.hf.names import match_keys
 from mpilm.parallel.flat_layout import ParamSlice
+from mpilm.parallel.layout import ParamPart
 
 STAGED_ELEMENTS = 1 << 22  # pass through host memory at a time on their way to a device or another dtype
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -33,11 +35,14 @@ POSITIONS = "embed.positions.weight"
 Slices = Mapping[ParamSlice, Tensor]  # flat float32 tensors on any device, to be filled
 Shapes = Mapping[str, TensorShape]  # global, of all parameters with their own memory
 TensorRefs = Mapping[str, "TensorRef"]
+Parts = Mapping[str, ParamPart]  # of divided parameters, by the names that slices have
+NO_PARTS: Parts = MappingProxyType({})
 
 
 def load_checkpoint(
-    folder: Path, slices: Mapping[str, Slices], shapes: Mapping[str, Shapes], model: ModelConfig, comm: Comm, optional: str = ""
-) -> None:
+    folder: Path, slices: Mapping[str, Slices], shapes: Mapping[str, Shapes], model: ModelConfig, comm: Comm, optional: str = "",
+    parts: Parts = NO_PARTS,
+) -> None:  # fmt: skip
     """Fill this rank's slices, by kind, from a verified checkpoint of any layout. All ranks compare all shapes with the files.
     The kind `optional` stays as it is if the files have none. Collective over `comm`; raises CollectiveError on all ranks."""
 
@@ -46,14 +51,15 @@ def load_checkpoint(
             names = {name: stored_name(name, kind, model) for name in kind_shapes}
             with open_tensors(folder, file_stem(kind, model)) as refs:
                 if kind != optional or any(name in refs for name in names.values()):
-                    _read_slices(folder, refs, slices.get(kind, {}), names, kind_shapes, exact=True)
+                    _read_slices(folder, refs, slices.get(kind, {}), names, kind_shapes, parts, exact=True)
 
     run_on_all_ranks(comm, read)
 
 
 def load_hf_weights(
-    folder: Path, parameters: Slices, shapes: Shapes, model: ModelConfig, comm: Comm, adapter: bool = False
-) -> None:
+    folder: Path, parameters: Slices, shapes: Shapes, model: ModelConfig, comm: Comm, adapter: bool = False,
+    parts: Parts = NO_PARTS,
+) -> None:  # fmt: skip
     """Fill this rank's slices from a Hugging Face folder: one safetensors file or several with an index, in any of DTYPES. With
     `adapter`, they are those of the adapter in the folder, as PEFT or mpilm writes it. A table of learned positions may be
     longer than needed. A folder with a manifest is verified first. Collective; raises CollectiveError on all ranks."""
@@ -70,17 +76,22 @@ def load_hf_weights(
                 if names:
                     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
                     raise ConfigError(f"{folder} {verb} {', '.join(names[:4])}{more}{end}")
-            _read_slices(folder, refs, parameters, matched.names, shapes, exact=False)
+            _read_slices(folder, refs, parameters, matched.names, shapes, parts, exact=False)
 
     run_on_all_ranks(comm, read)
 
 
-def _read_slices(folder: Path, refs: TensorRefs, slices: Slices, names: Mapping[str, str], shapes: Shapes, exact: bool) -> None:
+def _read_slices(
+    folder: Path, refs: TensorRefs, slices: Slices, names: Mapping[str, str], shapes: Shapes, parts: Parts, exact: bool
+) -> None:
     """Fill `slices` from the tensors with these names, after all of them are found to fit: if `exact`, only in float32."""
     dtypes = ("F32",) if exact else DTYPES
     tensors = {n: lookup_tensor(refs, names[n], x, folder, dtypes, not exact and n == POSITIONS) for n, x in shapes.items()}
     for piece, tensor in slices.items():
-        tensors[piece.name].read(tensor, piece.start)
+        if (part := parts.get(piece.name)) is None:
+            tensors[piece.name].read(tensor, piece.start)
+        else:
+            tensors[part.source].read_part(tensor, piece.start, part)
 
 
 def _check_no_pickles(folder: Path, patterns: Sequence[str]) -> None:
@@ -112,6 +123,15 @@ class TensorRef:
             offset += staged.nbytes
             if is_staged:
                 part.copy_(staged)
+
+    def read_part(self, out: Tensor, start: int, part: ParamPart) -> None:
+        """Do the same with the elements of a part of the tensor, counted within the part."""
+        flat, (first, run, distance) = out.detach().view(-1), part.runs
+        while flat.numel():
+            row, column = divmod(start, run)
+            piece = flat[: run - column]
+            self.read(piece, first + row * distance + column)
+            flat, start = flat[piece.numel() :], start + piece.numel()
 
 
 @contextlib.contextmanager

@@ -9,10 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from mpilm.checkpoint.format import BLOCK_BYTES, ITEM_BYTES, PARAMETER, TensorShape, file_stem, pack_header, stored_name
 from mpilm.config.schema import ModelConfig
+from mpilm.parallel.layout import ParamPart
 
 MAX_SHARD_BYTES = 5_000_000_000  # per file, as in transformers
 HEADER = "header"  # the kind of bytes that every rank has
@@ -28,6 +32,7 @@ class StoredTensor:
     key: tuple[str, str]  # kind, parameter
     shape: TensorShape
     unsharded: bool = False  # it has another shape than its parameter, whose owners own all of it
+    parts: tuple[tuple[str, ParamPart], ...] = ()  # by name, if the tensor axis divides the parameter
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +60,13 @@ class ByteRange(NamedTuple):  # a plan may have a million of them, and a datacla
     nbytes: int
     offset: int  # of the first byte in the file
     owners: Sequence[int]  # ranks that hold these bytes
+    run: int = 0  # bytes that lie together in the file, each time at `distance`; 0: all of them
+    distance: int = 0
+
+    def view(self, block: Tensor, first: int) -> Tensor:
+        """Return the place of the range in a block of bytes that begins at byte `first` of the file."""
+        run, distance = (self.run, self.distance) if self.run else (self.nbytes, self.nbytes)
+        return block.as_strided((self.nbytes // run, run), (distance, 1), block.storage_offset() + self.offset - first)
 
 
 @dataclass(frozen=True)
@@ -69,14 +81,20 @@ class FileBlock:
     parts: Mapping[int, Sequence[ByteRange]]  # by the rank that they come from, the writer included
 
 
-def plan_files(model: ModelConfig, shapes: Mapping[str, Mapping[str, TensorShape]]) -> list[TensorFile]:
+def plan_files(
+    model: ModelConfig, shapes: Mapping[str, Mapping[str, TensorShape]], parts: Mapping[str, ParamPart] = MappingProxyType({})
+) -> list[TensorFile]:
     """Return the files for parameters and moments of these shapes, by kind. Tensors lie in reverse model order, like parameters
     in memory: neighbours in a file are mostly neighbours in memory."""
     by_stem: dict[str, list[StoredTensor]] = {file_stem(kind, model): [] for kind in (PARAMETER, "moment")}
+    by_source = defaultdict[str, list[tuple[str, ParamPart]]](list)
+    for name, part in parts.items():
+        by_source[part.source].append((name, part))
     for kind, kind_shapes in shapes.items():
         for name, shape in reversed(list(kind_shapes.items())):
             unsharded = shape != shapes[PARAMETER][name]
-            by_stem[file_stem(kind, model)].append(StoredTensor(stored_name(name, kind, model), (kind, name), shape, unsharded))
+            key, stem = (kind, name), file_stem(kind, model)
+            by_stem[stem].append(StoredTensor(stored_name(name, kind, model), key, shape, unsharded, tuple(by_source[name])))
     return [file for stem, tensors in by_stem.items() for file in assign_files(stem, tensors)]
 
 
@@ -132,7 +150,9 @@ def _split_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[
     """Yield the byte ranges of a file in order, split at the borders of blocks, without empty ones."""
     for r in _list_ranges(file, owners, size):
         done = 0
-        while done < r.nbytes:
+        if r.run:  # within a block already
+            yield r
+        while done < r.nbytes and not r.run:
             nbytes = min(r.nbytes - done, BLOCK_BYTES - (r.offset + done) % BLOCK_BYTES)
             yield ByteRange(r.key, r.start + done, nbytes, r.offset + done, r.owners)
             done += nbytes
@@ -143,7 +163,12 @@ def _list_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[B
     offset = len(file.header)
     yield ByteRange((HEADER, file.name), 0, offset, 0, range(size))
     for tensor in file.tensors:
-        (kind, name), shards, covered = tensor.key, owners[tensor.key[1]], 0
+        if tensor.parts and not tensor.unsharded:
+            yield from _list_part_ranges(tensor, offset, owners)
+            offset += tensor.nbytes
+            continue
+        (kind, name), covered = tensor.key, 0
+        shards = owners[tensor.parts[0][0] if tensor.parts else name]
         if tensor.unsharded:
             if len(shards) != 1:
                 raise ValueError(f"{name} is sharded, but its {kind} has another shape")
@@ -157,3 +182,30 @@ def _list_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[B
         if covered != tensor.nbytes:
             raise ValueError(f"{name}: {covered // ITEM_BYTES} of {tensor.nbytes // ITEM_BYTES} elements are owned by ranks")
         offset += tensor.nbytes
+
+
+def _list_part_ranges(tensor: StoredTensor, offset: int, owners: ShardOwners) -> Iterator[ByteRange]:
+    """Yield the byte ranges of a tensor that lies in parts, block by block. `offset`: of the tensor in the file."""
+    kind, end = tensor.key[0], offset + tensor.nbytes
+    for first in range(offset // BLOCK_BYTES * BLOCK_BYTES, end, BLOCK_BYTES):
+        bounds = [max(0, first - offset), min(end, first + BLOCK_BYTES) - offset]  # of the tensor's bytes in this block
+        found = 0
+        for name, part in tensor.parts:
+            begin, run, distance = (ITEM_BYTES * count for count in part.runs)
+            start, stop = (_count_before(bound, begin, run, distance) for bound in bounds)
+            for shard_start, shard_stop, ranks in owners[name]:
+                at, last = max(start, shard_start * ITEM_BYTES), min(stop, shard_stop * ITEM_BYTES)
+                while at < last:
+                    row, column = divmod(at, run)
+                    nbytes = min(run - column, last - at) if column or last - at < run else (last - at) // run * run
+                    place = offset + begin + row * distance + column
+                    yield ByteRange((kind, name), at, nbytes, place, ranks, min(run, nbytes), distance)
+                    at, found = at + nbytes, found + nbytes
+        if found != bounds[1] - bounds[0]:
+            raise ValueError(f"{tensor.key[1]}: {bounds[1] - bounds[0] - found} of its bytes are owned by no rank, or by two")
+
+
+def _count_before(bound: int, begin: int, run: int, distance: int) -> int:
+    """Return how many bytes of runs that begin at `begin`, at equal distances, lie before a byte."""
+    row, column = divmod(max(0, bound - begin), distance)
+    return row * run + min(column, run)

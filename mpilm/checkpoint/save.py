@@ -13,7 +13,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 from pathlib import Path
@@ -34,6 +34,7 @@ from mpilm.errors import FileError, RanksDisagreeError
 from mpilm.model.hf.config import ADAPTER_CONFIG, hf_adapter_config, hf_config
 from mpilm.parallel.digests import CAUSE, sum_bits
 from mpilm.parallel.flat_layout import ParamSlice
+from mpilm.parallel.layout import ParamPart
 
 TAG = 5  # one tag is enough: two ranks send and receive their messages in the order of blocks
 BLOCKS_IN_FLIGHT = 2  # in exchange at once, per rank
@@ -54,6 +55,7 @@ class CheckpointState:
     shapes: Mapping[str, Mapping[str, TensorShape]]  # global, of the whole model
     slices: Mapping[str, Mapping[ParamSlice, Tensor]]  # of this rank; flat, contiguous, float32, on any device
     shard_owners: ShardOwners  # the same on all ranks; ranges cover a parameter in order, each owner has a slice with all of it
+    parts: Mapping[str, ParamPart] = field(default_factory=dict)  # of divided parameters, by the names that slices and owners have
     check: Callable[[], None] = lambda: None  # collective; raises CollectiveError if the slices hold wrong values
 
 
@@ -68,7 +70,7 @@ class PendingCheckpoint:
         self.state, self.comm, self._began_s = state, comm, time.perf_counter()
         self.work: Future[None] = Future()  # what this rank writes at the moment
         self._folder_writer = CheckpointFolder(parent / f"{TEMPORARY}{self.final.name}")
-        self._files = plan_files(state.model, state.shapes)
+        self._files = plan_files(state.model, state.shapes, state.parts)
         self._digests = torch.zeros(sum(count_blocks(file.nbytes) for file in self._files), 32, dtype=torch.uint8)
         self._committing = False
         self._copied: dict[int, int] = {}  # sums of the bits of the copies in `buffers`, by block
@@ -253,7 +255,7 @@ class WriteBuffers(dict[int, Tensor]):
 
     def reserve(self, state: CheckpointState, comm: Comm) -> None:
         """Allocate and touch the memory that copies of such a state need, so that the first save does not wait for it."""
-        for block in plan_blocks(plan_files(state.model, state.shapes), state.shard_owners, comm.size):
+        for block in plan_blocks(plan_files(state.model, state.shapes, state.parts), state.shard_owners, comm.size):
             if block.writer == comm.rank:
                 self.allocate(block).zero_()
 
@@ -299,7 +301,8 @@ def _exchange_block(
             requests[rank].wait()
         parts = map(local.bytes_of, ranges) if rank == comm.rank else messages[rank].split([r.nbytes for r in ranges])
         for r, part in zip(ranges, parts):
-            data[r.offset - block.offset :][: r.nbytes].copy_(part)
+            place = r.view(data, block.offset)
+            place.copy_(part.view(place.shape))
     yield block, data
 
 

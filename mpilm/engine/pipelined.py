@@ -57,6 +57,7 @@ class PipelinedModel:
         self.tensor = TensorAxis(mesh.comm("tensor"), config.model.tensor_parts)
         # All parameters of the model, and those that the ranks with this rank's tensor parts have.
         self.layouts = resolve_model_layouts(config.model, vocab_size, blocks_per_stage, config.train.optimizer)
+        self.parts = {name: layout.part for name, layout in self.layouts.items() if layout.part is not None}
         local = select_parts(self.layouts, self.tensor.local)
         trained = select_trained(local)
         frozen_layouts = {name: layout for name, layout in local.items() if layout.frozen}
@@ -67,7 +68,16 @@ class PipelinedModel:
         for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):
             model, layouts = meta_model(config.model, vocab_size), select_stage(local, stage)
             self.stages[stage], self.flats[stage], frozen = parallelize(
-                model, stage, blocks_per_stage, layouts, config, mesh, self.tensor, device, alignment, partial(self.make_reducer, stage)
+                model,
+                stage,
+                blocks_per_stage,
+                layouts,
+                config,
+                mesh,
+                self.tensor,
+                device,
+                alignment,
+                partial(self.make_reducer, stage),
             )
             if frozen is not None:
                 self.frozen[stage] = frozen
@@ -167,21 +177,18 @@ def load_initial_weights(model: PipelinedModel, world: Comm) -> None:
     folder = Path(shape.init_from).expanduser()
     base = run_on_all_ranks(world, lambda: find_base_model(folder, shape.base))
     if not shape.lora_rank:
-        load_hf_weights(base, model.owned_slices(), model.shapes, shape, world)
+        load_hf_weights(base, model.owned_slices(), model.shapes, shape, world, parts=model.parts)
         return model.all_gather_parameters()
-    load_hf_weights(base, _owned_slices(model.frozen.values()), model.frozen_shapes, shape, world)
+    load_hf_weights(base, _owned_slices(model.frozen.values()), model.frozen_shapes, shape, world, parts=model.parts)
     if not has_adapter(folder):
         return model.init_parameters(frozen=False)
-    load_hf_weights(folder, model.owned_slices(), model.shapes, shape, world, adapter=True)
+    load_hf_weights(folder, model.owned_slices(), model.shapes, shape, world, True, model.parts)
     model.tied_frozen.copy_values()
     return model.all_gather_parameters()
 
 
 def resolve_model_layouts(
-    shape: ModelConfig,
-    vocab_size: int,
-    blocks_per_stage: Sequence[int],
-    optimizer: str = TrainConfig.optimizer,
+    shape: ModelConfig, vocab_size: int, blocks_per_stage: Sequence[int], optimizer: str = TrainConfig.optimizer
 ) -> dict[str, ParamLayout]:
     """Return the layout of every parameter of the model divided into these stages."""
     return resolve_layouts(

@@ -45,9 +45,7 @@ class TrainModel(PipelinedModel):
         self.row_sum = compile_row_sum() if config.train.compile and device.type == "cuda" else None
         self.sums = {stage: reducer.sums for stage, reducer in self.reducers.items()}  # the summed gradients, by stage
         self.norm_shards = [  # the part of the gradient that this rank contributes to the norm
-            self.sums[stage].view(*interval)
-            for stage, flat in self.flats.items()
-            for interval in self._unique_intervals(flat)
+            self.sums[stage].view(*interval) for stage, flat in self.flats.items() for interval in self._unique_intervals(flat)
         ]
         self.microbatch_count, parallel = microbatch_count(config), config.parallel
         # The microbatches of this replica, in the order in which it computes them.
@@ -170,7 +168,9 @@ class TrainModel(PipelinedModel):
 
 def load_checkpoint_state(model: TrainModel, checkpoint: Path, updates: int, world: Comm) -> None:
     """Load weights and moments of a verified checkpoint, taken after `updates` updates. Collective."""
-    load_checkpoint(checkpoint, model.state_slices(), model.state_shapes, model.config.model, world, OUTER_MOMENTUM)
+    load_checkpoint(
+        checkpoint, model.state_slices(), model.state_shapes, model.config.model, world, OUTER_MOMENTUM, model.parts
+    )
     model.optimizer.set_step(updates)
     model.reset_residuals()
     model.all_gather_parameters()

@@ -9,6 +9,7 @@ Letters in shapes: B sequences, N tokens (n of them on a rank), S sequence parts
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,13 +127,13 @@ class EnterParts(Function):
     gradients of parts are added; that of the shared one is complete."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, axis: TensorAxis, shared: bool) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, axis: TensorAxis, shared: bool) -> tuple[Tensor, ...]:
         ctx.axis, ctx.dtype = axis, x.dtype
         full = axis.gather(x)
         return tuple(full.view_as(full) for _ in range(len(axis.local) + shared))
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         count = len(ctx.axis.local)
         total = ctx.axis.reduce(gradients[:count])
         for gradient in gradients[count:]:
@@ -144,12 +145,12 @@ class LeaveParts(Function):
     """The sum of the outputs of parts: for each part here (B, N, ...) -> (B, n, ...)."""
 
     @staticmethod
-    def forward(ctx, axis: TensorAxis, *partial: Tensor) -> Tensor:
+    def forward(ctx: Any, axis: TensorAxis, *partial: Tensor) -> Tensor:
         ctx.axis, ctx.dtype = axis, partial[0].dtype
         return axis.reduce(partial)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         full = ctx.axis.gather(gradient.to(ctx.dtype))
         return None, *[full] * len(ctx.axis.local)
 
@@ -159,12 +160,12 @@ class ShareAmongParts(Function):
     gradients of all uses on all ranks are added, those of one sequence part first."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, axis: TensorAxis, sequence_parts: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, axis: TensorAxis, sequence_parts: int) -> tuple[Tensor, ...]:
         ctx.axis, ctx.sequence_parts, ctx.dtype = axis, sequence_parts, x.dtype
         return tuple(x.view_as(x) for _ in range(sequence_parts * len(axis.local)))
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         count = len(ctx.axis.local)
         by_part = [torch.stack(gradients[i::count]) for i in range(count)]  # (S, ...)
         return fold(list(ctx.axis.all_reduce(by_part))).to(ctx.dtype), None, None
@@ -174,11 +175,11 @@ class ContiguousGradient(Function):
     """The identity on x. Its gradient is contiguous, whatever was made of x: strides decide in which order a kernel adds."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
 
 

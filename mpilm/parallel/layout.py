@@ -97,10 +97,10 @@ def resolve_layouts(
             rename = partial(part_name, part=number) if cut else str
             part = ParamPart(source, shape, cut, number, parts) if cut else None
             own_shape = cut.part_shape(shape, number, parts) if cut else shape
-            owner = rename(tied[source]) if source in tied else None
+            tied_to = rename(tied[source]) if source in tied else None
             copies = tuple(rename(copy) for copy, owner in tied.items() if owner == source)
             name, unsharded, frozen = rename(source), is_unsharded(source, shape), is_frozen(source)
-            layouts[name] = ParamLayout(name, own_shape, stage_of(source), part, owner, copies, unsharded, frozen)
+            layouts[name] = ParamLayout(name, own_shape, stage_of(source), part, tied_to, copies, unsharded, frozen)
     return layouts
 
 

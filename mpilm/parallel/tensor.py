@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from mpilm.model.attention import AttentionCore
 from mpilm.model.layers import IGNORE_INDEX, Dropout, Embedding
 from mpilm.model.moe import MixtureOfExperts
 from mpilm.model.sequence_info import SequenceInfo
@@ -31,6 +32,7 @@ CutOf = Callable[[str], Cut | None]
 def divide_model(model: nn.Module, cut_of: CutOf, axis: TensorAxis) -> None:
     """Divide `model`, on the meta device, and keep the parts of this rank."""
     regions = {region_of(name) for name, _ in model.named_parameters() if cut_of(name)}
+    module: Any
     for path, module in list(model.named_modules()):
         if path in regions:
             _divide_region(module, path, cut_of, axis)
@@ -61,14 +63,12 @@ def _divide_region(region: Any, path: str, cut_of: CutOf, axis: TensorAxis) -> N
 
 def _make_part(region: nn.Module, own: Mapping[str, Tensor], cuts: Mapping[str, Cut], part: int, parts: int) -> nn.Module:
     """Return a copy of a region with part of each cut parameter, and without the others."""
-    module = copy.deepcopy(region)
+    module: Any = copy.deepcopy(region)
     for name, parameter in own.items():
         shape = cuts[name].part_shape(parameter.shape, part, parts) if name in cuts else None
         _set_parameter(module, name, None if shape is None else nn.Parameter(torch.empty(shape, device="meta")))
     for inner in module.modules():
-        if isinstance(inner, Dropout):
-            inner.path = f"{inner.path}.{part}"
-        if hasattr(inner, "causal"):  # an attention core: its keys and values are cached by path
+        if isinstance(inner, (Dropout, AttentionCore)):  # masks are drawn, and keys and values cached, by path
             inner.path = f"{inner.path}.{part}"
     return module
 

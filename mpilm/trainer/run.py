@@ -67,5 +67,5 @@ def collect_state(run: Run, step: int, eval_loss: float | None) -> CheckpointSta
         "conditions": numerics_environment(run.hardware, run.mesh.world, config.parallel),
         "config": to_dict(config),
     }
-    tensors = model.state_shapes, model.state_slices(), model.shard_owners, partial(check_state, model, step)
+    tensors = model.state_shapes, model.state_slices(), model.shard_owners, model.parts, partial(check_state, model, step)
     return CheckpointState(config.model, data.tokenizer, data.template, trainer, *tensors)
