@@ -55,7 +55,9 @@ class CheckpointState:
     shapes: Mapping[str, Mapping[str, TensorShape]]  # global, of the whole model
     slices: Mapping[str, Mapping[ParamSlice, Tensor]]  # of this rank; flat, contiguous, float32, on any device
     shard_owners: ShardOwners  # the same on all ranks; ranges cover a parameter in order, each owner has a slice with all of it
-    parts: Mapping[str, ParamPart] = field(default_factory=dict)  # of divided parameters, by the names that slices and owners have
+    parts: Mapping[str, ParamPart] = field(
+        default_factory=dict
+    )  # of divided parameters, by the names that slices and owners have
     check: Callable[[], None] = lambda: None  # collective; raises CollectiveError if the slices hold wrong values
 
 

@@ -11,6 +11,7 @@ from mpilm.engine.train_model import TrainModel
 from mpilm.errors import RanksDisagreeError
 from mpilm.formatting import name_ranks
 from mpilm.parallel.digests import CAUSE, read_sums, sum_bits
+from mpilm.parallel.layout import REDUCE_AXES
 
 MODULUS = 2**32  # of digests
 ADVICE = "Nothing of this is saved; the same command, best without that host, resumes from the newest checkpoint"
@@ -55,17 +56,22 @@ def _name_bit(difference: int) -> str:
     return f" (bit {size.bit_length() - 1} of an element)" if size & (size - 1) == 0 else ""
 
 
+def _replica_axes(model: TrainModel, name: str) -> tuple[str, ...]:
+    """Return the axes over which a tensor is equal; a moment of a divided parameter that is not divided has its name."""
+    return model.layouts[name].replica_axes if name in model.layouts else (*REDUCE_AXES, "tensor")
+
+
 def _find_differing(model: TrainModel, done: int, digests: Sequence[int]) -> list[tuple[str, str]]:
     """Return the tensors whose bits differ from those of most replicas. Collective over the mesh."""
     if model.zero == 3 or not model.are_replicas_in_sync(done):
         return []
     totals = defaultdict[tuple[str, ...], Counter[str]](Counter)
     for name, digest in zip(model.digests.weight_names, digests):
-        totals[model.layouts[name].replica_axes][name] += digest
+        totals[_replica_axes(model, name)][name] += digest
     if model.replicates_moments:
         for kind, slices in model.optimizer.state_slices().items():
             for item, digest in zip(slices, read_sums(sum_bits(slices.values()))):
-                totals[model.layouts[item.name].replica_axes][f"{item.name} ({kind})"] += digest
+                totals[_replica_axes(model, item.name)][f"{item.name} ({kind})"] += digest
     differing: list[tuple[str, str]] = []
     for axes in sorted(totals):  # in the same order on all ranks
         comm, names = model.mesh.comm(*axes), sorted(totals[axes])

@@ -53,7 +53,7 @@ class TrainModel(PipelinedModel):
         if self.zero >= 2:  # this rank's microbatch of each round, so that the round can be reduced at once
             self.microbatch_ids = range(self.data.rank, self.microbatch_count, self.data.size)
         diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
-        self.optimizer = Optimizer(self.flats, config.train, diloco)
+        self.optimizer = Optimizer(self.flats, config.train, self.tensor, diloco)
         self.replicates_moments = self.zero == 0 and not self.is_local_sgd and self.reduce_comm.size > 1
         # Replicas compare the moments that they share; a digest of their own would cost more than that of the weights.
         self.digests = StateDigests(self.flat_parameters, {} if self.replicates_moments else self.optimizer.state_slices())

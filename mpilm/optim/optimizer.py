@@ -10,6 +10,7 @@ the one rank that owns a parameter updates it, so nothing is computed twice and 
 
 import math
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 
 from mpilm.config.schema import TrainConfig
+from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.ops.tree import Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals, merge_intervals
 from mpilm.parallel.layout import ParamLayout, Shape
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
+from mpilm.parallel.tensor import gather_parts, select_part
 
 EPS = 1e-8  # of AdamW
 BETA2_DECAY = -0.8  # of Adafactor, as are the smallest deviation of a gradient and the smallest size of a parameter:
@@ -52,7 +55,7 @@ class ElementwiseOptimizer(ABC):
     def state_shapes(cls, shape: Shape) -> Mapping[str, Shape]:
         return dict.fromkeys(cls.STATE_NAMES, shape)
 
-    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig):
+    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig, tensor: TensorAxis):
         self.flats, self.train, self.count = flats, train, 0  # updates that the moments have seen
         device = next(iter(flats.values())).device
         self.spans = {
@@ -126,7 +129,8 @@ class SGD(ElementwiseOptimizer):
 
 
 class UnshardedOptimizer(ABC):
-    """Updates the unsharded parameters one after the other. Gradients are flat vectors by stage."""
+    """Updates the unsharded parameters one after the other. Gradients are flat vectors by stage. All ranks of the tensor axis
+    update a divided parameter alike, from its gathered parts, and each keeps its own."""
 
     STATE_NAMES: tuple[str, ...]
 
@@ -135,22 +139,34 @@ class UnshardedOptimizer(ABC):
         """Return the shapes of the moments, by name, of a parameter of this shape."""
         return dict.fromkeys(cls.STATE_NAMES, shape)
 
-    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig):
-        self.flats, self.train, self.count = flats, train, 0
-        self.stages = {name: stage for stage, flat in flats.items() for name in _owned_unsharded(flat)}
-        self.moments: dict[str, dict[str, Tensor]] = {}
-        for name, stage in self.stages.items():
-            shapes = self.state_shapes(flats[stage].layout.spans[name][1].shape)
-            self.moments[name] = {state: torch.zeros(shape, device=flats[stage].device) for state, shape in shapes.items()}
+    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig, tensor: TensorAxis):
+        self.flats, self.train, self.tensor, self.count = flats, train, tensor, 0
+        self.moments = defaultdict[str, dict[str, Tensor]](dict)
+        self.sources = defaultdict[str, list[ParamLayout]](list)  # the parameters, each with its parts here or itself
+        for flat in flats.values():
+            for layout in reversed(_owned_unsharded(flat)):  # parts in ascending order
+                self.sources[layout.source].append(layout)
+                for state, shape in self.state_shapes(layout.global_shape).items():
+                    name, own = (layout.name, layout.shape) if shape == layout.global_shape else (layout.source, shape)
+                    self.moments[name].setdefault(state, torch.zeros(own, device=flat.device))
 
     def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
         self.count += 1
-        for name, stage in self.stages.items():
-            flat = self.flats[stage]
-            weight_decay = self.train.weight_decay * flat.layout.spans[name][1].decays
-            value, gradient = flat.parameter(name, flat.values), flat.parameter(name, gradients[stage])
+        for source, layouts in self.sources.items():
+            own = [self._tensors(layout, gradients[layout.stage]) for layout in layouts]
+            full = {name: gather_parts([each[name] for each in own], layouts[0].part, self.tensor) for name in own[0]}
+            moments = {name: x for name, x in full.items() if name in self.STATE_NAMES} | self.moments[source]
             with torch.no_grad():
-                self.update(value, gradient, self.moments[name], lr, weight_decay)
+                self.update(full["value"], full["gradient"], moments, lr, self.train.weight_decay * layouts[0].decays)
+            for layout, tensors in zip(layouts, own):
+                for name in tensors.keys() - {"gradient"} if layout.part is not None else ():
+                    tensors[name].copy_(select_part(full[name], layout.part))
+
+    def _tensors(self, layout: ParamLayout, gradients: FlatVector) -> dict[str, Tensor]:
+        """Return a parameter, or a part of one, its gradient, and its moments of the same shape."""
+        flat = self.flats[layout.stage]
+        value, gradient = flat.parameter(layout.name, flat.values), flat.parameter(layout.name, gradients)
+        return {"value": value, "gradient": gradient, **self.moments[layout.name]}
 
     @abstractmethod
     def update(self, value: Tensor, gradient: Tensor, moments: Mapping[str, Tensor], lr: float, weight_decay: float) -> None:
@@ -220,10 +236,10 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-def _owned_unsharded(flat: FlatParameters) -> list[str]:
+def _owned_unsharded(flat: FlatParameters) -> list[ParamLayout]:
     """Return the unsharded parameters that this rank updates."""
-    spans = {name: flat.layout.padded_span(name) for name, (_, layout) in flat.layout.spans.items() if layout.unsharded}
-    return [name for name, span in spans.items() if intersect_intervals(flat.owned, [span]) == [span]]
+    unsharded = {layout: flat.layout.padded_span(name) for name, (_, layout) in flat.layout.spans.items() if layout.unsharded}
+    return [layout for layout, span in unsharded.items() if intersect_intervals(flat.owned, [span]) == [span]]
 
 
 ParameterOptimizer = ElementwiseOptimizer | UnshardedOptimizer
@@ -258,9 +274,11 @@ def moment_shapes(optimizer: str, layouts: Iterable[ParamLayout], local_sgd: boo
 class Optimizer:
     """Updates the stages of this rank, and holds the outer optimizer of local SGD if replicas synchronize only now and then."""
 
-    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig, diloco: DiLoCo | None = None):
+    def __init__(
+        self, flats: Mapping[int, FlatParameters], train: TrainConfig, tensor: TensorAxis, diloco: DiLoCo | None = None
+    ):
         self.diloco = diloco
-        self.optimizers = [optimizer(flats, train) for optimizer in dict.fromkeys(OPTIMIZERS[train.optimizer])]
+        self.optimizers = [optimizer(flats, train, tensor) for optimizer in dict.fromkeys(OPTIMIZERS[train.optimizer])]
 
     def set_step(self, step: int) -> None:
         """Set the number of updates that the moments have seen."""

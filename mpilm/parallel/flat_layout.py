@@ -9,6 +9,7 @@ parameter that must stay unsharded has buckets of its own, owned by one rank; th
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 from typing import NamedTuple
 
 from mpilm.ops.tree import Interval
@@ -125,14 +126,14 @@ class FlatLayout:
 
 
 def _assign_owners(unsharded: Sequence[ParamLayout], ranks: int) -> dict[str, int]:
-    """Assign each parameter to a rank: large ones first, each to the rank with the least so far. The two ends of a tie, which
-    may be on different stages, belong to rank 0."""
-    load, owners = [0] * ranks, {}
-    for layout in sorted(unsharded, key=lambda layout: (not layout.is_tied, -layout.numel)):
-        owner = 0 if layout.is_tied else min(range(ranks), key=load.__getitem__)
-        owners[layout.name] = owner
-        load[owner] += layout.numel
-    return owners
+    """Assign each parameter to a rank: large ones first, each to the rank with the least so far, together with all its parts. The
+    two ends of a tie, which may be on different stages, belong to rank 0."""
+    load, owners = [0] * ranks, dict[str, int]()
+    for layout in sorted(unsharded, key=lambda layout: (not layout.is_tied, -prod(layout.global_shape))):
+        if layout.source not in owners:
+            owners[layout.source] = 0 if layout.is_tied else min(range(ranks), key=load.__getitem__)
+            load[owners[layout.source]] += prod(layout.global_shape)
+    return {layout.name: owners[layout.source] for layout in unsharded}
 
 
 def intersect_intervals(left: Sequence[Interval], right: Sequence[Interval]) -> list[Interval]:

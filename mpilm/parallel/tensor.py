@@ -9,8 +9,9 @@ their sum, in tree order, is the gradient.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ CutOf = Callable[[str], Cut | None]
 def divide_model(model: nn.Module, cut_of: CutOf, axis: TensorAxis) -> None:
     """Divide `model`, on the meta device, and keep the parts of this rank."""
     regions = {region_of(name) for name, _ in model.named_parameters() if cut_of(name)}
-    module: Any
     for path, module in list(model.named_modules()):
         if path in regions:
             _divide_region(module, path, cut_of, axis)
@@ -177,6 +177,21 @@ def select_part(x: Tensor, part: ParamPart | None) -> Tensor:
         return x
     first, length, distance = part.runs
     return x.reshape(-1, distance)[:, first : first + length].reshape(part.cut.part_shape(part.shape, part.number, part.count))
+
+
+def gather_parts(own: Sequence[Tensor], part: ParamPart | None, axis: TensorAxis) -> Tensor:
+    """Return a parameter from the parts of all ranks, or the only element of `own` if it is not divided. `part`: one of them.
+    Collective over the tensor axis."""
+    if part is None:
+        return own[0]
+    shapes = [part.cut.part_shape(part.shape, number, part.count) for number in range(part.count)]
+    flat = torch.cat([x.reshape(-1) for x in own])
+    out, full = flat.new_empty(prod(part.shape)), flat.new_empty(part.shape)
+    axis.comm.all_gather(flat, out, [sum(prod(shapes[number]) for number in held) for held in axis.held])
+    for number, values in enumerate(out.split([prod(shape) for shape in shapes])):
+        first, run, distance = replace(part, number=number).runs
+        full.view(-1, distance)[:, first : first + run].copy_(values.view(-1, run))
+    return full
 
 
 def _divide_tokens(module: Any, axis: TensorAxis) -> None:
