@@ -19,6 +19,7 @@ class InferenceParallel:
     """Parallel layout; the texts are divided among the replicas of the model."""
 
     pipeline: PositiveInt = 1  # Ranks that share the layers of one model too large for one rank; must divide the ranks.
+    tensor: PositiveInt = 1  # Ranks that share the matrices of each layer of one model.
 
 
 @dataclass(frozen=True)
@@ -79,4 +80,5 @@ def to_config(model: ModelFolder, parallel: InferenceParallel, compute: Inferenc
     """Return the config of a run that only uses a model; `sections` are further sections by name."""
     train: dict[str, Any] = {"micro_batch": 1} | vars(compute)
     config = Config(train=TrainConfig(**train, global_batch=train["micro_batch"]), **sections)
-    return override(config, model__init_from=model.init_from, model__base=model.base, parallel__pipeline=parallel.pipeline)
+    layout = {f"parallel.{axis}": size for axis, size in vars(parallel).items()}
+    return override(config, {"model.init_from": model.init_from, "model.base": model.base, **layout})

@@ -32,6 +32,8 @@ from mpilm.formatting import ProgressLine
 from mpilm.inference.arguments import EvaluateArguments, to_config
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.layers import IGNORE_INDEX
+from mpilm.parallel.pipeline.stage import Logits
+from mpilm.parallel.tensor import PartLogits
 
 MASK_KEY = 0x6576616C  # masks are the same in every evaluation of a text
 
@@ -60,10 +62,14 @@ def group_windows(sizes: np.ndarray, max_rows: int) -> list[tuple[int, int]]:
     return [(at, min(at + max_rows, end)) for first, end in pairwise(ends) for at in range(first, end, max_rows)]
 
 
-def row_scores(logits: Tensor, batch: Batch) -> Tensor:
+def row_scores(logits: Logits, batch: Batch) -> Tensor:
     """Return the sum of losses, correct predictions and targets of each row, (B, 3) float64."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    correct = logits.argmax(dim=-1) == batch.targets
+    if isinstance(logits, PartLogits):
+        losses, best = logits.losses(batch.targets), logits.argmax()
+    else:
+        flat, targets = logits.flatten(0, 1).float(), batch.targets.flatten()
+        losses, best = F.cross_entropy(flat, targets, ignore_index=IGNORE_INDEX, reduction="none"), logits.argmax(dim=-1)
+    correct = best == batch.targets
     counted = batch.targets != IGNORE_INDEX
     return torch.stack([x.double().sum(dim=1) for x in (losses.view_as(batch.targets), correct, counted)], dim=1)
 

@@ -44,9 +44,10 @@ def load_model(config: Config, world: Comm) -> PipelinedModel:
 
 
 def _mesh_shape(config: Config, ranks: int) -> MeshShape:
-    pipeline = config.parallel.pipeline
-    if ranks % pipeline:
-        raise ConfigError(f"--parallel.pipeline {pipeline} does not divide {ranks} ranks")
+    pipeline, tensor = config.parallel.pipeline, config.parallel.tensor
+    if ranks % (pipeline * tensor):
+        times = f" times --parallel.tensor {tensor}" * (tensor > 1)
+        raise ConfigError(f"--parallel.pipeline {pipeline}{times} does not divide {ranks} ranks")
     if pipeline > config.model.n_layers:
         raise ConfigError(f"--parallel.pipeline {pipeline}: the model has {config.model.n_layers} layers, at least one a rank")
-    return MeshShape(pipeline=pipeline, data=ranks // pipeline)
+    return MeshShape(pipeline=pipeline, data=ranks // (pipeline * tensor), tensor=tensor)

@@ -57,17 +57,32 @@ def _check_cut(config: Config) -> None:
 
 def _find_problem(config: Config, ranks: int) -> Problem | None:
     """Return why these ranks cannot run `config`, and what to change; None if they can."""
-    ranks //= config.parallel.tensor
-    return _find_pipeline_problem(config, ranks) or _find_data_problem(config, ranks)
+    return _find_tensor_problem(config, ranks) or _find_pipeline_problem(config, ranks) or _find_data_problem(config, ranks)
+
+
+def _find_tensor_problem(config: Config, ranks: int) -> Problem | None:
+    """Look for a tensor axis that does not divide the ranks, or the parts of the model."""
+    tensor, parts = config.parallel.tensor, resolve_config(config).model.tensor_parts
+    sizes = sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (abs(n - tensor), n))
+    nearest: list[Remedy] = [(f"the nearest that does: {n}", {"parallel__tensor": n}, ranks) for n in sizes]
+    if ranks % tensor:
+        more = -(-ranks // tensor) * tensor
+        reason = f"--parallel.tensor {tensor} does not divide {count_noun(ranks, 'rank')}"
+        return reason, [nearest, [(f"start {more} ranks", {}, more)]]
+    if parts % tensor:
+        return f"--parallel.tensor {tensor} does not divide --model.tensor-parts {parts}", [nearest]
+    return None
 
 
 def _find_pipeline_problem(config: Config, ranks: int) -> Problem | None:
     """Look for more stages than layers, and for a pipeline that does not divide the ranks."""
     parallel, layers = resolve_config(config).parallel, config.model.n_layers
     pipeline, chunks, stages = parallel.pipeline, parallel.chunks, parallel.pipeline * parallel.chunks
-    if stages <= layers and ranks % pipeline == 0:
+    each = pipeline * parallel.tensor  # ranks of a replica
+    if stages <= layers and ranks % each == 0:
         return None
-    divisors = [size for size in range(ranks, 0, -1) if ranks % size == 0]
+    groups = ranks // parallel.tensor
+    divisors = [size for size in range(groups, 0, -1) if groups % size == 0]
     if stages > layers:
         fewer_chunks = range(min(chunks - 1, layers // pipeline), 1, -1)
         largest = f"is the largest that fits {ranks} ranks"
@@ -80,18 +95,22 @@ def _find_pipeline_problem(config: Config, ranks: int) -> Problem | None:
         return f"{made}, and --model.n-layers is {layers}: each stage needs a layer", kinds
     divisors.sort(key=lambda size: (abs(size - pipeline), size))
     nearest = [(f"the nearest that does: {n}", {"parallel__pipeline": n}, ranks) for n in divisors]
-    more = -(-ranks // pipeline) * pipeline
-    reason = f"--parallel.pipeline {pipeline} does not divide {count_noun(ranks, 'rank')}"
+    more = -(-ranks // each) * each
+    times = f" times --parallel.tensor {parallel.tensor}" * (parallel.tensor > 1)
+    reason = f"--parallel.pipeline {pipeline}{times} does not divide {count_noun(ranks, 'rank')}"
     return reason, [nearest, [(f"start {more} ranks", {}, more)]]
 
 
 def _find_data_problem(config: Config, ranks: int) -> Problem | None:
     """Look for replicas without a microbatch, for a single one to shard over, and for sizes that the schedule cannot use."""
     parallel, train, total = resolve_config(config).parallel, config.train, microbatch_count(config)
-    pipeline, data, rank_count = parallel.pipeline, ranks // parallel.pipeline, count_noun(ranks, "rank")
+    pipeline, each = parallel.pipeline, parallel.pipeline * parallel.tensor  # each: ranks of a replica
+    data, rank_count = ranks // each, count_noun(ranks, "rank")
     if data > total:
-        replicas = rank_count if pipeline == 1 else f"{rank_count} make {data} replicas of the pipeline"
-        fewer = [n * pipeline for n in range(total, 0, -1)]
+        replicas = (
+            rank_count if each == 1 else f"{rank_count} make {data} replicas of the {'pipeline' if pipeline > 1 else 'model'}"
+        )
+        fewer = [n * each for n in range(total, 0, -1)]
         batches = [data * train.micro_batch, data * train.micro_batch * pipeline]  # the schedule may need one per stage
         kinds: list[list[Remedy]] = [
             [(f"start {n} ranks or fewer" if n > 1 else "start 1 rank", {}, n) for n in fewer],
@@ -100,10 +119,13 @@ def _find_data_problem(config: Config, ranks: int) -> Problem | None:
         sizes = f"--train.global-batch {train.global_batch} over --train.micro-batch {train.micro_batch}"
         return f"{replicas}, but a step has only {count_noun(total, 'microbatch')} ({sizes})", kinds
     if parallel.zero and data == 1:
-        one = f"{rank_count} with --parallel.pipeline {pipeline} leave{'s' * (ranks == 1)} 1"
+        axes = " and ".join(
+            f"--parallel.{axis} {n}" for axis, n in (("pipeline", pipeline), ("tensor", parallel.tensor)) if n > 1
+        )
+        one = f"{rank_count}{f' with {axes}' * bool(axes)} leave{'s' * (ranks == 1)} 1"
         without = [("write --parallel.zero 0", {"parallel__zero": 0}, ranks)]
         reason = f"--parallel.zero {parallel.zero} shards over the data-parallel ranks, and {one}"
-        return reason, [without, [(f"start {2 * pipeline} ranks", {}, 2 * pipeline)]]
+        return reason, [without, [(f"start {2 * each} ranks", {}, 2 * each)]]
     count = replica_microbatch_count(config, MeshShape(pipeline=pipeline, data=data))
     misfit = find_schedule_problem(parallel.schedule, pipeline, parallel.chunks, count)
     below = count // pipeline * pipeline

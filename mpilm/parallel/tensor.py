@@ -127,6 +127,18 @@ class PartLogits:
         """Return the cross-entropy of each target, float32; 0 for one that is ignored. Collective over the tensor axis."""
         return PartCrossEntropy.apply(self.axis, [self.ranges[part] for part in self.axis.local], targets, *self.parts)
 
+    def argmax(self) -> Tensor:
+        """Return the token with the largest logit, the first of several, (B, N). Collective over the tensor axis."""
+        ranges = [self.ranges[part] for part in self.axis.local]
+        largest, places = zip(*(x.detach().float().max(dim=-1) for x in self.parts))
+        values, tokens = torch.stack(largest), torch.stack([at + rows.start for at, rows in zip(places, ranges)])
+        counts = [len(held) * values[0].numel() for held in self.axis.held]
+        everywhere = [x.new_empty(self.axis.parts, *x.shape[1:]) for x in (values, tokens)]
+        for x, out in zip((values, tokens), everywhere):
+            self.axis.comm.all_gather(x.contiguous().view(-1), out.view(-1), counts)
+        best = everywhere[0].argmax(dim=0, keepdim=True)
+        return everywhere[1].gather(0, best)[0]
+
     def gather_last(self) -> Tensor:
         """Return all logits of the last token of the first sequence, float32, (V,). Collective over the tensor axis."""
         own = torch.cat([x[0, -1].detach().float() for x in self.parts])
