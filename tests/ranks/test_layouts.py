@@ -32,6 +32,8 @@ from mpilm.verification.layouts import VOCAB_SIZE, RandomTokens
 FACTORS = {
     "pipeline": [1, 2, 3, 4],
     "data": [1, 2, 3, 4],
+    "tensor": [1, 2, 4],
+    "parts": [1, 2, 4],
     "schedule": list(SCHEDULES),
     "chunks": [1, 2, 3],
     "zero": [0, 1, 2, 3],
@@ -57,14 +59,16 @@ def is_valid(case):
         case.get("schedule") == "interleaved",
     )
     pipeline, data = case.get("pipeline", 1), case.get("data", 2 if needs_replicas else 1)
+    parts, tensor = case.get("parts", 4), case.get("tensor", 1)
     chunks = case.get("chunks", 2 if interleaved else 1)
     return (
-        pipeline * data <= 8
+        pipeline * data * tensor <= 8
         and pipeline * data * chunks <= 9
+        and parts % tensor == 0
         and (data > 1 or not needs_replicas)
         and ("schedule" not in case or interleaved == (chunks > 1))
         and (case.get("family") != "bert" or case.get("tie", True))
-        and not (case.get("checks_calls") and (case.get("bucket") == 256 or pipeline * data > 4))  # too many calls
+        and not (case.get("checks_calls") and (case.get("bucket") == 256 or pipeline * data * tensor > 4))  # too many calls
     )
 
 
@@ -80,8 +84,11 @@ def config_of(case):
     partition = (layers - stages + 1, *[1] * (stages - 1)) if is_stated else ()
     microbatches = data * max(2, pipeline if case["schedule"] == "interleaved" else 2) - (case["batch"] == "uneven")
     config = small_config(
-        **layout(pipeline, case["schedule"], case["zero"], chunks=chunks, cut=partition, reduce=case["reduce"]),
-        **FAMILIES[case["family"]],
+        **layout(
+            pipeline, case["schedule"], case["zero"], chunks=chunks, cut=partition, reduce=case["reduce"], tensor=case["tensor"]
+        ),
+        **{"model__n_heads": 4, **FAMILIES[case["family"]], "model__n_kv_heads": 4},
+        model__tensor_parts=case["parts"],
         model__n_layers=layers,
         model__tie_embeddings=case["tie"],
         model__dropout=case["dropout"],
@@ -91,7 +98,7 @@ def config_of(case):
         train__dtype=case["dtype"],
         train__optimizer=case["optimizer"],
     )
-    return pipeline * data, config
+    return pipeline * data * case["tensor"], config
 
 
 @cache
