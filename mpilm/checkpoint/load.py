@@ -40,8 +40,8 @@ NO_PARTS: Parts = MappingProxyType({})
 
 
 def load_checkpoint(
-    folder: Path, slices: Mapping[str, Slices], shapes: Mapping[str, Shapes], model: ModelConfig, comm: Comm, optional: str = "",
-    parts: Parts = NO_PARTS,
+    folder: Path, slices: Mapping[str, Slices], shapes: Mapping[str, Shapes], model: ModelConfig, comm: Comm,
+    optional: str = "", parts: Parts = NO_PARTS,
 ) -> None:  # fmt: skip
     """Fill this rank's slices, by kind, from a verified checkpoint of any layout. All ranks compare all shapes with the files.
     The kind `optional` stays as it is if the files have none. Collective over `comm`; raises CollectiveError on all ranks."""

@@ -100,8 +100,8 @@ class TrainModel(PipelinedModel):
 
     @cached_property
     def shard_owners(self) -> dict[str, list[tuple[int, int, list[int]]]]:
-        """For each parameter or part of one, ranges of its elements and the world ranks that update each (of the tensor axis, the
-        first for what is not cut). The same on all ranks."""
+        """For each parameter or part of one, ranges of its elements and the world ranks that update each. Of what is not cut, the
+        first ranks of the tensor axis count. The same on all ranks."""
         shape, stages, trained = self.mesh.shape, range(len(self.blocks_per_stage)), select_trained(self.layouts)
         reduce_places = [{"data": data, "context": context} for data in range(shape.data) for context in range(shape.context)]
         replicas = 1 if self.is_local_sgd else len(reduce_places)  # ranks that hold the same values

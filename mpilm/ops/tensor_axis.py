@@ -1,9 +1,9 @@
 """Exchange of activations on the tensor axis, in fixed parts: equal bits for any number of ranks.
 
-A model has V tensor parts, whatever the number of ranks; a rank holds a contiguous range of them. Each part makes products of its
-own, and what they make for each other is added in the order of the tree in ops/tree.py. Where the parts of the model need all
-tokens, each rank has all of them; elsewhere tokens are divided into V slices, and a rank has the slices with the numbers of its
-parts (sequence parallelism; Korthikanti et al., arXiv 2205.05198, section 4.2.2).
+A model has V tensor parts, whatever the number of ranks; a rank holds a contiguous range of them. Each part makes products of
+its own, and what they make for each other is added in the order of the tree in ops/tree.py. Where the parts of the model need
+all tokens, each rank has all of them; elsewhere tokens are divided into V slices, and a rank has the slices with the numbers of
+its parts (sequence parallelism; Korthikanti et al., arXiv 2205.05198, section 4.2.2).
 
 Letters in shapes: B sequences, N tokens (n of them on a rank), S sequence parts, L tokens of a slice, D width.
 """

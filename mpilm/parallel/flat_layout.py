@@ -126,8 +126,8 @@ class FlatLayout:
 
 
 def _assign_owners(unsharded: Sequence[ParamLayout], ranks: int) -> dict[str, int]:
-    """Assign each parameter to a rank: large ones first, each to the rank with the least so far, together with all its parts. The
-    two ends of a tie, which may be on different stages, belong to rank 0."""
+    """Assign each parameter, with all its parts, to a rank: large ones first, each to the rank with the least so far. The two
+    ends of a tie, which may be on different stages, belong to rank 0."""
     load, owners = [0] * ranks, dict[str, int]()
     for layout in sorted(unsharded, key=lambda layout: (not layout.is_tied, -prod(layout.global_shape))):
         if layout.source not in owners:

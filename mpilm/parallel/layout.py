@@ -85,8 +85,8 @@ def resolve_layouts(
     is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, ParamLayout]:
     """Return the layout of each parameter, in the order in which forward uses them; of one that is cut, of all its `parts`.
-    `tied`: parameter -> the one whose value it has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError for ties
-    that do not exist or differ in shape."""
+    `tied`: parameter -> the one whose value it has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError for
+    ties that do not exist or differ in shape."""
     for name, owner in tied.items():
         if shapes.get(name) is None or shapes.get(name) != shapes.get(owner):
             raise ValueError(f"{name} {shapes.get(name)} cannot be tied to {owner} {shapes.get(owner)}")

@@ -1,10 +1,10 @@
 """Tensor parallelism: modules in parts that ranks divide among each other (Shoeybi et al., arXiv 1909.08053), with sequence
 parallelism between them (Korthikanti et al., arXiv 2205.05198). Applied from outside to a plain model.
 
-A region, which is a module whose parameters the plan cuts, becomes V parts: the same module with a slice of each matrix. The parts
-of a layer read all tokens, and the sum of their outputs is its output; those of the head make logits of a part of the vocabulary.
-The parts share the parameters that the plan does not cut. Outside of regions each slice of the tokens has a gradient of its own;
-their sum, in tree order, is the gradient.
+A region, which is a module whose parameters the plan cuts, becomes V parts: the same module with a slice of each matrix. The
+parts of a layer read all tokens, and the sum of their outputs is its output; those of the head make logits of a part of the
+vocabulary. The parts share the parameters that the plan does not cut. Outside of regions each slice of the tokens has a
+gradient of its own; their sum, in tree order, is the gradient.
 """
 
 import copy
@@ -154,9 +154,8 @@ def _forward_head(region: Any, axis: TensorAxis, ranges: Sequence[range], x: Ten
 
 
 class PartCrossEntropy(Function):
-    """The cross-entropy of targets (B, N) from logits in parts of the vocabulary, each (B, N, v). The largest logit is exact, and
-    the exponentials are added by part and then in tree order. No rank has the logits of all tokens (arXiv 1909.08053, section
-    3)."""
+    """The cross-entropy of targets (B, N) from logits in parts of the vocabulary, each (B, N, v), of which no rank has all (arXiv
+    1909.08053, section 3). The largest logit is exact; the exponentials are added by part and then in tree order."""
 
     @staticmethod
     def forward(ctx: Any, axis: TensorAxis, ranges: Sequence[range], targets: Tensor, *logits: Tensor) -> Tensor:

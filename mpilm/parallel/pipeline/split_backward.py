@@ -59,7 +59,7 @@ class WeightGradQueue:
 
 
 def split_backward(model: nn.Module, queue: WeightGradQueue) -> None:
-    """Let every Linear and Conv1D of `model`, but those that have another forward already, put its weight gradient into `queue`."""
+    """Let every Linear and Conv1D of `model` that has no other forward already put its weight gradient into `queue`."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and "forward" not in vars(module):
             name = f"{path}.weight" if path else "weight"
