@@ -1,6 +1,6 @@
 """Verify that on this machine every layout gives the same bits as one rank.
 
-For each layout of the ranks that mpirun starts (data x pipeline x schedule x ZeRO), train a small model on random tokens and
+For each layout of the ranks that mpirun starts (data x pipeline x tensor x schedule x ZeRO), train a small model on random tokens and
 compare losses, gradients and weights with those of one rank. Exits with a code other than 0 if a layout differs.
 
 $ mpirun -n 4 python -m mpilm.verify
@@ -19,7 +19,7 @@ from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
 from mpilm.errors import ConfigError
 from mpilm.launch.run import Body, run
 
-MODEL = ModelConfig(n_layers=16, n_heads=4, n_kv_heads=2, d_model=32, context_length=16, dropout=0.1)
+MODEL = ModelConfig(n_layers=16, n_heads=8, n_kv_heads=4, d_model=64, context_length=16, dropout=0.1)
 TRAIN = TrainConfig(steps=3, global_batch=24, micro_batch=1, warmup_steps=1, clip_norm=0.5)
 
 

@@ -80,11 +80,12 @@ def _find_model_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
     if model.n_heads % model.n_kv_heads:
         near = max(n for n in range(1, model.n_kv_heads + 1) if model.n_heads % n == 0)
         yield f"{flags['model.n_heads']} is not divisible by {flags['model.n_kv_heads']}; the next smaller value: {near}"
-    for name in ("n_heads", "n_kv_heads", "d_ff", "context_length") if model.tensor_parts > 1 else ():
-        if (size := getattr(model, name)) % model.tensor_parts:
-            nearest = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - model.tensor_parts))
-            parts = f"--model.tensor-parts {model.tensor_parts} (by default --parallel.tensor)"
-            yield f"{parts} does not divide {flags[f'model.{name}']}; the nearest that does: {nearest}"
+    parts = schema.tensor_part_count(config)
+    sizes = {name: getattr(model, name) for name in ("n_heads", "n_kv_heads", "d_ff", "context_length")}
+    for name in [name for name, size in sizes.items() if size % parts]:
+        near = max(n for n in range(1, parts + 1) if not any(size % n for size in sizes.values()))
+        flag = flags["model.tensor_parts"] if model.tensor_parts else flags["parallel.tensor"]
+        yield f"{flag} does not divide {flags[f'model.{name}']}; the next smaller value that divides all sizes: {near}"
     if model.arch == "mixtral" and model.experts_per_token > model.n_experts:
         yield f"{flags['model.experts_per_token']} exceeds {flags['model.n_experts']}"
     if model.rope_scaling and (len(model.rope_scaling) != 4 or not 0 < model.rope_scaling[1] < model.rope_scaling[2]):

@@ -89,8 +89,8 @@ class ModelConfig:
     n_experts: PositiveCount = 8  # mixtral: experts (feed-forward layers) per block.
     experts_per_token: PositiveCount = 2  # mixtral: experts that process each token.
     router_loss: NonNegativeFloat = 0.02  # mixtral: weight of the auxiliary loss that balances the load of the experts.
-    # Parts into which heads, feed-forward layers and vocabulary are divided, and tokens between them; 0: parallel.tensor. They
-    # belong to the result: with equal parts it has equal bits for any parallel.tensor.
+    # Parts into which heads, feed-forward layers and vocabulary are divided, and tokens between them; 0: those of the checkpoint
+    # to resume from, else parallel.tensor. They belong to the result: with equal parts, any parallel.tensor gives equal bits.
     tensor_parts: Count = 0
     norm_eps: PositiveFloat = 1e-5  # Epsilon of the normalization layers.
     lora_rank: Width = 0  # Train LoRA adapters of this rank and freeze the model in init-from; 0: train the model.
@@ -277,10 +277,14 @@ def resolve_config(config: Config) -> Config:
         head_width=model.head_width or model.d_model // model.n_heads,
         d_ff=model.d_ff or (4 * model.d_model if gpt2_style else -(-(8 * model.d_model // 3) // 32) * 32),
         lora_targets=order_lora_targets(model),
-        tensor_parts=model.tensor_parts or config.parallel.tensor,
     )
     chunks = config.parallel.chunks or (2 if config.parallel.schedule == "interleaved" else 1)
     return replace(config, model=shape, parallel=replace(config.parallel, chunks=chunks))
+
+
+def tensor_part_count(config: Config) -> int:
+    """Return the number of tensor parts: unless stated, one for each rank of the tensor axis."""
+    return config.model.tensor_parts or config.parallel.tensor
 
 
 def order_lora_targets(model: ModelConfig) -> tuple[str, ...]:

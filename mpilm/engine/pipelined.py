@@ -11,7 +11,7 @@ from mpilm.checkpoint.load import load_hf_weights
 from mpilm.checkpoint.pretrained import find_base_model, has_adapter
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
-from mpilm.config.schema import Config, ModelConfig, TrainConfig
+from mpilm.config.schema import Config, ModelConfig, TrainConfig, tensor_part_count
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
 from mpilm.model.families import build_model, initial_std, initial_value, tied_parameters
@@ -54,9 +54,11 @@ class PipelinedModel:
         self.vocab_size, self.alignment = vocab_size, alignment
         self.pipeline, self.data, self.reduce_comm = mesh.comm("pipeline"), mesh.comm("data"), mesh.comm(*REDUCE_AXES)
         self.zero = config.parallel.zero
-        self.tensor = TensorAxis(mesh.comm("tensor"), config.model.tensor_parts)
+        self.tensor = TensorAxis(mesh.comm("tensor"), tensor_part_count(config))
         # All parameters of the model, and those that the ranks with this rank's tensor parts have.
-        self.layouts = resolve_model_layouts(config.model, vocab_size, blocks_per_stage, config.train.optimizer)
+        self.layouts = resolve_model_layouts(
+            config.model, vocab_size, blocks_per_stage, config.train.optimizer, self.tensor.parts
+        )
         self.parts = {name: layout.part for name, layout in self.layouts.items() if layout.part is not None}
         local = select_parts(self.layouts, self.tensor.local)
         trained = select_trained(local)
@@ -188,15 +190,15 @@ def load_initial_weights(model: PipelinedModel, world: Comm) -> None:
 
 
 def resolve_model_layouts(
-    shape: ModelConfig, vocab_size: int, blocks_per_stage: Sequence[int], optimizer: str = TrainConfig.optimizer
+    shape: ModelConfig, vocab_size: int, blocks_per_stage: Sequence[int], optimizer: str = TrainConfig.optimizer, parts: int = 1
 ) -> dict[str, ParamLayout]:
-    """Return the layout of every parameter of the model divided into these stages."""
+    """Return the layout of every parameter of the model divided into these stages and tensor parts."""
     return resolve_layouts(
         {name: tuple(p.shape) for name, p in meta_model(shape, vocab_size).named_parameters()},
         tied_parameters(shape),
         partial(stage_of, blocks_per_stage=blocks_per_stage),
         partial(cut_of, family=shape.arch),
-        shape.tensor_parts,
+        parts,
         needs_full_parameter(optimizer),
         partial(is_frozen, model=shape),
     )

@@ -1,7 +1,7 @@
 """Check that a layout works on a number of ranks, before anything is built; refusals name the nearest that works. Pure."""
 
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, microbatch_count, override, resolve_config
+from mpilm.config.schema import Config, microbatch_count, override, resolve_config, tensor_part_count
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun
 from mpilm.mesh.shape import MeshShape
@@ -62,7 +62,7 @@ def _find_problem(config: Config, ranks: int) -> Problem | None:
 
 def _find_tensor_problem(config: Config, ranks: int) -> Problem | None:
     """Look for a tensor axis that does not divide the ranks, or the parts of the model."""
-    tensor, parts = config.parallel.tensor, resolve_config(config).model.tensor_parts
+    tensor, parts = config.parallel.tensor, tensor_part_count(config)
     sizes = sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (abs(n - tensor), n))
     nearest: list[Remedy] = [(f"the nearest that does: {n}", {"parallel__tensor": n}, ranks) for n in sizes]
     if ranks % tensor:

@@ -7,7 +7,7 @@ from mpilm.checkpoint.pretrained import list_pretrained_files
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
 from mpilm.comm.instrumented import instrument
-from mpilm.config.schema import Config, flatten
+from mpilm.config.schema import Config, flatten, override
 from mpilm.data.batch import Batches
 from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
@@ -45,6 +45,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     mesh = Mesh(shape, instrument(world, checks_calls=True), world.recorder)
     content = _digest_content(config, data, world)
     folder = open_run_folder(config, content, numerics_environment(hardware, world, config.parallel), world, recovered)
+    config = override(config, model__tensor_parts=folder.tensor_parts)
     try:
         alignment = _common_alignment(config, mesh.world, hardware)
         blocks_per_stage = partition_model(config, mesh, vocab_size, hardware.device)

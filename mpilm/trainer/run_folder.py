@@ -12,7 +12,7 @@ from mpilm.checkpoint.manager import remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.config.parse import merge_settings, read_toml
-from mpilm.config.schema import OLD_NAMES, Config, flatten, result_settings, to_dict
+from mpilm.config.schema import OLD_NAMES, Config, flatten, override, result_settings, to_dict
 from mpilm.data.files import write_durably
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.launch.lock import LOCK_NAME, FolderLock
@@ -36,6 +36,7 @@ class RunFolder:
     logged: int  # the step up to which everything has been logged
     bad_steps: BadStepTracker
     notes: tuple[str, ...]  # for the header
+    tensor_parts: int  # of the model, which a resumed run keeps
     lock: FolderLock | None = field(default=None, compare=False)  # on rank 0
 
     def release(self) -> None:
@@ -55,19 +56,19 @@ def open_run_folder(
     `content`: digests by CONTENT_KEYS. `environment`: versions, threads, device, compared with the checkpoint's. Collective."""
     opened = run_on_root_with_verify(comm, lambda verify: _open(config, content, environment, recovered, verify))
     values, lock = opened or (None, None)
-    path, checkpoint, step, logged, trainer, notes = comm.broadcast_json(values)
+    path, checkpoint, step, logged, trainer, notes, parts = comm.broadcast_json(values)
     checkpoint = Path(checkpoint) if checkpoint else None
-    return RunFolder(Path(path), checkpoint, step, logged, BadStepTracker.from_state(trainer), tuple(notes), lock)
+    return RunFolder(Path(path), checkpoint, step, logged, BadStepTracker.from_state(trainer), tuple(notes), parts, lock)
 
 
 def _open(
     config: Config, content: Facts, environment: Facts, recovered: RecoveredState | None, verify: Verifier
 ) -> tuple[list[Any], FolderLock]:
-    """Return path, checkpoint, step, logged step, trainer state and notes, and the lock."""
+    """Return path, checkpoint, step, logged step, trainer state, notes and tensor parts, and the lock."""
     if recovered is not None:
         path, done, trainer, lock = recovered.folder, recovered.done, dict(recovered.trainer), _lock(recovered.folder)
         remove_leftovers(path / "checkpoints")
-        return [str(path), "", done, done - 1, trainer, [recovered.note]], lock
+        return [str(path), "", done, done - 1, trainer, [recovered.note], trainer["tensor_parts"]], lock
     path = _choose_path(config)
     _check_is_same_run(path, config)
     lock = _lock(path)
@@ -80,14 +81,26 @@ def _open(
         step = trainer.get("step", 0)
         if step > config.train.steps:
             raise ConfigError(f"{checkpoint} is at step {step}, past --train.steps {config.train.steps}; ask for more steps")
-        notes += _prepare_folder(path, config, broken)
+        parts = _choose_tensor_parts(config, trainer)
+        notes += _prepare_folder(path, override(config, model__tensor_parts=parts), broken)
     except BaseException:
         lock.release()
         with contextlib.suppress(OSError):
             (path / NEW_CONFIG).unlink(missing_ok=True)
             path.rmdir()  # if it is still empty
         raise
-    return [str(path), str(checkpoint or ""), step, step, trainer, notes], lock
+    return [str(path), str(checkpoint or ""), step, step, trainer, notes, parts], lock
+
+
+def _choose_tensor_parts(config: Config, trainer: Mapping[str, Any]) -> int:
+    """Return the tensor parts: as stated, or those of the checkpoint with this `trainer` state, or one for each tensor rank."""
+    stored = trainer["config"]["model"].get("tensor_parts", 1) if trainer else 0
+    parts = config.model.tensor_parts or stored or config.parallel.tensor
+    if parts % config.parallel.tensor:
+        divisors = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
+        problem = f"--parallel.tensor {config.parallel.tensor} does not divide the {parts} tensor parts of the run"
+        raise ConfigError(f"{problem}; write one of {divisors}")
+    return parts
 
 
 @contextlib.contextmanager
@@ -124,6 +137,8 @@ def _choose_path(config: Config) -> Path:
         return Path(config.run.dir).expanduser()
     first_names = {new: old for old, new in OLD_NAMES.items()}  # a renamed setting must not change the name of the folder
     settings = result_settings(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
+    if settings["model.tensor_parts"] <= 1:  # unstated, or as in runs of earlier versions
+        del settings["model.tensor_parts"]
     key = {first_names.get(name, name): value for name, value in settings.items()}
     path = Path("runs") / f"{config.model.arch}-{hash_key(sorted(key.items())) & 0xFFFFFF:06x}"
     if config.checkpoint.resume != "never":
@@ -191,6 +206,8 @@ def _compare_with_checkpoint(
 def _check_same_result(old: Mapping[str, Any], config: Config, what: str, content: Facts | None = None) -> None:
     """Raise ConfigError naming each setting that the result depends on and that differs from the old run's."""
     new = result_settings(config) | dict(content or {})
+    if not new["model.tensor_parts"]:  # not stated: it may be anything
+        del new["model.tensor_parts"]
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
     if changed := [k for k in new if k in old and old[k] != new[k] and k not in allowed]:
         rows = "".join(f"\n  {key}: was {_format_value(key, old[key])}, now {_format_value(key, new[key])}" for key in changed)

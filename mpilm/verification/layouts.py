@@ -12,7 +12,7 @@ from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, ParallelConfig, flatten, resolve_config
+from mpilm.config.schema import Config, ParallelConfig, flatten, override, resolve_config
 from mpilm.data.batch import Batch
 from mpilm.engine.hardware import Hardware, detect_hardware
 from mpilm.engine.step import forward_backward, optimizer_step
@@ -20,7 +20,6 @@ from mpilm.engine.train_model import TrainModel
 from mpilm.errors import ConfigError, RanksDisagreeError
 from mpilm.formatting import count_noun
 from mpilm.mesh.mesh import Mesh
-from mpilm.mesh.shape import MeshShape
 from mpilm.model.layers import hash_key
 from mpilm.parallel.flat_layout import ALIGNMENT, ParamSlice
 from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
@@ -58,14 +57,18 @@ class LayoutOutcome:
     weights: Slices  # after the last step
 
 
-def list_layouts(config: Config, ranks: int) -> Iterator[tuple[ParallelConfig, str]]:
-    """Yield all layouts of so many ranks, each with the reason why it cannot run this model, or ""."""
-    for pipeline in (p for p in range(1, ranks + 1) if ranks % p == 0):
+def list_layouts(config: Config, ranks: int) -> Iterator[tuple[Config, str]]:
+    """Yield `config` with all layouts of so many ranks, each with the reason why it cannot run this model, or "". If the tensor
+    parts are not stated, layouts with a tensor axis have as many as the longest such axis that this model admits."""
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    possible = [n for n in divisors if not _why_invalid(override(config, parallel__tensor=n), n)]
+    for pipeline, tensor in ((p, t) for t in divisors for p in divisors if ranks % (p * t) == 0):
+        parts = config.model.tensor_parts or max((n for n in possible if 1 < tensor and n % tensor == 0), default=tensor)
         for schedule in SCHEDULES if pipeline > 1 or ranks == 1 else ("1f1b",):
-            for zero in (0, 1, 2, 3) if ranks > pipeline else (0,):
-                parallel = ParallelConfig(pipeline=pipeline, schedule=schedule, zero=zero)  # type: ignore[arg-type]
-                changed = resolve_config(replace(config, parallel=parallel))
-                yield changed.parallel, _why_invalid(changed, ranks)
+            for zero in (0, 1, 2, 3) if ranks > pipeline * tensor else (0,):
+                parallel = ParallelConfig(pipeline=pipeline, tensor=tensor, schedule=schedule, zero=zero)  # type: ignore[arg-type]
+                changed = override(resolve_config(replace(config, parallel=parallel)), model__tensor_parts=parts)
+                yield changed, _why_invalid(changed, ranks)
 
 
 def _why_invalid(config: Config, ranks: int) -> str:
@@ -85,17 +88,22 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
     world = InstrumentedComm(world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed))
     tolerance = CUDA_TOLERANCE if hardware.device.type == "cuda" else 0.0
-    serial = run_layout(replace(config, parallel=resolve_config(Config()).parallel), SelfComm("world"), hardware)
-    print_line(f"{'data':>4}  {'pipeline':>8}  {'schedule':<11}  {'ZeRO':>4}  {'loss':>9}  {'gradient':>9}  {'weight':>9}")
+    serial = dict[int, LayoutOutcome]()  # by the number of tensor parts
+    columns = f"{'data':>4}  {'pipeline':>8}  {'tensor':>6}  {'parts':>5}  {'schedule':<11}  {'ZeRO':>4}"
+    print_line(f"{columns}  {'loss':>9}  {'gradient':>9}  {'weight':>9}")
     failed = ran = 0
-    for parallel, reason in list_layouts(config, world.size):
+    for layout, reason in list_layouts(config, world.size):
+        parallel, parts = layout.parallel, layout.model.tensor_parts
+        data = world.size // (parallel.pipeline * parallel.tensor)
         schedule = parallel.schedule if parallel.pipeline > 1 or world.size == 1 else "-"
-        label = f"{world.size // parallel.pipeline:>4}  {parallel.pipeline:>8}  {schedule:<11}  {parallel.zero:>4}"
+        label = f"{data:>4}  {parallel.pipeline:>8}  {parallel.tensor:>6}  {parts:>5}  {schedule:<11}  {parallel.zero:>4}"
         if reason:
             print_line(f"{label}  not run: {reason}")
             continue
-        outcome = run_layout(replace(config, parallel=parallel), world, hardware, self_test)
-        differences, bits_equal = _compare(outcome, serial, world)
+        if parts not in serial:
+            serial[parts] = run_layout(replace(layout, parallel=resolve_config(Config()).parallel), SelfComm("world"), hardware)
+        outcome = run_layout(layout, world, hardware, self_test)
+        differences, bits_equal = _compare(outcome, serial[parts], world)
         passed = bits_equal or max(differences) <= tolerance
         ran, failed = ran + 1, failed + (not passed)
         verdict = "equal bits" if bits_equal else f"within {tolerance:g}" if passed else "DIFFERENT"
@@ -113,7 +121,7 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
 
 def run_layout(config: Config, world: Comm, hardware: Hardware, flip_bit: bool = False) -> LayoutOutcome:
     """Train for `train.steps` on one layout. Collective over `world`."""
-    mesh = Mesh(MeshShape(config.parallel.pipeline, world.size // config.parallel.pipeline), world)
+    mesh = Mesh(resolve_mesh_shape(config, world.size), world)
     alignment = ALIGNMENT * hardware.threads
     model = TrainModel(config, mesh, partition_by_cost(config, VOCAB_SIZE), VOCAB_SIZE, hardware.device, alignment)
     model.init_parameters()
