@@ -89,8 +89,8 @@ class ModelConfig:
     n_experts: PositiveCount = 8  # mixtral: experts (feed-forward layers) per block.
     experts_per_token: PositiveCount = 2  # mixtral: experts that process each token.
     router_loss: NonNegativeFloat = 0.02  # mixtral: weight of the auxiliary loss that balances the load of the experts.
-    # Parts into which heads, feed-forward layers and vocabulary are divided, and tokens between them; 0: those of the checkpoint
-    # to resume from, else parallel.tensor. They belong to the result: with equal parts, any parallel.tensor gives equal bits.
+    # Parts into which heads, feed-forward layers and vocabulary are divided, and tokens between them. 0: as in the checkpoint
+    # to resume from, else parallel.tensor. Part of the result: with equal parts, any parallel.tensor gives equal bits.
     tensor_parts: Count = 0
     norm_eps: PositiveFloat = 1e-5  # Epsilon of the normalization layers.
     lora_rank: Width = 0  # Train LoRA adapters of this rank and freeze the model in init-from; 0: train the model.

@@ -94,14 +94,24 @@ class TrainModel(PipelinedModel):
         """Bytes of all tensors of a checkpoint."""
         return 4 * sum(prod(shape) for shapes in self.state_shapes.values() for shape in shapes.values())
 
+    def part_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Return the shapes of all tensors of the state by kind and, if a tensor is divided as its parameter is, by part."""
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {kind: {} for kind in self.state_shapes}
+        for layout in select_owned(select_trained(self.layouts)):
+            for kind, of_kind in self.state_shapes.items():
+                if (shape := of_kind.get(layout.source)) is not None:
+                    is_divided = shape == layout.global_shape
+                    shapes[kind][layout.name if is_divided else layout.source] = layout.shape if is_divided else shape
+        return shapes
+
     def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
         """Return the slices of parameters and moments that this rank updates, by kind; all kinds on every rank."""
         return {PARAMETER: self.owned_slices(), **self.optimizer.state_slices()}
 
     @cached_property
     def shard_owners(self) -> dict[str, list[tuple[int, int, list[int]]]]:
-        """For each parameter or part of one, ranges of its elements and the world ranks that update each. Of what is not cut, the
-        first ranks of the tensor axis count. The same on all ranks."""
+        """For each parameter or part of one, ranges of its elements and the world ranks that update each; of the tensor axis,
+        all of whose ranks update what is not cut, the first. The same on all ranks."""
         shape, stages, trained = self.mesh.shape, range(len(self.blocks_per_stage)), select_trained(self.layouts)
         reduce_places = [{"data": data, "context": context} for data in range(shape.data) for context in range(shape.context)]
         replicas = 1 if self.is_local_sgd else len(reduce_places)  # ranks that hold the same values

@@ -116,8 +116,8 @@ def generate_texts(config: Config, world: Comm) -> None:
     tokens = run_on_all_ranks(world, lambda: {n: _encode(prompts[n], tokenizer, template) for n in own})
     progress, done = ProgressLine("generating", "texts", world.rank == 0 and len(prompts) > 1), count(1)
     generated = generate(model, tokens, settings, tokenizer.eos, lambda _: progress(next(done), len(tokens)))
-    texts = {n: tokenizer.decode(ids) for n, ids in generated.items()} if model.pipeline.rank == model.tensor.comm.rank == 0 else {}
-    everyone = world.all_gather_json([[n, text] for n, text in texts.items()])
+    is_first = model.pipeline.rank == model.tensor.comm.rank == 0  # of the ranks that have generated the same
+    everyone = world.all_gather_json([[n, tokenizer.decode(ids)] for n, ids in generated.items()] if is_first else [])
     if world.rank == 0:
         for (_, text), prompt in zip(sorted(pair for pairs in everyone for pair in pairs), prompts, strict=True):
             if settings.prompts:

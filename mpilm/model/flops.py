@@ -4,7 +4,15 @@ The activation counts are what torch saves for backward; a test compares them wi
 4 bytes: a bfloat16 value is half a float.
 """
 
+from dataclasses import replace
+
 from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, ModelConfig
+
+
+def model_part(model: ModelConfig, parts: int) -> ModelConfig:
+    """Return the model with one of so many equal parts of each divided matrix, as tensor parallelism divides them."""
+    heads, kv_heads, d_ff = (size // parts for size in (model.n_heads, model.n_kv_heads, model.d_ff))
+    return replace(model, n_heads=heads, n_kv_heads=kv_heads, d_ff=d_ff)
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
@@ -22,7 +30,7 @@ def block_numel(model: ModelConfig) -> int:
     """Return the number of parameters of one block: matrices, two norms, biases, and norms inside attention."""
     queries, keys = _attention_widths(model)
     if model.arch in GPT2_STYLE:
-        return _matrix_numel(model) + 9 * model.d_model + model.d_ff
+        return _matrix_numel(model) + queries + 2 * keys + 6 * model.d_model + model.d_ff
     vectors = 2 * model.d_model
     if model.arch == "qwen":
         vectors += 2 * model.head_width if model.qk_norm else queries + 2 * keys
@@ -84,10 +92,10 @@ def flops_per_token(model: ModelConfig, vocab_size: int) -> int:
 
 def activation_bytes(
     model: ModelConfig, vocab_size: int, tokens: int, dtype: str, layers: int | None = None, first: bool = True,
-    last: bool = True, recompute: str = "none",
+    last: bool = True, recompute: str = "none", tensor: int = 1,
 ) -> dict[str, int]:  # fmt: skip
     """Return the bytes that a microbatch of `tokens` tokens needs in part of a model: `layers` blocks (None: all), with the
-    embedding if `first`, and with norm, head and loss if `last`.
+    embedding if `first`, and with norm, head and loss if `last`; on each of `tensor` ranks that divide tokens and matrices.
 
     activations: saved for backward
     recompute: of the block that backward is recomputing
@@ -96,6 +104,7 @@ def activation_bytes(
     """
     layers, width, half = model.n_layers if layers is None else layers, model.d_model, 0.5 if dtype == "bfloat16" else 1.0
     block, core = _block_floats(model, half)
+    block += (tensor - 1) * _routed_floats(model, half) * (model.arch == "mixtral")  # every rank has the tokens of all experts
     saved = {"none": block + core, "attention": block, "block": float(width)}[recompute]
     recomputed = {"none": 0.0, "attention": core, "block": block + core}[recompute]
     head = {"gpt2": 1 + half, "bert": 4 * half}.get(model.arch, 2 + half)  # of the last norm, and the input of the matrix
@@ -105,12 +114,13 @@ def activation_bytes(
     copy = 2 * (dtype == "bfloat16")  # bytes per element: autocast keeps a copy of every matrix as long as a graph needs it
     saved_copies = copy * ((recompute != "block") * layers * _matrix_numel(model) + last * head_numel)
     recomputed_copies = copy * (recompute == "block") * _matrix_numel(model)
-    return {
-        "activations": round(4 * tokens * (layers * saved + (last * head + first * embedding) * width)) + saved_copies,
-        "recompute": round(4 * tokens * recomputed) + recomputed_copies,
+    nbytes = {
+        "activations": 4 * tokens * (layers * saved + (last * head + first * embedding) * width) + saved_copies,
+        "recompute": 4 * tokens * recomputed + recomputed_copies,
         "logits": 8 * tokens * vocab_size * last,
-        "split_backward": round(4 * tokens * split_backward),
+        "split_backward": 4 * tokens * split_backward,
     }
+    return {part: round(number / tensor) for part, number in nbytes.items()}
 
 
 def saved_floats_per_token(model: ModelConfig, dtype: str) -> float:
@@ -143,11 +153,15 @@ def _input_floats(model: ModelConfig, half: float, matrices: int) -> float:
 def _feed_forward_floats(model: ModelConfig, half: float) -> float:
     if model.arch in GPT2_STYLE:
         return _input_floats(model, half, 1) + half * 2 * model.d_ff
-    expert = _input_floats(model, half, 2) + half * 4 * model.d_ff
+    gated = half * 4 * model.d_ff
     if model.arch != "mixtral":
-        return expert
-    routed = expert + (1 + half) * model.d_model + 8
-    return _input_floats(model, half, 1) + model.n_experts + model.experts_per_token * routed
+        return _input_floats(model, half, 2) + gated
+    return _input_floats(model, half, 1) + model.n_experts + model.experts_per_token * gated + _routed_floats(model, half)
+
+
+def _routed_floats(model: ModelConfig, half: float) -> float:
+    """Return the floats per token of the inputs and outputs of its experts."""
+    return model.experts_per_token * (_input_floats(model, half, 2) + (1 + half) * model.d_model + 8)
 
 
 def _split_backward_floats(model: ModelConfig) -> float:

@@ -8,7 +8,8 @@ its parts (sequence parallelism; Korthikanti et al., arXiv 2205.05198, section 4
 Letters in shapes: B sequences, N tokens (n of them on a rank), S sequence parts, L tokens of a slice, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class TensorAxis:
 
     def __init__(self, comm: Comm, parts: int, sequence_parts: int = 1):
         self.comm, self.parts, self.sequence_parts, self.sliced = comm, parts, sequence_parts, True
+        self.keeps_inputs = False  # backward keeps all tokens of an input, in the place of gathering them again
         blocks = [block_of_rank(rank, comm.size, parts) for rank in range(comm.size)]
         plans = [plan_merges([(part, part + 1) for part in range(*block)], parts) for block in blocks]
         self.held = [range(*block) for block in blocks]  # the parts of each rank
@@ -122,37 +124,88 @@ class TensorAxis:
         return torch.cat([part.reshape(-1) for part in slices.split(self.sizes, dim=2)])
 
 
+class PartsInput:
+    """The input of parts: this rank's tokens x (B, n, ...), of which backward keeps no more, and all tokens (B, N, ...), which
+    are gathered for forward and again for backward (arXiv 2205.05198, section 4.2.2). Collective over the tensor axis."""
+
+    def __init__(self, axis: TensorAxis, x: Tensor):
+        self.axis, self._own, self._is_dropped = axis, x.detach(), False
+        self._full: Tensor | None = axis.gather(self._own)
+
+    def gather(self) -> Tensor:
+        """Return all tokens."""
+        if self._full is None:
+            self._full = self.axis.gather(self._own)
+        return self._full
+
+    def restore(self) -> None:
+        """Gather all tokens again if backward needs them."""
+        if self._is_dropped:
+            self.gather()
+
+    def drop(self) -> None:
+        """Forget all tokens but this rank's."""
+        self._full = None
+
+    @contextmanager
+    def dropped_after_use(self) -> Iterator[None]:
+        """Let autograd keep nothing of all tokens, nor of a copy in another dtype, that it would keep for backward."""
+        if not self.axis.sliced or self.axis.comm.size == 1 or self.axis.keeps_inputs:
+            yield
+            return
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            yield
+        self.drop()
+
+    def _pack(self, saved: Tensor) -> Tensor | tuple[torch.dtype, torch.Size]:
+        full = self.gather()
+        if saved.numel() != full.numel() or not saved.is_contiguous():
+            return saved
+        if saved.data_ptr() != full.data_ptr() and not (
+            saved.dtype != full.dtype and torch.equal(saved.view(full.shape), full.to(saved.dtype))
+        ):
+            return saved
+        self._is_dropped = True
+        return saved.dtype, saved.shape
+
+    def _unpack(self, packed: Tensor | tuple[torch.dtype, torch.Size]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else self.gather().to(packed[0]).view(packed[1])
+
+
 class EnterParts(Function):
     """The input of the parts: x (B, n, ...) -> for each part here, and with `shared` once more, all tokens (B, N, ...). The
     gradients of parts are added; that of the shared one is complete."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: TensorAxis, shared: bool) -> tuple[Tensor, ...]:
-        ctx.axis, ctx.dtype = axis, x.dtype
-        full = axis.gather(x)
-        return tuple(full.view_as(full) for _ in range(len(axis.local) + shared))
+    def forward(ctx: Any, x: Tensor, entered: PartsInput, shared: bool) -> tuple[Tensor, ...]:
+        ctx.entered, ctx.dtype, full = entered, x.dtype, entered.gather()
+        return tuple(full.view_as(full) for _ in range(len(entered.axis.local) + shared))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        count = len(ctx.axis.local)
-        total = ctx.axis.reduce(gradients[:count])
+        ctx.entered.drop()
+        axis = ctx.entered.axis
+        count = len(axis.local)
+        total = axis.reduce(gradients[:count])
         for gradient in gradients[count:]:
-            total = total + ctx.axis.own(gradient)
+            total = total + axis.own(gradient)
         return total.to(ctx.dtype), None, None
 
 
 class LeaveParts(Function):
-    """The sum of the outputs of parts: for each part here (B, N, ...) -> (B, n, ...)."""
+    """The sum of the outputs of parts: for each part here (B, N, ...) -> (B, n, ...). `entered`: their input, but ids."""
 
     @staticmethod
-    def forward(ctx: Any, axis: TensorAxis, *partial: Tensor) -> Tensor:
-        ctx.axis, ctx.dtype = axis, partial[0].dtype
+    def forward(ctx: Any, axis: TensorAxis, entered: PartsInput | None, *partial: Tensor) -> Tensor:
+        ctx.axis, ctx.entered, ctx.dtype = axis, entered, partial[0].dtype
         return axis.reduce(partial)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.entered is not None:
+            ctx.entered.restore()
         full = ctx.axis.gather(gradient.to(ctx.dtype))
-        return None, *[full] * len(ctx.axis.local)
+        return None, None, *[full] * len(ctx.axis.local)
 
 
 class ShareAmongParts(Function):

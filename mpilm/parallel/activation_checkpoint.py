@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpilm.model.attention import AttentionCore
 from mpilm.parallel.pipeline.split_backward import backward_with
 
 
 def checkpoint_activations(model: nn.Module, part: str) -> None:
     """Recompute a part ("none", "attention", "block") of each block of `model` in its backward."""
     for block in model.get_submodule("blocks").children() if part != "none" else ():
-        cores = [module for module in block.modules() if isinstance(module, AttentionCore)]
+        cores = [module.core for module in block.modules() if hasattr(module, "core")]  # of all tensor parts
         wrapped: Any
         for wrapped in cores if part == "attention" else [block]:
             wrapped.forward = partial(_checkpoint, wrapped.forward)  # inside its hooks, which gather parameters only once

@@ -23,7 +23,7 @@ from mpilm.model.layers import IGNORE_INDEX, Dropout, Embedding
 from mpilm.model.moe import MixtureOfExperts
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.model.transformer import BertEmbedding
-from mpilm.ops.tensor_axis import ContiguousGradient, EnterParts, LeaveParts, ShareAmongParts, TensorAxis
+from mpilm.ops.tensor_axis import ContiguousGradient, EnterParts, LeaveParts, PartsInput, ShareAmongParts, TensorAxis
 from mpilm.parallel.layout import ParamPart
 from mpilm.parallel.plan import Cut, region_of
 
@@ -50,11 +50,11 @@ def _divide_region(region: Any, path: str, cut_of: CutOf, axis: TensorAxis) -> N
         _set_parameter(region, name, None)
     region.parts = parts
     if isinstance(region, Embedding):
-        region.lookup = partial(_lookup, region, axis, cuts["weight"].ranges(len(own["weight"]), axis.parts))
+        region.lookup = partial(_lookup, region, axis, cuts["weight"].ranges(len(own["weight"]), axis.parts))  # type: ignore[method-assign]
         for module in region.children():
             _divide_tokens(module, axis)
     elif isinstance(region, MixtureOfExperts):
-        region.forward = partial(_forward_experts, region, axis)
+        region.forward = partial(_forward_experts, region, axis)  # type: ignore[method-assign]
     elif path == "head":
         region.forward = partial(_forward_head, region, axis, cuts["weight"].ranges(len(own["weight"]), axis.parts))
     else:
@@ -83,26 +83,29 @@ def _forward_layer(
     region: Any, axis: TensorAxis, shared: Sequence[str], biases: Sequence[str], x: Tensor, info: SequenceInfo
 ) -> Tensor:  # (B, n, D) -> (B, n, D)
     aliases = {name: ShareAmongParts.apply(region.get_parameter(name), axis, 1) for name in shared}
-    outputs = []
-    for i, (part, full) in enumerate(zip(region.parts.values(), EnterParts.apply(x, axis, False))):
-        for name in shared:
-            _set_parameter(part, name, aliases[name][i])
-        outputs.append(part(full, info))
-    y = LeaveParts.apply(axis, *outputs)
+    entered, outputs = PartsInput(axis, x), []
+    with entered.dropped_after_use():
+        for i, (part, full) in enumerate(zip(region.parts.values(), EnterParts.apply(x, entered, False))):
+            for name in shared:
+                _set_parameter(part, name, aliases[name][i])
+            outputs.append(part(full, info))
+    y = LeaveParts.apply(axis, entered, *outputs)
     for name in biases:
         y = _by_slice(axis, torch.add, [region.get_parameter(name)], y)
     return y
 
 
 def _forward_experts(region: Any, axis: TensorAxis, x: Tensor, info: SequenceInfo) -> Tensor:  # (B, n, D) -> (B, n, D)
-    *inputs, full = EnterParts.apply(x, axis, True)
-    chosen, weights = region.route(full.flatten(0, -2), info)
-    shares = ShareAmongParts.apply(weights, axis, 1)
-    outputs = [
-        part.run_experts(each.flatten(0, -2), chosen, share).view(full.shape)
-        for part, each, share in zip(region.parts.values(), inputs, shares)
-    ]
-    return LeaveParts.apply(axis, *outputs)
+    entered = PartsInput(axis, x)
+    with entered.dropped_after_use():
+        *inputs, full = EnterParts.apply(x, entered, True)
+        chosen, weights = region.route(full.flatten(0, -2), info)
+        shares = ShareAmongParts.apply(weights, axis, 1)
+        outputs = [
+            part.run_experts(each.flatten(0, -2), chosen, share).view(full.shape)
+            for part, each, share in zip(region.parts.values(), inputs, shares)
+        ]
+    return LeaveParts.apply(axis, entered, *outputs)
 
 
 def _lookup(region: Any, axis: TensorAxis, ranges: Sequence[range], ids: Tensor) -> Tensor:  # (B, N) -> (B, n, D)
@@ -112,7 +115,7 @@ def _lookup(region: Any, axis: TensorAxis, ranges: Sequence[range], ids: Tensor)
         inside = (ids >= rows.start) & (ids < rows.stop)
         found = part.lookup((ids - rows.start).where(inside, 0))
         outputs.append(found * inside[..., None].to(found.dtype))
-    return LeaveParts.apply(axis, *outputs)
+    return LeaveParts.apply(axis, None, *outputs)
 
 
 @dataclass(frozen=True)
@@ -149,13 +152,15 @@ class PartLogits:
 
 
 def _forward_head(region: Any, axis: TensorAxis, ranges: Sequence[range], x: Tensor) -> PartLogits:  # (B, n, D)
-    parts = [part(full) for part, full in zip(region.parts.values(), EnterParts.apply(x, axis, False))]
+    entered = PartsInput(axis, x)
+    with entered.dropped_after_use():
+        parts = [part(full) for part, full in zip(region.parts.values(), EnterParts.apply(x, entered, False))]
     return PartLogits(axis, ranges, parts)
 
 
 class PartCrossEntropy(Function):
-    """The cross-entropy of targets (B, N) from logits in parts of the vocabulary, each (B, N, v), of which no rank has all (arXiv
-    1909.08053, section 3). The largest logit is exact; the exponentials are added by part and then in tree order."""
+    """The cross-entropy of targets (B, N) from logits in parts of the vocabulary, each (B, N, v), so that no rank has all
+    (arXiv 1909.08053, section 3). The largest logit is exact; exponentials are added by part and then in tree order."""
 
     @staticmethod
     def forward(ctx: Any, axis: TensorAxis, ranges: Sequence[range], targets: Tensor, *logits: Tensor) -> Tensor:
@@ -212,10 +217,10 @@ def _divide_tokens(module: Any, axis: TensorAxis) -> None:
         module.slices = axis
     elif isinstance(module, Embedding):  # of positions: all ranks know those of all tokens
         lookup = module.lookup
-        module.lookup = lambda ids: _call_by_slice(module, lookup, names, axis, axis.own(ids, ids.dim() - 1), ids.dim() - 1)
+        module.lookup = lambda ids: _call_by_slice(module, lookup, names, axis, axis.own(ids, ids.dim() - 1), ids.dim() - 1)  # type: ignore[method-assign]
     elif isinstance(module, BertEmbedding):
         add_segment, segments = module.add_segment, module.segments
-        module.add_segment = lambda x: _call_by_slice(segments, add_segment, ["weight"], axis, x)
+        module.add_segment = lambda x: _call_by_slice(segments, add_segment, ["weight"], axis, x)  # type: ignore[method-assign]
     elif names:
         forward = module.forward
         module.forward = lambda x: _call_by_slice(module, forward, names, axis, x)

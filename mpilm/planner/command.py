@@ -45,7 +45,7 @@ class PlanConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    ranks: schema.RankCounts = ()  # Ranks of the job, or several numbers to compare: 1,2,4,8; empty: parallel.pipeline ranks.
+    ranks: schema.RankCounts = ()  # Ranks of the job, or several numbers to compare: 1,2,4,8; empty: a replica's.
     machine: str = "machine.json"  # The machine file that doctor --calibrate has written.
     ranks_per_node: schema.NonNegativeInt = 0  # Ranks on a node; 0: as many as were measured.
     tokens: schema.NonNegativeFloat = 0.0  # Tokens to train on, such as 2e9, to predict how long that takes; 0: train.steps.
@@ -74,7 +74,7 @@ def make_plan(config: PlanConfig) -> str:
     run = override(run, checkpoint__every=0, run__eval_every=0)  # their seconds are not planned
     check_config(run)
     run = resolve_config(run)
-    ranks, draw = config.ranks or (run.parallel.pipeline,), config.draw or bool(config.svg)
+    ranks, draw = config.ranks or (run.parallel.pipeline * run.parallel.tensor,), config.draw or bool(config.svg)
     if draw and len(ranks) > 1:
         raise ConfigError(f"--draw takes a single number of ranks, not {len(ranks)}; write --ranks {ranks[0]}")
     if draw and config.plot:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from mpilm.config.schema import Config, ModelConfig
+from mpilm.config.schema import Config, ModelConfig, tensor_part_count
 from mpilm.errors import FileError
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.flops import attention_flops_per_token, block_matrices, saved_floats_per_token, stage_numel
+from mpilm.model.flops import attention_flops_per_token, block_matrices, model_part, saved_floats_per_token, stage_numel
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import lower, schedule
@@ -44,8 +44,8 @@ class StepTime:
 
 @dataclass(frozen=True)
 class PlacedLayout:
-    """A parallel layout on a machine whose nodes are filled with ranks one after the other. Ranks that differ along the data
-    axis are neighbours; those of a pipeline are a whole data axis apart."""
+    """A parallel layout on a machine whose nodes are filled with ranks one after the other. Ranks that differ along the tensor
+    axis are neighbours, then those along the data axis; those of a pipeline are farthest apart."""
 
     config: Config
     vocab_size: int
@@ -68,6 +68,11 @@ class PlacedLayout:
         return self.shape.size
 
     @property
+    def saved_floats(self) -> float:
+        """Floats that a block saves for backward on a rank, of a microbatch."""
+        return self.tokens * saved_floats_per_token(self.config.model, self.config.train.dtype) / self.shape.tensor
+
+    @property
     def microbatches(self) -> int:
         """Microbatches of the replica that has the most."""
         return replica_microbatch_count(self.config, self.shape)
@@ -77,8 +82,23 @@ class PlacedLayout:
         """The stages of each rank of a pipeline."""
         return [range(rank, len(self.cut), self.shape.pipeline) for rank in range(self.shape.pipeline)]
 
+    @property
+    def parts(self) -> int:
+        """Tensor parts of a rank."""
+        return tensor_part_count(self.config) // self.shape.tensor
+
+    @cached_property
+    def rank_model(self) -> ModelConfig:
+        """The model with the parts of matrices that a rank has."""
+        return model_part(self.config.model, self.shape.tensor)
+
+    @property
+    def rank_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.shape.tensor)
+
     def numel(self, stage: int) -> int:
-        return stage_numel(self.config.model, self.vocab_size, self.cut[stage], stage == 0, stage == len(self.cut) - 1)
+        """Return the gradient elements of a stage on a rank."""
+        return stage_numel(self.rank_model, self.rank_vocab_size, self.cut[stage], stage == 0, stage == len(self.cut) - 1)
 
     @cached_property
     def compute_rates(self) -> ComputeRates:
@@ -110,14 +130,15 @@ class PlacedLayout:
     @property
     def has_replicas_on_one_node(self) -> bool:
         """True if all replicas of a stage are on one node."""
-        return self.ranks_per_node % self.shape.data == 0 or self.ranks <= self.ranks_per_node
+        return self.ranks_per_node % (self.shape.data * self.shape.tensor) == 0 or self.ranks <= self.ranks_per_node
 
     @property
     def replicas_sharing_memory(self) -> int:
         """Replicas of a stage on each node; 1 if nodes have unequal numbers of them."""
         if self.has_replicas_on_one_node:
             return self.shape.data
-        return self.ranks_per_node if self.shape.data % self.ranks_per_node == 0 else 1
+        on_node = self.ranks_per_node // self.shape.tensor
+        return on_node if on_node and self.shape.data % on_node == 0 and self.ranks_per_node % self.shape.tensor == 0 else 1
 
     def network(self, one_node: bool) -> NetworkRates | None:
         """Return the network between ranks of one node, or of several."""
@@ -140,26 +161,28 @@ def attention_s(rates: ComputeRates, model: ModelConfig, tokens: float) -> tuple
 
 def block_s(layout: PlacedLayout) -> tuple[float, float, float]:
     """Return the seconds of F, B and W for one block and microbatch; B includes W, which zero-bubble schedules split off."""
-    model, rates, train = layout.config.model, layout.compute_rates, layout.config.train
+    rates, train, model = layout.compute_rates, layout.config.train, model_part(layout.rank_model, layout.parts)
     products_f = products_b = 0.0
     for inputs, outputs, copies in block_matrices(model):
         used = min(copies, model.experts_per_token)  # experts, which share the tokens
         forward_s, backward_s = linear_s(rates, layout.tokens * used / copies, inputs, outputs)
         products_f, products_b = products_f + copies * forward_s, products_b + copies * backward_s
     attention_f, attention_b = attention_s(rates, model, layout.tokens)
-    family, saved = CALIBRATED_AS[model.arch], layout.tokens * saved_floats_per_token(model, train.dtype)
-    forward = products_f + attention_f + total_s(rates.rest_forward[family], saved)
-    recomputed = {"none": 0.0, "attention": attention_f, "block": forward}[train.recompute]
-    return forward, products_b + attention_b + total_s(rates.rest_backward[family], saved) + recomputed, products_b / 2
+    family, saved = CALIBRATED_AS[model.arch], layout.saved_floats
+    forward = layout.parts * (products_f + attention_f) + total_s(rates.rest_forward[family], saved)
+    recomputed = {"none": 0.0, "attention": layout.parts * attention_f, "block": forward}[train.recompute]
+    backward = layout.parts * (products_b + attention_b) + total_s(rates.rest_backward[family], saved) + recomputed
+    return forward, backward, layout.parts * products_b / 2
 
 
 def head_s(layout: PlacedLayout) -> tuple[float, float, float]:
     """Return the seconds of F, B and W for norm, head and loss of a microbatch."""
-    rates, width = layout.compute_rates, layout.config.model.d_model
-    logits, matrix = layout.tokens * layout.vocab_size, layout.vocab_size * width
-    forward, backward = linear_s(rates, layout.tokens, width, layout.vocab_size)
+    rates, width, vocab_size = layout.compute_rates, layout.config.model.d_model, -(-layout.rank_vocab_size // layout.parts)
+    logits, matrix = layout.tokens * vocab_size, vocab_size * width
+    forward, backward = linear_s(rates, layout.tokens, width, vocab_size)
     forward, backward = forward + _page_fault_s(layout, logits), backward + _page_fault_s(layout, matrix)
-    return forward + total_s(rates.loss_forward, logits), backward + total_s(rates.loss_backward, logits), backward / 2
+    forward, loss_backward = forward + total_s(rates.loss_forward, logits), backward + total_s(rates.loss_backward, logits)
+    return layout.parts * forward, layout.parts * loss_backward, layout.parts * backward / 2
 
 
 def _page_fault_s(layout: PlacedLayout, numel: float) -> float:
@@ -171,8 +194,7 @@ def _page_fault_s(layout: PlacedLayout, numel: float) -> float:
 def compute_s(layout: PlacedLayout) -> ActionTimes:
     """Return the seconds of each action on one microbatch, without messages."""
     model, times, block, head = layout.config.model, ActionTimes(), block_s(layout), head_s(layout)
-    saved = layout.tokens * saved_floats_per_token(model, layout.config.train.dtype)
-    slowdown = layout.oversubscription * interpolate(layout.compute_rates.training, saved)  # against parts measured alone
+    slowdown = layout.oversubscription * interpolate(layout.compute_rates.training, layout.saved_floats)  # against parts alone
     embedding_s = slowdown * total_s(layout.memory_rates.embedding, layout.vocab_size * model.d_model)
     for stage, layers in enumerate(layout.cut):
         last, add_s = stage == len(layout.cut) - 1, layout.memory_s("add", layout.numel(stage))  # into the gradients
@@ -201,7 +223,8 @@ def shared_memory_s(network: NetworkRates, ranks: int, numel: float, gather: boo
 
 def reduce_s(layout: PlacedLayout, stage: int) -> float:
     """Return the seconds of summing a stage's gradient over the replicas once a step (ZeRO 0 and 1)."""
-    parallel, data, per_node, numel = layout.config.parallel, layout.shape.data, layout.ranks_per_node, layout.numel(stage)
+    parallel, data, numel = layout.config.parallel, layout.shape.data, layout.numel(stage)
+    per_node = max(1, layout.ranks_per_node // layout.shape.tensor)  # replicas
     network, within = layout.network(layout.has_replicas_on_one_node), layout.machine.within
     if data == 1 or network is None or parallel.zero >= 2:
         return 0.0
@@ -236,6 +259,22 @@ def _exposed_reduce_s(layout: PlacedLayout, stage: int, backward_s: float) -> fl
     return max(seconds * min(1.0, BUCKET / layout.numel(stage)), seconds - backward_s)
 
 
+def tensor_s(layout: PlacedLayout) -> ActionTimes:
+    """Return the seconds that the tensor axis adds to each action: tokens are gathered before each region, its outputs are
+    exchanged behind it; in backward the same with gradients, and the tokens are gathered again unless backward has them."""
+    tensor, train = layout.shape.tensor, layout.config.train
+    network, numel = layout.network(layout.ranks_per_node % tensor == 0), layout.tokens * layout.config.model.d_model
+    gather_s, exchange_s = (collective_s(network, operation, tensor, numel) for operation in ("gather", "exchange"))
+    both_s, recomputes, times = gather_s + exchange_s + layout.memory_s("add", numel), train.recompute == "block", ActionTimes()
+    again_s = 0.0 if train.compile or tensor == 1 else both_s if recomputes else gather_s
+    for stage, layers in enumerate(layout.cut):
+        regions, first, last = 2 * layers, stage == 0, stage == len(layout.cut) - 1
+        forward = regions * both_s + first * exchange_s + last * gather_s
+        backward = regions * (both_s + again_s) + first * gather_s + last * (both_s + gather_s)
+        times |= {("F", stage): forward, ("B", stage): backward, ("I", stage): backward, ("W", stage): 0.0}
+    return times if tensor > 1 else dict.fromkeys(times, 0.0)
+
+
 def zero_s(layout: PlacedLayout) -> ActionTimes:
     """Return the seconds that ZeRO-2 and 3 add to each action: exchanging its gradient, gathering the parameters."""
     parallel, data, times = layout.config.parallel, layout.shape.data, ActionTimes()
@@ -254,6 +293,8 @@ def zero_s(layout: PlacedLayout) -> ActionTimes:
 def step_time(layout: PlacedLayout) -> StepTime:
     """Predict the seconds of a step."""
     compute, zero, pipeline = compute_s(layout), zero_s(layout), layout.stages_of_rank
+    for key, seconds in tensor_s(layout).items():
+        zero[key] += seconds  # both hold up the stage
     busy = [layout.microbatches * sum(compute[kind, stage] for stage in stages for kind in "FB") for stages in pipeline]
     busy_s = sum(busy) / len(busy)
     sharding_s = layout.microbatches * sum(zero[kind, stage] for kind, stage in zero if kind in "FB") / len(busy)

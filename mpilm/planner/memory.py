@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
 
-from mpilm.config.schema import Config, microbatch_count
+from mpilm.config.schema import Config, microbatch_count, tensor_part_count
 from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_numel, parameter_count
 from mpilm.ops.tree import block_of_rank, count_buffers, plan_accumulation, plan_block_accumulation, plan_merges
 from mpilm.parallel.flat_layout import BUCKET
@@ -29,11 +29,11 @@ def step_bytes(
     config: Config, vocab_size: int, cut: Sequence[int], stages: Sequence[int], program: Sequence[Action], device: str
 ) -> dict[str, int]:
     """Return the peak bytes of a step on a rank that has these stages of the cut and runs this program."""
-    model, train, last = config.model, config.train, len(cut) - 1
+    model, train, tensor, last = config.model, config.train, config.parallel.tensor, len(cut) - 1
     tokens, of_stage = train.micro_batch * model.context_length, dict[int, dict[str, int]]()
     for stage in stages:
         part = cut[stage], stage == 0, stage == last
-        of_stage[stage] = activation_bytes(model, vocab_size, tokens, train.dtype, *part, train.recompute)
+        of_stage[stage] = activation_bytes(model, vocab_size, tokens, train.dtype, *part, train.recompute, tensor)
     current = peak = 0  # of all microbatches; half of the logits of one is counted with its gradient below
     for action in program:
         parts = of_stage[action.stage]
@@ -41,7 +41,9 @@ def step_bytes(
         changes = {"F": added, "I": parts["split_backward"] - added, "B": -added, "W": -parts["split_backward"]}
         current += changes.get(action.kind, 0)
         peak = max(peak, current)
-    received = 4 * tokens * model.d_model * 2 * (last > 0)  # receives posted early: an input and a gradient
+    all_tokens = 4 * tokens * model.d_model
+    received = all_tokens // tensor * 2 * (last > 0)  # receives posted early: an input and a gradient
+    received += 3 * all_tokens * (tensor > 1)  # in a region: its input and gradient, and those of a part
     logits = max(parts["logits"] for parts in of_stage.values())
     live = peak - logits // 2 + max(parts["recompute"] for parts in of_stage.values()) + received
     live_factor = logits_factor = 1.0  # two float32 tensors: the logits and their gradient
@@ -50,11 +52,11 @@ def step_bytes(
     elif device == "cuda":
         logits_factor = 1.5  # its kernels make a third tensor in backward (measured)
     if device == "cpu":
-        largest = 4 * tokens * model.d_ff
+        largest = 4 * tokens * model.d_ff // tensor_part_count(config)
         live += 3 * largest  # temporaries of a backward
         if largest < MMAP_THRESHOLD_BYTES:
             live_factor += FRAGMENTATION[config.parallel.schedule if last else "none"]
-        if 4 * tokens * vocab_size < MMAP_THRESHOLD_BYTES:
+        if 4 * tokens * vocab_size // tensor_part_count(config) < MMAP_THRESHOLD_BYTES:
             logits_factor *= 1 + LOGITS_FRAGMENTATION
     return {"activations": round(live * live_factor), "logits": round(logits * logits_factor)}
 
@@ -97,11 +99,11 @@ def persistent_bytes(layout: PlacedLayout, stages: Sequence[int]) -> dict[str, i
 def _stage_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
     config, data, gradients, zero = layout.config, layout.shape.data, layout.numel(stage), layout.config.parallel.zero
     tied = config.model.tie_embeddings and stage == len(layout.cut) - 1
-    owned = gradients - tied * layout.vocab_size * config.model.d_model
+    owned = gradients - tied * layout.rank_vocab_size * layout.rank_model.d_model
     weights = gradients if tied and (stage > 0 or zero == 3) else owned  # with a copy of the matrix of another stage
     moments = MOMENTS[config.train.optimizer] * owned
     if config.train.optimizer == "muon":  # adamw for all but the matrices of blocks
-        moments += owned - layout.cut[stage] * block_numel(config.model)
+        moments += owned - layout.cut[stage] * block_numel(layout.rank_model)
     if config.parallel.sync_every:
         moments += 2 * weights  # the anchor weights and the outer momentum
     reduced = _zero_gradient_floats(layout, stage) if zero >= 2 else _gradient_floats(layout, stage)
@@ -110,8 +112,8 @@ def _stage_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
 
 def _zero_gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
     """Return the floats of gradients that are reduced in each round of microbatches (ZeRO-2 and 3)."""
-    model, data, first, last = layout.config.model, layout.shape.data, stage == 0, stage == len(layout.cut) - 1
-    matrix, (embedding, head) = layout.vocab_size * model.d_model, embedding_and_head_numel(model, layout.vocab_size)
+    model, data, first, last = layout.rank_model, layout.shape.data, stage == 0, stage == len(layout.cut) - 1
+    matrix, (embedding, head) = layout.rank_vocab_size * model.d_model, embedding_and_head_numel(model, layout.rank_vocab_size)
     units = [first * embedding, *[block_numel(model)] * layout.cut[stage], *[matrix, head - matrix] * last]
     passing = max(matrix * (first or last), model.d_model * model.d_ff)
     if layout.config.parallel.zero == 3:
@@ -130,7 +132,7 @@ def _gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
     total, cuda, exchange = microbatch_count(config), layout.machine.device == "cuda", 0.0
     sharing = 1 if parallel.reduce == "messages" or cuda else layout.replicas_sharing_memory
     if sharing < data:
-        matrix = layout.vocab_size * config.model.d_model  # a tied one is exchanged apart from all else
+        matrix = layout.rank_vocab_size * layout.rank_model.d_model  # a tied one is exchanged apart from all else
         ends = config.model.tie_embeddings * ((stage == 0) + (stage == len(layout.cut) - 1))
         pieces = [*[matrix] * ends, gradients - ends * matrix]
         buckets, (most, every) = sum(math.ceil(piece / BUCKET) for piece in pieces), _partial_sums(data, total, sharing)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from mpilm.config.check import check_config
@@ -19,8 +20,8 @@ SHOWN_REASONS = 6
 TIE = 1.01  # times the fastest: closer than predictions are accurate
 USABLE_MEMORY = 0.95  # the system needs the rest
 LAYOUT_DEFAULTS = {
-    "parallel.pipeline": (1,), "parallel.schedule": ("1f1b",), "parallel.chunks": (1, 2), "parallel.zero": (0,),
-    "train.recompute": ("none",),
+    "parallel.pipeline": (1,), "parallel.tensor": (1,), "parallel.schedule": ("1f1b",), "parallel.chunks": (1, 2),
+    "parallel.zero": (0,), "train.recompute": ("none",),
 }  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def search(job: PlannedJob, ranks: int) -> tuple[list[Candidate], dict[str, str]
 
     def preference(each: Candidate) -> tuple[float, ...]:  # of layouts about as fast as the fastest, the simplest
         time_s, parallel = each.time.total_s, each.config.parallel
-        return max(time_s, TIE * fastest_s), parallel.pipeline, parallel.zero, parallel.chunks, time_s
+        return max(time_s, TIE * fastest_s), parallel.tensor, parallel.pipeline, parallel.zero, parallel.chunks, time_s
 
     return sorted(candidates, key=preference), rejected
 
@@ -115,23 +116,28 @@ def _enumerate_layouts(job: PlannedJob, ranks: int) -> Iterator[Config]:
     """Yield every layout of these ranks, with one that has too many stages; fixed settings are not varied."""
     layers, fixed = job.config.model.n_layers, {name: [value] for name, value in job.fixed_settings.items()}
     divisors = [p for p in range(1, ranks + 1) if ranks % p == 0]
-    too_many = [p for p in divisors if p > layers][:1]
-    for pipeline in fixed.get("pipeline", [p for p in divisors if p <= layers] + too_many):
+    too_many, parts = [p for p in divisors if p > layers][:1], job.config.model.tensor_parts
+    tensors = [t for t in divisors if t <= job.ranks_on_node(ranks) and (parts == 0 or parts % t == 0)]  # within a node
+    pipelines = [p for p in divisors if p <= layers] + too_many
+    for tensor, pipeline in product(fixed.get("tensor", tensors), fixed.get("pipeline", pipelines)):
+        if tensor > 1 and ranks % (tensor * pipeline) and "tensor" not in fixed:
+            continue
         schedules = ["1f1b", "gpipe", "interleaved", "zero-bubble"] if pipeline > 1 else ["1f1b"]
-        zeros = [0, 1, 2, 3] if ranks // pipeline > 1 and job.config.train.reproducible else [0]
+        zeros = [0, 1, 2, 3] if ranks // (pipeline * tensor) > 1 and job.config.train.reproducible else [0]
         for schedule in fixed.get("schedule", schedules):
             chunks = [c for c in CHUNKS if c * pipeline <= layers] or [2] if schedule == "interleaved" else [1]
-            for chunk in fixed.get("chunks", chunks):
-                for zero in fixed.get("zero", zeros):
-                    layout = {"pipeline": pipeline, "schedule": schedule, "chunks": chunk, "zero": zero}
-                    yield resolve_config(replace(job.config, parallel=replace(job.config.parallel, **layout)))
+            for chunk, zero in product(fixed.get("chunks", chunks), fixed.get("zero", zeros)):
+                layout = {"tensor": tensor, "pipeline": pipeline, "schedule": schedule, "chunks": chunk, "zero": zero}
+                yield resolve_config(replace(job.config, parallel=replace(job.config.parallel, **layout)))
 
 
 def layout_label(config: Config, ranks: int) -> str:
-    """Return a layout in a few words: data 4, pipeline 2, interleaved x2, zero 1, recompute block."""
-    parallel, recompute, replicas = config.parallel, config.train.recompute, max(1, ranks // config.parallel.pipeline)
+    """Return a layout in a few words: data 4, pipeline 2, interleaved x2, tensor 2, zero 1, recompute block."""
+    parallel, recompute = config.parallel, config.train.recompute
+    replicas = max(1, ranks // (parallel.pipeline * parallel.tensor))
     schedule = f", {parallel.schedule}{f' x{parallel.chunks}' * (parallel.chunks > 1)}" * (parallel.pipeline > 1)
-    label = f"data {replicas}, pipeline {parallel.pipeline}{schedule}, zero {parallel.zero}"
+    tensor = f", tensor {parallel.tensor}" * (parallel.tensor > 1)
+    label = f"data {replicas}, pipeline {parallel.pipeline}{schedule}{tensor}, zero {parallel.zero}"
     return label + f", recompute {recompute}" * (recompute != "none")
 
 

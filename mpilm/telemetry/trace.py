@@ -111,7 +111,8 @@ class Trace:
             sends = what.kind in ("SEND_F", "SEND_B")
             if sends or what.input_receive(len(self.layout["cut"])):
                 message = f"{what.message.stage}{what.message.direction}{what.message.microbatch}"
-                arrow = {"name": "message", "cat": "message", "id": f"{step}.{self.mesh.coordinate['data']}.{message}"}
+                replica = f"{self.mesh.coordinate['data']}.{self.mesh.coordinate['tensor']}"
+                arrow = {"name": "message", "cat": "message", "id": f"{step}.{replica}.{message}"}
                 yield {**({"ph": "s"} if sends else {"ph": "f", "bp": "e"}), **arrow, **rank, "ts": start_us}
 
 

@@ -24,7 +24,7 @@ from mpilm.parallel.pipeline.partition import partition_layers
 from mpilm.planner.profile import MachineProfile, read_profile
 from mpilm.planner.search import PlannedJob, search
 
-CHOSEN_SETTINGS = ("pipeline", "schedule", "chunks", "zero")
+CHOSEN_SETTINGS = ("pipeline", "tensor", "schedule", "chunks", "zero")
 MEASURE_S = 0.5  # for each part: long compared with a scheduler's time slice, so that sharing a core shows
 PARTS = (0, 1, 0)  # one block divided into three stages: the embedding; the block; norm, head and loss
 
@@ -43,8 +43,9 @@ def choose_layout(config: Config, vocab_size: int, hardware: Hardware, world: Co
             raise ConfigError("--parallel.auto plans for training full models: remove it or --model.lora-rank")
         profile = read_profile(config.parallel.auto, "--parallel.auto")
         _check_same_machine(profile, hardware, world)
+        planned = override(base, model__tensor_parts=base.model.tensor_parts or 1)  # no layout decides what the run computes
         try:
-            found, _ = search(PlannedJob(base, vocab_size, profile, ranks_per_node), world.size)
+            found, _ = search(PlannedJob(planned, vocab_size, profile, ranks_per_node), world.size)
         except ConfigError as error:
             raise ConfigError(f"--parallel.auto: {error}") from None
         best = found[0].config

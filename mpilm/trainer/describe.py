@@ -93,6 +93,8 @@ def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
     parallel, shape = run.config.parallel, run.mesh.shape
     sizes = [f"{axis} {size}" for axis, size in zip(AXES, shape.sizes) if size > 1 or axis == "data"]
     yield "layout", " x ".join(sizes) + (f", ZeRO-{parallel.zero}" if parallel.zero else "")
+    if (parts := run.model.tensor.parts) > 1:
+        yield "", f"{parts} tensor parts, which a resumed run keeps: any --parallel.tensor that divides them gives these bits"
     if shape.data > 1 and run.config.train.reproducible:  # otherwise nobody, or the MPI library, reduces the gradients
         yield from _reduction_rows(run)
     if run.layout_note:
@@ -133,7 +135,7 @@ def _training_rows(run: Run, row: Mapping[str, Any]) -> Iterator[tuple[str, str]
     tokens = f"{train.global_batch} sequences of {model.context_length} = {train.global_batch * model.context_length:,} tokens"
     yield "a step", f"{tokens}, in {count_noun(total, 'microbatch')}"
     if total % ranks:
-        name = "replicas" if run.mesh.shape.pipeline > 1 else "ranks"
+        name = "replicas" if ranks < run.mesh.shape.size else "ranks"
         sizes = ", ".join(str(total // ranks + (rank < total % ranks)) for rank in range(ranks))
         nearest = max(1, round(total / ranks)) * ranks * train.micro_batch
         idle = f"{name} have {sizes} of them and idle {1 - utilization(ranks, total):.0%} of the time"

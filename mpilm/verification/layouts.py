@@ -63,7 +63,7 @@ def list_layouts(config: Config, ranks: int) -> Iterator[tuple[Config, str]]:
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
     possible = [n for n in divisors if not _why_invalid(override(config, parallel__tensor=n), n)]
     for pipeline, tensor in ((p, t) for t in divisors for p in divisors if ranks % (p * t) == 0):
-        parts = config.model.tensor_parts or max((n for n in possible if 1 < tensor and n % tensor == 0), default=tensor)
+        parts = config.model.tensor_parts or max((n for n in possible if tensor > 1 and n % tensor == 0), default=tensor)
         for schedule in SCHEDULES if pipeline > 1 or ranks == 1 else ("1f1b",):
             for zero in (0, 1, 2, 3) if ranks > pipeline * tensor else (0,):
                 parallel = ParallelConfig(pipeline=pipeline, tensor=tensor, schedule=schedule, zero=zero)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,12 +153,15 @@ def test_dropout_mask_depends_on_sample_and_path_alone():
     assert Dropout(0.0, "here")(x, [1, 2, 3, 4]) is x
 
 
-def test_dropout_with_a_window_takes_that_part_of_the_mask():
+def test_dropout_of_slices_has_a_mask_for_each_whatever_lies_beside_it():
     x, dropout = random(2, 6, 10), Dropout(0.5, "here")
+    dropout.slices = SimpleNamespace(slices=[0, 1, 2])
     expected = dropout(x, [1, 2])
-    rows = torch.tensor([0, 1, 4])
-    dropout.window = lambda shape: ((6, 10), (rows, slice(0, 5)))
-    assert torch.equal(dropout(x[:, rows, :5], [1, 2]), expected[:, rows, :5])
+    assert len({tuple((mask == 0).flatten().tolist()) for mask in expected[0].split(2)}) == 3
+    dropout.slices = SimpleNamespace(slices=[2, 0])
+    assert torch.equal(
+        dropout(torch.cat([x[:, 4:], x[:, :2]], dim=1), [1, 2]), torch.cat([expected[:, 4:], expected[:, :2]], dim=1)
+    )
 
 
 def test_dropout_modules_have_paths_of_their_own(monkeypatch):

@@ -184,7 +184,7 @@ def test_restored_moments_continue_to_the_same_bits(name):
 def test_muon_leaves_embeddings_and_vectors_to_adamw():
     flat, muon, vector = parts(train(optimizer="muon"))
     plain = FlatParameters(resolve_layouts(SHAPES, {}), CPU)
-    adamw = AdamW({0: plain}, train())
+    adamw = AdamW({0: plain}, train(), TensorAxis(SelfComm(), 1))
     generator = torch.Generator().manual_seed(4)
     values, gradients = draw(generator), draw(generator)
     for of, target in ((flat, vector), (plain, (other := FlatVector.zeros(plain.reduced, CPU)))):

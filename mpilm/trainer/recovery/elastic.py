@@ -47,17 +47,21 @@ def train_elastic(config: Config, world: Comm) -> None:
 
 
 def _working_ranks(config: Config, world: Comm) -> Comm | None:
-    """Return the ranks that train, as many as pipelines of this length need; None on the others. Collective."""
-    length = config.parallel.pipeline
-    count = max(1, world.size // length) * length
+    """Return the ranks that train, as many as replicas of this size need; None on the others. Collective."""
+    replica = _replica_size(config)
+    count = max(1, world.size // replica) * replica
     if count >= world.size:
         return world
     working = world.split(int(world.rank >= count), world.rank, "world")
     return working if world.rank < count else None
 
 
+def _replica_size(config: Config) -> int:
+    return config.parallel.pipeline * config.parallel.tensor
+
+
 def _train_working(config: Config, working: Comm, in_memory: InMemoryCheckpoint, recovered: RecoveredState | None) -> Failure:
-    single = working.size == config.parallel.pipeline  # a single replica, which ZeRO cannot shard
+    single = working.size == _replica_size(config)  # which ZeRO cannot shard
     try:
         train(override(config, parallel__zero=0) if single else config, working, in_memory, recovered)
     except CollectiveError as error:
@@ -78,19 +82,20 @@ def agree_on_survivors(
     config: Config, world: Comm, in_memory: InMemoryCheckpoint, own_name: str, members: list[str]
 ) -> tuple[RecoveredState, list[str]]:
     """Return the state from which a shrunk world resumes, and its ranks' names. Collective; raises if too little is left."""
-    model, pipeline = in_memory.model, config.parallel.pipeline
-    shapes = model.state_shapes if model is not None else {}
+    model, replica = in_memory.model, _replica_size(config)
+    shapes = model.part_shapes() if model is not None else {}
     snapshots = [[snapshot.done, dict(snapshot.trainer), list(snapshot.state)] for snapshot in in_memory.snapshots]
     survivors, everyone, all_shapes = zip(*world.all_gather_json([own_name, snapshots, shapes]))
     lost = ", ".join(name for name in members if name not in survivors)
-    if world.size < pipeline:
-        too_few = f"{world.size} ranks are too few for --parallel.pipeline {pipeline}"
+    if world.size < replica:
+        flags = [f"--parallel.{axis} {getattr(config.parallel, axis)}" for axis in ("pipeline", "tensor")]
+        too_few = f"{world.size} ranks are too few for {' and '.join(flag for flag in flags if not flag.endswith(' 1'))}"
         raise CollectiveError(LostRankError(f"{lost} lost, and {too_few}; {RESUME_HINT}"))
     found = latest_complete_step(everyone, max(all_shapes, key=len))  # a spare that has never trained knows no shapes
     if found is None:
         missing = "together with a part of the state that no other rank holds"
         raise CollectiveError(LostRankError(f"{lost} lost, {missing}; {RESUME_HINT}"))
     done, trainer, ranges = found
-    spares = world.size % pipeline
+    spares = world.size % replica
     note = f"{lost} lost; {world.size} ranks continue after step {done}{f', {spares} of them as spares' * bool(spares)}"
     return RecoveredState(world, done, trainer, ranges, in_memory.snapshots, note, in_memory.folder), list(survivors)

@@ -1,0 +1,188 @@
+"""Tensor parts against the plain model, in float64, and the same bits for any number of ranks; operators and their adjoints."""
+
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from runs import FAMILIES, small_config
+from thread_ranks import run_ranks
+
+from mpilm.engine.pipelined import meta_model, resolve_model_layouts
+from mpilm.model.families import initial_std, initial_value
+from mpilm.model.layers import loss_sum
+from mpilm.model.sequence_info import SequenceInfo
+from mpilm.ops.tensor_axis import EnterParts, LeaveParts, PartsInput, ShareAmongParts, TensorAxis, fold
+from mpilm.parallel.flat import set_parameter
+from mpilm.parallel.layout import select_parts
+from mpilm.parallel.plan import cut_of
+from mpilm.parallel.tensor import PartLogits, divide_model, gather_parts, select_part
+
+VOCAB = 131  # does not divide by the parts
+SHARED = 100  # a number that names no rank: values that all ranks have
+
+
+def draw(*key_and_shape, shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(hash(key_and_shape) % 2**31), dtype=torch.float64)
+
+
+def dot(xs, ys):
+    return sum(float((x * y).sum()) for x, y in zip(xs, ys, strict=True))
+
+
+@pytest.mark.parametrize("sliced", [True, False])
+@pytest.mark.parametrize(
+    ("size", "parts", "sequence_parts"), [(1, 2, 1), (2, 2, 1), (2, 4, 2), (3, 4, 1), (4, 4, 1), (3, 6, 2)]
+)
+def test_operators_and_their_gradients_are_adjoint(size, parts, sequence_parts, sliced):
+    """<F x, y> = <x, F* y>, summed over all ranks; a tensor that is the same on all of them counts once."""
+    tokens = 3 * parts * sequence_parts
+
+    def body(comm):
+        axis = TensorAxis(comm, parts, sequence_parts)
+        axis.sliced = sliced
+        own_shape, full_shape = (2, axis.count_own(tokens), 5), (2, tokens, 5)
+        x = draw(1, comm.rank if sliced else SHARED, shape=own_shape).requires_grad_()
+        uses = [draw(2, part, shape=full_shape) for part in axis.local]
+        outputs = EnterParts.apply(x, PartsInput(axis, x), True)
+        shared_use = draw(3, SHARED, shape=full_shape)
+        (gradient,) = torch.autograd.grad(outputs, x, [*uses, shared_use])
+        entered = dot(outputs[:-1], uses), dot(outputs[-1:], [shared_use]), dot([x], [gradient])
+
+        partial_sums = [draw(4, part, shape=full_shape).requires_grad_() for part in axis.local]
+        y = draw(5, comm.rank if sliced else SHARED, shape=own_shape)
+        output = LeaveParts.apply(axis, None, *partial_sums)
+        left = dot([output], [y]), dot(partial_sums, torch.autograd.grad(output, partial_sums, y))
+
+        weight = draw(6, SHARED, shape=(7,)).requires_grad_()
+        uses = [draw(7, part, s, shape=(7,)) for s in range(sequence_parts) for part in axis.local]
+        outputs = ShareAmongParts.apply(weight, axis, sequence_parts)
+        (gradient,) = torch.autograd.grad(outputs, weight, uses)
+        return entered, left, (dot(outputs, uses), dot([weight], [gradient]))
+
+    entered, left, shared = zip(*run_ranks(size, body))
+    count = (lambda numbers: sum(numbers)) if sliced else (lambda numbers: numbers[0])  # without slices all ranks have all
+    (of_parts, of_shared, of_input) = zip(*entered)
+    assert sum(of_parts) + of_shared[0] == pytest.approx(count(of_input), rel=1e-12)
+    outputs, inputs = zip(*left)
+    assert count(outputs) == pytest.approx(sum(inputs), rel=1e-12)
+    outputs, inputs = zip(*shared)
+    assert all(each == inputs[0] for each in inputs)
+    assert sum(outputs) == pytest.approx(inputs[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_fold_adds_in_the_order_of_the_tree(count):
+    values = [torch.tensor(10.0**i) for i in range(count)]
+    assert float(fold(list(values))) == pytest.approx(sum(10.0**i for i in range(count)))
+
+
+def family_config(family):
+    heads = {} if family in ("gpt2", "bert") else {"model__n_kv_heads": 4}
+    return small_config(**{**FAMILIES[family], "model__n_heads": 4, "model__n_layers": 2, "model__d_model": 32} | heads).model
+
+
+def run_model(shape, dtype, axis=None, dropout_keys=None):
+    """Return the loss of one batch, and the gradients by the names of parameters or their parts."""
+    full = {
+        name: initial_value(0, name, tuple(p.shape), initial_std(name, shape) or 0.3).to(dtype)
+        for name, p in meta_model(shape, VOCAB).named_parameters()
+    }
+    model = meta_model(shape, VOCAB)
+    layouts = resolve_model_layouts(shape, VOCAB, (shape.n_layers,), parts=axis.parts if axis else 1)
+    if axis is not None:
+        divide_model(model, partial(cut_of, family=shape.arch), axis)
+        layouts = select_parts(layouts, axis.local)
+    values = {}
+    for name, layout in layouts.items():
+        owner = layout.source if layout.tied_to is None else layouts[layout.tied_to].source
+        values[name] = select_part(full[owner], layout.part).clone().contiguous().requires_grad_()
+        set_parameter(model, name, values[name], layout)
+    parameters = dict(model.named_parameters())
+    tokens, targets = torch.randint(0, VOCAB, (2, 2, shape.context_length), generator=torch.Generator().manual_seed(1))
+    output = model(tokens, SequenceInfo(torch.arange(shape.context_length), dropout_keys, loss_weight=1.0))
+    loss = output.losses(targets).sum() if isinstance(output, PartLogits) else loss_sum(output, targets)
+    loss.backward()
+    return float(loss), {name: p.grad for name, p in parameters.items()}, layouts
+
+
+@pytest.mark.parametrize(("size", "parts"), [(1, 4), (2, 2), (2, 4), (4, 4)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_compute_what_the_plain_model_computes(family, size, parts):
+    """Loss and gradients in float64 (the losses of tokens are float32)."""
+    shape = family_config(family)
+    loss, gradients, _ = run_model(shape, torch.float64)
+    for part_loss, found, layouts in run_ranks(size, lambda comm: run_model(shape, torch.float64, TensorAxis(comm, parts))):
+        assert part_loss == pytest.approx(loss, rel=1e-6)
+        for name, gradient in found.items():
+            expected = select_part(gradients[layouts[name].source], layouts[name].part)
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout_keys", [None, [3, 4]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_number_of_ranks_computes_the_same_bits(family, dropout_keys):
+    shape = family_config(family)
+    ((loss, gradients, _),) = run_ranks(1, lambda comm: run_model(shape, torch.float32, TensorAxis(comm, 4), dropout_keys))
+    for size in (2, 3, 4):
+        results = run_ranks(size, lambda comm: run_model(shape, torch.float32, TensorAxis(comm, 4), dropout_keys))
+        for part_loss, found, _ in results:
+            assert part_loss == loss
+            assert [name for name, gradient in found.items() if not torch.equal(gradient, gradients[name])] == []
+
+
+def test_inputs_of_parts_are_not_kept_for_backward():
+    """q, k, v, gate, up and head save their input, all tokens; between forward and backward a rank keeps its own alone."""
+    shape, dropped = family_config("llama"), []
+    original = PartsInput._pack
+
+    def pack(self, saved):
+        packed = original(self, saved)
+        dropped.append(not isinstance(packed, torch.Tensor))
+        return packed
+
+    with mock.patch.object(PartsInput, "_pack", pack):
+        run_ranks(1, lambda comm: run_model(shape, torch.float32, TensorAxis(comm, 2)))
+        assert dropped == []
+        run_ranks(2, lambda comm: run_model(shape, torch.float32, TensorAxis(comm, 2)))
+    assert sum(dropped) == 2 * (5 * shape.n_layers + 1)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(1, 2), (2, 2), (3, 4), (4, 4)])
+def test_logits_in_parts_give_the_losses_and_tokens_of_whole_logits(size, parts):
+    logits = draw(8, shape=(2, 6, VOCAB)).float()
+    logits[0, 1, 17] = logits[0, 1, 40] = 9.0  # the first of equal ones is chosen
+    targets = torch.randint(0, VOCAB, (2, 6), generator=torch.Generator().manual_seed(2))
+    targets[1, 3] = -100
+    cut = cut_of("head.weight", "llama")
+
+    def body(comm):
+        axis, ranges = TensorAxis(comm, parts), cut.ranges(VOCAB, parts)
+        whole = PartLogits(axis, ranges, [logits[..., ranges[part].start : ranges[part].stop] for part in axis.local])
+        return whole.losses(targets), whole.argmax(), whole.gather_last()
+
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 6)
+    for losses, tokens, last in run_ranks(size, body):
+        torch.testing.assert_close(losses, expected)
+        assert torch.equal(tokens, logits.argmax(dim=-1))
+        assert torch.equal(last, logits[0, -1])
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_parts_of_a_parameter_make_it_up(family, parts):
+    shape = small_config(**{**FAMILIES[family], "model__n_kv_heads": 6}, model__n_heads=6, model__d_model=24).model
+    layouts = resolve_model_layouts(shape, VOCAB, (shape.n_layers,), parts=parts)
+    for layout in layouts.values():
+        if layout.part is None or layout.part.number > 0:
+            continue
+        full = draw(9, shape=layout.global_shape)
+        pieces = [select_part(full, part.part) for part in layouts.values() if part.source == layout.source]
+        assert sum(map(torch.numel, pieces)) == full.numel()
+        gathered = run_ranks(2, lambda comm: gather_rank(comm, parts, pieces, layout.part))  # noqa: B023
+        assert all(torch.equal(each, full) for each in gathered)
+
+
+def gather_rank(comm, parts, pieces, part):
+    axis = TensorAxis(comm, parts)
+    return gather_parts([pieces[number] for number in axis.local], part, axis)
