@@ -10,7 +10,7 @@ from mpilm.data.files import read_json
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.hf.config import ADAPTER_CONFIG, add_hf_adapter, read_base_model, read_hf_config
 
-USER_SETTABLE = ("dropout", "router_loss", "base")  # not part of a folder's shape
+USER_SETTABLE = ("dropout", "router_loss", "tensor_parts", "base")  # not part of a folder's shape
 ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_targets")  # user-settable unless the folder holds an adapter
 
 

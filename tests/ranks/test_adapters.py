@@ -159,22 +159,26 @@ def test_it_is_pefts_training_loop(tmp_path, data, bases, family):
     assert losses[-1] < losses[0] - 0.05
 
 
+TENSOR = {"model__tensor_parts": 2, "model__n_kv_heads": 2}
 LAYOUTS = [
     (1, layout(schedule="zero-bubble")), (3, layout(zero=1)), (3, layout(zero=2)), (3, layout(zero=3)), (2, layout(2)),
     (4, layout(2, "interleaved", 2)), (4, layout(2, "zero-bubble", 3)), (6, layout(3, "zero-bubble", 1)),
+    (4, layout(tensor=2, zero=1) | TENSOR), (8, layout(2, "zero-bubble", 3, tensor=2) | TENSOR),
 ]  # fmt: skip
 
 
-CASES = [("llama", *layout) for layout in LAYOUTS] + [(family, *LAYOUTS[i]) for family in FAMILIES for i in (3, 5, 6)]
+CASES = [("llama", *layout) for layout in LAYOUTS] + [(family, *LAYOUTS[i]) for family in FAMILIES for i in (3, 5, 6, 9)]
 
 
 @pytest.mark.parametrize(("family", "size", "layout"), CASES, ids=str)
 def test_every_layout_has_the_bits_of_the_serial_run(family, size, layout):
-    config = small_config(**layout, **FAMILIES[family], model__lora_rank=2, model__lora_targets=WHERE[family], train__lr=0.02)
+    changes = FAMILIES[family] | layout
+    config = small_config(**changes, model__lora_rank=2, model__lora_targets=WHERE[family], train__lr=0.02)
     numbers, tensors = train_on_threads(size, config, steps=3)
     expected = train_on_threads(1, serial_config(config), steps=3)
     assert numbers == expected[0]
-    assert len(tensors) == 3 * 2 * 4 * len(WHERE[family] or (0,) * (len(tensors) // 24))
+    count = len({re.sub(r"\.parts\.\d", "", name) for name in tensors})
+    assert count == 3 * 2 * 4 * len(WHERE[family] or (0,) * (count // 24))
     assert differing(tensors, expected[1]) == []
 
 

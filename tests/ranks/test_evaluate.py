@@ -37,7 +37,9 @@ def folders(tmp_path_factory):
     made = {}
     for family in ("llama", "gpt2", "bert"):
         tokenizer = bytes_tokenizer().with_mask() if family == "bert" else bytes_tokenizer()
-        shape = small_config(**FAMILIES[family], model__context_length=T, model__dropout=0.0).model
+        shape = small_config(
+            **{"model__n_heads": 4, "model__n_kv_heads": 2, **FAMILIES[family]}, model__context_length=T, model__dropout=0.0
+        ).model
         model, _ = full_model(shape, tokenizer.vocab_size, torch.device("cpu"))
         for name, p in model.named_parameters():
             mean = 1.0 if name.endswith("norm.weight") else 0.0
@@ -55,12 +57,12 @@ def own_cache(tmp_path_factory):
         yield
 
 
-def evaluate_on_threads(folder, path, out, size=1, pipeline=1, context_length=0, documents=False):
+def evaluate_on_threads(folder, path, out, size=1, pipeline=1, context_length=0, documents=False, tensor=1):
     """Return evaluation.json of a model folder and a text."""
     arguments = EvaluateArguments(
         EvaluateModel(str(folder), context_length=context_length),
         DataConfig(path=(str(path),)),
-        InferenceParallel(pipeline),
+        InferenceParallel(pipeline, tensor),
         EvaluateCompute(device="cpu", threads=1, micro_batch=3),
         EvaluateOutput(str(out)),
         documents,
@@ -123,6 +125,21 @@ def test_loss_is_equal_on_any_layout(folders, tmp_path, family, layouts):
     for size, pipeline in layouts:
         out = tmp_path / f"{size}-{pipeline}"
         assert evaluate_on_threads(folders[family], tmp_path / "x.txt", out, size, pipeline) == serial
+
+
+@pytest.mark.parametrize(("family", "size", "pipeline"), [("llama", 4, 1), ("gpt2", 4, 2), ("bert", 2, 1)])
+def test_loss_of_ranks_that_share_matrices_is_that_of_one(folders, tmp_path, family, size, pipeline):
+    """To rounding, because the folder states no tensor parts."""
+    (tmp_path / "x.txt").write_text(make_text(15))
+    serial = evaluate_on_threads(folders[family], tmp_path / "x.txt", tmp_path / "1")
+    found = evaluate_on_threads(folders[family], tmp_path / "x.txt", tmp_path / "2", size, pipeline, tensor=2)
+    assert found["loss"] == pytest.approx(serial["loss"], rel=1e-6)
+    assert {**found, "loss": 0, "perplexity": 0, "bits_per_byte": 0} == {
+        **serial,
+        "loss": 0,
+        "perplexity": 0,
+        "bits_per_byte": 0,
+    }
 
 
 def test_loss_is_equal_with_more_ranks_than_windows(folders, tmp_path):

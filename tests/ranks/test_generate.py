@@ -33,7 +33,9 @@ def folders(tmp_path_factory):
     """Folders of random models, with a context of 16 tokens."""
     made = {}
     for family in DECODERS:
-        shape = small_config(**FAMILIES[family], model__context_length=16, model__dropout=0.0).model
+        shape = small_config(
+            **{"model__n_heads": 4, "model__n_kv_heads": 2, **FAMILIES[family]}, model__context_length=16, model__dropout=0.0
+        ).model
         model, _ = full_model(shape, V, torch.device("cpu"))
         for name, p in model.named_parameters():
             mean = 1.0 if name.endswith("norm.weight") else 0.0
@@ -44,12 +46,15 @@ def folders(tmp_path_factory):
     return made
 
 
-def generate_on_threads(folder, size, settings, pipeline=1, prompts=PROMPTS, eos=-1):
+def generate_on_threads(folder, size, settings, pipeline=1, prompts=PROMPTS, eos=-1, tensor=1):
     """Return the tokens after each prompt, on which all ranks of a pipeline agree."""
 
     def body(comm):
         config = to_config(
-            ModelFolder(str(folder)), InferenceParallel(pipeline), InferenceCompute(device="cpu", threads=1), generate=settings
+            ModelFolder(str(folder)),
+            InferenceParallel(pipeline, tensor),
+            InferenceCompute(device="cpu", threads=1),
+            generate=settings,
         )
         model = load_model(config_from_folder(config), comm)
         own = {n: prompts[n] for n in list(prompts)[model.data.rank :: model.data.size]}
@@ -75,6 +80,19 @@ def test_texts_are_equal_on_any_layout(folders, serial, family, size, pipeline):
     assert {n: len(tokens) for n, tokens in serial[family].items()} == dict.fromkeys(PROMPTS, 12)
     assert len({tuple(tokens) for tokens in serial[family].values()}) == len(PROMPTS)
     assert generate_on_threads(folders[family], size, SAMPLED, pipeline) == serial[family]
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "pipeline"), list(zip(DECODERS, [2, 4, 4, 6, 8], [1, 1, 2, 1, 2], strict=True)), ids=str
+)
+def test_texts_are_equal_on_ranks_that_share_matrices(folders, tmp_path, family, size, pipeline):
+    """The parts are in config.json, so that one rank computes the same bits."""
+    folder = tmp_path / "parts"
+    shutil.copytree(folders[family], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tensor_parts": 2}))
+    expected = generate_on_threads(folder, 1, SAMPLED)
+    assert generate_on_threads(folder, size, SAMPLED, pipeline, tensor=2) == expected
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -46,16 +46,23 @@ def spans(trace, category="", **args):
 
 @pytest.mark.parametrize(
     ("size", "layout"),
-    [(1, layout()), (3, layout()), (2, layout(2)), (4, layout(2, "interleaved", zero=1)), (2, layout(2, "zero-bubble"))],
+    [
+        (1, layout()),
+        (3, layout()),
+        (2, layout(2)),
+        (4, layout(2, "interleaved", zero=1)),
+        (2, layout(2, "zero-bubble")),
+        (4, layout(2, tensor=2)),
+    ],
 )
 def test_trace_has_every_action_of_the_schedule_in_order(tmp_path, data, size, layout):
     config = tiny_config(data, tmp_path / "run", **SETTINGS, **layout)
     trace = train_and_read_trace(config, size)
     parallel = config.parallel
-    stages, replicas = parallel.pipeline * parallel.chunks, size // parallel.pipeline
+    stages, replicas = parallel.pipeline * parallel.chunks, size // (parallel.pipeline * parallel.tensor)
     assert trace["mpilm"] | {"clock_error_us": 0.0} == {
         "steps": [2, 3], "ranks": size, "clock_error_us": 0.0,
-        "layout": {"pipeline": parallel.pipeline, "data": replicas, "context": 1, "tensor": 1, "zero": parallel.zero,
+        "layout": {"pipeline": parallel.pipeline, "data": replicas, "context": 1, "tensor": parallel.tensor, "zero": parallel.zero,
                    "schedule": parallel.schedule, "cut": list(partition_by_cost(config, 256)) if stages > 1 else [4]},
     }  # fmt: skip
     count = -(-8 // replicas)
@@ -65,7 +72,9 @@ def test_trace_has_every_action_of_the_schedule_in_order(tmp_path, data, size, l
         for step in (2, 3):
             events = [event for event in spans(trace, step=step, pid=rank) if "action" in event["args"]]
             actions = [parse_action(event["name"]) for event in sorted(events, key=lambda event: event["ts"])]
-            assert actions == programs[rank // replicas]  # with the third microbatch, padding on the last of 3 ranks
+            assert (
+                actions == programs[rank // (replicas * parallel.tensor)]
+            )  # with the third microbatch, padding on the last of 3 ranks
             assert len(spans(trace, "step", step=step, pid=rank)) == 1
             assert len(spans(trace, "optimizer", step=step, pid=rank)) == 3  # check of the state, norm and update
 

@@ -203,6 +203,42 @@ def test_run_resumed_on_another_layout_equals_one_never_stopped(tmp_path, data, 
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
+SIXTHS = {
+    "model__n_heads": 6, "model__d_model": 24, "model__context_length": 24, "train__steps": 4, "checkpoint__every": 2, **BATCH,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "first", "second"),
+    [
+        ("llama", (4, layout(tensor=2, zero=1)), (2, layout(2))),
+        ("gpt2", (1, layout()), (4, layout(tensor=2, zero=3))),
+        ("bert", (2, layout(tensor=2)), (1, layout())),
+        ("mixtral", (4, layout(2, tensor=2)), (3, layout(tensor=3))),
+    ],
+)
+def test_run_resumed_with_other_tensor_ranks_equals_one_never_stopped(tmp_path, data, family, first, second):
+    changes = {**SIXTHS, **FAMILIES[family], "model__n_kv_heads": 0, "model__tensor_parts": 6}
+    expected = train_to_end(tiny_config(data, tmp_path / "whole", **changes), 1)
+    train_until_killed(tiny_config(data, tmp_path / "run", **changes, **first[1]), first[0], 3)
+    assert train_to_end(tiny_config(data, tmp_path / "run", **changes, **second[1]), second[0]) == expected
+
+
+def test_tensor_parts_that_are_not_stated_are_those_of_the_checkpoint(tmp_path, data):
+    expected = train_to_end(tiny_config(data, tmp_path / "whole", **SIXTHS, model__n_kv_heads=0, model__tensor_parts=2), 1)
+    config = tiny_config(data, tmp_path / "run", **SIXTHS, model__n_kv_heads=0)
+    train_until_killed(override(config, parallel__tensor=2), 2, 3)
+    assert "tensor_parts = 2" in (tmp_path / "run" / "config.toml").read_text()
+    with pytest.raises(
+        CollectiveError, match=r"--parallel.tensor 3 does not divide the 2 tensor parts of the run; write one of 1, 2"
+    ):
+        run_ranks(3, lambda comm: train(override(config, parallel__tensor=3), comm))
+    with pytest.raises(CollectiveError, match=r"model\.tensor_parts: was 2, now 1"):
+        train(override(config, model__tensor_parts=1), SelfComm())
+    assert train_to_end(config, 1) == expected
+    assert json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "config.json").read_text())["tensor_parts"] == 2
+
+
 def test_run_with_a_damaged_checkpoint_resumes_from_the_one_before(tmp_path, data, uninterrupted, capsys):
     config = tiny_config(data, tmp_path / "run", **RESUMED)
     train_until_killed(config, 1, 5)

@@ -100,6 +100,8 @@ def hf_config(model: ModelConfig, vocab_size: int, eos: int) -> dict[str, Any]:
         **spec.required,
         "torch_dtype": "float32",
     }
+    if model.tensor_parts > 1:  # not for transformers: with them mpilm computes the same bits again
+        config["tensor_parts"] = model.tensor_parts
     if model.arch == "bert":
         return config | {"hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": model.dropout}
     config |= {"bos_token_id": eos, "eos_token_id": eos}
@@ -136,6 +138,7 @@ def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, 
             if scaling == "llama3":
                 settings["rope_scaling"] = tuple(float(_read(rope, key, "rope_theta")) for key in ROPE_SCALING)
         vocab_size = _read(config, "vocab_size", "vocab_size")
+        settings["tensor_parts"] = _read(config, "tensor_parts", "tensor_parts", 0)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
     model = ModelConfig(arch=spec.arch, qk_norm=name == "qwen3", **settings)  # type: ignore[arg-type]

@@ -59,9 +59,10 @@ class WeightGradQueue:
 
 
 def split_backward(model: nn.Module, queue: WeightGradQueue) -> None:
-    """Let every Linear and Conv1D of `model` that has no other forward already put its weight gradient into `queue`."""
+    """Let every Linear and Conv1D of `model` put its weight gradient into `queue`: all that have no other forward already, and
+    a weight of their own rather than one that tensor parts share."""
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and "forward" not in vars(module):
+        if isinstance(module, (nn.Linear, Conv1D)) and "forward" not in vars(module) and module.weight is not None:
             name = f"{path}.weight" if path else "weight"
             module.forward = partial(_forward, module, name, queue)  # type: ignore[method-assign]
 

@@ -165,6 +165,7 @@ class ModelStage:
 
     def _backward(self, microbatch: int) -> None:
         self.backward_microbatch = microbatch
+        self._batch(microbatch)
         x, y = self._graphs.pop(microbatch)
         if self.is_last:
             (y / self.inputs.target_tokens).backward()
@@ -185,10 +186,12 @@ class ModelStage:
         return microbatch < len(self.inputs.microbatch_ids)
 
     def _batch(self, microbatch: int) -> Batch:
+        """Return a microbatch, and let the tensor axis divide its tokens if it can."""
         if microbatch not in self._batches:
-            batch = self._batches[microbatch] = self.fetch_batch(self.inputs.microbatch_ids[microbatch])
-            self.tensor.sliced = self.inputs.kv_caches is None and batch.tokens.shape[1] % self.tensor.slice_count == 0
-        return self._batches[microbatch]
+            self._batches[microbatch] = self.fetch_batch(self.inputs.microbatch_ids[microbatch])
+        batch = self._batches[microbatch]
+        self.tensor.sliced = self.inputs.kv_caches is None and batch.tokens.shape[1] % self.tensor.slice_count == 0
+        return batch
 
     def fetch_batch(self, number: int) -> Batch:
         """Read a microbatch of the global batch."""
