@@ -80,8 +80,7 @@ def _find_model_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
     if model.n_heads % model.n_kv_heads:
         near = max(n for n in range(1, model.n_kv_heads + 1) if model.n_heads % n == 0)
         yield f"{flags['model.n_heads']} is not divisible by {flags['model.n_kv_heads']}; the next smaller value: {near}"
-    parts = schema.tensor_part_count(config)
-    sizes = {name: getattr(model, name) for name in ("n_heads", "n_kv_heads", "d_ff", "context_length")}
+    parts, sizes = schema.tensor_part_count(config), schema.divided_sizes(model)
     for name in [name for name, size in sizes.items() if size % parts]:
         near = max(n for n in range(1, parts + 1) if not any(size % n for size in sizes.values()))
         flag = flags["model.tensor_parts"] if model.tensor_parts else flags["parallel.tensor"]

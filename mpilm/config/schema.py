@@ -287,6 +287,11 @@ def tensor_part_count(config: Config) -> int:
     return config.model.tensor_parts or config.parallel.tensor
 
 
+def divided_sizes(model: ModelConfig) -> dict[str, int]:
+    """Return the sizes that a number of tensor parts must divide, by setting."""
+    return {name: getattr(model, name) for name in ("n_heads", "n_kv_heads", "d_ff", "context_length")}
+
+
 def order_lora_targets(model: ModelConfig) -> tuple[str, ...]:
     """Return the targets in the order of LORA_TARGETS, each once; empty if they are all of them."""
     targets = tuple(name for name in LORA_TARGETS[model.arch] if name in model.lora_targets)

@@ -92,10 +92,11 @@ def flops_per_token(model: ModelConfig, vocab_size: int) -> int:
 
 def activation_bytes(
     model: ModelConfig, vocab_size: int, tokens: int, dtype: str, layers: int | None = None, first: bool = True,
-    last: bool = True, recompute: str = "none", tensor: int = 1,
+    last: bool = True, recompute: str = "none", tensor: int = 1, parts: int = 1,
 ) -> dict[str, int]:  # fmt: skip
     """Return the bytes that a microbatch of `tokens` tokens needs in part of a model: `layers` blocks (None: all), with the
-    embedding if `first`, and with norm, head and loss if `last`; on each of `tensor` ranks that divide tokens and matrices.
+    embedding if `first`, and with norm, head and loss if `last`; on each of `tensor` ranks that divide tokens and the
+    `parts` of matrices.
 
     activations: saved for backward
     recompute: of the block that backward is recomputing
@@ -103,8 +104,8 @@ def activation_bytes(
     split_backward: inputs and gradients that weight gradients still need between the halves of a split backward
     """
     layers, width, half = model.n_layers if layers is None else layers, model.d_model, 0.5 if dtype == "bfloat16" else 1.0
-    block, core = _block_floats(model, half)
-    block += (tensor - 1) * _routed_floats(model, half) * (model.arch == "mixtral")  # every rank has the tokens of all experts
+    block, core = _block_floats(model, half, tensor)
+    block += (parts - 1) * _routed_floats(model, half) * (model.arch == "mixtral")  # each part has the tokens of its experts
     saved = {"none": block + core, "attention": block, "block": float(width)}[recompute]
     recomputed = {"none": 0.0, "attention": core, "block": block + core}[recompute]
     head = {"gpt2": 1 + half, "bert": 4 * half}.get(model.arch, 2 + half)  # of the last norm, and the input of the matrix
@@ -128,13 +129,13 @@ def saved_floats_per_token(model: ModelConfig, dtype: str) -> float:
     return sum(_block_floats(model, 0.5 if dtype == "bfloat16" else 1.0))
 
 
-def _block_floats(model: ModelConfig, half: float) -> tuple[float, float]:
-    """Return the floats per token that a block saves for backward, outside and inside the attention core."""
+def _block_floats(model: ModelConfig, half: float, tensor: int = 1) -> tuple[float, float]:
+    """Return the floats per token that a block saves for backward, outside and inside the attention core; on all ranks."""
     width, (queries, keys), heads = model.d_model, _attention_widths(model), model.n_heads
     layer_norm, rms_norm = width + 2, 2 * width + 1  # input, mean and deviation; input, deviation and normalised input
     norm = layer_norm if model.arch in GPT2_STYLE else rms_norm
-    block = 2 * norm + _input_floats(model, half, 1 if model.arch == "gpt2" else 3)
-    block += half * (2 * queries + 2 * keys) + _feed_forward_floats(model, half)
+    block = 2 * norm + _input_floats(model, half, 1 if model.arch == "gpt2" or tensor > 1 else 3)
+    block += half * (2 * queries + 2 * keys) + _feed_forward_floats(model, half, tensor)
     if model.qk_norm and model.arch == "qwen":
         block += 2 * (queries + keys) + heads + model.n_kv_heads
     if model.lora_rank:  # between an adapter's two matrices; its input is saved without it too
@@ -146,16 +147,16 @@ def _block_floats(model: ModelConfig, half: float) -> tuple[float, float]:
 
 
 def _input_floats(model: ModelConfig, half: float, matrices: int) -> float:
-    """Return the floats of one input of so many matrices; autocast makes a copy for each."""
+    """Return the floats of one input of so many matrices; autocast makes a copy for each. Tensor ranks keep one for all."""
     return model.d_model * (1 if half == 1.0 else half * matrices)
 
 
-def _feed_forward_floats(model: ModelConfig, half: float) -> float:
+def _feed_forward_floats(model: ModelConfig, half: float, tensor: int) -> float:
     if model.arch in GPT2_STYLE:
         return _input_floats(model, half, 1) + half * 2 * model.d_ff
     gated = half * 4 * model.d_ff
     if model.arch != "mixtral":
-        return _input_floats(model, half, 2) + gated
+        return _input_floats(model, half, 1 if tensor > 1 else 2) + gated
     return _input_floats(model, half, 1) + model.n_experts + model.experts_per_token * gated + _routed_floats(model, half)
 
 

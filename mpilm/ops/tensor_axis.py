@@ -129,7 +129,8 @@ class PartsInput:
     are gathered for forward and again for backward (arXiv 2205.05198, section 4.2.2). Collective over the tensor axis."""
 
     def __init__(self, axis: TensorAxis, x: Tensor):
-        self.axis, self._own, self._is_dropped = axis, x.detach(), False
+        self.axis, self._own = axis, x.detach()
+        self._dropped = set[torch.dtype]()  # that backward needs and does not keep
         self._full: Tensor | None = axis.gather(self._own)
 
     def gather(self) -> Tensor:
@@ -140,7 +141,7 @@ class PartsInput:
 
     def restore(self) -> None:
         """Gather all tokens again if backward needs them."""
-        if self._is_dropped:
+        if self._dropped:
             self.gather()
 
     def drop(self) -> None:
@@ -155,6 +156,8 @@ class PartsInput:
             return
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
+        if len(self._dropped) == 1:
+            self._own = self._own.to(next(iter(self._dropped)))
         self.drop()
 
     def _pack(self, saved: Tensor) -> Tensor | tuple[torch.dtype, torch.Size]:
@@ -165,7 +168,7 @@ class PartsInput:
             saved.dtype != full.dtype and torch.equal(saved.view(full.shape), full.to(saved.dtype))
         ):
             return saved
-        self._is_dropped = True
+        self._dropped.add(saved.dtype)
         return saved.dtype, saved.shape
 
     def _unpack(self, packed: Tensor | tuple[torch.dtype, torch.Size]) -> Tensor:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,11 @@ from mpilm.model.sequence_info import SequenceInfo
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each block of `model` when it first runs, once for each input shape."""
+    """Compile each block of `model`, or the tensor parts in it, when it first runs, once for each input shape."""
     for block in model.get_submodule("blocks").children():
-        block.forward = _compile_forward(block.forward)  # inside the module's hooks, as in activation_checkpoint.py
+        regions: list[Any] = [module for module in block.modules() if hasattr(module, "parts")]
+        for module in [part for region in regions for part in region.parts.values()] or [block]:
+            module.forward = _compile_forward(module.forward)  # inside the module's hooks, as in activation_checkpoint.py
 
 
 def _compile_forward(forward: Callable[[Tensor, SequenceInfo], Tensor]) -> Callable[[Tensor, SequenceInfo], Tensor]:

@@ -89,6 +89,8 @@ def _forward_layer(
             for name in shared:
                 _set_parameter(part, name, aliases[name][i])
             outputs.append(part(full, info))
+            for name in shared:
+                _set_parameter(part, name, None)
     y = LeaveParts.apply(axis, entered, *outputs)
     for name in biases:
         y = _by_slice(axis, torch.add, [region.get_parameter(name)], y)
@@ -115,7 +117,7 @@ def _lookup(region: Any, axis: TensorAxis, ranges: Sequence[range], ids: Tensor)
         inside = (ids >= rows.start) & (ids < rows.stop)
         found = part.lookup((ids - rows.start).where(inside, 0))
         outputs.append(found * inside[..., None].to(found.dtype))
-    return LeaveParts.apply(axis, None, *outputs)
+    return LeaveParts.apply(axis, None, *outputs).clone()  # it is kept for long, and is a view of what was received
 
 
 @dataclass(frozen=True)

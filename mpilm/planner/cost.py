@@ -260,19 +260,20 @@ def _exposed_reduce_s(layout: PlacedLayout, stage: int, backward_s: float) -> fl
 
 
 def tensor_s(layout: PlacedLayout) -> ActionTimes:
-    """Return the seconds that the tensor axis adds to each action: tokens are gathered before each region, its outputs are
-    exchanged behind it; in backward the same with gradients, and the tokens are gathered again unless backward has them."""
-    tensor, train = layout.shape.tensor, layout.config.train
+    """Return the seconds that the tensor axis adds to each action: attention and feed-forward layers gather their tokens and
+    exchange their outputs; backward does the same with gradients, and gathers the tokens again unless they are kept."""
+    tensor, train, times = layout.shape.tensor, layout.config.train, ActionTimes()
     network, numel = layout.network(layout.ranks_per_node % tensor == 0), layout.tokens * layout.config.model.d_model
     gather_s, exchange_s = (collective_s(network, operation, tensor, numel) for operation in ("gather", "exchange"))
-    both_s, recomputes, times = gather_s + exchange_s + layout.memory_s("add", numel), train.recompute == "block", ActionTimes()
-    again_s = 0.0 if train.compile or tensor == 1 else both_s if recomputes else gather_s
+    exchange_s += layout.memory_s("add", numel) if tensor > 1 else 0.0
+    again_s = 0.0 if train.compile or train.recompute == "block" else gather_s
+    repeated_s = gather_s + exchange_s if train.recompute == "block" else again_s
     for stage, layers in enumerate(layout.cut):
-        regions, first, last = 2 * layers, stage == 0, stage == len(layout.cut) - 1
-        forward = regions * both_s + first * exchange_s + last * gather_s
-        backward = regions * (both_s + again_s) + first * gather_s + last * (both_s + gather_s)
+        first, last, layers_s = stage == 0, stage == len(layout.cut) - 1, 2 * layers * (gather_s + exchange_s)
+        forward = layers_s + first * exchange_s + last * gather_s
+        backward = layers_s + 2 * layers * repeated_s + first * gather_s + last * (exchange_s + again_s)
         times |= {("F", stage): forward, ("B", stage): backward, ("I", stage): backward, ("W", stage): 0.0}
-    return times if tensor > 1 else dict.fromkeys(times, 0.0)
+    return times
 
 
 def zero_s(layout: PlacedLayout) -> ActionTimes:

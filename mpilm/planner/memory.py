@@ -33,7 +33,9 @@ def step_bytes(
     tokens, of_stage = train.micro_batch * model.context_length, dict[int, dict[str, int]]()
     for stage in stages:
         part = cut[stage], stage == 0, stage == last
-        of_stage[stage] = activation_bytes(model, vocab_size, tokens, train.dtype, *part, train.recompute, tensor)
+        of_stage[stage] = activation_bytes(
+            model, vocab_size, tokens, train.dtype, *part, train.recompute, tensor, tensor_part_count(config)
+        )
     current = peak = 0  # of all microbatches; half of the logits of one is counted with its gradient below
     for action in program:
         parts = of_stage[action.stage]

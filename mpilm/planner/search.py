@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, ParallelConfig, flatten, override, resolve_config
+from mpilm.config.schema import Config, ParallelConfig, divided_sizes, flatten, override, resolve_config
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun, format_bytes
 from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
@@ -116,8 +116,9 @@ def _enumerate_layouts(job: PlannedJob, ranks: int) -> Iterator[Config]:
     """Yield every layout of these ranks, with one that has too many stages; fixed settings are not varied."""
     layers, fixed = job.config.model.n_layers, {name: [value] for name, value in job.fixed_settings.items()}
     divisors = [p for p in range(1, ranks + 1) if ranks % p == 0]
-    too_many, parts = [p for p in divisors if p > layers][:1], job.config.model.tensor_parts
-    tensors = [t for t in divisors if t <= job.ranks_on_node(ranks) and (parts == 0 or parts % t == 0)]  # within a node
+    too_many, model = [p for p in divisors if p > layers][:1], job.config.model
+    divided = [model.tensor_parts] if model.tensor_parts else divided_sizes(model).values()
+    tensors = [t for t in divisors if t <= job.ranks_on_node(ranks) and all(size % t == 0 for size in divided)]  # in a node
     pipelines = [p for p in divisors if p <= layers] + too_many
     for tensor, pipeline in product(fixed.get("tensor", tensors), fixed.get("pipeline", pipelines)):
         if tensor > 1 and ranks % (tensor * pipeline) and "tensor" not in fixed:

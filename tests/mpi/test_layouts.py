@@ -29,10 +29,14 @@ def runnable(config: Config) -> int:
     return sum(not reason for _, reason in list_layouts(config, SIZE))
 
 
-EVEN = {"model__n_layers": 2 * SIZE, "train__global_batch": 2 * SIZE, "train__steps": 1}
+EVEN = {
+    "model__n_layers": 2 * SIZE, "train__global_batch": 2 * SIZE, "train__steps": 1, "model__n_heads": 4,
+    "model__n_kv_heads": 4,
+}  # fmt: skip
 UNEVEN = {
     "model__n_layers": SIZE, "train__global_batch": SIZE + 1, "train__steps": 2, "model__tie_embeddings": False,
-    "train__recompute": "block",
+    "train__recompute": "block", "model__n_heads": 6, "model__n_kv_heads": 6, "model__d_model": 24,
+    "model__context_length": 12,
 }  # fmt: skip
 
 

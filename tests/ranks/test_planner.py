@@ -13,14 +13,14 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.check import check_config
 from mpilm.config.schema import TrainConfig, override, resolve_config
 from mpilm.engine.hardware import detect_hardware, software_versions
-from mpilm.mesh.shape import MeshShape
+from mpilm.parallel.layout_check import resolve_mesh_shape
 from mpilm.planner.cost import PlacedLayout
 from mpilm.planner.memory import persistent_bytes
 from mpilm.planner.profile import write_profile
 from mpilm.trainer.auto_layout import choose_layout
 from mpilm.verification.layouts import VOCAB_SIZE
 
-WIDE = {"model__d_model": 128, "model__n_layers": 4, "train__global_batch": 16}
+WIDE = {"model__d_model": 128, "model__n_layers": 4, "model__n_kv_heads": 2, "train__global_batch": 16}
 
 
 @pytest.mark.parametrize("changes", [{}, {"model__tie_embeddings": False, "train__optimizer": "sgd"}, {"model__arch": "gpt2"}])
@@ -30,6 +30,8 @@ WIDE = {"model__d_model": 128, "model__n_layers": 4, "train__global_batch": 16}
         (1, layout()), (3, layout()), (4, layout(zero=1)), (4, layout(zero=2)), (3, layout(zero=2)), (4, layout(zero=3)),
         (2, layout(2)), (4, layout(2, "interleaved", 1)), (4, layout(2, zero=3)), (8, layout(4, zero=2)),
         (4, layout(zero=0, reduce="messages")), (3, layout(zero=0, reduce="messages")),
+        (2, layout(tensor=2)), (4, layout(2, tensor=2)), (4, layout(tensor=2, zero=1)), (8, layout(tensor=2, zero=2)),
+        (4, layout(tensor=2, zero=3)), (8, layout(tensor=2, reduce="messages")),
     ],
 )  # fmt: skip
 def test_persistent_bytes_are_those_that_ranks_hold(size, layout, changes):
@@ -56,7 +58,7 @@ def mispredicted(config, size, ranks_per_node):
 
     def body(comm):
         model = build_train_model(config, comm)
-        shape = MeshShape(pipeline=model.pipeline.size, data=model.data.size)
+        shape = resolve_mesh_shape(config, comm.size)
         layout = PlacedLayout(config, VOCAB_SIZE, machine(ranks_per_node), shape, ranks_per_node, model.blocks_per_stage)
         return persistent_bytes(layout, list(model.stages)), model.memory_bytes()
 
@@ -91,6 +93,15 @@ def test_choose_layout_takes_the_fastest_on_all_ranks(tmp_path):
     slow = replace(profile.within, exchange=((1.0, 1e-3),), gather=((1.0, 1e-3),), shared=())
     ((config, _), *_) = chosen(tmp_path, 4, replace(profile, within=slow))
     assert config.parallel.pipeline == 4
+
+
+def test_choose_layout_divides_matrices_only_into_stated_parts(tmp_path):
+    """The number of parts is not the planner's to choose: the result depends on it."""
+    shape = {**WIDE, "model__n_heads": 4, "model__n_kv_heads": 4, "train__global_batch": 1}
+    for parts, expected in ((0, 1), (4, 4)):
+        config = resolve_config(small_config(**shape, model__tensor_parts=parts))
+        ((config, _), *_) = chosen(tmp_path, 4, profile_of_this_machine(), config)
+        assert (config.parallel.tensor, config.model.tensor_parts) == (expected, parts)
 
 
 def test_train_with_a_chosen_layout_gives_the_same_bits(tmp_path):

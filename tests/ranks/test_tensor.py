@@ -1,18 +1,21 @@
 """Tensor parts against the plain model, in float64, and the same bits for any number of ranks; operators and their adjoints."""
 
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
 import pytest
 import torch
-from runs import FAMILIES, small_config
+from runs import CPU, FAMILIES, small_config
 from thread_ranks import run_ranks
 
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.model.families import initial_std, initial_value
+from mpilm.model.flops import activation_bytes
 from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.tensor_axis import EnterParts, LeaveParts, PartsInput, ShareAmongParts, TensorAxis, fold
+from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.flat import set_parameter
 from mpilm.parallel.layout import select_parts
 from mpilm.parallel.plan import cut_of
@@ -82,8 +85,12 @@ def family_config(family):
     return small_config(**{**FAMILIES[family], "model__n_heads": 4, "model__n_layers": 2, "model__d_model": 32} | heads).model
 
 
-def run_model(shape, dtype, axis=None, dropout_keys=None):
-    """Return the loss of one batch, and the gradients by the names of parameters or their parts."""
+def draw_batch(shape):
+    return torch.randint(0, VOCAB, (2, 2, shape.context_length), generator=torch.Generator().manual_seed(1))
+
+
+def forward(shape, dtype, axis=None, dropout_keys=None):
+    """Return the logits of one batch, and parameters and layouts by the names of parameters or their parts."""
     full = {
         name: initial_value(0, name, tuple(p.shape), initial_std(name, shape) or 0.3).to(dtype)
         for name, p in meta_model(shape, VOCAB).named_parameters()
@@ -98,9 +105,14 @@ def run_model(shape, dtype, axis=None, dropout_keys=None):
         owner = layout.source if layout.tied_to is None else layouts[layout.tied_to].source
         values[name] = select_part(full[owner], layout.part).clone().contiguous().requires_grad_()
         set_parameter(model, name, values[name], layout)
-    parameters = dict(model.named_parameters())
-    tokens, targets = torch.randint(0, VOCAB, (2, 2, shape.context_length), generator=torch.Generator().manual_seed(1))
-    output = model(tokens, SequenceInfo(torch.arange(shape.context_length), dropout_keys, loss_weight=1.0))
+    info = SequenceInfo(torch.arange(shape.context_length), dropout_keys, loss_weight=1.0)
+    return model(draw_batch(shape)[0], info), dict(model.named_parameters()), layouts
+
+
+def run_model(shape, dtype, axis=None, dropout_keys=None):
+    """Return the loss of one batch, the gradients, and the layouts."""
+    output, parameters, layouts = forward(shape, dtype, axis, dropout_keys)
+    targets = draw_batch(shape)[1]
     loss = output.losses(targets).sum() if isinstance(output, PartLogits) else loss_sum(output, targets)
     loss.backward()
     return float(loss), {name: p.grad for name, p in parameters.items()}, layouts
@@ -146,6 +158,40 @@ def test_inputs_of_parts_are_not_kept_for_backward():
         assert dropped == []
         run_ranks(2, lambda comm: run_model(shape, torch.float32, TensorAxis(comm, 2)))
     assert sum(dropped) == 2 * (5 * shape.n_layers + 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_of_a_rank_are_as_many_as_the_formula_says(family, dtype):
+    """What autograd saves, each storage once, and the inputs of parts; without parameters and logits."""
+    shape = replace(family_config(family), d_model=128, head_width=32, d_ff=384, context_length=64, dropout=0.0)
+    pack, drop = PartsInput._pack, PartsInput.drop
+
+    def recording_pack(self, saved):
+        packed = pack(self, saved)
+        return self.axis.record(packed) if isinstance(packed, torch.Tensor) else packed
+
+    def recording_drop(self):
+        self.axis.record(self._own)
+        drop(self)
+
+    def body(comm):
+        storages, axis = {}, TensorAxis(comm, 2)
+
+        def record(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        axis.record = record
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), make_autocast(dtype, CPU)():
+            output, parameters, _ = forward(shape, torch.float32, axis)
+        for tensor in (*parameters.values(), *output.parts):
+            storages.pop(tensor.untyped_storage().data_ptr(), None)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    predicted = activation_bytes(shape, VOCAB, 2 * shape.context_length, dtype, tensor=2, parts=2)["activations"]
+    with mock.patch.multiple(PartsInput, _pack=recording_pack, drop=recording_drop):
+        assert run_ranks(2, body) == [pytest.approx(predicted, rel=0.05)] * 2
 
 
 @pytest.mark.parametrize(("size", "parts"), [(1, 2), (2, 2), (3, 4), (4, 4)])

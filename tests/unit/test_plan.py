@@ -189,10 +189,10 @@ def test_ranking_without_torch_or_mpi_shows_layouts_with_their_parts(tmp_path):
 
 
 def test_ranking_of_several_numbers_of_ranks_compares_them(tmp_path):
-    lines = plan(tmp_path, "--ranks", "1,2,4,64", "--plot", str(tmp_path / "curve.png"))
+    lines = plan(tmp_path, "--ranks", "1,2,4,256", "--plot", str(tmp_path / "curve.png"))
     assert [line.split()[0] for line in lines if ", zero " in line and "%" in line] == ["1", "2", "4"]
-    assert "no layout of 64 ranks works:" in lines
-    assert any("make the batch 128" in line for line in lines)
+    assert "no layout of 256 ranks works:" in lines
+    assert any("make the batch 512" in line for line in lines)
     assert any("from 1 to 2 ranks the speed grows only 1.00 times: ranks share the cores of a node" in line for line in lines)
     assert any(line.startswith("warning: more than 4 ranks need several nodes, and one was measured") for line in lines)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

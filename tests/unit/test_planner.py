@@ -20,7 +20,7 @@ from mpilm.planner.profile import interpolate, interpolate2d, read_profile, writ
 from mpilm.planner.search import PlannedJob, search, to_flags
 from tests.machines import RATE, flat, machine, network
 
-SHAPE = ModelConfig(n_layers=8, n_heads=4, d_model=64, context_length=64)
+SHAPE = ModelConfig(n_layers=8, n_heads=4, n_kv_heads=1, d_model=64, context_length=64)
 VOCAB_SIZE = 1  # so small that embedding and head weigh nothing
 TRAIN = TrainConfig(global_batch=32, micro_batch=1)
 
@@ -146,6 +146,18 @@ def test_step_time_in_shared_memory_counts_reads_and_writes():
     assert elements_sent(placed(4, silent, reduce="messages")) < 1
 
 
+@pytest.mark.parametrize(("recompute", "more"), [("none", 16 + 1), ("block", 32)])
+def test_step_time_of_tensor_ranks_counts_gathers_and_exchanges(recompute, more):
+    """32 microbatches; 8 blocks of two layers that gather and exchange forward and backward; the ends of the model."""
+    sending = machine(2, within=network(2, exchange=flat(PER_ELEMENT), gather=flat(PER_ELEMENT)))
+    layout = changed(placed(2, sending, tensor=2), model__n_kv_heads=4, train__recompute=recompute)
+    layout = replace(layout, shape=MeshShape(data=1, tensor=2))
+    assert elements_sent(layout) == pytest.approx(32 * (4 * 16 + 4 + more) * 64 * 64 / 2, rel=1e-6)
+    alone = step_time(changed(placed(1), model__n_kv_heads=4)).compute_s
+    matrices, again = step_time(layout).compute_s / alone, {"none": 1, "block": 4 / 3}[recompute]
+    assert matrices == pytest.approx(again / 2, rel=0.01)
+
+
 def test_step_time_over_nodes_uses_the_network_between_them():
     slow = network(8, exchange=flat(PER_ELEMENT), gather=flat(PER_ELEMENT), shared=())
     layout = replace(placed(8, machine(4, across=slow), reduce="messages"), ranks_per_node=4)
@@ -186,6 +198,19 @@ def test_search_keeps_fixed_settings():
     assert {(each.config.parallel.pipeline, each.config.parallel.zero) for each in candidates} == {(2, 1)}
     assert {each.config.parallel.schedule for each in candidates} == {"1f1b", "gpipe", "interleaved", "zero-bubble"}
     assert not [label for label in rejected if "zero 0" in label]
+
+
+def test_search_divides_matrices_within_a_node_and_as_the_model_admits():
+    def tensor_sizes(job, ranks):
+        return {each.config.parallel.tensor for each in search(job, ranks)[0]}
+
+    assert tensor_sizes(job(4), 4) == {1}  # one head of keys and values
+    assert tensor_sizes(job(4, model__n_kv_heads=4), 4) == {1, 2, 4}
+    assert tensor_sizes(job(2, model__n_kv_heads=4), 4) == {1, 2}  # ranks of a node
+    assert tensor_sizes(job(4, model__n_kv_heads=4, model__tensor_parts=2), 4) == {1, 2}
+    assert tensor_sizes(job(4, model__n_kv_heads=4, parallel__tensor=4), 4) == {4}
+    best = search(job(4, model__n_kv_heads=4, train__global_batch=1), 4)[0][0]
+    assert (best.label, to_flags(best)) == ("data 1, pipeline 1, tensor 4, zero 0", "--parallel.tensor 4")
 
 
 def test_search_covers_every_pipeline_or_gives_the_reason():
