@@ -4,6 +4,7 @@
     python scripts/bench.py overhead          one rank against a plain torch loop
     python scripts/bench.py dtype             one rank: bfloat16 against float32
     python scripts/bench.py data-parallel     2 ranks against two independent runs, torch DDP and FSDP2 with gloo, Accelerate
+    python scripts/bench.py axes              2 ranks: tensor parallelism against data parallelism, and torch's DTensor
     python scripts/bench.py collectives       sums and gathers, 4 KiB to 256 MiB, against the MPI library's, gloo's, and a copy
     python scripts/bench.py checkpoint        writing and reading against the raw disk; the time that training waits for a save
     python scripts/bench.py guards            2 ranks with watchdog, fingerprints and digests, against the same without
@@ -32,13 +33,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # mpilm, even if it is not installed
 
-from benchmarks import gpu, layouts, planning, saving, slow, speed, tasks, wire
+from benchmarks import axes, gpu, layouts, planning, saving, slow, speed, tasks, wire
 
 COMMANDS = {
     "overhead": speed.overhead,
     "dtype": speed.dtype,
     "data-parallel": speed.data_parallel,
     "data-parallel-worker": speed.data_parallel_worker,
+    "axes": axes.axes,
+    "axes-worker": axes.axes_worker,
     "collectives": wire.collectives,
     "collectives-worker": wire.collectives_worker,
     "checkpoint": saving.checkpoint,

@@ -56,11 +56,13 @@ def own_cache(monkeypatch, tmp_path_factory):
 # Against transformers and torch.
 
 
+@pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_equals_the_plain_loop_of_transformers_and_torch(tmp_path, data, family):
+def test_training_equals_the_plain_loop_of_transformers_and_torch(tmp_path, data, family, tensor):
     """transformers' model, torch's AdamW and clipping, on the same batches."""
-    changes = {"train__steps": 20, "model__dropout": 0.0, "train__clip_norm": 0.5, "model__router_loss": 0.0, **BATCH}
-    config = tiny_config(data, tmp_path / "run", **changes, **FAMILIES[family])
+    changes = {"train__steps": 30, "model__dropout": 0.0, "train__clip_norm": 0.5, "model__router_loss": 0.0, **BATCH}
+    heads = {"model__n_heads": 4, "model__n_kv_heads": 4} if tensor > 1 else {}
+    config = tiny_config(data, tmp_path / "run", **{**changes, **FAMILIES[family], **heads})
     settings = config.train
     run = build_run(config, SelfComm())
     write_hf_model(tmp_path / "start", run.model.stages[0].model, config.model, run.model.vocab_size)
@@ -70,7 +72,7 @@ def test_training_equals_the_plain_loop_of_transformers_and_torch(tmp_path, data
     vectors = [p for p in reference.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
-    clipped = 0
+    clipped, expected = 0, []
     for step in range(settings.steps):
         tokens, targets = full_batch(run.batches, step, 4)
         loss = torch.nn.functional.cross_entropy(reference(tokens).logits.flatten(0, 1), targets.flatten())
@@ -81,11 +83,18 @@ def test_training_equals_the_plain_loop_of_transformers_and_torch(tmp_path, data
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         optimizer.step()
-        result = train_step(run.model, run.batches, step)
-        assert result.loss == pytest.approx(loss.item(), rel=1e-5), step
-        assert result.grad_norm == pytest.approx(norm, rel=1e-3), step
+        expected.append((loss.item(), norm))
+
+    def body(comm):
+        run = build_run(override(config, parallel__tensor=tensor, run__dir=str(tmp_path / "split")), comm)
+        return [train_step(run.model, run.batches, step) for step in range(settings.steps)]
+
+    for found in run_ranks(tensor, body):
+        for step, (result, (loss, norm)) in enumerate(zip(found, expected, strict=True)):
+            assert result.loss == pytest.approx(loss, rel=1e-5), step
+            assert result.grad_norm == pytest.approx(norm, rel=1e-3), step
     assert clipped > 0
-    assert result.loss < 5.3  # from ln 257 = 5.5
+    assert expected[-1][0] < 5.3  # from ln 257 = 5.5
 
 
 LAYOUTS = [(1, layout()), (3, layout(zero=3)), (2, layout(2))]

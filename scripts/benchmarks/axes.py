@@ -1,0 +1,89 @@
+"""Speed of the axes beside data parallelism: each against data parallelism on the same ranks, and against torch's DTensor."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+
+from torch import Tensor, nn
+
+from benchmarks.measure import BENCH, make_config, mpilm_side, mpirun, print_report, speed_ratios, time_sides
+from benchmarks.speed import torch_side
+
+SHAPE = {  # blocks of width 1,024
+    "model__d_model": 1024, "model__n_layers": 4, "model__n_heads": 16, "model__n_kv_heads": 16, "model__context_length": 512,
+    "model__tie_embeddings": False, "train__global_batch": 4, "train__micro_batch": 1, "train__threads": 1,
+}  # fmt: skip
+
+
+def axes(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--preset", args.preset, "--rounds", str(args.rounds), "--folder", folder]
+        subprocess.run([*mpirun(2), sys.executable, BENCH, "axes-worker", *words], check=True)
+
+
+class Table(nn.Embedding):
+    """An embedding that may be called with ids alone, as torch's plans do."""
+
+    def forward(self, ids: Tensor, info: object = None) -> Tensor:
+        return super().forward(ids)
+
+
+def divide_by_dtensor(model: nn.Module) -> nn.Module:
+    """Divide matrices, and tokens between them, over all ranks of torch.distributed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    mesh, table = init_device_mesh("cpu", (2,)), model.get_submodule("embed").weight
+    model.embed = Table(*table.shape, _weight=table.data)
+    gathered = PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None))
+    row, norm = RowwiseParallel(output_layouts=Shard(1)), SequenceParallel()
+    block = {name: ColwiseParallel() for name in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")}
+    block |= {"attn": gathered, "mlp": gathered, "attn.o": row, "mlp.down": row, "attn_norm": norm, "mlp_norm": norm}
+    for each in model.get_submodule("blocks").children():
+        parallelize_module(each, mesh, block)
+    ends = {
+        "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "norm": norm,
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    return parallelize_module(model, mesh, ends)
+
+
+def axes_worker(args: argparse.Namespace) -> None:
+    import torch.distributed as dist
+
+    from mpilm.comm.base import SelfComm
+    from mpilm.comm.mpi import mpi_world
+
+    comm = mpi_world()
+    dist.init_process_group("gloo", init_method=f"file://{args.folder}/gloo", rank=comm.rank, world_size=comm.size)
+
+    def side(name, comm=comm, **changes):  # type: ignore[no-untyped-def]
+        return mpilm_side(make_config(f"{args.folder}/{name}", args.preset, **{**SHAPE, **changes}), comm)
+
+    alone = {"train__global_batch": 2}
+    sides = {
+        "data 2": side("data"),
+        "tensor 2": side("tensor", parallel__tensor=2),
+        "each rank alone, 1 part": side(f"one-{comm.rank}", SelfComm(), **alone),
+        "each rank alone, 2 parts": side(f"two-{comm.rank}", SelfComm(), model__tensor_parts=2, **alone),
+        "torch DTensor, gloo": torch_side(make_config(f"{args.folder}/plain", args.preset, **SHAPE), wrap=divide_by_dtensor),
+    }
+    times, void = time_sides(sides, args.rounds, comm)
+    if comm.rank == 0:
+        print_report("axes: 4 blocks of width 1,024, 512 tokens a microbatch, 2,048 tokens a step", times, {
+            "tensor 2 / data 2": (speed_ratios(times, "data 2", "tensor 2"), ">= 0.85"),
+            "2 parts / 1 part": (speed_ratios(times, "each rank alone, 1 part", "each rank alone, 2 parts"), ">= 0.95"),
+            "tensor 2 / DTensor": (speed_ratios(times, "torch DTensor, gloo", "tensor 2"), ">= 1.30"),
+        }, void)  # fmt: skip
+    dist.destroy_process_group()
