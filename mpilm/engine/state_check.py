@@ -20,13 +20,16 @@ ADVICE = "Nothing of this is saved; the same command, best without that host, re
 def state_mismatch(model: TrainModel, done: int) -> float:
     """Return this rank's part of a sum over all ranks, which is 0 if the state of each is that of the last update and the
     weights of replicas are equal. `done`: the number of completed steps."""
-    digests, comm = model.digests.measure(), model.reduce_comm
+    digests = model.digests.measure()
     if digests != model.digests.recorded:
         return math.inf
     if model.zero == 3 or not model.are_replicas_in_sync(done):
         return 0.0
-    of_weights = sum(digests[: len(model.digests.weight_names)]) % MODULUS
-    return float(of_weights * (comm.size - 1 if comm.rank == 0 else -1))  # an integer, exact below 2**53
+    mismatch = 0  # an integer, exact below 2**53
+    for axes, of_weights in _weight_totals(model, digests).items():
+        comm = model.mesh.comm(*axes)
+        mismatch += sum(of_weights.values()) % MODULUS * (comm.size - 1 if comm.rank == 0 else -1)
+    return float(mismatch)
 
 
 def check_state(model: TrainModel, done: int) -> None:
@@ -61,13 +64,19 @@ def _replica_axes(model: TrainModel, name: str) -> tuple[str, ...]:
     return model.layouts[name].replica_axes if name in model.layouts else (*REDUCE_AXES, "tensor")
 
 
+def _weight_totals(model: TrainModel, digests: Sequence[int]) -> dict[tuple[str, ...], Counter[str]]:
+    """Return the digests of the weights, by name, for each set of axes over which they are equal."""
+    totals = defaultdict[tuple[str, ...], Counter[str]](Counter)
+    for name, digest in zip(model.digests.weight_names, digests):
+        totals[_replica_axes(model, name)][name] += digest
+    return totals
+
+
 def _find_differing(model: TrainModel, done: int, digests: Sequence[int]) -> list[tuple[str, str]]:
     """Return the tensors whose bits differ from those of most replicas. Collective over the mesh."""
     if model.zero == 3 or not model.are_replicas_in_sync(done):
         return []
-    totals = defaultdict[tuple[str, ...], Counter[str]](Counter)
-    for name, digest in zip(model.digests.weight_names, digests):
-        totals[_replica_axes(model, name)][name] += digest
+    totals = _weight_totals(model, digests)
     if model.replicates_moments:
         for kind, slices in model.optimizer.state_slices().items():
             for item, digest in zip(slices, read_sums(sum_bits(slices.values()))):

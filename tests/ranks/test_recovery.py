@@ -290,6 +290,23 @@ def test_replica_that_updates_otherwise_is_named(tmp_path, data, size, settings,
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+def test_parameter_that_tensor_ranks_share_is_compared_in_the_next_step(tmp_path, data):
+    def step(optimizer, gradients, lr):
+        original(optimizer, gradients, lr)
+        flat = optimizer.optimizers[0].flats[0]
+        if any("parts.1" in name for name in flat.layout.spans) and optimizer.optimizers[0].count == 3:
+            flat.parameter("norm.weight", flat.values)[:1].view(torch.int32).bitwise_xor_(1)
+
+    original = Optimizer.step
+    heads = {"model__n_heads": 4, "model__n_kv_heads": 4}
+    config = tiny_config(
+        data, tmp_path / "run", fault__check_every=0, checkpoint__every=0, **BATCH, **heads, **layout(tensor=2)
+    )
+    message = r"after step 3: norm.weight on ranks 0, 1 \(\S+\) differed from the other replica"
+    with mock.patch.object(Optimizer, "step", step), pytest.raises(CollectiveError, match=message):
+        run_ranks(2, lambda comm: train(config, comm))
+
+
 # Ranks that no pipeline needs.
 
 
