@@ -16,6 +16,7 @@ from mpilm.checkpoint.format import list_checkpoints
 
 STEPS, SAVED, EVALUATED, LOST = 40, 16, 20, 22  # LOST: the step in which ranks are lost
 LOST_RANK = 89
+TENSOR = ("--parallel.tensor", "2")
 PIPELINE = ("--parallel.pipeline", "2", "--parallel.cut", "1,1")
 
 
@@ -63,6 +64,7 @@ def assert_equals(run, uninterrupted):
     ("ranks", "rank", "point", "flags"),
     [
         (4, 1, "p2p.send", PIPELINE),
+        (4, 2, "backward", TENSOR),
         *(
             slow_case(3, i % 3, point, ("--parallel.zero", str(i % 4)))
             for i, point in enumerate(("data.next", "forward", "backward", "reduce.before", "reduce.after", "optimizer"))
@@ -79,14 +81,14 @@ def test_run_continues_after_a_rank_is_lost(tmp_path, data, uninterrupted, ranks
     step = "" if point.startswith("checkpoint") or point == "eval" else f" step={LOST}"
     code, output = run_with_faults(tmp_path, data, ranks, f"kind=kill rank={rank}{step} point={point}", flags=flags)
     assert code == 0, output
-    working = 2 if flags[:2] == PIPELINE[:2] else ranks - 1
+    working = 2 if flags[:2] in (PIPELINE[:2], TENSOR) else ranks - 1
     message = rf"rank {rank} \(\S+ process \d+\) lost; {ranks - 1} ranks continue after step \d+"
     assert re.search(message, output), output
     assert f"mpilm 0.1.0: {working} rank" in output
-    if "muon" in flags:
-        (tmp_path / "muon").mkdir()
-        line = arguments(data, tmp_path / "muon" / "run", *flags[:2], elastic="false")
-        uninterrupted = run_serially(line, tmp_path / "muon")
+    if other := {"--train.optimizer": flags[:2], "--parallel.tensor": ("--model.tensor-parts", "2")}.get("".join(flags[:1])):
+        (tmp_path / "other").mkdir()
+        line = arguments(data, tmp_path / "other" / "run", *other, elastic="false")
+        uninterrupted = run_serially(line, tmp_path / "other")
     assert_equals(tmp_path / "run", uninterrupted)
 
 
