@@ -1,11 +1,11 @@
-"""Exchange of activations on the tensor axis, in fixed parts: equal bits for any number of ranks.
+"""Communication of the tensor axis: all-gather and reduce-scatter of activations, with equal bits for any number of ranks.
 
-A model has V tensor parts, whatever the number of ranks; a rank holds a contiguous range of them. Each part makes products of
-its own, and what they make for each other is added in the order of the tree in ops/tree.py. Where the parts of the model need
-all tokens, each rank has all of them; elsewhere tokens are divided into V slices, and a rank has the slices with the numbers of
-its parts (sequence parallelism; Korthikanti et al., arXiv 2205.05198, section 4.2.2).
+The number of tensor parts of a model does not depend on the number of ranks; a rank holds a contiguous range of them. Ranks add
+the outputs of all parts in the order of the tree in ops/tree.py. Parts read the tokens of all ranks. Elsewhere the tokens are
+divided into one slice per part, and a rank has the slices of its parts (sequence parallelism; Korthikanti et al.,
+arXiv 2205.05198, section 4.2.2).
 
-Letters in shapes: B sequences, N tokens (n of them on a rank), S sequence parts, L tokens of a slice, D width.
+Letters in shapes: B sequences, N tokens of all ranks, n tokens of this rank, S sequence parts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,13 @@ from mpilm.ops.tree_reduce import TreeMerger
 
 
 class TensorAxis:
-    """The V parts on the ranks of `comm`, the tensor axis. `sliced`: ranks have slices of the tokens between the parts of the
-    model; otherwise each has all tokens. `sequence_parts`: of this rank's tokens, each divided into V slices. The methods are
-    collective over `comm`."""
+    """The tensor parts of a model on the ranks of `comm`. `sliced`: between the parts of the model each rank has its slices of
+    the tokens; otherwise it has all tokens. `sequence_parts`: the parts of a sequence, each of which has one slice per tensor
+    part. `gather`, `reduce`, `all_reduce` and `largest` are collective over `comm`."""
 
     def __init__(self, comm: Comm, parts: int, sequence_parts: int = 1):
         self.comm, self.parts, self.sequence_parts, self.sliced = comm, parts, sequence_parts, True
-        self.keeps_inputs = False  # backward keeps all tokens of an input, in the place of gathering them again
+        self.keeps_inputs = False  # forward keeps all tokens of an input for backward, instead of gathering them again
         blocks = [block_of_rank(rank, comm.size, parts) for rank in range(comm.size)]
         plans = [plan_merges([(part, part + 1) for part in range(*block)], parts) for block in blocks]
         self.held = [range(*block) for block in blocks]  # the parts of each rank
@@ -38,20 +38,20 @@ class TensorAxis:
 
     @property
     def slices(self) -> list[int]:
-        """The numbers of the slices that this rank has, in the order of its tokens."""
+        """Numbers of the slices that this rank has, in the order of its tokens."""
         return [part * self.parts + number for part in range(self.sequence_parts) for number in self.local]
 
     @property
     def slice_count(self) -> int:
-        """The number of slices in the tokens of a sequence."""
+        """Number of slices of a sequence."""
         return self.sequence_parts * self.parts
 
     def count_own(self, tokens: int) -> int:
-        """Return how many of the tokens this rank has."""
+        """Return how many of so many tokens this rank has between the parts of the model."""
         return tokens // self.parts * len(self.local) if self.sliced else tokens
 
     def gather(self, x: Tensor) -> Tensor:  # (B, n, ...) -> (B, N, ...)
-        """Return the tokens of all ranks."""
+        """Return the tokens of all ranks in the order of the sequence, contiguous."""
         if not self.sliced or self.comm.size == 1:
             return x.contiguous()  # strides decide in which order a kernel adds
         sizes = [x.numel() // len(self.local) * size for size in self.sizes]
@@ -64,7 +64,7 @@ class TensorAxis:
         return torch.cat(by_rank, dim=2).flatten(1, 3)
 
     def reduce(self, partial: Sequence[Tensor]) -> Tensor:  # of each part here (B, N, ...) -> (B, n, ...)
-        """Return the sum of what all parts have, at least in float32: of this rank's tokens."""
+        """Return the sum of the tensors of all parts, for this rank's tokens, in float32 or wider (reduce-scatter)."""
         if not self.sliced or self.comm.size == 1:
             return self.all_reduce(partial)
         nodes, shape = self._fold(partial), partial[0].shape
@@ -85,7 +85,7 @@ class TensorAxis:
         return total.view(shape[0], shape[1] // self.parts * len(self.local), *shape[2:])
 
     def all_reduce(self, partial: Sequence[Tensor]) -> Tensor:
-        """Return the sum of what all parts have, at least in float32, on every rank."""
+        """Return the sum of the tensors of all parts, in float32 or wider, on every rank."""
         nodes = self._fold(partial)
         if self.comm.size == 1:
             return nodes[0]
@@ -95,26 +95,26 @@ class TensorAxis:
         return self._merge(list(out)).view(partial[0].shape)
 
     def largest(self, x: Tensor) -> Tensor:
-        """Return the largest values of all ranks, in place."""
+        """Replace each element of x by the largest of all ranks; return x."""
         self.comm.all_reduce(x, "max")
         return x
 
     def own(self, x: Tensor, dim: int = 1) -> Tensor:  # (B, N, ...) -> (B, n, ...)
-        """Return this rank's tokens of all, which lie along `dim`."""
+        """Return this rank's tokens from all tokens, which lie along `dim`."""
         if not self.sliced or self.comm.size == 1:
             return x
         slices = x.unflatten(dim, (self.sequence_parts, self.parts, -1))
         return slices.narrow(dim + 1, self.local.start, len(self.local)).flatten(dim, dim + 2)
 
     def _fold(self, partial: Sequence[Tensor]) -> list[Tensor]:
-        """Add the parts of this rank in tree order; return the nodes that remain."""
+        """Add the tensors of this rank's parts in tree order; return the nodes that remain."""
         wide = [x if x.dtype == torch.float64 else x.float() for x in partial]
         for into, other in self._merges:
             wide[into] = wide[into] + wide[other]
         return [wide[position].detach() for _, position in self._sums]
 
     def _merge(self, nodes: list[Tensor]) -> Tensor:
-        """Add the nodes of all ranks, in the order of ranks, in place."""
+        """Return the sum of the nodes of all ranks, given in the order of ranks. Adds in place."""
         return TreeMerger(self._nodes, self.parts).merge(nodes)[0]
 
     def _order_by_rank(self, x: Tensor) -> Tensor:  # (B, N, ...) -> flat: the tokens of each rank, one rank after the other
@@ -125,32 +125,32 @@ class TensorAxis:
 
 
 class PartsInput:
-    """The input of parts: this rank's tokens x (B, n, ...), of which backward keeps no more, and all tokens (B, N, ...), which
-    are gathered for forward and again for backward (arXiv 2205.05198, section 4.2.2). Collective over the tensor axis."""
+    """The input of parts: this rank's tokens x (B, n, ...) and all tokens (B, N, ...), gathered for forward and again for
+    backward. Only x is kept in between (arXiv 2205.05198, section 4.2.2). Collective over the tensor axis."""
 
     def __init__(self, axis: TensorAxis, x: Tensor):
         self.axis, self._own = axis, x.detach()
-        self._dropped = set[torch.dtype]()  # that backward needs and does not keep
+        self._dropped = set[torch.dtype]()  # dtypes in which backward needs all tokens
         self._full: Tensor | None = axis.gather(self._own)
 
     def gather(self) -> Tensor:
-        """Return all tokens."""
+        """Return all tokens, gathered again if they have been dropped. Collective over the tensor axis."""
         if self._full is None:
             self._full = self.axis.gather(self._own)
         return self._full
 
     def restore(self) -> None:
-        """Gather all tokens again if backward needs them."""
+        """Gather all tokens again if backward needs them. Collective over the tensor axis."""
         if self._dropped:
             self.gather()
 
     def drop(self) -> None:
-        """Forget all tokens but this rank's."""
+        """Release all tokens but this rank's."""
         self._full = None
 
     @contextmanager
     def dropped_after_use(self) -> Iterator[None]:
-        """Let autograd keep nothing of all tokens, nor of a copy in another dtype, that it would keep for backward."""
+        """Drop all tokens after this context: autograd saves neither them nor a copy of them in another dtype for backward."""
         if not self.axis.sliced or self.axis.comm.size == 1 or self.axis.keeps_inputs:
             yield
             return
@@ -176,8 +176,8 @@ class PartsInput:
 
 
 class EnterParts(Function):
-    """The input of the parts: x (B, n, ...) -> for each part here, and with `shared` once more, all tokens (B, N, ...). The
-    gradients of parts are added; that of the shared one is complete."""
+    """All tokens for the parts: x (B, n, ...) -> (B, N, ...) for each part here and, if `shared`, for a use equal on all ranks.
+    Backward adds the gradients of all parts, and that of the shared use once. Collective over the tensor axis, in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, entered: PartsInput, shared: bool) -> tuple[Tensor, ...]:
@@ -196,7 +196,7 @@ class EnterParts(Function):
 
 
 class LeaveParts(Function):
-    """The sum of the outputs of parts: for each part here (B, N, ...) -> (B, n, ...). `entered`: their input, but ids."""
+    """The sum of the outputs of parts: (B, N, ...) of each part here -> (B, n, ...). `entered`: their input; ids have none."""
 
     @staticmethod
     def forward(ctx: Any, axis: TensorAxis, entered: PartsInput | None, *partial: Tensor) -> Tensor:
@@ -212,8 +212,8 @@ class LeaveParts(Function):
 
 
 class ShareAmongParts(Function):
-    """x, the same on all ranks, for each use: of a part here or, with `sequence`, of a slice or part of the tokens. The
-    gradients of all uses on all ranks are added, those of one sequence part first."""
+    """Aliases of x, which is equal on all ranks: for each sequence part, one for each tensor part here or for its slice.
+    Backward adds the gradients of all aliases and ranks, first within a sequence part: collective over the tensor axis."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: TensorAxis, sequence_parts: int) -> tuple[Tensor, ...]:
@@ -228,7 +228,7 @@ class ShareAmongParts(Function):
 
 
 class ContiguousGradient(Function):
-    """The identity on x. Its gradient is contiguous, whatever was made of x: strides decide in which order a kernel adds."""
+    """The identity on x. Its gradient is contiguous, because strides decide in which order a kernel adds."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class ContiguousGradient(Function):
 
 
 def fold(leaves: list[Tensor]) -> Tensor:
-    """Return the sum of all leaves in tree order."""
+    """Return the sum of all leaves in tree order. Overwrites elements of `leaves`."""
     merges, _ = plan_merges([(i, i + 1) for i in range(len(leaves))], len(leaves))
     for into, other in merges:
         leaves[into] = leaves[into] + leaves[other]

@@ -13,8 +13,11 @@ Remedy = tuple[str, dict[str, int], int]  # text, settings to change, ranks
 Problem = tuple[str, list[list[Remedy]]]  # reason, and remedies by kind, of each kind the best first
 
 
-def resolve_mesh_shape(config: Config, ranks: int) -> MeshShape:
-    """Return the mesh on which `ranks` ranks run `config`; raises ConfigError naming the setting and values that work."""
+def resolve_mesh_shape(config: Config, ranks: int, vocab_size: int | None = None) -> MeshShape:
+    """Return the mesh on which `ranks` ranks run `config`; raises ConfigError naming the setting and values that work. The size
+    of the vocabulary limits the tensor parts, once it is known."""
+    if vocab_size is not None and tensor_part_count(config) > vocab_size:
+        raise ConfigError(f"{tensor_part_count(config)} tensor parts cannot divide a vocabulary of {vocab_size}; write fewer")
     if problem := _find_problem(config, ranks):
         reason, kinds = problem
         texts = ((text for text, changes, n in kind if _works(override(config, **changes), n)) for kind in kinds)

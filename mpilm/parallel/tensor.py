@@ -1,10 +1,10 @@
-"""Tensor parallelism: modules in parts that ranks divide among each other (Shoeybi et al., arXiv 1909.08053), with sequence
-parallelism between them (Korthikanti et al., arXiv 2205.05198). Applied from outside to a plain model.
+"""Tensor parallelism: layers divided into parts, which the ranks share out (Shoeybi et al., arXiv 1909.08053), with sequence
+parallelism between the layers (Korthikanti et al., arXiv 2205.05198). `divide_model` applies both to a plain model.
 
-A region, which is a module whose parameters the plan cuts, becomes V parts: the same module with a slice of each matrix. The
-parts of a layer read all tokens, and the sum of their outputs is its output; those of the head make logits of a part of the
-vocabulary. The parts share the parameters that the plan does not cut. Outside of regions each slice of the tokens has a
-gradient of its own; their sum, in tree order, is the gradient.
+A region is a module whose parameters the plan cuts. It computes in parts, which are copies of the module, each with a part of
+each cut parameter. The parts of a layer read all tokens, and their outputs are added; those of the head make the logits of a
+part of the vocabulary. All parts use the parameters that the plan does not cut. Outside of regions, a parameter has a gradient
+for each slice of the tokens, and these are added in tree order. Forward and backward are collective over the tensor axis.
 """
 
 import copy
@@ -31,7 +31,7 @@ CutOf = Callable[[str], Cut | None]
 
 
 def divide_model(model: nn.Module, cut_of: CutOf, axis: TensorAxis) -> None:
-    """Divide `model`, on the meta device, and keep the parts of this rank."""
+    """Divide `model`, which is on the meta device, into parts and keep those of this rank."""
     regions = {region_of(name) for name, _ in model.named_parameters() if cut_of(name)}
     for path, module in list(model.named_modules()):
         if path in regions:
@@ -62,7 +62,7 @@ def _divide_region(region: Any, path: str, cut_of: CutOf, axis: TensorAxis) -> N
 
 
 def _make_part(region: nn.Module, own: Mapping[str, Tensor], cuts: Mapping[str, Cut], part: int, parts: int) -> nn.Module:
-    """Return a copy of a region with part of each cut parameter, and without the others."""
+    """Return a copy of a region that has this part of each cut parameter, and none of the others."""
     module: Any = copy.deepcopy(region)
     for name, parameter in own.items():
         shape = cuts[name].part_shape(parameter.shape, part, parts) if name in cuts else None
@@ -74,7 +74,7 @@ def _make_part(region: nn.Module, own: Mapping[str, Tensor], cuts: Mapping[str, 
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: Tensor | None) -> None:
-    """Replace a parameter, also by a tensor that is none or by nothing."""
+    """Replace a parameter by another one, by a tensor that is not a parameter, or by None."""
     owner, _, attribute = name.rpartition(".")
     module.get_submodule(owner)._parameters[attribute] = parameter  # type: ignore[assignment]
 
@@ -117,17 +117,17 @@ def _lookup(region: Any, axis: TensorAxis, ranges: Sequence[range], ids: Tensor)
         inside = (ids >= rows.start) & (ids < rows.stop)
         found = part.lookup((ids - rows.start).where(inside, 0))
         outputs.append(found * inside[..., None].to(found.dtype))
-    return LeaveParts.apply(axis, None, *outputs).clone()  # it is kept for long, and is a view of what was received
+    return LeaveParts.apply(axis, None, *outputs).clone()  # a copy: the sum is a view of the receive buffer, which would stay
 
 
 @dataclass(frozen=True)
 class PartLogits:
-    """The logits of the parts of this rank, each (B, N, v). `ranges`: of the vocabulary, of all parts."""
+    """The logits of a microbatch on one rank: those of its tensor parts."""
 
     axis: TensorAxis
     ranges: Sequence[range]
-    parts: Sequence[Tensor]
-
+    ranges: Sequence[range]  # of the vocabulary, for each part of the model
+    parts: Sequence[Tensor]  # logits (B, N, v) of each part here
     def losses(self, targets: Tensor) -> Tensor:  # (B, N) -> (B, N)
         """Return the cross-entropy of each target, float32; 0 for one that is ignored. Collective over the tensor axis."""
         return PartCrossEntropy.apply(self.axis, [self.ranges[part] for part in self.axis.local], targets, *self.parts)
@@ -161,8 +161,8 @@ def _forward_head(region: Any, axis: TensorAxis, ranges: Sequence[range], x: Ten
 
 
 class PartCrossEntropy(Function):
-    """The cross-entropy of targets (B, N) from logits in parts of the vocabulary, each (B, N, v), so that no rank has all
-    (arXiv 1909.08053, section 3). The largest logit is exact; exponentials are added by part and then in tree order."""
+    """The cross-entropy of targets (B, N) from logits (B, N, v) of each part here; no rank needs all logits (arXiv 1909.08053,
+    section 3). The sums of exponentials of all parts are added in tree order. Forward is collective over the tensor axis."""
 
     @staticmethod
     def forward(ctx: Any, axis: TensorAxis, ranges: Sequence[range], targets: Tensor, *logits: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class PartCrossEntropy(Function):
 
 
 def select_part(x: Tensor, part: ParamPart | None) -> Tensor:
-    """Return a part of a parameter."""
+    """Return this part of the parameter x, or x if `part` is None."""
     if part is None:
         return x
     first, length, distance = part.runs
@@ -198,8 +198,8 @@ def select_part(x: Tensor, part: ParamPart | None) -> Tensor:
 
 
 def gather_parts(own: Sequence[Tensor], part: ParamPart | None, axis: TensorAxis) -> Tensor:
-    """Return a parameter from the parts of all ranks, or the only element of `own` if it is not divided. `part`: one of them.
-    Collective over the tensor axis."""
+    """Return a whole parameter from the parts of all ranks, of which `own` are those of this one. `part`: any of them, or None
+    for a parameter that is not divided: the only element of `own`. Collective over the tensor axis."""
     if part is None:
         return own[0]
     shapes = [part.cut.part_shape(part.shape, number, part.count) for number in range(part.count)]
@@ -213,11 +213,11 @@ def gather_parts(own: Sequence[Tensor], part: ParamPart | None, axis: TensorAxis
 
 
 def _divide_tokens(module: Any, axis: TensorAxis) -> None:
-    """Let a module outside of the regions use each slice of the tokens by itself."""
+    """Make a module outside of the regions compute each slice of the tokens separately."""
     names = [name for name, _ in module.named_parameters(recurse=False)]
     if isinstance(module, Dropout):
         module.slices = axis
-    elif isinstance(module, Embedding):  # of positions: all ranks know those of all tokens
+    elif isinstance(module, Embedding):  # of positions: on every rank, `ids` holds those of all tokens
         lookup = module.lookup
         module.lookup = lambda ids: _call_by_slice(module, lookup, names, axis, axis.own(ids, ids.dim() - 1), ids.dim() - 1)  # type: ignore[method-assign]
     elif isinstance(module, BertEmbedding):
@@ -231,7 +231,7 @@ def _divide_tokens(module: Any, axis: TensorAxis) -> None:
 def _call_by_slice(
     module: nn.Module, function: Callable[[Tensor], Tensor], names: Sequence[str], axis: TensorAxis, x: Tensor, dim: int = 1
 ) -> Tensor:
-    """Return function(x) of a module whose parameters `names` have a gradient of its own for each slice of `x` along `dim`."""
+    """Return function(x), where the parameters `names` of `module` have one gradient for each slice of `x` along `dim`."""
     if not axis.sliced:
         return function(x)
     parameters = [module.get_parameter(name) for name in names]
@@ -249,7 +249,7 @@ def _call_by_slice(
 def _by_slice(
     axis: TensorAxis, function: Callable[..., Tensor], parameters: Sequence[Tensor], x: Tensor, dim: int = 1
 ) -> Tensor:
-    """Return function(slice of x along `dim`, *parameters) for each slice that this rank has, one after the other."""
+    """Return the concatenated function(slice, *parameters) of this rank's slices of x along `dim`. Collective in backward."""
     if not axis.sliced:
         return function(x, *parameters)
     aliases = zip(*(ShareAmongParts.apply(parameter, axis, axis.sequence_parts) for parameter in parameters))

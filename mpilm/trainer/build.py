@@ -41,7 +41,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     world.recorder.enter("start")
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     config, layout_note = choose_layout(config, vocab_size, hardware, world)
-    shape = run_on_all_ranks(world, lambda: resolve_mesh_shape(config, world.size))
+    shape = run_on_all_ranks(world, lambda: resolve_mesh_shape(config, world.size, vocab_size))
     mesh = Mesh(shape, instrument(world, checks_calls=True), world.recorder)
     content = _digest_content(config, data, world)
     folder = open_run_folder(config, content, numerics_environment(hardware, world, config.parallel), world, recovered)

@@ -65,6 +65,14 @@ MODEL = [
     (HEADS, "--model.d-model 3 is not divisible by --model.n-heads 8; the nearest value that works: --model.d-model 16"),
     ({"model__d_model": 190}, "is not divisible by --model.n-heads 4; the nearest value that works: --model.d-model 192"),
     ({"model__d_model": 12}, "--model.head-width 3 (by default --model.d-model 12 over --model.n-heads 4) is odd; "),
+    (
+        {"parallel__tensor": 4, "model__n_kv_heads": 2},
+        "--parallel.tensor 4 does not divide --model.n-kv-heads 2; the next smaller value that divides all sizes: 2",
+    ),
+    (
+        {"model__tensor_parts": 8},
+        "--model.tensor-parts 8 does not divide --model.n-heads 4; the next smaller value that divides all sizes: 4",
+    ),
     ({"model__n_kv_heads": 3}, "--model.n-heads 4 is not divisible by --model.n-kv-heads 3; the next smaller value: 2"),
     ({"model__arch": "gpt2", "model__head_width": 20}, "--model.head-width 20: --model.arch gpt2 uses d-model / n-heads; "),
     ({"model__arch": "bert", "model__tie_embeddings": False}, "--model.tie-embeddings false: --model.arch bert predicts with "),

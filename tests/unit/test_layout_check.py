@@ -17,6 +17,11 @@ from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.layout_check import partition_by_cost, replica_microbatch_count, resolve_mesh_shape
 from mpilm.parallel.pipeline.schedules import SCHEDULES
 
+HEADS = {
+    "model__n_heads": 12, "model__n_kv_heads": 12, "model__d_model": 48, "model__d_ff": 96, "model__context_length": 24,
+}  # fmt: skip
+"""A shape that 1, 2, 3, 4, 6 and 12 tensor parts divide."""
+
 
 def config_of(**changes):
     """8 layers, 8 microbatches of 1 sequence."""
@@ -111,6 +116,29 @@ def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
             4, {"parallel__pipeline": 4, "parallel__zero": 2},
             "--parallel.zero 2 shards over the data-parallel ranks, and 4 ranks with --parallel.pipeline 4 leave 1; "
             "write --parallel.zero 0, or start 8 ranks",
+        ),
+        (
+            6, {"parallel__tensor": 4, **HEADS},
+            "--parallel.tensor 4 does not divide 6 ranks; the nearest that does: 3, or start 8 ranks",
+        ),
+        (
+            4, {"parallel__tensor": 4, "model__tensor_parts": 6, **HEADS},
+            "--parallel.tensor 4 does not divide --model.tensor-parts 6; the nearest that does: 2",
+        ),
+        (
+            8, {"parallel__tensor": 2, "parallel__pipeline": 3, **HEADS},
+            "--parallel.pipeline 3 times --parallel.tensor 2 does not divide 8 ranks; the nearest that does: 2, "
+            "or start 12 ranks",
+        ),
+        (
+            4, {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__zero": 3, **HEADS},
+            "--parallel.zero 3 shards over the data-parallel ranks, and 4 ranks with --parallel.pipeline 2 and "
+            "--parallel.tensor 2 leave 1; write --parallel.zero 0, or start 8 ranks",
+        ),
+        (
+            20, {"parallel__tensor": 2, **HEADS},
+            "20 ranks make 10 replicas of the model, but a step has only 8 microbatches (--train.global-batch 8 over "
+            "--train.micro-batch 1); start 16 ranks or fewer, or make the batch 10",
         ),
         (
             2, {"parallel__schedule": "zero-bubble", "parallel__chunks": 2},
