@@ -21,7 +21,7 @@ from mpilm.parallel.layout import ParamPart
 MAX_SHARD_BYTES = 5_000_000_000  # per file, as in transformers
 HEADER = "header"  # the kind of bytes that every rank has
 
-ShardOwners = Mapping[str, Sequence[tuple[int, int, Sequence[int]]]]  # parameter -> (first element, end, ranks)
+ShardOwners = Mapping[str, Sequence[tuple[int, int, Sequence[int]]]]  # parameter or part -> (first element, end, ranks)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StoredTensor:
     key: tuple[str, str]  # kind, parameter
     shape: TensorShape
     unsharded: bool = False  # it has another shape than its parameter, whose owners own all of it
-    parts: tuple[tuple[str, ParamPart], ...] = ()  # by name, if the tensor axis divides the parameter
+    parts: tuple[tuple[str, ParamPart], ...] = ()  # with their names, if the tensor axis divides the parameter
 
     @property
     def nbytes(self) -> int:
@@ -53,18 +53,18 @@ class TensorFile:
 
 
 class ByteRange(NamedTuple):  # a plan may have a million of them, and a dataclass takes three times as long to make
-    """A range of a flattened tensor's bytes."""
+    """A range of the bytes of a flattened tensor, or of a part of one, whose bytes lie in runs in the file."""
 
-    key: tuple[str, str]  # kind, parameter
-    start: int  # first byte in the tensor
+    key: tuple[str, str]  # kind, parameter or part
+    start: int  # first byte in the tensor or part
     nbytes: int
     offset: int  # of the first byte in the file
     owners: Sequence[int]  # ranks that hold these bytes
-    run: int = 0  # bytes that lie together in the file, each time at `distance`; 0: all of them
-    distance: int = 0
+    run: int = 0  # length of a run in bytes; 0: the range is one run
+    distance: int = 0  # bytes from the beginning of a run in the file to that of the next
 
     def view(self, block: Tensor, first: int) -> Tensor:
-        """Return the place of the range in a block of bytes that begins at byte `first` of the file."""
+        """Return a view of the range in `block`, which begins at byte `first` of the file: (runs, bytes of a run)."""
         run, distance = (self.run, self.distance) if self.run else (self.nbytes, self.nbytes)
         return block.as_strided((self.nbytes // run, run), (distance, 1), block.storage_offset() + self.offset - first)
 
@@ -147,7 +147,7 @@ def plan_blocks(files: Sequence[TensorFile], owners: ShardOwners, size: int) -> 
 
 
 def _split_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[ByteRange]:
-    """Yield the byte ranges of a file in order, split at the borders of blocks, without empty ones."""
+    """Yield the byte ranges of a file in the order of blocks, split at their borders, without empty ones."""
     for r in _list_ranges(file, owners, size):
         done = 0
         if r.run:  # within a block already
@@ -159,7 +159,7 @@ def _split_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[
 
 
 def _list_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[ByteRange]:
-    """Yield the byte ranges of a file in order, one for each set of owners."""
+    """Yield the byte ranges of a file in order, one for each set of owners; several for each if a tensor lies in parts."""
     offset = len(file.header)
     yield ByteRange((HEADER, file.name), 0, offset, 0, range(size))
     for tensor in file.tensors:
@@ -206,6 +206,6 @@ def _list_part_ranges(tensor: StoredTensor, offset: int, owners: ShardOwners) ->
 
 
 def _count_before(bound: int, begin: int, run: int, distance: int) -> int:
-    """Return how many bytes of runs that begin at `begin`, at equal distances, lie before a byte."""
+    """Return how many bytes of runs lie before byte `bound`: the first run begins at `begin`, one every `distance` bytes."""
     row, column = divmod(max(0, bound - begin), distance)
     return row * run + min(column, run)

@@ -89,8 +89,8 @@ class ModelConfig:
     n_experts: PositiveCount = 8  # mixtral: experts (feed-forward layers) per block.
     experts_per_token: PositiveCount = 2  # mixtral: experts that process each token.
     router_loss: NonNegativeFloat = 0.02  # mixtral: weight of the auxiliary loss that balances the load of the experts.
-    # Parts into which heads, feed-forward layers and vocabulary are divided, and tokens between them. 0: as in the checkpoint
-    # to resume from, else parallel.tensor. Part of the result: with equal parts, any parallel.tensor gives equal bits.
+    # Number of parts into which heads, feed-forward width, vocabulary and tokens are divided. 0: as in the checkpoint to resume
+    # from, else parallel.tensor. Part of the result: with equal parts, any parallel.tensor that divides them gives equal bits.
     tensor_parts: Count = 0
     norm_eps: PositiveFloat = 1e-5  # Epsilon of the normalization layers.
     lora_rank: Width = 0  # Train LoRA adapters of this rank and freeze the model in init-from; 0: train the model.
@@ -173,10 +173,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Parallel layout. Only powersgd-rank and sync-every change the result; wire-dtype changes its last bits."""
+    """Parallel layout. Only powersgd-rank and sync-every change the result; wire-dtype and tensor may change its last bits."""
 
     pipeline: PositiveCount = 1  # Pipeline stages that the layers are divided over; the remaining ranks are data parallel.
-    tensor: PositiveCount = 1  # Ranks that divide the matrices of each layer, and the tokens between them.
+    tensor: PositiveCount = 1  # Tensor-parallel ranks: they divide the matrices of each layer, and the tokens between layers.
     schedule: Literal["1f1b", "gpipe", "interleaved", "zero-bubble"] = "1f1b"  # Pipeline schedule.
     chunks: Count = 0  # Model chunks (virtual stages) per rank; 0: 2 for the interleaved schedule, else 1.
     cut: tuple[int, ...] = ()  # Layers per stage, first to last; empty: balanced by cost.
@@ -283,12 +283,12 @@ def resolve_config(config: Config) -> Config:
 
 
 def tensor_part_count(config: Config) -> int:
-    """Return the number of tensor parts: unless stated, one for each rank of the tensor axis."""
+    """Return the number of tensor parts: as stated, else one for each rank of the tensor axis."""
     return config.model.tensor_parts or config.parallel.tensor
 
 
 def divided_sizes(model: ModelConfig) -> dict[str, int]:
-    """Return the sizes that a number of tensor parts must divide, by setting."""
+    """Return the sizes that the number of tensor parts must divide, by setting of the model."""
     return {name: getattr(model, name) for name in ("n_heads", "n_kv_heads", "d_ff", "context_length")}
 
 

@@ -10,7 +10,7 @@ from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, ModelConfig
 
 
 def model_part(model: ModelConfig, parts: int) -> ModelConfig:
-    """Return the model with one of so many equal parts of each divided matrix, as tensor parallelism divides them."""
+    """Return the model with the share of one of `parts` tensor parts: of the heads and of the feed-forward width."""
     heads, kv_heads, d_ff = (size // parts for size in (model.n_heads, model.n_kv_heads, model.d_ff))
     return replace(model, n_heads=heads, n_kv_heads=kv_heads, d_ff=d_ff)
 
@@ -95,8 +95,8 @@ def activation_bytes(
     last: bool = True, recompute: str = "none", tensor: int = 1, parts: int = 1,
 ) -> dict[str, int]:  # fmt: skip
     """Return the bytes that a microbatch of `tokens` tokens needs in part of a model: `layers` blocks (None: all), with the
-    embedding if `first`, and with norm, head and loss if `last`; on each of `tensor` ranks that divide tokens and the
-    `parts` of matrices.
+    embedding if `first`, and with norm, head and loss if `last`. The bytes are those of each of `tensor` ranks, which divide a
+    model of `parts` tensor parts.
 
     activations: saved for backward
     recompute: of the block that backward is recomputing
@@ -105,7 +105,7 @@ def activation_bytes(
     """
     layers, width, half = model.n_layers if layers is None else layers, model.d_model, 0.5 if dtype == "bfloat16" else 1.0
     block, core = _block_floats(model, half, tensor)
-    block += (parts - 1) * _routed_floats(model, half) * (model.arch == "mixtral")  # each part has the tokens of its experts
+    block += (parts - 1) * _routed_floats(model, half) * (model.arch == "mixtral")  # each part saves the tokens of its experts
     saved = {"none": block + core, "attention": block, "block": float(width)}[recompute]
     recomputed = {"none": 0.0, "attention": core, "block": block + core}[recompute]
     head = {"gpt2": 1 + half, "bert": 4 * half}.get(model.arch, 2 + half)  # of the last norm, and the input of the matrix
@@ -130,7 +130,7 @@ def saved_floats_per_token(model: ModelConfig, dtype: str) -> float:
 
 
 def _block_floats(model: ModelConfig, half: float, tensor: int = 1) -> tuple[float, float]:
-    """Return the floats per token that a block saves for backward, outside and inside the attention core; on all ranks."""
+    """Return the floats per token that a block saves for backward, outside and inside the attention core: of all ranks."""
     width, (queries, keys), heads = model.d_model, _attention_widths(model), model.n_heads
     layer_norm, rms_norm = width + 2, 2 * width + 1  # input, mean and deviation; input, deviation and normalised input
     norm = layer_norm if model.arch in GPT2_STYLE else rms_norm
@@ -147,7 +147,7 @@ def _block_floats(model: ModelConfig, half: float, tensor: int = 1) -> tuple[flo
 
 
 def _input_floats(model: ModelConfig, half: float, matrices: int) -> float:
-    """Return the floats of one input of so many matrices; autocast makes a copy for each. Tensor ranks keep one for all."""
+    """Return the floats of one input of so many matrices: autocast makes a copy for each, but tensor ranks save only one."""
     return model.d_model * (1 if half == 1.0 else half * matrices)
 
 
@@ -161,7 +161,7 @@ def _feed_forward_floats(model: ModelConfig, half: float, tensor: int) -> float:
 
 
 def _routed_floats(model: ModelConfig, half: float) -> float:
-    """Return the floats per token of the inputs and outputs of its experts."""
+    """Return the floats per token that the inputs and outputs of its experts need."""
     return model.experts_per_token * (_input_floats(model, half, 2) + (1 + half) * model.d_model + 8)
 
 

@@ -15,16 +15,16 @@ REDUCE_AXES = ("data", "context")  # axes whose ranks see different tokens, so t
 class ParamPart:
     """A part of a parameter that the tensor axis divides (parallel/tensor.py)."""
 
-    source: str  # the name of the parameter
-    shape: Shape  # its global shape
+    source: str  # name of the parameter
+    shape: Shape  # of the whole parameter
     cut: Cut
-    number: int
-    count: int
+    number: int  # of the part, from 0
+    count: int  # number of parts
 
     @property
     def runs(self) -> tuple[int, int, int]:
-        """The elements of the part in the flattened parameter: runs of equal length at equal distances. Returns the first
-        element, the length of a run, and the distance between the beginnings of two."""
+        """The place of the part in the flattened parameter, as runs of equal length at equal distances: the first element, the
+        length of a run, and the distance from the beginning of one run to that of the next."""
         inner, size = prod(self.shape[self.cut.dim + 1 :]), self.shape[self.cut.dim]
         rows = self.cut.ranges(size, self.count)[self.number]
         return rows.start * inner, len(rows) * inner, size // self.cut.fused * inner
@@ -32,12 +32,12 @@ class ParamPart:
 
 @dataclass(frozen=True)
 class ParamLayout:
-    """Layout of one parameter, or of a part of one, the same on all ranks."""
+    """Layout of one parameter, or of one part of it; the same on all ranks."""
 
-    name: str
-    shape: Shape
+    name: str  # of the parameter, or of the part (plan.part_name)
+    shape: Shape  # of the parameter, or of the part; before ZeRO
     stage: int = 0
-    part: ParamPart | None = None  # None: all of a parameter, which is replicated within its stage
+    part: ParamPart | None = None  # None: the whole parameter, which is replicated within its stage
     tied_to: str | None = None  # the parameter whose value this one always has; each of the two has its own gradient
     tied_copies: tuple[str, ...] = ()  # the parameters tied to this one
     unsharded: bool = False  # its optimizer needs the full parameter, so ZeRO assigns it to one rank undivided
@@ -50,7 +50,7 @@ class ParamLayout:
 
     @property
     def source(self) -> str:
-        """The name of the parameter of the model."""
+        """Name of the parameter in the model that is not divided."""
         return self.name if self.part is None else self.part.source
 
     @property
@@ -72,7 +72,7 @@ class ParamLayout:
         return REDUCE_AXES if self.part is not None else (*REDUCE_AXES, "tensor")
 
 
-Layouts = Mapping[str, ParamLayout]  # by the name
+Layouts = Mapping[str, ParamLayout]  # by the name of the parameter or part
 
 
 def resolve_layouts(
@@ -84,7 +84,7 @@ def resolve_layouts(
     is_unsharded: Callable[[str, Shape], bool] = lambda name, shape: False,
     is_frozen: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, ParamLayout]:
-    """Return the layout of each parameter, in the order in which forward uses them; of one that is cut, of all its `parts`.
+    """Return the layout of each parameter, in the order in which forward uses them. A cut one has a layout for each of `parts`.
     `tied`: parameter -> the one whose value it has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError for
     ties that do not exist or differ in shape."""
     for name, owner in tied.items():
@@ -114,12 +114,12 @@ def select_stage(layouts: Layouts, stage: int) -> dict[str, ParamLayout]:
 
 
 def select_parts(layouts: Layouts, parts: range) -> dict[str, ParamLayout]:
-    """Return what the ranks with these tensor parts have: them, and all that is not cut."""
+    """Return the layouts of these tensor parts and of all parameters that are not cut: those of a rank that has these parts."""
     return {name: layout for name, layout in layouts.items() if layout.part is None or layout.part.number in parts}
 
 
 def global_shapes(layouts: Layouts) -> dict[str, Shape]:
-    """Return the shapes of the parameters of the model that are optimized and saved, in its order."""
+    """Return the global shapes of the parameters that are optimized and saved, in the order of the model."""
     return {layout.source: layout.global_shape for layout in select_owned(layouts)}
 
 

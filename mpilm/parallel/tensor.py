@@ -125,9 +125,9 @@ class PartLogits:
     """The logits of a microbatch on one rank: those of its tensor parts."""
 
     axis: TensorAxis
-    ranges: Sequence[range]
     ranges: Sequence[range]  # of the vocabulary, for each part of the model
     parts: Sequence[Tensor]  # logits (B, N, v) of each part here
+
     def losses(self, targets: Tensor) -> Tensor:  # (B, N) -> (B, N)
         """Return the cross-entropy of each target, float32; 0 for one that is ignored. Collective over the tensor axis."""
         return PartCrossEntropy.apply(self.axis, [self.ranges[part] for part in self.axis.local], targets, *self.parts)

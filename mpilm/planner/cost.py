@@ -69,7 +69,7 @@ class PlacedLayout:
 
     @property
     def saved_floats(self) -> float:
-        """Floats that a block saves for backward on a rank, of a microbatch."""
+        """Floats of a microbatch that a block saves for backward on a rank."""
         return self.tokens * saved_floats_per_token(self.config.model, self.config.train.dtype) / self.shape.tensor
 
     @property
@@ -84,12 +84,12 @@ class PlacedLayout:
 
     @property
     def parts(self) -> int:
-        """Tensor parts of a rank."""
+        """Number of tensor parts on a rank."""
         return tensor_part_count(self.config) // self.shape.tensor
 
     @cached_property
     def rank_model(self) -> ModelConfig:
-        """The model with the parts of matrices that a rank has."""
+        """The model with a rank's share of the heads and of the feed-forward width."""
         return model_part(self.config.model, self.shape.tensor)
 
     @property
@@ -260,8 +260,8 @@ def _exposed_reduce_s(layout: PlacedLayout, stage: int, backward_s: float) -> fl
 
 
 def tensor_s(layout: PlacedLayout) -> ActionTimes:
-    """Return the seconds that the tensor axis adds to each action: attention and feed-forward layers gather their tokens and
-    exchange their outputs; backward does the same with gradients, and gathers the tokens again unless they are kept."""
+    """Return the seconds of the large collectives of the tensor axis in each action. Attention and feed-forward layers gather
+    their input and exchange their output; backward does both with gradients, and gathers inputs that were not kept."""
     tensor, train, times = layout.shape.tensor, layout.config.train, ActionTimes()
     network, numel = layout.network(layout.ranks_per_node % tensor == 0), layout.tokens * layout.config.model.d_model
     gather_s, exchange_s = (collective_s(network, operation, tensor, numel) for operation in ("gather", "exchange"))

@@ -4,12 +4,16 @@ from collections import Counter
 from math import prod
 
 import pytest
+import torch
 from checkpoints import draw_shapes, draw_sharding, replicate, small_files
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpilm.checkpoint.format import PARAMETER
 from mpilm.checkpoint.plan import StoredTensor, TensorFile, assign_files, plan_blocks
+from mpilm.parallel.layout import ParamPart
+from mpilm.parallel.plan import Cut
+from mpilm.parallel.tensor import select_part
 
 BLOCKS = st.sampled_from([8, 60, 64, 100, 1 << 10, 1 << 24])  # with 60 and 100, some elements lie in two blocks
 
@@ -46,6 +50,32 @@ def test_plan_blocks_takes_every_byte_once_from_a_rank_that_owns_it(random, size
                 seen.update(range(r.offset, r.offset + r.nbytes))
         assert any(block.writer in r.owners for ranges in block.parts.values() for r in ranges)
     assert sorted(seen.elements()) == list(range(file.nbytes))
+
+
+@given(random=st.randoms(use_true_random=False), size=st.integers(1, 8), block_bytes=BLOCKS)
+def test_plan_blocks_of_tensor_parts_puts_every_byte_in_its_place(random, size, block_bytes):
+    shape, fused, count = (
+        [random.randint(1, 5) for _ in range(random.randint(1, 3))],
+        random.choice((1, 1, 3)),
+        random.randint(1, 4),
+    )
+    cut = Cut(random.randrange(len(shape)), fused=fused)
+    shape[cut.dim] = fused * random.randint(1, 7)  # there may be more parts than rows
+    full = torch.arange(prod(shape), dtype=torch.int32).view(shape)
+    parts = {f"x.{number}": ParamPart("x", tuple(shape), cut, number, count) for number in range(count)}
+    values = {name: select_part(full, part).flatten().contiguous().view(torch.uint8) for name, part in parts.items()}
+    owners = draw_sharding(random, {name: (x.numel() // 4,) for name, x in values.items()}, size)
+    (file,) = assign_files("model", [StoredTensor("x", (PARAMETER, "x"), tuple(shape), parts=tuple(parts.items()))])
+    written = torch.zeros(file.nbytes, dtype=torch.uint8)
+    with small_files(block_bytes):
+        for block in plan_blocks([file], owners, size):
+            for rank, ranges in block.parts.items():
+                for r in (r for r in ranges if r.key[0] == PARAMETER):
+                    assert rank in r.owners
+                    place = r.view(written[block.offset : block.offset + block.nbytes], block.offset)
+                    assert not place.any() or block_bytes % 4  # nothing is written twice
+                    place.copy_(values[r.key[1]][r.start : r.start + r.nbytes].view(place.shape))
+    assert torch.equal(written[len(file.header) :], full.flatten().view(torch.uint8))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
