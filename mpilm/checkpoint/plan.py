@@ -202,7 +202,7 @@ def _list_part_ranges(tensor: StoredTensor, offset: int, owners: ShardOwners) ->
                     yield ByteRange((kind, name), at, nbytes, place, ranks, min(run, nbytes), distance)
                     at, found = at + nbytes, found + nbytes
         if found != bounds[1] - bounds[0]:
-            raise ValueError(f"{tensor.key[1]}: {bounds[1] - bounds[0] - found} of its bytes are owned by no rank, or by two")
+            raise ValueError(f"{tensor.key[1]}: of {bounds[1] - bounds[0]} bytes {found} are owned: some by no rank, or by two")
 
 
 def _count_before(bound: int, begin: int, run: int, distance: int) -> int:

@@ -39,7 +39,7 @@ from mpilm.parallel.pipeline.execute import StageMessenger, execute
 from mpilm.parallel.pipeline.schedules import forward_only, lower
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StepInputs, last_logits, token_losses
 from mpilm.parallel.plan import cut_of, stage_of
-from mpilm.parallel.tensor import select_part
+from mpilm.parallel.tensor import slice_part
 from mpilm.parallel.tied import TiedParameters
 
 
@@ -60,7 +60,7 @@ class PipelinedModel:
             config.model, vocab_size, blocks_per_stage, config.train.optimizer, self.tensor.parts
         )
         self.parts = {name: layout.part for name, layout in self.layouts.items() if layout.part is not None}
-        local = select_parts(self.layouts, self.tensor.local)
+        local = select_parts(self.layouts, self.tensor.local_parts)
         trained = select_trained(local)
         frozen_layouts = {name: layout for name, layout in local.items() if layout.frozen}
         self.shapes, self.frozen_shapes = global_shapes(trained), global_shapes(frozen_layouts)
@@ -169,7 +169,7 @@ def draw_values(flat: FlatParameters, shape: ModelConfig, seed: int) -> None:
         if name != item.name:
             name, layout = item.name, flat.layout.spans[item.name][1]
             values = initial_value(seed, layout.source, layout.global_shape, initial_std(layout.source, shape))
-            values = select_part(values, layout.part).flatten()
+            values = slice_part(values, layout.part).flatten()
         out.copy_(values[item.start : item.stop])
 
 

@@ -116,7 +116,7 @@ class TrainModel(PipelinedModel):
         reduce_places = [{"data": data, "context": context} for data in range(shape.data) for context in range(shape.context)]
         replicas = 1 if self.is_local_sgd else len(reduce_places)  # ranks that hold the same values
         owners: dict[str, list[tuple[int, int, list[int]]]] = {}
-        for stage, (tensor, parts) in product(stages, enumerate(self.tensor.held)):
+        for stage, (tensor, parts) in product(stages, enumerate(self.tensor.parts_of_ranks)):
             layouts = select_parts(select_stage(trained, stage), parts)
             flat = FlatLayout(layouts.values(), self.alignment, per_module=self.zero >= 2, ranks=self.reduce_comm.size)
             place = {"pipeline": stage % self.pipeline.size, "tensor": tensor}

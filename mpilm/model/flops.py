@@ -104,7 +104,7 @@ def activation_bytes(
     split_backward: inputs and gradients that weight gradients still need between the halves of a split backward
     """
     layers, width, half = model.n_layers if layers is None else layers, model.d_model, 0.5 if dtype == "bfloat16" else 1.0
-    block, core = _block_floats(model, half, tensor)
+    block, core = _block_floats(model, half, 0 if tensor > 1 else parts)
     block += (parts - 1) * _routed_floats(model, half) * (model.arch == "mixtral")  # each part saves the tokens of its experts
     saved = {"none": block + core, "attention": block, "block": float(width)}[recompute]
     recomputed = {"none": 0.0, "attention": core, "block": block + core}[recompute]
@@ -129,13 +129,14 @@ def saved_floats_per_token(model: ModelConfig, dtype: str) -> float:
     return sum(_block_floats(model, 0.5 if dtype == "bfloat16" else 1.0))
 
 
-def _block_floats(model: ModelConfig, half: float, tensor: int = 1) -> tuple[float, float]:
-    """Return the floats per token that a block saves for backward, outside and inside the attention core: of all ranks."""
+def _block_floats(model: ModelConfig, half: float, parts: int = 1) -> tuple[float, float]:
+    """Return the floats per token that a block saves for backward on all ranks, outside and inside the attention core. `parts`:
+    tensor parts that keep bfloat16 copies of their input; 0 if a rank keeps one for all."""
     width, (queries, keys), heads = model.d_model, _attention_widths(model), model.n_heads
     layer_norm, rms_norm = width + 2, 2 * width + 1  # input, mean and deviation; input, deviation and normalised input
     norm = layer_norm if model.arch in GPT2_STYLE else rms_norm
-    block = 2 * norm + _input_floats(model, half, 1 if model.arch == "gpt2" or tensor > 1 else 3)
-    block += half * (2 * queries + 2 * keys) + _feed_forward_floats(model, half, tensor)
+    block = 2 * norm + _input_floats(model, half, (1 if model.arch == "gpt2" else 3) * parts or 1)
+    block += half * (2 * queries + 2 * keys) + _feed_forward_floats(model, half, parts)
     if model.qk_norm and model.arch == "qwen":
         block += 2 * (queries + keys) + heads + model.n_kv_heads
     if model.lora_rank:  # between an adapter's two matrices; its input is saved without it too
@@ -147,16 +148,16 @@ def _block_floats(model: ModelConfig, half: float, tensor: int = 1) -> tuple[flo
 
 
 def _input_floats(model: ModelConfig, half: float, matrices: int) -> float:
-    """Return the floats of one input of so many matrices: autocast makes a copy for each, but tensor ranks save only one."""
+    """Return the floats of one input of so many matrices: autocast makes a copy for each."""
     return model.d_model * (1 if half == 1.0 else half * matrices)
 
 
-def _feed_forward_floats(model: ModelConfig, half: float, tensor: int) -> float:
+def _feed_forward_floats(model: ModelConfig, half: float, parts: int) -> float:
     if model.arch in GPT2_STYLE:
-        return _input_floats(model, half, 1) + half * 2 * model.d_ff
+        return _input_floats(model, half, parts or 1) + half * 2 * model.d_ff
     gated = half * 4 * model.d_ff
     if model.arch != "mixtral":
-        return _input_floats(model, half, 1 if tensor > 1 else 2) + gated
+        return _input_floats(model, half, 2 * parts or 1) + gated
     return _input_floats(model, half, 1) + model.n_experts + model.experts_per_token * gated + _routed_floats(model, half)
 
 

@@ -116,11 +116,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, K)
     return x * cos.to(x.dtype) + torch.cat((-high, low), dim=-1) * sin.to(x.dtype)
 
 
-class Slices(Protocol):
+class TokenSlices(Protocol):
     """The slices of a sample that are here."""
 
     @property
-    def slices(self) -> Sequence[int]:
+    def slice_numbers(self) -> Sequence[int]:
         """Their numbers, in the order in which they lie."""
 
 
@@ -130,7 +130,7 @@ class Dropout(nn.Module):
     def __init__(self, probability: float, path: str):
         super().__init__()
         self.probability, self.path = probability, path
-        self.slices: Slices | None = None  # if the first dim of a sample is divided, each slice has a mask of its own
+        self.slices: TokenSlices | None = None  # if the first dim of a sample is divided, each slice has a mask of its own
 
     def forward(self, x: Tensor, keys: list[int] | None) -> Tensor:  # (B, ...) -> (B, ...)
         """Drop elements of `x`; `keys` holds one integer for each of its samples, or is None in evaluation."""
@@ -142,7 +142,7 @@ class Dropout(nn.Module):
     def _draw_mask(self, key: int, x: Tensor) -> Tensor:
         if self.slices is None:
             return self._draw(x.new_empty(x.shape[1:]), key, self.path)
-        numbers = self.slices.slices
+        numbers = self.slices.slice_numbers
         parts = x.new_empty(len(numbers), x.shape[1] // len(numbers), *x.shape[2:])
         for part, number in zip(parts, numbers):
             self._draw(part, key, f"{self.path}.{number}")

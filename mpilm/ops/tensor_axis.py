@@ -24,22 +24,23 @@ from mpilm.ops.tree_reduce import TreeMerger
 class TensorAxis:
     """The tensor parts of a model on the ranks of `comm`. `sliced`: between the parts of the model each rank has its slices of
     the tokens; otherwise it has all tokens. `sequence_parts`: the parts of a sequence, each of which has one slice per tensor
-    part. `gather`, `reduce`, `all_reduce` and `largest` are collective over `comm`."""
+    part. Methods named as communication are collective over
+    `comm`."""
 
     def __init__(self, comm: Comm, parts: int, sequence_parts: int = 1):
         self.comm, self.parts, self.sequence_parts, self.sliced = comm, parts, sequence_parts, True
         self.keeps_inputs = False  # forward keeps all tokens of an input for backward, instead of gathering them again
         blocks = [block_of_rank(rank, comm.size, parts) for rank in range(comm.size)]
         plans = [plan_merges([(part, part + 1) for part in range(*block)], parts) for block in blocks]
-        self.held = [range(*block) for block in blocks]  # the parts of each rank
-        self.local, self.sizes = self.held[comm.rank], list(map(len, self.held))
+        self.parts_of_ranks = [range(*block) for block in blocks]  # the parts of each rank
+        self.local_parts, self.part_counts = self.parts_of_ranks[comm.rank], list(map(len, self.parts_of_ranks))
         self._merges, self._sums = plans[comm.rank]
         self._nodes = [[node for node, _ in remaining] for _, remaining in plans]
 
     @property
-    def slices(self) -> list[int]:
+    def slice_numbers(self) -> list[int]:
         """Numbers of the slices that this rank has, in the order of its tokens."""
-        return [part * self.parts + number for part in range(self.sequence_parts) for number in self.local]
+        return [part * self.parts + number for part in range(self.sequence_parts) for number in self.local_parts]
 
     @property
     def slice_count(self) -> int:
@@ -48,41 +49,42 @@ class TensorAxis:
 
     def count_own(self, tokens: int) -> int:
         """Return how many of so many tokens this rank has between the parts of the model."""
-        return tokens // self.parts * len(self.local) if self.sliced else tokens
+        return tokens // self.parts * len(self.local_parts) if self.sliced else tokens
 
-    def gather(self, x: Tensor) -> Tensor:  # (B, n, ...) -> (B, N, ...)
+    def all_gather(self, x: Tensor) -> Tensor:  # (B, n, ...) -> (B, N, ...)
         """Return the tokens of all ranks in the order of the sequence, contiguous."""
         if not self.sliced or self.comm.size == 1:
             return x.contiguous()  # strides decide in which order a kernel adds
-        sizes = [x.numel() // len(self.local) * size for size in self.sizes]
+        sizes = [x.numel() // len(self.local_parts) * size for size in self.part_counts]
         out = x.new_empty(sum(sizes))
         self.comm.all_gather(x.detach().contiguous().view(-1), out, sizes)
         if x.shape[0] * self.sequence_parts == 1:
             return out.view(1, -1, *x.shape[2:])
-        shape, rest = (x.shape[0], self.sequence_parts), (x.shape[1] // self.sequence_parts // len(self.local), *x.shape[2:])
-        by_rank = [part.view(*shape, size, *rest) for part, size in zip(out.split(sizes), self.sizes)]
+        shape, length = (x.shape[0], self.sequence_parts), x.shape[1] // self.sequence_parts // len(self.local_parts)
+        each = zip(out.split(sizes), self.part_counts)
+        by_rank = [part.view(*shape, count, length, *x.shape[2:]) for part, count in each]
         return torch.cat(by_rank, dim=2).flatten(1, 3)
 
-    def reduce(self, partial: Sequence[Tensor]) -> Tensor:  # of each part here (B, N, ...) -> (B, n, ...)
+    def reduce_scatter(self, partial: Sequence[Tensor]) -> Tensor:  # of each part here (B, N, ...) -> (B, n, ...)
         """Return the sum of the tensors of all parts, for this rank's tokens, in float32 or wider (reduce-scatter)."""
         if not self.sliced or self.comm.size == 1:
             return self.all_reduce(partial)
         nodes, shape = self._fold(partial), partial[0].shape
         sent = [self._order_by_rank(node) for node in nodes]
         each = sent[0].numel() // self.parts
-        own, received, requests = each * len(self.local), dict[tuple[int, int], Tensor](), []
+        own, received, requests = each * len(self.local_parts), dict[tuple[int, int], Tensor](), []
         for j in range(max(map(len, self._nodes))):
             sources = [rank for rank, held in enumerate(self._nodes) if len(held) > j]
             rows = sent[0].new_empty(len(sources), own)
             received |= {(rank, j): row for rank, row in zip(sources, rows)}
             x = sent[j] if j < len(sent) else sent[0][:0]
-            sends = [each * size if j < len(sent) else 0 for size in self.sizes]
+            sends = [each * size if j < len(sent) else 0 for size in self.part_counts]
             receives = [own if rank in sources else 0 for rank in range(self.comm.size)]
             requests.append(self.comm.iall_to_all(x, rows.view(-1), sends, receives))
         for request in requests:
             request.wait()
         total = self._merge([row for _, row in sorted(received.items(), key=lambda item: item[0])])
-        return total.view(shape[0], shape[1] // self.parts * len(self.local), *shape[2:])
+        return total.view(shape[0], shape[1] // self.parts * len(self.local_parts), *shape[2:])
 
     def all_reduce(self, partial: Sequence[Tensor]) -> Tensor:
         """Return the sum of the tensors of all parts, in float32 or wider, on every rank."""
@@ -94,17 +96,17 @@ class TensorAxis:
         self.comm.all_gather(torch.cat([node.reshape(-1) for node in nodes]), out.view(-1), [numel * count for count in counts])
         return self._merge(list(out)).view(partial[0].shape)
 
-    def largest(self, x: Tensor) -> Tensor:
+    def all_reduce_max(self, x: Tensor) -> Tensor:
         """Replace each element of x by the largest of all ranks; return x."""
         self.comm.all_reduce(x, "max")
         return x
 
-    def own(self, x: Tensor, dim: int = 1) -> Tensor:  # (B, N, ...) -> (B, n, ...)
+    def select_own(self, x: Tensor, dim: int = 1) -> Tensor:  # (B, N, ...) -> (B, n, ...)
         """Return this rank's tokens from all tokens, which lie along `dim`."""
         if not self.sliced or self.comm.size == 1:
             return x
         slices = x.unflatten(dim, (self.sequence_parts, self.parts, -1))
-        return slices.narrow(dim + 1, self.local.start, len(self.local)).flatten(dim, dim + 2)
+        return slices.narrow(dim + 1, self.local_parts.start, len(self.local_parts)).flatten(dim, dim + 2)
 
     def _fold(self, partial: Sequence[Tensor]) -> list[Tensor]:
         """Add the tensors of this rank's parts in tree order; return the nodes that remain."""
@@ -121,22 +123,22 @@ class TensorAxis:
         if x.shape[0] * self.sequence_parts == 1:
             return x.contiguous().view(-1)
         slices = x.unflatten(1, (self.sequence_parts, self.parts, -1))
-        return torch.cat([part.reshape(-1) for part in slices.split(self.sizes, dim=2)])
+        return torch.cat([part.reshape(-1) for part in slices.split(self.part_counts, dim=2)])
 
 
-class PartsInput:
+class RegionInput:
     """The input of parts: this rank's tokens x (B, n, ...) and all tokens (B, N, ...), gathered for forward and again for
     backward. Only x is kept in between (arXiv 2205.05198, section 4.2.2). Collective over the tensor axis."""
 
     def __init__(self, axis: TensorAxis, x: Tensor):
         self.axis, self._own = axis, x.detach()
         self._dropped = set[torch.dtype]()  # dtypes in which backward needs all tokens
-        self._full: Tensor | None = axis.gather(self._own)
+        self._full: Tensor | None = axis.all_gather(self._own)
 
     def gather(self) -> Tensor:
         """Return all tokens, gathered again if they have been dropped. Collective over the tensor axis."""
         if self._full is None:
-            self._full = self.axis.gather(self._own)
+            self._full = self.axis.all_gather(self._own)
         return self._full
 
     def restore(self) -> None:
@@ -175,56 +177,56 @@ class PartsInput:
         return packed if isinstance(packed, Tensor) else self.gather().to(packed[0]).view(packed[1])
 
 
-class EnterParts(Function):
+class AllGatherTokens(Function):
     """All tokens for the parts: x (B, n, ...) -> (B, N, ...) for each part here and, if `shared`, for a use equal on all ranks.
     Backward adds the gradients of all parts, and that of the shared use once. Collective over the tensor axis, in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, entered: PartsInput, shared: bool) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, entered: RegionInput, shared: bool) -> tuple[Tensor, ...]:
         ctx.entered, ctx.dtype, full = entered, x.dtype, entered.gather()
-        return tuple(full.view_as(full) for _ in range(len(entered.axis.local) + shared))
+        return tuple(full.view_as(full) for _ in range(len(entered.axis.local_parts) + shared))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         ctx.entered.drop()
         axis = ctx.entered.axis
-        count = len(axis.local)
-        total = axis.reduce(gradients[:count])
+        count = len(axis.local_parts)
+        total = axis.reduce_scatter(gradients[:count])
         for gradient in gradients[count:]:
-            total = total + axis.own(gradient)
+            total = total + axis.select_own(gradient)
         return total.to(ctx.dtype), None, None
 
 
-class LeaveParts(Function):
+class ReduceScatterOutputs(Function):
     """The sum of the outputs of parts: (B, N, ...) of each part here -> (B, n, ...). `entered`: their input; ids have none."""
 
     @staticmethod
-    def forward(ctx: Any, axis: TensorAxis, entered: PartsInput | None, *partial: Tensor) -> Tensor:
+    def forward(ctx: Any, axis: TensorAxis, entered: RegionInput | None, *partial: Tensor) -> Tensor:
         ctx.axis, ctx.entered, ctx.dtype = axis, entered, partial[0].dtype
-        return axis.reduce(partial)
+        return axis.reduce_scatter(partial)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.entered is not None:
             ctx.entered.restore()
-        full = ctx.axis.gather(gradient.to(ctx.dtype))
-        return None, None, *[full] * len(ctx.axis.local)
+        full = ctx.axis.all_gather(gradient.to(ctx.dtype))
+        return None, None, *[full] * len(ctx.axis.local_parts)
 
 
-class ShareAmongParts(Function):
+class ShareParameter(Function):
     """Aliases of x, which is equal on all ranks: for each sequence part, one for each tensor part here or for its slice.
     Backward adds the gradients of all aliases and ranks, first within a sequence part: collective over the tensor axis."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: TensorAxis, sequence_parts: int) -> tuple[Tensor, ...]:
         ctx.axis, ctx.sequence_parts, ctx.dtype = axis, sequence_parts, x.dtype
-        return tuple(x.view_as(x) for _ in range(sequence_parts * len(axis.local)))
+        return tuple(x.view_as(x) for _ in range(sequence_parts * len(axis.local_parts)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        count = len(ctx.axis.local)
+        count = len(ctx.axis.local_parts)
         by_part = [torch.stack(gradients[i::count]) for i in range(count)]  # (S, ...)
-        return fold(list(ctx.axis.all_reduce(by_part))).to(ctx.dtype), None, None
+        return sum_in_tree_order(list(ctx.axis.all_reduce(by_part))).to(ctx.dtype), None, None
 
 
 class ContiguousGradient(Function):
@@ -239,7 +241,7 @@ class ContiguousGradient(Function):
         return gradient.contiguous()
 
 
-def fold(leaves: list[Tensor]) -> Tensor:
+def sum_in_tree_order(leaves: list[Tensor]) -> Tensor:
     """Return the sum of all leaves in tree order. Overwrites elements of `leaves`."""
     merges, _ = plan_merges([(i, i + 1) for i in range(len(leaves))], len(leaves))
     for into, other in merges:

@@ -5,7 +5,8 @@ each rank a second and 70 MiB (torch 2.13). The kernels run on whole spans of th
 depend on the ends of a span, which are multiples of the layout's alignment on any number of ranks.
 
 Adafactor and Muon need a full parameter at once, and compute what torch.optim's do, to the last bit. ZeRO leaves it unsharded:
-the one rank that owns a parameter updates it, so nothing is computed twice and nothing more is sent.
+the one rank that owns a parameter updates it, so ZeRO sends nothing more. Tensor ranks gather a divided parameter and update it
+alike.
 """
 
 import math
@@ -24,7 +25,7 @@ from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals, merge_intervals
 from mpilm.parallel.layout import ParamLayout, Shape
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
-from mpilm.parallel.tensor import gather_parts, select_part
+from mpilm.parallel.tensor import gather_parts, slice_part
 
 EPS = 1e-8  # of AdamW
 BETA2_DECAY = -0.8  # of Adafactor, as are the smallest deviation of a gradient and the smallest size of a parameter:
@@ -160,7 +161,7 @@ class UnshardedOptimizer(ABC):
                 self.update(full["value"], full["gradient"], moments, lr, self.train.weight_decay * layouts[0].decays)
             for layout, tensors in zip(layouts, own):
                 for name in tensors.keys() - {"gradient"} if layout.part is not None else ():
-                    tensors[name].copy_(select_part(full[name], layout.part))
+                    tensors[name].copy_(slice_part(full[name], layout.part))
 
     def _tensors(self, layout: ParamLayout, gradients: FlatVector) -> dict[str, Tensor]:
         """Return a parameter, or a part of one, its gradient, and its moments of the same shape."""

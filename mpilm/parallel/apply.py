@@ -48,7 +48,8 @@ def parallelize(
     parallel, comm, is_last = config.parallel, mesh.comm(*REDUCE_AXES), stage == len(blocks_per_stage) - 1
     prune_to_stage(model, stage, blocks_per_stage)
     if tensor.parts > 1:
-        tensor.keeps_inputs = config.train.recompute == "block" or config.train.compile  # of one block at a time, or of none
+        # Recomputation needs all tokens of one block at a time anyway, and compiled functions save what they like.
+        tensor.keeps_inputs = config.train.recompute == "block" or config.train.compile
         divide_model(model, partial(cut_of, family=config.model.arch), tensor)
     shard = comm.rank, comm.size, alignment
     flat, frozen = FlatParameters(select_trained(layouts), device, parallel.zero, *shard), None

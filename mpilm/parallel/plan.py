@@ -14,14 +14,14 @@ STAGES = {"embed": 0, "norm": -1, "head": -1}
 
 @dataclass(frozen=True)
 class Cut:
-    """A division of one tensor dim among the ranks of one mesh axis."""
+    """A division of one dim of a parameter into tensor parts."""
 
     dim: int
-    axis: str = "tensor"
     fused: int = 1  # matrices stored side by side along dim, each divided by itself (GPT-2's q, k and v)
 
     def ranges(self, size: int, parts: int) -> list[range]:
-        """Return the range of each part in a matrix of this size along `dim`; the first are longer if it does not divide."""
+        """Return the range of each part within each of the fused matrices, of `size` along `dim` together; the first are longer
+        if it does not divide."""
         return [range(*block_of_rank(part, parts, size // self.fused)) for part in range(parts)]
 
     def part_shape(self, shape: Sequence[int], part: int, parts: int) -> tuple[int, ...]:

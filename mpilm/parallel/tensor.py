@@ -23,7 +23,14 @@ from mpilm.model.layers import IGNORE_INDEX, Dropout, Embedding
 from mpilm.model.moe import MixtureOfExperts
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.model.transformer import BertEmbedding
-from mpilm.ops.tensor_axis import ContiguousGradient, EnterParts, LeaveParts, PartsInput, ShareAmongParts, TensorAxis
+from mpilm.ops.tensor_axis import (
+    AllGatherTokens,
+    ContiguousGradient,
+    ReduceScatterOutputs,
+    RegionInput,
+    ShareParameter,
+    TensorAxis,
+)
 from mpilm.parallel.layout import ParamPart
 from mpilm.parallel.plan import Cut, region_of
 
@@ -45,7 +52,7 @@ def _divide_region(region: Any, path: str, cut_of: CutOf, axis: TensorAxis) -> N
     cuts = {name: cut for name in own if (cut := cut_of(f"{path}.{name}"))}
     biases = [name for name in own if name not in cuts and f"{name.removesuffix('bias')}weight" in cuts]  # added to the sum
     shared = [name for name in own if name not in cuts and name not in biases]
-    parts = nn.ModuleDict({str(part): _make_part(region, own, cuts, part, axis.parts) for part in axis.local})
+    parts = nn.ModuleDict({str(part): _make_part(region, own, cuts, part, axis.parts) for part in axis.local_parts})
     for name in cuts:
         _set_parameter(region, name, None)
     region.parts = parts
@@ -82,32 +89,32 @@ def _set_parameter(module: nn.Module, name: str, parameter: Tensor | None) -> No
 def _forward_layer(
     region: Any, axis: TensorAxis, shared: Sequence[str], biases: Sequence[str], x: Tensor, info: SequenceInfo
 ) -> Tensor:  # (B, n, D) -> (B, n, D)
-    aliases = {name: ShareAmongParts.apply(region.get_parameter(name), axis, 1) for name in shared}
-    entered, outputs = PartsInput(axis, x), []
+    aliases = {name: ShareParameter.apply(region.get_parameter(name), axis, 1) for name in shared}
+    entered, outputs = RegionInput(axis, x), []
     with entered.dropped_after_use():
-        for i, (part, full) in enumerate(zip(region.parts.values(), EnterParts.apply(x, entered, False))):
+        for i, (part, full) in enumerate(zip(region.parts.values(), AllGatherTokens.apply(x, entered, False))):
             for name in shared:
                 _set_parameter(part, name, aliases[name][i])
             outputs.append(part(full, info))
             for name in shared:
                 _set_parameter(part, name, None)
-    y = LeaveParts.apply(axis, entered, *outputs)
+    y = ReduceScatterOutputs.apply(axis, entered, *outputs)
     for name in biases:
         y = _by_slice(axis, torch.add, [region.get_parameter(name)], y)
     return y
 
 
 def _forward_experts(region: Any, axis: TensorAxis, x: Tensor, info: SequenceInfo) -> Tensor:  # (B, n, D) -> (B, n, D)
-    entered = PartsInput(axis, x)
+    entered = RegionInput(axis, x)
     with entered.dropped_after_use():
-        *inputs, full = EnterParts.apply(x, entered, True)
+        *inputs, full = AllGatherTokens.apply(x, entered, True)
         chosen, weights = region.route(full.flatten(0, -2), info)
-        shares = ShareAmongParts.apply(weights, axis, 1)
+        shares = ShareParameter.apply(weights, axis, 1)
         outputs = [
             part.run_experts(each.flatten(0, -2), chosen, share).view(full.shape)
             for part, each, share in zip(region.parts.values(), inputs, shares)
         ]
-    return LeaveParts.apply(axis, entered, *outputs)
+    return ReduceScatterOutputs.apply(axis, entered, *outputs)
 
 
 def _lookup(region: Any, axis: TensorAxis, ranges: Sequence[range], ids: Tensor) -> Tensor:  # (B, N) -> (B, n, D)
@@ -117,7 +124,9 @@ def _lookup(region: Any, axis: TensorAxis, ranges: Sequence[range], ids: Tensor)
         inside = (ids >= rows.start) & (ids < rows.stop)
         found = part.lookup((ids - rows.start).where(inside, 0))
         outputs.append(found * inside[..., None].to(found.dtype))
-    return LeaveParts.apply(axis, None, *outputs).clone()  # a copy: the sum is a view of the receive buffer, which would stay
+    return ReduceScatterOutputs.apply(
+        axis, None, *outputs
+    ).clone()  # a copy: the sum is a view of the receive buffer, which would stay
 
 
 @dataclass(frozen=True)
@@ -130,14 +139,14 @@ class PartLogits:
 
     def losses(self, targets: Tensor) -> Tensor:  # (B, N) -> (B, N)
         """Return the cross-entropy of each target, float32; 0 for one that is ignored. Collective over the tensor axis."""
-        return PartCrossEntropy.apply(self.axis, [self.ranges[part] for part in self.axis.local], targets, *self.parts)
+        return PartCrossEntropy.apply(self.axis, [self.ranges[part] for part in self.axis.local_parts], targets, *self.parts)
 
     def argmax(self) -> Tensor:
         """Return the token with the largest logit, the first of several, (B, N). Collective over the tensor axis."""
-        ranges = [self.ranges[part] for part in self.axis.local]
+        ranges = [self.ranges[part] for part in self.axis.local_parts]
         largest, places = zip(*(x.detach().float().max(dim=-1) for x in self.parts))
         values, tokens = torch.stack(largest), torch.stack([at + rows.start for at, rows in zip(places, ranges)])
-        counts = [len(held) * values[0].numel() for held in self.axis.held]
+        counts = [len(held) * values[0].numel() for held in self.axis.parts_of_ranks]
         everywhere = [x.new_empty(self.axis.parts, *x.shape[1:]) for x in (values, tokens)]
         for x, out in zip((values, tokens), everywhere):
             self.axis.comm.all_gather(x.contiguous().view(-1), out.view(-1), counts)
@@ -147,16 +156,16 @@ class PartLogits:
     def gather_last(self) -> Tensor:
         """Return all logits of the last token of the first sequence, float32, (V,). Collective over the tensor axis."""
         own = torch.cat([x[0, -1].detach().float() for x in self.parts])
-        counts = [sum(len(self.ranges[part]) for part in held) for held in self.axis.held]
+        counts = [sum(len(self.ranges[part]) for part in held) for held in self.axis.parts_of_ranks]
         out = own.new_empty(sum(counts))
         self.axis.comm.all_gather(own, out, counts)
         return out
 
 
 def _forward_head(region: Any, axis: TensorAxis, ranges: Sequence[range], x: Tensor) -> PartLogits:  # (B, n, D)
-    entered = PartsInput(axis, x)
+    entered = RegionInput(axis, x)
     with entered.dropped_after_use():
-        parts = [part(full) for part, full in zip(region.parts.values(), EnterParts.apply(x, entered, False))]
+        parts = [part(full) for part, full in zip(region.parts.values(), AllGatherTokens.apply(x, entered, False))]
     return PartLogits(axis, ranges, parts)
 
 
@@ -167,7 +176,7 @@ class PartCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, axis: TensorAxis, ranges: Sequence[range], targets: Tensor, *logits: Tensor) -> Tensor:
         wide = [x.float() for x in logits]
-        largest = axis.largest(torch.stack([x.amax(dim=-1) for x in wide]).amax(dim=0))
+        largest = axis.all_reduce_max(torch.stack([x.amax(dim=-1) for x in wide]).amax(dim=0))
         exponentials = [(x - largest[..., None]).exp_() for x in wide]
         total = axis.all_reduce([x.sum(dim=-1) for x in exponentials])
         places = [(targets - rows.start).where((targets >= rows.start) & (targets < rows.stop), -1) for rows in ranges]
@@ -189,7 +198,7 @@ class PartCrossEntropy(Function):
         return None, None, None, *gradients
 
 
-def select_part(x: Tensor, part: ParamPart | None) -> Tensor:
+def slice_part(x: Tensor, part: ParamPart | None) -> Tensor:
     """Return this part of the parameter x, or x if `part` is None."""
     if part is None:
         return x
@@ -205,7 +214,7 @@ def gather_parts(own: Sequence[Tensor], part: ParamPart | None, axis: TensorAxis
     shapes = [part.cut.part_shape(part.shape, number, part.count) for number in range(part.count)]
     flat = torch.cat([x.reshape(-1) for x in own])
     out, full = flat.new_empty(prod(part.shape)), flat.new_empty(part.shape)
-    axis.comm.all_gather(flat, out, [sum(prod(shapes[number]) for number in held) for held in axis.held])
+    axis.comm.all_gather(flat, out, [sum(prod(shapes[number]) for number in held) for held in axis.parts_of_ranks])
     for number, values in enumerate(out.split([prod(shape) for shape in shapes])):
         first, run, distance = replace(part, number=number).runs
         full.view(-1, distance)[:, first : first + run].copy_(values.view(-1, run))
@@ -219,7 +228,9 @@ def _divide_tokens(module: Any, axis: TensorAxis) -> None:
         module.slices = axis
     elif isinstance(module, Embedding):  # of positions: on every rank, `ids` holds those of all tokens
         lookup = module.lookup
-        module.lookup = lambda ids: _call_by_slice(module, lookup, names, axis, axis.own(ids, ids.dim() - 1), ids.dim() - 1)  # type: ignore[method-assign]
+        module.lookup = lambda ids: _call_by_slice(  # type: ignore[method-assign]
+            module, lookup, names, axis, axis.select_own(ids, ids.dim() - 1), ids.dim() - 1
+        )
     elif isinstance(module, BertEmbedding):
         add_segment, segments = module.add_segment, module.segments
         module.add_segment = lambda x: _call_by_slice(segments, add_segment, ["weight"], axis, x)  # type: ignore[method-assign]
@@ -252,7 +263,7 @@ def _by_slice(
     """Return the concatenated function(slice, *parameters) of this rank's slices of x along `dim`. Collective in backward."""
     if not axis.sliced:
         return function(x, *parameters)
-    aliases = zip(*(ShareAmongParts.apply(parameter, axis, axis.sequence_parts) for parameter in parameters))
-    pieces = x.unflatten(dim, (axis.sequence_parts * len(axis.local), -1)).unbind(dim)
+    aliases = zip(*(ShareParameter.apply(parameter, axis, axis.sequence_parts) for parameter in parameters))
+    pieces = x.unflatten(dim, (axis.sequence_parts * len(axis.local_parts), -1)).unbind(dim)
     outputs = [ContiguousGradient.apply(function(x.contiguous(), *values)) for x, values in zip(pieces, aliases, strict=True)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim)

@@ -195,7 +195,7 @@ def compute_s(layout: PlacedLayout) -> ActionTimes:
     """Return the seconds of each action on one microbatch, without messages."""
     model, times, block, head = layout.config.model, ActionTimes(), block_s(layout), head_s(layout)
     slowdown = layout.oversubscription * interpolate(layout.compute_rates.training, layout.saved_floats)  # against parts alone
-    embedding_s = slowdown * total_s(layout.memory_rates.embedding, layout.vocab_size * model.d_model)
+    embedding_s = slowdown * total_s(layout.memory_rates.embedding, layout.rank_vocab_size * model.d_model)
     for stage, layers in enumerate(layout.cut):
         last, add_s = stage == len(layout.cut) - 1, layout.memory_s("add", layout.numel(stage))  # into the gradients
         forward, backward, weight = (slowdown * (layers * one + last * end) for one, end in zip(block, head))

@@ -118,7 +118,8 @@ def _enumerate_layouts(job: PlannedJob, ranks: int) -> Iterator[Config]:
     divisors = [p for p in range(1, ranks + 1) if ranks % p == 0]
     too_many, model = [p for p in divisors if p > layers][:1], job.config.model
     divided = [model.tensor_parts] if model.tensor_parts else divided_sizes(model).values()
-    tensors = [t for t in divisors if t <= job.ranks_on_node(ranks) and all(size % t == 0 for size in divided)]  # in a node
+    within_node = (t for t in divisors if job.ranks_on_node(ranks) % t == 0)
+    tensors = [t for t in within_node if all(size % t == 0 for size in divided)]
     pipelines = [p for p in divisors if p <= layers] + too_many
     for tensor, pipeline in product(fixed.get("tensor", tensors), fixed.get("pipeline", pipelines)):
         if tensor > 1 and ranks % (tensor * pipeline) and "tensor" not in fixed:

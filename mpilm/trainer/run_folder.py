@@ -15,6 +15,7 @@ from mpilm.config.parse import merge_settings, read_toml
 from mpilm.config.schema import OLD_NAMES, Config, flatten, override, result_settings, to_dict
 from mpilm.data.files import write_durably
 from mpilm.errors import ConfigError, DataError, FileError
+from mpilm.formatting import count_noun
 from mpilm.launch.lock import LOCK_NAME, FolderLock
 from mpilm.model.layers import hash_key
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
@@ -98,8 +99,8 @@ def _choose_tensor_parts(config: Config, trainer: Mapping[str, Any]) -> int:
     parts = config.model.tensor_parts or stored or config.parallel.tensor
     if parts % config.parallel.tensor:
         divisors = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
-        problem = f"--parallel.tensor {config.parallel.tensor} does not divide the {parts} tensor parts of the run"
-        raise ConfigError(f"{problem}; write one of {divisors}")
+        problem = f"--parallel.tensor {config.parallel.tensor} does not divide {count_noun(parts, 'tensor part')} of the run"
+        raise ConfigError(f"{problem}; write {divisors}, or choose another --run.dir for another run")
     return parts
 
 
@@ -209,6 +210,7 @@ def _check_same_result(old: Mapping[str, Any], config: Config, what: str, conten
     if not new["model.tensor_parts"]:  # not stated: it may be anything
         del new["model.tensor_parts"]
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
+    old = {**old, "model.tensor_parts": old["model.tensor_parts"] or 1}  # runs of earlier versions state none
     if changed := [k for k in new if k in old and old[k] != new[k] and k not in allowed]:
         rows = "".join(f"\n  {key}: was {_format_value(key, old[key])}, now {_format_value(key, new[key])}" for key in changed)
         advice = f"Choose another --run.dir for another run{_suggest_change(changed)}"

@@ -14,12 +14,19 @@ from mpilm.model.families import initial_std, initial_value
 from mpilm.model.flops import activation_bytes
 from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
-from mpilm.ops.tensor_axis import EnterParts, LeaveParts, PartsInput, ShareAmongParts, TensorAxis, fold
+from mpilm.ops.tensor_axis import (
+    AllGatherTokens,
+    ReduceScatterOutputs,
+    RegionInput,
+    ShareParameter,
+    TensorAxis,
+    sum_in_tree_order,
+)
 from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.flat import set_parameter
 from mpilm.parallel.layout import select_parts
 from mpilm.parallel.plan import cut_of
-from mpilm.parallel.tensor import PartLogits, divide_model, gather_parts, select_part
+from mpilm.parallel.tensor import PartLogits, divide_model, gather_parts, slice_part
 
 VOCAB = 131  # does not divide by the parts
 SHARED = 100  # a number that names no rank: values that all ranks have
@@ -46,20 +53,20 @@ def test_operators_and_their_gradients_are_adjoint(size, parts, sequence_parts, 
         axis.sliced = sliced
         own_shape, full_shape = (2, axis.count_own(tokens), 5), (2, tokens, 5)
         x = draw(1, comm.rank if sliced else SHARED, shape=own_shape).requires_grad_()
-        uses = [draw(2, part, shape=full_shape) for part in axis.local]
-        outputs = EnterParts.apply(x, PartsInput(axis, x), True)
+        uses = [draw(2, part, shape=full_shape) for part in axis.local_parts]
+        outputs = AllGatherTokens.apply(x, RegionInput(axis, x), True)
         shared_use = draw(3, SHARED, shape=full_shape)
         (gradient,) = torch.autograd.grad(outputs, x, [*uses, shared_use])
         entered = dot(outputs[:-1], uses), dot(outputs[-1:], [shared_use]), dot([x], [gradient])
 
-        partial_sums = [draw(4, part, shape=full_shape).requires_grad_() for part in axis.local]
+        partial_sums = [draw(4, part, shape=full_shape).requires_grad_() for part in axis.local_parts]
         y = draw(5, comm.rank if sliced else SHARED, shape=own_shape)
-        output = LeaveParts.apply(axis, None, *partial_sums)
+        output = ReduceScatterOutputs.apply(axis, None, *partial_sums)
         left = dot([output], [y]), dot(partial_sums, torch.autograd.grad(output, partial_sums, y))
 
         weight = draw(6, SHARED, shape=(7,)).requires_grad_()
-        uses = [draw(7, part, s, shape=(7,)) for s in range(sequence_parts) for part in axis.local]
-        outputs = ShareAmongParts.apply(weight, axis, sequence_parts)
+        uses = [draw(7, part, s, shape=(7,)) for s in range(sequence_parts) for part in axis.local_parts]
+        outputs = ShareParameter.apply(weight, axis, sequence_parts)
         (gradient,) = torch.autograd.grad(outputs, weight, uses)
         return entered, left, (dot(outputs, uses), dot([weight], [gradient]))
 
@@ -77,7 +84,7 @@ def test_operators_and_their_gradients_are_adjoint(size, parts, sequence_parts, 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_fold_adds_in_the_order_of_the_tree(count):
     values = [torch.tensor(10.0**i) for i in range(count)]
-    assert float(fold(list(values))) == pytest.approx(sum(10.0**i for i in range(count)))
+    assert float(sum_in_tree_order(list(values))) == pytest.approx(sum(10.0**i for i in range(count)))
 
 
 def family_config(family):
@@ -99,11 +106,11 @@ def forward(shape, dtype, axis=None, dropout_keys=None):
     layouts = resolve_model_layouts(shape, VOCAB, (shape.n_layers,), parts=axis.parts if axis else 1)
     if axis is not None:
         divide_model(model, partial(cut_of, family=shape.arch), axis)
-        layouts = select_parts(layouts, axis.local)
+        layouts = select_parts(layouts, axis.local_parts)
     values = {}
     for name, layout in layouts.items():
         owner = layout.source if layout.tied_to is None else layouts[layout.tied_to].source
-        values[name] = select_part(full[owner], layout.part).clone().contiguous().requires_grad_()
+        values[name] = slice_part(full[owner], layout.part).clone().contiguous().requires_grad_()
         set_parameter(model, name, values[name], layout)
     info = SequenceInfo(torch.arange(shape.context_length), dropout_keys, loss_weight=1.0)
     return model(draw_batch(shape)[0], info), dict(model.named_parameters()), layouts
@@ -127,7 +134,7 @@ def test_parts_compute_what_the_plain_model_computes(family, size, parts):
     for part_loss, found, layouts in run_ranks(size, lambda comm: run_model(shape, torch.float64, TensorAxis(comm, parts))):
         assert part_loss == pytest.approx(loss, rel=1e-6)
         for name, gradient in found.items():
-            expected = select_part(gradients[layouts[name].source], layouts[name].part)
+            expected = slice_part(gradients[layouts[name].source], layouts[name].part)
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -146,14 +153,14 @@ def test_every_number_of_ranks_computes_the_same_bits(family, dropout_keys):
 def test_inputs_of_parts_are_not_kept_for_backward():
     """q, k, v, gate, up and head save their input, all tokens; between forward and backward a rank keeps its own alone."""
     shape, dropped = family_config("llama"), []
-    original = PartsInput._pack
+    original = RegionInput._pack
 
     def pack(self, saved):
         packed = original(self, saved)
         dropped.append(not isinstance(packed, torch.Tensor))
         return packed
 
-    with mock.patch.object(PartsInput, "_pack", pack):
+    with mock.patch.object(RegionInput, "_pack", pack):
         run_ranks(1, lambda comm: run_model(shape, torch.float32, TensorAxis(comm, 2)))
         assert dropped == []
         run_ranks(2, lambda comm: run_model(shape, torch.float32, TensorAxis(comm, 2)))
@@ -165,7 +172,7 @@ def test_inputs_of_parts_are_not_kept_for_backward():
 def test_activations_of_a_rank_are_as_many_as_the_formula_says(family, dtype):
     """What autograd saves, each storage once, and the inputs of parts; without parameters and logits."""
     shape = replace(family_config(family), d_model=128, head_width=32, d_ff=384, context_length=64, dropout=0.0)
-    pack, drop = PartsInput._pack, PartsInput.drop
+    pack, drop = RegionInput._pack, RegionInput.drop
 
     def recording_pack(self, saved):
         packed = pack(self, saved)
@@ -190,7 +197,7 @@ def test_activations_of_a_rank_are_as_many_as_the_formula_says(family, dtype):
         return sum(storage.nbytes() for storage in storages.values())
 
     predicted = activation_bytes(shape, VOCAB, 2 * shape.context_length, dtype, tensor=2, parts=2)["activations"]
-    with mock.patch.multiple(PartsInput, _pack=recording_pack, drop=recording_drop):
+    with mock.patch.multiple(RegionInput, _pack=recording_pack, drop=recording_drop):
         assert run_ranks(2, body) == [pytest.approx(predicted, rel=0.05)] * 2
 
 
@@ -204,7 +211,7 @@ def test_logits_in_parts_give_the_losses_and_tokens_of_whole_logits(size, parts)
 
     def body(comm):
         axis, ranges = TensorAxis(comm, parts), cut.ranges(VOCAB, parts)
-        whole = PartLogits(axis, ranges, [logits[..., ranges[part].start : ranges[part].stop] for part in axis.local])
+        whole = PartLogits(axis, ranges, [logits[..., ranges[part].start : ranges[part].stop] for part in axis.local_parts])
         return whole.losses(targets), whole.argmax(), whole.gather_last()
 
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 6)
@@ -223,7 +230,7 @@ def test_parts_of_a_parameter_make_it_up(family, parts):
         if layout.part is None or layout.part.number > 0:
             continue
         full = draw(9, shape=layout.global_shape)
-        pieces = [select_part(full, part.part) for part in layouts.values() if part.source == layout.source]
+        pieces = [slice_part(full, part.part) for part in layouts.values() if part.source == layout.source]
         assert sum(map(torch.numel, pieces)) == full.numel()
         gathered = run_ranks(2, lambda comm: gather_rank(comm, parts, pieces, layout.part))  # noqa: B023
         assert all(torch.equal(each, full) for each in gathered)
@@ -231,4 +238,4 @@ def test_parts_of_a_parameter_make_it_up(family, parts):
 
 def gather_rank(comm, parts, pieces, part):
     axis = TensorAxis(comm, parts)
-    return gather_parts([pieces[number] for number in axis.local], part, axis)
+    return gather_parts([pieces[number] for number in axis.local_parts], part, axis)

@@ -239,7 +239,7 @@ def test_tensor_parts_that_are_not_stated_are_those_of_the_checkpoint(tmp_path, 
     train_until_killed(override(config, parallel__tensor=2), 2, 3)
     assert "tensor_parts = 2" in (tmp_path / "run" / "config.toml").read_text()
     with pytest.raises(
-        CollectiveError, match=r"--parallel.tensor 3 does not divide the 2 tensor parts of the run; write one of 1, 2"
+        CollectiveError, match=r"--parallel.tensor 3 does not divide 2 tensor parts of the run; write 1, 2, or choose"
     ):
         run_ranks(3, lambda comm: train(override(config, parallel__tensor=3), comm))
     with pytest.raises(CollectiveError, match=r"model\.tensor_parts: was 2, now 1"):

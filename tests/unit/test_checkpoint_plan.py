@@ -13,7 +13,7 @@ from mpilm.checkpoint.format import PARAMETER
 from mpilm.checkpoint.plan import StoredTensor, TensorFile, assign_files, plan_blocks
 from mpilm.parallel.layout import ParamPart
 from mpilm.parallel.plan import Cut
-from mpilm.parallel.tensor import select_part
+from mpilm.parallel.tensor import slice_part
 
 BLOCKS = st.sampled_from([8, 60, 64, 100, 1 << 10, 1 << 24])  # with 60 and 100, some elements lie in two blocks
 
@@ -63,7 +63,7 @@ def test_plan_blocks_of_tensor_parts_puts_every_byte_in_its_place(random, size, 
     shape[cut.dim] = fused * random.randint(1, 7)  # there may be more parts than rows
     full = torch.arange(prod(shape), dtype=torch.int32).view(shape)
     parts = {f"x.{number}": ParamPart("x", tuple(shape), cut, number, count) for number in range(count)}
-    values = {name: select_part(full, part).flatten().contiguous().view(torch.uint8) for name, part in parts.items()}
+    values = {name: slice_part(full, part).flatten().contiguous().view(torch.uint8) for name, part in parts.items()}
     owners = draw_sharding(random, {name: (x.numel() // 4,) for name, x in values.items()}, size)
     (file,) = assign_files("model", [StoredTensor("x", (PARAMETER, "x"), tuple(shape), parts=tuple(parts.items()))])
     written = torch.zeros(file.nbytes, dtype=torch.uint8)

@@ -155,10 +155,10 @@ def test_dropout_mask_depends_on_sample_and_path_alone():
 
 def test_dropout_of_slices_has_a_mask_for_each_whatever_lies_beside_it():
     x, dropout = random(2, 6, 10), Dropout(0.5, "here")
-    dropout.slices = SimpleNamespace(slices=[0, 1, 2])
+    dropout.slices = SimpleNamespace(slice_numbers=[0, 1, 2])
     expected = dropout(x, [1, 2])
     assert len({tuple((mask == 0).flatten().tolist()) for mask in expected[0].split(2)}) == 3
-    dropout.slices = SimpleNamespace(slices=[2, 0])
+    dropout.slices = SimpleNamespace(slice_numbers=[2, 0])
     assert torch.equal(
         dropout(torch.cat([x[:, 4:], x[:, :2]], dim=1), [1, 2]), torch.cat([expected[:, 4:], expected[:, :2]], dim=1)
     )

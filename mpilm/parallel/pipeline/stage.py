@@ -100,6 +100,7 @@ class ModelStage:
 
     def receive_buffer(self, direction: Direction, microbatch: int) -> Tensor:
         """Return the buffer that receives the input of a microbatch, or the gradient of its output."""
+        self._set_slicing(microbatch)
         sequences, tokens = self._batch(microbatch).tokens.shape
         shape = (sequences, self.tensor.count_own(tokens), self.width)
         buffer = self._free[shape].pop() if self._free[shape] else torch.empty(shape, device=self.device)
@@ -113,6 +114,7 @@ class ModelStage:
     def forward(self, microbatch: int) -> None:
         if not self._exists(microbatch):
             return self.parameters.join_forward()
+        self._set_slicing(microbatch)
         training, batch = self.inputs.step is not None, self._batch(microbatch)
         x = batch.tokens if self.is_first else self._received["F", microbatch].detach().requires_grad_(training)
         with torch.set_grad_enabled(training), self.autocast():
@@ -165,7 +167,7 @@ class ModelStage:
 
     def _backward(self, microbatch: int) -> None:
         self.backward_microbatch = microbatch
-        self._batch(microbatch)
+        self._set_slicing(microbatch)
         x, y = self._graphs.pop(microbatch)
         if self.is_last:
             (y / self.inputs.target_tokens).backward()
@@ -186,12 +188,14 @@ class ModelStage:
         return microbatch < len(self.inputs.microbatch_ids)
 
     def _batch(self, microbatch: int) -> Batch:
-        """Return a microbatch, and let the tensor axis divide its tokens if it can."""
         if microbatch not in self._batches:
             self._batches[microbatch] = self.fetch_batch(self.inputs.microbatch_ids[microbatch])
-        batch = self._batches[microbatch]
-        self.tensor.sliced = self.inputs.kv_caches is None and batch.tokens.shape[1] % self.tensor.slice_count == 0
-        return batch
+        return self._batches[microbatch]
+
+    def _set_slicing(self, microbatch: int) -> None:
+        """Let the ranks of the tensor axis divide the tokens of this microbatch, if the tokens divide and none is generated."""
+        length = self._batch(microbatch).tokens.shape[1]
+        self.tensor.sliced = self.inputs.kv_caches is None and length % self.tensor.slice_count == 0
 
     def fetch_batch(self, number: int) -> Batch:
         """Read a microbatch of the global batch."""
