@@ -129,7 +129,7 @@ def _check_finite(state: CheckpointState, step: int, comm: Comm) -> None:
     def find_bad() -> Iterator[str]:
         for kind, slices in state.slices.items():
             for number, (piece, x) in enumerate(slices.items()):
-                shards = state.shard_owners[piece.name]
+                shards = state.shard_owners.get(piece.name, ())  # none for an undivided moment of a divided parameter
                 replicas = shards[0][2] if len(shards) == 1 else ()  # these ranks hold the same, so they take turns
                 skip = comm.rank in replicas and comm.rank != replicas[number % len(replicas)]
                 # The sum is finite for all but huge values, and takes a thirtieth of the time.

@@ -289,7 +289,7 @@ def tensor_part_count(config: Config) -> int:
 
 def divided_sizes(model: ModelConfig) -> dict[str, int]:
     """Return the sizes that the number of tensor parts must divide, by setting of the model."""
-    return {name: getattr(model, name) for name in ("n_heads", "n_kv_heads", "d_ff", "context_length")}
+    return {name: getattr(model, name) for name in ("n_heads", "n_kv_heads", "d_ff")}
 
 
 def order_lora_targets(model: ModelConfig) -> tuple[str, ...]:

@@ -19,7 +19,9 @@ class InferenceParallel:
     """Parallel layout; the texts are divided among the replicas of the model."""
 
     pipeline: PositiveInt = 1  # Ranks that share the layers of one model too large for one rank; must divide the ranks.
-    tensor: PositiveInt = 1  # Ranks that share the matrices of each layer of one model.
+    # Ranks that share the matrices of each layer of one model; must divide the ranks. If it divides the tensor parts that the
+    # model was trained in, the last bits are those of training.
+    tensor: PositiveInt = 1
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ def config_from_folder(config: Config, context_length: int = 0) -> Config:
     if not folder:
         raise ConfigError("--model.init-from is required: the folder of a checkpoint, RUN/checkpoints/step-NNNNNNNN")
     shape = replace(read_pretrained_config(folder, config.model.base), init_from=folder, base=config.model.base)
-    is_divisible = shape.tensor_parts % config.parallel.tensor == 0  # else it has one part for each rank, and other last bits
-    parts = shape.tensor_parts if is_divisible else config.parallel.tensor
+    is_divisible = shape.tensor_parts % config.parallel.tensor == 0
+    parts = shape.tensor_parts if is_divisible else 0  # one for each rank, with other last bits
     shape = replace(shape, context_length=context_length or shape.context_length, tensor_parts=parts)
     check_pretrained_shape(shape)
     if config.data.tokenizer == "auto":

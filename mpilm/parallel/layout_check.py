@@ -1,6 +1,6 @@
 """Check that a layout works on a number of ranks, before anything is built; refusals name the nearest that works. Pure."""
 
-from mpilm.config.check import check_config
+from mpilm.config.check import check_config, nearest_multiple
 from mpilm.config.schema import Config, microbatch_count, override, resolve_config, tensor_part_count
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun
@@ -74,6 +74,10 @@ def _find_tensor_problem(config: Config, ranks: int) -> Problem | None:
         return reason, [nearest, [(f"start {more} ranks", {}, more)]]
     if parts % tensor:
         return f"--parallel.tensor {tensor} does not divide --model.tensor-parts {parts}", [nearest]
+    if (length := config.model.context_length) % parts:
+        near = nearest_multiple(length, parts)
+        remedy: Remedy = (f"the nearest that works: {near}", {"model__context_length": near}, ranks)
+        return f"--model.context-length {length} is not divisible by {parts} tensor parts", [[remedy]]
     return None
 
 

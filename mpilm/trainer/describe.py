@@ -94,7 +94,7 @@ def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
     sizes = [f"{axis} {size}" for axis, size in zip(AXES, shape.sizes) if size > 1 or axis == "data"]
     yield "layout", " x ".join(sizes) + (f", ZeRO-{parallel.zero}" if parallel.zero else "")
     if (parts := run.model.tensor.parts) > 1:
-        yield "", f"{parts} tensor parts, which a resumed run keeps: any --parallel.tensor that divides them gives these bits"
+        yield "", f"{parts} tensor parts, which a resumed run keeps"
     if shape.data > 1 and run.config.train.reproducible:  # otherwise nobody, or the MPI library, reduces the gradients
         yield from _reduction_rows(run)
     if run.layout_note:

@@ -21,7 +21,7 @@ from mpilm.model.layers import hash_key
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 
-NOT_SHAPE = ("model.dropout", "model.router_loss", "model.lora_alpha", "model.init_from")
+NOT_SHAPE = ("model.dropout", "model.tensor_parts", "model.router_loss", "model.lora_alpha", "model.init_from")
 CONTENT_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by content
 NEW_CONFIG = ".config.toml.tmp"
 Facts = Mapping[str, str]  # by name

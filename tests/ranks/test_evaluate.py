@@ -127,12 +127,14 @@ def test_loss_is_equal_on_any_layout(folders, tmp_path, family, layouts):
         assert evaluate_on_threads(folders[family], tmp_path / "x.txt", out, size, pipeline) == serial
 
 
-@pytest.mark.parametrize(("family", "size", "pipeline"), [("llama", 4, 1), ("gpt2", 4, 2), ("bert", 2, 1)])
-def test_loss_of_ranks_that_share_matrices_is_that_of_one(folders, tmp_path, family, size, pipeline):
-    """To rounding, because the folder states no tensor parts."""
+@pytest.mark.parametrize(
+    ("family", "size", "pipeline", "length"), [("llama", 4, 1, 0), ("llama", 2, 1, 7), ("gpt2", 4, 2, 7), ("bert", 2, 1, 0)]
+)
+def test_loss_of_ranks_that_share_matrices_is_that_of_one(folders, tmp_path, family, size, pipeline, length):
+    """To rounding, because the folder states no tensor parts. Windows of 7 tokens are not divided."""
     (tmp_path / "x.txt").write_text(make_text(15))
-    serial = evaluate_on_threads(folders[family], tmp_path / "x.txt", tmp_path / "1")
-    found = evaluate_on_threads(folders[family], tmp_path / "x.txt", tmp_path / "2", size, pipeline, tensor=2)
+    serial = evaluate_on_threads(folders[family], tmp_path / "x.txt", tmp_path / "1", 1, 1, length)
+    found = evaluate_on_threads(folders[family], tmp_path / "x.txt", tmp_path / "2", size, pipeline, length, tensor=2)
     assert found["loss"] == pytest.approx(serial["loss"], rel=1e-6)
     assert {**found, "loss": 0, "perplexity": 0, "bits_per_byte": 0} == {
         **serial,

@@ -126,6 +126,10 @@ def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
             "--parallel.tensor 4 does not divide --model.tensor-parts 6; the nearest that does: 2",
         ),
         (
+            2, {"parallel__tensor": 2, **HEADS, "model__context_length": 25},
+            "--model.context-length 25 is not divisible by 2 tensor parts; the nearest that works: 24",
+        ),
+        (
             8, {"parallel__tensor": 2, "parallel__pipeline": 3, **HEADS},
             "--parallel.pipeline 3 times --parallel.tensor 2 does not divide 8 ranks; the nearest that does: 2, "
             "or start 12 ranks",

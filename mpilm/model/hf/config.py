@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpilm.config.check import find_limit_problem
-from mpilm.config.schema import LORA_TARGETS, Config, ModelConfig, get_setting_types, resolve_config
+from mpilm.config.schema import LORA_TARGETS, Config, ModelConfig, divided_sizes, get_setting_types, resolve_config
 from mpilm.errors import ConfigError
 from mpilm.formatting import format_value
 from mpilm.model.hf.names import hf_module_name
@@ -142,7 +142,11 @@ def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, 
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
     model = ModelConfig(arch=spec.arch, qk_norm=name == "qwen3", **settings)  # type: ignore[arg-type]
-    return resolve_config(Config(model=model)).model, vocab_size
+    model = resolve_config(Config(model=model)).model
+    for key, size in divided_sizes(model).items() if model.tensor_parts else ():
+        if size % model.tensor_parts:
+            raise ConfigError(f"{where}: tensor_parts {model.tensor_parts} does not divide {key} {size}")
+    return model, vocab_size
 
 
 def _read(config: Mapping[str, Any], key: str, setting: str, default: Any = None) -> Any:
