@@ -53,7 +53,11 @@ from mpilm.telemetry.metrics import MetricsFollower, length_through_step, read_m
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 SHAPE = resolve_config(
-    Config(model=ModelConfig(n_layers=2, n_heads=2, n_kv_heads=1, d_model=16, d_ff=32, context_length=16, vocab_size=257))
+    Config(
+        model=ModelConfig(
+            n_layers=2, n_heads=4, n_kv_heads=2, d_model=16, d_ff=32, context_length=16, vocab_size=257, tensor_parts=2
+        )
+    )
 ).model
 
 

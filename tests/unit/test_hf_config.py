@@ -36,6 +36,9 @@ def test_hf_config_written_and_read_is_the_same(changes):
     [
         ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
         ({"model_type": {"a": 1}}, "model_type {'a': 1} is not supported"),
+        ({"tensor_parts": 7}, "tensor_parts 7 does not divide n_heads"),
+        ({"tensor_parts": -1}, "tensor_parts -1 is not a number above zero"),
+        ({"tensor_parts": "x"}, "tensor_parts"),
         ({"intermediate_size": 10**9}, "intermediate_size must be at most 16,777,216, not 1000000000"),
         ({"num_hidden_layers": 10**30}, "num_hidden_layers must be at most 1,024"),
         ({"vocab_size": -5}, "vocab_size -5 is not a number above zero"),
