@@ -9,7 +9,6 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpilm.checkpoint.format import MANIFEST, PARAMETER, TensorShape, file_stem, is_file_name, stored_name
+from mpilm.checkpoint.plan import NO_PARTS, Parts
 from mpilm.checkpoint.verify import run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
@@ -35,8 +35,6 @@ POSITIONS = "embed.positions.weight"
 Slices = Mapping[ParamSlice, Tensor]  # flat float32 tensors on any device, to be filled
 Shapes = Mapping[str, TensorShape]  # global, of all parameters with their own memory
 TensorRefs = Mapping[str, "TensorRef"]
-Parts = Mapping[str, ParamPart]  # of divided parameters, by the names that slices have
-NO_PARTS: Parts = MappingProxyType({})
 
 
 def load_checkpoint(

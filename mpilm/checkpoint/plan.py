@@ -21,6 +21,8 @@ from mpilm.parallel.layout import ParamPart
 MAX_SHARD_BYTES = 5_000_000_000  # per file, as in transformers
 HEADER = "header"  # the kind of bytes that every rank has
 
+Parts = Mapping[str, ParamPart]  # of divided parameters, by the names that slices and owners have
+NO_PARTS: Parts = MappingProxyType({})
 ShardOwners = Mapping[str, Sequence[tuple[int, int, Sequence[int]]]]  # parameter or part -> (first element, end, ranks)
 
 
@@ -82,7 +84,7 @@ class FileBlock:
 
 
 def plan_files(
-    model: ModelConfig, shapes: Mapping[str, Mapping[str, TensorShape]], parts: Mapping[str, ParamPart] = MappingProxyType({})
+    model: ModelConfig, shapes: Mapping[str, Mapping[str, TensorShape]], parts: Parts = NO_PARTS
 ) -> list[TensorFile]:
     """Return the files for parameters and moments of these shapes, by kind. Tensors lie in reverse model order, like parameters
     in memory: neighbours in a file are mostly neighbours in memory."""

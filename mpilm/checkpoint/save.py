@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 
 from mpilm.checkpoint.format import TEMPORARY, CheckpointFolder, TensorShape, checkpoint_name, count_blocks, manifest_entry
-from mpilm.checkpoint.plan import HEADER, ByteRange, FileBlock, ShardOwners, TensorFile, plan_blocks, plan_files, plan_indexes
+from mpilm.checkpoint.plan import (
+    HEADER,
+    ByteRange,
+    FileBlock,
+    Parts,
+    ShardOwners,
+    TensorFile,
+    plan_blocks,
+    plan_files,
+    plan_indexes,
+)
 from mpilm.checkpoint.pretrained import find_base_model
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
@@ -34,7 +44,6 @@ from mpilm.errors import FileError, RanksDisagreeError
 from mpilm.model.hf.config import ADAPTER_CONFIG, hf_adapter_config, hf_config
 from mpilm.parallel.digests import CAUSE, sum_bits
 from mpilm.parallel.flat_layout import ParamSlice
-from mpilm.parallel.layout import ParamPart
 
 TAG = 5  # one tag is enough: two ranks send and receive their messages in the order of blocks
 BLOCKS_IN_FLIGHT = 2  # in exchange at once, per rank
@@ -55,9 +64,7 @@ class CheckpointState:
     shapes: Mapping[str, Mapping[str, TensorShape]]  # global, of the whole model
     slices: Mapping[str, Mapping[ParamSlice, Tensor]]  # of this rank; flat, contiguous, float32, on any device
     shard_owners: ShardOwners  # the same on all ranks; ranges cover a parameter in order, each owner has a slice with all of it
-    parts: Mapping[str, ParamPart] = field(
-        default_factory=dict
-    )  # of divided parameters, by the names that slices and owners have
+    parts: Parts = field(default_factory=dict)
     check: Callable[[], None] = lambda: None  # collective; raises CollectiveError if the slices hold wrong values
 
 

@@ -96,13 +96,11 @@ class TrainModel(PipelinedModel):
 
     def part_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Return the shapes of all tensors of the state by kind and, if a tensor is divided as its parameter is, by part."""
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {kind: {} for kind in self.state_shapes}
-        for layout in select_owned(select_trained(self.layouts)):
-            for kind, of_kind in self.state_shapes.items():
-                if (shape := of_kind.get(layout.source)) is not None:
-                    is_divided = shape == layout.global_shape
-                    shapes[kind][layout.name if is_divided else layout.source] = layout.shape if is_divided else shape
-        return shapes
+        layouts = select_owned(select_trained(self.layouts))
+        return {
+            kind: dict(layout.piece_of(shapes[layout.source]) for layout in layouts if layout.source in shapes)
+            for kind, shapes in self.state_shapes.items()
+        }
 
     def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
         """Return the slices of parameters and moments that this rank updates, by kind; all kinds on every rank."""

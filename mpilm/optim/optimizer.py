@@ -148,7 +148,7 @@ class UnshardedOptimizer(ABC):
             for layout in reversed(_owned_unsharded(flat)):  # parts in ascending order
                 self.sources[layout.source].append(layout)
                 for state, shape in self.state_shapes(layout.global_shape).items():
-                    name, own = (layout.name, layout.shape) if shape == layout.global_shape else (layout.source, shape)
+                    name, own = layout.piece_of(shape)
                     self.moments[name].setdefault(state, torch.zeros(own, device=flat.device))
 
     def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:

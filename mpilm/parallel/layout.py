@@ -57,6 +57,11 @@ class ParamLayout:
     def global_shape(self) -> Shape:
         return self.shape if self.part is None else self.part.shape
 
+    def piece_of(self, shape: Shape) -> tuple[str, Shape]:
+        """Return the name and the shape of what belongs to this layout of a tensor of the optimizer, given its global shape: a
+        part if it is divided as the parameter is, else all of it."""
+        return (self.name, self.shape) if shape == self.global_shape else (self.source, shape)
+
     @property
     def decays(self) -> bool:
         """True if weight decay applies: to matrices only."""

@@ -12,7 +12,7 @@ from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, ParallelConfig, flatten, override, resolve_config
+from mpilm.config.schema import Config, ParallelConfig, flatten, override, resolve_config, tensor_part_count
 from mpilm.data.batch import Batch
 from mpilm.engine.hardware import Hardware, detect_hardware
 from mpilm.engine.step import forward_backward, optimizer_step
@@ -63,7 +63,7 @@ def list_layouts(config: Config, ranks: int) -> Iterator[tuple[Config, str]]:
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
     possible = [n for n in divisors if not _why_invalid(override(config, parallel__tensor=n), n)]
     for pipeline, tensor in ((p, t) for t in divisors for p in divisors if ranks % (p * t) == 0):
-        parts = config.model.tensor_parts or max((n for n in possible if tensor > 1 and n % tensor == 0), default=tensor)
+        parts = config.model.tensor_parts or max((n for n in possible if tensor > 1 and n % tensor == 0), default=0)
         for schedule in SCHEDULES if pipeline > 1 or ranks == 1 else ("1f1b",):
             for zero in (0, 1, 2, 3) if ranks > pipeline * tensor else (0,):
                 parallel = ParallelConfig(pipeline=pipeline, tensor=tensor, schedule=schedule, zero=zero)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
     print_line(f"{columns}  {'loss':>9}  {'gradient':>9}  {'weight':>9}")
     failed = ran = 0
     for layout, reason in list_layouts(config, world.size):
-        parallel, parts = layout.parallel, layout.model.tensor_parts
+        parallel, parts = layout.parallel, tensor_part_count(layout)
         data = world.size // (parallel.pipeline * parallel.tensor)
         schedule = parallel.schedule if parallel.pipeline > 1 or world.size == 1 else "-"
         label = f"{data:>4}  {parallel.pipeline:>8}  {parallel.tensor:>6}  {parts:>5}  {schedule:<11}  {parallel.zero:>4}"
