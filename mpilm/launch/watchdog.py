@@ -34,7 +34,7 @@ EXIT_CODE = 86
 TICK_S = 1.0
 SUSPENDED_S = 2.0  # a tick later than this: the machine slept, or the job was suspended and resumed
 LIMIT_FACTOR = 20  # times the longest phase of its kind so far
-MIN_LIMIT_S = 60.0  # least limit that is not stated
+MIN_LIMIT_S = 55.0  # least limit that is not stated: a hang is named within a minute
 FIRST_LIMIT_S = 600.0  # limit of a rank that does nothing in a phase that has not run before: a file system may be slow
 SIGNALLED_LIMIT_S = 5.0  # limit of a step after a signal has asked the run to stop
 GRACE_S = 3.0  # for the other ranks to write down what they do
@@ -64,6 +64,7 @@ class Watchdog:
         self._evidence: tuple[Any, ...] = ()
         self._work = (0.0, 0)
         self._notices = 0
+        self._unreachable: set[int] = set()  # ranks of nodes that send no heartbeats: no report waits for them
         self.main_thread = threading.current_thread().ident
         self._closed = threading.Event()
         with contextlib.suppress(RuntimeError, ValueError, AttributeError):  # signals are not available everywhere
@@ -141,6 +142,7 @@ class Watchdog:
             return f"no rank has finished a call for {job_still_s:.0f} s; the limit is {deadlock_s:.0f} s"
         if self.links and still_s > limit_s and (silent := self.links.silent_nodes(limit_s, self.resumed_s)):
             hosts = ", ".join(self.hosts[self.links.nodes[node][0]] for node in silent)
+            self._unreachable.update(rank for node in silent for rank in self.links.nodes[node])
             return f"no heartbeat from {hosts} for {limit_s:.0f} s: the host, or the network to it, is down"
         return ""
 
@@ -246,9 +248,10 @@ class Watchdog:
     def _collect_snapshots(self, folders: Sequence[Path]) -> dict[int, Snapshot]:
         """Return the snapshots, by rank, of this rank and of those that write theirs in time."""
         snapshots, end = {self.rank: self._take_snapshot(folders)}, time.monotonic() + GRACE_S
-        while folders and len(snapshots) < len(self.pids) and time.monotonic() < end:
+        expected = set(range(len(self.pids))) - self._unreachable
+        while folders and expected > set(snapshots) and time.monotonic() < end:
             time.sleep(0.1)
-            for rank, folder in product(set(range(len(self.pids))) - set(snapshots), folders):
+            for rank, folder in product(expected - set(snapshots), folders):
                 with contextlib.suppress(OSError):
                     snapshots[rank] = json.loads((folder / f"rank-{rank:04d}.json").read_text())
         return snapshots

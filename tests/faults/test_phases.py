@@ -89,6 +89,25 @@ def test_rank_that_stands_still_is_named(tmp_path, text, phase, kind, ranks, ran
 
 
 @pytest.mark.parametrize(
+    ("phase", "kind", "rank"),
+    [slow_case(*cell) for cell in product(PHASES, ("stop", "hold"), (0, 1)) if cell[:2] != ("start-up", "hold")],
+)
+def test_rank_is_named_within_a_minute_if_no_limit_is_stated(tmp_path, text, phase, kind, rank):
+    if phase in ("tokenizer training", "report") and rank:
+        pytest.skip("rank 0 alone does it")
+    line, fault = arguments(text, tmp_path / "run")[2:], f"kind={kind} rank={rank} value=0 {PHASES[phase]}"
+    line = ["-m", *line[: line.index("--fault.step-timeout")]]
+    with start_job(2, line, tmp_path, MPILM_FAULT=fault, MPILM_CACHE=str(tmp_path)) as job:
+        job.wait_until(lambda: "fault: " in job.output)
+        fired = time.monotonic()
+        job.wait_until(lambda: "mpilm: watchdog:" in job.output, 90)
+        took_s = time.monotonic() - fired
+        assert job.wait(40) != 0
+    assert took_s < 60, job.output
+    assert re.search(rf"  rank {rank} on \S+ \(process \d+\): {KINDS[kind]}", job.output), job.output
+
+
+@pytest.mark.parametrize(
     ("seconds", "points"),
     [
         (4, ("load", "eval", "checkpoint.write", "sample")),
