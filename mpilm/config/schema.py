@@ -92,6 +92,9 @@ class ModelConfig:
     # Number of parts into which heads, feed-forward width, vocabulary and tokens are divided. 0: as in the checkpoint to resume
     # from, else parallel.tensor. Part of the result: with equal parts, any parallel.tensor that divides them gives equal bits.
     tensor_parts: Count = 0
+    # Number of parts into which each sequence is divided. 0: as in the checkpoint to resume from, else two for each of the ranks
+    # of parallel.context, or one part if that is 1. Part of the result, as tensor-parts is.
+    sequence_parts: Count = 0
     norm_eps: PositiveFloat = 1e-5  # Epsilon of the normalization layers.
     lora_rank: Width = 0  # Train LoRA adapters of this rank and freeze the model in init-from; 0: train the model.
     lora_alpha: PositiveFloat = 16.0  # LoRA scale: adapters are multiplied by lora-alpha / lora-rank.
@@ -173,10 +176,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Parallel layout. Only powersgd-rank and sync-every change the result; wire-dtype and tensor may change its last bits."""
+    """Parallel layout. Only powersgd-rank and sync-every change the result; wire-dtype, tensor and context may change its last bits."""
 
     pipeline: PositiveCount = 1  # Pipeline stages that the layers are divided over; the remaining ranks are data parallel.
     tensor: PositiveCount = 1  # Tensor-parallel ranks: they divide the matrices of each layer, and the tokens between layers.
+    context: PositiveCount = 1  # Context-parallel ranks: they divide each sequence, for long contexts.
+    # How they attend: ring sends keys and values, ulysses exchanges tokens for heads, with the same result; auto: ulysses where
+    # the number of ranks divides the key and value heads of a rank, else ring.
+    context_method: Literal["auto", "ring", "ulysses"] = "auto"
     schedule: Literal["1f1b", "gpipe", "interleaved", "zero-bubble"] = "1f1b"  # Pipeline schedule.
     chunks: Count = 0  # Model chunks (virtual stages) per rank; 0: 2 for the interleaved schedule, else 1.
     cut: tuple[int, ...] = ()  # Layers per stage, first to last; empty: balanced by cost.
@@ -227,7 +234,7 @@ class FaultConfig:
     check_every: NonNegativeInt = 50  # Steps between checks for equal calls and moments on all ranks; 0: only one.
     elastic: bool = False  # Continue within a step on the ranks that survive a failure; needs Open MPI, --with-ft ulfm.
     # Seconds that a step may take, or a rank may do nothing elsewhere, before the job ends with code 86 and reports which rank
-    # waits for which; 0: 60 for a rank that does not respond, 20 times the longest phase of its kind for one that does nothing.
+    # waits for which; 0: 55 for a rank that does not respond, 20 times the longest phase of its kind for one that does nothing.
     step_timeout: NonNegativeFloat = 0.0
 
 
@@ -285,6 +292,16 @@ def resolve_config(config: Config) -> Config:
 def tensor_part_count(config: Config) -> int:
     """Return the number of tensor parts: as stated, else one for each rank of the tensor axis."""
     return config.model.tensor_parts or config.parallel.tensor
+
+
+def sequence_part_count(config: Config) -> int:
+    """Return the number of sequence parts: as stated, else two for each rank of the context axis."""
+    return config.model.sequence_parts or (2 * config.parallel.context if config.parallel.context > 1 else 1)
+
+
+def replica_size(parallel: ParallelConfig) -> int:
+    """Return the number of ranks that hold one replica of the model, or share its sequences."""
+    return parallel.pipeline * parallel.tensor * parallel.context
 
 
 def divided_sizes(model: ModelConfig) -> dict[str, int]:

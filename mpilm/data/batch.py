@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,12 +24,32 @@ class Batch:
     samples: Tensor  # (B,) int64: a number for each sequence that no other of the run has; dropout is keyed by it
     target_tokens: int  # targets that are not IGNORE_INDEX
     documents: Tensor | None = None  # (B, T) int64: numbers of documents, inside which attention stays; None: each row is one
+    parts: tuple[int, ...] = (0,)  # numbers of the sequence parts that the tokens belong to; only `documents` has all of them
+    part_count: int = 1
 
     @classmethod
     def from_arrays(cls, **arrays: Indices) -> Batch:
         """Return the batch of arrays that are named as the fields, and count its targets."""
         tensors: dict[str, Any] = {name: torch.from_numpy(array).contiguous() for name, array in arrays.items()}
         return cls(target_tokens=int(np.count_nonzero(arrays["targets"] != IGNORE_INDEX)), **tensors)
+
+    def select_parts(self, select: Callable[[Tensor, int], Tensor], parts: Sequence[int], part_count: int) -> Batch:
+        """Return the batch of some sequence parts; select(x, dim) returns their tokens from all tokens, which lie along dim."""
+        tokens, targets = select(self.tokens, 1), select(self.targets, 1)
+        positions = select(self.positions, self.positions.dim() - 1)
+        return replace(
+            self, tokens=tokens, targets=targets, positions=positions, parts=tuple(parts), part_count=part_count
+        )
+
+    def split_parts(self, x: Tensor) -> list[Tensor]:  # (B, T, ...) -> of each part (B, T / parts, ...)
+        return [part.contiguous() for part in x.unflatten(1, (len(self.parts), -1)).unbind(1)] if len(self.parts) > 1 else [x]
+
+    def place_parts(self, values: Sequence[Tensor]) -> Tensor:
+        """Return a value for each of all sequence parts, stacked: zeros for parts that are not in this batch."""
+        if self.part_count == 1:
+            return torch.stack(list(values))
+        by_part = dict(zip(self.parts, values))
+        return torch.stack([by_part.get(part, torch.zeros_like(values[0])) for part in range(self.part_count)])
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device; `samples` stay."""

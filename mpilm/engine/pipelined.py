@@ -11,17 +11,18 @@ from mpilm.checkpoint.load import load_hf_weights
 from mpilm.checkpoint.pretrained import find_base_model, has_adapter
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
-from mpilm.config.schema import Config, ModelConfig, TrainConfig, tensor_part_count
+from mpilm.config.schema import Config, ModelConfig, TrainConfig, sequence_part_count, tensor_part_count
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
 from mpilm.model.families import build_model, initial_std, initial_value, tied_parameters
 from mpilm.model.lora import is_frozen
 from mpilm.model.sequence_info import KVCache
+from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.ops.tree import block_of_rank
 from mpilm.optim.optimizer import needs_full_parameter
 from mpilm.parallel.apply import parallelize
-from mpilm.parallel.compile import compiled_token_losses
+from mpilm.parallel.compile import compiled_loss_sum
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ParamSlice
 from mpilm.parallel.fsdp import all_gather_shards
@@ -54,7 +55,8 @@ class PipelinedModel:
         self.vocab_size, self.alignment = vocab_size, alignment
         self.pipeline, self.data, self.reduce_comm = mesh.comm("pipeline"), mesh.comm("data"), mesh.comm(*REDUCE_AXES)
         self.zero = config.parallel.zero
-        self.tensor = TensorAxis(mesh.comm("tensor"), tensor_part_count(config))
+        self.sequence = SequenceAxis(mesh.comm("context"), sequence_part_count(config))
+        self.tensor = TensorAxis(mesh.comm("tensor"), tensor_part_count(config), self.sequence)
         # All parameters of the model, and those that the ranks with this rank's tensor parts have.
         self.layouts = resolve_model_layouts(
             config.model, vocab_size, blocks_per_stage, config.train.optimizer, self.tensor.parts
@@ -87,7 +89,9 @@ class PipelinedModel:
         self.tied = TiedParameters(trained, self.flats, self.pipeline)
         self.tied_frozen = TiedParameters(frozen_layouts, self.frozen, self.pipeline)
         self.messenger = StageMessenger(self.pipeline)
-        self.token_losses = compiled_token_losses() if config.train.compile and self.tensor.parts == 1 else token_losses
+        self.token_losses = token_losses
+        if config.train.compile and self.tensor.parts == 1:
+            self.token_losses = partial(token_losses, sum_losses=compiled_loss_sum())
 
     def make_reducer(self, stage: int, flat: FlatParameters, model: nn.Module) -> GradientReducer:
         """Return the gradient reducer of a stage: none here, where the model only runs forward."""
@@ -111,7 +115,7 @@ class PipelinedModel:
         self.tied.copy_values()
         if self.zero in (1, 2):
             for flat in self.flats.values():
-                all_gather_shards(flat, self.reduce_comm)
+                all_gather_shards(flat.layout, flat.values, self.reduce_comm)
 
     def owned_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the slices of trained parameters that this rank updates."""

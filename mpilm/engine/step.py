@@ -67,10 +67,10 @@ def forward_backward(
     tokens, recorder = max(1, source.target_tokens(step)), model.mesh.recorder
     model.forward_backward(step, partial(source.training_batch, step), tokens)
     with recorder.span("compute"):  # waits for a GPU
-        losses = {m: float(loss) for m, loss in model.results().items()}
+        losses = {m: loss.cpu() for m, loss in model.results().items()}
     with recorder.span("optimizer"):
         flags = flags._replace(state_mismatch=state_mismatch(model, step))
-    loss, flags = reduce_loss_and_flags(losses, model.microbatch_count, model.mesh.world, flags)
+    loss, flags = reduce_loss_and_flags(losses, model.microbatch_count, model.mesh.world, flags, model.sequence.parts)
     if flags.state_mismatch:  # before wrong weights are updated
         check_state(model, step)
     with recorder.span("optimizer"):
@@ -92,23 +92,26 @@ def validation_loss(model: PipelinedModel, batches: Batches, eval_batches: int) 
     """Return the mean loss per token, in nats, over so many global batches of held-out text (0: all). Collective."""
     total = batches.eval_microbatches(eval_batches)
     losses = model.forward(total, batches.evaluation_batch)
-    return total_loss(losses, total, model.mesh.world) / max(1, batches.eval_targets(eval_batches))
+    return total_loss(losses, total, model.mesh.world, model.sequence.parts) / max(1, batches.eval_targets(eval_batches))
 
 
-def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm) -> float:
-    """Return the sum of the losses of all microbatches, each computed on one rank, in the order of microbatches. Collective."""
-    return reduce_loss_and_flags(losses, total, comm, NO_FLAGS)[0]
+def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm, parts: int = 1) -> float:
+    """Return the sum of the losses of all microbatches and their sequence `parts`, each computed on one rank, in their order.
+    Collective."""
+    return reduce_loss_and_flags(losses, total, comm, NO_FLAGS, parts)[0]
 
 
 def reduce_loss_and_flags(
-    losses: Mapping[int, Tensor | float], total: int, comm: Comm, flags: StepFlags
+    losses: Mapping[int, Tensor | float], total: int, comm: Comm, flags: StepFlags, parts: int = 1
 ) -> tuple[float, StepFlags]:
-    """Return the total loss and the agreed flags, in one all-reduce of the loss of each microbatch, a one-hot stop reason, and
-    the other flags. Each loss comes from one rank and meets only zeros, so the sum is exact. Collective."""
-    packed = torch.zeros(total + STOP_REASON_COUNT + 2, dtype=torch.float64, device="cpu")
+    """Return the total loss and the agreed flags, in one all-reduce of the losses of each microbatch, one for each of its
+    sequence `parts`, a one-hot stop reason, and the other flags. Each loss comes from one rank and meets only zeros, so the sum
+    is exact. Collective."""
+    count = total * parts
+    packed = torch.zeros(count + STOP_REASON_COUNT + 2, dtype=torch.float64, device="cpu")
     for microbatch, loss in losses.items():
-        packed[microbatch] = float(loss)
-    packed[total + flags.stop_reason] = 1.0
+        packed[microbatch * parts : (microbatch + 1) * parts] = loss
+    packed[count + flags.stop_reason] = 1.0
     packed[-2], packed[-1] = flags.checkpoint_pending, flags.state_mismatch
     comm.all_reduce(packed)
-    return sum(packed[:total].tolist()), StepFlags(int(packed[total:-2].nonzero().max()), bool(packed[-2]), float(packed[-1]))
+    return sum(packed[:count].tolist()), StepFlags(int(packed[count:-2].nonzero().max()), bool(packed[-2]), float(packed[-1]))

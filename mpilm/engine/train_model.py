@@ -26,7 +26,7 @@ from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_parts, selec
 from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.parallel.pipeline.stage import StepInputs
-from mpilm.parallel.reduce.build import build_reducer
+from mpilm.parallel.reduce.build import build_reducer, reduces_in_rounds
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
 from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
 from mpilm.parallel.reduce.step import StepReducer
@@ -50,7 +50,7 @@ class TrainModel(PipelinedModel):
         self.microbatch_count, parallel = microbatch_count(config), config.parallel
         # The microbatches of this replica, in the order in which it computes them.
         self.microbatch_ids = range(*block_of_rank(self.data.rank, self.data.size, self.microbatch_count))
-        if self.zero >= 2:  # this rank's microbatch of each round, so that the round can be reduced at once
+        if reduces_in_rounds(config):  # this rank's microbatch of each round, so that the round can be reduced at once
             self.microbatch_ids = range(self.data.rank, self.microbatch_count, self.data.size)
         diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
         self.optimizer = Optimizer(self.flats, config.train, self.tensor, diloco)
@@ -64,7 +64,7 @@ class TrainModel(PipelinedModel):
         self.program = lower(actions[self.pipeline.rank], len(blocks_per_stage), len(self.microbatch_ids))
 
     def make_reducer(self, stage: int, flat: FlatParameters, model: nn.Module) -> StepReducer | MicrobatchRoundReducer:
-        self.reducers[stage] = build_reducer(flat, model, self.reduce_comm, self.config, self.reduce_timings)
+        self.reducers[stage] = build_reducer(flat, model, self.reduce_comm, self.config, self.reduce_timings, self.sequence)
         return self.reducers[stage]
 
     def are_replicas_in_sync(self, done: int) -> bool:

@@ -141,14 +141,15 @@ class Dropout(nn.Module):
 
     def _draw_mask(self, key: int, x: Tensor) -> Tensor:
         if self.slices is None:
-            return self._draw(x.new_empty(x.shape[1:]), key, self.path)
+            return self.draw(x.new_empty(x.shape[1:]), key, self.path)
         numbers = self.slices.slice_numbers
         parts = x.new_empty(len(numbers), x.shape[1] // len(numbers), *x.shape[2:])
         for part, number in zip(parts, numbers):
-            self._draw(part, key, f"{self.path}.{number}")
+            self.draw(part, key, f"{self.path}.{number}")
         return parts.flatten(0, 1)
 
-    def _draw(self, mask: Tensor, key: int, path: str) -> Tensor:
+    def draw(self, mask: Tensor, key: int, path: str) -> Tensor:
+        """Fill `mask` with zeros and ones, which depend on the key and the path."""
         generator = torch.Generator(mask.device).manual_seed(hash_key(key, path) >> 1)
         return mask.bernoulli_(1.0 - self.probability, generator=generator)
 

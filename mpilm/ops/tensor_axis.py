@@ -5,7 +5,7 @@ the outputs of all parts in the order of the tree in ops/tree.py. Parts read the
 divided into one slice per part, and a rank has the slices of its parts (sequence parallelism; Korthikanti et al.,
 arXiv 2205.05198, section 4.2.2).
 
-Letters in shapes: B sequences, N tokens of all ranks, n tokens of this rank, S sequence parts.
+Letters in shapes: B sequences, N tokens of all ranks of the axis, n tokens of this rank, S sequence parts of this rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,19 +16,20 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from mpilm.comm.base import Comm
+from mpilm.comm.base import Comm, SelfComm
+from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tree import block_of_rank, plan_merges
 from mpilm.ops.tree_reduce import TreeMerger
 
 
 class TensorAxis:
     """The tensor parts of a model on the ranks of `comm`. `sliced`: between the parts of the model each rank has its slices of
-    the tokens; otherwise it has all tokens. `sequence_parts`: the parts of a sequence, each of which has one slice per tensor
-    part. Methods named as communication are collective over
-    `comm`."""
+    the tokens, one for each of its tensor parts and of its `sequence_parts`; otherwise it has all tokens. Methods named as
+    communication are collective over `comm`."""
 
-    def __init__(self, comm: Comm, parts: int, sequence_parts: int = 1):
-        self.comm, self.parts, self.sequence_parts, self.sliced = comm, parts, sequence_parts, True
+    def __init__(self, comm: Comm, parts: int, sequence: SequenceAxis | None = None):
+        self.comm, self.parts, self.sequence = comm, parts, sequence or SequenceAxis(SelfComm())
+        self.sequence_parts = len(self.sequence.local_parts)
         self.keeps_inputs = False  # forward keeps all tokens of an input for backward, instead of gathering them again
         blocks = [block_of_rank(rank, comm.size, parts) for rank in range(comm.size)]
         plans = [plan_merges([(part, part + 1) for part in range(*block)], parts) for block in blocks]
@@ -38,14 +39,18 @@ class TensorAxis:
         self._nodes = [[node for node, _ in remaining] for _, remaining in plans]
 
     @property
+    def sliced(self) -> bool:
+        return self.sequence.sliced
+
+    @property
     def slice_numbers(self) -> list[int]:
         """Numbers of the slices that this rank has, in the order of its tokens."""
-        return [part * self.parts + number for part in range(self.sequence_parts) for number in self.local_parts]
+        return [part * self.parts + number for part in self.sequence.local_parts for number in self.local_parts]
 
     @property
     def slice_count(self) -> int:
         """Number of slices of a sequence."""
-        return self.sequence_parts * self.parts
+        return self.sequence.parts * self.parts
 
     def count_own(self, tokens: int) -> int:
         """Return how many of so many tokens this rank has between the parts of the model."""

@@ -27,6 +27,18 @@ def are_siblings(left: TreeNode, right: TreeNode, total: int) -> bool:
     return left[1] == right[0] and power_of_two and left[0] % (2 * size) == 0 and right[1] == min(left[0] + 2 * size, total)
 
 
+def leaf_slots(count: int) -> list[TreeNode]:
+    """Return the node of each of `count` leaves in a complete tree, in which they are added in the same order: a tree of such
+    trees has the same sums as one tree, whatever the count."""
+    if count == 1:
+        return [(0, 1)]
+    size = 1 << (count - 1).bit_length()
+    half = size // 2
+    right = leaf_slots(count - half)
+    scale = half // right[-1][1]  # a right child with fewer leaves takes the place of its missing siblings
+    return [(leaf, leaf + 1) for leaf in range(half)] + [(half + a * scale, half + b * scale) for a, b in right]
+
+
 @dataclass(frozen=True)
 class AccumulateOp:
     """The accumulation of one more node."""

@@ -37,7 +37,8 @@ def parallelize(
     Collective over the reduce axes. `layouts`: of this stage. The order, and why:
 
     1. Prune other stages' modules: absent modules are never sharded, wrapped or compiled.
-    2. Divide modules into tensor parts: each part is a plain module, to which the other steps apply.
+    2. Divide modules into tensor parts, and let layers compute sequence parts: each part is a plain module, to which the other
+       steps apply.
     3. Allocate the flat parameters: their sizes follow from steps 1 and 2 alone.
     4. Compile blocks: the compiled function is what recomputation repeats.
     5. Checkpoint activations: it wraps forwards, compiled or not, inside all module hooks.
@@ -47,10 +48,10 @@ def parallelize(
     """
     parallel, comm, is_last = config.parallel, mesh.comm(*REDUCE_AXES), stage == len(blocks_per_stage) - 1
     prune_to_stage(model, stage, blocks_per_stage)
-    if tensor.parts > 1:
+    if tensor.slice_count > 1:
         # Recomputation needs all tokens of one block at a time anyway, and compiled functions save what they like.
         tensor.keeps_inputs = config.train.recompute == "block" or config.train.compile
-        divide_model(model, partial(cut_of, family=config.model.arch), tensor)
+        divide_model(model, partial(cut_of, family=config.model.arch), tensor, parallel.context_method)
     shard = comm.rank, comm.size, alignment
     flat, frozen = FlatParameters(select_trained(layouts), device, parallel.zero, *shard), None
     frozen_layouts = {name: layout for name, layout in layouts.items() if layout.frozen}

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpilm.data.batch import Batch
 from mpilm.errors import ConfigError
 from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
@@ -33,10 +32,9 @@ def _compile_forward(forward: Callable[[Tensor, SequenceInfo], Tensor]) -> Calla
     return lambda x, rows: (compiled if rows.cache is None else forward)(x, rows)
 
 
-def compiled_token_losses() -> Callable[[Tensor, Batch], Tensor]:
-    """Return the compiled sum of a microbatch's token losses, which makes no float32 copy of the logits."""
-    loss_of_logits = torch.compile(loss_sum, dynamic=False)
-    return lambda logits, batch: loss_of_logits(logits, batch.targets)
+def compiled_loss_sum() -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the compiled sum of token losses, which makes no float32 copy of the logits."""
+    return torch.compile(loss_sum, dynamic=False)
 
 
 def require_compiler() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import Comm, Request
 from mpilm.parallel.flat import FlatParameters, FlatVector, set_parameter
+from mpilm.parallel.flat_layout import FlatLayout
 from mpilm.parallel.pipeline.stage import StageParameters
 from mpilm.parallel.plan import fsdp_unit
 from mpilm.parallel.tensor import PartLogits
@@ -145,13 +146,13 @@ class ShardedParameters(StageParameters):
         self.end_backward()
 
 
-def all_gather_shards(flat: FlatParameters, comm: Comm) -> None:
-    """Gather the shards that the ranks of the reduce axes have updated into every rank's values (ZeRO-1 and 2). Collective."""
+def all_gather_shards(layout: FlatLayout, vector: FlatVector, comm: Comm) -> None:
+    """Gather the shards of all ranks of the reduce axes into every rank's `vector`. Collective."""
     pending: list[Request] = []
-    first = flat.values.intervals[0][0]
-    for bucket in [bucket for bucket in flat.layout.buckets if bucket[0] >= first]:
-        own = flat.values.view(*flat.layout.slice(bucket, comm.rank))
-        pending.append(comm.iall_gather(own, flat.values.view(*bucket), flat.layout.slices(bucket)))
+    first = vector.intervals[0][0]
+    for bucket in [bucket for bucket in layout.buckets if bucket[0] >= first]:
+        own = vector.view(*layout.slice(bucket, comm.rank))
+        pending.append(comm.iall_gather(own, vector.view(*bucket), layout.slices(bucket)))
         if len(pending) > GATHERS_IN_FLIGHT:
             pending.pop(0).wait()
     for request in pending:

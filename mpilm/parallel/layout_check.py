@@ -1,7 +1,15 @@
 """Check that a layout works on a number of ranks, before anything is built; refusals name the nearest that works. Pure."""
 
 from mpilm.config.check import check_config, nearest_multiple
-from mpilm.config.schema import Config, microbatch_count, override, resolve_config, tensor_part_count
+from mpilm.config.schema import (
+    Config,
+    microbatch_count,
+    override,
+    replica_size,
+    resolve_config,
+    sequence_part_count,
+    tensor_part_count,
+)
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun
 from mpilm.mesh.shape import MeshShape
@@ -24,8 +32,9 @@ def resolve_mesh_shape(config: Config, ranks: int, vocab_size: int | None = None
         advice = ", or ".join(filter(None, (next(working, "") for working in texts)))
         raise ConfigError(f"{reason}; {advice}" if advice else reason)
     _check_cut(config)
-    pipeline, tensor = config.parallel.pipeline, config.parallel.tensor
-    return MeshShape(pipeline=pipeline, data=ranks // (pipeline * tensor), tensor=tensor)
+    parallel = config.parallel
+    sizes = {"pipeline": parallel.pipeline, "context": parallel.context, "tensor": parallel.tensor}
+    return MeshShape(data=ranks // replica_size(parallel), **sizes)
 
 
 def replica_microbatch_count(config: Config, shape: MeshShape) -> int:
@@ -60,24 +69,30 @@ def _check_cut(config: Config) -> None:
 
 def _find_problem(config: Config, ranks: int) -> Problem | None:
     """Return why these ranks cannot run `config`, and what to change; None if they can."""
-    return _find_tensor_problem(config, ranks) or _find_pipeline_problem(config, ranks) or _find_data_problem(config, ranks)
+    return _find_parts_problem(config, ranks) or _find_pipeline_problem(config, ranks) or _find_data_problem(config, ranks)
 
 
-def _find_tensor_problem(config: Config, ranks: int) -> Problem | None:
-    """Look for a tensor axis that does not divide the ranks, or the parts of the model."""
-    tensor, parts = config.parallel.tensor, tensor_part_count(config)
-    sizes = sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (abs(n - tensor), n))
-    nearest: list[Remedy] = [(f"the nearest that does: {n}", {"parallel__tensor": n}, ranks) for n in sizes]
-    if ranks % tensor:
-        more = -(-ranks // tensor) * tensor
-        reason = f"--parallel.tensor {tensor} does not divide {count_noun(ranks, 'rank')}"
-        return reason, [nearest, [(f"start {more} ranks", {}, more)]]
-    if parts % tensor:
-        return f"--parallel.tensor {tensor} does not divide --model.tensor-parts {parts}", [nearest]
-    if (length := config.model.context_length) % parts:
-        near = nearest_multiple(length, parts)
+def _find_parts_problem(config: Config, ranks: int) -> Problem | None:
+    """Look for a tensor or context axis that does not divide the ranks, or the parts of the model."""
+    count, tensor_parts, sequence_parts = count_noun(ranks, "rank"), tensor_part_count(config), sequence_part_count(config)
+    for axis, setting, parts in (("tensor", "tensor", tensor_parts), ("context", "sequence", sequence_parts)):
+        size = getattr(config.parallel, axis)
+        sizes = sorted((n for n in range(1, ranks + 1) if ranks % n == 0), key=lambda n: (abs(n - size), n))
+        nearest: list[Remedy] = [(f"the nearest that does: {n}", {f"parallel__{axis}": n}, ranks) for n in sizes]
+        if ranks % size:
+            more = -(-ranks // size) * size
+            return f"--parallel.{axis} {size} does not divide {count}", [nearest, [(f"start {more} ranks", {}, more)]]
+        if parts % size:
+            return f"--parallel.{axis} {size} does not divide --model.{setting}-parts {parts}", [nearest]
+        if axis == "context" and size > 1 and (each := parts // size) & (each - 1):
+            reason = f"{each} of {parts} sequence parts for each rank of --parallel.context {size} are no power of two"
+            return reason, [[(f"the nearest that works: {n}", {"parallel__context": n}, ranks) for n in sizes]]
+    if (length := config.model.context_length) % (tensor_parts * sequence_parts):
+        near = nearest_multiple(length, tensor_parts * sequence_parts)
         remedy: Remedy = (f"the nearest that works: {near}", {"model__context_length": near}, ranks)
-        return f"--model.context-length {length} is not divisible by {parts} tensor parts", [[remedy]]
+        kinds = ((sequence_parts, "sequence"), (tensor_parts, "tensor"))
+        names = " times ".join(f"{n} {kind} parts" for n, kind in kinds if n > 1)
+        return f"--model.context-length {length} is not divisible by {names}", [[remedy]]
     return None
 
 
@@ -85,10 +100,10 @@ def _find_pipeline_problem(config: Config, ranks: int) -> Problem | None:
     """Look for more stages than layers, and for a pipeline that does not divide the ranks."""
     parallel, layers = resolve_config(config).parallel, config.model.n_layers
     pipeline, chunks, stages = parallel.pipeline, parallel.chunks, parallel.pipeline * parallel.chunks
-    each = pipeline * parallel.tensor  # ranks of a replica
+    each = replica_size(parallel)
     if stages <= layers and ranks % each == 0:
         return None
-    groups = ranks // parallel.tensor
+    groups = ranks * pipeline // each
     divisors = [size for size in range(groups, 0, -1) if groups % size == 0]
     if stages > layers:
         fewer_chunks = range(min(chunks - 1, layers // pipeline), 1, -1)
@@ -103,7 +118,7 @@ def _find_pipeline_problem(config: Config, ranks: int) -> Problem | None:
     divisors.sort(key=lambda size: (abs(size - pipeline), size))
     nearest = [(f"the nearest that does: {n}", {"parallel__pipeline": n}, ranks) for n in divisors]
     more = -(-ranks // each) * each
-    times = f" times --parallel.tensor {parallel.tensor}" * (parallel.tensor > 1)
+    times = "".join(f" times --parallel.{axis} {n}" for axis in ("tensor", "context") if (n := getattr(parallel, axis)) > 1)
     reason = f"--parallel.pipeline {pipeline}{times} does not divide {count_noun(ranks, 'rank')}"
     return reason, [nearest, [(f"start {more} ranks", {}, more)]]
 
@@ -111,7 +126,7 @@ def _find_pipeline_problem(config: Config, ranks: int) -> Problem | None:
 def _find_data_problem(config: Config, ranks: int) -> Problem | None:
     """Look for replicas without a microbatch, for a single one to shard over, and for sizes that the schedule cannot use."""
     parallel, train, total = resolve_config(config).parallel, config.train, microbatch_count(config)
-    pipeline, each = parallel.pipeline, parallel.pipeline * parallel.tensor  # each: ranks of a replica
+    pipeline, each = parallel.pipeline, replica_size(parallel)
     data, rank_count = ranks // each, count_noun(ranks, "rank")
     if data > total:
         replicas = (
@@ -125,13 +140,11 @@ def _find_data_problem(config: Config, ranks: int) -> Problem | None:
         ]
         sizes = f"--train.global-batch {train.global_batch} over --train.micro-batch {train.micro_batch}"
         return f"{replicas}, but a step has only {count_noun(total, 'microbatch')} ({sizes})", kinds
-    if parallel.zero and data == 1:
-        axes = " and ".join(
-            f"--parallel.{axis} {n}" for axis, n in (("pipeline", pipeline), ("tensor", parallel.tensor)) if n > 1
-        )
+    if parallel.zero and data * parallel.context == 1:
+        axes = " and ".join(f"--parallel.{axis} {n}" for axis in ("pipeline", "tensor") if (n := getattr(parallel, axis)) > 1)
         one = f"{rank_count}{f' with {axes}' * bool(axes)} leave{'s' * (ranks == 1)} 1"
         without = [("write --parallel.zero 0", {"parallel__zero": 0}, ranks)]
-        reason = f"--parallel.zero {parallel.zero} shards over the data-parallel ranks, and {one}"
+        reason = f"--parallel.zero {parallel.zero} shards over the data- and context-parallel ranks, and {one}"
         return reason, [without, [(f"start {2 * each} ranks", {}, 2 * each)]]
     count = replica_microbatch_count(config, MeshShape(pipeline=pipeline, data=data))
     misfit = find_schedule_problem(parallel.schedule, pipeline, parallel.chunks, count)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from mpilm.comm.base import SelfComm
 from mpilm.model.attention import AttentionCore
 from mpilm.model.layers import IGNORE_INDEX, Dropout, Embedding
 from mpilm.model.moe import MixtureOfExperts
@@ -31,20 +32,26 @@ from mpilm.ops.tensor_axis import (
     ShareParameter,
     TensorAxis,
 )
+from mpilm.parallel.context import attend_by_part
 from mpilm.parallel.layout import ParamPart
 from mpilm.parallel.plan import Cut, region_of
 
 CutOf = Callable[[str], Cut | None]
 
 
-def divide_model(model: nn.Module, cut_of: CutOf, axis: TensorAxis) -> None:
-    """Divide `model`, which is on the meta device, into parts and keep those of this rank."""
-    regions = {region_of(name) for name, _ in model.named_parameters() if cut_of(name)}
+def divide_model(model: nn.Module, cut_of: CutOf, axis: TensorAxis, context_method: str = "auto") -> None:
+    """Divide `model`, which is on the meta device, into parts and keep those of this rank. If the sequence has parts too, each
+    layer computes them one by one, and attention mixes them (parallel/context.py)."""
+    regions = {region_of(name) for name, _ in model.named_parameters() if axis.parts > 1 and cut_of(name)}
+    wholes = regions | {path for path, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
     for path, module in list(model.named_modules()):
         if path in regions:
             _divide_region(module, path, cut_of, axis)
-        elif not any(f"{path}.".startswith(f"{region}.") for region in regions):
+        elif not any(path.startswith(f"{whole}.") for whole in wholes):
             _divide_tokens(module, axis)
+    for module in model.modules() if axis.sequence.parts > 1 else ():
+        if isinstance(module, AttentionCore):
+            module.forward = partial(attend_by_part, module, module.forward, axis.sequence, context_method)  # type: ignore[method-assign]
 
 
 def _divide_region(region: Any, path: str, cut_of: CutOf, axis: TensorAxis) -> None:
@@ -56,12 +63,17 @@ def _divide_region(region: Any, path: str, cut_of: CutOf, axis: TensorAxis) -> N
     for name in cuts:
         _set_parameter(region, name, None)
     region.parts = parts
+    inside = TensorAxis(SelfComm(), 1, axis.sequence)
+    if axis.sequence.parts > 1 and not isinstance(region, MixtureOfExperts):
+        for path_in_part, module in (item for part in parts.values() for item in part.named_modules()):
+            names = [name.rpartition(".") for name in own if name not in biases]
+            _divide_tokens(module, inside, [name for owner, _, name in names if owner == path_in_part])
     if isinstance(region, Embedding):
         region.lookup = partial(_lookup, region, axis, cuts["weight"].ranges(len(own["weight"]), axis.parts))  # type: ignore[method-assign]
         for module in region.children():
             _divide_tokens(module, axis)
     elif isinstance(region, MixtureOfExperts):
-        region.forward = partial(_forward_experts, region, axis)  # type: ignore[method-assign]
+        region.forward = partial(_forward_experts, region, axis, inside)  # type: ignore[method-assign]
     elif path == "head":
         region.forward = partial(_forward_head, region, axis, cuts["weight"].ranges(len(own["weight"]), axis.parts))
     else:
@@ -80,8 +92,8 @@ def _make_part(region: nn.Module, own: Mapping[str, Tensor], cuts: Mapping[str, 
     return module
 
 
-def _set_parameter(module: nn.Module, name: str, parameter: Tensor | None) -> None:
-    """Replace a parameter by another one, by a tensor that is not a parameter, or by None."""
+def _set_parameter(module: nn.Module, name: str, parameter: Tensor | tuple[Tensor, ...] | None) -> None:
+    """Replace a parameter by another one, by a tensor that is not a parameter, by its aliases for parts, or by None."""
     owner, _, attribute = name.rpartition(".")
     module.get_submodule(owner)._parameters[attribute] = parameter  # type: ignore[assignment]
 
@@ -89,12 +101,14 @@ def _set_parameter(module: nn.Module, name: str, parameter: Tensor | None) -> No
 def _forward_layer(
     region: Any, axis: TensorAxis, shared: Sequence[str], biases: Sequence[str], x: Tensor, info: SequenceInfo
 ) -> Tensor:  # (B, n, D) -> (B, n, D)
-    aliases = {name: ShareParameter.apply(region.get_parameter(name), axis, 1) for name in shared}
+    count, by_sequence = len(axis.local_parts), axis.sequence.parts > 1
+    sequence_parts = axis.sequence_parts if axis.sliced else 1
+    aliases = {name: ShareParameter.apply(region.get_parameter(name), axis, sequence_parts) for name in shared}
     entered, outputs = RegionInput(axis, x), []
     with entered.dropped_after_use():
         for i, (part, full) in enumerate(zip(region.parts.values(), AllGatherTokens.apply(x, entered, False))):
-            for name in shared:
-                _set_parameter(part, name, aliases[name][i])
+            for name in shared:  # where modules compute by sequence part, they find an alias for each
+                _set_parameter(part, name, aliases[name][i::count] if by_sequence else aliases[name][i])
             outputs.append(part(full, info))
             for name in shared:
                 _set_parameter(part, name, None)
@@ -104,17 +118,49 @@ def _forward_layer(
     return y
 
 
-def _forward_experts(region: Any, axis: TensorAxis, x: Tensor, info: SequenceInfo) -> Tensor:  # (B, n, D) -> (B, n, D)
-    entered = RegionInput(axis, x)
-    with entered.dropped_after_use():
-        *inputs, full = AllGatherTokens.apply(x, entered, True)
+def _forward_experts(
+    region: Any, axis: TensorAxis, inside: TensorAxis, x: Tensor, info: SequenceInfo
+) -> Tensor:  # (B, n, D) -> (B, n, D)
+    def compute(tokens: Sequence[Tensor], info: SequenceInfo) -> list[Tensor]:
+        *inputs, full = tokens
         chosen, weights = region.route(full.flatten(0, -2), info)
         shares = ShareParameter.apply(weights, axis, 1)
-        outputs = [
+        return [
             part.run_experts(each.flatten(0, -2), chosen, share).view(full.shape)
             for part, each, share in zip(region.parts.values(), inputs, shares)
         ]
+
+    entered = RegionInput(axis, x)
+    with entered.dropped_after_use():
+        outputs = _by_sequence_part(region, inside, compute, AllGatherTokens.apply(x, entered, True), info)
     return ReduceScatterOutputs.apply(axis, entered, *outputs)
+
+
+def _by_sequence_part(
+    module: nn.Module,
+    axis: TensorAxis,
+    function: Callable[[Sequence[Tensor], SequenceInfo], Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    info: SequenceInfo,
+) -> Sequence[Tensor]:
+    """Return function(inputs, info) of each sequence part, concatenated. All parameters of `module` have one gradient for each."""
+    sequence = axis.sequence
+    if sequence.parts == 1 or not sequence.sliced:
+        return function(inputs, info)
+    parameters = dict(module.named_parameters())
+    aliases = zip(*(ShareParameter.apply(parameter, axis, axis.sequence_parts) for parameter in parameters.values()))
+    documents = None if info.documents is None else sequence.split(sequence.select_own(info.documents), 1)
+    outputs = []
+    try:
+        for i, (pieces, values) in enumerate(zip(zip(*(sequence.split(x, 1) for x in inputs)), aliases)):
+            for name, value in zip(parameters, values):
+                _set_parameter(module, name, value)
+            own, weight = None if documents is None else documents[i], info.loss_weight / sequence.parts
+            outputs.append(function(pieces, replace(info, documents=own, loss_weight=weight)))
+    finally:
+        for name, parameter in parameters.items():
+            _set_parameter(module, name, parameter)
+    return [torch.cat(x, dim=1) for x in zip(*outputs)]
 
 
 def _lookup(region: Any, axis: TensorAxis, ranges: Sequence[range], ids: Tensor) -> Tensor:  # (B, N) -> (B, n, D)
@@ -221,9 +267,9 @@ def gather_parts(own: Sequence[Tensor], part: ParamPart | None, axis: TensorAxis
     return full
 
 
-def _divide_tokens(module: Any, axis: TensorAxis) -> None:
-    """Make a module outside of the regions compute each slice of the tokens separately."""
-    names = [name for name, _ in module.named_parameters(recurse=False)]
+def _divide_tokens(module: Any, axis: TensorAxis, names: Sequence[str] = ()) -> None:
+    """Make a module compute each slice of the tokens separately. `names`: its own parameters, if some are filled in later."""
+    names = names or [name for name, _ in module.named_parameters(recurse=False)]
     if isinstance(module, Dropout):
         module.slices = axis
     elif isinstance(module, Embedding):  # of positions: on every rank, `ids` holds those of all tokens
@@ -234,6 +280,11 @@ def _divide_tokens(module: Any, axis: TensorAxis) -> None:
     elif isinstance(module, BertEmbedding):
         add_segment, segments = module.add_segment, module.segments
         module.add_segment = lambda x: _call_by_slice(segments, add_segment, ["weight"], axis, x)  # type: ignore[method-assign]
+    elif isinstance(module, MixtureOfExperts):
+        forward = module.forward
+        module.forward = lambda x, info: _by_sequence_part(  # type: ignore[method-assign]
+            module, axis, lambda inputs, info: [forward(*inputs, info)], [x], info
+        )[0]
     elif names:
         forward = module.forward
         module.forward = lambda x: _call_by_slice(module, forward, names, axis, x)
@@ -243,9 +294,7 @@ def _call_by_slice(
     module: nn.Module, function: Callable[[Tensor], Tensor], names: Sequence[str], axis: TensorAxis, x: Tensor, dim: int = 1
 ) -> Tensor:
     """Return function(x), where the parameters `names` of `module` have one gradient for each slice of `x` along `dim`."""
-    if not axis.sliced:
-        return function(x)
-    parameters = [module.get_parameter(name) for name in names]
+    parameters = [module._parameters[name] for name in names]
 
     def call(piece: Tensor, *values: Tensor) -> Tensor:
         module._parameters.update(zip(names, values))  # type: ignore[arg-type]
@@ -258,12 +307,15 @@ def _call_by_slice(
 
 
 def _by_slice(
-    axis: TensorAxis, function: Callable[..., Tensor], parameters: Sequence[Tensor], x: Tensor, dim: int = 1
+    axis: TensorAxis, function: Callable[..., Tensor], parameters: Sequence[Any], x: Tensor, dim: int = 1
 ) -> Tensor:
-    """Return the concatenated function(slice, *parameters) of this rank's slices of x along `dim`. Collective in backward."""
+    """Return the concatenated function(slice, *parameters) of this rank's slices of x along `dim`. A parameter may be a tuple of
+    its aliases for the slices. Collective in backward."""
     if not axis.sliced:
-        return function(x, *parameters)
-    aliases = zip(*(ShareParameter.apply(parameter, axis, axis.sequence_parts) for parameter in parameters))
+        return function(x, *(each[0] if isinstance(each, tuple) else each for each in parameters))
+    aliases = zip(
+        *(each if isinstance(each, tuple) else ShareParameter.apply(each, axis, axis.sequence_parts) for each in parameters)
+    )
     pieces = x.unflatten(dim, (axis.sequence_parts * len(axis.local_parts), -1)).unbind(dim)
     outputs = [ContiguousGradient.apply(function(x.contiguous(), *values)) for x, values in zip(pieces, aliases, strict=True)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim)

@@ -45,9 +45,12 @@ class StageParameters:
 Logits = Tensor | PartLogits
 
 
-def token_losses(logits: Logits, batch: Batch) -> Tensor:
-    """Return the sum of the token losses of a microbatch."""
-    return logits.losses(batch.targets).sum() if isinstance(logits, PartLogits) else loss_sum(logits, batch.targets)
+def token_losses(logits: Logits, batch: Batch, sum_losses: Callable[[Tensor, Tensor], Tensor] = loss_sum) -> Tensor:
+    """Return the sum of the token losses of each sequence part of a microbatch, (S,): zero for parts of other ranks."""
+    if isinstance(logits, PartLogits):
+        return batch.place_parts([losses.sum() for losses in batch.split_parts(logits.losses(batch.targets))])
+    pairs = zip(batch.split_parts(logits), batch.split_parts(batch.targets))
+    return batch.place_parts([sum_losses(*pair) for pair in pairs])
 
 
 def last_logits(logits: Logits, batch: Batch) -> Tensor:
@@ -92,7 +95,7 @@ class ModelStage:
         """Set the microbatches of the next program."""
         self.inputs = inputs
         self.results: dict[int, Tensor] = {}  # outputs of the last stage, by global number of the microbatch
-        self._batches: dict[int, Batch] = {}
+        self._batches: dict[int, tuple[Batch, bool]] = {}  # with whether its tokens are sliced
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
         # Messages: activations (direction F) and their gradients (B), by direction and microbatch.
         self._received: dict[tuple[Direction, int], Tensor] = {}
@@ -170,7 +173,7 @@ class ModelStage:
         self._set_slicing(microbatch)
         x, y = self._graphs.pop(microbatch)
         if self.is_last:
-            (y / self.inputs.target_tokens).backward()
+            (y.sum() / self.inputs.target_tokens).backward()
         else:
             backward_with(y, self._received["B", microbatch])
         self.parameters.end_backward()
@@ -188,14 +191,21 @@ class ModelStage:
         return microbatch < len(self.inputs.microbatch_ids)
 
     def _batch(self, microbatch: int) -> Batch:
+        """Return the tokens of a microbatch that this rank reads: those of its sequence parts, if the tokens are sliced."""
+        sequence = self.tensor.sequence
         if microbatch not in self._batches:
-            self._batches[microbatch] = self.fetch_batch(self.inputs.microbatch_ids[microbatch])
-        return self._batches[microbatch]
+            batch = self.fetch_batch(self.inputs.microbatch_ids[microbatch])
+            sequence.sliced = self.inputs.kv_caches is None and batch.tokens.shape[1] % self.tensor.slice_count == 0
+            if sequence.parts > 1:  # without slices, each rank of the context axis computes the same, and the first reports it
+                parts = sequence.local_parts if sequence.sliced else [0]
+                batch = batch.select_parts(sequence.select_own, parts, sequence.parts)
+            self._batches[microbatch] = batch, sequence.sliced
+        return self._batches[microbatch][0]
 
     def _set_slicing(self, microbatch: int) -> None:
-        """Let the ranks of the tensor axis divide the tokens of this microbatch, if the tokens divide and none is generated."""
-        length = self._batch(microbatch).tokens.shape[1]
-        self.tensor.sliced = self.inputs.kv_caches is None and length % self.tensor.slice_count == 0
+        """Let the ranks of the tensor and context axes divide the tokens, if the tokens divide and none is generated."""
+        self._batch(microbatch)
+        self.tensor.sequence.sliced = self._batches[microbatch][1]
 
     def fetch_batch(self, number: int) -> Batch:
         """Read a microbatch of the global batch."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from mpilm.comm.base import Comm
 from mpilm.config.schema import Config, microbatch_count
+from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tree import AccumulateOp, AccumulationPlan, block_of_rank, count_buffers, plan_block_accumulation
 from mpilm.ops.tree_reduce import GradientEncoding, make_encoding
 from mpilm.parallel.flat import FlatParameters, FlatVector
@@ -24,12 +25,12 @@ ATTEMPTS = 3
 
 
 def build_reducer(
-    flat: FlatParameters, model: nn.Module, comm: Comm, config: Config, timings: dict[str, float]
+    flat: FlatParameters, model: nn.Module, comm: Comm, config: Config, timings: dict[str, float], sequence: SequenceAxis
 ) -> StepReducer | MicrobatchRoundReducer:
     """Return the reducer of a stage's gradients. Collective over `comm`, the reduce axes. `timings` receives what was timed."""
     total, train, parallel, overlap = microbatch_count(config), config.train, config.parallel, flat.device.type == "cuda"
-    if parallel.zero >= 2:
-        return MicrobatchRoundReducer(flat, model, comm, total, parallel.wire_dtype)
+    if reduces_in_rounds(config):
+        return MicrobatchRoundReducer(flat, model, comm, total, parallel.wire_dtype, sequence)
     if parallel.sync_every or (parallel.powersgd_rank and comm.size > 1):
         start, stop = block_of_rank(comm.rank, comm.size, total)
         plan = plan_block_accumulation(0, stop - start, stop - start)
@@ -44,6 +45,12 @@ def build_reducer(
         shared = not timed or timed["shared-memory"] <= timed["messages"]
         timings.update(timed if not timings else {})
     return make_step_reducer(flat, model, comm, total, train.reproducible, overlap, shared, parallel.wire_dtype)
+
+
+def reduces_in_rounds(config: Config) -> bool:
+    """Return whether gradients are reduced for every round of microbatches: with ZeRO 2 and 3, and where each microbatch is
+    divided over the context axis, because the tree adds its parts first."""
+    return config.parallel.zero >= 2 or config.parallel.context > 1
 
 
 def make_step_reducer(

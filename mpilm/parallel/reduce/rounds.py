@@ -13,24 +13,41 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
+from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tree import Interval, count_buffers, plan_accumulation
 from mpilm.ops.tree_reduce import TreeMerger, TreeOrderReduceScatter, make_encoding
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ReduceGroup
+from mpilm.parallel.fsdp import all_gather_shards
 from mpilm.parallel.pipeline.stage import GradientReducer
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT
 
 
 class MicrobatchRoundReducer(GradientReducer):
     """Collects and reduces the gradient of each of this rank's microbatches. Collective over `comm`, the reduce axes, in every
-    backward. A rank without a microbatch in a round calls `join_round`."""
+    backward. A rank without a microbatch in a round calls `join_round`. With ZeRO 0 the sums are gathered on all ranks.
 
-    def __init__(self, flat: FlatParameters, model: nn.Module, comm: Comm, microbatches: int, wire_dtype: str = "float32"):
+    `sequence`: each microbatch belongs to the ranks of the context axis together, which are neighbours in `comm`. The tree adds
+    the gradients of their sequence parts before those of microbatches."""
+
+    def __init__(
+        self,
+        flat: FlatParameters,
+        model: nn.Module,
+        comm: Comm,
+        microbatches: int,
+        wire_dtype: str = "float32",
+        sequence: SequenceAxis | None = None,
+    ):
         self.flat, self.comm, self.groups = flat, comm, flat.layout.groups
-        leaves = [[(m, m + 1)] if m < microbatches else [] for m in range(-(-microbatches // comm.size) * comm.size)]
-        self.rounds = [TreeMerger(leaves[m : m + comm.size], microbatches) for m in range(0, microbatches, comm.size)]
-        ops, _ = plan_accumulation([node for each in self.rounds for node in each.remaining], microbatches)
-        self.buffers = [FlatVector.zeros(flat.shard, flat.device) for _ in range(count_buffers(ops))]
+        nodes, size = ([(0, 1)], 1) if sequence is None else sequence.gradient_nodes()  # of the ranks in a tree of parts
+        total = microbatches * size
+        leaves = [[(m * size + a, m * size + b)] for m in range(microbatches) for a, b in nodes]
+        leaves += [[] for _ in range(-len(leaves) % comm.size)]
+        self.rounds = [TreeMerger(leaves[at : at + comm.size], total) for at in range(0, len(leaves), comm.size)]
+        ops, _ = plan_accumulation([node for each in self.rounds for node in each.remaining], total)
+        whole = [(0, flat.layout.numel)] if flat.zero == 0 else flat.shard
+        self.buffers = [FlatVector.zeros(flat.shard if i else whole, flat.device) for i in range(count_buffers(ops))]
         self.ops = [[ops.pop(0) for _ in each.remaining] for each in self.rounds]
         self.sums = self.buffers[0]
         spans = [(group.start, group.stop) for group in self.groups]
@@ -102,6 +119,10 @@ class MicrobatchRoundReducer(GradientReducer):
         for group in self.groups:
             begin_backward(group.names[0])
             self._reduce_group(i, group, None)
+
+    def reduce(self) -> None:
+        if self.flat.zero == 0:
+            all_gather_shards(self.flat.layout, self.sums, self.comm)
 
     def _reduce_group(self, i: int, group: ReduceGroup, gradient: FlatVector | None) -> None:
         for bucket in group.buckets:

@@ -54,8 +54,8 @@ class InMemoryCheckpoint:
         if model is not self.model:
             self.model, self.folder, self._previous_ranges = model, folder, None
         state = state_ranges(model)
-        if model.zero and model.data.size > 1:
-            new = [Snapshot(done, trainer, copied) for copied in self._copy_shards(state, model.data)]
+        if model.zero and model.reduce_comm.size > 1:
+            new = [Snapshot(done, trainer, copied) for copied in self._copy_shards(state, model.reduce_comm)]
         else:
             new = [Snapshot(done, trainer, state, model)]
         self.snapshots = [old for old in self.snapshots if old.done == done - 1 and old.model is not model] + new

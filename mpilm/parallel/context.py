@@ -1,0 +1,185 @@
+"""Attention over the parts of a sequence, which the ranks of the context axis share out.
+
+Each query part attends to one key part after the other; the results are merged by their log-sum-exps. Two methods compute the
+same products and sums, hence the same bits: "ring" sends keys and values to the ranks with the queries (Liu et al.,
+arXiv 2310.01889); "ulysses" exchanges tokens for heads first, so that each rank has all tokens of some heads (Jacobs et al.,
+arXiv 2309.14509).
+
+Letters in shapes: B sequences, H query heads, G key heads, n tokens of this rank, t tokens of a part, K head width.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from mpilm.comm.base import SelfComm
+from mpilm.model.attention import AttentionCore
+from mpilm.model.sequence_info import SequenceInfo
+from mpilm.ops.sequence_axis import HeadsForTokens, KeyValueRing, SequenceAxis
+
+ALIGNED_WIDTH = 4  # of heads, in elements (measured with torch 2.13, float32)
+
+Attend = Callable[[Tensor, Tensor, Tensor, SequenceInfo], Tensor]
+
+
+def attend_by_part(
+    core: AttentionCore, whole: Attend, axis: SequenceAxis, method: str, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo
+) -> Tensor:  # (B, H, n, K), 2 x (B, G, n, K) -> (B, H, n, K)
+    """Attend over all parts; over tokens that are not divided with `whole`. Collective over the context axis."""
+    if not axis.sliced:
+        return whole(q, k, v, info)
+    documents = None if info.documents is None else info.documents.unflatten(1, (axis.parts, -1))
+    masks = PartMasks(core, documents, info.dropout_keys)
+    # The bits of a head in torch's batched product depend on how many heads there are; in its fused kernel they do not, if a
+    # row of any number of heads is aligned.
+    is_invariant = is_fused(q, masks) and q.shape[-1] % ALIGNED_WIDTH == 0
+    if axis.comm.size == 1 or method == "ring" or k.shape[1] % axis.comm.size or not is_invariant:
+        return PartAttention.apply(masks, axis, q, k, v)
+    q, k, v = (HeadsForTokens.apply(axis, x, False) for x in (q, k, v))
+    return HeadsForTokens.apply(axis, PartAttention.apply(masks, SequenceAxis(SelfComm(), axis.parts), q, k, v), True)
+
+
+@dataclass(frozen=True)
+class PartMasks:
+    """What a query may see of the keys of another part."""
+
+    core: AttentionCore
+    documents: Tensor | None  # (B, S, t)
+    dropout_keys: list[int] | None  # of each sequence
+
+    def visible(self, query: int, key: int, tokens: int) -> Tensor | None:
+        """Return what the queries of one part may see of the keys of another, (B or 1, 1, t, t); None: everything."""
+        mask = None
+        if self.core.causal and query == key:
+            mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
+        if self.documents is not None:
+            same = (self.documents[:, query, :, None] == self.documents[:, key, None, :])[:, None]
+            mask = same if mask is None else same & mask.to(same.device)
+        return mask
+
+    def kept(self, query: int, key: int, like: Tensor) -> Tensor | None:  # (B, H, t, t)
+        """Return the dropout mask of the weights of a pair of parts; None: no dropout."""
+        dropout = self.core.dropout
+        if self.dropout_keys is None or not dropout.probability:
+            return None
+        mask = torch.empty_like(like)
+        for sequence, sample in zip(mask, self.dropout_keys):
+            dropout.draw(sequence, sample, f"{dropout.path}.{query}.{key}")
+        return mask.div_(1.0 - dropout.probability)
+
+
+class PartAttention(Function):
+    """Attention of this rank's query parts to all key parts: (B, H, n, K), 2 x (B, G, n, K) -> (B, H, n, K). Collective over the
+    context axis, in forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, masks: PartMasks, axis: SequenceAxis, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            queries = dict(zip(axis.local_parts, axis.split(q, 2)))
+            pairs = (torch.stack(pair) for pair in zip(axis.split(k, 2), axis.split(v, 2)))
+            ring = KeyValueRing(axis, dict(zip(axis.local_parts, pairs)), masks.core.causal)
+            merged: dict[int, tuple[Tensor, Tensor]] = {}
+            for step, blocks in enumerate(ring.steps()):
+                for part, block in blocks.items():
+                    result = attend(queries[part], *block, masks, part, (part - step) % axis.parts)
+                    merged[part] = merge(*merged[part], *result) if part in merged else result
+            outputs, sums = zip(*(merged[part] for part in axis.local_parts))
+            outputs = [x.to(q.dtype) for x in outputs]
+        ctx.masks, ctx.axis, ctx.own = masks, axis, ring.own
+        ctx.save_for_backward(*queries.values(), *outputs, *sums)
+        return torch.cat(outputs, dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        axis, masks, count, saved = ctx.axis, ctx.masks, len(ctx.axis.local_parts), ctx.saved_tensors
+        with torch.autocast(gradient.device.type, enabled=False):
+            groups = axis.split(gradient, 2), saved[:count], saved[count : 2 * count], saved[2 * count :]
+            forward = dict(zip(axis.local_parts, zip(*groups)))
+            ring = KeyValueRing(axis, ctx.own, masks.core.causal)
+            queries: dict[int, Tensor] = {}
+            for step, blocks in enumerate(ring.steps()):
+                contributions = {}
+                for part, block in blocks.items():
+                    own, *others = attend_backward(*forward[part], *block, masks, part, (part - step) % axis.parts)
+                    wide = own if own.dtype == torch.float64 else own.float()
+                    queries[part] = queries[part].add_(wide) if part in queries else wide
+                    contributions[part] = torch.stack(others)
+                ring.add_gradients(step, contributions)
+            keys_values = ring.finish_gradients()
+            dq = torch.cat([queries[part] for part in axis.local_parts], dim=2)
+            dk, dv = torch.cat([keys_values[part] for part in axis.local_parts], dim=3)
+        return None, None, *(x.to(gradient.dtype) for x in (dq, dk, dv))
+
+
+def merge(y: Tensor, log_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the attention to the keys of two blocks together: (B, H, t, K), (B, H, t) of each."""
+    total = torch.logaddexp(log_sum, other_sum)
+    finite = total.where(total > -math.inf, 0.0)
+    return y * (log_sum - finite).exp()[..., None] + other * (other_sum - finite).exp()[..., None], total
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, masks: PartMasks, query: int, key: int) -> tuple[Tensor, Tensor]:
+    """Return the attention of a query part (B, H, t, K) to the keys and values of a part, 2 x (B, G, t, K), in float32 or wider,
+    and the logarithms of the sums of exponentials, (B, H, t): -inf for a query that sees none of the keys."""
+    if is_fused(q, masks):
+        mask, is_causal = fused_mask(q, masks, query, key)
+        y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)
+        if mask is not None:  # the kernel returns 0 for a query that sees no key
+            log_sum = log_sum.masked_fill((mask == -math.inf).all(dim=-1), -math.inf)
+        return y if y.dtype == torch.float64 else y.float(), log_sum
+    scores = visible_scores(q, k, masks, query, key)
+    log_sum = scores.logsumexp(dim=-1)
+    weights = (scores - log_sum.where(log_sum > -math.inf, 0.0)[..., None]).exp()
+    kept = masks.kept(query, key, weights)
+    weights = weights if kept is None else weights * kept
+    return (weights.to(q.dtype) @ repeat_groups(v, q)).to(scores.dtype), log_sum
+
+
+def attend_backward(
+    gradient: Tensor, q: Tensor, y: Tensor, log_sum: Tensor, k: Tensor, v: Tensor, masks: PartMasks, query: int, key: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the contributions of a pair of parts to the gradients of q, k and v. `y`, `log_sum`: attention to all keys."""
+    if is_fused(q, masks):
+        mask, is_causal = fused_mask(q, masks, query, key)
+        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return flash_backward(gradient, q, k, v, y, log_sum, 0.0, is_causal, attn_mask=mask)
+    scores = visible_scores(q, k, masks, query, key)
+    weights = (scores - log_sum.where(log_sum > -math.inf, 0.0)[..., None]).exp()
+    kept = masks.kept(query, key, weights)
+    dropped = weights if kept is None else weights * kept
+    dv = dropped.to(q.dtype).transpose(-1, -2) @ gradient
+    d_weights = (gradient @ repeat_groups(v, q).transpose(-1, -2)).to(scores.dtype)
+    delta = (gradient.to(scores.dtype) * y.to(scores.dtype)).sum(dim=-1, keepdim=True)
+    d_scores = weights * ((d_weights if kept is None else d_weights * kept) - delta) / math.sqrt(q.shape[-1])
+    d_scores = d_scores.to(q.dtype)
+    dq, dk = d_scores @ repeat_groups(k, q), d_scores.transpose(-1, -2) @ q
+    return dq, *(x.unflatten(1, (k.shape[1], -1)).sum(dim=2) for x in (dk, dv))
+
+
+def is_fused(q: Tensor, masks: PartMasks) -> bool:
+    """Return whether torch's fused kernel can compute the attention: on a CPU, without dropout."""
+    return q.device.type == "cpu" and not (masks.dropout_keys is not None and masks.core.dropout.probability)
+
+
+def fused_mask(q: Tensor, masks: PartMasks, query: int, key: int) -> tuple[Tensor | None, bool]:
+    """Return the mask to be added to scores, and whether attention is causal beside it."""
+    if masks.documents is None:
+        return None, masks.core.causal and query == key
+    visible = masks.visible(query, key, q.shape[2])
+    assert visible is not None
+    return q.new_zeros(visible.shape).masked_fill_(~visible, -math.inf), False
+
+
+def visible_scores(q: Tensor, k: Tensor, masks: PartMasks, query: int, key: int) -> Tensor:  # (B, H, t, t)
+    scores = (q @ repeat_groups(k, q).transpose(-1, -2) / math.sqrt(q.shape[-1])).to(torch.promote_types(q.dtype, torch.float32))
+    visible = masks.visible(query, key, q.shape[2])
+    return scores if visible is None else scores.masked_fill(~visible.to(q.device), -math.inf)
+
+
+def repeat_groups(x: Tensor, q: Tensor) -> Tensor:  # (B, G, t, K) -> (B, H, t, K)
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
