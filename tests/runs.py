@@ -99,7 +99,8 @@ def build_train_model(config: Config, comm: Comm, checks_calls: bool = False, al
 def eval_loss(model: TrainModel, total: int) -> float:
     """Return the loss of `total` microbatches that no step uses. Collective."""
     source = RandomTokens(model.config)
-    return total_loss(model.forward(total, lambda m: source.training_batch(1000, m)), total, model.mesh.world, model.sequence.parts)
+    losses = model.forward(total, lambda m: source.training_batch(1000, m))
+    return total_loss(losses, total, model.mesh.world, model.sequence.parts)
 
 
 def train_steps(config: Config, comm: Comm, steps: int = 2, **options: Any) -> Outcome:

@@ -5,12 +5,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from mpilm.checkpoint.format import MANIFEST, list_checkpoints
-from mpilm.config.schema import ModelConfig, order_lora_targets
+from mpilm.config.schema import PART_SETTINGS, ModelConfig, order_lora_targets
 from mpilm.data.files import read_json
 from mpilm.errors import ConfigError, FileError
 from mpilm.model.hf.config import ADAPTER_CONFIG, add_hf_adapter, read_base_model, read_hf_config
 
-USER_SETTABLE = ("dropout", "router_loss", "tensor_parts", "base")  # not part of a folder's shape
+USER_SETTABLE = ("dropout", "router_loss", *PART_SETTINGS, "base")  # not part of a folder's shape
 ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_targets")  # user-settable unless the folder holds an adapter
 
 

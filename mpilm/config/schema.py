@@ -92,8 +92,8 @@ class ModelConfig:
     # Number of parts into which heads, feed-forward width, vocabulary and tokens are divided. 0: as in the checkpoint to resume
     # from, else parallel.tensor. Part of the result: with equal parts, any parallel.tensor that divides them gives equal bits.
     tensor_parts: Count = 0
-    # Number of parts into which each sequence is divided. 0: as in the checkpoint to resume from, else two for each of the ranks
-    # of parallel.context, or one part if that is 1. Part of the result, as tensor-parts is.
+    # Number of parts into which each sequence is divided. 0: as in the checkpoint to resume from, else twice parallel.context,
+    # or 1 if that is 1. Part of the result, as tensor-parts is.
     sequence_parts: Count = 0
     norm_eps: PositiveFloat = 1e-5  # Epsilon of the normalization layers.
     lora_rank: Width = 0  # Train LoRA adapters of this rank and freeze the model in init-from; 0: train the model.
@@ -176,7 +176,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Parallel layout. Only powersgd-rank and sync-every change the result; wire-dtype, tensor and context may change its last bits."""
+    """Parallel layout. Only powersgd-rank and sync-every change the result; wire-dtype, tensor and context may change its last
+    bits."""
 
     pipeline: PositiveCount = 1  # Pipeline stages that the layers are divided over; the remaining ranks are data parallel.
     tensor: PositiveCount = 1  # Tensor-parallel ranks: they divide the matrices of each layer, and the tokens between layers.
@@ -297,6 +298,21 @@ def tensor_part_count(config: Config) -> int:
 def sequence_part_count(config: Config) -> int:
     """Return the number of sequence parts: as stated, else two for each rank of the context axis."""
     return config.model.sequence_parts or (2 * config.parallel.context if config.parallel.context > 1 else 1)
+
+
+PART_SETTINGS = ("tensor_parts", "sequence_parts")  # of the model; a resumed run keeps them
+
+
+def state_parts(config: Config) -> Config:
+    """Return the config with its numbers of parts stated."""
+    tensor, sequence = tensor_part_count(config), sequence_part_count(config)
+    return replace(config, model=replace(config.model, tensor_parts=tensor, sequence_parts=sequence))
+
+
+def can_divide_parts(parts: int, ranks: int) -> bool:
+    """Return whether so many ranks of the context axis can share so many sequence parts: each has a subtree of their tree."""
+    each, remainder = divmod(parts, ranks)
+    return remainder == 0 and (ranks == 1 or (each > 0 and each & (each - 1) == 0))
 
 
 def replica_size(parallel: ParallelConfig) -> int:

@@ -37,9 +37,7 @@ class Batch:
         """Return the batch of some sequence parts; select(x, dim) returns their tokens from all tokens, which lie along dim."""
         tokens, targets = select(self.tokens, 1), select(self.targets, 1)
         positions = select(self.positions, self.positions.dim() - 1)
-        return replace(
-            self, tokens=tokens, targets=targets, positions=positions, parts=tuple(parts), part_count=part_count
-        )
+        return replace(self, tokens=tokens, targets=targets, positions=positions, parts=tuple(parts), part_count=part_count)
 
     def split_parts(self, x: Tensor) -> list[Tensor]:  # (B, T, ...) -> of each part (B, T / parts, ...)
         return [part.contiguous() for part in x.unflatten(1, (len(self.parts), -1)).unbind(1)] if len(self.parts) > 1 else [x]

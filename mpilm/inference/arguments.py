@@ -25,6 +25,13 @@ class InferenceParallel:
 
 
 @dataclass(frozen=True)
+class EvaluateParallel(InferenceParallel):
+    """Parallel layout; the windows are divided among the replicas of the model."""
+
+    context: PositiveInt = 1  # Ranks that share the tokens of each window; must divide the ranks.
+
+
+@dataclass(frozen=True)
 class InferenceCompute:
     """Precision and devices."""
 
@@ -71,7 +78,7 @@ class EvaluateArguments:
 
     model: EvaluateModel = field(default_factory=EvaluateModel)
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: InferenceParallel = field(default_factory=InferenceParallel)
+    parallel: EvaluateParallel = field(default_factory=EvaluateParallel)
     train: EvaluateCompute = field(default_factory=EvaluateCompute)
     run: EvaluateOutput = field(default_factory=EvaluateOutput)
     documents: bool = False  # Score each document separately and write the scores to documents.jsonl.

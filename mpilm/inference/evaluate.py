@@ -63,7 +63,7 @@ def group_windows(sizes: np.ndarray, max_rows: int) -> list[tuple[int, int]]:
 
 
 def row_scores(logits: Logits, batch: Batch) -> Tensor:
-    """Return the sum of losses, correct predictions and targets of each row, (B, 3) float64."""
+    """Return the sum of losses, correct predictions and targets of each row, for each sequence part, (S, B, 3) float64."""
     if isinstance(logits, PartLogits):
         losses, best = logits.losses(batch.targets), logits.argmax()
     else:
@@ -71,7 +71,8 @@ def row_scores(logits: Logits, batch: Batch) -> Tensor:
         losses, best = F.cross_entropy(flat, targets, ignore_index=IGNORE_INDEX, reduction="none"), logits.argmax(dim=-1)
     correct = best == batch.targets
     counted = batch.targets != IGNORE_INDEX
-    return torch.stack([x.double().sum(dim=1) for x in (losses.view_as(batch.targets), correct, counted)], dim=1)
+    scores = torch.stack([losses.view_as(batch.targets).double(), correct.double(), counted.double()], dim=-1)  # (B, n, 3)
+    return batch.place_parts([part.sum(dim=1) for part in batch.split_parts(scores)])
 
 
 def score_windows(model: PipelinedModel, corpus: Corpus, windows: EvalWindows, objective: Objective) -> np.ndarray:
@@ -88,11 +89,11 @@ def score_windows(model: PipelinedModel, corpus: Corpus, windows: EvalWindows, o
         tokens, targets = objective(texts, [mix_key(MASK_KEY, n) for n in numbers.tolist()])
         return Batch.from_arrays(tokens=tokens, targets=targets, positions=np.arange(tokens.shape[1]), samples=numbers)
 
-    table = torch.zeros(len(windows.start), 3, dtype=torch.float64)
+    table = torch.zeros(model.sequence.parts, len(windows.start), 3, dtype=torch.float64)
     for m, scores in model.forward(len(groups), fetch, row_scores).items():
-        table[slice(*groups[m])] = scores.cpu()
+        table[:, slice(*groups[m])] = scores.cpu()
     model.mesh.world.all_reduce(table)  # each row meets only zeros: exact
-    return table.numpy()
+    return table.sum(dim=0).numpy()
 
 
 def summarize_scores(table: np.ndarray, tokens: int, nbytes: float, masked: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_f
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import check_same_on_all_ranks, run_on_all_ranks
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, flatten, override, resolve_config
+from mpilm.config.schema import Config, can_divide_parts, flatten, override, replica_size, resolve_config
 from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.pipelined import PipelinedModel, load_initial_weights
 from mpilm.errors import ConfigError
@@ -22,9 +22,11 @@ def config_from_folder(config: Config, context_length: int = 0) -> Config:
     if not folder:
         raise ConfigError("--model.init-from is required: the folder of a checkpoint, RUN/checkpoints/step-NNNNNNNN")
     shape = replace(read_pretrained_config(folder, config.model.base), init_from=folder, base=config.model.base)
-    is_divisible = shape.tensor_parts % config.parallel.tensor == 0
-    parts = shape.tensor_parts if is_divisible else 0  # one for each rank, with other last bits
-    shape = replace(shape, context_length=context_length or shape.context_length, tensor_parts=parts)
+    shape = replace(shape, context_length=context_length or shape.context_length)
+    if shape.tensor_parts % config.parallel.tensor:
+        shape = replace(shape, tensor_parts=0)  # one for each rank, with other last bits
+    if not can_divide_parts(shape.sequence_parts, config.parallel.context):
+        shape = replace(shape, sequence_parts=0)
     check_pretrained_shape(shape)
     if config.data.tokenizer == "auto":
         config = override(config, data__tokenizer=find_tokenizer_folder(folder, shape.base))
@@ -46,10 +48,11 @@ def load_model(config: Config, world: Comm) -> PipelinedModel:
 
 
 def _mesh_shape(config: Config, ranks: int) -> MeshShape:
-    pipeline, tensor = config.parallel.pipeline, config.parallel.tensor
-    if ranks % (pipeline * tensor):
-        times = f" times --parallel.tensor {tensor}" * (tensor > 1)
-        raise ConfigError(f"--parallel.pipeline {pipeline}{times} does not divide {ranks} ranks")
+    pipeline, each = config.parallel.pipeline, replica_size(config.parallel)
+    sizes = {axis: getattr(config.parallel, axis) for axis in ("pipeline", "context", "tensor")}
+    if ranks % each:
+        product = " times ".join(f"--parallel.{axis} {n}" for axis, n in sizes.items() if n > 1)
+        raise ConfigError(f"{product} does not divide {ranks} ranks")
     if pipeline > config.model.n_layers:
         raise ConfigError(f"--parallel.pipeline {pipeline}: the model has {config.model.n_layers} layers, at least one a rank")
-    return MeshShape(pipeline=pipeline, data=ranks // (pipeline * tensor), tensor=tensor)
+    return MeshShape(data=ranks // each, **sizes)

@@ -50,10 +50,12 @@ class SequenceAxis:
 
 
 class KeyValueRing:
-    """Keys and values of all sequence parts, which pass the queries of this rank (ring attention; Liu et al., arXiv 2310.01889),
-    and the gradients that come back. In step t = 0 .. S-1 query part i meets key part (i - t) modulo S, or none if that is later
-    and attention is causal; so each key part meets the query parts in ascending order, and each query part the key parts in
-    descending order, from its own on. `own`: keys and values of this rank's parts. Collective over the context axis."""
+    """Keys and values of all sequence parts, which pass the queries of this rank, and the gradients that come back (ring
+    attention; Liu et al., arXiv 2310.01889).
+
+    In step t = 0 .. S-1 query part i meets key part (i - t) modulo S, or none if that is later and attention is causal. So each
+    query part meets the key parts in descending order, from its own on, and each key part the query parts in ascending order.
+    `own`: keys and values of this rank's parts. Collective over the context axis."""
 
     def __init__(self, axis: SequenceAxis, own: Mapping[int, Tensor], causal: bool):
         self.axis, self.own, self.causal = axis, own, causal

@@ -74,8 +74,8 @@ class PartMasks:
 
 
 class PartAttention(Function):
-    """Attention of this rank's query parts to all key parts: (B, H, n, K), 2 x (B, G, n, K) -> (B, H, n, K). Collective over the
-    context axis, in forward and backward."""
+    """Attention of this rank's query parts to all key parts: (B, H, n, K), 2 x (B, G, n, K) -> (B, H, n, K). Forward and
+    backward are collective over the context axis."""
 
     @staticmethod
     def forward(ctx: Any, masks: PartMasks, axis: SequenceAxis, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -86,10 +86,10 @@ class PartAttention(Function):
             merged: dict[int, tuple[Tensor, Tensor]] = {}
             for step, blocks in enumerate(ring.steps()):
                 for part, block in blocks.items():
-                    result = attend(queries[part], *block, masks, part, (part - step) % axis.parts)
+                    result = attend(queries[part], block, masks, part, (part - step) % axis.parts)
                     merged[part] = merge(*merged[part], *result) if part in merged else result
-            outputs, sums = zip(*(merged[part] for part in axis.local_parts))
-            outputs = [x.to(q.dtype) for x in outputs]
+            outputs = [merged[part][0].to(q.dtype) for part in axis.local_parts]
+            sums = [merged[part][1] for part in axis.local_parts]
         ctx.masks, ctx.axis, ctx.own = masks, axis, ring.own
         ctx.save_for_backward(*queries.values(), *outputs, *sums)
         return torch.cat(outputs, dim=2)
@@ -105,7 +105,7 @@ class PartAttention(Function):
             for step, blocks in enumerate(ring.steps()):
                 contributions = {}
                 for part, block in blocks.items():
-                    own, *others = attend_backward(*forward[part], *block, masks, part, (part - step) % axis.parts)
+                    own, *others = attend_backward(forward[part], block, masks, part, (part - step) % axis.parts)
                     wide = own if own.dtype == torch.float64 else own.float()
                     queries[part] = queries[part].add_(wide) if part in queries else wide
                     contributions[part] = torch.stack(others)
@@ -123,9 +123,10 @@ def merge(y: Tensor, log_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple
     return y * (log_sum - finite).exp()[..., None] + other * (other_sum - finite).exp()[..., None], total
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, masks: PartMasks, query: int, key: int) -> tuple[Tensor, Tensor]:
-    """Return the attention of a query part (B, H, t, K) to the keys and values of a part, 2 x (B, G, t, K), in float32 or wider,
+def attend(q: Tensor, block: Tensor, masks: PartMasks, query: int, key: int) -> tuple[Tensor, Tensor]:
+    """Return the attention of a query part (B, H, t, K) to the keys and values of a part, (2, B, G, t, K), in float32 or wider,
     and the logarithms of the sums of exponentials, (B, H, t): -inf for a query that sees none of the keys."""
+    k, v = block
     if is_fused(q, masks):
         mask, is_causal = fused_mask(q, masks, query, key)
         y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)
@@ -141,9 +142,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, masks: PartMasks, query: int, key: i
 
 
 def attend_backward(
-    gradient: Tensor, q: Tensor, y: Tensor, log_sum: Tensor, k: Tensor, v: Tensor, masks: PartMasks, query: int, key: int
+    forward: tuple[Tensor, ...], block: Tensor, masks: PartMasks, query: int, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the contributions of a pair of parts to the gradients of q, k and v. `y`, `log_sum`: attention to all keys."""
+    """Return the contributions of a pair of parts to the gradients of q, k and v. `forward`: of the query part, the gradient
+    of its attention to all keys, its queries, that attention, and its log-sum-exps."""
+    (gradient, q, y, log_sum), (k, v) = forward, block
     if is_fused(q, masks):
         mask, is_causal = fused_mask(q, masks, query, key)
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -176,7 +179,8 @@ def fused_mask(q: Tensor, masks: PartMasks, query: int, key: int) -> tuple[Tenso
 
 
 def visible_scores(q: Tensor, k: Tensor, masks: PartMasks, query: int, key: int) -> Tensor:  # (B, H, t, t)
-    scores = (q @ repeat_groups(k, q).transpose(-1, -2) / math.sqrt(q.shape[-1])).to(torch.promote_types(q.dtype, torch.float32))
+    scores = q @ repeat_groups(k, q).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
     visible = masks.visible(query, key, q.shape[2])
     return scores if visible is None else scores.masked_fill(~visible.to(q.device), -math.inf)
 

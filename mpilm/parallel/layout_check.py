@@ -3,6 +3,7 @@
 from mpilm.config.check import check_config, nearest_multiple
 from mpilm.config.schema import (
     Config,
+    can_divide_parts,
     microbatch_count,
     override,
     replica_size,
@@ -84,8 +85,8 @@ def _find_parts_problem(config: Config, ranks: int) -> Problem | None:
             return f"--parallel.{axis} {size} does not divide {count}", [nearest, [(f"start {more} ranks", {}, more)]]
         if parts % size:
             return f"--parallel.{axis} {size} does not divide --model.{setting}-parts {parts}", [nearest]
-        if axis == "context" and size > 1 and (each := parts // size) & (each - 1):
-            reason = f"{each} of {parts} sequence parts for each rank of --parallel.context {size} are no power of two"
+        if axis == "context" and not can_divide_parts(parts, size):
+            reason = f"{parts // size} of {parts} sequence parts for each rank of --parallel.context {size} are no power of two"
             return reason, [[(f"the nearest that works: {n}", {"parallel__context": n}, ranks) for n in sizes]]
     if (length := config.model.context_length) % (tensor_parts * sequence_parts):
         near = nearest_multiple(length, tensor_parts * sequence_parts)
@@ -144,7 +145,7 @@ def _find_data_problem(config: Config, ranks: int) -> Problem | None:
         axes = " and ".join(f"--parallel.{axis} {n}" for axis in ("pipeline", "tensor") if (n := getattr(parallel, axis)) > 1)
         one = f"{rank_count}{f' with {axes}' * bool(axes)} leave{'s' * (ranks == 1)} 1"
         without = [("write --parallel.zero 0", {"parallel__zero": 0}, ranks)]
-        reason = f"--parallel.zero {parallel.zero} shards over the data- and context-parallel ranks, and {one}"
+        reason = f"--parallel.zero {parallel.zero} shards over the data-parallel ranks, and {one}"
         return reason, [without, [(f"start {2 * each} ranks", {}, 2 * each)]]
     count = replica_microbatch_count(config, MeshShape(pipeline=pipeline, data=data))
     misfit = find_schedule_problem(parallel.schedule, pipeline, parallel.chunks, count)

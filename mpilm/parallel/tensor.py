@@ -143,7 +143,7 @@ def _by_sequence_part(
     inputs: Sequence[Tensor],
     info: SequenceInfo,
 ) -> Sequence[Tensor]:
-    """Return function(inputs, info) of each sequence part, concatenated. All parameters of `module` have one gradient for each."""
+    """Return the concatenated function(inputs, info) of sequence parts. Parameters of `module` have a gradient for each."""
     sequence = axis.sequence
     if sequence.parts == 1 or not sequence.sliced:
         return function(inputs, info)
@@ -283,7 +283,7 @@ def _divide_tokens(module: Any, axis: TensorAxis, names: Sequence[str] = ()) -> 
     elif isinstance(module, MixtureOfExperts):
         forward = module.forward
         module.forward = lambda x, info: _by_sequence_part(  # type: ignore[method-assign]
-            module, axis, lambda inputs, info: [forward(*inputs, info)], [x], info
+            module, axis, lambda inputs, info: [forward(inputs[0], info)], [x], info
         )[0]
     elif names:
         forward = module.forward
@@ -306,11 +306,9 @@ def _call_by_slice(
         module._parameters.update(zip(names, parameters))
 
 
-def _by_slice(
-    axis: TensorAxis, function: Callable[..., Tensor], parameters: Sequence[Any], x: Tensor, dim: int = 1
-) -> Tensor:
-    """Return the concatenated function(slice, *parameters) of this rank's slices of x along `dim`. A parameter may be a tuple of
-    its aliases for the slices. Collective in backward."""
+def _by_slice(axis: TensorAxis, function: Callable[..., Tensor], parameters: Sequence[Any], x: Tensor, dim: int = 1) -> Tensor:
+    """Return the concatenated function(slice, *parameters) of this rank's slices of x along `dim`. A parameter may be given as
+    its aliases for the slices, a tuple. Collective in backward."""
     if not axis.sliced:
         return function(x, *(each[0] if isinstance(each, tuple) else each for each in parameters))
     aliases = zip(

@@ -9,7 +9,7 @@ import torch
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.config.schema import Config, override, tensor_part_count
+from mpilm.config.schema import Config, override, state_parts
 from mpilm.engine.hardware import Hardware, software_versions
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.errors import ConfigError
@@ -43,7 +43,7 @@ def choose_layout(config: Config, vocab_size: int, hardware: Hardware, world: Co
             raise ConfigError("--parallel.auto plans for training full models: remove it or --model.lora-rank")
         profile = read_profile(config.parallel.auto, "--parallel.auto")
         _check_same_machine(profile, hardware, world)
-        planned = override(base, model__tensor_parts=tensor_part_count(base))  # no layout decides what the run computes
+        planned = state_parts(base)  # no layout decides what the run computes
         try:
             found, _ = search(PlannedJob(planned, vocab_size, profile, ranks_per_node), world.size)
         except ConfigError as error:

@@ -45,7 +45,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     mesh = Mesh(shape, instrument(world, checks_calls=True), world.recorder)
     content = _digest_content(config, data, world)
     folder = open_run_folder(config, content, numerics_environment(hardware, world, config.parallel), world, recovered)
-    config = override(config, model__tensor_parts=folder.tensor_parts)
+    config = override(config, folder.parts)
     try:
         alignment = _common_alignment(config, mesh.world, hardware)
         blocks_per_stage = partition_model(config, mesh, vocab_size, hardware.device)

@@ -93,8 +93,9 @@ def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
     parallel, shape = run.config.parallel, run.mesh.shape
     sizes = [f"{axis} {size}" for axis, size in zip(AXES, shape.sizes) if size > 1 or axis == "data"]
     yield "layout", " x ".join(sizes) + (f", ZeRO-{parallel.zero}" if parallel.zero else "")
-    if (parts := run.model.tensor.parts) > 1:
-        yield "", f"{parts} tensor parts, which a resumed run keeps"
+    kinds = (("tensor", run.model.tensor.parts), ("sequence", run.model.sequence.parts))
+    if parts := " and ".join(f"{count} {kind} parts" for kind, count in kinds if count > 1):
+        yield "", f"{parts}, which a resumed run keeps"
     if shape.data > 1 and run.config.train.reproducible:  # otherwise nobody, or the MPI library, reduces the gradients
         yield from _reduction_rows(run)
     if run.layout_note:

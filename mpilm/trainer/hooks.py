@@ -98,7 +98,7 @@ class InMemoryCheckpointing(Hook):
     def after_step(self, event: StepEvent) -> None:
         if self.in_memory is not None:
             values = [event.result.loss, event.result.grad_norm, event.result.lr, event.result.updated]
-            trainer = self.run.bad_steps.state_dict() | {"result": values, "tensor_parts": self.run.model.tensor.parts}
+            trainer = self.run.bad_steps.state_dict() | {"result": values, "parts": dict(self.run.folder.parts)}
             self.in_memory.save(self.run.model, self.run.folder.path, event.done, trainer)
 
 

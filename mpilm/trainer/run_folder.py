@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,17 @@ from mpilm.checkpoint.manager import remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.config.parse import merge_settings, read_toml
-from mpilm.config.schema import OLD_NAMES, Config, flatten, override, result_settings, to_dict
+from mpilm.config.schema import (
+    OLD_NAMES,
+    PART_SETTINGS,
+    Config,
+    can_divide_parts,
+    flatten,
+    override,
+    result_settings,
+    state_parts,
+    to_dict,
+)
 from mpilm.data.files import write_durably
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.formatting import count_noun
@@ -21,7 +31,7 @@ from mpilm.model.layers import hash_key
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 
-NOT_SHAPE = ("model.dropout", "model.tensor_parts", "model.router_loss", "model.lora_alpha", "model.init_from")
+NOT_SHAPE = (*(f"model.{name}" for name in (*PART_SETTINGS, "dropout", "router_loss", "lora_alpha", "init_from")),)
 CONTENT_KEYS = ("data.path", "data.tokenizer", "model.init_from")  # compared by content
 NEW_CONFIG = ".config.toml.tmp"
 Facts = Mapping[str, str]  # by name
@@ -37,7 +47,7 @@ class RunFolder:
     logged: int  # the step up to which everything has been logged
     bad_steps: BadStepTracker
     notes: tuple[str, ...]  # for the header
-    tensor_parts: int  # of the model, which a resumed run keeps
+    parts: Mapping[str, int]  # of the model, by setting, which a resumed run keeps
     lock: FolderLock | None = field(default=None, compare=False)  # on rank 0
 
     def release(self) -> None:
@@ -65,11 +75,11 @@ def open_run_folder(
 def _open(
     config: Config, content: Facts, environment: Facts, recovered: RecoveredState | None, verify: Verifier
 ) -> tuple[list[Any], FolderLock]:
-    """Return path, checkpoint, step, logged step, trainer state, notes and tensor parts, and the lock."""
+    """Return path, checkpoint, step, logged step, trainer state, notes and parts, and the lock."""
     if recovered is not None:
         path, done, trainer, lock = recovered.folder, recovered.done, dict(recovered.trainer), _lock(recovered.folder)
         remove_leftovers(path / "checkpoints")
-        return [str(path), "", done, done - 1, trainer, [recovered.note], trainer["tensor_parts"]], lock
+        return [str(path), "", done, done - 1, trainer, [recovered.note], trainer["parts"]], lock
     path = _choose_path(config)
     _check_is_same_run(path, config)
     lock = _lock(path)
@@ -82,8 +92,8 @@ def _open(
         step = trainer.get("step", 0)
         if step > config.train.steps:
             raise ConfigError(f"{checkpoint} is at step {step}, past --train.steps {config.train.steps}; ask for more steps")
-        parts = _choose_tensor_parts(config, trainer)
-        notes += _prepare_folder(path, override(config, model__tensor_parts=parts), broken)
+        parts = _choose_parts(config, trainer)
+        notes += _prepare_folder(path, override(config, parts), broken)
     except BaseException:
         lock.release()
         with contextlib.suppress(OSError):
@@ -93,14 +103,23 @@ def _open(
     return [str(path), str(checkpoint or ""), step, step, trainer, notes, parts], lock
 
 
-def _choose_tensor_parts(config: Config, trainer: Mapping[str, Any]) -> int:
-    """Return the tensor parts: as stated, or those of the checkpoint with this `trainer` state, or one for each tensor rank."""
-    stored = trainer["config"]["model"].get("tensor_parts", 1) if trainer else 0
-    parts = config.model.tensor_parts or stored or config.parallel.tensor
-    if parts % config.parallel.tensor:
-        divisors = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
-        problem = f"--parallel.tensor {config.parallel.tensor} does not divide {count_noun(parts, 'tensor part')} of the run"
-        raise ConfigError(f"{problem}; write {divisors}, or choose another --run.dir for another run")
+def _choose_parts(config: Config, trainer: Mapping[str, Any]) -> dict[str, int]:
+    """Return the parts of the model, by setting: as stated, or those of the checkpoint with this `trainer` state, or as many as
+    the layout needs."""
+    model = trainer["config"]["model"] if trainer else {}
+    stored = {name: getattr(config.model, name) or model.get(name, int(bool(trainer))) for name in PART_SETTINGS}
+    stated = state_parts(replace(config, model=replace(config.model, **stored)))
+    parts = {f"model.{name}": getattr(stated.model, name) for name in PART_SETTINGS}
+    for axis, ranks, count in (
+        ("tensor", config.parallel.tensor, stated.model.tensor_parts),
+        ("context", config.parallel.context, stated.model.sequence_parts),
+    ):
+        fits = can_divide_parts if axis == "context" else (lambda parts, ranks: parts % ranks == 0)
+        if not fits(count, ranks):
+            possible = ", ".join(str(n) for n in range(1, count + 1) if fits(count, n))
+            kind = "tensor" if axis == "tensor" else "sequence"
+            problem = f"--parallel.{axis} {ranks} cannot share the {count_noun(count, f'{kind} part')} of the run"
+            raise ConfigError(f"{problem}; write {possible}, or choose another --run.dir for another run")
     return parts
 
 
@@ -138,8 +157,8 @@ def _choose_path(config: Config) -> Path:
         return Path(config.run.dir).expanduser()
     first_names = {new: old for old, new in OLD_NAMES.items()}  # a renamed setting must not change the name of the folder
     settings = result_settings(config) | {name: flatten(config)[name] for name in CONTENT_KEYS}
-    if settings["model.tensor_parts"] <= 1:  # unstated, or as in runs of earlier versions
-        del settings["model.tensor_parts"]
+    for name in [f"model.{name}" for name in PART_SETTINGS if getattr(config.model, name) <= 1]:
+        del settings[name]  # unstated, or as in runs of earlier versions
     key = {first_names.get(name, name): value for name, value in settings.items()}
     path = Path("runs") / f"{config.model.arch}-{hash_key(sorted(key.items())) & 0xFFFFFF:06x}"
     if config.checkpoint.resume != "never":
@@ -207,10 +226,11 @@ def _compare_with_checkpoint(
 def _check_same_result(old: Mapping[str, Any], config: Config, what: str, content: Facts | None = None) -> None:
     """Raise ConfigError naming each setting that the result depends on and that differs from the old run's."""
     new = result_settings(config) | dict(content or {})
-    if not new["model.tensor_parts"]:  # not stated: it may be anything
-        del new["model.tensor_parts"]
+    for name in [f"model.{name}" for name in PART_SETTINGS]:
+        old = {**old, name: old[name] or 1}  # runs of earlier versions state none
+        if not new[name]:  # not stated: it may be anything
+            del new[name]
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
-    old = {**old, "model.tensor_parts": old["model.tensor_parts"] or 1}  # runs of earlier versions state none
     if changed := [k for k in new if k in old and old[k] != new[k] and k not in allowed]:
         rows = "".join(f"\n  {key}: was {_format_value(key, old[key])}, now {_format_value(key, new[key])}" for key in changed)
         advice = f"Choose another --run.dir for another run{_suggest_change(changed)}"

@@ -6,14 +6,17 @@ from unittest import mock
 
 import pytest
 import torch
+from part_models import VOCAB, dot, draw, draw_batch, family_config
 from runs import CPU, FAMILIES, small_config
 from thread_ranks import run_ranks
 
+from mpilm.comm.base import SelfComm
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.model.families import initial_std, initial_value
 from mpilm.model.flops import activation_bytes
 from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
+from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tensor_axis import (
     AllGatherTokens,
     ReduceScatterOutputs,
@@ -28,16 +31,7 @@ from mpilm.parallel.layout import select_parts
 from mpilm.parallel.plan import cut_of
 from mpilm.parallel.tensor import PartLogits, divide_model, gather_parts, slice_part
 
-VOCAB = 131  # does not divide by the parts
 SHARED = 100  # a number that names no rank: values that all ranks have
-
-
-def draw(*key_and_shape, shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(hash(key_and_shape) % 2**31), dtype=torch.float64)
-
-
-def dot(xs, ys):
-    return sum(float((x * y).sum()) for x, y in zip(xs, ys, strict=True))
 
 
 @pytest.mark.parametrize("sliced", [True, False])
@@ -49,8 +43,8 @@ def test_operators_and_their_gradients_are_adjoint(size, parts, sequence_parts, 
     tokens = 3 * parts * sequence_parts
 
     def body(comm):
-        axis = TensorAxis(comm, parts, sequence_parts)
-        axis.sliced = sliced
+        axis = TensorAxis(comm, parts, SequenceAxis(SelfComm(), sequence_parts))
+        axis.sequence.sliced = sliced
         own_shape, full_shape = (2, axis.count_own(tokens), 5), (2, tokens, 5)
         x = draw(1, comm.rank if sliced else SHARED, shape=own_shape).requires_grad_()
         uses = [draw(2, part, shape=full_shape) for part in axis.local_parts]
@@ -85,15 +79,6 @@ def test_operators_and_their_gradients_are_adjoint(size, parts, sequence_parts, 
 def test_fold_adds_in_the_order_of_the_tree(count):
     values = [torch.tensor(10.0**i) for i in range(count)]
     assert float(sum_in_tree_order(list(values))) == pytest.approx(sum(10.0**i for i in range(count)))
-
-
-def family_config(family):
-    heads = {} if family in ("gpt2", "bert") else {"model__n_kv_heads": 4}
-    return small_config(**{**FAMILIES[family], "model__n_heads": 4, "model__n_layers": 2, "model__d_model": 32} | heads).model
-
-
-def draw_batch(shape):
-    return torch.randint(0, VOCAB, (2, 2, shape.context_length), generator=torch.Generator().manual_seed(1))
 
 
 def forward(shape, dtype, axis=None, dropout_keys=None):

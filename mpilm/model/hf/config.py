@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpilm.config.check import find_limit_problem
-from mpilm.config.schema import LORA_TARGETS, Config, ModelConfig, divided_sizes, get_setting_types, resolve_config
+from mpilm.config.schema import (
+    LORA_TARGETS,
+    PART_SETTINGS,
+    Config,
+    ModelConfig,
+    divided_sizes,
+    get_setting_types,
+    resolve_config,
+)
 from mpilm.errors import ConfigError
 from mpilm.formatting import format_value
 from mpilm.model.hf.names import hf_module_name
@@ -100,8 +108,8 @@ def hf_config(model: ModelConfig, vocab_size: int, eos: int) -> dict[str, Any]:
         **spec.required,
         "torch_dtype": "float32",
     }
-    if model.tensor_parts > 1:  # not for transformers: with them mpilm computes the same bits again
-        config["tensor_parts"] = model.tensor_parts
+    # Not for transformers: with these mpilm computes the same bits again.
+    config |= {name: getattr(model, name) for name in PART_SETTINGS if getattr(model, name) > 1}
     if model.arch == "bert":
         return config | {"hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": model.dropout}
     config |= {"bos_token_id": eos, "eos_token_id": eos}
@@ -138,7 +146,7 @@ def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, 
             if scaling == "llama3":
                 settings["rope_scaling"] = tuple(float(_read(rope, key, "rope_theta")) for key in ROPE_SCALING)
         vocab_size = _read(config, "vocab_size", "vocab_size")
-        settings["tensor_parts"] = _read(config, "tensor_parts", "tensor_parts", 0)
+        settings |= {name: _read(config, name, name, 0) for name in PART_SETTINGS}
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
     model = ModelConfig(arch=spec.arch, qk_norm=name == "qwen3", **settings)  # type: ignore[arg-type]
