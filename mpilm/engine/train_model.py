@@ -23,10 +23,10 @@ from mpilm.parallel.digests import StateDigests
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_parts, select_stage, select_trained
-from mpilm.parallel.layout_check import replica_microbatch_count
+from mpilm.parallel.layout_check import reduces_in_rounds, replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.parallel.pipeline.stage import StepInputs
-from mpilm.parallel.reduce.build import build_reducer, reduces_in_rounds
+from mpilm.parallel.reduce.build import build_reducer
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
 from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
 from mpilm.parallel.reduce.step import StepReducer

@@ -43,6 +43,12 @@ def replica_microbatch_count(config: Config, shape: MeshShape) -> int:
     return -(-microbatch_count(config) // shape.data)
 
 
+def reduces_in_rounds(config: Config) -> bool:
+    """Return whether gradients are reduced for every round of microbatches: with ZeRO 2 and 3, and where each microbatch is
+    divided over the context axis, because the tree adds its parts first."""
+    return config.parallel.zero >= 2 or config.parallel.context > 1
+
+
 def partition_by_cost(config: Config, vocab_size: int) -> tuple[int, ...]:
     """Return the layers of each stage: parallel.cut if set, else balanced by FLOPs, including embedding, head and loss."""
     parallel, model = resolve_config(config).parallel, resolve_config(config).model

@@ -74,7 +74,7 @@ def make_plan(config: PlanConfig) -> str:
     run = override(run, checkpoint__every=0, run__eval_every=0)  # their seconds are not planned
     check_config(run)
     run = resolve_config(run)
-    ranks, draw = config.ranks or (run.parallel.pipeline * run.parallel.tensor,), config.draw or bool(config.svg)
+    ranks, draw = config.ranks or (schema.replica_size(run.parallel),), config.draw or bool(config.svg)
     if draw and len(ranks) > 1:
         raise ConfigError(f"--draw takes a single number of ranks, not {len(ranks)}; write --ranks {ranks[0]}")
     if draw and config.plot:
@@ -242,7 +242,7 @@ def _duration(best: Candidate, tokens: float) -> str:
 
 def growth_rows(layout: PlacedLayout) -> list[tuple[str, str, str]]:
     """Return the costs of a job of many ranks: each with what it grows with, and its size here."""
-    ranks, data, total = layout.shape.size, layout.shape.data, microbatch_count(layout.config)
+    ranks, data, total = layout.shape.size, layout.replicas, microbatch_count(layout.config)
     numel = max(sum(map(layout.numel, stages)) for stages in layout.stages_of_rank)
     buckets, on_node = ceil(numel / BUCKET), min(layout.ranks_per_node, ranks, data)
     slices = 4 * NUMBER_BYTES * buckets * data * (layout.config.parallel.zero > 0)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Literal
 
 from mpilm.config.schema import Config, ModelConfig, tensor_part_count
@@ -11,7 +12,7 @@ from mpilm.errors import FileError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import attention_flops_per_token, block_matrices, model_part, saved_floats_per_token, stage_numel
 from mpilm.parallel.flat_layout import BUCKET
-from mpilm.parallel.layout_check import replica_microbatch_count
+from mpilm.parallel.layout_check import reduces_in_rounds, replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.planner.profile import ComputeRates, MachineProfile, MemoryRates, NetworkRates, interpolate, interpolate2d, total_s
 from mpilm.planner.simulate import simulate
@@ -45,7 +46,7 @@ class StepTime:
 @dataclass(frozen=True)
 class PlacedLayout:
     """A parallel layout on a machine whose nodes are filled with ranks one after the other. Ranks that differ along the tensor
-    axis are neighbours, then those along the data axis; those of a pipeline are farthest apart."""
+    axis are neighbours, then those along the context and the data axis; those of a pipeline are farthest apart."""
 
     config: Config
     vocab_size: int
@@ -56,8 +57,13 @@ class PlacedLayout:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a microbatch."""
-        return self.config.train.micro_batch * self.config.model.context_length
+        """Tokens of a microbatch on a rank, before the tensor axis divides them."""
+        return self.config.train.micro_batch * self.config.model.context_length // self.shape.context
+
+    @property
+    def replicas(self) -> int:
+        """Ranks over which gradients are summed and ZeRO shards: those of the data and context axes."""
+        return self.shape.data * self.shape.context
 
     @property
     def step_tokens(self) -> int:
@@ -130,15 +136,15 @@ class PlacedLayout:
     @property
     def has_replicas_on_one_node(self) -> bool:
         """True if all replicas of a stage are on one node."""
-        return self.ranks_per_node % (self.shape.data * self.shape.tensor) == 0 or self.ranks <= self.ranks_per_node
+        return self.ranks_per_node % (self.replicas * self.shape.tensor) == 0 or self.ranks <= self.ranks_per_node
 
     @property
     def replicas_sharing_memory(self) -> int:
         """Replicas of a stage on each node; 1 if nodes have unequal numbers of them."""
         if self.has_replicas_on_one_node:
-            return self.shape.data
+            return self.replicas
         on_node = self.ranks_per_node // self.shape.tensor
-        return on_node if on_node and self.shape.data % on_node == 0 and self.ranks_per_node % self.shape.tensor == 0 else 1
+        return on_node if on_node and self.replicas % on_node == 0 and self.ranks_per_node % self.shape.tensor == 0 else 1
 
     def network(self, one_node: bool) -> NetworkRates | None:
         """Return the network between ranks of one node, or of several."""
@@ -223,10 +229,10 @@ def shared_memory_s(network: NetworkRates, ranks: int, numel: float, gather: boo
 
 def reduce_s(layout: PlacedLayout, stage: int) -> float:
     """Return the seconds of summing a stage's gradient over the replicas once a step (ZeRO 0 and 1)."""
-    parallel, data, numel = layout.config.parallel, layout.shape.data, layout.numel(stage)
+    parallel, data, numel = layout.config.parallel, layout.replicas, layout.numel(stage)
     per_node = max(1, layout.ranks_per_node // layout.shape.tensor)  # replicas
     network, within = layout.network(layout.has_replicas_on_one_node), layout.machine.within
-    if data == 1 or network is None or parallel.zero >= 2:
+    if data == 1 or network is None or reduces_in_rounds(layout.config):
         return 0.0
     sent_s = collective_s(network, "exchange", data, numel)
     gather_s = collective_s(network, "gather", data, numel)
@@ -276,13 +282,29 @@ def tensor_s(layout: PlacedLayout) -> ActionTimes:
     return times
 
 
+def context_s(layout: PlacedLayout) -> ActionTimes:
+    """Return the seconds in which attention exchanges keys and values, or heads, in each action; in a ring half of it is hidden
+    behind products."""
+    model, context, times = layout.rank_model, layout.shape.context, ActionTimes()
+    network = layout.network(layout.ranks_per_node % (context * layout.shape.tensor) == 0)
+    queries, keys = model.n_heads * model.head_width, model.n_kv_heads * model.head_width
+    uses_heads = layout.config.parallel.context_method != "ring" and model.n_kv_heads % context == 0
+    numel = layout.tokens * (2 * queries + 2 * keys if uses_heads else keys * context)
+    forward = collective_s(network, "exchange", context, numel)
+    for stage, layers in enumerate(layout.cut):
+        backward = layers * forward * (1 + (not uses_heads) + (layout.config.train.recompute != "none"))
+        times |= {("F", stage): layers * forward, ("B", stage): backward, ("I", stage): backward, ("W", stage): 0.0}
+    return times
+
+
 def zero_s(layout: PlacedLayout) -> ActionTimes:
-    """Return the seconds that ZeRO-2 and 3 add to each action: exchanging its gradient, gathering the parameters."""
-    parallel, data, times = layout.config.parallel, layout.shape.data, ActionTimes()
+    """Return the seconds that reduction in rounds, and ZeRO-3, add to each action: exchanging its gradient, gathering the
+    parameters."""
+    parallel, data, times = layout.config.parallel, layout.replicas, ActionTimes()
     network = layout.network(layout.has_replicas_on_one_node)
     for stage in range(len(layout.cut)):
         numel, exchange_s, gather_s = layout.numel(stage), 0.0, 0.0
-        if parallel.zero >= 2:
+        if reduces_in_rounds(layout.config):
             exchange_s = WIRE_RATIO[parallel.wire_dtype] * collective_s(network, "exchange", data, numel)
             exchange_s += data * layout.memory_s("add", numel / data)
         if parallel.zero == 3:
@@ -294,14 +316,14 @@ def zero_s(layout: PlacedLayout) -> ActionTimes:
 def step_time(layout: PlacedLayout) -> StepTime:
     """Predict the seconds of a step."""
     compute, zero, pipeline = compute_s(layout), zero_s(layout), layout.stages_of_rank
-    for key, seconds in tensor_s(layout).items():
-        zero[key] += seconds  # both hold up the stage
+    for key, seconds in chain(tensor_s(layout).items(), context_s(layout).items()):
+        zero[key] += seconds  # all hold up the stage
     busy = [layout.microbatches * sum(compute[kind, stage] for stage in stages for kind in "FB") for stages in pipeline]
     busy_s = sum(busy) / len(busy)
     sharding_s = layout.microbatches * sum(zero[kind, stage] for kind, stage in zero if kind in "FB") / len(busy)
     numel = [sum(map(layout.numel, stages)) for stages in pipeline]
     weights = numel[busy.index(max(busy))] if layout.config.parallel.zero in (1, 2) else 0  # gathered after the update
-    gather_s = collective_s(layout.network(layout.has_replicas_on_one_node), "gather", layout.shape.data, weights)
+    gather_s = collective_s(layout.network(layout.has_replicas_on_one_node), "gather", layout.replicas, weights)
     exposed_s = max(sum(_exposed_reduce_s(layout, stage, compute["B", stage]) for stage in stages) for stages in pipeline)
     agree_s, network = 0.0, layout.network(layout.ranks <= layout.ranks_per_node)
     if network is not None and layout.ranks > 1:  # three small all-reduces, for loss and norm, as high as their trees
@@ -340,7 +362,7 @@ def simulated_s(layout: PlacedLayout, times: ActionTimes, microbatches: int) -> 
 
 def _update_s(layout: PlacedLayout, numel: int) -> float:
     """Return the seconds of norm, clipping and optimizer for the stages of a rank."""
-    shard = numel / layout.shape.data
+    shard = numel / layout.replicas
     updated = shard if layout.config.parallel.zero else numel
     scale_s = layout.memory_s("scale", updated) if layout.config.train.clip_norm else 0.0
     return layout.memory_s("norm", shard) + scale_s + layout.memory_s("adamw", updated)

@@ -9,6 +9,7 @@ from mpilm.config.schema import Config, microbatch_count, tensor_part_count
 from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_numel, parameter_count
 from mpilm.ops.tree import block_of_rank, count_buffers, plan_accumulation, plan_block_accumulation, plan_merges
 from mpilm.parallel.flat_layout import BUCKET
+from mpilm.parallel.layout_check import reduces_in_rounds
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.planner.cost import MMAP_THRESHOLD_BYTES, WIRE_RATIO, PlacedLayout
@@ -30,7 +31,7 @@ def step_bytes(
 ) -> dict[str, int]:
     """Return the peak bytes of a step on a rank that has these stages of the cut and runs this program."""
     model, train, tensor, last = config.model, config.train, config.parallel.tensor, len(cut) - 1
-    tokens, of_stage = train.micro_batch * model.context_length, dict[int, dict[str, int]]()
+    tokens, of_stage = train.micro_batch * model.context_length // config.parallel.context, dict[int, dict[str, int]]()
     for stage in stages:
         part = cut[stage], stage == 0, stage == last
         of_stage[stage] = activation_bytes(
@@ -99,7 +100,7 @@ def persistent_bytes(layout: PlacedLayout, stages: Sequence[int]) -> dict[str, i
 
 
 def _stage_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
-    config, data, gradients, zero = layout.config, layout.shape.data, layout.numel(stage), layout.config.parallel.zero
+    config, data, gradients, zero = layout.config, layout.replicas, layout.numel(stage), layout.config.parallel.zero
     tied = config.model.tie_embeddings and stage == len(layout.cut) - 1
     owned = gradients - tied * layout.rank_vocab_size * layout.rank_model.d_model
     weights = gradients if tied and (stage > 0 or zero == 3) else owned  # with a copy of the matrix of another stage
@@ -108,26 +109,29 @@ def _stage_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
         moments += owned - layout.cut[stage] * block_numel(layout.rank_model)
     if config.parallel.sync_every:
         moments += 2 * weights  # the anchor weights and the outer momentum
-    reduced = _zero_gradient_floats(layout, stage) if zero >= 2 else _gradient_floats(layout, stage)
+    reduced = _round_gradient_floats(layout, stage) if reduces_in_rounds(config) else _gradient_floats(layout, stage)
     return {"weights": weights / (data if zero == 3 else 1), "moments": moments / (data if zero else 1), **reduced}
 
 
-def _zero_gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
-    """Return the floats of gradients that are reduced in each round of microbatches (ZeRO-2 and 3)."""
-    model, data, first, last = layout.rank_model, layout.shape.data, stage == 0, stage == len(layout.cut) - 1
+def _round_gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
+    """Return the floats of gradients that are reduced in each round of microbatches."""
+    model, data, first, last = layout.rank_model, layout.replicas, stage == 0, stage == len(layout.cut) - 1
     matrix, (embedding, head) = layout.rank_vocab_size * model.d_model, embedding_and_head_numel(model, layout.rank_vocab_size)
     units = [first * embedding, *[block_numel(model)] * layout.cut[stage], *[matrix, head - matrix] * last]
     passing = max(matrix * (first or last), model.d_model * model.d_ff)
+    if layout.config.parallel.zero < 2:
+        units = [layout.numel(stage)]  # reduced at once
     if layout.config.parallel.zero == 3:
         passing += max(a + b for a, b in zip(units, [*units[1:], 0]))  # a unit, and the next one prefetched
     slices = 2 * data * -(-min(BUCKET, max(units)) // data)
-    gradients = _round_buffers(data, microbatch_count(layout.config)) * layout.numel(stage) / data
+    buffers = _round_buffers(layout.shape.data, microbatch_count(layout.config))
+    gradients = (buffers / data + (layout.config.parallel.zero == 0) * (1 - 1 / data)) * layout.numel(stage)
     return {"gradients": gradients, "exchange": max(units) + slices, "passing": passing}
 
 
 def _gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
     """Return the floats of gradients that are reduced once a step."""
-    config, parallel, data, gradients = layout.config, layout.config.parallel, layout.shape.data, layout.numel(stage)
+    config, parallel, data, gradients = layout.config, layout.config.parallel, layout.replicas, layout.numel(stage)
     if parallel.sync_every or parallel.powersgd_rank or not config.train.reproducible:  # no fixed order: one buffer
         compressed = parallel.powersgd_rank and not parallel.sync_every and data > 1
         return {"gradients": gradients, "exchange": gradients if compressed else 0.0, "passing": 0.0}

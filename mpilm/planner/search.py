@@ -7,7 +7,16 @@ from itertools import product
 from typing import Any
 
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, ParallelConfig, divided_sizes, flatten, override, resolve_config
+from mpilm.config.schema import (
+    Config,
+    ParallelConfig,
+    can_divide_parts,
+    divided_sizes,
+    flatten,
+    override,
+    replica_size,
+    resolve_config,
+)
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun, format_bytes
 from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
@@ -16,12 +25,13 @@ from mpilm.planner.memory import rank_bytes
 from mpilm.planner.profile import MachineProfile
 
 CHUNKS = (2, 4, 8)
+MIN_PART_TOKENS = 512  # of a sequence part: shorter ones are not tried unless the axis is stated
 SHOWN_REASONS = 6
 TIE = 1.01  # times the fastest: closer than predictions are accurate
 USABLE_MEMORY = 0.95  # the system needs the rest
 LAYOUT_DEFAULTS = {
-    "parallel.pipeline": (1,), "parallel.tensor": (1,), "parallel.schedule": ("1f1b",), "parallel.chunks": (1, 2),
-    "parallel.zero": (0,), "train.recompute": ("none",),
+    "parallel.pipeline": (1,), "parallel.tensor": (1,), "parallel.context": (1,),
+    "parallel.schedule": ("1f1b",), "parallel.chunks": (1, 2), "parallel.zero": (0,), "train.recompute": ("none",),
 }  # fmt: skip
 
 
@@ -97,7 +107,15 @@ def search(job: PlannedJob, ranks: int) -> tuple[list[Candidate], dict[str, str]
 
     def preference(each: Candidate) -> tuple[float, ...]:  # of layouts about as fast as the fastest, the simplest
         time_s, parallel = each.time.total_s, each.config.parallel
-        return max(time_s, TIE * fastest_s), parallel.tensor, parallel.pipeline, parallel.zero, parallel.chunks, time_s
+        return (
+            max(time_s, TIE * fastest_s),
+            parallel.context,
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.zero,
+            parallel.chunks,
+            time_s,
+        )
 
     return sorted(candidates, key=preference), rejected
 
@@ -121,25 +139,35 @@ def _enumerate_layouts(job: PlannedJob, ranks: int) -> Iterator[Config]:
     within_node = (t for t in divisors if job.ranks_on_node(ranks) % t == 0)
     tensors = [t for t in within_node if all(size % t == 0 for size in divided)]
     pipelines = [p for p in divisors if p <= layers] + too_many
-    for tensor, pipeline in product(fixed.get("tensor", tensors), fixed.get("pipeline", pipelines)):
-        if tensor > 1 and ranks % (tensor * pipeline) and "tensor" not in fixed:
+    longest = model.context_length // (2 * MIN_PART_TOKENS)
+    contexts = [c for c in divisors if c <= max(1, longest) and can_divide_parts(model.sequence_parts or 2 * c, c)]
+    axes = fixed.get("tensor", tensors), fixed.get("context", contexts), fixed.get("pipeline", pipelines)
+    for tensor, context, pipeline in product(*axes):
+        if tensor * context > 1 and ranks % (tensor * context * pipeline) and not {"tensor", "context"} & fixed.keys():
             continue
         schedules = ["1f1b", "gpipe", "interleaved", "zero-bubble"] if pipeline > 1 else ["1f1b"]
         zeros = [0, 1, 2, 3] if ranks // (pipeline * tensor) > 1 and job.config.train.reproducible else [0]
         for schedule in fixed.get("schedule", schedules):
             chunks = [c for c in CHUNKS if c * pipeline <= layers] or [2] if schedule == "interleaved" else [1]
             for chunk, zero in product(fixed.get("chunks", chunks), fixed.get("zero", zeros)):
-                layout = {"tensor": tensor, "pipeline": pipeline, "schedule": schedule, "chunks": chunk, "zero": zero}
+                layout = {
+                    "tensor": tensor,
+                    "context": context,
+                    "pipeline": pipeline,
+                    "schedule": schedule,
+                    "chunks": chunk,
+                    "zero": zero,
+                }
                 yield resolve_config(replace(job.config, parallel=replace(job.config.parallel, **layout)))
 
 
 def layout_label(config: Config, ranks: int) -> str:
     """Return a layout in a few words: data 4, pipeline 2, interleaved x2, tensor 2, zero 1, recompute block."""
     parallel, recompute = config.parallel, config.train.recompute
-    replicas = max(1, ranks // (parallel.pipeline * parallel.tensor))
+    replicas = max(1, ranks // replica_size(parallel))
     schedule = f", {parallel.schedule}{f' x{parallel.chunks}' * (parallel.chunks > 1)}" * (parallel.pipeline > 1)
-    tensor = f", tensor {parallel.tensor}" * (parallel.tensor > 1)
-    label = f"data {replicas}, pipeline {parallel.pipeline}{schedule}{tensor}, zero {parallel.zero}"
+    axes = "".join(f", {axis} {n}" for axis in ("context", "tensor") if (n := getattr(parallel, axis)) > 1)
+    label = f"data {replicas}, pipeline {parallel.pipeline}{schedule}{axes}, zero {parallel.zero}"
     return label + f", recompute {recompute}" * (recompute != "none")
 
 

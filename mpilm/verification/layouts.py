@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -12,7 +13,16 @@ from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, ParallelConfig, flatten, override, resolve_config, tensor_part_count
+from mpilm.config.schema import (
+    Config,
+    ParallelConfig,
+    flatten,
+    override,
+    replica_size,
+    resolve_config,
+    sequence_part_count,
+    tensor_part_count,
+)
 from mpilm.data.batch import Batch
 from mpilm.engine.hardware import Hardware, detect_hardware
 from mpilm.engine.step import forward_backward, optimizer_step
@@ -58,16 +68,24 @@ class LayoutOutcome:
 
 
 def list_layouts(config: Config, ranks: int) -> Iterator[tuple[Config, str]]:
-    """Yield `config` with all layouts of so many ranks, each with the reason why it cannot run this model, or "". If the tensor
-    parts are not stated, layouts with a tensor axis have as many as the longest such axis that this model admits."""
+    """Yield `config` with all layouts of so many ranks, each with the reason why it cannot run this model, or "". If parts are
+    not stated, layouts with a tensor or context axis have as many as the longest such axis that this model admits needs."""
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    possible = [n for n in divisors if not _why_invalid(override(config, parallel__tensor=n), n)]
-    for pipeline, tensor in ((p, t) for t in divisors for p in divisors if ranks % (p * t) == 0):
-        parts = config.model.tensor_parts or max((n for n in possible if tensor > 1 and n % tensor == 0), default=0)
+
+    def count_parts(axis: str, size: int, stated: int) -> int:
+        possible = (n for n in divisors if n % size == 0 and not _why_invalid(override(config, {f"parallel.{axis}": n}), n))
+        return stated or (max(possible, default=0) * (2 if axis == "context" else 1) if size > 1 else 0)
+
+    for context, tensor, pipeline in product(divisors, repeat=3):
+        if ranks % (pipeline * tensor * context):
+            continue
+        tensor_parts = count_parts("tensor", tensor, config.model.tensor_parts)
+        sequence_parts = count_parts("context", context, config.model.sequence_parts)
+        model = replace(config.model, tensor_parts=tensor_parts, sequence_parts=sequence_parts)
         for schedule in SCHEDULES if pipeline > 1 or ranks == 1 else ("1f1b",):
             for zero in (0, 1, 2, 3) if ranks > pipeline * tensor else (0,):
-                parallel = ParallelConfig(pipeline=pipeline, tensor=tensor, schedule=schedule, zero=zero)  # type: ignore[arg-type]
-                changed = override(resolve_config(replace(config, parallel=parallel)), model__tensor_parts=parts)
+                parallel = ParallelConfig(pipeline, tensor, context, schedule=schedule, zero=zero)  # type: ignore[arg-type]
+                changed = resolve_config(replace(config, model=model, parallel=parallel))
                 yield changed, _why_invalid(changed, ranks)
 
 
@@ -88,15 +106,17 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
     world = InstrumentedComm(world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed))
     tolerance = CUDA_TOLERANCE if hardware.device.type == "cuda" else 0.0
-    serial = dict[int, LayoutOutcome]()  # by the number of tensor parts
-    columns = f"{'data':>4}  {'pipeline':>8}  {'tensor':>6}  {'parts':>5}  {'schedule':<11}  {'ZeRO':>4}"
+    serial = dict[tuple[int, int], LayoutOutcome]()  # by the numbers of tensor and sequence parts
+    columns = f"{'data':>4}  {'pipeline':>8}  {'context':>7}  {'tensor':>6}  {'parts':>5}  {'schedule':<11}  {'ZeRO':>4}"
     print_line(f"{columns}  {'loss':>9}  {'gradient':>9}  {'weight':>9}")
     failed = ran = 0
     for layout, reason in list_layouts(config, world.size):
-        parallel, parts = layout.parallel, tensor_part_count(layout)
-        data = world.size // (parallel.pipeline * parallel.tensor)
+        parallel, parts = layout.parallel, (sequence_part_count(layout), tensor_part_count(layout))
+        sizes = (
+            f"{world.size // replica_size(parallel):>4}  {parallel.pipeline:>8}  {parallel.context:>7}  {parallel.tensor:>6}"
+        )
         schedule = parallel.schedule if parallel.pipeline > 1 or world.size == 1 else "-"
-        label = f"{data:>4}  {parallel.pipeline:>8}  {parallel.tensor:>6}  {parts:>5}  {schedule:<11}  {parallel.zero:>4}"
+        label = f"{sizes}  {'{} x {}'.format(*parts):>5}  {schedule:<11}  {parallel.zero:>4}"
         if reason:
             print_line(f"{label}  not run: {reason}")
             continue

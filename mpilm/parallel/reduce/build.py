@@ -14,6 +14,7 @@ from mpilm.ops.tree_reduce import GradientEncoding, make_encoding
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import FlatLayout
 from mpilm.parallel.layout import ParamLayout
+from mpilm.parallel.layout_check import reduces_in_rounds
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, AllReduceReducer, MessageReducer
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
 from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
@@ -45,12 +46,6 @@ def build_reducer(
         shared = not timed or timed["shared-memory"] <= timed["messages"]
         timings.update(timed if not timings else {})
     return make_step_reducer(flat, model, comm, total, train.reproducible, overlap, shared, parallel.wire_dtype)
-
-
-def reduces_in_rounds(config: Config) -> bool:
-    """Return whether gradients are reduced for every round of microbatches: with ZeRO 2 and 3, and where each microbatch is
-    divided over the context axis, because the tree adds its parts first."""
-    return config.parallel.zero >= 2 or config.parallel.context > 1
 
 
 def make_step_reducer(
