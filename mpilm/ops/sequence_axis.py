@@ -149,4 +149,6 @@ def exchange_heads(comm: Comm, x: Tensor, inverse: bool) -> Tensor:
     sent = torch.stack([part.contiguous() for part in x.detach().chunk(comm.size, dim)])
     received = torch.empty_like(sent)
     comm.all_to_all(sent.view(-1), received.view(-1))
-    return torch.cat(received.unbind(), dim=3 - dim)
+    if inverse:  # in memory (B, n, H, K), so that heads are merged without a copy
+        return torch.cat([part.transpose(1, 2) for part in received], dim=2).transpose(1, 2)
+    return torch.cat(received.unbind(), dim=2)

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.ops.sequence_axis import SequenceAxis
-from mpilm.ops.tree import block_of_rank, plan_merges
+from mpilm.ops.tree import block_of_rank, fold_in_tree_order, plan_merges
 from mpilm.ops.tree_reduce import TreeMerger
 
 
@@ -231,7 +231,7 @@ class ShareParameter(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         count = len(ctx.axis.local_parts)
         by_part = [torch.stack(gradients[i::count]) for i in range(count)]  # (S, ...)
-        return sum_in_tree_order(list(ctx.axis.all_reduce(by_part))).to(ctx.dtype), None, None
+        return fold_in_tree_order(ctx.axis.all_reduce(by_part), ctx.sequence_parts).to(ctx.dtype), None, None
 
 
 class ContiguousGradient(Function):
@@ -244,11 +244,3 @@ class ContiguousGradient(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
-
-
-def sum_in_tree_order(leaves: list[Tensor]) -> Tensor:
-    """Return the sum of all leaves in tree order. Overwrites elements of `leaves`."""
-    merges, _ = plan_merges([(i, i + 1) for i in range(len(leaves))], len(leaves))
-    for into, other in merges:
-        leaves[into] = leaves[into] + leaves[other]
-    return leaves[0]

@@ -1,4 +1,4 @@
-"""Attention over the parts of a sequence, which the ranks of the context axis share out.
+"""Attention and linear layers over the parts of a sequence, which the ranks of the context axis share out.
 
 Each query part attends to one key part after the other; the results are merged by their log-sum-exps. Two methods compute the
 same products and sums, hence the same bits: "ring" sends keys and values to the ranks with the queries (Liu et al.,
@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from mpilm.comm.base import SelfComm
+from mpilm.config.check import ALIGNED_WIDTH
 from mpilm.model.attention import AttentionCore
+from mpilm.model.layers import Conv1D
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.sequence_axis import HeadsForTokens, KeyValueRing, SequenceAxis
-
-ALIGNED_WIDTH = 4  # of heads, in elements (measured with torch 2.13, float32)
+from mpilm.ops.tree import fold_in_tree_order
 
 Attend = Callable[[Tensor, Tensor, Tensor, SequenceInfo], Tensor]
 
@@ -79,29 +80,26 @@ class PartAttention(Function):
 
     @staticmethod
     def forward(ctx: Any, masks: PartMasks, axis: SequenceAxis, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries, own = dict(zip(axis.local_parts, axis.split(q, 2))), _stack_pairs(axis, k, v)
+        merged: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.autocast(q.device.type, enabled=False):
-            queries = dict(zip(axis.local_parts, axis.split(q, 2)))
-            pairs = (torch.stack(pair) for pair in zip(axis.split(k, 2), axis.split(v, 2)))
-            ring = KeyValueRing(axis, dict(zip(axis.local_parts, pairs)), masks.core.causal)
-            merged: dict[int, tuple[Tensor, Tensor]] = {}
-            for step, blocks in enumerate(ring.steps()):
+            for step, blocks in enumerate(KeyValueRing(axis, own, masks.core.causal).steps()):
                 for part, block in blocks.items():
                     result = attend(queries[part], block, masks, part, (part - step) % axis.parts)
                     merged[part] = merge(*merged[part], *result) if part in merged else result
-            outputs = [merged[part][0].to(q.dtype) for part in axis.local_parts]
-            sums = [merged[part][1] for part in axis.local_parts]
-        ctx.masks, ctx.axis, ctx.own = masks, axis, ring.own
-        ctx.save_for_backward(*queries.values(), *outputs, *sums)
-        return torch.cat(outputs, dim=2)
+        outputs, sums = zip(*(merged[part] for part in axis.local_parts))
+        # In memory (B, n, H, K), so that the heads are merged without a copy.
+        y = torch.cat([x.to(q.dtype).transpose(1, 2) for x in outputs], dim=1).transpose(1, 2)
+        ctx.masks, ctx.axis = masks, axis
+        ctx.save_for_backward(q, k, v, y, torch.cat(sums, dim=2))
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        axis, masks, count, saved = ctx.axis, ctx.masks, len(ctx.axis.local_parts), ctx.saved_tensors
-        with torch.autocast(gradient.device.type, enabled=False):
-            groups = axis.split(gradient, 2), saved[:count], saved[count : 2 * count], saved[2 * count :]
-            forward = dict(zip(axis.local_parts, zip(*groups)))
-            ring = KeyValueRing(axis, ctx.own, masks.core.causal)
-            queries: dict[int, Tensor] = {}
+        axis, masks, (q, k, v, y, log_sums) = ctx.axis, ctx.masks, ctx.saved_tensors
+        forward = dict(zip(axis.local_parts, zip(*(axis.split(x, 2) for x in (gradient, q, y, log_sums)))))
+        ring, queries = KeyValueRing(axis, _stack_pairs(axis, k, v), masks.core.causal), dict[int, Tensor]()
+        with torch.autocast(q.device.type, enabled=False):
             for step, blocks in enumerate(ring.steps()):
                 contributions = {}
                 for part, block in blocks.items():
@@ -110,10 +108,16 @@ class PartAttention(Function):
                     queries[part] = queries[part].add_(wide) if part in queries else wide
                     contributions[part] = torch.stack(others)
                 ring.add_gradients(step, contributions)
-            keys_values = ring.finish_gradients()
-            dq = torch.cat([queries[part] for part in axis.local_parts], dim=2)
-            dk, dv = torch.cat([keys_values[part] for part in axis.local_parts], dim=3)
-        return None, None, *(x.to(gradient.dtype) for x in (dq, dk, dv))
+        pairs = ring.finish_gradients()
+        dq = torch.cat([queries[part] for part in axis.local_parts], dim=2)
+        dk, dv = torch.cat([pairs[part] for part in axis.local_parts], dim=3)
+        return None, None, *(x.to(q.dtype) for x in (dq, dk, dv))
+
+
+def _stack_pairs(axis: SequenceAxis, k: Tensor, v: Tensor) -> dict[int, Tensor]:
+    """Return keys and values of this rank's parts, (2, B, G, t, K) each."""
+    pairs = zip(axis.split(k, 2), axis.split(v, 2))
+    return {part: torch.stack(pair) for part, pair in zip(axis.local_parts, pairs)}
 
 
 def merge(y: Tensor, log_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,3 +191,57 @@ def visible_scores(q: Tensor, k: Tensor, masks: PartMasks, query: int, key: int)
 
 def repeat_groups(x: Tensor, q: Tensor) -> Tensor:  # (B, G, t, K) -> (B, H, t, K)
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def linear_by_part(module: nn.Linear | Conv1D, whole: Callable[[Tensor], Tensor], axis: SequenceAxis, x: Tensor) -> Tensor:
+    """Return module(x), computed for each sequence part by itself; for tokens that are not divided with `whole`."""
+    weight, is_transposed = module.weight, isinstance(module, Conv1D)
+    if not axis.sliced:
+        return whole(x)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return LinearByPart.apply(x, weight, module.bias, len(axis.local_parts), is_transposed)
+
+
+class LinearByPart(Function):
+    """x W^T + b, with one product for each of `parts` parts of the tokens: (B, n, in) -> (B, n, out). The gradients of W and b
+    are the sums over the parts in tree order. Unlike modules that are called for each part it keeps x and W only once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, is_transposed: bool) -> Tensor:
+        w = weight.to(x.dtype) if is_transposed else weight.to(x.dtype).t()  # (in, out)
+        b = None if bias is None else bias.to(x.dtype)
+        ctx.save_for_backward(x, w)
+        ctx.parts, ctx.is_transposed, ctx.dtype = parts, is_transposed, weight.dtype
+        pieces = _rows_of_parts(x, parts)
+        y = x.new_empty(parts, pieces.shape[1], w.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            for piece, out in zip(pieces, y):
+                torch.mm(piece, w, out=out) if b is None else torch.addmm(b, piece, w, out=out)
+        return _tokens_of_parts(y, x.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        rows, dx, dw, db = _rows_of_parts(gradient, ctx.parts), None, None, None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = x.new_empty(ctx.parts, rows.shape[1], w.shape[0])
+                for row, out in zip(rows, dx):
+                    torch.mm(row, w.t(), out=out)
+                dx = _tokens_of_parts(dx, x.shape[0])
+            if ctx.needs_input_grad[1]:
+                pairs = zip(_rows_of_parts(x, ctx.parts), rows)
+                products = ((a.t() @ b if ctx.is_transposed else b.t() @ a).to(ctx.dtype) for a, b in pairs)
+                dw = fold_in_tree_order(products, ctx.parts)
+            if ctx.needs_input_grad[2]:
+                db = fold_in_tree_order((row.sum(dim=0).to(ctx.dtype) for row in rows), ctx.parts)
+        return dx, dw, db, None, None
+
+
+def _rows_of_parts(x: Tensor, parts: int) -> Tensor:  # (B, n, D) -> (parts, B n / parts, D)
+    return x.unflatten(1, (parts, -1)).transpose(0, 1).contiguous().flatten(1, 2)
+
+
+def _tokens_of_parts(y: Tensor, sequences: int) -> Tensor:  # (parts, B n / parts, D) -> (B, n, D)
+    return y.unflatten(1, (sequences, -1)).transpose(0, 1).contiguous().flatten(1, 2)

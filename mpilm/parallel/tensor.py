@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from mpilm.comm.base import SelfComm
 from mpilm.model.attention import AttentionCore
-from mpilm.model.layers import IGNORE_INDEX, Dropout, Embedding
+from mpilm.model.layers import IGNORE_INDEX, Conv1D, Dropout, Embedding
 from mpilm.model.moe import MixtureOfExperts
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.model.transformer import BertEmbedding
@@ -32,7 +32,7 @@ from mpilm.ops.tensor_axis import (
     ShareParameter,
     TensorAxis,
 )
-from mpilm.parallel.context import attend_by_part
+from mpilm.parallel.context import attend_by_part, linear_by_part
 from mpilm.parallel.layout import ParamPart
 from mpilm.parallel.plan import Cut, region_of
 
@@ -285,6 +285,8 @@ def _divide_tokens(module: Any, axis: TensorAxis, names: Sequence[str] = ()) -> 
         module.forward = lambda x, info: _by_sequence_part(  # type: ignore[method-assign]
             module, axis, lambda inputs, info: [forward(inputs[0], info)], [x], info
         )[0]
+    elif isinstance(module, (nn.Linear, Conv1D)) and axis.parts == 1 and isinstance(module.weight, nn.Parameter):
+        module.forward = partial(linear_by_part, module, module.forward, axis.sequence)  # type: ignore[method-assign]
     elif names:
         forward = module.forward
         module.forward = lambda x: _call_by_slice(module, forward, names, axis, x)

@@ -107,15 +107,8 @@ def search(job: PlannedJob, ranks: int) -> tuple[list[Candidate], dict[str, str]
 
     def preference(each: Candidate) -> tuple[float, ...]:  # of layouts about as fast as the fastest, the simplest
         time_s, parallel = each.time.total_s, each.config.parallel
-        return (
-            max(time_s, TIE * fastest_s),
-            parallel.context,
-            parallel.tensor,
-            parallel.pipeline,
-            parallel.zero,
-            parallel.chunks,
-            time_s,
-        )
+        simplicity = parallel.context, parallel.tensor, parallel.pipeline, parallel.zero, parallel.chunks
+        return max(time_s, TIE * fastest_s), *simplicity, time_s
 
     return sorted(candidates, key=preference), rejected
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from random import Random
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
 from mpilm.parallel.pipeline.schedules import SCHEDULES
 
 VOCAB_SIZE = 331
+MAX_LAYOUTS = 64
 CUDA_TOLERANCE = 1e-4  # relative to the largest element: GPU kernels may add in another order each time
 
 Slices = Mapping[ParamSlice, Tensor]
@@ -110,7 +112,7 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
     columns = f"{'data':>4}  {'pipeline':>8}  {'context':>7}  {'tensor':>6}  {'parts':>5}  {'schedule':<11}  {'ZeRO':>4}"
     print_line(f"{columns}  {'loss':>9}  {'gradient':>9}  {'weight':>9}")
     failed = ran = 0
-    for layout, reason in list_layouts(config, world.size):
+    for layout, reason in _draw_layouts(config, world.size, print_line):
         parallel, parts = layout.parallel, (sequence_part_count(layout), tensor_part_count(layout))
         sizes = (
             f"{world.size // replica_size(parallel):>4}  {parallel.pipeline:>8}  {parallel.context:>7}  {parallel.tensor:>6}"
@@ -137,6 +139,17 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
         raise CollectiveError(RanksDisagreeError(f"{failed} of {ran} layouts differ from the serial run; expected: {expected}"))
     counts = f"{count_noun(ran, 'layout')} of {count_noun(world.size, 'rank')}, {count_noun(config.train.steps, 'step')} each"
     print_line(f"{counts}: " + (f"within {tolerance:g}" if tolerance else "bitwise identical, as guaranteed"))
+
+
+def _draw_layouts(config: Config, ranks: int, print_line: Callable[[str], None]) -> list[tuple[Config, str]]:
+    """Return all layouts or, if they are very many, some of those that can run, drawn by the seed."""
+    layouts = list(list_layouts(config, ranks))
+    if len(layouts) <= MAX_LAYOUTS:
+        return layouts
+    possible = [item for item in layouts if not item[1]]
+    drawn = sorted(Random(config.train.seed).sample(range(len(possible)), min(MAX_LAYOUTS, len(possible))))
+    print_line(f"{len(drawn)} of {len(possible)} possible layouts, drawn by --train.seed {config.train.seed}")
+    return [possible[i] for i in drawn]
 
 
 def run_layout(config: Config, world: Comm, hardware: Hardware, flip_bit: bool = False) -> LayoutOutcome:

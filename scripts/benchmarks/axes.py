@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from itertools import product
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ SHAPE = {  # blocks of width 1,024
     "model__d_model": 1024, "model__n_layers": 4, "model__n_heads": 16, "model__n_kv_heads": 16, "model__context_length": 512,
     "model__tie_embeddings": False, "train__global_batch": 4, "train__micro_batch": 1, "train__threads": 1,
 }  # fmt: skip
+LONG = {"model__n_layers": 2, "model__context_length": 8192, "train__global_batch": 2}
 
 
 def axes(args: argparse.Namespace) -> None:
@@ -77,6 +79,9 @@ def axes_worker(args: argparse.Namespace) -> None:
         "tensor 2": side("tensor", parallel__tensor=2),
         "each rank alone, 1 part": side(f"one-{comm.rank}", SelfComm(), **alone),
         "each rank alone, 2 parts": side(f"two-{comm.rank}", SelfComm(), model__tensor_parts=2, **alone),
+        "8,192 tokens, data 2": side("long", **LONG),
+        "8,192 tokens, context 2, ring": side("ring", parallel__context=2, parallel__context_method="ring", **LONG),
+        "8,192 tokens, context 2, ulysses": side("heads", parallel__context=2, parallel__context_method="ulysses", **LONG),
         "torch DTensor, gloo": torch_side(make_config(f"{args.folder}/plain", args.preset, **SHAPE), wrap=divide_by_dtensor),
     }
     times, void = time_sides(sides, args.rounds, comm)
@@ -84,6 +89,8 @@ def axes_worker(args: argparse.Namespace) -> None:
         print_report("axes: 4 blocks of width 1,024, 512 tokens a microbatch, 2,048 tokens a step", times, {
             "tensor 2 / data 2": (speed_ratios(times, "data 2", "tensor 2"), ">= 0.85"),
             "2 parts / 1 part": (speed_ratios(times, "each rank alone, 1 part", "each rank alone, 2 parts"), ">= 0.95"),
+            **{f"context 2, {method} / data 2": (speed_ratios(times, long, f"{long[:12]}, context 2, {method}"), ">= 0.85")
+               for long, method in product(["8,192 tokens, data 2"], ["ring", "ulysses"])},
             "tensor 2 / DTensor": (speed_ratios(times, "torch DTensor, gloo", "tensor 2"), ">= 1.30"),
         }, void)  # fmt: skip
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Sequence parts against plain attention and the plain model, in float64, and the same bits for any number of ranks."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -7,17 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from part_models import VOCAB, dot, draw, draw_batch, family_config
-from runs import FAMILIES, assemble, layout, small_config, train_steps
+from runs import CPU, FAMILIES, assemble, layout, small_config, train_steps
 from thread_ranks import run_ranks
 
 from mpilm.comm.base import SelfComm
 from mpilm.engine.pipelined import meta_model
 from mpilm.model.attention import AttentionCore, attention_mask
 from mpilm.model.families import initial_std, initial_value
+from mpilm.model.flops import activation_bytes
 from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.sequence_axis import HeadsForTokens, SequenceAxis
 from mpilm.ops.tensor_axis import TensorAxis
+from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.context import attend_by_part
 from mpilm.parallel.plan import cut_of
 from mpilm.parallel.tensor import divide_model
@@ -107,14 +110,19 @@ def test_exchange_of_heads_and_its_gradient_are_adjoint(size):
     assert sum(left) == pytest.approx(sum(right), rel=1e-12)
 
 
-def run_model(shape, axis, documents=None):
-    """Return the loss of this rank's sequence parts, in float64, and the gradients."""
+def build_float_model(shape, axis, dtype):
     model = meta_model(shape, VOCAB)
-    divide_model(model, partial(cut_of, family=shape.arch), axis)
+    divide_model(model, partial(cut_of, family=shape.arch), axis, "ring")
     for name, parameter in list(model.named_parameters()):
-        values = initial_value(0, name, tuple(parameter.shape), initial_std(name, shape) or 0.3).double()
+        values = initial_value(0, name, tuple(parameter.shape), initial_std(name, shape) or 0.3).to(dtype)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(values))
+    return model
+
+
+def run_model(shape, axis, documents=None):
+    """Return the loss of this rank's sequence parts, in float64, and the gradients."""
+    model = build_float_model(shape, axis, torch.float64)
     inputs, targets = draw_batch(shape)
     select = axis.sequence.select_own
     positions = select(torch.arange(shape.context_length), 0)
@@ -135,6 +143,33 @@ def test_parts_compute_what_the_plain_model_computes(family, size, parts):
     assert sum(part_loss for part_loss, _ in results) == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(sum(found[name] for _, found in results), gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_of_a_rank_are_its_share(family, dtype):
+    """What autograd saves on one of two ranks, each storage once, without parameters and logits, against the formula."""
+    shape = replace(family_config(family), d_model=128, head_width=32, d_ff=384, context_length=128, dropout=0.0)
+    if family == "mixtral" and dtype == "bfloat16":
+        pytest.skip("each part has bfloat16 copies of its experts")
+
+    def body(comm):
+        storages, select = {}, SequenceAxis(comm, 4).select_own
+
+        def record(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        model = build_float_model(shape, TensorAxis(SelfComm(), 1, SequenceAxis(comm, 4)), torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), make_autocast(dtype, CPU)():
+            info = SequenceInfo(select(torch.arange(shape.context_length), 0), loss_weight=1.0)
+            logits = model(select(draw_batch(shape)[0]), info)
+        for tensor in (*model.parameters(), logits):
+            storages.pop(tensor.untyped_storage().data_ptr(), None)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    predicted = activation_bytes(shape, VOCAB, shape.context_length, dtype)["activations"]  # of 2 sequences, each half
+    assert run_ranks(2, body) == [pytest.approx(predicted, rel=0.05)] * 2
 
 
 SIZES = {"model__n_heads": 4, "model__d_model": 32, "model__context_length": 16, "model__sequence_parts": 4}

@@ -17,14 +17,8 @@ from mpilm.model.flops import activation_bytes
 from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.sequence_axis import SequenceAxis
-from mpilm.ops.tensor_axis import (
-    AllGatherTokens,
-    ReduceScatterOutputs,
-    RegionInput,
-    ShareParameter,
-    TensorAxis,
-    sum_in_tree_order,
-)
+from mpilm.ops.tensor_axis import AllGatherTokens, ReduceScatterOutputs, RegionInput, ShareParameter, TensorAxis
+from mpilm.ops.tree import fold_in_tree_order
 from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.flat import set_parameter
 from mpilm.parallel.layout import select_parts
@@ -78,7 +72,9 @@ def test_operators_and_their_gradients_are_adjoint(size, parts, sequence_parts, 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_fold_adds_in_the_order_of_the_tree(count):
     values = [torch.tensor(10.0**i) for i in range(count)]
-    assert float(sum_in_tree_order(list(values))) == pytest.approx(sum(10.0**i for i in range(count)))
+    assert float(fold_in_tree_order([value.clone() for value in values], count)) == pytest.approx(
+        sum(10.0**i for i in range(count))
+    )
 
 
 def forward(shape, dtype, axis=None, dropout_keys=None):
