@@ -118,7 +118,7 @@ def _choose_parts(config: Config, trainer: Mapping[str, Any]) -> dict[str, int]:
         if not fits(count, ranks):
             possible = ", ".join(str(n) for n in range(1, count + 1) if fits(count, n))
             kind = "tensor" if axis == "tensor" else "sequence"
-            problem = f"--parallel.{axis} {ranks} cannot share the {count_noun(count, f'{kind} part')} of the run"
+            problem = f"--parallel.{axis} {ranks} does not divide {count_noun(count, f'{kind} part')} of the run"
             raise ConfigError(f"{problem}; write {possible}, or choose another --run.dir for another run")
     return parts
 

@@ -192,7 +192,7 @@ LAYOUTS = [
 )
 def test_every_layout_trains_to_the_same_bits(family, case, dropout):
     size, changes, parallel = case
-    if dropout and parallel.get("parallel__context_method") == "ulysses":
+    if (dropout or family == "qwen3") and parallel.get("parallel__context_method") == "ulysses":  # refused
         parallel = {**parallel, "parallel__context_method": "auto"}
     heads = {} if family in ("gpt2", "bert") else {"model__n_kv_heads": 2}
     config = small_config(**{**FAMILIES[family], **SIZES, **heads, "model__dropout": dropout, **changes})

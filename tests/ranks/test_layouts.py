@@ -34,6 +34,8 @@ FACTORS = {
     "data": [1, 2, 3, 4],
     "tensor": [1, 2, 4],
     "parts": [1, 2, 4],
+    "context": [1, 2],
+    "sequence": [1, 2, 4],
     "schedule": list(SCHEDULES),
     "chunks": [1, 2, 3],
     "zero": [0, 1, 2, 3],
@@ -59,16 +61,20 @@ def is_valid(case):
         case.get("schedule") == "interleaved",
     )
     pipeline, data = case.get("pipeline", 1), case.get("data", 2 if needs_replicas else 1)
-    parts, tensor = case.get("parts", 4), case.get("tensor", 1)
+    parts, tensor, context = case.get("parts", 4), case.get("tensor", 1), case.get("context", 1)
     chunks = case.get("chunks", 2 if interleaved else 1)
     return (
-        pipeline * data * tensor <= 8
+        pipeline * data * tensor * context <= 8
+        and case.get("sequence", 4) * parts <= (8 if "sequence" in case and "parts" in case else 16)
+        and case.get("sequence", 4) % context == 0
         and pipeline * data * chunks <= 9
         and parts % tensor == 0
         and (data > 1 or not needs_replicas)
         and ("schedule" not in case or interleaved == (chunks > 1))
         and (case.get("family") != "bert" or case.get("tie", True))
-        and not (case.get("checks_calls") and (case.get("bucket") == 256 or pipeline * data * tensor > 4))  # too many calls
+        and not (
+            case.get("checks_calls") and (case.get("bucket") == 256 or pipeline * data * tensor * context > 4)
+        )  # too many calls
     )
 
 
@@ -85,10 +91,18 @@ def config_of(case):
     microbatches = data * max(2, pipeline if case["schedule"] == "interleaved" else 2) - (case["batch"] == "uneven")
     config = small_config(
         **layout(
-            pipeline, case["schedule"], case["zero"], chunks=chunks, cut=partition, reduce=case["reduce"], tensor=case["tensor"]
+            pipeline,
+            case["schedule"],
+            case["zero"],
+            chunks=chunks,
+            cut=partition,
+            reduce=case["reduce"],
+            tensor=case["tensor"],
+            context=case["context"],
         ),
         **{"model__n_heads": 4, **FAMILIES[case["family"]], "model__n_kv_heads": 4},
         model__tensor_parts=case["parts"],
+        model__sequence_parts=case["sequence"],
         model__n_layers=layers,
         model__tie_embeddings=case["tie"],
         model__dropout=case["dropout"],
@@ -98,7 +112,7 @@ def config_of(case):
         train__dtype=case["dtype"],
         train__optimizer=case["optimizer"],
     )
-    return pipeline * data * case["tensor"], config
+    return pipeline * data * case["tensor"] * case["context"], config
 
 
 @cache

@@ -235,6 +235,15 @@ def test_run_resumed_with_other_tensor_ranks_equals_one_never_stopped(tmp_path, 
     assert train_to_end(tiny_config(data, tmp_path / "run", **changes, **second[1]), second[0]) == expected
 
 
+def test_run_resumed_with_other_context_ranks_equals_one_never_stopped(tmp_path, data):
+    changes = {**SIXTHS, "model__n_kv_heads": 0, "model__sequence_parts": 4}
+    expected = train_to_end(tiny_config(data, tmp_path / "whole", **changes), 1)
+    train_until_killed(tiny_config(data, tmp_path / "run", **changes, **layout(context=2)), 2, 3)
+    assert "sequence_parts = 4" in (tmp_path / "run" / "config.toml").read_text()
+    config = tiny_config(data, tmp_path / "run", **SIXTHS, model__n_kv_heads=0)  # the parts are not stated
+    assert train_to_end(override(config, parallel__context=4, parallel__zero=1), 4) == expected
+
+
 def test_tensor_parts_that_are_not_stated_are_those_of_the_checkpoint(tmp_path, data):
     expected = train_to_end(tiny_config(data, tmp_path / "whole", **SIXTHS, model__n_kv_heads=0, model__tensor_parts=2), 1)
     config = tiny_config(data, tmp_path / "run", **SIXTHS, model__n_kv_heads=0)

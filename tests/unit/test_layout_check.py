@@ -126,6 +126,22 @@ def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
             "--parallel.tensor 4 does not divide --model.tensor-parts 6; the nearest that does: 2",
         ),
         (
+            6, {"parallel__context": 4, **HEADS},
+            "--parallel.context 4 does not divide 6 ranks; the nearest that does: 3, or start 8 ranks",
+        ),
+        (
+            3, {"parallel__context": 3, "model__sequence_parts": 4},
+            "--parallel.context 3 does not divide --model.sequence-parts 4; the nearest that does: 1",
+        ),
+        (
+            4, {"parallel__context": 2, "model__sequence_parts": 6},
+            "3 of 6 sequence parts for each rank of --parallel.context 2 are no power of two; the nearest that works: 1",
+        ),
+        (
+            2, {"parallel__context": 2, "parallel__tensor": 1, "model__context_length": 25},
+            "--model.context-length 25 is not divisible by 4 sequence parts; the nearest that works: 24",
+        ),
+        (
             2, {"parallel__tensor": 2, **HEADS, "model__context_length": 25},
             "--model.context-length 25 is not divisible by 2 tensor parts; the nearest that works: 24",
         ),

@@ -1,13 +1,22 @@
 """The summation tree: the same bits however the microbatches are assigned to ranks."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpilm.ops.tree import are_siblings, block_of_rank, plan_accumulation, plan_block_accumulation, plan_merges, utilization
+from mpilm.ops.tree import (
+    are_siblings,
+    block_of_rank,
+    leaf_slots,
+    plan_accumulation,
+    plan_block_accumulation,
+    plan_merges,
+    utilization,
+)
 
 SIZES = st.integers(1, 40).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total)))
 UP_TO_32 = [(ranks, total) for total in range(1, 33) for ranks in range(1, total + 1)]
@@ -106,6 +115,26 @@ def test_rounds_of_powers_of_two_need_log2_buffers(ranks, rounds):
 )
 def test_merges_of_adjacent_nodes_join_siblings_only(nodes, total, merges, remaining):
     assert plan_merges(nodes, total) == (merges, remaining)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.integers(1, 20), st.integers(0, 3), st.integers(0, 99))
+def test_tree_of_trees_has_the_bits_of_both(microbatches, parts, level, seed):
+    """Ranks with 2^level adjacent parts of each microbatch contribute nodes of one tree over (microbatch, part)."""
+    each = math.gcd(parts, 2**level)
+    leaves = random_gradients(microbatches * parts, seed).reshape(microbatches, parts, -1)
+    expected = tree_sum([tree_sum(list(of_parts)) for of_parts in leaves])
+    slots = leaf_slots(parts)
+    size = slots[-1][1]
+    nodes, values = [], []
+    for m, at in product(range(microbatches), range(0, parts, each)):
+        nodes.append((m * size + slots[at][0], m * size + slots[at + each - 1][1]))
+        values.append(tree_sum(list(leaves[m, at : at + each])))
+    merges, remaining = plan_merges(nodes, microbatches * size)
+    for into, other in merges:
+        values[into] = values[into] + values[other]
+    assert [node for node, _ in remaining] == [(0, microbatches * size)]
+    assert values[0].tobytes() == expected.tobytes()
 
 
 def test_three_ranks_contribute_canonical_nodes():
