@@ -146,7 +146,7 @@ def _find_parallel_problems(config: Config, flags: Mapping[str, str]) -> Iterato
         ("parallel.sync_every", sync_every, "its ranks share each sequence and cannot train independently"),
     ):
         if parallel.context > 1 and is_set:
-            yield f"{flags[name]} does not work with {flags['parallel.context']}: {why}"
+            yield f"{flags[name].replace('False', 'false')} does not work with {flags['parallel.context']}: {why}"
     if parallel.context_method == "ulysses" and parallel.context > 1:
         parts, advice = schema.tensor_part_count(config), "write --parallel.context-method ring, or auto"
         if (heads := config.model.n_kv_heads // parts) % parallel.context:

@@ -65,7 +65,6 @@ def is_valid(case):
     chunks = case.get("chunks", 2 if interleaved else 1)
     return (
         pipeline * data * tensor * context <= 8
-        and case.get("sequence", 4) * parts <= (8 if "sequence" in case and "parts" in case else 16)
         and case.get("sequence", 4) % context == 0
         and pipeline * data * chunks <= 9
         and parts % tensor == 0
@@ -103,6 +102,7 @@ def config_of(case):
         **{"model__n_heads": 4, **FAMILIES[case["family"]], "model__n_kv_heads": 4},
         model__tensor_parts=case["parts"],
         model__sequence_parts=case["sequence"],
+        model__context_length=16 if case["sequence"] * case["parts"] > 8 else 8,
         model__n_layers=layers,
         model__tie_embeddings=case["tie"],
         model__dropout=case["dropout"],

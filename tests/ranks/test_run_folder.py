@@ -77,7 +77,9 @@ def test_new_run_folder_has_the_resolved_settings(tmp_path):
     found = open_and_release(config, CONTENT, ENVIRONMENT, SELF)
     assert (found.path, found.checkpoint, found.step, found.notes) == (tmp_path / "a" / "b", None, 0, ())
     written = tmp_path / "a" / "b" / "config.toml"
-    assert merge_settings(TINY, read_toml(str(written)), str(written)) == override(config, model__tensor_parts=1)
+    assert merge_settings(TINY, read_toml(str(written)), str(written)) == override(
+        config, model__tensor_parts=1, model__sequence_parts=1
+    )
     assert config.model.d_ff > 0
     assert (
         open_and_release(config, CONTENT, ENVIRONMENT, SELF) == found

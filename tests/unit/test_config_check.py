@@ -79,17 +79,14 @@ MODEL = [
     ),
     (
         {"parallel__context": 2, "parallel__context_method": "ulysses", "model__dropout": 0.1},
-        "--parallel.context-method ulysses with --model.dropout 0.1 would not give equal bits; write --parallel.context-method ",
+        "--parallel.context-method ulysses with --model.dropout 0.1 would not give equal bits; write --parallel.context-",
     ),
     ({"parallel__context": 2, "parallel__sync_every": 5}, "--parallel.sync-every 5 does not work with --parallel.context 2: "),
     (
         {"parallel__context": 2, "train__reproducible": False},
         "--train.reproducible false does not work with --parallel.context 2",
     ),
-    (
-        {"parallel__context": 2, "train__compile": True},
-        "--parallel.context 2 runs parts of a block separately, which cannot be ",
-    ),
+    ({"parallel__context": 2, "train__compile": True}, "--parallel.context 2 runs parts of a block separately, which cannot "),
     ({"model__n_kv_heads": 3}, "--model.n-heads 4 is not divisible by --model.n-kv-heads 3; the next smaller value: 2"),
     ({"model__arch": "gpt2", "model__head_width": 20}, "--model.head-width 20: --model.arch gpt2 uses d-model / n-heads; "),
     ({"model__arch": "bert", "model__tie_embeddings": False}, "--model.tie-embeddings false: --model.arch bert predicts with "),

@@ -134,7 +134,7 @@ def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
             "--parallel.context 3 does not divide --model.sequence-parts 4; the nearest that does: 1",
         ),
         (
-            4, {"parallel__context": 2, "model__sequence_parts": 6},
+            4, {"parallel__context": 2, "model__sequence_parts": 6, "model__context_length": 24},
             "3 of 6 sequence parts for each rank of --parallel.context 2 are no power of two; the nearest that works: 1",
         ),
         (
