@@ -71,7 +71,8 @@ def _forward(module: nn.Linear | Conv1D, name: str, queue: WeightGradQueue, x: T
     transposed = isinstance(module, Conv1D)
     weight: Tensor = module.weight.t() if transposed else module.weight
     bias: Tensor | None = module.bias
-    if not (torch.is_grad_enabled() and x.requires_grad and weight.requires_grad):  # backward has no second half
+    has_aliases = not isinstance(module.weight, nn.Parameter)  # for sequence parts: their gradients are added in tree order
+    if has_aliases or not (torch.is_grad_enabled() and x.requires_grad and weight.requires_grad):  # there is no second half
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
