@@ -18,8 +18,8 @@ from torch.autograd import Function
 
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.ops.sequence_axis import SequenceAxis
-from mpilm.ops.tree import block_of_rank, fold_in_tree_order, plan_merges
-from mpilm.ops.tree_reduce import TreeMerger
+from mpilm.ops.tree import block_of_rank, plan_merges
+from mpilm.ops.tree_reduce import TreeMerger, fold_in_tree_order
 
 
 class TensorAxis:

@@ -6,10 +6,8 @@ is always such a range. A rank folds its contiguous block of microbatches into a
 the tree from all their nodes, which gives the same bits for any number of ranks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 TreeNode = tuple[int, int]  # first microbatch, and the one after the last
 Interval = tuple[int, int]  # elements of a flat vector: the first, and the one after the last
@@ -94,16 +92,6 @@ def _push_node(stack: list[tuple[TreeNode, int]], node: TreeNode, place: int, to
         node, place = (first, node[1]), into
     stack.append((node, place))
     return merges
-
-
-def fold_in_tree_order(leaves: Iterable[Tensor], count: int) -> Tensor:
-    """Return the sum of `count` leaves, added as soon as their siblings are there. May overwrite them."""
-    stack, sums = list[tuple[TreeNode, int]](), dict[int, Tensor]()
-    for position, leaf in enumerate(leaves):
-        sums[position] = leaf
-        for into, other in _push_node(stack, (position, position + 1), position, count):
-            sums[into].add_(sums.pop(other))
-    return sums[0]
 
 
 def utilization(ranks: int, total: int) -> float:

@@ -4,14 +4,14 @@ Ranks exchange slices (all-to-all), and each adds what it received. Followed by 
 2 (p-1)/p n elements a rank, as many as a ring all-reduce.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Request
-from mpilm.ops.tree import Interval, TreeNode, plan_merges
+from mpilm.ops.tree import Interval, TreeNode, plan_block_accumulation, plan_merges
 
 
 class Sliceable(Protocol):
@@ -129,3 +129,14 @@ class TreeOrderReduceScatter:
         while self.requests:
             self.requests.pop(0).wait()
         return self.reduction.merge([x.float() for x in self.incoming])
+
+
+def fold_in_tree_order(leaves: Iterable[Tensor], count: int) -> Tensor:
+    """Return the sum of `count` leaves, added as soon as their siblings are there. May overwrite them."""
+    ops, _ = plan_block_accumulation(0, count, count)
+    buffers: dict[int, Tensor] = {}
+    for op, leaf in zip(ops, leaves, strict=True):
+        buffers[op.buffer] = leaf if op.overwrite else buffers[op.buffer].add_(leaf)
+        for into, other in op.merges:
+            buffers[into].add_(buffers.pop(other))
+    return buffers[0]

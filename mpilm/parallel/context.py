@@ -23,17 +23,26 @@ from mpilm.model.attention import AttentionCore
 from mpilm.model.layers import Conv1D
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.sequence_axis import HeadsForTokens, KeyValueRing, SequenceAxis
-from mpilm.ops.tree import fold_in_tree_order
+from mpilm.ops.tree_reduce import fold_in_tree_order
+
+FUSED_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 
 Attend = Callable[[Tensor, Tensor, Tensor, SequenceInfo], Tensor]
 
 
 def attend_by_part(
-    core: AttentionCore, whole: Attend, axis: SequenceAxis, method: str, q: Tensor, k: Tensor, v: Tensor, info: SequenceInfo
+    core: AttentionCore,
+    attend_all: Attend,
+    axis: SequenceAxis,
+    method: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    info: SequenceInfo,
 ) -> Tensor:  # (B, H, n, K), 2 x (B, G, n, K) -> (B, H, n, K)
-    """Attend over all parts; over tokens that are not divided with `whole`. Collective over the context axis."""
+    """Attend over all parts; over tokens that are not divided with `attend_all`. Collective over the context axis."""
     if not axis.sliced:
-        return whole(q, k, v, info)
+        return attend_all(q, k, v, info)
     documents = None if info.documents is None else info.documents.unflatten(1, (axis.parts, -1))
     masks = PartMasks(core, documents, info.dropout_keys)
     # The bits of a head in torch's batched product depend on how many heads there are; in its fused kernel they do not, if a
@@ -47,7 +56,7 @@ def attend_by_part(
 
 @dataclass(frozen=True)
 class PartMasks:
-    """What a query may see of the keys of another part."""
+    """The masks of the attention weights between two parts."""
 
     core: AttentionCore
     documents: Tensor | None  # (B, S, t)
@@ -63,15 +72,15 @@ class PartMasks:
             mask = same if mask is None else same & mask.to(same.device)
         return mask
 
-    def kept(self, query: int, key: int, like: Tensor) -> Tensor | None:  # (B, H, t, t)
-        """Return the dropout mask of the weights of a pair of parts; None: no dropout."""
+    def drop(self, x: Tensor, query: int, key: int) -> Tensor:  # (B, H, t, t) -> (B, H, t, t)
+        """Apply the dropout mask of a pair of parts, the same in every call, to weights or to their gradients."""
         dropout = self.core.dropout
         if self.dropout_keys is None or not dropout.probability:
-            return None
-        mask = torch.empty_like(like)
-        for sequence, sample in zip(mask, self.dropout_keys):
-            dropout.draw(sequence, sample, f"{dropout.path}.{query}.{key}")
-        return mask.div_(1.0 - dropout.probability)
+            return x
+        masks = torch.empty_like(x)
+        for mask, sample in zip(masks, self.dropout_keys):
+            dropout.draw(mask, sample, f"{dropout.path}.{query}.{key}")
+        return x * masks.div_(1.0 - dropout.probability)
 
 
 class PartAttention(Function):
@@ -140,8 +149,7 @@ def attend(q: Tensor, block: Tensor, masks: PartMasks, query: int, key: int) -> 
     scores = visible_scores(q, k, masks, query, key)
     log_sum = scores.logsumexp(dim=-1)
     weights = (scores - log_sum.where(log_sum > -math.inf, 0.0)[..., None]).exp()
-    kept = masks.kept(query, key, weights)
-    weights = weights if kept is None else weights * kept
+    weights = masks.drop(weights, query, key)
     return (weights.to(q.dtype) @ repeat_groups(v, q)).to(scores.dtype), log_sum
 
 
@@ -157,20 +165,21 @@ def attend_backward(
         return flash_backward(gradient, q, k, v, y, log_sum, 0.0, is_causal, attn_mask=mask)
     scores = visible_scores(q, k, masks, query, key)
     weights = (scores - log_sum.where(log_sum > -math.inf, 0.0)[..., None]).exp()
-    kept = masks.kept(query, key, weights)
-    dropped = weights if kept is None else weights * kept
-    dv = dropped.to(q.dtype).transpose(-1, -2) @ gradient
-    d_weights = (gradient @ repeat_groups(v, q).transpose(-1, -2)).to(scores.dtype)
+    dv = masks.drop(weights, query, key).to(q.dtype).transpose(-1, -2) @ gradient
+    d_weights = masks.drop((gradient @ repeat_groups(v, q).transpose(-1, -2)).to(scores.dtype), query, key)
     delta = (gradient.to(scores.dtype) * y.to(scores.dtype)).sum(dim=-1, keepdim=True)
-    d_scores = weights * ((d_weights if kept is None else d_weights * kept) - delta) / math.sqrt(q.shape[-1])
-    d_scores = d_scores.to(q.dtype)
+    d_scores = (weights * (d_weights - delta) / math.sqrt(q.shape[-1])).to(q.dtype)
     dq, dk = d_scores @ repeat_groups(k, q), d_scores.transpose(-1, -2) @ q
     return dq, *(x.unflatten(1, (k.shape[1], -1)).sum(dim=2) for x in (dk, dv))
 
 
 def is_fused(q: Tensor, masks: PartMasks) -> bool:
-    """Return whether torch's fused kernel can compute the attention: on a CPU, without dropout."""
-    return q.device.type == "cpu" and not (masks.dropout_keys is not None and masks.core.dropout.probability)
+    """Return whether torch's fused kernel, if there is one, can compute the attention: on a CPU, without dropout."""
+    return (
+        q.device.type == "cpu"
+        and hasattr(torch.ops.aten, FUSED_KERNEL)
+        and not (masks.dropout_keys is not None and masks.core.dropout.probability)
+    )
 
 
 def fused_mask(q: Tensor, masks: PartMasks, query: int, key: int) -> tuple[Tensor | None, bool]:
@@ -193,11 +202,13 @@ def repeat_groups(x: Tensor, q: Tensor) -> Tensor:  # (B, G, t, K) -> (B, H, t, 
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
-def linear_by_part(module: nn.Linear | Conv1D, whole: Callable[[Tensor], Tensor], axis: SequenceAxis, x: Tensor) -> Tensor:
-    """Return module(x), computed for each sequence part by itself; for tokens that are not divided with `whole`."""
+def linear_by_part(
+    module: nn.Linear | Conv1D, multiply_all: Callable[[Tensor], Tensor], axis: SequenceAxis, x: Tensor
+) -> Tensor:
+    """Return module(x), computed for each sequence part by itself; for tokens that are not divided with `multiply_all`."""
     weight, is_transposed = module.weight, isinstance(module, Conv1D)
     if not axis.sliced:
-        return whole(x)
+        return multiply_all(x)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return LinearByPart.apply(x, weight, module.bias, len(axis.local_parts), is_transposed)

@@ -22,10 +22,11 @@ SMALL = (
     "--model.n-layers", 4, "--model.d-model", 16, "--model.n-heads", 2, "--model.n-kv-heads", 2, "--model.context-length", 8,
     "--train.steps", 2, "--train.global-batch", 4, "--train.threads", 1, "--train.device", "cpu",
 )  # fmt: skip
-LAYOUTS_OF_TWO = [  # data, pipeline, tensor, schedule, ZeRO
-    *(("2", "1", "1", "-", zero) for zero in "0123"),
-    *(("1", "2", "1", schedule, "0") for schedule in ("1f1b", "gpipe", "interleaved", "zero-bubble")),
-    ("1", "1", "2", "-", "0"),
+LAYOUTS_OF_TWO = [  # data, pipeline, context, tensor, schedule, ZeRO
+    *(("2", "1", "1", "1", "-", zero) for zero in "0123"),
+    *(("1", "2", "1", "1", schedule, "0") for schedule in ("1f1b", "gpipe", "interleaved", "zero-bubble")),
+    ("1", "1", "1", "2", "-", "0"),
+    *(("1", "1", "2", "1", "-", zero) for zero in "0123"),
 ]
 LIMIT_S = 40.0
 PYTHONS = [sys.executable, *[OTHER_PYTHON] * HAS_OTHER_MPI]
@@ -33,14 +34,14 @@ COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compile
 
 
 def verify(ranks, *flags, limit_s=LIMIT_S, python=sys.executable):
-    """Run the command; return its end, and the verdict on each layout by (data, pipeline, tensor, schedule, ZeRO)."""
+    """Run the command; return its end, and the verdict on each layout by (data, pipeline, context, tensor, schedule, ZeRO)."""
     done = mpirun(ranks, "-m", "mpilm.verify", *SMALL, *flags, limit_s=limit_s, python=python)
     assert "Traceback" not in done.stderr, done.stderr
     return done, verdicts_of(done)
 
 
 def verdicts_of(done):
-    row = r"^ +(\d+) +(\d+) +(\d+) +\d+  (\S+) +(\d)  (?: *[-+.e\d]+  ){0,3}(.+)$"
+    row = r"^ +(\d+) +(\d+) +(\d+) +(\d+) +\d+ x \d+  (\S+) +(\d)  (?: *[-+.e\d]+  ){0,3}(.+)$"
     return {tuple(layout): verdict for *layout, verdict in re.findall(row, done.stdout, re.MULTILINE)}
 
 
@@ -54,22 +55,22 @@ def test_verify_finds_equal_bits_on_every_layout_of_two_ranks(python):
     assert verdicts == dict.fromkeys(LAYOUTS_OF_TWO, "equal bits"), done.stdout
     assert done.returncode == 0
     assert messages(done) == []
-    assert done.stdout.splitlines()[-1] == "9 layouts of 2 ranks, 2 steps each: bitwise identical, as guaranteed"
+    assert done.stdout.splitlines()[-1] == "13 layouts of 2 ranks, 2 steps each: bitwise identical, as guaranteed"
 
 
 def test_verify_self_test_finds_the_flipped_bit_on_every_layout():
     done, verdicts = verify(2, "--self-test")
     assert verdicts == dict.fromkeys(LAYOUTS_OF_TWO, "DIFFERENT"), done.stdout
     assert done.returncode == RANKS_DISAGREE
-    assert messages(done) == ["mpilm: error: self-test: found the flipped bit on 9 of 9 layouts, as it must"]
+    assert messages(done) == ["mpilm: error: self-test: found the flipped bit on 13 of 13 layouts, as it must"]
     assert "bitwise identical" not in done.stdout
 
 
 def test_verify_without_a_launcher_names_the_layouts_that_cannot_run():
     done, verdicts = verify(0, "--model.n-layers", 1)
-    reason = verdicts.pop(("1", "1", "1", "interleaved", "0"))
+    reason = verdicts.pop(("1", "1", "1", "1", "interleaved", "0"))
     assert re.match("not run: --parallel.pipeline 1 with 2 stages per rank makes 2 stages, and --model.n-layers is 1", reason)
-    assert verdicts == {("1", "1", "1", schedule, "0"): "equal bits" for schedule in ("1f1b", "gpipe", "zero-bubble")}, (
+    assert verdicts == {("1", "1", "1", "1", schedule, "0"): "equal bits" for schedule in ("1f1b", "gpipe", "zero-bubble")}, (
         done.stdout
     )
     assert (done.returncode, messages(done)) == (0, [])

@@ -32,6 +32,7 @@ WIDE = {"model__d_model": 128, "model__n_layers": 4, "model__n_kv_heads": 2, "tr
         (4, layout(zero=0, reduce="messages")), (3, layout(zero=0, reduce="messages")),
         (2, layout(tensor=2)), (4, layout(2, tensor=2)), (4, layout(tensor=2, zero=1)), (8, layout(tensor=2, zero=2)),
         (4, layout(tensor=2, zero=3)), (8, layout(tensor=2, reduce="messages")),
+        (2, layout(context=2)), (4, layout(context=2, zero=1)), (4, layout(context=2, zero=3)), (4, layout(2, context=2)),
     ],
 )  # fmt: skip
 def test_persistent_bytes_are_those_that_ranks_hold(size, layout, changes):

@@ -18,7 +18,7 @@ from mpilm.model.layers import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tensor_axis import AllGatherTokens, ReduceScatterOutputs, RegionInput, ShareParameter, TensorAxis
-from mpilm.ops.tree import fold_in_tree_order
+from mpilm.ops.tree_reduce import fold_in_tree_order
 from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.flat import set_parameter
 from mpilm.parallel.layout import select_parts

@@ -158,6 +158,23 @@ def test_step_time_of_tensor_ranks_counts_gathers_and_exchanges(recompute, more)
     assert matrices == pytest.approx(again / 2, rel=0.01)
 
 
+def test_step_time_of_context_ranks_counts_keys_and_values_and_a_reduction_in_each_round():
+    sending = machine(2, within=network(2, exchange=flat(PER_ELEMENT), gather=flat(PER_ELEMENT)))
+    layout = changed(placed(2, sending, context=2), model__n_kv_heads=4)
+    layout = replace(layout, shape=MeshShape(data=1, context=2))
+    of_heads = 32 * 8 * 2 * 4 * 64 * 64 / 2 / 2  # 32 microbatches, 8 blocks, forward and backward; half of the tokens
+    of_gradients = 32 * (gradient_elements() + 8 * 2 * 3 * 16 * 64) / 2  # with 4 heads of keys and values, not 1
+    assert elements_sent(layout) == pytest.approx(of_heads + of_gradients, rel=0.02)
+    alone = step_time(changed(placed(1), model__n_kv_heads=4)).compute_s
+    assert step_time(layout).compute_s / alone == pytest.approx(1 / 2, rel=0.05)
+
+
+def test_search_divides_long_sequences():
+    long = job(4, model__context_length=8192, train__global_batch=2)
+    assert {each.config.parallel.context for each in search(long, 4)[0]} == {1, 2, 4}
+    assert {each.config.parallel.context for each in search(job(4), 4)[0]} == {1}
+
+
 def test_step_time_over_nodes_uses_the_network_between_them():
     slow = network(8, exchange=flat(PER_ELEMENT), gather=flat(PER_ELEMENT), shared=())
     layout = replace(placed(8, machine(4, across=slow), reduce="messages"), ranks_per_node=4)
