@@ -120,7 +120,7 @@ def _round_gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]
     units = [first * embedding, *[block_numel(model)] * layout.cut[stage], *[matrix, head - matrix] * last]
     passing = max(matrix * (first or last), model.d_model * model.d_ff)
     if layout.config.parallel.zero < 2:
-        units = [layout.numel(stage)]  # reduced at once
+        units = _pieces(layout, stage)  # of the whole stage
     if layout.config.parallel.zero == 3:
         passing += max(a + b for a, b in zip(units, [*units[1:], 0]))  # a unit, and the next one prefetched
     slices = 2 * data * -(-min(BUCKET, max(units)) // data)
@@ -138,14 +138,19 @@ def _gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
     total, cuda, exchange = microbatch_count(config), layout.machine.device == "cuda", 0.0
     sharing = 1 if parallel.reduce == "messages" or cuda else layout.replicas_sharing_memory
     if sharing < data:
-        matrix = layout.rank_vocab_size * layout.rank_model.d_model  # a tied one is exchanged apart from all else
-        ends = config.model.tie_embeddings * ((stage == 0) + (stage == len(layout.cut) - 1))
-        pieces = [*[matrix] * ends, gradients - ends * matrix]
+        pieces = _pieces(layout, stage)
         buckets, (most, every) = sum(math.ceil(piece / BUCKET) for piece in pieces), _partial_sums(data, total, sharing)
         in_flight = buckets if cuda else min(2, buckets)
         exchange = in_flight * every * -(-min(BUCKET, max(pieces)) // data) * WIRE_RATIO[parallel.wire_dtype]
         exchange += most * gradients / sharing * ((sharing > 1) + (parallel.wire_dtype == "bfloat16"))  # packed; errors
     return {"gradients": _gradient_buffers(data, total) * gradients, "exchange": exchange, "passing": 0.0}
+
+
+def _pieces(layout: PlacedLayout, stage: int) -> list[int]:
+    """Return the elements of the parts of a stage's gradient that are exchanged apart: a tied matrix, and all else."""
+    matrix = layout.rank_vocab_size * layout.rank_model.d_model
+    ends = layout.config.model.tie_embeddings * ((stage == 0) + (stage == len(layout.cut) - 1))
+    return [*[matrix] * ends, layout.numel(stage) - ends * matrix]
 
 
 @cache
