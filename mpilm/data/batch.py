@@ -24,7 +24,7 @@ class Batch:
     samples: Tensor  # (B,) int64: a number for each sequence that no other of the run has; dropout is keyed by it
     target_tokens: int  # targets that are not IGNORE_INDEX
     documents: Tensor | None = None  # (B, T) int64: numbers of documents, inside which attention stays; None: each row is one
-    parts: tuple[int, ...] = (0,)  # numbers of the sequence parts that the tokens belong to; only `documents` has all of them
+    parts: tuple[int, ...] = (0,)  # numbers of the sequence parts that this rank accounts for; `documents` are those of all
     part_count: int = 1
 
     @classmethod
@@ -40,10 +40,11 @@ class Batch:
         return replace(self, tokens=tokens, targets=targets, positions=positions, parts=tuple(parts), part_count=part_count)
 
     def split_parts(self, x: Tensor) -> list[Tensor]:  # (B, T, ...) -> of each part (B, T / parts, ...)
+        """Return the tokens of each part, or all tokens if there is one part, or none."""
         return [part.contiguous() for part in x.unflatten(1, (len(self.parts), -1)).unbind(1)] if len(self.parts) > 1 else [x]
 
     def place_parts(self, values: Sequence[Tensor]) -> Tensor:
-        """Return a value for each of all sequence parts, stacked: zeros for parts that are not in this batch."""
+        """Return the values of all sequence parts, stacked, from those of `split_parts`: zeros for parts that are not here."""
         if self.part_count == 1:
             return torch.stack(list(values))
         by_part = dict(zip(self.parts, values))

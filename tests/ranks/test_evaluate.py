@@ -23,7 +23,7 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import DataConfig, override
 from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import EOS, bytes_tokenizer
-from mpilm.inference.arguments import EvaluateArguments, EvaluateCompute, EvaluateModel, EvaluateOutput, InferenceParallel
+from mpilm.inference.arguments import EvaluateArguments, EvaluateCompute, EvaluateModel, EvaluateOutput, EvaluateParallel
 from mpilm.inference.evaluate import cut_windows, evaluate_model, group_windows
 from mpilm.model.families import initial_value
 from mpilm.trainer.loop import train
@@ -57,12 +57,12 @@ def own_cache(tmp_path_factory):
         yield
 
 
-def evaluate_on_threads(folder, path, out, size=1, pipeline=1, context_length=0, documents=False, tensor=1):
+def evaluate_on_threads(folder, path, out, size=1, pipeline=1, context_length=0, documents=False, tensor=1, context=1):
     """Return evaluation.json of a model folder and a text."""
     arguments = EvaluateArguments(
         EvaluateModel(str(folder), context_length=context_length),
         DataConfig(path=(str(path),)),
-        InferenceParallel(pipeline, tensor),
+        EvaluateParallel(pipeline, tensor, context),
         EvaluateCompute(device="cpu", threads=1, micro_batch=3),
         EvaluateOutput(str(out)),
         documents,
@@ -142,6 +142,17 @@ def test_loss_of_ranks_that_share_matrices_is_that_of_one(folders, tmp_path, fam
         "perplexity": 0,
         "bits_per_byte": 0,
     }
+
+
+@pytest.mark.parametrize(("family", "size", "length"), [("llama", 2, 0), ("gpt2", 4, 7), ("bert", 4, 0)])
+def test_loss_of_ranks_that_share_sequences_is_that_of_one(folders, tmp_path, family, size, length):
+    """To rounding, because the folder states no sequence parts; counts are equal. Windows of 7 tokens are not divided."""
+    (tmp_path / "x.txt").write_text(make_text(15))
+    serial = evaluate_on_threads(folders[family], tmp_path / "x.txt", tmp_path / "1", context_length=length)
+    found = evaluate_on_threads(folders[family], tmp_path / "x.txt", tmp_path / "2", size, 1, length, context=2)
+    assert found["loss"] == pytest.approx(serial["loss"], rel=1e-6)
+    for name in ("tokens", "targets", "masked_accuracy" if family == "bert" else "accuracy"):
+        assert found[name] == serial[name]
 
 
 def test_loss_is_equal_with_more_ranks_than_windows(folders, tmp_path):

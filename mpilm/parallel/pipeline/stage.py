@@ -197,7 +197,7 @@ class ModelStage:
             batch = self.fetch_batch(self.inputs.microbatch_ids[microbatch])
             sequence.sliced = self.inputs.kv_caches is None and batch.tokens.shape[1] % self.tensor.slice_count == 0
             if sequence.parts > 1:  # without slices, each rank of the context axis computes the same, and the first reports it
-                parts = sequence.local_parts if sequence.sliced else [0]
+                parts = sequence.local_parts if sequence.sliced else range(sequence.comm.rank == 0)
                 batch = batch.select_parts(sequence.select_own, parts, sequence.parts)
             self._batches[microbatch] = batch, sequence.sliced
         return self._batches[microbatch][0]
