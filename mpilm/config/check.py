@@ -10,7 +10,6 @@ from mpilm.errors import ConfigError
 from mpilm.formatting import format_value
 
 MAX_ACTIONS = 2**24  # of a pipeline in a step, which are planned one by one
-ALIGNED_WIDTH = 4  # of heads: of others, torch's kernel computes other bits if there are fewer (2.13, float32)
 MAX_BALANCED = 2**25  # layers^2 times stages, which the time to balance them grows with; about half a minute
 
 
@@ -140,22 +139,13 @@ def _find_parallel_problems(config: Config, flags: Mapping[str, str]) -> Iterato
     if parallel.powersgd_rank and sync_every:
         both = f"{flags['parallel.powersgd_rank']} has no effect with {flags['parallel.sync_every']}"
         yield f"{both}: no gradients are exchanged between syncs; set only one"
-    for name, is_set, why in (
-        ("train.reproducible", not config.train.reproducible, "its gradients are summed in the fixed order"),
-        ("parallel.powersgd_rank", parallel.powersgd_rank, "its gradients are summed uncompressed"),
-        ("parallel.sync_every", sync_every, "its ranks share each sequence and cannot train independently"),
+    for flag, is_set, why in (
+        ("--train.reproducible false", not config.train.reproducible, "its gradients are summed in the fixed order"),
+        (flags["parallel.powersgd_rank"], parallel.powersgd_rank, "its gradients are summed uncompressed"),
+        (flags["parallel.sync_every"], sync_every, "its ranks share each sequence and cannot train independently"),
     ):
         if parallel.context > 1 and is_set:
-            yield f"{flags[name].replace('False', 'false')} does not work with {flags['parallel.context']}: {why}"
-    if parallel.context_method == "ulysses" and parallel.context > 1:
-        parts, advice = schema.tensor_part_count(config), "write --parallel.context-method ring, or auto"
-        if (heads := config.model.n_kv_heads // parts) % parallel.context:
-            where = " of a tensor part" * (parts > 1)
-            what = f"{flags['parallel.context']} does not divide the {heads} key and value heads{where}"
-            yield f"--parallel.context-method ulysses: {what}; {advice}"
-        elif config.model.dropout or config.model.head_width % ALIGNED_WIDTH:
-            cause = flags["model.dropout" if config.model.dropout else "model.head_width"]
-            yield f"--parallel.context-method ulysses with {cause} would not give equal bits; {advice}"
+            yield f"{flag} does not work with {flags['parallel.context']}: {why}"
     stages = parallel.pipeline * parallel.chunks
     actions = schema.microbatch_count(config) * stages
     if actions > MAX_ACTIONS:

@@ -309,12 +309,6 @@ def state_parts(config: Config) -> Config:
     return replace(config, model=replace(config.model, tensor_parts=tensor, sequence_parts=sequence))
 
 
-def can_divide_parts(parts: int, ranks: int) -> bool:
-    """Return whether so many ranks of the context axis can share so many sequence parts: each has a subtree of their tree."""
-    each, remainder = divmod(parts, ranks)
-    return remainder == 0 and (ranks == 1 or (each > 0 and each & (each - 1) == 0))
-
-
 def replica_size(parallel: ParallelConfig) -> int:
     """Return the number of ranks that hold one replica of the model, or share its sequences."""
     return parallel.pipeline * parallel.tensor * parallel.context

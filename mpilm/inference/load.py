@@ -6,14 +6,14 @@ from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_f
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import check_same_on_all_ranks, run_on_all_ranks
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, can_divide_parts, flatten, override, replica_size, resolve_config
+from mpilm.config.schema import Config, flatten, override, replica_size, resolve_config
 from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.pipelined import PipelinedModel, load_initial_weights
 from mpilm.errors import ConfigError
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
 from mpilm.parallel.flat_layout import ALIGNMENT
-from mpilm.parallel.layout_check import partition_by_cost
+from mpilm.parallel.layout_check import can_divide_parts, partition_by_cost
 
 
 def config_from_folder(config: Config, context_length: int = 0) -> Config:

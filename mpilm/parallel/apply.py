@@ -14,6 +14,7 @@ from mpilm.parallel.compile import compile_blocks
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.fsdp import ShardedParameters
 from mpilm.parallel.layout import REDUCE_AXES, Layouts, select_trained
+from mpilm.parallel.layout_check import find_ulysses_problem
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StageParameters
 from mpilm.parallel.plan import cut_of, stage_of
@@ -51,7 +52,9 @@ def parallelize(
     if tensor.slice_count > 1:
         # Recomputation needs all tokens of one block at a time anyway, and compiled functions save what they like.
         tensor.keeps_inputs = config.train.recompute == "block" or config.train.compile
-        divide_model(model, partial(cut_of, family=config.model.arch), tensor, parallel.context_method)
+        can_exchange = parallel.context > 1 and device.type == "cpu" and not find_ulysses_problem(config)
+        exchanges_heads = can_exchange and parallel.context_method != "ring"
+        divide_model(model, partial(cut_of, family=config.model.arch), tensor, exchanges_heads)
     shard = comm.rank, comm.size, alignment
     flat, frozen = FlatParameters(select_trained(layouts), device, parallel.zero, *shard), None
     frozen_layouts = {name: layout for name, layout in layouts.items() if layout.frozen}

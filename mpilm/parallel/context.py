@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from mpilm.comm.base import SelfComm
-from mpilm.config.check import ALIGNED_WIDTH
 from mpilm.model.attention import AttentionCore
 from mpilm.model.layers import Conv1D
 from mpilm.model.sequence_info import SequenceInfo
@@ -34,7 +33,7 @@ def attend_by_part(
     core: AttentionCore,
     attend_all: Attend,
     axis: SequenceAxis,
-    method: str,
+    exchanges_heads: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -45,10 +44,7 @@ def attend_by_part(
         return attend_all(q, k, v, info)
     documents = None if info.documents is None else info.documents.unflatten(1, (axis.parts, -1))
     masks = PartMasks(core, documents, info.dropout_keys)
-    # The bits of a head in torch's batched product depend on how many heads there are; in its fused kernel they do not, if a
-    # row of any number of heads is aligned.
-    is_invariant = is_fused(q, masks) and q.shape[-1] % ALIGNED_WIDTH == 0
-    if axis.comm.size == 1 or method == "ring" or k.shape[1] % axis.comm.size or not is_invariant:
+    if not exchanges_heads:
         return PartAttention.apply(masks, axis, q, k, v)
     q, k, v = (HeadsForTokens.apply(axis, x, False) for x in (q, k, v))
     return HeadsForTokens.apply(axis, PartAttention.apply(masks, SequenceAxis(SelfComm(), axis.parts), q, k, v), True)

@@ -1,9 +1,10 @@
 """Check that a layout works on a number of ranks, before anything is built; refusals name the nearest that works. Pure."""
 
+from typing import Any
+
 from mpilm.config.check import check_config, nearest_multiple
 from mpilm.config.schema import (
     Config,
-    can_divide_parts,
     microbatch_count,
     override,
     replica_size,
@@ -18,7 +19,9 @@ from mpilm.model.flops import flops_by_part
 from mpilm.parallel.pipeline.partition import partition_layers, validate_partition
 from mpilm.parallel.pipeline.schedules import find_schedule_problem
 
-Remedy = tuple[str, dict[str, int], int]  # text, settings to change, ranks
+ALIGNED_WIDTH = 4  # of heads: of other widths, torch's fused attention gives other bits if there are fewer (2.13, float32)
+
+Remedy = tuple[str, dict[str, Any], int]  # text, settings to change, ranks
 Problem = tuple[str, list[list[Remedy]]]  # reason, and remedies by kind, of each kind the best first
 
 
@@ -47,6 +50,25 @@ def reduces_in_rounds(config: Config) -> bool:
     """Return whether gradients are reduced for every round of microbatches: with ZeRO 2 and 3, and where each microbatch is
     divided over the context axis, because the tree adds its parts first."""
     return config.parallel.zero >= 2 or config.parallel.context > 1
+
+
+def can_divide_parts(parts: int, ranks: int) -> bool:
+    """Return whether so many ranks of the context axis can share so many sequence parts: each has a subtree of their tree."""
+    each, remainder = divmod(parts, ranks)
+    return remainder == 0 and (ranks == 1 or (each > 0 and each & (each - 1) == 0))
+
+
+def find_ulysses_problem(config: Config) -> str:
+    """Return why the ranks of the context axis cannot exchange tokens for heads with equal bits; empty if they can."""
+    model, context, parts = resolve_config(config).model, config.parallel.context, tensor_part_count(config)
+    if (heads := model.n_kv_heads // parts) % context:
+        where = " of a tensor part" * (parts > 1)
+        return f"--parallel.context {context} does not divide the {heads} key and value heads{where}"
+    if model.dropout:  # the bits of torch's batched product depend on the number of heads
+        return f"with --model.dropout {model.dropout} the bits would depend on the number of ranks"
+    if model.head_width % ALIGNED_WIDTH:
+        return f"with --model.head-width {model.head_width} the bits would depend on the number of ranks"
+    return ""
 
 
 def partition_by_cost(config: Config, vocab_size: int) -> tuple[int, ...]:
@@ -92,8 +114,13 @@ def _find_parts_problem(config: Config, ranks: int) -> Problem | None:
         if parts % size:
             return f"--parallel.{axis} {size} does not divide --model.{setting}-parts {parts}", [nearest]
         if axis == "context" and not can_divide_parts(parts, size):
-            reason = f"{parts // size} of {parts} sequence parts for each rank of --parallel.context {size} are no power of two"
+            each = f"{parts // size} of {parts} sequence parts, and their number must be a power of two"
+            reason = f"--parallel.context {size} gives each rank {each}"
             return reason, [[(f"the nearest that works: {n}", {"parallel__context": n}, ranks) for n in sizes]]
+    is_stated = config.parallel.context > 1 and config.parallel.context_method == "ulysses"
+    if is_stated and (problem := find_ulysses_problem(config)):
+        other: Remedy = ("write --parallel.context-method ring, or auto", {"parallel__context_method": "ring"}, ranks)
+        return f"--parallel.context-method ulysses: {problem}", [[other]]
     if (length := config.model.context_length) % (tensor_parts * sequence_parts):
         near = nearest_multiple(length, tensor_parts * sequence_parts)
         remedy: Remedy = (f"the nearest that works: {near}", {"model__context_length": near}, ranks)

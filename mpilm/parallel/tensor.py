@@ -39,9 +39,9 @@ from mpilm.parallel.plan import Cut, region_of
 CutOf = Callable[[str], Cut | None]
 
 
-def divide_model(model: nn.Module, cut_of: CutOf, axis: TensorAxis, context_method: str = "auto") -> None:
+def divide_model(model: nn.Module, cut_of: CutOf, axis: TensorAxis, exchanges_heads: bool = False) -> None:
     """Divide `model`, which is on the meta device, into parts and keep those of this rank. If the sequence has parts too, each
-    layer computes them one by one, and attention mixes them (parallel/context.py)."""
+    layer computes them one by one, and attention mixes them (parallel/context.py): `exchanges_heads` or in a ring."""
     regions = {region_of(name) for name, _ in model.named_parameters() if axis.parts > 1 and cut_of(name)}
     wholes = regions | {path for path, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
     for path, module in list(model.named_modules()):
@@ -51,7 +51,7 @@ def divide_model(model: nn.Module, cut_of: CutOf, axis: TensorAxis, context_meth
             _divide_tokens(module, axis)
     for module in model.modules() if axis.sequence.parts > 1 else ():
         if isinstance(module, AttentionCore):
-            module.forward = partial(attend_by_part, module, module.forward, axis.sequence, context_method)  # type: ignore[method-assign]
+            module.forward = partial(attend_by_part, module, module.forward, axis.sequence, exchanges_heads)  # type: ignore[method-assign]
 
 
 def _divide_region(region: Any, path: str, cut_of: CutOf, axis: TensorAxis) -> None:

@@ -12,7 +12,7 @@ from mpilm.errors import FileError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import attention_flops_per_token, block_matrices, model_part, saved_floats_per_token, stage_numel
 from mpilm.parallel.flat_layout import BUCKET
-from mpilm.parallel.layout_check import reduces_in_rounds, replica_microbatch_count
+from mpilm.parallel.layout_check import find_ulysses_problem, reduces_in_rounds, replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.planner.profile import ComputeRates, MachineProfile, MemoryRates, NetworkRates, interpolate, interpolate2d, total_s
 from mpilm.planner.simulate import simulate
@@ -288,7 +288,7 @@ def context_s(layout: PlacedLayout) -> ActionTimes:
     model, context, times = layout.rank_model, layout.shape.context, ActionTimes()
     network = layout.network(layout.ranks_per_node % (context * layout.shape.tensor) == 0)
     queries, keys = model.n_heads * model.head_width, model.n_kv_heads * model.head_width
-    uses_heads = layout.config.parallel.context_method != "ring" and model.n_kv_heads % context == 0
+    uses_heads = layout.config.parallel.context_method != "ring" and not find_ulysses_problem(layout.config)
     numel = layout.tokens * (2 * queries + 2 * keys if uses_heads else keys * context)
     forward = collective_s(network, "exchange", context, numel)
     for stage, layers in enumerate(layout.cut):

@@ -7,19 +7,10 @@ from itertools import product
 from typing import Any
 
 from mpilm.config.check import check_config
-from mpilm.config.schema import (
-    Config,
-    ParallelConfig,
-    can_divide_parts,
-    divided_sizes,
-    flatten,
-    override,
-    replica_size,
-    resolve_config,
-)
+from mpilm.config.schema import Config, ParallelConfig, divided_sizes, flatten, override, replica_size, resolve_config
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun, format_bytes
-from mpilm.parallel.layout_check import partition_by_cost, resolve_mesh_shape
+from mpilm.parallel.layout_check import can_divide_parts, partition_by_cost, resolve_mesh_shape
 from mpilm.planner.cost import PlacedLayout, StepTime, step_time
 from mpilm.planner.memory import rank_bytes
 from mpilm.planner.profile import MachineProfile

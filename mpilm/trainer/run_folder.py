@@ -12,22 +12,13 @@ from mpilm.checkpoint.manager import remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.config.parse import merge_settings, read_toml
-from mpilm.config.schema import (
-    OLD_NAMES,
-    PART_SETTINGS,
-    Config,
-    can_divide_parts,
-    flatten,
-    override,
-    result_settings,
-    state_parts,
-    to_dict,
-)
+from mpilm.config.schema import OLD_NAMES, PART_SETTINGS, Config, flatten, override, result_settings, state_parts, to_dict
 from mpilm.data.files import write_durably
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.formatting import count_noun
 from mpilm.launch.lock import LOCK_NAME, FolderLock
 from mpilm.model.layers import hash_key
+from mpilm.parallel.layout_check import can_divide_parts
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 

@@ -64,7 +64,9 @@ def test_attention_over_parts_is_attention(size, method, causal, has_documents):
     def body(comm):
         axis = SequenceAxis(comm, 6)
         own = [axis.select_own(x, 2).requires_grad_() for x in (q, k, v)]
-        y = attend_by_part(core, core.forward, axis, method, *own, SequenceInfo(torch.arange(LENGTH), documents=documents))
+        y = attend_by_part(
+            core, core.forward, axis, method == "ulysses", *own, SequenceInfo(torch.arange(LENGTH), documents=documents)
+        )
         y.backward(axis.select_own(gradient, 2))
         torch.testing.assert_close(y, axis.select_own(expected.detach(), 2), rtol=0, atol=1e-13)
         for x, leaf in zip(own, leaves):
@@ -81,7 +83,7 @@ def test_formula_with_dropout_is_the_fused_kernel_if_nothing_is_dropped(causal):
 
     def run(core, keys):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        y = attend_by_part(core, core.forward, axis, "ring", *leaves, SequenceInfo(torch.arange(LENGTH), keys))
+        y = attend_by_part(core, core.forward, axis, False, *leaves, SequenceInfo(torch.arange(LENGTH), keys))
         return (y.detach(), *torch.autograd.grad(y, leaves, gradient))
 
     expected = run(AttentionCore(causal, 0.0, "core"), None)
@@ -112,7 +114,7 @@ def test_exchange_of_heads_and_its_gradient_are_adjoint(size):
 
 def build_float_model(shape, axis, dtype):
     model = meta_model(shape, VOCAB)
-    divide_model(model, partial(cut_of, family=shape.arch), axis, "ring")
+    divide_model(model, partial(cut_of, family=shape.arch), axis)
     for name, parameter in list(model.named_parameters()):
         values = initial_value(0, name, tuple(parameter.shape), initial_std(name, shape) or 0.3).to(dtype)
         owner, _, attribute = name.rpartition(".")

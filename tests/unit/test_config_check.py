@@ -73,14 +73,6 @@ MODEL = [
         {"model__tensor_parts": 8},
         "--model.tensor-parts 8 does not divide --model.n-heads 4; the next smaller value that divides all sizes: 4",
     ),
-    (
-        {"parallel__context": 4, "parallel__context_method": "ulysses", "model__n_kv_heads": 2},
-        "--parallel.context-method ulysses: --parallel.context 4 does not divide the 2 key and value heads; write --parallel",
-    ),
-    (
-        {"parallel__context": 2, "parallel__context_method": "ulysses", "model__dropout": 0.1},
-        "--parallel.context-method ulysses with --model.dropout 0.1 would not give equal bits; write --parallel.context-",
-    ),
     ({"parallel__context": 2, "parallel__sync_every": 5}, "--parallel.sync-every 5 does not work with --parallel.context 2: "),
     (
         {"parallel__context": 2, "train__reproducible": False},

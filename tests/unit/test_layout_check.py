@@ -135,7 +135,18 @@ def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
         ),
         (
             4, {"parallel__context": 2, "model__sequence_parts": 6, "model__context_length": 24},
-            "3 of 6 sequence parts for each rank of --parallel.context 2 are no power of two; the nearest that works: 1",
+            "--parallel.context 2 gives each rank 3 of 6 sequence parts, and their number must be a power of two; the nearest "
+            "that works: 1",
+        ),
+        (
+            4, {"parallel__context": 4, "parallel__context_method": "ulysses", "model__n_kv_heads": 2},
+            "--parallel.context-method ulysses: --parallel.context 4 does not divide the 2 key and value heads; write "
+            "--parallel.context-method ring, or auto",
+        ),
+        (
+            2, {"parallel__context": 2, "parallel__context_method": "ulysses", "model__n_kv_heads": 2, "model__dropout": 0.1},
+            "--parallel.context-method ulysses: with --model.dropout 0.1 the bits would depend on the number of ranks; write "
+            "--parallel.context-method ring, or auto",
         ),
         (
             2, {"parallel__context": 2, "parallel__tensor": 1, "model__context_length": 25},
