@@ -70,9 +70,10 @@ class SwiGLU(nn.Module):
         self.gate = Linear(d_model, d_ff, bias=False)
         self.up = Linear(d_model, d_ff, bias=False)
         self.down = Linear(d_ff, d_model, bias=False)
+        self.activation = nn.SiLU()
 
     def forward(self, x: Tensor, info: SequenceInfo | None = None) -> Tensor:  # (..., D) -> (..., D)
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class FeedForward(nn.Module):

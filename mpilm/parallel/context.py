@@ -127,9 +127,19 @@ def _stack_pairs(axis: SequenceAxis, k: Tensor, v: Tensor) -> dict[int, Tensor]:
 
 def merge(y: Tensor, log_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
     """Return the attention to the keys of two blocks together: (B, H, t, K), (B, H, t) of each."""
-    total = torch.logaddexp(log_sum, other_sum)
-    finite = total.where(total > -math.inf, 0.0)
-    return y * (log_sum - finite).exp()[..., None] + other * (other_sum - finite).exp()[..., None], total
+    largest = torch.maximum(log_sum, other_sum)
+    largest = largest.where(largest > -math.inf, 0.0)
+    weight, other_weight = (_by_head(torch.exp, x - largest) for x in (log_sum, other_sum))
+    total = weight + other_weight
+    divisor = total.where(total > 0, 1.0)
+    y = y * (weight / divisor)[..., None] + other * (other_weight / divisor)[..., None]
+    return y, largest + _by_head(torch.log, total)
+
+
+def _by_head(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:  # (B, H, t) -> (B, H, t)
+    """Return function(x), computed for each head by itself: torch's vectors leave the last elements of a tensor to other code
+    with other bits, and the number of heads depends on the layout."""
+    return torch.stack([function(head.contiguous()) for head in x.unbind(1)], dim=1)
 
 
 def attend(q: Tensor, block: Tensor, masks: PartMasks, query: int, key: int) -> tuple[Tensor, Tensor]:

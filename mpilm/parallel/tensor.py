@@ -20,10 +20,11 @@ from torch.autograd import Function
 
 from mpilm.comm.base import SelfComm
 from mpilm.model.attention import AttentionCore
-from mpilm.model.layers import IGNORE_INDEX, Conv1D, Dropout, Embedding
+from mpilm.model.layers import IGNORE_INDEX, Conv1D, Dropout, Embedding, RotaryEmbedding
 from mpilm.model.moe import MixtureOfExperts
-from mpilm.model.sequence_info import SequenceInfo
+from mpilm.model.sequence_info import Rotation, SequenceInfo
 from mpilm.model.transformer import BertEmbedding
+from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tensor_axis import (
     AllGatherTokens,
     ContiguousGradient,
@@ -49,6 +50,8 @@ def divide_model(model: nn.Module, cut_of: CutOf, axis: TensorAxis, exchanges_he
             _divide_region(module, path, cut_of, axis)
         elif not any(path.startswith(f"{whole}.") for whole in wholes):
             _divide_tokens(module, axis)
+    if isinstance(rotary := getattr(model, "rotary", None), RotaryEmbedding):
+        model.rotary = partial(_rotate_by_part, rotary, axis.sequence)  # type: ignore[assignment]
     for module in model.modules() if axis.sequence.parts > 1 else ():
         if isinstance(module, AttentionCore):
             module.forward = partial(attend_by_part, module, module.forward, axis.sequence, exchanges_heads)  # type: ignore[method-assign]
@@ -185,7 +188,11 @@ class PartLogits:
 
     def losses(self, targets: Tensor) -> Tensor:  # (B, N) -> (B, N)
         """Return the cross-entropy of each target, float32; 0 for one that is ignored. Collective over the tensor axis."""
-        return PartCrossEntropy.apply(self.axis, [self.ranges[part] for part in self.axis.local_parts], targets, *self.parts)
+        ranges, sequence = [self.ranges[part] for part in self.axis.local_parts], self.axis.sequence
+        if not sequence.sliced:
+            return PartCrossEntropy.apply(self.axis, ranges, targets, *self.parts)
+        pieces = zip(*(sequence.split(x, 1) for x in (targets, *self.parts)))  # of each sequence part
+        return torch.cat([PartCrossEntropy.apply(self.axis, ranges, *piece) for piece in pieces], dim=1)
 
     def argmax(self) -> Tensor:
         """Return the token with the largest logit, the first of several, (B, N). Collective over the tensor axis."""
@@ -267,6 +274,13 @@ def gather_parts(own: Sequence[Tensor], part: ParamPart | None, axis: TensorAxis
     return full
 
 
+def _rotate_by_part(rotary: RotaryEmbedding, sequence: SequenceAxis, positions: Tensor) -> Rotation:
+    if not sequence.sliced:
+        return rotary(positions)
+    cosines, sines = zip(*(rotary(part) for part in sequence.split(positions, positions.dim() - 1)))
+    return torch.cat(cosines, dim=-2), torch.cat(sines, dim=-2)
+
+
 def _divide_tokens(module: Any, axis: TensorAxis, names: Sequence[str] = ()) -> None:
     """Make a module compute each slice of the tokens separately. `names`: its own parameters, if some are filled in later."""
     names = names or [name for name, _ in module.named_parameters(recurse=False)]
@@ -280,10 +294,13 @@ def _divide_tokens(module: Any, axis: TensorAxis, names: Sequence[str] = ()) -> 
     elif isinstance(module, BertEmbedding):
         add_segment, segments = module.add_segment, module.segments
         module.add_segment = lambda x: _call_by_slice(segments, add_segment, ["weight"], axis, x)  # type: ignore[method-assign]
+    elif isinstance(module, (nn.GELU, nn.SiLU)):  # vectors leave the last elements of a tensor to code with other bits
+        activation = module.forward
+        module.forward = lambda x: _by_slice(axis, activation, [], x)  # type: ignore[method-assign,assignment]
     elif isinstance(module, MixtureOfExperts):
-        forward = module.forward
+        mix = module.forward
         module.forward = lambda x, info: _by_sequence_part(  # type: ignore[method-assign]
-            module, axis, lambda inputs, info: [forward(inputs[0], info)], [x], info
+            module, axis, lambda inputs, info: [mix(inputs[0], info)], [x], info
         )[0]
     elif isinstance(module, (nn.Linear, Conv1D)) and axis.parts == 1 and isinstance(module.weight, nn.Parameter):
         module.forward = partial(linear_by_part, module, module.forward, axis.sequence)  # type: ignore[method-assign]
@@ -313,9 +330,8 @@ def _by_slice(axis: TensorAxis, function: Callable[..., Tensor], parameters: Seq
     its aliases for the slices, a tuple. Collective in backward."""
     if not axis.sliced:
         return function(x, *(each[0] if isinstance(each, tuple) else each for each in parameters))
-    aliases = zip(
-        *(each if isinstance(each, tuple) else ShareParameter.apply(each, axis, axis.sequence_parts) for each in parameters)
-    )
     pieces = x.unflatten(dim, (axis.sequence_parts * len(axis.local_parts), -1)).unbind(dim)
+    shared = (p if isinstance(p, tuple) else ShareParameter.apply(p, axis, axis.sequence_parts) for p in parameters)
+    aliases = list(zip(*shared)) or [()] * len(pieces)
     outputs = [ContiguousGradient.apply(function(x.contiguous(), *values)) for x, values in zip(pieces, aliases, strict=True)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim)

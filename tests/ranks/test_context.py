@@ -174,17 +174,21 @@ def test_activations_of_a_rank_are_its_share(family, dtype):
     assert run_ranks(2, body) == [pytest.approx(predicted, rel=0.05)] * 2
 
 
-SIZES = {"model__n_heads": 4, "model__d_model": 32, "model__context_length": 16, "model__sequence_parts": 4}
+SIZES = {
+    "model__n_heads": 4, "model__d_model": 32, "model__d_ff": 44, "model__context_length": 20, "model__sequence_parts": 4,
+    "train__micro_batch": 3, "train__global_batch": 6,
+}  # fmt: skip
+"""Parts of 5 tokens and 3 sequences, so that no tensor fills whole vectors of the processor."""
 LAYOUTS = [
     (2, {}, layout(context=2, context_method="ring")),
     (2, {}, layout(context=2, context_method="ulysses")),
     (4, {}, layout(context=4, zero=1)),
     (4, {}, layout(context=2, zero=3)),
     (4, {"train__recompute": "attention"}, layout(2, "interleaved", context=2)),
-    (4, {"model__tensor_parts": 2}, layout(tensor=2, context=2)),
-    (8, {"model__tensor_parts": 2}, layout(2, "zero-bubble", tensor=2, context=2)),
-    (6, {"model__sequence_parts": 6, "model__context_length": 18}, layout(context=6, zero=2)),
-    (3, {"model__sequence_parts": 6, "model__context_length": 18, "train__dtype": "bfloat16"}, layout(context=3)),
+    (4, {"model__tensor_parts": 2, "model__context_length": 40}, layout(tensor=2, context=2)),
+    (8, {"model__tensor_parts": 2, "model__context_length": 40}, layout(2, "zero-bubble", tensor=2, context=2)),
+    (6, {"model__sequence_parts": 6, "model__context_length": 30}, layout(context=6, zero=2)),
+    (3, {"model__sequence_parts": 6, "model__context_length": 30, "train__dtype": "bfloat16"}, layout(context=3)),
 ]
 
 
