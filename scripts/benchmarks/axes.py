@@ -6,7 +6,6 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from itertools import product
 
 from torch import Tensor, nn
 
@@ -17,13 +16,33 @@ SHAPE = {  # blocks of width 1,024
     "model__d_model": 1024, "model__n_layers": 4, "model__n_heads": 16, "model__n_kv_heads": 16, "model__context_length": 512,
     "model__tie_embeddings": False, "train__global_batch": 4, "train__micro_batch": 1, "train__threads": 1,
 }  # fmt: skip
-LONG = {"model__n_layers": 2, "model__context_length": 8192, "train__global_batch": 2}
+LONG = {"model__n_layers": 1, "model__context_length": 8192, "train__global_batch": 2}
 
 
 def axes(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = ["--preset", args.preset, "--rounds", str(args.rounds), "--folder", folder]
         subprocess.run([*mpirun(2), sys.executable, BENCH, "axes-worker", *words], check=True)
+
+
+def long_contexts(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--preset", args.preset, "--rounds", str(args.rounds), "--folder", folder]
+        subprocess.run([*mpirun(2), sys.executable, BENCH, "context-worker", *words], check=True)
+
+
+def context_worker(args: argparse.Namespace) -> None:
+    from mpilm.comm.mpi import mpi_world
+
+    comm, sides = mpi_world(), {}
+    for method in ("data 2", "ring", "ulysses"):
+        changes = {} if method == "data 2" else {"parallel__context": 2, "parallel__context_method": method}
+        config = make_config(f"{args.folder}/{method.split()[0]}", args.preset, **{**SHAPE, **LONG, **changes})
+        sides[method] = mpilm_side(config, comm)
+    times, void = time_sides(sides, args.rounds, comm)
+    if comm.rank == 0:
+        ratios = {f"{method} / data 2": (speed_ratios(times, "data 2", method), ">= 0.85") for method in ("ring", "ulysses")}
+        print_report("context 2: a block of width 1,024, 2 sequences of 8,192 tokens a step", times, ratios, void)
 
 
 class Table(nn.Embedding):
@@ -79,9 +98,6 @@ def axes_worker(args: argparse.Namespace) -> None:
         "tensor 2": side("tensor", parallel__tensor=2),
         "each rank alone, 1 part": side(f"one-{comm.rank}", SelfComm(), **alone),
         "each rank alone, 2 parts": side(f"two-{comm.rank}", SelfComm(), model__tensor_parts=2, **alone),
-        "8,192 tokens, data 2": side("long", **LONG),
-        "8,192 tokens, context 2, ring": side("ring", parallel__context=2, parallel__context_method="ring", **LONG),
-        "8,192 tokens, context 2, ulysses": side("heads", parallel__context=2, parallel__context_method="ulysses", **LONG),
         "torch DTensor, gloo": torch_side(make_config(f"{args.folder}/plain", args.preset, **SHAPE), wrap=divide_by_dtensor),
     }
     times, void = time_sides(sides, args.rounds, comm)
@@ -89,8 +105,6 @@ def axes_worker(args: argparse.Namespace) -> None:
         print_report("axes: 4 blocks of width 1,024, 512 tokens a microbatch, 2,048 tokens a step", times, {
             "tensor 2 / data 2": (speed_ratios(times, "data 2", "tensor 2"), ">= 0.85"),
             "2 parts / 1 part": (speed_ratios(times, "each rank alone, 1 part", "each rank alone, 2 parts"), ">= 0.95"),
-            **{f"context 2, {method} / data 2": (speed_ratios(times, long, f"{long[:12]}, context 2, {method}"), ">= 0.85")
-               for long, method in product(["8,192 tokens, data 2"], ["ring", "ulysses"])},
             "tensor 2 / DTensor": (speed_ratios(times, "torch DTensor, gloo", "tensor 2"), ">= 1.30"),
         }, void)  # fmt: skip
     dist.destroy_process_group()
