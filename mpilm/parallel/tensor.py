@@ -42,7 +42,8 @@ CutOf = Callable[[str], Cut | None]
 
 def divide_model(model: nn.Module, cut_of: CutOf, axis: TensorAxis, exchanges_heads: bool = False) -> None:
     """Divide `model`, which is on the meta device, into parts and keep those of this rank. If the sequence has parts too, each
-    layer computes them one by one, and attention mixes them (parallel/context.py): `exchanges_heads` or in a ring."""
+    layer computes them one by one, and attention mixes them (parallel/context.py): by an exchange of heads if
+    `exchanges_heads`, else in a ring."""
     regions = {region_of(name) for name, _ in model.named_parameters() if axis.parts > 1 and cut_of(name)}
     wholes = regions | {path for path, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
     for path, module in list(model.named_modules()):
