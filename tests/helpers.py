@@ -58,6 +58,12 @@ def mpirun(
     return subprocess.CompletedProcess(command, job.returncode, out, err)
 
 
+def messages(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return the lines that mpilm printed on standard error, without those that say what a slow machine waits for."""
+    notice = re.compile(r"mpilm: .* (goes on for|has waited) \d+ s ")
+    return [line for line in done.stderr.splitlines() if "mpilm" in line and not notice.match(line)]
+
+
 def refusal(command: str, *arguments: object, ranks: int = 0, code: int = 78, limit_s: float = 60.0) -> str:
     """Run a command that must be refused with this exit code; return its one message."""
     done = mpirun(ranks, "-m", f"mpilm.{command}", *arguments, limit_s=limit_s)

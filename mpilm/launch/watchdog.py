@@ -140,7 +140,8 @@ class Watchdog:
         job_still_s, deadlock_s = self.links.exchange(still_s) if self.links else still_s, max(MIN_LIMIT_S, self.limit_s())
         if (self.links is None or self.links.node == 0) and job_still_s > deadlock_s:
             return f"no rank has finished a call for {job_still_s:.0f} s; the limit is {deadlock_s:.0f} s"
-        if self.links and still_s > limit_s and (silent := self.links.silent_nodes(limit_s, self.resumed_s)):
+        may_be_lost = self.world.is_fault_tolerant and still_s <= limit_s  # the others go on without a lost node
+        if self.links and not may_be_lost and (silent := self.links.silent_nodes(limit_s, self.resumed_s)):
             hosts = ", ".join(self.hosts[self.links.nodes[node][0]] for node in silent)
             self._unreachable.update(rank for node in silent for rank in self.links.nodes[node])
             return f"no heartbeat from {hosts} for {limit_s:.0f} s: the host, or the network to it, is down"

@@ -9,7 +9,7 @@ from subprocess import CompletedProcess
 from typing import NoReturn
 
 import pytest
-from helpers import mpirun
+from helpers import messages, mpirun
 
 from mpilm.launch.run import SIZE_VARIABLES, _parse_or_stop, connect_world
 
@@ -55,10 +55,6 @@ def _is_running(pid: int) -> bool:
     except (ProcessLookupError, FileNotFoundError):
         return False
     return state != "Z"
-
-
-def messages(done: CompletedProcess[str]) -> list[str]:
-    return [line for line in done.stderr.splitlines() if "mpilm" in line]
 
 
 def test_job_without_errors_exits_with_0(tmp_path: Path) -> None:

@@ -4,9 +4,13 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
+from itertools import product
 
 import pytest
+from helpers import OTHER_PYTHON
+from test_phases import PHASES
 from training_jobs import ROOT, logged_step, read_outcome, run_serially, slow_case, start_job, train_arguments
 
 CAN_EMULATE = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and all(map(shutil.which, ("ip", "nsenter", "unshare")))
@@ -16,6 +20,7 @@ pytestmark = [
     ),
     pytest.mark.timeout(240),
 ]
+LIMIT_S = 4
 STEPS = ("--train.steps", 8, "--checkpoint.every", 4)
 
 
@@ -69,7 +74,7 @@ def test_network_disconnected_for_a_moment_gives_the_same_bits(tmp_path, data):
 @pytest.mark.slow
 def test_disconnected_network_ends_the_job(tmp_path, data):
     """The launcher alone would wait for the other host until the job's time is up."""
-    flags = ("--train.steps", 100_000, "--fault.step-timeout", 4)
+    flags = ("--train.steps", 100_000, "--fault.step-timeout", LIMIT_S)
     with start_job(2, train_arguments(data, tmp_path / "run", *flags), tmp_path, wrapper=hosts(1)) as job:
         job.wait_until(lambda: logged_step(tmp_path / "run") >= 20, 120)
         job.process.send_signal(signal.SIGUSR1)
@@ -82,30 +87,30 @@ def test_disconnected_network_ends_the_job(tmp_path, data):
     assert len(list((tmp_path / "run" / "watchdog").glob("*/rank-*.json"))) == 2
 
 
-@pytest.mark.parametrize(
-    "point", list(map(slow_case, ("prepare", "build", "load", "eval", "checkpoint.open", "sample", "leaving")))
-)
-def test_disconnected_network_is_named_in_any_phase(tmp_path, text, point):
-    """Rank 1 works slowly, and rank 0 waits for it, so that the phase lasts."""
-    fault = f"kind=slow rank=1 value=300 point={point}"
-    flags = (
-        *STEPS,
-        "--fault.step-timeout",
-        4,
-        "--run.eval-every",
-        2,
-        "--generate.max-tokens",
-        4,
-        "--data.tokenizer",
-        "bpe:300",
-    )
-    variables = {"MPILM_FAULT": fault, "MPILM_CACHE": str(tmp_path)}
-    with start_job(2, train_arguments(text, tmp_path / "run", *flags), tmp_path, wrapper=hosts(1), **variables) as job:
+def cells():
+    """Yield phase, ranks, and the Python of an environment with its MPI library."""
+    for phase, ranks, python in product(PHASES, (2, 4), (sys.executable, OTHER_PYTHON)):
+        yield slow_case(phase, ranks, python)
+
+
+@pytest.mark.parametrize(("phase", "ranks", "python"), list(cells()))
+def test_disconnected_network_is_named_in_any_phase(tmp_path, text, phase, ranks, python):
+    """The last rank works slowly, on the far host, or rank 0 where it alone works, so that the phase lasts."""
+    worker = 0 if phase in ("tokenizer training", "report") else ranks - 1
+    line = train_arguments(
+        text, tmp_path / "run", "--train.steps", 6, "--run.eval-every", 2, "--checkpoint.every", 2, "--generate.max-tokens", 4,
+        "--data.tokenizer", "bpe:300", "--fault.step-timeout", LIMIT_S,
+    )  # fmt: skip
+    variables = {"MPILM_FAULT": f"kind=slow rank={worker} value=300 {PHASES[phase]}", "MPILM_CACHE": str(tmp_path)}
+    with start_job(ranks, line, tmp_path, wrapper=hosts(ranks // 2), python=python, **variables) as job:
         job.wait_until(lambda: "fault: slow" in job.output, 120)
-        time.sleep(6)
+        if "step" not in phase and phase != "start-up":  # where a stated limit holds for the whole
+            time.sleep(LIMIT_S + 2)
         assert "watchdog" not in job.output
         job.process.send_signal(signal.SIGUSR1)
         pulled = time.monotonic()
-        job.wait_until(lambda: "mpilm: watchdog: no heartbeat from h" in job.output, 30)
-        assert time.monotonic() - pulled < 4 + 5
+        job.wait_until(lambda: "mpilm: watchdog: " in job.output, 30)
+        assert time.monotonic() - pulled < LIMIT_S + 5
         assert job.wait(120) != 0
+    if "step" not in phase and phase != "start-up":
+        assert "mpilm: watchdog: no heartbeat from h" in job.output

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from helpers import HAS_OTHER_MPI, OTHER_PYTHON, mpirun
+from helpers import HAS_OTHER_MPI, OTHER_PYTHON, messages, mpirun
 from runs import small_config
 from thread_ranks import run_ranks
 
@@ -43,10 +43,6 @@ def verify(ranks, *flags, limit_s=LIMIT_S, python=sys.executable):
 def verdicts_of(done):
     row = r"^ +(\d+) +(\d+) +(\d+) +(\d+) +\d+ x \d+  (\S+) +(\d)  (?: *[-+.e\d]+  ){0,3}(.+)$"
     return {tuple(layout): verdict for *layout, verdict in re.findall(row, done.stdout, re.MULTILINE)}
-
-
-def messages(done):
-    return [line for line in done.stderr.splitlines() if "mpilm" in line]
 
 
 @pytest.mark.parametrize("python", PYTHONS)
