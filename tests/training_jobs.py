@@ -27,6 +27,25 @@ SMALL = (
 """Flags of a run whose steps take a few milliseconds."""
 
 
+PHASES = {
+    "start-up": "point=mpi",
+    "preparation": "point=prepare",
+    "tokenizer training": "point=tokenizer",
+    "model building": "point=build",
+    "loading": "point=load",
+    "first step": "step=0 point=forward",
+    "later step": "step=3 point=backward",
+    "first evaluation": "point=eval",
+    "later evaluation": "point=eval after=1",
+    "first save": "point=checkpoint.fsync",  # which ranks without a block to write pass too
+    "later save": "step=5 point=checkpoint.fsync",
+    "sample": "point=sample",
+    "report": "point=report",
+    "leaving": "point=leaving",
+}
+"""Phase -> where the rank stops. tests/faults/test_hanging.py has more of the steps."""
+
+
 def slow_case(*values: object) -> Any:
     """Return a case that scripts/test leaves out."""
     return pytest.param(*values, marks=pytest.mark.slow)

@@ -10,8 +10,7 @@ from itertools import product
 
 import pytest
 from helpers import OTHER_PYTHON
-from test_phases import PHASES
-from training_jobs import ROOT, logged_step, read_outcome, run_serially, slow_case, start_job, train_arguments
+from training_jobs import PHASES, ROOT, logged_step, read_outcome, run_serially, slow_case, start_job, train_arguments
 
 CAN_EMULATE = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and all(map(shutil.which, ("ip", "nsenter", "unshare")))
 pytestmark = [

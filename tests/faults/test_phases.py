@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 from helpers import OTHER_PYTHON
-from training_jobs import slow_case, start_job, train_arguments
+from training_jobs import PHASES, slow_case, start_job, train_arguments
 
 EXIT_CODE, LIMIT_S, GRACE_S = 86, 3, 1
 QUICK_WATCHDOG = (
@@ -15,23 +15,6 @@ QUICK_WATCHDOG = (
     f"watchdog.GRACE_S = {GRACE_S}; watchdog.TICK_S = 0.2; watchdog.NOTICE_S = 2; watchdog.MIN_LIMIT_S = {LIMIT_S}; "
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )
-PHASES = {
-    "start-up": "point=mpi",
-    "preparation": "point=prepare",
-    "tokenizer training": "point=tokenizer",
-    "model building": "point=build",
-    "loading": "point=load",
-    "first step": "step=0 point=forward",
-    "later step": "step=3 point=backward",
-    "first evaluation": "point=eval",
-    "later evaluation": "point=eval after=1",
-    "first save": "point=checkpoint.fsync",  # which ranks without a block to write pass too
-    "later save": "step=5 point=checkpoint.fsync",
-    "sample": "point=sample",
-    "report": "point=report",
-    "leaving": "point=leaving",
-}
-"""Phase -> where the rank stops. tests/faults/test_hanging.py has more of the steps."""
 KINDS = {
     "stop": "no response; its process has been stopped",
     "hold": "no response; its process exists .* probably native code holds the interpreter lock",
