@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -52,6 +53,7 @@ SERIAL = {
     "parallel__pipeline": 1,
     "parallel__tensor": 1,
     "parallel__context": 1,
+    "parallel__expert": 1,
     "parallel__schedule": "1f1b",
     "parallel__chunks": 0,
     "parallel__zero": 0,
@@ -86,6 +88,11 @@ def layout(pipeline: int = 1, schedule: str = "1f1b", zero: int = 0, **more: Any
 def serial_config(config: Config) -> Config:
     """Return the config of the same work on one rank."""
     return resolve_config(override(config, **SERIAL, train__recompute="none"))
+
+
+def place(rank: int, ranks: int) -> Any:
+    """Return what pure code reads of a communicator."""
+    return SimpleNamespace(rank=rank, size=ranks)
 
 
 def build_train_model(config: Config, comm: Comm, checks_calls: bool = False, alignment: int = ALIGNMENT) -> TrainModel:

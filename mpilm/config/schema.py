@@ -185,6 +185,8 @@ class ParallelConfig:
     # How they attend: ring sends keys and values, ulysses exchanges tokens for heads, with the same result; auto: ulysses where
     # the number of ranks divides the key and value heads of a rank, else ring.
     context_method: Literal["auto", "ring", "ulysses"] = "auto"
+    # mixtral: expert-parallel ranks, a factor of the data-parallel ones: they divide the experts of each block.
+    expert: PositiveCount = 1
     schedule: Literal["1f1b", "gpipe", "interleaved", "zero-bubble"] = "1f1b"  # Pipeline schedule.
     chunks: Count = 0  # Model chunks (virtual stages) per rank; 0: 2 for the interleaved schedule, else 1.
     cut: tuple[int, ...] = ()  # Layers per stage, first to last; empty: balanced by cost.

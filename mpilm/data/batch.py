@@ -39,6 +39,13 @@ class Batch:
         positions = select(self.positions, self.positions.dim() - 1)
         return replace(self, tokens=tokens, targets=targets, positions=positions, parts=tuple(parts), part_count=part_count)
 
+    def select_none(self) -> Batch:
+        """Return the batch without its sequences."""
+        arrays = {name: getattr(self, name)[:0] for name in ("tokens", "targets", "samples")}
+        positions = self.positions[:0] if self.positions.dim() == 2 else self.positions
+        documents = None if self.documents is None else self.documents[:0]
+        return replace(self, **arrays, positions=positions, documents=documents, target_tokens=0)
+
     def split_parts(self, x: Tensor) -> list[Tensor]:  # (B, T, ...) -> of each part (B, T / parts, ...)
         """Return the tokens of each part, or all tokens if there is one part, or none."""
         return [part.contiguous() for part in x.unflatten(1, (len(self.parts), -1)).unbind(1)] if len(self.parts) > 1 else [x]

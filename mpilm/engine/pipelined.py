@@ -17,17 +17,19 @@ from mpilm.mesh.mesh import Mesh
 from mpilm.model.families import build_model, initial_std, initial_value, tied_parameters
 from mpilm.model.lora import is_frozen
 from mpilm.model.sequence_info import KVCache
+from mpilm.ops.expert_axis import ExpertAxis
 from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.ops.tree import block_of_rank
 from mpilm.optim.optimizer import needs_full_parameter
-from mpilm.parallel.apply import parallelize
+from mpilm.parallel.apply import Flats, parallelize
 from mpilm.parallel.compile import compiled_loss_sum
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ParamSlice
 from mpilm.parallel.fsdp import all_gather_shards
 from mpilm.parallel.layout import (
     REDUCE_AXES,
+    FlatKey,
     ParamLayout,
     global_shapes,
     resolve_layouts,
@@ -39,7 +41,7 @@ from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.execute import StageMessenger, execute
 from mpilm.parallel.pipeline.schedules import forward_only, lower
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StepInputs, last_logits, token_losses
-from mpilm.parallel.plan import cut_of, stage_of
+from mpilm.parallel.plan import cut_of, expert_of, stage_of
 from mpilm.parallel.tensor import slice_part
 from mpilm.parallel.tied import TiedParameters
 
@@ -53,48 +55,41 @@ class PipelinedModel:
     ):
         self.config, self.mesh, self.blocks_per_stage, self.device = config, mesh, tuple(blocks_per_stage), device
         self.vocab_size, self.alignment = vocab_size, alignment
-        self.pipeline, self.data, self.reduce_comm = mesh.comm("pipeline"), mesh.comm("data"), mesh.comm(*REDUCE_AXES)
+        self.pipeline, self.replicas, self.reduce_comm = (
+            mesh.comm(*axes) for axes in (("pipeline",), ("data", "expert"), REDUCE_AXES)
+        )
         self.zero = config.parallel.zero
         self.sequence = SequenceAxis(mesh.comm("context"), sequence_part_count(config))
         self.tensor = TensorAxis(mesh.comm("tensor"), tensor_part_count(config), self.sequence)
-        # All parameters of the model, and those that the ranks with this rank's tensor parts have.
+        self.experts = ExpertAxis(mesh.comm("expert"), config.model.n_experts)
+        # All parameters of the model, and those that ranks with this rank's tensor parts and experts have.
         self.layouts = resolve_model_layouts(
-            config.model, vocab_size, blocks_per_stage, config.train.optimizer, self.tensor.parts
+            config.model, vocab_size, blocks_per_stage, config.train.optimizer, self.tensor.parts, mesh.shape.expert > 1
         )
         self.parts = {name: layout.part for name, layout in self.layouts.items() if layout.part is not None}
-        local = select_parts(self.layouts, self.tensor.local_parts)
-        trained = select_trained(local)
-        frozen_layouts = {name: layout for name, layout in local.items() if layout.frozen}
-        self.shapes, self.frozen_shapes = global_shapes(trained), global_shapes(frozen_layouts)
-        self.flats: dict[int, FlatParameters] = {}  # trained parameters, by stage
-        self.frozen: dict[int, FlatParameters] = {}  # frozen parameters, of stages that have any
+        local = select_parts(self.layouts, self.tensor.local_parts, self.experts.local_experts)
+        self.shapes = global_shapes(select_trained(self.layouts))
+        self.frozen_shapes = global_shapes({name: layout for name, layout in self.layouts.items() if layout.frozen})
+        self.flats, self.frozen = Flats(), Flats()  # trained parameters of this rank's stages, and frozen ones
         self.stages: dict[int, ModelStage] = {}
         for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):
             model, layouts = meta_model(config.model, vocab_size), select_stage(local, stage)
-            self.stages[stage], self.flats[stage], frozen = parallelize(
-                model,
-                stage,
-                blocks_per_stage,
-                layouts,
-                config,
-                mesh,
-                self.tensor,
-                device,
-                alignment,
-                partial(self.make_reducer, stage),
+            self.stages[stage], trained, frozen = parallelize(
+                model, stage, blocks_per_stage, layouts, config, mesh, self.tensor, device, alignment, self.make_reducer
             )
-            if frozen is not None:
-                self.frozen[stage] = frozen
+            self.flats |= trained
+            self.frozen |= frozen
         self.flat_parameters = [*self.flats.values(), *self.frozen.values()]
-        self.tied = TiedParameters(trained, self.flats, self.pipeline)
+        self.tied = TiedParameters(select_trained(local), self.flats, self.pipeline)
+        frozen_layouts = {name: layout for name, layout in local.items() if layout.frozen}
         self.tied_frozen = TiedParameters(frozen_layouts, self.frozen, self.pipeline)
         self.messenger = StageMessenger(self.pipeline)
         self.token_losses = token_losses
         if config.train.compile and self.tensor.parts == 1:
             self.token_losses = partial(token_losses, sum_losses=compiled_loss_sum())
 
-    def make_reducer(self, stage: int, flat: FlatParameters, model: nn.Module) -> GradientReducer:
-        """Return the gradient reducer of a stage: none here, where the model only runs forward."""
+    def make_reducer(self, key: FlatKey, flat: FlatParameters, model: nn.Module) -> GradientReducer:
+        """Return the gradient reducer of some parameters: none here, where the model only runs forward."""
         return GradientReducer()
 
     @property
@@ -115,7 +110,7 @@ class PipelinedModel:
         self.tied.copy_values()
         if self.zero in (1, 2):
             for flat in self.flats.values():
-                all_gather_shards(flat.layout, flat.values, self.reduce_comm)
+                all_gather_shards(flat, flat.values)
 
     def owned_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the slices of trained parameters that this rank updates."""
@@ -125,8 +120,8 @@ class PipelinedModel:
         self, total: int, fetch: Callable[[int], Batch], output_fn: Callable[[Tensor, Batch], Tensor] = token_losses
     ) -> Mapping[int, Tensor]:
         """Run `total` microbatches forward, divided over the replicas, without dropout; return `results()`. Collective."""
-        ids = range(*block_of_rank(self.data.rank, self.data.size, total))
-        return self._run_forward(-(-total // self.data.size), StepInputs(fetch, ids, output_fn=output_fn))
+        ids = range(*block_of_rank(self.replicas.rank, self.replicas.size, total))
+        return self._run_forward(-(-total // self.replicas.size), StepInputs(fetch, ids, output_fn=output_fn))
 
     def results(self) -> Mapping[int, Tensor]:
         """Return the outputs of this rank's microbatches, by number, on the first rank of the tensor axis with the last stage;
@@ -147,8 +142,13 @@ class PipelinedModel:
     def _run_forward(self, count: int, inputs: StepInputs) -> Mapping[int, Tensor]:
         """Run `count` microbatches forward, of which this replica has those in `inputs`; return `results()`."""
         actions = forward_only(self.config.parallel.pipeline, self.config.parallel.chunks, count)[self.pipeline.rank]
-        self._run(lower(actions, len(self.blocks_per_stage), len(inputs.microbatch_ids)), inputs)
+        self._run(self.lower(actions, count, len(inputs.microbatch_ids)), inputs)
         return self.results()
+
+    def lower(self, actions: Sequence[Action], count: int, own: int) -> Sequence[Action]:
+        """Return the program of a schedule of `count` microbatches, of which this replica has `own`. It runs those that it lacks
+        as well, without sequences, if ranks of other replicas need its experts."""
+        return lower(actions, len(self.blocks_per_stage), count if self.experts.comm.size > 1 else own)
 
     def _run(self, program: Sequence[Action], inputs: StepInputs) -> None:
         for stage in self.stages.values():
@@ -194,9 +194,14 @@ def load_initial_weights(model: PipelinedModel, world: Comm) -> None:
 
 
 def resolve_model_layouts(
-    shape: ModelConfig, vocab_size: int, blocks_per_stage: Sequence[int], optimizer: str = TrainConfig.optimizer, parts: int = 1
+    shape: ModelConfig,
+    vocab_size: int,
+    blocks_per_stage: Sequence[int],
+    optimizer: str = TrainConfig.optimizer,
+    parts: int = 1,
+    divides_experts: bool = False,
 ) -> dict[str, ParamLayout]:
-    """Return the layout of every parameter of the model divided into these stages and tensor parts."""
+    """Return the layout of every parameter of the model divided into these stages and tensor parts, and by experts."""
     return resolve_layouts(
         {name: tuple(p.shape) for name, p in meta_model(shape, vocab_size).named_parameters()},
         tied_parameters(shape),
@@ -205,4 +210,5 @@ def resolve_model_layouts(
         parts,
         needs_full_parameter(optimizer),
         partial(is_frozen, model=shape),
+        expert_of if divides_experts else lambda name: None,
     )

@@ -16,15 +16,16 @@ from mpilm.config.schema import Config, microbatch_count
 from mpilm.data.batch import Batch
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.mesh.mesh import Mesh
+from mpilm.mesh.shape import AXES
 from mpilm.ops.tree import Interval, block_of_rank
 from mpilm.optim.norm import compile_row_sum, global_norm
 from mpilm.optim.optimizer import Optimizer, moment_shapes
 from mpilm.parallel.digests import StateDigests
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
-from mpilm.parallel.layout import REDUCE_AXES, select_owned, select_parts, select_stage, select_trained
+from mpilm.parallel.layout import FlatKey, group_by_vector, select_owned, select_parts, select_stage, select_trained
 from mpilm.parallel.layout_check import reduces_in_rounds, replica_microbatch_count
-from mpilm.parallel.pipeline.schedules import lower, schedule
+from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.parallel.pipeline.stage import StepInputs
 from mpilm.parallel.reduce.build import build_reducer
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
@@ -38,20 +39,20 @@ class TrainModel(PipelinedModel):
     def __init__(
         self, config: Config, mesh: Mesh, blocks_per_stage: Sequence[int], vocab_size: int, device: torch.device, alignment: int
     ):
-        self.reducers: dict[int, StepReducer | MicrobatchRoundReducer] = {}
+        self.reducers: dict[FlatKey, StepReducer | MicrobatchRoundReducer] = {}
         self.reduce_timings: dict[str, float] = {}  # seconds of each method of reduction that was timed
         super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment)
         self.is_local_sgd = config.parallel.sync_every > 0  # replicas train independently and synchronize every few steps
         self.row_sum = compile_row_sum() if config.train.compile and device.type == "cuda" else None
-        self.sums = {stage: reducer.sums for stage, reducer in self.reducers.items()}  # the summed gradients, by stage
+        self.sums = {key: reducer.sums for key, reducer in self.reducers.items()}  # the summed gradients
         self.norm_shards = [  # the part of the gradient that this rank contributes to the norm
-            self.sums[stage].view(*interval) for stage, flat in self.flats.items() for interval in self._unique_intervals(flat)
+            self.sums[key].view(*interval) for key, flat in self.flats.items() for interval in self._unique_intervals(flat)
         ]
         self.microbatch_count, parallel = microbatch_count(config), config.parallel
         # The microbatches of this replica, in the order in which it computes them.
-        self.microbatch_ids = range(*block_of_rank(self.data.rank, self.data.size, self.microbatch_count))
+        self.microbatch_ids = range(*block_of_rank(self.replicas.rank, self.replicas.size, self.microbatch_count))
         if reduces_in_rounds(config):  # this rank's microbatch of each round, so that the round can be reduced at once
-            self.microbatch_ids = range(self.data.rank, self.microbatch_count, self.data.size)
+            self.microbatch_ids = range(self.replicas.rank, self.microbatch_count, self.replicas.size)
         diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
         self.optimizer = Optimizer(self.flats, config.train, self.tensor, diloco)
         self.replicates_moments = self.zero == 0 and not self.is_local_sgd and self.reduce_comm.size > 1
@@ -60,12 +61,13 @@ class TrainModel(PipelinedModel):
         owned = select_owned(select_trained(self.layouts))
         # Global shapes of all tensors of the state, by kind and parameter.
         self.state_shapes = {PARAMETER: self.shapes, **moment_shapes(config.train.optimizer, owned, self.is_local_sgd)}
-        actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, replica_microbatch_count(config, mesh.shape))
-        self.program = lower(actions[self.pipeline.rank], len(blocks_per_stage), len(self.microbatch_ids))
+        count = replica_microbatch_count(config, mesh.shape)
+        actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, count)[self.pipeline.rank]
+        self.program = self.lower(actions, count, len(self.microbatch_ids))
 
-    def make_reducer(self, stage: int, flat: FlatParameters, model: nn.Module) -> StepReducer | MicrobatchRoundReducer:
-        self.reducers[stage] = build_reducer(flat, model, self.reduce_comm, self.config, self.reduce_timings, self.sequence)
-        return self.reducers[stage]
+    def make_reducer(self, key: FlatKey, flat: FlatParameters, model: nn.Module) -> StepReducer | MicrobatchRoundReducer:
+        self.reducers[key] = build_reducer(flat, model, self.config, self.reduce_timings, self.sequence)
+        return self.reducers[key]
 
     def are_replicas_in_sync(self, done: int) -> bool:
         """Return whether all replicas have the same weights after `done` steps."""
@@ -111,25 +113,28 @@ class TrainModel(PipelinedModel):
         """For each parameter or part of one, ranges of its elements and the world ranks that update each; of the tensor axis,
         all of whose ranks update what is not cut, the first. The same on all ranks."""
         shape, stages, trained = self.mesh.shape, range(len(self.blocks_per_stage)), select_trained(self.layouts)
-        reduce_places = [{"data": data, "context": context} for data in range(shape.data) for context in range(shape.context)]
-        replicas = 1 if self.is_local_sgd else len(reduce_places)  # ranks that hold the same values
         owners: dict[str, list[tuple[int, int, list[int]]]] = {}
-        for stage, (tensor, parts) in product(stages, enumerate(self.tensor.parts_of_ranks)):
-            layouts = select_parts(select_stage(trained, stage), parts)
-            flat = FlatLayout(layouts.values(), self.alignment, per_module=self.zero >= 2, ranks=self.reduce_comm.size)
-            place = {"pipeline": stage % self.pipeline.size, "tensor": tensor}
-            ranks = [shape.rank({**place, **other}) for other in reduce_places]  # in the order of their communicator
-            for layout in select_owned(layouts):
-                if layout.part is not None or tensor == 0:
-                    shards = shard_owners(layout.name, flat, self.zero > 0)
-                    owners[layout.name] = [(start, stop, [ranks[i] for i in own[:replicas]]) for start, stop, own in shards]
+        experts = [range(rank * self.experts.each, (rank + 1) * self.experts.each) for rank in range(shape.expert)]
+        places = product(stages, enumerate(self.tensor.parts_of_ranks), enumerate(experts))
+        for stage, (tensor, parts), (expert, held) in places:
+            place = {"pipeline": stage % self.pipeline.size, "tensor": tensor, "expert": expert}
+            for key, layouts in group_by_vector(select_parts(select_stage(trained, stage), parts, held)).items():
+                axes = next(iter(layouts.values())).reduce_axes
+                others = product(*(range(getattr(shape, axis)) for axis in axes))
+                ranks = [shape.rank({**dict.fromkeys(AXES, 0), **place, **dict(zip(axes, other))}) for other in others]
+                flat = FlatLayout(layouts.values(), self.alignment, per_module=self.zero >= 2, ranks=len(ranks))
+                replicas = 1 if self.is_local_sgd else len(ranks)  # that hold the same values
+                for layout in select_owned(layouts):
+                    if (layout.part is not None or tensor == 0) and (key[1] or expert == 0):
+                        shards = shard_owners(layout.name, flat, self.zero > 0)
+                        owners[layout.name] = [(start, stop, [ranks[i] for i in own[:replicas]]) for start, stop, own in shards]
         return owners
 
     def memory_bytes(self) -> dict[str, int]:
         """Return this rank's bytes, by part. "passing": weights and gradients that are full only while they are used."""
         weights = 4 * sum(flat.values.tensor.numel() for flat in self.flat_parameters)
         held = {"weights": weights, "moments": self.optimizer.memory_bytes, "gradients": 0, "exchange": 0, "passing": 0}
-        for stage, reducer in self.reducers.items():
+        for (stage, _), reducer in self.reducers.items():
             held["passing"] = max(held["passing"], self.stages[stage].parameters.memory_bytes)
             for part, count in reducer.memory_bytes.items():
                 held[part] += count
@@ -142,20 +147,21 @@ class TrainModel(PipelinedModel):
 
     def gradient_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the summed gradient of the parameter slices that this rank updates."""
-        return {item: x for stage, flat in self.flats.items() for item, x in flat.owned_slices(self.sums[stage]).items()}
+        return {item: x for key, flat in self.flats.items() for item, x in flat.owned_slices(self.sums[key]).items()}
 
     def _unique_intervals(self, flat: FlatParameters) -> list[Interval]:
         """Return the intervals that over all ranks contain every parameter of a stage once. ZeRO's division of the flat vector
         (FlatParameters.unique) covers the reduce axes; of ranks that replicate one along other axes the first has it."""
-        others = {axis for axis, index in self.mesh.coordinate.items() if index > 0} - {*REDUCE_AXES}
-        counted = [name for name, (_, layout) in flat.layout.spans.items() if others.isdisjoint(layout.replica_axes)]
+        later = {axis for axis, index in self.mesh.coordinate.items() if index > 0}
+        spans = flat.layout.spans.items()
+        counted = [name for name, (_, x) in spans if later.isdisjoint({*x.replica_axes} - {*x.reduce_axes})]
         divided = flat.owned if self.is_local_sgd else flat.unique
         return intersect_intervals(divided, merge_intervals(map(flat.layout.padded_span, counted)))
 
     def scale_gradients(self, factor: float) -> None:
-        for stage, flat in self.flats.items():
+        for key, flat in self.flats.items():
             for interval in flat.owned:
-                self.sums[stage].view(*interval).mul_(factor)
+                self.sums[key].view(*interval).mul_(factor)
 
     def gradient_norm(self) -> float:
         """Return the norm of the gradient; with DiLoCo the largest over the replicas. Collective over the mesh."""
@@ -163,7 +169,7 @@ class TrainModel(PipelinedModel):
             return global_norm(self.norm_shards, self.mesh.world, self.row_sum)
         norm = global_norm(self.norm_shards, self.mesh.comm("pipeline", "tensor"), self.row_sum)
         largest = torch.tensor([norm], dtype=torch.float64, device="cpu")
-        self.data.all_reduce(largest, "max")
+        self.replicas.all_reduce(largest, "max")
         return float(largest)
 
     def forward_backward(self, step: int, fetch: Callable[[int], Batch], target_tokens: int) -> None:

@@ -81,7 +81,7 @@ def score_windows(model: PipelinedModel, corpus: Corpus, windows: EvalWindows, o
     progress, done = ProgressLine("scoring", "batches", model.mesh.world.rank == 0), count()
 
     def fetch(m: int) -> Batch:
-        progress(next(done), -(-len(groups) // model.data.size))
+        progress(next(done), -(-len(groups) // model.replicas.size))
         numbers = np.arange(*groups[m])
         texts = np.stack([corpus.read(int(windows.start[n]), int(windows.stop[n])) for n in numbers])
         if not objective.is_causal:

@@ -112,11 +112,12 @@ def generate_texts(config: Config, world: Comm) -> None:
     template = run_on_all_ranks(world, lambda: _load_template(config))
     prompts: list[str] = world.broadcast_json(run_on_root(world, lambda: _read_prompts(settings)))
     model = load_model(config, world)
-    own = range(model.data.rank, len(prompts), model.data.size)
+    data = model.mesh.comm("data")  # all other axes work together on each prompt
+    own = range(data.rank, len(prompts), data.size)
     tokens = run_on_all_ranks(world, lambda: {n: _encode(prompts[n], tokenizer, template) for n in own})
     progress, done = ProgressLine("generating", "texts", world.rank == 0 and len(prompts) > 1), count(1)
     generated = generate(model, tokens, settings, tokenizer.eos, lambda _: progress(next(done), len(tokens)))
-    is_first = model.pipeline.rank == model.tensor.comm.rank == 0  # of the ranks that have generated the same
+    is_first = not any(index for axis, index in model.mesh.coordinate.items() if axis != "data")  # of those with the same texts
     everyone = world.all_gather_json([[n, tokenizer.decode(ids)] for n, ids in generated.items()] if is_first else [])
     if world.rank == 0:
         for (_, text), prompt in zip(sorted(pair for pairs in everyone for pair in pairs), prompts, strict=True):

@@ -4,9 +4,18 @@ from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.mesh.shape import AXES, MeshShape
 
-AXIS_SETS = (*((axis,) for axis in AXES), ("data", "context"), ("data", "context", "tensor"), ("pipeline", "tensor"))
+AXIS_SETS = (
+    *((axis,) for axis in AXES),
+    ("data", "expert"),
+    ("data", "context"),
+    ("data", "expert", "context"),
+    ("data", "context", "tensor"),
+    ("data", "expert", "context", "tensor"),
+    ("pipeline", "tensor"),
+)
 """Sets of axes with a communicator, in the order in which all ranks create them. Gradients are reduced, and ZeRO shards, over
-data and context; parameters that are not cut are replicated over tensor too."""
+data, context and, unless the parameters are those of experts, expert; parameters that are not cut are replicated over tensor
+too."""
 
 
 class Mesh:

@@ -1,10 +1,16 @@
-"""Coordinates of ranks on the four axes of a mesh: pure arithmetic, for any number of ranks."""
+"""Coordinates of ranks on the axes of a mesh: pure arithmetic, for any number of ranks."""
 
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-AXES = ("pipeline", "data", "context", "tensor")  # tensor varies fastest: its ranks communicate most and are closest together
+AXES = (
+    "pipeline",
+    "data",
+    "expert",
+    "context",
+    "tensor",
+)  # tensor varies fastest: its ranks communicate most and are closest together
 
 
 @dataclass(frozen=True)
@@ -13,6 +19,7 @@ class MeshShape:
 
     pipeline: int = 1
     data: int = 1
+    expert: int = 1
     context: int = 1
     tensor: int = 1
 
@@ -29,6 +36,11 @@ class MeshShape:
     def size(self) -> int:
         """Total number of ranks."""
         return math.prod(self.sizes)
+
+    @property
+    def replicas(self) -> int:
+        """Number of ranks, or groups of ranks, that have microbatches of their own."""
+        return self.data * self.expert
 
     def coordinate(self, rank: int) -> dict[str, int]:
         """Return the index of a rank along each axis."""

@@ -135,7 +135,7 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor, keys: list[int] | None) -> Tensor:  # (B, ...) -> (B, ...)
         """Drop elements of `x`; `keys` holds one integer for each of its samples, or is None in evaluation."""
-        if keys is None or self.probability == 0.0:
+        if not keys or self.probability == 0.0:  # also of no samples
             return x
         masks = torch.stack([self._draw_mask(key, x) for key in keys])
         return x * masks.div_(1.0 - self.probability)

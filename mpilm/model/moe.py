@@ -1,5 +1,6 @@
 """Mixture of experts: a router sends each token to a few of several feed-forward layers (Jiang et al., arXiv 2401.04088)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.top_k, self.balance_weight = model.experts_per_token, model.router_loss / model.n_layers
         self.router = Linear(model.d_model, model.n_experts, bias=False)
-        self.experts = nn.ModuleList(SwiGLU(model.d_model, model.d_ff) for _ in range(model.n_experts))
+        self.n_experts = model.n_experts
+        self.experts = nn.ModuleDict({str(i): SwiGLU(model.d_model, model.d_ff) for i in range(model.n_experts)})
 
     def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:  # (B, T, D) -> (B, T, D)
         flat = x.flatten(0, -2)  # (N, D)
@@ -38,14 +40,18 @@ class MixtureOfExperts(nn.Module):
         return chosen, weights
 
     def run_experts(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:  # (N, D), 2 x (N, k) -> (N, D)
-        """Return the weighted sum of the `chosen` experts of each token, added in ascending expert number. An expert without
-        tokens runs too: its gradients are zero, not None. An instance can have another function in the place of this one."""
+        """Return the weighted sum of the `chosen` experts of each token, added in ascending expert number."""
+        places = [(chosen == number).nonzero(as_tuple=True) for number in range(self.n_experts)]  # tokens, and slots of k
+        outputs = self.apply_experts([flat.index_select(0, token) for token, _ in places])
         y = torch.zeros_like(flat)
-        for number, expert in enumerate(self.experts):
-            token, slot = (chosen == number).nonzero(as_tuple=True)
-            expert_out = expert(flat.index_select(0, token))
-            y = y.index_add(0, token, (expert_out * weights[token, slot, None]).to(y.dtype))
+        for (token, slot), output in zip(places, outputs):
+            y = y.index_add(0, token, (output * weights[token, slot, None]).to(y.dtype))
         return y
+
+    def apply_experts(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:  # of each expert (n, D) -> (n, D)
+        """Return the outputs of all experts. An expert without tokens runs too: its gradients are zero, not None. An instance
+        can have another function in the place of this one."""
+        return [expert(x) for expert, x in zip(self.experts.values(), inputs, strict=True)]
 
 
 def load_balancing_loss(probs: Tensor, chosen: Tensor) -> Tensor:  # (N, E), (N, k) -> ()

@@ -23,7 +23,7 @@ from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.ops.tree import Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals, merge_intervals
-from mpilm.parallel.layout import ParamLayout, Shape
+from mpilm.parallel.layout import FlatKey, ParamLayout, Shape
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
 from mpilm.parallel.tensor import gather_parts, slice_part
 
@@ -56,21 +56,21 @@ class ElementwiseOptimizer(ABC):
     def state_shapes(cls, shape: Shape) -> Mapping[str, Shape]:
         return dict.fromkeys(cls.STATE_NAMES, shape)
 
-    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig, tensor: TensorAxis):
+    def __init__(self, flats: Mapping[FlatKey, FlatParameters], train: TrainConfig, tensor: TensorAxis):
         self.flats, self.train, self.count = flats, train, 0  # updates that the moments have seen
         device = next(iter(flats.values())).device
         self.spans = {
-            decays: [(stage, span) for stage, flat in flats.items() for span in _owned_intervals(flat, decays)]
+            decays: [(key, span) for key, flat in flats.items() for span in _owned_intervals(flat, decays)]
             for decays in (True, False)
         }
         self.moments = {
-            name: {stage: FlatVector.zeros(_owned_intervals(flat, True, False), device) for stage, flat in flats.items()}
+            name: {key: FlatVector.zeros(_owned_intervals(flat, True, False), device) for key, flat in flats.items()}
             for name in self.STATE_NAMES
         }
 
-    def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
+    def step(self, gradients: Mapping[FlatKey, FlatVector], lr: float) -> None:
         self.count += 1
-        values = {stage: flat.values for stage, flat in self.flats.items()}
+        values = {key: flat.values for key, flat in self.flats.items()}
         for decays, spans in self.spans.items():
             if not spans:
                 continue  # a small model on many ranks: some ranks have nothing to update
@@ -84,14 +84,14 @@ class ElementwiseOptimizer(ABC):
     def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
         slices: dict[str, dict[ParamSlice, Tensor]] = {name: {} for name in self.STATE_NAMES}
         for name, vectors in self.moments.items():
-            for stage, flat in self.flats.items():
-                for item, at in flat.layout.param_slices(vectors[stage].intervals).items():
-                    slices[name][item] = vectors[stage].view(at, at + item.numel)
+            for key, flat in self.flats.items():
+                for item, at in flat.layout.param_slices(vectors[key].intervals).items():
+                    slices[name][item] = vectors[key].view(at, at + item.numel)
         return slices
 
 
-def _views(vectors: Mapping[int, FlatVector], spans: list[tuple[int, Interval]]) -> Tensors:
-    return [vectors[stage].view(*span) for stage, span in spans]
+def _views(vectors: Mapping[FlatKey, FlatVector], spans: list[tuple[FlatKey, Interval]]) -> Tensors:
+    return [vectors[key].view(*span) for key, span in spans]
 
 
 def _owned_intervals(flat: FlatParameters, *decays: bool) -> list[Interval]:
@@ -140,7 +140,7 @@ class UnshardedOptimizer(ABC):
         """Return the shapes of the moments, by name, of a parameter of this shape."""
         return dict.fromkeys(cls.STATE_NAMES, shape)
 
-    def __init__(self, flats: Mapping[int, FlatParameters], train: TrainConfig, tensor: TensorAxis):
+    def __init__(self, flats: Mapping[FlatKey, FlatParameters], train: TrainConfig, tensor: TensorAxis):
         self.flats, self.train, self.tensor, self.count = flats, train, tensor, 0
         self.moments = defaultdict[str, dict[str, Tensor]](dict)
         self.sources = defaultdict[str, list[ParamLayout]](list)  # the parameters, each with its parts here or itself
@@ -151,10 +151,10 @@ class UnshardedOptimizer(ABC):
                     name, own = layout.piece_of(shape)
                     self.moments[name].setdefault(state, torch.zeros(own, device=flat.device))
 
-    def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
+    def step(self, gradients: Mapping[FlatKey, FlatVector], lr: float) -> None:
         self.count += 1
         for source, layouts in self.sources.items():
-            own = [self._tensors(layout, gradients[layout.stage]) for layout in layouts]
+            own = [self._tensors(layout, gradients[layout.flat_key]) for layout in layouts]
             full = {name: gather_parts([each[name] for each in own], layouts[0].part, self.tensor) for name in own[0]}
             moments = {name: x for name, x in full.items() if name in self.STATE_NAMES} | self.moments[source]
             with torch.no_grad():
@@ -165,7 +165,7 @@ class UnshardedOptimizer(ABC):
 
     def _tensors(self, layout: ParamLayout, gradients: FlatVector) -> dict[str, Tensor]:
         """Return a parameter, or a part of one, its gradient, and its moments of the same shape."""
-        flat = self.flats[layout.stage]
+        flat = self.flats[layout.flat_key]
         value, gradient = flat.parameter(layout.name, flat.values), flat.parameter(layout.name, gradients)
         return {"value": value, "gradient": gradient, **self.moments[layout.name]}
 
@@ -276,7 +276,7 @@ class Optimizer:
     """Updates the stages of this rank, and holds the outer optimizer of local SGD if replicas synchronize only now and then."""
 
     def __init__(
-        self, flats: Mapping[int, FlatParameters], train: TrainConfig, tensor: TensorAxis, diloco: DiLoCo | None = None
+        self, flats: Mapping[FlatKey, FlatParameters], train: TrainConfig, tensor: TensorAxis, diloco: DiLoCo | None = None
     ):
         self.diloco = diloco
         self.optimizers = [optimizer(flats, train, tensor) for optimizer in dict.fromkeys(OPTIMIZERS[train.optimizer])]
@@ -286,7 +286,7 @@ class Optimizer:
         for optimizer in self.optimizers:
             optimizer.count = step
 
-    def step(self, gradients: Mapping[int, FlatVector], lr: float) -> None:
+    def step(self, gradients: Mapping[FlatKey, FlatVector], lr: float) -> None:
         """Update the parameters that this rank owns; gradients are by stage."""
         if self.diloco is not None:
             self.diloco.begin_step()

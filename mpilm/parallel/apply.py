@@ -8,17 +8,21 @@ from torch import nn
 
 from mpilm.config.schema import Config
 from mpilm.mesh.mesh import Mesh
+from mpilm.ops.expert_axis import ExpertAxis
 from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.compile import compile_blocks
+from mpilm.parallel.expert import divide_experts
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.fsdp import ShardedParameters
-from mpilm.parallel.layout import REDUCE_AXES, Layouts, select_trained
+from mpilm.parallel.layout import FlatKey, Layouts, group_by_vector, select_trained
 from mpilm.parallel.layout_check import find_ulysses_problem
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StageParameters
 from mpilm.parallel.plan import cut_of, stage_of
 from mpilm.parallel.tensor import divide_model
+
+Flats = dict[FlatKey, FlatParameters]
 
 
 def parallelize(
@@ -31,23 +35,24 @@ def parallelize(
     tensor: TensorAxis,
     device: torch.device,
     alignment: int,
-    build_reducer: Callable[[FlatParameters, nn.Module], GradientReducer],
-) -> tuple[ModelStage, FlatParameters, FlatParameters | None]:
+    build_reducer: Callable[[FlatKey, FlatParameters, nn.Module], GradientReducer],
+) -> tuple[ModelStage, Flats, Flats]:
     """Turn `model`, a whole model on the meta device, into stage `stage`; return it, its trained and its frozen parameters.
 
-    Collective over the reduce axes. `layouts`: of this stage. The order, and why:
+    Collective over the reduce axes. `layouts`: of this stage on this rank. The order, and why:
 
     1. Prune other stages' modules: absent modules are never sharded, wrapped or compiled.
     2. Divide modules into tensor parts, and let layers compute sequence parts: each part is a plain module, to which the other
        steps apply.
-    3. Allocate the flat parameters: their sizes follow from steps 1 and 2 alone.
-    4. Compile blocks: the compiled function is what recomputation repeats.
-    5. Checkpoint activations: it wraps forwards, compiled or not, inside all module hooks.
-    6. Split backward: it replaces the forwards of linear layers within the blocks that steps 4 and 5 have wrapped.
-    7. Install the parameters: hooks that gather shards must be outermost, so that recomputation in a block finds them gathered.
-    8. Register the reducer: its hooks belong to the parameters that step 7 has installed.
+    3. Divide experts: those of each tensor part.
+    4. Allocate the flat parameters: their sizes follow from the steps before alone.
+    5. Compile blocks: the compiled function is what recomputation repeats.
+    6. Checkpoint activations: it wraps forwards, compiled or not, inside all module hooks.
+    7. Split backward: it replaces the forwards of linear layers within the blocks that steps 5 and 6 have wrapped.
+    8. Install the parameters: hooks that gather shards must be outermost, so that recomputation in a block finds them gathered.
+    9. Register the reducers: their hooks belong to the parameters that step 8 has installed.
     """
-    parallel, comm, is_last = config.parallel, mesh.comm(*REDUCE_AXES), stage == len(blocks_per_stage) - 1
+    parallel, is_last = config.parallel, stage == len(blocks_per_stage) - 1
     prune_to_stage(model, stage, blocks_per_stage)
     if tensor.slice_count > 1:
         # Recomputation needs all tokens of one block at a time anyway, and compiled functions save what they like.
@@ -55,12 +60,13 @@ def parallelize(
         can_exchange = parallel.context > 1 and device.type == "cpu" and not find_ulysses_problem(config)
         exchanges_heads = can_exchange and parallel.context_method != "ring"
         divide_model(model, partial(cut_of, family=config.model.arch), tensor, exchanges_heads)
-    shard = comm.rank, comm.size, alignment
-    flat, frozen = FlatParameters(select_trained(layouts), device, parallel.zero, *shard), None
+    if mesh.shape.expert > 1:
+        divide_experts(model, ExpertAxis(mesh.comm("expert"), config.model.n_experts))
+    trained = allocate_parameters(select_trained(layouts), device, parallel.zero, mesh, alignment)
     frozen_layouts = {name: layout for name, layout in layouts.items() if layout.frozen}
-    if frozen_layouts:  # ZeRO-1 and 2 shard gradients and moments, which these do not have
-        frozen = FlatParameters(frozen_layouts, device, 3 if parallel.zero == 3 else 0, *shard)
-    flats = [flat] if frozen is None else [flat, frozen]
+    # ZeRO-1 and 2 shard gradients and moments, which these do not have.
+    frozen = allocate_parameters(frozen_layouts, device, 3 if parallel.zero == 3 else 0, mesh, alignment)
+    flats = [*trained.values(), *frozen.values()]
     if config.train.compile:
         compile_blocks(model)
     checkpoint_activations(model, config.train.recompute)
@@ -68,17 +74,24 @@ def parallelize(
     if parallel.schedule == "zero-bubble":
         split_backward(model, weight_grads)
     if parallel.zero == 3:
-        parameters: StageParameters = ShardedParameters(flats, model, comm)
+        parameters: StageParameters = ShardedParameters(flats, model)
     else:
         parameters = StageParameters()
         for each in flats:
             each.install(model)
-    reducer = build_reducer(flat, model)
+    reducers = [build_reducer(key, flat, model) for key, flat in trained.items()]
     autocast, width, seed = make_autocast(config.train.dtype, device), config.model.d_model, config.train.seed
-    model_stage = ModelStage(
-        model, stage == 0, is_last, reducer, parameters, weight_grads, tensor, autocast, width, seed, device, mesh.recorder
-    )
-    return model_stage, flat, frozen
+    facts = parameters, weight_grads, tensor, autocast, width, seed, device, mesh.recorder, mesh.shape.expert > 1
+    return ModelStage(model, stage == 0, is_last, reducers, *facts), trained, frozen
+
+
+def allocate_parameters(layouts: Layouts, device: torch.device, zero: int, mesh: Mesh, alignment: int) -> Flats:
+    """Return memory for these parameters of a stage, one flat vector for those with the same reduce axes."""
+    flats = {}
+    for key, group in group_by_vector(layouts).items():
+        axes, copies = next(iter(group.values())).reduce_axes, mesh.shape.expert if key[1] else 1
+        flats[key] = FlatParameters(group, device, zero, mesh.comm(*axes), alignment, copies)
+    return flats
 
 
 def prune_to_stage(model: nn.Module, stage: int, blocks_per_stage: Sequence[int]) -> None:

@@ -235,7 +235,7 @@ class LinearByPart(Function):
         with torch.autocast(x.device.type, enabled=False):
             for piece, out in zip(pieces, y):
                 torch.mm(piece, w, out=out) if b is None else torch.addmm(b, piece, w, out=out)
-        return _tokens_of_parts(y, x.shape[0])
+        return _tokens_of_parts(y, x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -246,7 +246,7 @@ class LinearByPart(Function):
                 dx = x.new_empty(ctx.parts, rows.shape[1], w.shape[0])
                 for row, out in zip(rows, dx):
                     torch.mm(row, w.t(), out=out)
-                dx = _tokens_of_parts(dx, x.shape[0])
+                dx = _tokens_of_parts(dx, x)
             if ctx.needs_input_grad[1]:
                 pairs = zip(_rows_of_parts(x, ctx.parts), rows)
                 products = ((a.t() @ b if ctx.is_transposed else b.t() @ a).to(ctx.dtype) for a, b in pairs)
@@ -260,5 +260,5 @@ def _rows_of_parts(x: Tensor, parts: int) -> Tensor:  # (B, n, D) -> (parts, B n
     return x.unflatten(1, (parts, -1)).transpose(0, 1).contiguous().flatten(1, 2)
 
 
-def _tokens_of_parts(y: Tensor, sequences: int) -> Tensor:  # (parts, B n / parts, D) -> (B, n, D)
-    return y.unflatten(1, (sequences, -1)).transpose(0, 1).contiguous().flatten(1, 2)
+def _tokens_of_parts(y: Tensor, x: Tensor) -> Tensor:  # (parts, B n / parts, D), of (B, n, ...) -> (B, n, D)
+    return y.view(len(y), len(x), x.shape[1] // len(y), y.shape[-1]).transpose(0, 1).contiguous().flatten(1, 2)

@@ -9,9 +9,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from mpilm.comm.base import Comm, SelfComm
 from mpilm.ops.tree import Interval
 from mpilm.parallel.flat_layout import ALIGNMENT, FlatLayout, ParamSlice, intersect_intervals
-from mpilm.parallel.layout import Layouts, ParamLayout
+from mpilm.parallel.layout import Layouts
+from mpilm.parallel.plan import copy_name
 
 
 class FlatVector:
@@ -36,17 +38,24 @@ class FlatVector:
 
 
 class FlatParameters:
-    """The parameters of one pipeline stage on this rank, in float32. `rank` of `ranks` on the reduce axes. `zero`: 0, every
+    """Parameters of one pipeline stage on this rank, in float32. `comm`: the ranks that sum their gradients. `zero`: 0, every
     rank holds and updates everything; 1 and 2, a rank updates its shard; 3, it holds only its shard. A tied copy shares its
-    owner's memory if both are on this rank in full, and is a copy otherwise."""
+    owner's memory if both are on this rank in full, and is a copy otherwise. `copies`: number of modules that have each
+    parameter, and a gradient of their own for it (parallel/expert.py)."""
 
     def __init__(
-        self, layouts: Layouts, device: torch.device, zero: int = 0, rank: int = 0, ranks: int = 1, alignment: int = ALIGNMENT
+        self,
+        layouts: Layouts,
+        device: torch.device,
+        zero: int = 0,
+        comm: Comm | None = None,
+        alignment: int = ALIGNMENT,
+        copies: int = 1,
     ):
-        self.device, self.zero, self.rank, self.ranks = device, zero, rank, ranks
-        self.layout = FlatLayout(layouts.values(), alignment, per_module=zero >= 2, ranks=ranks)
+        self.device, self.zero, self.comm, self.copies = device, zero, comm or SelfComm(), copies
+        self.layout = FlatLayout(layouts.values(), alignment, per_module=zero >= 2, ranks=self.comm.size)
         everything, copies_end = [(0, self.layout.numel)], self.layout.tied_copies_numel
-        self.shard = self.layout.shard(rank)
+        self.shard = self.layout.shard(self.comm.rank)
         self.aliases_owner = zero < 3 and all(layout.tied_to in layouts for layout in layouts.values() if layout.tied_to)
         self.reduced = self.shard if zero else everything  # intervals whose summed gradient this rank has after a step
         self.owned = intersect_intervals(self.reduced, [(copies_end, self.layout.numel)])  # updated by this rank's optimizer
@@ -64,7 +73,12 @@ class FlatParameters:
     def install(self, model: nn.Module) -> None:
         """Make the parameters of `model`, built on the meta device, views of the values."""
         for name in self.layout.spans:
-            set_parameter(model, name, self.parameter(name), self.layout.spans[name][1])
+            self.set_parameter(model, name, self.parameter(name))
+
+    def set_parameter(self, model: nn.Module, name: str, values: Tensor) -> None:
+        """Replace the parameter `name` of `model`, and of its copies, by one with these values."""
+        for copy in range(self.copies):
+            set_parameter(model, copy_name(name, copy), values, self.layout.spans[name][1])
 
     def owned_slices(self, vector: FlatVector) -> dict[ParamSlice, Tensor]:
         """Return the parameter slices that this rank updates, as views of `vector`."""

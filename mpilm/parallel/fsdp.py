@@ -11,9 +11,8 @@ from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 import torch
 from torch import Tensor, nn
 
-from mpilm.comm.base import Comm, Request
-from mpilm.parallel.flat import FlatParameters, FlatVector, set_parameter
-from mpilm.parallel.flat_layout import FlatLayout
+from mpilm.comm.base import Request
+from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.pipeline.stage import StageParameters
 from mpilm.parallel.plan import fsdp_unit
 from mpilm.parallel.tensor import PartLogits
@@ -44,8 +43,8 @@ class ReleasableBuffer:
 class FSDPUnit:
     """The parameters of one module, either gathered in full or released."""
 
-    def __init__(self, name: str, flats: Sequence[FlatParameters], comm: Comm):
-        self.name, self.comm = name, comm
+    def __init__(self, name: str, flats: Sequence[FlatParameters]):
+        self.name = name
         groups = [(flat, group) for flat in flats for group in flat.layout.groups if fsdp_unit(group.names[0]) == name]
         sizes = [group.stop - group.start for _, group in groups]
         self.buffer = ReleasableBuffer(sum(sizes), flats[0].device)
@@ -59,7 +58,7 @@ class FSDPUnit:
         """Make the parameters views of the buffer; autograd does not see later gathers as in-place changes of `.data`."""
         for flat, group, full in self.parts:
             for name in group.names:
-                set_parameter(model, name, flat.parameter(name, full).data, flat.layout.spans[name][1])
+                flat.set_parameter(model, name, flat.parameter(name, full).data)
         self.reshard()
 
     def prefetch(self) -> None:
@@ -70,9 +69,9 @@ class FSDPUnit:
         self.pending = []
         for flat, group, full in self.parts:
             for bucket in group.buckets:
-                start, stop = flat.layout.slice(bucket, self.comm.rank)
+                start, stop = flat.layout.slice(bucket, flat.comm.rank)
                 own = flat.values.view(start, stop) if stop > start else full.tensor[:0]
-                self.pending.append(self.comm.iall_gather(own, full.view(*bucket), flat.layout.slices(bucket)))
+                self.pending.append(flat.comm.iall_gather(own, full.view(*bucket), flat.layout.slices(bucket)))
 
     def unshard(self) -> None:
         """Wait until the parameters are unsharded. Collective over the reduce axes."""
@@ -92,9 +91,9 @@ class ShardedParameters(StageParameters):
     """Gathers the parameters of a stage's model, whose shards lie in `flats`, by hooks on its modules. Every rank of the reduce
     axes must call the model, or a `join_` method in its place, the same number of times."""
 
-    def __init__(self, flats: Sequence[FlatParameters], model: nn.Module, comm: Comm):
+    def __init__(self, flats: Sequence[FlatParameters], model: nn.Module):
         names = dict.fromkeys(fsdp_unit(name) for name, _ in model.named_parameters())
-        self.units = [FSDPUnit(name, flats, comm) for name in names]  # in the order of forward
+        self.units = [FSDPUnit(name, flats) for name in names]  # in the order of forward
         sizes = [unit.buffer.nbytes for unit in self.units]
         self.memory_bytes = max(map(sum, zip(sizes, [*sizes[1:], 0])))  # a unit in use and the next one
         self.backward_unit = len(self.units)
@@ -146,9 +145,9 @@ class ShardedParameters(StageParameters):
         self.end_backward()
 
 
-def all_gather_shards(layout: FlatLayout, vector: FlatVector, comm: Comm) -> None:
-    """Gather the shards of all ranks of the reduce axes into every rank's `vector`. Collective."""
-    pending: list[Request] = []
+def all_gather_shards(flat: FlatParameters, vector: FlatVector) -> None:
+    """Gather the shards of all ranks that share out the parameters into every rank's `vector`. Collective."""
+    layout, comm, pending = flat.layout, flat.comm, list[Request]()
     first = vector.intervals[0][0]
     for bucket in [bucket for bucket in layout.buckets if bucket[0] >= first]:
         own = vector.view(*layout.slice(bucket, comm.rank))

@@ -8,7 +8,9 @@ from math import prod
 from mpilm.parallel.plan import Cut, part_name
 
 Shape = tuple[int, ...]
-REDUCE_AXES = ("data", "context")  # axes whose ranks see different tokens, so that their gradients are partial sums
+REDUCE_AXES = ("data", "expert", "context")  # axes whose ranks see different tokens, so that their gradients are partial sums
+EXPERT_REDUCE_AXES = ("data", "context")  # of experts, which the expert axis divides
+FlatKey = tuple[int, bool]  # a stage's flat vector of parameters: of divided experts, or of all else
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class ParamLayout:
     tied_copies: tuple[str, ...] = ()  # the parameters tied to this one
     unsharded: bool = False  # its optimizer needs the full parameter, so ZeRO assigns it to one rank undivided
     frozen: bool = False  # not trained: it has no gradient
+    expert: int | None = None  # number of the expert that it belongs to, if the expert axis divides them
 
     @property
     def numel(self) -> int:
@@ -72,9 +75,19 @@ class ParamLayout:
         return self.tied_to is not None or bool(self.tied_copies)
 
     @property
+    def flat_key(self) -> FlatKey:
+        """The flat vector that it lies in."""
+        return self.stage, self.expert is not None
+
+    @property
+    def reduce_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which its gradient is summed."""
+        return REDUCE_AXES if self.expert is None else EXPERT_REDUCE_AXES
+
+    @property
     def replica_axes(self) -> tuple[str, ...]:
         """The mesh axes whose ranks hold the same values."""
-        return REDUCE_AXES if self.part is not None else (*REDUCE_AXES, "tensor")
+        return self.reduce_axes if self.part is not None else (*self.reduce_axes, "tensor")
 
 
 Layouts = Mapping[str, ParamLayout]  # by the name of the parameter or part
@@ -88,10 +101,11 @@ def resolve_layouts(
     parts: int = 1,
     is_unsharded: Callable[[str, Shape], bool] = lambda name, shape: False,
     is_frozen: Callable[[str], bool] = lambda name: False,
+    expert_of: Callable[[str], int | None] = lambda name: None,
 ) -> dict[str, ParamLayout]:
     """Return the layout of each parameter, in the order in which forward uses them. A cut one has a layout for each of `parts`.
-    `tied`: parameter -> the one whose value it has. `stage_of`, `cut_of`: the plan (parallel/plan.py). Raises ValueError for
-    ties that do not exist or differ in shape."""
+    `tied`: parameter -> the one whose value it has. `stage_of`, `cut_of`, `expert_of`: the plan (parallel/plan.py). Raises
+    ValueError for ties that do not exist or differ in shape."""
     for name, owner in tied.items():
         if shapes.get(name) is None or shapes.get(name) != shapes.get(owner):
             raise ValueError(f"{name} {shapes.get(name)} cannot be tied to {owner} {shapes.get(owner)}")
@@ -104,8 +118,8 @@ def resolve_layouts(
             own_shape = cut.part_shape(shape, number, parts) if cut else shape
             tied_to = rename(tied[source]) if source in tied else None
             copies = tuple(rename(copy) for copy, owner in tied.items() if owner == source)
-            name, unsharded, frozen = rename(source), is_unsharded(source, shape), is_frozen(source)
-            layouts[name] = ParamLayout(name, own_shape, stage_of(source), part, tied_to, copies, unsharded, frozen)
+            name, unsharded, facts = rename(source), is_unsharded(source, shape), (is_frozen(source), expert_of(source))
+            layouts[name] = ParamLayout(name, own_shape, stage_of(source), part, tied_to, copies, unsharded, *facts)
     return layouts
 
 
@@ -118,9 +132,21 @@ def select_stage(layouts: Layouts, stage: int) -> dict[str, ParamLayout]:
     return {name: layout for name, layout in layouts.items() if layout.stage == stage}
 
 
-def select_parts(layouts: Layouts, parts: range) -> dict[str, ParamLayout]:
-    """Return the layouts of these tensor parts and of all parameters that are not cut: those of a rank that has these parts."""
-    return {name: layout for name, layout in layouts.items() if layout.part is None or layout.part.number in parts}
+def select_parts(layouts: Layouts, parts: range, experts: range) -> dict[str, ParamLayout]:
+    """Return the layouts of a rank with these tensor parts and experts: theirs, and those of all that is not divided."""
+
+    def is_here(layout: ParamLayout) -> bool:
+        return (layout.part is None or layout.part.number in parts) and (layout.expert is None or layout.expert in experts)
+
+    return {name: layout for name, layout in layouts.items() if is_here(layout)}
+
+
+def group_by_vector(layouts: Layouts) -> dict[FlatKey, dict[str, ParamLayout]]:
+    """Return the parameters of each flat vector, in order."""
+    groups: dict[FlatKey, dict[str, ParamLayout]] = {}
+    for name, layout in layouts.items():
+        groups.setdefault(layout.flat_key, {})[name] = layout
+    return groups
 
 
 def global_shapes(layouts: Layouts) -> dict[str, Shape]:

@@ -37,19 +37,20 @@ def resolve_mesh_shape(config: Config, ranks: int, vocab_size: int | None = None
         raise ConfigError(f"{reason}; {advice}" if advice else reason)
     _check_cut(config)
     parallel = config.parallel
-    sizes = {"pipeline": parallel.pipeline, "context": parallel.context, "tensor": parallel.tensor}
-    return MeshShape(data=ranks // replica_size(parallel), **sizes)
+    sizes = {axis: getattr(parallel, axis) for axis in ("pipeline", "expert", "context", "tensor")}
+    return MeshShape(data=ranks // replica_size(parallel) // parallel.expert, **sizes)
 
 
 def replica_microbatch_count(config: Config, shape: MeshShape) -> int:
     """Return the microbatches per step of a data replica; where they do not divide evenly, some replicas have one fewer."""
-    return -(-microbatch_count(config) // shape.data)
+    return -(-microbatch_count(config) // shape.replicas)
 
 
 def reduces_in_rounds(config: Config) -> bool:
-    """Return whether gradients are reduced for every round of microbatches: with ZeRO 2 and 3, and where each microbatch is
-    divided over the context axis, because the tree adds its parts first."""
-    return config.parallel.zero >= 2 or config.parallel.context > 1
+    """Return whether gradients are reduced for every round of microbatches: with ZeRO 2 and 3; where each microbatch is divided
+    over the context axis, because the tree adds its parts first; and where experts are divided, whose ranks get gradients of
+    the microbatches of other ranks."""
+    return config.parallel.zero >= 2 or config.parallel.context > 1 or config.parallel.expert > 1
 
 
 def can_divide_parts(parts: int, ranks: int) -> bool:

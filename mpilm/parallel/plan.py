@@ -90,6 +90,17 @@ def part_name(name: str, part: int) -> str:
     return f"{region}.parts.{part}{name.removeprefix(region)}"
 
 
+def expert_of(name: str) -> int | None:
+    """Return the number of the expert that a parameter belongs to; None for all other parameters."""
+    found = re.search(r"\.experts\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def copy_name(name: str, copy: int) -> str:
+    """Return the name of the parameter in a copy of its expert (parallel/expert.py); copy 0 is the expert itself."""
+    return name.replace(".experts.", f".copies.{copy}.") if copy else name
+
+
 def fsdp_unit(name: str) -> str:
     """Return the module whose parameters are reduced, and under ZeRO-3 gathered, together: a block or a top-level module."""
     return re.match(r"\w+(\.\d+)?", name).group()  # type: ignore[union-attr]

@@ -12,21 +12,21 @@ from mpilm.comm.base import Comm
 from mpilm.ops.tree import Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import intersect_intervals
-from mpilm.parallel.layout import Layouts, ParamLayout
+from mpilm.parallel.layout import FlatKey, Layouts, ParamLayout
 
 FIRST_TAG = 1 << 14  # above the tags of activations
-ByStage = Mapping[int, FlatVector]
+Vectors = Mapping[FlatKey, FlatVector]
 
 
 class TiedParameters:
-    """The ties of a model with these `layouts`; `flats`: the stages on this rank. Collective over `comm`, the pipeline axis."""
+    """The ties of a model with these `layouts`. `flats`: of this rank's stages. Collective over `comm`, the pipeline axis."""
 
-    def __init__(self, layouts: Layouts, flats: Mapping[int, FlatParameters], comm: Comm):
+    def __init__(self, layouts: Layouts, flats: Mapping[FlatKey, FlatParameters], comm: Comm):
         self.comm, self.flats = comm, flats
         self.pairs = [(layout, layouts[layout.tied_to]) for layout in layouts.values() if layout.tied_to]
         self.intervals = {layout.name: self._own_intervals(layout) for pair in self.pairs for layout in pair}
 
-    def add_gradients(self, sums: ByStage) -> None:
+    def add_gradients(self, sums: Vectors) -> None:
         """Add the summed gradient of each copy to that of its owner."""
         for tag, (copy, owner) in enumerate(self.pairs, FIRST_TAG):
             if self._is_alias(copy):
@@ -37,24 +37,24 @@ class TiedParameters:
 
     def copy_values(self) -> None:
         """Give each copy with memory of its own the values that its owner's optimizer has written."""
-        values = {stage: flat.values for stage, flat in self.flats.items()}
+        values = {key: flat.values for key, flat in self.flats.items()}
         for tag, (copy, owner) in enumerate(self.pairs, FIRST_TAG):
             if not self._is_alias(copy):
                 self._transfer(tag, owner, copy, values, Tensor.copy_)
 
     def _is_alias(self, copy: ParamLayout) -> bool:
-        return copy.stage in self.flats and self.flats[copy.stage].aliases_owner
+        return copy.flat_key in self.flats and self.flats[copy.flat_key].aliases_owner
 
     def _own_intervals(self, layout: ParamLayout) -> list[Interval]:
         """Return the parts of a parameter's buckets that this rank reduces or updates; none if its stage is on another rank."""
-        flat = self.flats.get(layout.stage)
+        flat = self.flats.get(layout.flat_key)
         return [] if flat is None else intersect_intervals(flat.layout.group_of(layout.name).buckets, flat.reduced)
 
-    def _local_parts(self, layout: ParamLayout, vectors: ByStage) -> Iterator[Tensor]:
-        return (vectors[layout.stage].view(*interval) for interval in self.intervals[layout.name])
+    def _local_parts(self, layout: ParamLayout, vectors: Vectors) -> Iterator[Tensor]:
+        return (vectors[layout.flat_key].view(*interval) for interval in self.intervals[layout.name])
 
     def _transfer(
-        self, tag: int, source: ParamLayout, target: ParamLayout, vectors: ByStage, combine: Callable[[Tensor, Tensor], Tensor]
+        self, tag: int, source: ParamLayout, target: ParamLayout, vectors: Vectors, combine: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
         """Send the parts of `source` to the rank with `target` that has the same coordinate on the other axes."""
         to, origin = target.stage % self.comm.size, source.stage % self.comm.size

@@ -131,9 +131,9 @@ def gradient_sum(numel: int, comm, zero: int, shared: bool) -> Callable[[], obje
 
     model = nn.Module()
     model.weight = nn.Parameter(torch.empty(0))
-    flat = FlatParameters(resolve_layouts({"weight": (numel,)}, {}), torch.device("cpu"), zero, comm.rank, comm.size)
+    flat = FlatParameters(resolve_layouts({"weight": (numel,)}, {}), torch.device("cpu"), zero, comm)
     flat.install(model)
-    reducer = make_step_reducer(flat, model, comm, comm.size, shared=shared)
+    reducer = make_step_reducer(flat, model, comm.size, shared=shared)
     reducer.begin_microbatch(0)
     reducer.end_microbatch(0)
 

@@ -42,7 +42,7 @@ def values_of(model):
 def test_synchronization_is_a_step_of_the_outer_optimizer():
     def body(comm):
         flat = FlatParameters({name: ParamLayout(name, shape) for name, shape in {"a": (24, 40), "b": (40,)}.items()}, CPU)
-        diloco = DiLoCo({0: flat}, comm, every=2)
+        diloco = DiLoCo({(0, False): flat}, comm, every=2)
         x = flat.values.tensor.fill_(1.0)
         positions = []
         for sync in range(2):

@@ -81,15 +81,15 @@ class Replica:
         self.model, full = full_model(shape_of(tie), V, CPU)
         draw_values(full, shape_of(tie), seed=0)
         table = resolve_model_layouts(shape_of(tie), V, (1,))
-        self.flat = FlatParameters(table, CPU, zero, comm.rank, comm.size)
+        self.flat = FlatParameters(table, CPU, zero, comm)
         if zero < 2:
-            self.reducer = make_step_reducer(self.flat, self.model, comm, total, reproducible, overlap, shared, wire_dtype)
+            self.reducer = make_step_reducer(self.flat, self.model, total, reproducible, overlap, shared, wire_dtype)
             self.microbatch_ids = range(*block_of_rank(comm.rank, comm.size, total))
         else:
-            self.reducer = MicrobatchRoundReducer(self.flat, self.model, comm, total, wire_dtype)
+            self.reducer = MicrobatchRoundReducer(self.flat, self.model, total, wire_dtype)
             self.microbatch_ids = range(comm.rank, total, comm.size)
         self.rounds = -(-total // comm.size)
-        self.tied = TiedParameters(table, {0: self.flat}, SelfComm("pipeline"))
+        self.tied = TiedParameters(table, {(0, False): self.flat}, SelfComm("pipeline"))
 
     def step(self, compute):
         """Reduce the gradients of a step; `compute(i)` makes those of this rank's i-th microbatch."""
@@ -101,7 +101,7 @@ class Replica:
             else:
                 self.reducer.join_round(i, lambda name: None)
         self.reducer.reduce()
-        self.tied.add_gradients({0: self.reducer.sums})
+        self.tied.add_gradients({(0, False): self.reducer.sums})
 
     def backward(self, i):
         backward(self.model, self.microbatch_ids[i])

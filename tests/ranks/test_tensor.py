@@ -87,7 +87,7 @@ def forward(shape, dtype, axis=None, dropout_keys=None):
     layouts = resolve_model_layouts(shape, VOCAB, (shape.n_layers,), parts=axis.parts if axis else 1)
     if axis is not None:
         divide_model(model, partial(cut_of, family=shape.arch), axis)
-        layouts = select_parts(layouts, axis.local_parts)
+        layouts = select_parts(layouts, axis.local_parts, range(0))
     values = {}
     for name, layout in layouts.items():
         owner = layout.source if layout.tied_to is None else layouts[layout.tied_to].source

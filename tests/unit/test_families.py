@@ -244,7 +244,7 @@ def test_expert_without_tokens_has_a_gradient_of_zero():
     with torch.no_grad():
         moe.router.weight.zero_()
     model(random_tokens(), SequenceInfo(torch.arange(T))).sum().backward()
-    used = [[bool(p.grad.any()) for p in expert.parameters()] for expert in moe.experts]
+    used = [[bool(p.grad.any()) for p in expert.parameters()] for expert in moe.experts.values()]
     assert sorted(used) == [[False] * 3] * 2 + [[True] * 3] * 2  # all alike: every token goes to the same two
 
 
@@ -255,7 +255,7 @@ def test_run_experts_can_be_exchanged():
 
     def run_experts(experts, flat, chosen, weights):
         by_expert = torch.zeros(len(flat), len(experts)).scatter_(1, chosen, weights)
-        return sum(expert(flat) * by_expert[:, i, None] for i, expert in enumerate(experts))
+        return sum(expert(flat) * by_expert[:, i, None] for i, expert in enumerate(experts.values()))
 
     for block in model.blocks.values():
         block.mlp.run_experts = partial(run_experts, block.mlp.experts)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import CPU, full_model
+from runs import CPU, full_model, place
 from text import tiny_config
 from torch import nn
 
@@ -45,7 +45,7 @@ def test_tied_copy_on_the_owners_stage_aliases_its_value_but_not_its_gradient():
 @pytest.mark.parametrize(("zero", "stages"), [(0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
 def test_tied_copy_is_separate_if_its_owner_is_sharded_or_on_another_stage(zero, stages):
     table = resolve_layouts(SHAPES, TIED, lambda name: int(stages == 2 and name in ("mlp", "head")))
-    flat = FlatParameters(select_stage(table, stages - 1), CPU, zero, rank=0, ranks=1)
+    flat = FlatParameters(select_stage(table, stages - 1), CPU, zero)
     assert not flat.aliases_owner
     assert flat.values.intervals[0][0] == 0
     assert all(start >= flat.layout.tied_copies_numel for start, _ in flat.owned)  # the owner's optimizer updates it
@@ -70,7 +70,7 @@ def test_vector_of_some_intervals_refuses_views_outside(start, stop):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_intervals_held_reduced_owned_and_unique_follow_zero(zero, ranks):
     table = resolve_layouts({**SHAPES, "wide": (40, 10)}, TIED)
-    flats = [FlatParameters(table, CPU, zero, rank, ranks) for rank in range(ranks)]
+    flats = [FlatParameters(table, CPU, zero, place(rank, ranks)) for rank in range(ranks)]
     copies, end = flats[0].layout.tied_copies_numel, flats[0].layout.numel
     everything = [(0, end)]
     for flat in flats:
@@ -89,7 +89,7 @@ def test_owned_slices_are_views_of_what_the_rank_updates(zero):
     owned = {name: layout.numel for name, layout in table.items() if not layout.tied_to}
     seen = {name: torch.zeros(numel) for name, numel in owned.items()}
     for rank in range(3):
-        flat = FlatParameters(table, CPU, zero, rank, ranks=3)
+        flat = FlatParameters(table, CPU, zero, place(rank, 3))
         vector = FlatVector.zeros(flat.reduced, CPU)
         for item, view in flat.owned_slices(vector).items():
             assert view.untyped_storage().data_ptr() == vector.tensor.untyped_storage().data_ptr()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import CPU, assemble, differing
+from runs import CPU, assemble, differing, place
 
 from mpilm.comm.base import SelfComm
 from mpilm.config.schema import TrainConfig
@@ -21,9 +21,9 @@ def train(**changes):
 def parts(settings, zero=0, rank=0, ranks=1):
     """Return parameters, their optimizer, and the vector of their gradients."""
     flat = FlatParameters(
-        resolve_layouts(SHAPES, {}, is_unsharded=needs_full_parameter(settings.optimizer)), CPU, zero, rank, ranks
+        resolve_layouts(SHAPES, {}, is_unsharded=needs_full_parameter(settings.optimizer)), CPU, zero, place(rank, ranks)
     )
-    return flat, Optimizer({0: flat}, settings, TensorAxis(SelfComm(), 1)), FlatVector.zeros(flat.reduced, CPU)
+    return flat, Optimizer({(0, False): flat}, settings, TensorAxis(SelfComm(), 1)), FlatVector.zeros(flat.reduced, CPU)
 
 
 def fill(flat, vector, values):
@@ -82,7 +82,7 @@ def test_optimizer_matches_torch_with_decay_on_matrices_only(name, decay, moment
             for group in each.param_groups:
                 group["lr"] = learning_rate(settings, step)
             each.step()
-        ours.step({0: vector}, learning_rate(settings, step))
+        ours.step({(0, False): vector}, learning_rate(settings, step))
     moments = ours.state_slices()
     state = {name: each.state[p] for each in reference for name, p in theirs.items() if p in each.state}
     for name, parameter in theirs.items():
@@ -113,7 +113,7 @@ def test_unsharded_optimizer_has_the_bits_of_torch(name):
         for group in reference.param_groups:
             group["lr"] = 0.07
         reference.step()
-        ours.step({0: vector}, 0.07)
+        ours.step({(0, False): vector}, 0.07)
     for parameter in reference.state:
         (name,) = (name for name, p in theirs.items() if p is parameter)
         assert torch.equal(flat.parameter(name), parameter)
@@ -123,7 +123,7 @@ def test_unsharded_optimizer_has_the_bits_of_torch(name):
 def test_zero_gradient_shrinks_matrices_and_keeps_vectors(name):
     flat, optimizer, gradients = parts(train(optimizer=name, weight_decay=0.25))
     fill(flat, flat.values, {name: torch.ones(shape) for name, shape in SHAPES.items()})
-    optimizer.step({0: gradients}, lr=0.5)
+    optimizer.step({(0, False): gradients}, lr=0.5)
     assert {name: float(flat.parameter(name).unique()) for name in SHAPES} == {
         name: 0.875 if len(shape) == 2 else 1.0 for name, shape in SHAPES.items()
     }
@@ -145,7 +145,7 @@ def update_on_ranks(settings, zero, ranks, steps=3):
         fill(flat, flat.values, draw(generator))
         for _ in range(steps):
             fill(flat, vector, draw(generator))
-            optimizer.step({0: vector}, 0.1)
+            optimizer.step({(0, False): vector}, 0.1)
         states.append({"value": flat.owned_slices(flat.values), **optimizer.state_slices()})
     return assemble(states)
 
@@ -169,13 +169,13 @@ def test_restored_moments_continue_to_the_same_bits(name):
         for step in range(6):
             if interrupted and step == 3:
                 saved = {kind: {item: x.clone() for item, x in of.items()} for kind, of in optimizer.state_slices().items()}
-                optimizer = Optimizer({0: flat}, settings, TensorAxis(SelfComm(), 1))
+                optimizer = Optimizer({(0, False): flat}, settings, TensorAxis(SelfComm(), 1))
                 for kind, of in optimizer.state_slices().items():
                     for item, moment in of.items():
                         moment.copy_(saved[kind][item])
                 optimizer.set_step(3)
             fill(flat, vector, draw(generator))
-            optimizer.step({0: vector}, 0.1)
+            optimizer.step({(0, False): vector}, 0.1)
         return flat.values.tensor
 
     assert torch.equal(run(interrupted=True), run(interrupted=False))
@@ -184,13 +184,13 @@ def test_restored_moments_continue_to_the_same_bits(name):
 def test_muon_leaves_embeddings_and_vectors_to_adamw():
     flat, muon, vector = parts(train(optimizer="muon"))
     plain = FlatParameters(resolve_layouts(SHAPES, {}), CPU)
-    adamw = AdamW({0: plain}, train(), TensorAxis(SelfComm(), 1))
+    adamw = AdamW({(0, False): plain}, train(), TensorAxis(SelfComm(), 1))
     generator = torch.Generator().manual_seed(4)
     values, gradients = draw(generator), draw(generator)
     for of, target in ((flat, vector), (plain, (other := FlatVector.zeros(plain.reduced, CPU)))):
         fill(of, of.values, values)
         fill(of, target, gradients)
-    muon.step({0: vector}, 0.1)
-    adamw.step({0: other}, 0.1)
+    muon.step({(0, False): vector}, 0.1)
+    adamw.step({(0, False): other}, 0.1)
     same = {name for name in SHAPES if torch.equal(flat.parameter(name), plain.parameter(name))}
     assert same == {"embed", "blocks.0.norm", "norm"}

@@ -22,6 +22,7 @@ class GradientReducer:
     """Collects the gradients of this rank's microbatches and reduces them (parallel/reduce): in `reduce`, or in rounds that a
     rank without a microbatch joins. This one, for forward-only runs, does nothing."""
 
+    parameters: Mapping[str, Tensor] = {}
     shared_bytes = 0  # of gradients, in memory that other ranks of the node map too
 
     def begin_microbatch(self, i: int) -> None: ...
@@ -78,7 +79,7 @@ class ModelStage:
     model: nn.Module
     is_first: bool
     is_last: bool
-    reducer: GradientReducer
+    reducers: Sequence[GradientReducer]
     parameters: StageParameters
     weight_grads: WeightGradQueue  # used by schedules with W
     tensor: TensorAxis
@@ -87,6 +88,7 @@ class ModelStage:
     seed: int
     device: torch.device
     recorder: FlightRecorder
+    fills_rounds: bool = False  # a microbatch that this replica lacks runs without sequences: other ranks need its experts
 
     def __post_init__(self) -> None:
         self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)  # buffers, reused: none is new after the first step
@@ -125,7 +127,8 @@ class ModelStage:
             if self.is_last:
                 y = self.inputs.output_fn(y, batch)
         if self.is_last:
-            self.results[self.inputs.microbatch_ids[microbatch]] = y.detach()  # not .item(): that would synchronize a GPU
+            if microbatch < len(self.inputs.microbatch_ids):
+                self.results[self.inputs.microbatch_ids[microbatch]] = y.detach()  # not .item(): that would synchronize a GPU
         else:
             self._outgoing["F", microbatch] = y.detach()
         if training:
@@ -135,12 +138,12 @@ class ModelStage:
 
     def backward(self, microbatch: int) -> None:
         if not self._exists(microbatch):
-            self.reducer.join_round(microbatch, self.parameters.begin_backward)
+            for reducer in self.reducers:
+                reducer.join_round(microbatch, self.parameters.begin_backward)
             return self.parameters.end_backward()
-        self.reducer.begin_microbatch(microbatch)
+        self._begin_microbatch(microbatch)
         self._backward(microbatch)
-        self._release_buffers(microbatch)
-        self.reducer.end_microbatch(microbatch)
+        self._end_microbatch(microbatch)
 
     def backward_input(self, microbatch: int) -> None:
         """Compute the gradient of the input, for which the previous stage waits; queue what the weight gradients need."""
@@ -157,16 +160,27 @@ class ModelStage:
 
     def backward_weight(self, microbatch: int) -> None:
         if not self._exists(microbatch):
-            return self.reducer.join_round(microbatch, lambda name: None)
+            for reducer in self.reducers:
+                reducer.join_round(microbatch, lambda name: None)
+            return
         self.backward_microbatch = microbatch
-        self.reducer.begin_microbatch(microbatch)
+        self._begin_microbatch(microbatch)
         for name, gradient in self.weight_grads.pop_gradients(microbatch):
-            self.reducer.accumulate(name, gradient)
-        self._release_buffers(microbatch)  # not earlier: a queued product may use a received buffer
-        self.reducer.end_microbatch(microbatch)
+            next(reducer for reducer in self.reducers if name in reducer.parameters).accumulate(name, gradient)
+        self._end_microbatch(microbatch)  # not earlier: a queued product may use a received buffer
 
     def reduce(self) -> None:
-        self.reducer.reduce()
+        for reducer in self.reducers:
+            reducer.reduce()
+
+    def _begin_microbatch(self, microbatch: int) -> None:
+        for reducer in self.reducers:
+            reducer.begin_microbatch(microbatch)
+
+    def _end_microbatch(self, microbatch: int) -> None:
+        self._release_buffers(microbatch)
+        for reducer in self.reducers:
+            reducer.end_microbatch(microbatch)
 
     def _backward(self, microbatch: int) -> None:
         self.backward_microbatch = microbatch
@@ -188,13 +202,15 @@ class ModelStage:
             self._free[tuple(buffer.shape)].append(buffer)
 
     def _exists(self, microbatch: int) -> bool:
-        return microbatch < len(self.inputs.microbatch_ids)
+        return self.fills_rounds or microbatch < len(self.inputs.microbatch_ids)
 
     def _batch(self, microbatch: int) -> Batch:
         """Return the tokens of a microbatch that this rank reads: those of its sequence parts, if the tokens are sliced."""
         sequence = self.tensor.sequence
         if microbatch not in self._batches:
-            batch = self.fetch_batch(self.inputs.microbatch_ids[microbatch])
+            is_own = microbatch < len(self.inputs.microbatch_ids)
+            batch = self.fetch_batch(self.inputs.microbatch_ids[microbatch] if is_own else 0)
+            batch = batch if is_own else batch.select_none()
             sequence.sliced = self.inputs.kv_caches is None and batch.tokens.shape[1] % self.tensor.slice_count == 0
             if sequence.parts > 1:  # without slices, each rank of the context axis computes the same, and the first reports it
                 parts = sequence.local_parts if sequence.sliced else range(sequence.comm.rank == 0)

@@ -26,12 +26,13 @@ ATTEMPTS = 3
 
 
 def build_reducer(
-    flat: FlatParameters, model: nn.Module, comm: Comm, config: Config, timings: dict[str, float], sequence: SequenceAxis
+    flat: FlatParameters, model: nn.Module, config: Config, timings: dict[str, float], sequence: SequenceAxis
 ) -> StepReducer | MicrobatchRoundReducer:
-    """Return the reducer of a stage's gradients. Collective over `comm`, the reduce axes. `timings` receives what was timed."""
-    total, train, parallel, overlap = microbatch_count(config), config.train, config.parallel, flat.device.type == "cuda"
+    """Return the reducer of a stage's gradients. Collective over the ranks of `flat`. `timings` receives what was timed."""
+    total, train, parallel, comm = microbatch_count(config), config.train, config.parallel, flat.comm
+    overlap = flat.device.type == "cuda"
     if reduces_in_rounds(config):
-        return MicrobatchRoundReducer(flat, model, comm, total, parallel.wire_dtype, sequence)
+        return MicrobatchRoundReducer(flat, model, total, parallel.wire_dtype, sequence)
     if parallel.sync_every or (parallel.powersgd_rank and comm.size > 1):
         start, stop = block_of_rank(comm.rank, comm.size, total)
         plan = plan_block_accumulation(0, stop - start, stop - start)
@@ -45,21 +46,20 @@ def build_reducer(
         timed = time_methods(comm, flat.layout.numel, flat.zero == 0)  # not for bf16: the two round differently
         shared = not timed or timed["shared-memory"] <= timed["messages"]
         timings.update(timed if not timings else {})
-    return make_step_reducer(flat, model, comm, total, train.reproducible, overlap, shared, parallel.wire_dtype)
+    return make_step_reducer(flat, model, total, train.reproducible, overlap, shared, parallel.wire_dtype)
 
 
 def make_step_reducer(
     flat: FlatParameters,
     model: nn.Module,
-    comm: Comm,
     microbatches: int,
     reproducible: bool = True,
     overlap: bool = False,
     shared: bool = True,
     wire_dtype: str = "float32",
 ) -> StepReducer:
-    """Return a StepReducer that reduces across the ranks of `comm`; `shared`: in shared memory, if any. Collective."""
-    bucket_count, gather = len(flat.layout.buckets), flat.zero == 0
+    """Return a StepReducer that reduces across the ranks of `flat`; `shared`: in shared memory, if any. Collective."""
+    bucket_count, gather, comm = len(flat.layout.buckets), flat.zero == 0, flat.comm
     depth = bucket_count if overlap else min(BUCKETS_IN_FLIGHT, bucket_count)
     if not reproducible:
         start, stop = block_of_rank(comm.rank, comm.size, microbatches)

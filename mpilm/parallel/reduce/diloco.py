@@ -12,6 +12,7 @@ from torch import Tensor
 from mpilm.comm.base import Comm
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ParamSlice
+from mpilm.parallel.layout import FlatKey
 
 OUTER_MOMENTUM = "outer_momentum"  # its name in checkpoints
 OUTER_LR, OUTER_BETA = 0.7, 0.9
@@ -21,10 +22,10 @@ MAX_MESSAGE_NUMEL = 1 << 26
 class DiLoCo:
     """Synchronizes replicas every `every` steps, and at the last step of a run. Collective over `comm`, the reduce axes."""
 
-    def __init__(self, flats: Mapping[int, FlatParameters], comm: Comm, every: int):
+    def __init__(self, flats: Mapping[FlatKey, FlatParameters], comm: Comm, every: int):
         self.flats, self.comm, self.every = flats, comm, every
-        self.momentum = {stage: FlatVector.zeros(flat.values.intervals, flat.device) for stage, flat in flats.items()}
-        self.anchors: dict[int, Tensor] = {}  # the weights at the last synchronization
+        self.momentum = {key: FlatVector.zeros(flat.values.intervals, flat.device) for key, flat in flats.items()}
+        self.anchors: dict[FlatKey, Tensor] = {}  # the weights at the last synchronization
         self.memory_bytes = 2 * sum(momentum.tensor.nbytes for momentum in self.momentum.values())  # with the anchors
 
     def is_due(self, done: int, steps: int) -> bool:
@@ -33,15 +34,15 @@ class DiLoCo:
 
     def begin_step(self) -> None:
         """Copy the common weights before the first update since a synchronization."""
-        for stage, flat in self.flats.items():
-            self.anchors.setdefault(stage, flat.values.tensor.clone())
+        for key, flat in self.flats.items():
+            self.anchors.setdefault(key, flat.values.tensor.clone())
 
     def sync(self) -> None:
         """Bring all replicas to the same weights, unless none has been updated since the last time. Collective."""
         if not self.anchors:
             return
-        for stage, flat in self.flats.items():
-            anchor, momentum = self.anchors.pop(stage), self.momentum[stage].tensor
+        for key, flat in self.flats.items():
+            anchor, momentum = self.anchors.pop(key), self.momentum[key].tensor
             delta = anchor - flat.values.tensor
             for part in delta.split(MAX_MESSAGE_NUMEL):
                 self.comm.all_reduce(part)
@@ -51,4 +52,4 @@ class DiLoCo:
 
     def owned_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the outer momentum of the parameter slices that this rank updates."""
-        return {item: x for stage, flat in self.flats.items() for item, x in flat.owned_slices(self.momentum[stage]).items()}
+        return {item: x for key, flat in self.flats.items() for item, x in flat.owned_slices(self.momentum[key]).items()}

@@ -6,65 +6,69 @@ and 1 + log2(M/d) shards (Rajbhandari et al., arXiv 1910.02054, section 5).
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mpilm.comm.base import Comm
 from mpilm.ops.sequence_axis import SequenceAxis
-from mpilm.ops.tree import Interval, count_buffers, plan_accumulation
+from mpilm.ops.tree import Interval, TreeNode, count_buffers, plan_accumulation, plan_merges
 from mpilm.ops.tree_reduce import TreeMerger, TreeOrderReduceScatter, make_encoding
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ReduceGroup
 from mpilm.parallel.fsdp import all_gather_shards
 from mpilm.parallel.pipeline.stage import GradientReducer
+from mpilm.parallel.plan import copy_name
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT
 
 
 class MicrobatchRoundReducer(GradientReducer):
-    """Collects and reduces the gradient of each of this rank's microbatches. Collective over `comm`, the reduce axes, in every
+    """Collects and reduces the gradient of each of this rank's microbatches. Collective over the ranks of `flat`, in every
     backward. A rank without a microbatch in a round calls `join_round`. With ZeRO 0 the sums are gathered on all ranks.
 
-    `sequence`: each microbatch belongs to the ranks of the context axis together, which are neighbours in `comm`. The tree adds
-    the gradients of their sequence parts before those of microbatches."""
+    `sequence`: each microbatch belongs to the ranks of the context axis together, which are neighbours. The tree adds the
+    gradients of their sequence parts before those of microbatches. The copies of an expert have gradients of as many adjacent
+    microbatches, which the rank adds as far as the tree allows."""
 
     def __init__(
         self,
         flat: FlatParameters,
         model: nn.Module,
-        comm: Comm,
         microbatches: int,
         wire_dtype: str = "float32",
         sequence: SequenceAxis | None = None,
     ):
-        self.flat, self.comm, self.groups = flat, comm, flat.layout.groups
+        self.flat, self.comm, self.groups = flat, flat.comm, flat.layout.groups
         nodes, size = ([(0, 1)], 1) if sequence is None else sequence.gradient_nodes()  # of the ranks in a tree of parts
         total = microbatches * size
-        leaves = [[(m * size + a, m * size + b)] for m in range(microbatches) for a, b in nodes]
-        leaves += [[] for _ in range(-len(leaves) % comm.size)]
-        self.rounds = [TreeMerger(leaves[at : at + comm.size], total) for at in range(0, len(leaves), comm.size)]
+        leaves = _list_leaves(self.comm.size, flat.copies, microbatches, nodes, size)
+        self.folds = [plan_merges(each[self.comm.rank], total) for each in leaves]
+        remaining = [[[node for node, _ in plan_merges(own, total)[1]] for own in each] for each in leaves]
+        self.rounds = [TreeMerger(each, total) for each in remaining]
         ops, _ = plan_accumulation([node for each in self.rounds for node in each.remaining], total)
         whole = [(0, flat.layout.numel)] if flat.zero == 0 else flat.shard
         self.buffers = [FlatVector.zeros(flat.shard if i else whole, flat.device) for i in range(count_buffers(ops))]
         self.ops = [[ops.pop(0) for _ in each.remaining] for each in self.rounds]
         self.sums = self.buffers[0]
         spans = [(group.start, group.stop) for group in self.groups]
-        group_gradient = torch.zeros(max(stop - start for start, stop in spans), device=flat.device)  # of each group in turn
-        self.gradients = [FlatVector([(start, stop)], group_gradient[: stop - start]) for start, stop in spans]
+        longest, count = max(stop - start for start, stop in spans), max(each.node_count for each in self.rounds)
+        group_gradient = torch.zeros(flat.copies, longest, device=flat.device)  # of each group in turn
+        # For each group, one for each copy of its parameters.
+        self.gradients = [[FlatVector([span], row[: span[1] - span[0]]) for row in group_gradient] for span in spans]
         self.encoding = make_encoding(wire_dtype)
-        self.idle = [
-            TreeOrderReduceScatter(comm, flat.layout, comm.size, flat.device, self.encoding) for _ in range(BUCKETS_IN_FLIGHT)
-        ]
+        exchange = self.comm, flat.layout, count, flat.device, self.encoding
+        self.idle = [TreeOrderReduceScatter(*exchange) for _ in range(BUCKETS_IN_FLIGHT)]
         self.in_flight = deque[tuple[TreeOrderReduceScatter, Interval]]()
         workspace_bytes = sum(exchange.workspace.nbytes for exchange in self.idle)
         self.memory_bytes = {
             "gradients": sum(buffer.tensor.nbytes for buffer in self.buffers),
-            "exchange": group_gradient.nbytes + workspace_bytes + self.encoding.residual_bytes(flat.layout.numel),
+            "exchange": group_gradient.nbytes + workspace_bytes + self.encoding.residual_bytes(flat.copies * flat.layout.numel),
             "passing": 4 * max(layout.numel for _, layout in flat.layout.spans.values()),  # the gradient of one parameter
         }
-        self.parameters = {name: model.get_parameter(name) for name in flat.layout.spans}
+        self.names = [[[copy_name(name, copy) for name in each.names] for copy in range(flat.copies)] for each in self.groups]
+        self.waiting = [set[str]().union(*each) for each in self.names]
+        self.parameters = {name: model.get_parameter(name) for each in self.waiting for name in each}
         self.current: int | None = None
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
@@ -88,22 +92,22 @@ class MicrobatchRoundReducer(GradientReducer):
 
     def _open_group(self) -> None:
         """Point the next group's `.grad`s into the send buffer; copy gradients that arrived before it was free."""
-        self.gradients[self.next_group].tensor.zero_()
-        for name in self.groups[self.next_group].names:
-            parameter, part = self.parameters[name], self.flat.parameter(name, self.gradients[self.next_group])
-            early, parameter.grad = parameter.grad, part
-            if early is not None:
-                part.add_(early)
+        for gradient, names in zip(self.gradients[self.next_group], self.names[self.next_group]):
+            gradient.tensor.zero_()
+            for name, copy in zip(self.groups[self.next_group].names, names):
+                parameter, part = self.parameters[copy], self.flat.parameter(name, gradient)
+                early, parameter.grad = parameter.grad, part
+                if early is not None:
+                    part.add_(early)
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
         """Reduce the groups that are complete, in the order that is the same on all ranks."""
         if self.current is None:
             return
         self.complete.add(name)
-        while self.next_group < len(self.groups) and self.complete.issuperset(self.groups[self.next_group].names):
-            group = self.groups[self.next_group]
-            self._reduce_group(self.current, group, self.gradients[self.next_group])
-            for reduced in group.names:
+        while self.next_group < len(self.groups) and self.complete.issuperset(self.waiting[self.next_group]):
+            self._reduce_group(self.current, self.groups[self.next_group], self.gradients[self.next_group])
+            for reduced in self.waiting[self.next_group]:
                 self.parameters[reduced].grad = None
             self.next_group += 1
             if self.next_group < len(self.groups):
@@ -118,18 +122,22 @@ class MicrobatchRoundReducer(GradientReducer):
         """Join a round's collectives without a microbatch. Calls `begin_backward(name)` once per group."""
         for group in self.groups:
             begin_backward(group.names[0])
-            self._reduce_group(i, group, None)
+            self._reduce_group(i, group, [])
 
     def reduce(self) -> None:
         if self.flat.zero == 0:
-            all_gather_shards(self.flat.layout, self.sums, self.comm)
+            all_gather_shards(self.flat, self.sums)
 
-    def _reduce_group(self, i: int, group: ReduceGroup, gradient: FlatVector | None) -> None:
+    def _reduce_group(self, i: int, group: ReduceGroup, gradients: Sequence[FlatVector]) -> None:
+        merges, remaining = self.folds[i]
         for bucket in group.buckets:
             if not self.idle:
                 self._finish_oldest(i)
             exchange = self.idle.pop()
-            exchange.start(self.rounds[i], [] if gradient is None else [gradient.view(*bucket)], bucket)
+            parts = [gradient.view(*bucket) for gradient in gradients]
+            for into, other in merges if parts else ():
+                parts[into].add_(parts[other])
+            exchange.start(self.rounds[i], [parts[place] for _, place in remaining] if parts else [], bucket)
             self.in_flight.append((exchange, bucket))
         while self.in_flight:
             self._finish_oldest(i)
@@ -147,3 +155,15 @@ class MicrobatchRoundReducer(GradientReducer):
             views[op.buffer].copy_(node) if op.overwrite else views[op.buffer].add_(node)
             for into, other in op.merges:
                 views[into].add_(views[other])
+
+
+def _list_leaves(
+    ranks: int, copies: int, microbatches: int, nodes: Sequence[TreeNode], size: int
+) -> list[list[list[TreeNode]]]:
+    """Return the leaves of the gradient tree that each rank has in each round: of as many microbatches as it has `copies`, but
+    for the last. `nodes`: of the ranks that share a microbatch, in its tree of `size` leaves."""
+    rounds, groups = [], ranks // len(nodes)
+    for first in range(0, microbatches, groups * copies):
+        blocks = [range(at, min(at + copies, microbatches)) for at in range(first, first + groups * copies, copies)]
+        rounds.append([[(m * size + a, m * size + b) for m in block] for block in blocks for a, b in nodes])
+    return rounds

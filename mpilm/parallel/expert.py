@@ -1,0 +1,33 @@
+"""Expert parallelism: the experts of each mixture divided over the ranks of the expert axis.
+
+A rank computes the tokens of each rank with another copy of its experts. Copies share their values, but each has gradients of
+its own: these belong to microbatches of different ranks, and the tree adds them in the order of microbatches.
+"""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpilm.model.moe import MixtureOfExperts
+from mpilm.ops.expert_axis import ExchangeRows, ExpertAxis
+
+
+def divide_experts(model: nn.Module, axis: ExpertAxis) -> None:
+    """Keep this rank's experts of each mixture in `model`, which is on the meta device, with a copy for each other rank."""
+    for module in list(model.modules()):
+        if isinstance(module, MixtureOfExperts):
+            module.experts = nn.ModuleDict({str(number): module.experts[str(number)] for number in axis.local_experts})
+            copies = {str(number): copy.deepcopy(module.experts) for number in range(1, axis.comm.size)}
+            module.copies = nn.ModuleDict(copies)
+            module.apply_experts = partial(_apply_experts, module, axis)  # type: ignore[method-assign]
+
+
+def _apply_experts(mixture: Any, axis: ExpertAxis, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    sends, receives = axis.count_rows(inputs)
+    arrived = ExchangeRows.apply(axis.comm, sends, receives, *inputs)
+    experts = [expert for each in (mixture.experts, *mixture.copies.values()) for expert in each.values()]
+    outputs = [expert(x) for expert, x in zip(experts, arrived, strict=True)]
+    return ExchangeRows.apply(axis.comm, receives, sends, *outputs)
