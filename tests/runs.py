@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,7 +46,8 @@ FAMILIES = {
     "gpt2": {"model__arch": "gpt2", "model__n_kv_heads": 0},
     "qwen2": {"model__arch": "qwen"},
     "qwen3": {"model__arch": "qwen", "model__qk_norm": True, "model__head_width": 10},
-    "mixtral": {"model__arch": "mixtral", "model__n_experts": 3, "model__d_ff": 32},
+    "mixtral": {"model__arch": "mixtral", "model__n_experts": 6, "model__d_ff": 32},
+    "qwen3-moe": {"model__arch": "qwen-moe", "model__n_experts": 3, "model__d_ff": 16, "model__head_width": 10},
     "bert": {"model__arch": "bert", "model__n_kv_heads": 0},
 }
 """Every architecture, as changes of SMALL."""
@@ -158,6 +160,19 @@ def train_on_threads(size: int, config: Config, **options: Any) -> tuple[list[fl
     outcomes = run_ranks(size, lambda comm: train_steps(config, comm, **options), timeout_s=30.0)
     assert all(outcome.numbers == outcomes[0].numbers for outcome in outcomes)
     return outcomes[0].numbers, assemble([outcome.state for outcome in outcomes])
+
+
+@cache
+def train_serially(config: Config, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
+    return train_on_threads(1, config, **options)
+
+
+def assert_equals_serial(size: int, config: Config, checks_calls: bool = False, **options: Any) -> None:
+    """Check that losses, norms, evaluation, weights and moments have the bits of the serial run."""
+    numbers, tensors = train_on_threads(size, config, checks_calls=checks_calls, **options)
+    expected_numbers, expected_tensors = train_serially(serial_config(config), **options)
+    assert numbers == expected_numbers
+    assert differing(tensors, expected_tensors) == []
 
 
 @contextlib.contextmanager

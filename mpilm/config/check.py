@@ -5,7 +5,7 @@ from math import isfinite
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from mpilm.config import schema
-from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, Config, DataConfig, flag_of, flatten
+from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, MIXTURES, Config, DataConfig, flag_of, flatten
 from mpilm.errors import ConfigError
 from mpilm.formatting import format_value
 
@@ -85,8 +85,13 @@ def _find_model_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
         near = max(n for n in range(1, parts + 1) if not any(size % n for size in sizes.values()))
         flag = flags["model.tensor_parts"] if model.tensor_parts else flags["parallel.tensor"]
         yield f"{flag} does not divide {flags[f'model.{name}']}; the next smaller value that divides all sizes: {near}"
-    if model.arch == "mixtral" and model.experts_per_token > model.n_experts:
+    if model.arch in MIXTURES and model.experts_per_token > model.n_experts:
         yield f"{flags['model.experts_per_token']} exceeds {flags['model.n_experts']}"
+    if (expert := config.parallel.expert) > 1 and model.arch not in MIXTURES:
+        yield f"{flags['parallel.expert']}: {model.arch} has no experts ({' and '.join(MIXTURES)} have); leave the setting out"
+    elif model.n_experts % expert:
+        near = max(n for n in range(1, expert) if model.n_experts % n == 0)
+        yield f"{flags['parallel.expert']} does not divide {flags['model.n_experts']}; the next smaller value that does: {near}"
     if model.rope_scaling and (len(model.rope_scaling) != 4 or not 0 < model.rope_scaling[1] < model.rope_scaling[2]):
         numbers = "factor, low and high frequency factor, original context length"
         yield f"{flags['model.rope_scaling']}: write four numbers: {numbers}; Llama 3.1 uses 8 1 4 8192"
@@ -113,9 +118,11 @@ def _find_train_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
         ("model.dropout", config.model.dropout > 0, "0"),
         ("model.sequence_parts", config.model.sequence_parts > 1, "1"),
         ("parallel.context", schema.sequence_part_count(config) > 1, "1"),
+        ("parallel.expert", config.parallel.expert > 1, "1"),
     ):
         if train.compile and uncompilable:
-            why = "draws a mask per sample" if name == "model.dropout" else "runs parts of a block separately"
+            reasons = {"model.dropout": "draws a mask per sample", "parallel.expert": "exchanges tokens within a block"}
+            why = reasons.get(name, "runs parts of a block separately")
             yield f"{flags[name]} {why}, which cannot be compiled; write {alternatives}, or --train.compile false"
     try:
         traced = schema.trace_step_range(config)
@@ -139,13 +146,14 @@ def _find_parallel_problems(config: Config, flags: Mapping[str, str]) -> Iterato
     if parallel.powersgd_rank and sync_every:
         both = f"{flags['parallel.powersgd_rank']} has no effect with {flags['parallel.sync_every']}"
         yield f"{both}: no gradients are exchanged between syncs; set only one"
-    for flag, is_set, why in (
-        ("--train.reproducible false", not config.train.reproducible, "its gradients are summed in the fixed order"),
-        (flags["parallel.powersgd_rank"], parallel.powersgd_rank, "its gradients are summed uncompressed"),
-        (flags["parallel.sync_every"], sync_every, "its ranks share each sequence and cannot train independently"),
-    ):
-        if parallel.context > 1 and is_set:
-            yield f"{flag} does not work with {flags['parallel.context']}: {why}"
+    for axis, shared in (("context", "each sequence"), ("expert", "the experts")):
+        for flag, is_set, why in (
+            ("--train.reproducible false", not config.train.reproducible, "its gradients are summed in the fixed order"),
+            (flags["parallel.powersgd_rank"], parallel.powersgd_rank, "its gradients are summed uncompressed"),
+            (flags["parallel.sync_every"], sync_every, f"its ranks share {shared} and cannot train independently"),
+        ):
+            if getattr(parallel, axis) > 1 and is_set:
+                yield f"{flag} does not work with {flags[f'parallel.{axis}']}: {why}"
     stages = parallel.pipeline * parallel.chunks
     actions = schema.microbatch_count(config) * stages
     if actions > MAX_ACTIONS:

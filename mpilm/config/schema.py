@@ -20,11 +20,14 @@ get_setting_types: Callable[[type], dict[str, Any]] = lru_cache(partial(get_type
 OLD_NAMES = {"parallel.compress": "parallel.powersgd_rank"}
 OLD_VALUES = {"parallel.reduce": {"shared": "shared-memory", "sent": "messages"}, "checkpoint.allow_change": OLD_NAMES}
 
+QWEN_STYLE = ("qwen", "qwen-moe")
+MIXTURES = ("mixtral", "qwen-moe")  # mixtures of experts
 GPT2_STYLE = ("gpt2", "bert")  # learned positions, no grouped-query attention, feed-forward layer of 4 d-model
 LORA_TARGETS = {  # matrices of a block that can have an adapter; not those of experts, which other programs store as one
     "llama": ("q", "k", "v", "o", "gate", "up", "down"),
     "qwen": ("q", "k", "v", "o", "gate", "up", "down"),
     "mixtral": ("q", "k", "v", "o"),
+    "qwen-moe": ("q", "k", "v", "o"),
     "gpt2": ("qkv", "o", "up", "down"),
     "bert": ("q", "k", "v", "o", "up", "down"),
 }
@@ -67,7 +70,7 @@ class ModelConfig:
     """Model architecture and size."""
 
     # Architecture. bert attends in both directions and learns to predict masked tokens; the others predict the next token.
-    arch: Literal["llama", "gpt2", "qwen", "bert", "mixtral"] = "llama"
+    arch: Literal["llama", "gpt2", "qwen", "bert", "mixtral", "qwen-moe"] = "llama"
     # Hugging Face folder or checkpoint that provides the shape, the initial weights and the tokenizer; empty: random weights.
     init_from: str = ""
     base: str = ""  # Base model of the LoRA adapter in init-from; empty: the folder that the adapter names.
@@ -85,10 +88,12 @@ class ModelConfig:
     rope_theta: PositiveFloat = 10000.0  # Base of the rotary position frequencies.
     # Rotary scaling as in Llama 3.1: factor, low and high frequency factor, original context length; empty: none.
     rope_scaling: tuple[float, ...] = ()
-    qk_norm: bool = False  # qwen: normalize queries and keys (Qwen 3); false: biases on queries, keys and values (Qwen 2).
-    n_experts: PositiveCount = 8  # mixtral: experts (feed-forward layers) per block.
-    experts_per_token: PositiveCount = 2  # mixtral: experts that process each token.
-    router_loss: NonNegativeFloat = 0.02  # mixtral: weight of the auxiliary loss that balances the load of the experts.
+    # qwen: normalize queries and keys (Qwen 3, and always qwen-moe); false: biases on queries, keys and values (Qwen 2).
+    qk_norm: bool = False
+    n_experts: PositiveCount = 8  # mixtral, qwen-moe: experts (feed-forward layers of width d-ff) per block.
+    experts_per_token: PositiveCount = 2  # mixtral, qwen-moe: experts that process each token.
+    # mixtral, qwen-moe: weight of the auxiliary loss that balances the load of the experts.
+    router_loss: NonNegativeFloat = 0.02
     # Number of parts into which heads, feed-forward width, vocabulary and tokens are divided. 0: as in the checkpoint to resume
     # from, else parallel.tensor. Part of the result: with equal parts, any parallel.tensor that divides them gives equal bits.
     tensor_parts: Count = 0
@@ -98,7 +103,7 @@ class ModelConfig:
     norm_eps: PositiveFloat = 1e-5  # Epsilon of the normalization layers.
     lora_rank: Width = 0  # Train LoRA adapters of this rank and freeze the model in init-from; 0: train the model.
     lora_alpha: PositiveFloat = 16.0  # LoRA scale: adapters are multiplied by lora-alpha / lora-rank.
-    # Matrices that get an adapter, of q k v o gate up down (gpt2: qkv o up down); empty: all (mixtral: q k v o).
+    # Matrices that get an adapter, of q k v o gate up down (gpt2: qkv o up down; with experts: q k v o); empty: all.
     lora_targets: tuple[str, ...] = ()
 
 
@@ -185,7 +190,7 @@ class ParallelConfig:
     # How they attend: ring sends keys and values, ulysses exchanges tokens for heads, with the same result; auto: ulysses where
     # the number of ranks divides the key and value heads of a rank, else ring.
     context_method: Literal["auto", "ring", "ulysses"] = "auto"
-    # mixtral: expert-parallel ranks, a factor of the data-parallel ones: they divide the experts of each block.
+    # Expert-parallel ranks, a factor of the data-parallel ones: they divide the experts of each block (mixtral, qwen-moe).
     expert: PositiveCount = 1
     schedule: Literal["1f1b", "gpipe", "interleaved", "zero-bubble"] = "1f1b"  # Pipeline schedule.
     chunks: Count = 0  # Model chunks (virtual stages) per rank; 0: 2 for the interleaved schedule, else 1.
@@ -286,6 +291,7 @@ def resolve_config(config: Config) -> Config:
         n_kv_heads=model.n_heads if gpt2_style else model.n_kv_heads or model.n_heads,
         head_width=model.head_width or model.d_model // model.n_heads,
         d_ff=model.d_ff or (4 * model.d_model if gpt2_style else -(-(8 * model.d_model // 3) // 32) * 32),
+        qk_norm=model.qk_norm or model.arch == "qwen-moe",
         lora_targets=order_lora_targets(model),
     )
     chunks = config.parallel.chunks or (2 if config.parallel.schedule == "interleaved" else 1)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
-from mpilm.config.schema import DataConfig
+from mpilm.config.schema import QWEN_STYLE, DataConfig
 from mpilm.data.files import file_errors, hex_digest, parse_json, read_bytes
 from mpilm.data.gather import digest_files
 from mpilm.data.prepare import broadcast_sources, prepare_tokens, resolve_settings, temporary_folder
@@ -80,7 +80,7 @@ def open_corpus(data: DataConfig, comm: Comm, eos: bool = True, arch: str = "") 
 def _with_family_bpe(data: DataConfig, arch: str) -> DataConfig:
     """Return the settings of text, where a tokenizer that is trained for a qwen model splits text as Qwen does."""
     spec = resolve_settings(data).tokenizer
-    return replace(data, tokenizer=f"qwen-{spec}") if arch == "qwen" and spec.startswith(BPE) else data
+    return replace(data, tokenizer=f"qwen-{spec}") if arch in QWEN_STYLE and spec.startswith(BPE) else data
 
 
 def open_corpora(data: DataConfig, comm: Comm, arch: str = "") -> list[Corpus]:

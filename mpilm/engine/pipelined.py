@@ -146,8 +146,8 @@ class PipelinedModel:
         return self.results()
 
     def lower(self, actions: Sequence[Action], count: int, own: int) -> Sequence[Action]:
-        """Return the program of a schedule of `count` microbatches, of which this replica has `own`. It runs those that it lacks
-        as well, without sequences, if ranks of other replicas need its experts."""
+        """Return the program of a schedule of `count` microbatches, of which this replica has `own`. If ranks of other replicas
+        need its experts, it runs those that it lacks as well, without sequences."""
         return lower(actions, len(self.blocks_per_stage), count if self.experts.comm.size > 1 else own)
 
     def _run(self, program: Sequence[Action], inputs: StepInputs) -> None:

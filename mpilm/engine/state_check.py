@@ -11,7 +11,6 @@ from mpilm.engine.train_model import TrainModel
 from mpilm.errors import RanksDisagreeError
 from mpilm.formatting import name_ranks
 from mpilm.parallel.digests import CAUSE, read_sums, sum_bits
-from mpilm.parallel.layout import REDUCE_AXES
 
 MODULUS = 2**32  # of digests
 ADVICE = "Nothing of this is saved; the same command, best without that host, resumes from the newest checkpoint"
@@ -61,7 +60,9 @@ def _name_bit(difference: int) -> str:
 
 def _replica_axes(model: TrainModel, name: str) -> tuple[str, ...]:
     """Return the axes over which a tensor is equal; a moment of a divided parameter that is not divided has its name."""
-    return model.layouts[name].replica_axes if name in model.layouts else (*REDUCE_AXES, "tensor")
+    if name in model.layouts:
+        return model.layouts[name].replica_axes
+    return (*next(layout for layout in model.layouts.values() if layout.source == name).reduce_axes, "tensor")
 
 
 def _weight_totals(model: TrainModel, digests: Sequence[int]) -> dict[tuple[str, ...], Counter[str]]:

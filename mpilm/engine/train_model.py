@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mpilm.checkpoint.format import PARAMETER
 from mpilm.checkpoint.load import load_checkpoint
 from mpilm.comm.base import Comm
-from mpilm.config.schema import Config, microbatch_count
+from mpilm.config.schema import MIXTURES, Config, microbatch_count
 from mpilm.data.batch import Batch
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.mesh.mesh import Mesh
@@ -21,6 +21,7 @@ from mpilm.ops.tree import Interval, block_of_rank
 from mpilm.optim.norm import compile_row_sum, global_norm
 from mpilm.optim.optimizer import Optimizer, moment_shapes
 from mpilm.parallel.digests import StateDigests
+from mpilm.parallel.expert import ExpertLoad
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import FlatKey, group_by_vector, select_owned, select_parts, select_stage, select_trained
@@ -48,6 +49,11 @@ class TrainModel(PipelinedModel):
         self.norm_shards = [  # the part of the gradient that this rank contributes to the norm
             self.sums[key].view(*interval) for key, flat in self.flats.items() for interval in self._unique_intervals(flat)
         ]
+        self.expert_load = None  # torch.compile leaves no place to count
+        if config.model.arch in MIXTURES and not config.train.compile:
+            self.expert_load = ExpertLoad(config.model.n_experts, device)
+            for model_stage in self.stages.values():
+                self.expert_load.observe(model_stage.model)
         self.microbatch_count, parallel = microbatch_count(config), config.parallel
         # The microbatches of this replica, in the order in which it computes them.
         self.microbatch_ids = range(*block_of_rank(self.replicas.rank, self.replicas.size, self.microbatch_count))

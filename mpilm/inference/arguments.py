@@ -22,6 +22,7 @@ class InferenceParallel:
     # Ranks that share the matrices of each layer of one model; must divide the ranks. If it divides the tensor parts that the
     # model was trained in, the last bits are those of training.
     tensor: PositiveInt = 1
+    expert: PositiveInt = 1  # Ranks that share the experts of each block of one model; must divide the remaining ranks.
 
 
 @dataclass(frozen=True)

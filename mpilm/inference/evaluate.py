@@ -18,7 +18,7 @@ from mpilm.checkpoint.format import checkpoint_step, read_trainer
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config.parse import merge_settings
-from mpilm.config.schema import Config, DataConfig, flag_of
+from mpilm.config.schema import QWEN_STYLE, Config, DataConfig, flag_of
 from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus, open_corpus
 from mpilm.data.files import file_errors, read_json, write_durably
@@ -150,7 +150,9 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
     folder = config.model.init_from
     if run is None:
         raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
-    data = replace(run.data, tokenizer=folder) if resolved.model.arch == "qwen" else run.data  # 0.1.0 trained other tokenizers
+    data = (
+        replace(run.data, tokenizer=folder) if resolved.model.arch in QWEN_STYLE else run.data
+    )  # 0.1.0 trained other tokenizers
     for is_refused, reason in (
         (data.format == "chat", "the run was trained on conversations, and only running text can be scored"),
         (len(data.path) > 1, "the run has mixed several corpora; score each with --data.path"),

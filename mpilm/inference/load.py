@@ -48,8 +48,8 @@ def load_model(config: Config, world: Comm) -> PipelinedModel:
 
 
 def _mesh_shape(config: Config, ranks: int) -> MeshShape:
-    pipeline, each = config.parallel.pipeline, replica_size(config.parallel)
-    sizes = {axis: getattr(config.parallel, axis) for axis in ("pipeline", "context", "tensor")}
+    pipeline, each = config.parallel.pipeline, replica_size(config.parallel) * config.parallel.expert
+    sizes = {axis: getattr(config.parallel, axis) for axis in ("pipeline", "expert", "context", "tensor")}
     if ranks % each:
         product = " times ".join(f"--parallel.{axis} {n}" for axis, n in sizes.items() if n > 1)
         raise ConfigError(f"{product} does not divide {ranks} ranks")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpilm.config.schema import ModelConfig
+from mpilm.config.schema import MIXTURES, QWEN_STYLE, ModelConfig
 from mpilm.model.attention import Attention, AttentionCore, FusedQKVAttention
 from mpilm.model.layers import Conv1D, FeedForward, LayerNorm, Linear, RMSNorm, RotaryEmbedding, SwiGLU, hash_key
 from mpilm.model.lora import add_lora, lora_initial_std
@@ -58,13 +58,13 @@ def initial_value(seed: int, name: str, shape: tuple[int, ...], std: float | Non
 
 def build_llama(model: ModelConfig, vocab_size: int) -> Transformer:
     """Build a Llama (Touvron et al., arXiv 2302.13971), Qwen or Mixtral model: RMSNorm, rotary positions, SwiGLU. Qwen 2 adds
-    biases to queries, keys and values; Qwen 3 normalises queries and keys; Mixtral has a mixture of experts."""
-    width, eps, qwen = model.d_model, model.norm_eps, model.arch == "qwen"
+    biases to queries, keys and values; Qwen 3 normalises queries and keys; Mixtral and Qwen 3 MoE have mixtures of experts."""
+    width, eps, qwen = model.d_model, model.norm_eps, model.arch in QWEN_STYLE
 
     def build_block(path: str) -> Block:
         core = AttentionCore(True, model.dropout, f"{path}.core")
         attention = Attention(model, core, qkv_bias=qwen and not model.qk_norm, qk_norm=qwen and model.qk_norm)
-        mlp = MixtureOfExperts(model) if model.arch == "mixtral" else SwiGLU(width, model.d_ff)
+        mlp = MixtureOfExperts(model) if model.arch in MIXTURES else SwiGLU(width, model.d_ff)
         return Block(path, model.dropout, RMSNorm(width, eps), attention, RMSNorm(width, eps), mlp)
 
     rotary = RotaryEmbedding(model.head_width, model.rope_theta, model.rope_scaling)
@@ -106,6 +106,7 @@ BUILDERS: Mapping[str, Callable[[ModelConfig, int], Transformer]] = {
     "llama": build_llama,
     "qwen": build_llama,
     "mixtral": build_llama,
+    "qwen-moe": build_llama,
     "gpt2": build_gpt2,
     "bert": build_bert,
 }

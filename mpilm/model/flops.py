@@ -6,7 +6,7 @@ The activation counts are what torch saves for backward; a test compares them wi
 
 from dataclasses import replace
 
-from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, ModelConfig
+from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, MIXTURES, QWEN_STYLE, ModelConfig
 
 
 def model_part(model: ModelConfig, parts: int) -> ModelConfig:
@@ -32,7 +32,7 @@ def block_numel(model: ModelConfig) -> int:
     if model.arch in GPT2_STYLE:
         return _matrix_numel(model) + queries + 2 * keys + 6 * model.d_model + model.d_ff
     vectors = 2 * model.d_model
-    if model.arch == "qwen":
+    if model.arch in QWEN_STYLE:
         vectors += 2 * model.head_width if model.qk_norm else queries + 2 * keys
     return _matrix_numel(model) + vectors
 
@@ -54,10 +54,15 @@ def block_matrices(model: ModelConfig) -> list[tuple[int, int, int]]:
         attention = [(width, queries, 1), (width, keys, 1), (width, keys, 1), (queries, width, 1)]
     if model.arch in GPT2_STYLE:
         return [*attention, (width, ff, 1), (ff, width, 1)]
-    if model.arch == "mixtral":
+    if model.arch in MIXTURES:
         experts = [(width, ff, model.n_experts)] * 2 + [(ff, width, model.n_experts)]
         return [*attention, (width, model.n_experts, 1), *experts]
     return [*attention, (width, ff, 1), (width, ff, 1), (ff, width, 1)]
+
+
+def experts_numel(model: ModelConfig) -> int:
+    """Return the parameters of all experts of a block."""
+    return 3 * model.d_model * model.d_ff * model.n_experts
 
 
 def _matrix_numel(model: ModelConfig, experts: int | None = None) -> int:
@@ -105,7 +110,7 @@ def activation_bytes(
     """
     layers, width, half = model.n_layers if layers is None else layers, model.d_model, 0.5 if dtype == "bfloat16" else 1.0
     block, core = _block_floats(model, half, 0 if tensor > 1 else parts)
-    block += (parts - 1) * _routed_floats(model, half) * (model.arch == "mixtral")  # each part saves the tokens of its experts
+    block += (parts - 1) * _routed_floats(model, half) * (model.arch in MIXTURES)  # each part saves the tokens of its experts
     saved = {"none": block + core, "attention": block, "block": float(width)}[recompute]
     recomputed = {"none": 0.0, "attention": core, "block": block + core}[recompute]
     head = {"gpt2": 1 + half, "bert": 4 * half}.get(model.arch, 2 + half)  # of the last norm, and the input of the matrix
@@ -137,7 +142,7 @@ def _block_floats(model: ModelConfig, half: float, parts: int = 1) -> tuple[floa
     norm = layer_norm if model.arch in GPT2_STYLE else rms_norm
     block = 2 * norm + _input_floats(model, half, (1 if model.arch == "gpt2" else 3) * parts or 1)
     block += half * (2 * queries + 2 * keys) + _feed_forward_floats(model, half, parts)
-    if model.qk_norm and model.arch == "qwen":
+    if model.qk_norm and model.arch in QWEN_STYLE:
         block += 2 * (queries + keys) + heads + model.n_kv_heads
     if model.lora_rank:  # between an adapter's two matrices; its input is saved without it too
         block += half * model.lora_rank * len(model.lora_targets or LORA_TARGETS[model.arch])
@@ -156,7 +161,7 @@ def _feed_forward_floats(model: ModelConfig, half: float, parts: int) -> float:
     if model.arch in GPT2_STYLE:
         return _input_floats(model, half, parts or 1) + half * 2 * model.d_ff
     gated = half * 4 * model.d_ff
-    if model.arch != "mixtral":
+    if model.arch not in MIXTURES:
         return _input_floats(model, half, 2 * parts or 1) + gated
     return _input_floats(model, half, 1) + model.n_experts + model.experts_per_token * gated + _routed_floats(model, half)
 
@@ -170,6 +175,6 @@ def _split_backward_floats(model: ModelConfig) -> float:
     """Return the elements per token of the inputs of a block's matrices and of the gradients of their outputs."""
     width, (queries, keys) = model.d_model, _attention_widths(model)
     feed_forward = 2 * width + (2 if model.arch in GPT2_STYLE else 3) * model.d_ff
-    if model.arch == "mixtral":
+    if model.arch in MIXTURES:
         feed_forward = width + model.n_experts + model.experts_per_token * feed_forward
     return 2 * (width + queries + keys) + feed_forward

@@ -1,8 +1,8 @@
 """The experts of a mixture on the ranks of the expert axis, and the exchange of tokens between them.
 
 Each rank has as many experts as any other, in ascending order. Tokens travel to the ranks of their experts and back
-(all-to-all; Lepikhin et al., GShard, arXiv 2006.16668, section 3.1). Those of one rank are never mixed with those of another, so
-that an expert computes the same products as on one rank.
+(all-to-all; Lepikhin et al., GShard, arXiv 2006.16668, section 3.1). Those of one rank are never mixed with those of another:
+an expert computes the same products as on one rank.
 """
 
 from collections.abc import Sequence

@@ -5,13 +5,16 @@ its own: these belong to microbatches of different ranks, and the tree adds them
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from mpilm.comm.base import Comm
 from mpilm.model.moe import MixtureOfExperts
+from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.expert_axis import ExchangeRows, ExpertAxis
 
 
@@ -31,3 +34,29 @@ def _apply_experts(mixture: Any, axis: ExpertAxis, inputs: Sequence[Tensor]) -> 
     experts = [expert for each in (mixture.experts, *mixture.copies.values()) for expert in each.values()]
     outputs = [expert(x) for expert, x in zip(experts, arrived, strict=True)]
     return ExchangeRows.apply(axis.comm, receives, sends, *outputs)
+
+
+class ExpertLoad:
+    """Counts the tokens that training sends to each expert, over all mixtures of a rank."""
+
+    def __init__(self, experts: int, device: torch.device):
+        self._counts = torch.zeros(experts, dtype=torch.int64, device=device)
+
+    def observe(self, model: nn.Module) -> None:
+        """Count what the routers of `model` choose where gradients are computed: once if blocks are recomputed, too."""
+        for module in model.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.route = partial(self._route, module.route)  # type: ignore[method-assign]
+
+    def _route(self, route: Callable[..., tuple[Tensor, Tensor]], flat: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
+        chosen, weights = route(flat, info)
+        if torch.is_grad_enabled():
+            self._counts += torch.bincount(chosen.flatten(), minlength=len(self._counts))
+        return chosen, weights
+
+    def take_shares(self, world: Comm) -> list[float]:
+        """Return the share of all tokens that each expert has had since the last call. Collective."""
+        counts = self._counts.to("cpu", torch.float64)
+        self._counts.zero_()
+        world.all_reduce(counts)
+        return (counts / counts.sum().clamp(min=1)).tolist()

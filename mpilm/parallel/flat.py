@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.ops.tree import Interval
 from mpilm.parallel.flat_layout import ALIGNMENT, FlatLayout, ParamSlice, intersect_intervals
-from mpilm.parallel.layout import Layouts
+from mpilm.parallel.layout import Layouts, ParamLayout
 from mpilm.parallel.plan import copy_name
 
 

@@ -99,7 +99,8 @@ def _check_cut(config: Config) -> None:
 
 def _find_problem(config: Config, ranks: int) -> Problem | None:
     """Return why these ranks cannot run `config`, and what to change; None if they can."""
-    return _find_parts_problem(config, ranks) or _find_pipeline_problem(config, ranks) or _find_data_problem(config, ranks)
+    checks = (_find_parts_problem, _find_pipeline_problem, _find_expert_problem, _find_data_problem)
+    return next(filter(None, (find(config, ranks) for find in checks)), None)
 
 
 def _find_parts_problem(config: Config, ranks: int) -> Problem | None:
@@ -155,6 +156,18 @@ def _find_pipeline_problem(config: Config, ranks: int) -> Problem | None:
     more = -(-ranks // each) * each
     times = "".join(f" times --parallel.{axis} {n}" for axis in ("tensor", "context") if (n := getattr(parallel, axis)) > 1)
     reason = f"--parallel.pipeline {pipeline}{times} does not divide {count_noun(ranks, 'rank')}"
+    return reason, [nearest, [(f"start {more} ranks", {}, more)]]
+
+
+def _find_expert_problem(config: Config, ranks: int) -> Problem | None:
+    """Look for an expert axis that does not divide the data-parallel ranks."""
+    expert, each = config.parallel.expert, replica_size(config.parallel)
+    if (data := ranks // each) % expert == 0:
+        return None
+    sizes = sorted((n for n in range(1, data + 1) if data % n == 0), key=lambda n: (abs(n - expert), n))
+    nearest = [(f"the nearest that does: {n}", {"parallel__expert": n}, ranks) for n in sizes]
+    more = -(-data // expert) * expert * each
+    reason = f"--parallel.expert {expert} does not divide the {count_noun(data, 'data-parallel rank')}"
     return reason, [nearest, [(f"start {more} ranks", {}, more)]]
 
 

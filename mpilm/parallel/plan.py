@@ -61,7 +61,10 @@ GPT2 = {  # Conv1D stores (in, out)
     "blocks.*.mlp.down.lora.a.weight": ROW,
 }
 BERT = LLAMA | {"embed.tokens.weight": VOCABULARY, "head.bias": VOCABULARY, "blocks.*.mlp.up.bias": COLUMN}
-CUTS: Mapping[str, Mapping[str, Cut]] = {"llama": LLAMA, "qwen": LLAMA, "mixtral": LLAMA, "gpt2": GPT2, "bert": BERT}
+CUTS: Mapping[str, Mapping[str, Cut]] = dict.fromkeys(("llama", "qwen", "mixtral", "qwen-moe"), LLAMA) | {
+    "gpt2": GPT2,
+    "bert": BERT,
+}
 """Family -> name pattern -> cut. Parameters that match no pattern are replicated."""
 
 

@@ -74,7 +74,7 @@ def make_plan(config: PlanConfig) -> str:
     run = override(run, checkpoint__every=0, run__eval_every=0)  # their seconds are not planned
     check_config(run)
     run = resolve_config(run)
-    ranks, draw = config.ranks or (schema.replica_size(run.parallel),), config.draw or bool(config.svg)
+    ranks, draw = config.ranks or (schema.replica_size(run.parallel) * run.parallel.expert,), config.draw or bool(config.svg)
     if draw and len(ranks) > 1:
         raise ConfigError(f"--draw takes a single number of ranks, not {len(ranks)}; write --ranks {ranks[0]}")
     if draw and config.plot:
@@ -104,7 +104,7 @@ def draw_schedule(config: PlanConfig, run: Config, ranks: int) -> str:
     even, heaviest = analytic_bubble(parallel.schedule, *sizes, costs), work.index(max(work))
     lines = [
         f"schedule {parallel.schedule}; ranks of a pipeline: {parallel.pipeline}, chunks a rank: {parallel.chunks}, "
-        f"microbatches{f' on the fullest of {shape.data} replicas' * (shape.data > 1)}: {count}",
+        f"microbatches{f' on the fullest of {shape.replicas} replicas' * (shape.replicas > 1)}: {count}",
         f"layers of each stage, {'as stated' if parallel.cut else 'balanced by cost'}: {' '.join(map(str, cut))}; the "
         f"heaviest, stage {heaviest}, has {work[heaviest] * parallel.chunks:.2f} times an even share of the work",
         f"time: 1 is the forward of a microbatch through 1/{parallel.pipeline} of the model",
@@ -192,7 +192,7 @@ def _limit(before: Candidate, after: Candidate) -> str:
     """Return the reason why speed does not grow with the ranks: the part of the step that grew most."""
     shares = [{name: 100 * each.time.parts[name] / each.time.total_s for name in LIMITS} for each in (before, after)]
     name = max(LIMITS, key=lambda name: shares[1][name] - shares[0][name])
-    growth, total, replicas = shares[1][name] - shares[0][name], microbatch_count(after.config), after.shape.data
+    growth, total, replicas = shares[1][name] - shares[0][name], microbatch_count(after.config), after.shape.replicas
     busy = 100 * total / (replicas * ceil(total / replicas))
     if busy < 90 and growth < 100 - busy:
         return f"{total} microbatches do not divide evenly over {replicas} replicas, which work {busy:.0f}% of the time"

@@ -10,14 +10,23 @@ from typing import Literal
 from mpilm.config.schema import Config, ModelConfig, tensor_part_count
 from mpilm.errors import FileError
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.flops import attention_flops_per_token, block_matrices, model_part, saved_floats_per_token, stage_numel
+from mpilm.model.flops import (
+    attention_flops_per_token,
+    block_matrices,
+    experts_numel,
+    model_part,
+    saved_floats_per_token,
+    stage_numel,
+)
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import find_ulysses_problem, reduces_in_rounds, replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.planner.profile import ComputeRates, MachineProfile, MemoryRates, NetworkRates, interpolate, interpolate2d, total_s
 from mpilm.planner.simulate import simulate
 
-CALIBRATED_AS = {"llama": "llama", "qwen": "llama", "mixtral": "llama", "gpt2": "gpt2", "bert": "gpt2"}  # same norms
+CALIBRATED_AS = {"gpt2": "gpt2", "bert": "gpt2"} | dict.fromkeys(
+    ("llama", "qwen", "mixtral", "qwen-moe"), "llama"
+)  # same norms
 MMAP_THRESHOLD_BYTES = 32 << 20  # glibc returns larger tensors to the kernel as soon as they are freed
 WIRE_RATIO = {"float32": 1.0, "bfloat16": 0.5}  # bytes on the wire, relative to float32
 SIMULATED_ROUNDS = 2  # microbatches in lengths of the pipeline: longer steps are extrapolated
@@ -46,7 +55,7 @@ class StepTime:
 @dataclass(frozen=True)
 class PlacedLayout:
     """A parallel layout on a machine whose nodes are filled with ranks one after the other. Ranks that differ along the tensor
-    axis are neighbours, then those along the context and the data axis; those of a pipeline are farthest apart."""
+    axis are neighbours, then those along the context, expert and data axes; those of a pipeline are farthest apart."""
 
     config: Config
     vocab_size: int
@@ -62,8 +71,8 @@ class PlacedLayout:
 
     @property
     def replicas(self) -> int:
-        """Ranks over which gradients are summed and ZeRO shards: those of the data and context axes."""
-        return self.shape.data * self.shape.context
+        """Ranks over which gradients are summed and ZeRO shards, but for experts: those of data, expert and context axes."""
+        return self.shape.replicas * self.shape.context
 
     @property
     def step_tokens(self) -> int:
@@ -104,7 +113,22 @@ class PlacedLayout:
 
     def numel(self, stage: int) -> int:
         """Return the gradient elements of a stage on a rank."""
-        return stage_numel(self.rank_model, self.rank_vocab_size, self.cut[stage], stage == 0, stage == len(self.cut) - 1)
+        whole = stage_numel(self.rank_model, self.rank_vocab_size, self.cut[stage], stage == 0, stage == len(self.cut) - 1)
+        return whole - self.expert_numel(stage) * (self.shape.expert - 1)
+
+    def expert_numel(self, stage: int) -> int:
+        """Return how many of them are those of divided experts."""
+        return self.cut[stage] * experts_numel(self.rank_model) // self.shape.expert * (self.shape.expert > 1)
+
+    def vectors(self, stage: int) -> list[tuple[int, int]]:
+        """Return the elements of each flat vector of a stage on a rank, and the number of ranks that sum their gradients."""
+        experts = self.expert_numel(stage)
+        divided = [(experts, self.replicas // self.shape.expert)] if experts else []
+        return [(self.numel(stage) - experts, self.replicas), *divided]
+
+    def shard(self, stage: int) -> float:
+        """Return the elements of a stage that ZeRO leaves to a rank."""
+        return sum(numel / ranks for numel, ranks in self.vectors(stage))
 
     @cached_property
     def compute_rates(self) -> ComputeRates:
@@ -297,18 +321,31 @@ def context_s(layout: PlacedLayout) -> ActionTimes:
     return times
 
 
+def expert_s(layout: PlacedLayout) -> ActionTimes:
+    """Return the seconds in which tokens travel to their experts and back, in each action."""
+    model, expert, times = layout.config.model, layout.shape.expert, ActionTimes()
+    network = layout.network(layout.ranks_per_node % (expert * layout.shape.context * layout.shape.tensor) == 0)
+    numel = layout.tokens * layout.parts * model.experts_per_token * model.d_model  # each tensor part exchanges its own
+    both_ways_s = 2 * collective_s(network, "exchange", expert, numel)
+    for stage, layers in enumerate(layout.cut):
+        forward, backward = (n * layers * both_ways_s for n in (1, 1 + (layout.config.train.recompute == "block")))
+        times |= {("F", stage): forward, ("B", stage): backward, ("I", stage): backward, ("W", stage): 0.0}
+    return times
+
+
 def zero_s(layout: PlacedLayout) -> ActionTimes:
     """Return the seconds that reduction in rounds, and ZeRO-3, add to each action: exchanging its gradient, gathering the
     parameters."""
-    parallel, data, times = layout.config.parallel, layout.replicas, ActionTimes()
+    parallel, times = layout.config.parallel, ActionTimes()
     network = layout.network(layout.has_replicas_on_one_node)
     for stage in range(len(layout.cut)):
-        numel, exchange_s, gather_s = layout.numel(stage), 0.0, 0.0
-        if reduces_in_rounds(layout.config):
-            exchange_s = WIRE_RATIO[parallel.wire_dtype] * collective_s(network, "exchange", data, numel)
-            exchange_s += data * layout.memory_s("add", numel / data)
-        if parallel.zero == 3:
-            gather_s = collective_s(network, "gather", data, numel) + layout.memory_s("fresh", numel)
+        exchange_s = gather_s = 0.0
+        for numel, ranks in layout.vectors(stage):
+            if reduces_in_rounds(layout.config):
+                exchange_s += WIRE_RATIO[parallel.wire_dtype] * collective_s(network, "exchange", ranks, numel)
+                exchange_s += ranks * layout.memory_s("add", numel / ranks)
+            if parallel.zero == 3:
+                gather_s += collective_s(network, "gather", ranks, numel) + layout.memory_s("fresh", numel)
         times |= {("F", stage): gather_s, ("B", stage): gather_s + exchange_s, ("I", stage): gather_s, ("W", stage): exchange_s}
     return times
 
@@ -316,14 +353,15 @@ def zero_s(layout: PlacedLayout) -> ActionTimes:
 def step_time(layout: PlacedLayout) -> StepTime:
     """Predict the seconds of a step."""
     compute, zero, pipeline = compute_s(layout), zero_s(layout), layout.stages_of_rank
-    for key, seconds in chain(tensor_s(layout).items(), context_s(layout).items()):
+    for key, seconds in chain.from_iterable(each(layout).items() for each in (tensor_s, context_s, expert_s)):
         zero[key] += seconds  # all hold up the stage
     busy = [layout.microbatches * sum(compute[kind, stage] for stage in stages for kind in "FB") for stages in pipeline]
     busy_s = sum(busy) / len(busy)
     sharding_s = layout.microbatches * sum(zero[kind, stage] for kind, stage in zero if kind in "FB") / len(busy)
-    numel = [sum(map(layout.numel, stages)) for stages in pipeline]
-    weights = numel[busy.index(max(busy))] if layout.config.parallel.zero in (1, 2) else 0  # gathered after the update
-    gather_s = collective_s(layout.network(layout.has_replicas_on_one_node), "gather", layout.replicas, weights)
+    gathered = pipeline[busy.index(max(busy))] if layout.config.parallel.zero in (1, 2) else ()  # after the update
+    network = layout.network(layout.has_replicas_on_one_node)
+    vectors = chain.from_iterable(map(layout.vectors, gathered))
+    gather_s = sum(collective_s(network, "gather", ranks, numel) for numel, ranks in vectors)
     exposed_s = max(sum(_exposed_reduce_s(layout, stage, compute["B", stage]) for stage in stages) for stages in pipeline)
     agree_s, network = 0.0, layout.network(layout.ranks <= layout.ranks_per_node)
     if network is not None and layout.ranks > 1:  # three small all-reduces, for loss and norm, as high as their trees
@@ -332,7 +370,7 @@ def step_time(layout: PlacedLayout) -> StepTime:
         compute_s=busy_s,
         bubble_s=max(0.0, _pipeline_s(layout, {key: compute[key] + zero[key] for key in compute}) - busy_s - sharding_s),
         communication_s=sharding_s + exposed_s + gather_s,
-        update_s=max(_update_s(layout, each) for each in numel),
+        update_s=max(_update_s(layout, stages) for stages in pipeline),
         fixed_s=layout.machine.step_s + agree_s,
     )
 
@@ -360,9 +398,9 @@ def simulated_s(layout: PlacedLayout, times: ActionTimes, microbatches: int) -> 
     return simulate(programs, lambda kind, stage: times.get((kind, stage), 0.0), transfer_s).step_s
 
 
-def _update_s(layout: PlacedLayout, numel: int) -> float:
+def _update_s(layout: PlacedLayout, stages: Sequence[int]) -> float:
     """Return the seconds of norm, clipping and optimizer for the stages of a rank."""
-    shard = numel / layout.replicas
-    updated = shard if layout.config.parallel.zero else numel
+    shard = sum(map(layout.shard, stages))
+    updated = shard if layout.config.parallel.zero else sum(map(layout.numel, stages))
     scale_s = layout.memory_s("scale", updated) if layout.config.train.clip_norm else 0.0
     return layout.memory_s("norm", shard) + scale_s + layout.memory_s("adamw", updated)

@@ -100,7 +100,8 @@ def persistent_bytes(layout: PlacedLayout, stages: Sequence[int]) -> dict[str, i
 
 
 def _stage_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
-    config, data, gradients, zero = layout.config, layout.replicas, layout.numel(stage), layout.config.parallel.zero
+    config, gradients, zero = layout.config, layout.numel(stage), layout.config.parallel.zero
+    share = layout.shard(stage) / gradients  # of ZeRO
     tied = config.model.tie_embeddings and stage == len(layout.cut) - 1
     owned = gradients - tied * layout.rank_vocab_size * layout.rank_model.d_model
     weights = gradients if tied and (stage > 0 or zero == 3) else owned  # with a copy of the matrix of another stage
@@ -110,23 +111,29 @@ def _stage_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
     if config.parallel.sync_every:
         moments += 2 * weights  # the anchor weights and the outer momentum
     reduced = _round_gradient_floats(layout, stage) if reduces_in_rounds(config) else _gradient_floats(layout, stage)
-    return {"weights": weights / (data if zero == 3 else 1), "moments": moments / (data if zero else 1), **reduced}
+    return {"weights": weights * (share if zero == 3 else 1), "moments": moments * (share if zero else 1), **reduced}
 
 
 def _round_gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
     """Return the floats of gradients that are reduced in each round of microbatches."""
     model, data, first, last = layout.rank_model, layout.replicas, stage == 0, stage == len(layout.cut) - 1
     matrix, (embedding, head) = layout.rank_vocab_size * model.d_model, embedding_and_head_numel(model, layout.rank_vocab_size)
-    units = [first * embedding, *[block_numel(model)] * layout.cut[stage], *[matrix, head - matrix] * last]
+    experts, copies = layout.expert_numel(stage), layout.shape.expert  # each with a gradient of its own
+    each, zero = experts // layout.cut[stage], layout.config.parallel.zero  # of a block
+    block = block_numel(model) - each * copies
+    units, gathered = (
+        [first * embedding, *[numel] * layout.cut[stage], *[matrix, head - matrix] * last] for numel in (block, block + each)
+    )
     passing = max(matrix * (first or last), model.d_model * model.d_ff)
-    if layout.config.parallel.zero < 2:
-        units = _pieces(layout, stage)  # of the whole stage
-    if layout.config.parallel.zero == 3:
-        passing += max(a + b for a, b in zip(units, [*units[1:], 0]))  # a unit, and the next one prefetched
-    slices = 2 * data * -(-min(BUCKET, max(units)) // data)
-    buffers = _round_buffers(layout.shape.data, microbatch_count(layout.config))
-    gradients = (buffers / data + (layout.config.parallel.zero == 0) * (1 - 1 / data)) * layout.numel(stage)
-    return {"gradients": gradients, "exchange": max(units) + slices, "passing": passing}
+    if zero == 3:
+        passing += max(a + b for a, b in zip(gathered, [*gathered[1:], 0]))  # a unit, and the next one prefetched
+    if zero < 2:
+        units, each = _pieces(layout, stage), experts  # of the whole stage
+    exchanged = [(max(units), data, 1), (each, data // copies, copies)]
+    exchange = sum(unit * n + 2 * ranks * -(-min(BUCKET, unit) // ranks) for unit, ranks, n in exchanged)
+    buffers = _round_buffers(layout.shape.replicas, microbatch_count(layout.config))
+    kept = sum((buffers / ranks + (zero == 0) * (1 - 1 / ranks)) * numel for numel, ranks in layout.vectors(stage))
+    return {"gradients": kept, "exchange": exchange, "passing": passing}
 
 
 def _gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
@@ -150,7 +157,7 @@ def _pieces(layout: PlacedLayout, stage: int) -> list[int]:
     """Return the elements of the parts of a stage's gradient that are exchanged apart: a tied matrix, and all else."""
     matrix = layout.rank_vocab_size * layout.rank_model.d_model
     ends = layout.config.model.tie_embeddings * ((stage == 0) + (stage == len(layout.cut) - 1))
-    return [*[matrix] * ends, layout.numel(stage) - ends * matrix]
+    return [*[matrix] * ends, layout.numel(stage) - layout.expert_numel(stage) - ends * matrix]
 
 
 @cache

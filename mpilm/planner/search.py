@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, ParallelConfig, divided_sizes, flatten, override, replica_size, resolve_config
+from mpilm.config.schema import MIXTURES, Config, ParallelConfig, divided_sizes, flatten, override, replica_size, resolve_config
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun, format_bytes
 from mpilm.parallel.layout_check import can_divide_parts, partition_by_cost, resolve_mesh_shape
@@ -21,7 +21,7 @@ SHOWN_REASONS = 6
 TIE = 1.01  # times the fastest: closer than predictions are accurate
 USABLE_MEMORY = 0.95  # the system needs the rest
 LAYOUT_DEFAULTS = {
-    "parallel.pipeline": (1,), "parallel.tensor": (1,), "parallel.context": (1,),
+    "parallel.pipeline": (1,), "parallel.tensor": (1,), "parallel.context": (1,), "parallel.expert": (1,),
     "parallel.schedule": ("1f1b",), "parallel.chunks": (1, 2), "parallel.zero": (0,), "train.recompute": ("none",),
 }  # fmt: skip
 
@@ -98,7 +98,7 @@ def search(job: PlannedJob, ranks: int) -> tuple[list[Candidate], dict[str, str]
 
     def preference(each: Candidate) -> tuple[float, ...]:  # of layouts about as fast as the fastest, the simplest
         time_s, parallel = each.time.total_s, each.config.parallel
-        simplicity = parallel.context, parallel.tensor, parallel.pipeline, parallel.zero, parallel.chunks
+        simplicity = parallel.expert, parallel.context, parallel.tensor, parallel.pipeline, parallel.zero, parallel.chunks
         return max(time_s, TIE * fastest_s), *simplicity, time_s
 
     return sorted(candidates, key=preference), rejected
@@ -125,9 +125,11 @@ def _enumerate_layouts(job: PlannedJob, ranks: int) -> Iterator[Config]:
     pipelines = [p for p in divisors if p <= layers] + too_many
     longest = model.context_length // (2 * MIN_PART_TOKENS)
     contexts = [c for c in divisors if c <= max(1, longest) and can_divide_parts(model.sequence_parts or 2 * c, c)]
-    axes = fixed.get("tensor", tensors), fixed.get("context", contexts), fixed.get("pipeline", pipelines)
-    for tensor, context, pipeline in product(*axes):
-        if tensor * context > 1 and ranks % (tensor * context * pipeline) and not {"tensor", "context"} & fixed.keys():
+    experts = [e for e in divisors if e == 1 or (model.arch in MIXTURES and model.n_experts % e == 0)]
+    possible = {"tensor": tensors, "context": contexts, "expert": experts, "pipeline": pipelines}
+    for tensor, context, expert, pipeline in product(*(fixed.get(axis, sizes) for axis, sizes in possible.items())):
+        size = tensor * context * expert
+        if size > 1 and ranks % (size * pipeline) and not {"tensor", "context", "expert"} & fixed.keys():
             continue
         schedules = ["1f1b", "gpipe", "interleaved", "zero-bubble"] if pipeline > 1 else ["1f1b"]
         zeros = [0, 1, 2, 3] if ranks // (pipeline * tensor) > 1 and job.config.train.reproducible else [0]
@@ -137,6 +139,7 @@ def _enumerate_layouts(job: PlannedJob, ranks: int) -> Iterator[Config]:
                 layout = {
                     "tensor": tensor,
                     "context": context,
+                    "expert": expert,
                     "pipeline": pipeline,
                     "schedule": schedule,
                     "chunks": chunk,
@@ -148,9 +151,9 @@ def _enumerate_layouts(job: PlannedJob, ranks: int) -> Iterator[Config]:
 def layout_label(config: Config, ranks: int) -> str:
     """Return a layout in a few words: data 4, pipeline 2, interleaved x2, tensor 2, zero 1, recompute block."""
     parallel, recompute = config.parallel, config.train.recompute
-    replicas = max(1, ranks // replica_size(parallel))
+    replicas = max(1, ranks // replica_size(parallel) // parallel.expert)
     schedule = f", {parallel.schedule}{f' x{parallel.chunks}' * (parallel.chunks > 1)}" * (parallel.pipeline > 1)
-    axes = "".join(f", {axis} {n}" for axis in ("context", "tensor") if (n := getattr(parallel, axis)) > 1)
+    axes = "".join(f", {axis} {n}" for axis in ("expert", "context", "tensor") if (n := getattr(parallel, axis)) > 1)
     label = f"data {replicas}, pipeline {parallel.pipeline}{schedule}{axes}, zero {parallel.zero}"
     return label + f", recompute {recompute}" * (recompute != "none")
 

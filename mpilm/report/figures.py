@@ -12,7 +12,7 @@ from mpilm.formatting import format_number
 from mpilm.planner.draw import ACTION_COLORS, KIND_NAMES, action_label, chunk_letter
 from mpilm.planner.simulate import TimelineEvent
 from mpilm.report.read import RecordedRun
-from mpilm.report.summary import average_parts, measure_peak_memory, split_step
+from mpilm.report.summary import average_parts, average_values, measure_peak_memory, split_step
 from mpilm.report.trace import TracedStep, find_traced_step
 from mpilm.telemetry.metrics import per_rank_values, to_float
 
@@ -26,6 +26,12 @@ LARGEST = 8
 MAX_ACTIONS = 6000  # a step with more is not drawn
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#a4a9b3")  # Okabe and Ito, 2008
 PART_COLORS = {"compute": 0, "communication": 1, "bubble": 6, "data": 2, "optimizer": 3, "checkpoint": 4, "other": 5}
+
+
+EXPERT_SHARES = (
+    ("expert_share", "Tokens of each expert", "expert"),
+    ("expert_rank_share", "Tokens of each rank of the expert axis", "its rank"),
+)
 
 
 @dataclass(frozen=True)
@@ -133,12 +139,20 @@ def _make_run_charts(run: RecordedRun, suffix: str) -> list[Chart]:
     charts, parts, (peak, source) = list[Chart](), average_parts(run), measure_peak_memory(run)
     if parts:
         ms = {part: 1000 * seconds for part, seconds in parts.items()}
-        charts.append(_make_bars(run, f"time{suffix}", "Step time of each rank", "ms, mean over the run", ms))
+        charts.append(
+            _make_bars(
+                run.name_ranks(next(iter(ms.values()))), f"time{suffix}", "Step time of each rank", "ms, mean over the run", ms
+            )
+        )
     if peak is not None:
         predicted = per_rank_values(run.start.get("predicted_memory_on_rank_bytes"))
         predicted = predicted / 2**20 if predicted is not None and len(predicted) == len(peak) else None
         memory, unit = {"memory": peak / 2**20}, f"MiB, {source}"
-        charts.append(_make_bars(run, f"memory{suffix}", "Memory of each rank", unit, memory, predicted))
+        charts.append(_make_bars(run.name_ranks(peak), f"memory{suffix}", "Memory of each rank", unit, memory, predicted))
+    for key, title, label in EXPERT_SHARES:
+        if (shares := average_values(run, key)) is not None:
+            names, unit = [f"{label} {i}" for i in range(len(shares))], "times an even share, mean over the run"
+            charts.append(_make_bars(names, f"{key}{suffix}", title, unit, {"tokens": len(shares) * shares}))
     traced = find_traced_step(run.trace) if run.trace else None
     if traced and len(traced.measured.events) <= MAX_ACTIONS:
         charts.append(_make_timeline(traced, f"timeline{suffix}"))
@@ -146,13 +160,13 @@ def _make_run_charts(run: RecordedRun, suffix: str) -> list[Chart]:
 
 
 def _make_bars(
-    run: RecordedRun, key: str, title: str, unit: str, parts: dict[str, np.ndarray], predicted: np.ndarray | None = None
+    names: Sequence[str], key: str, title: str, unit: str, parts: dict[str, np.ndarray], predicted: np.ndarray | None = None
 ) -> Chart:
-    """Return a bar for each rank; of many ranks, for their mean and for those whose first part is largest."""
+    """Return a bar for each rank or expert; of many, for their mean and for those whose first part is largest."""
     first = next(iter(parts.values()))
     is_long = len(first) > MAX_ROWS
     ranks = np.argsort(-first)[:LARGEST].tolist() if is_long else list(range(len(first)))
-    names = [f"mean of {len(first):,}"] * is_long + [run.name_rank(rank) for rank in ranks]
+    names = [f"mean of {len(first):,}"] * is_long + [names[rank] for rank in ranks]
 
     def choose(values: np.ndarray) -> np.ndarray:
         return np.nan_to_num(np.concatenate([[values.mean()], values[ranks]]) if is_long else values)

@@ -1,7 +1,7 @@
 """Reading a run folder as far as it is complete: absent and broken parts are listed, not raised."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ class RecordedRun:
         """Return the rank with its host, if that is known."""
         hosts = self.start.get("hosts", [])
         return f"rank {rank} {hosts[rank]}" if rank < len(hosts) else f"rank {rank}"
+
+    def name_ranks(self, values: Sized) -> list[str]:
+        """Return the names of as many ranks as there are values."""
+        return [self.name_rank(rank) for rank in range(len(values))]
 
 
 def read_run(folder: str | Path) -> RecordedRun:

@@ -150,6 +150,13 @@ def average_parts(run: RecordedRun) -> dict[str, np.ndarray]:
     return {part: means[part] for part in (*LOGGED_PARTS, "checkpoint", "other") if part in means}
 
 
+def average_values(run: RecordedRun, key: str) -> np.ndarray | None:
+    """Return the mean of a list of numbers over the sampled rows that have as many as the last; None if there are none."""
+    found = [values for row in run.metrics.samples if (values := per_rank_values(row.get(key))) is not None]
+    found = [values for values in found if len(values) == len(found[-1]) and np.isfinite(values).all()]
+    return np.mean(found, axis=0) if found else None
+
+
 def find_stragglers(run: RecordedRun) -> tuple[list[tuple[int, float, int]], int]:
     """Return the stragglers in the rows sampled, as `select_stragglers` describes them, and the number of these rows."""
     splits, steps = _split_latest(run)

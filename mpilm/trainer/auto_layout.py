@@ -24,7 +24,7 @@ from mpilm.parallel.pipeline.partition import partition_layers
 from mpilm.planner.profile import MachineProfile, read_profile
 from mpilm.planner.search import PlannedJob, search
 
-CHOSEN_SETTINGS = ("pipeline", "tensor", "context", "schedule", "chunks", "zero")
+CHOSEN_SETTINGS = ("pipeline", "tensor", "context", "expert", "schedule", "chunks", "zero")
 MEASURE_S = 0.5  # for each part: long compared with a scheduler's time slice, so that sharing a core shows
 PARTS = (0, 1, 0)  # one block divided into three stages: the embedding; the block; norm, head and loss
 

@@ -96,7 +96,7 @@ def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
     kinds = (("tensor", run.model.tensor.parts), ("sequence", run.model.sequence.parts))
     if parts := " and ".join(f"{count} {kind} parts" for kind, count in kinds if count > 1):
         yield "", f"{parts}, which a resumed run keeps"
-    if shape.data > 1 and run.config.train.reproducible:  # otherwise nobody, or the MPI library, reduces the gradients
+    if shape.replicas > 1 and run.config.train.reproducible:  # otherwise nobody, or the MPI library, reduces the gradients
         yield from _reduction_rows(run)
     if run.layout_note:
         yield "", run.layout_note
@@ -125,7 +125,7 @@ def _reduction_rows(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _training_rows(run: Run, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    model, train, total, ranks = run.config.model, run.config.train, row["microbatches"], run.mesh.shape.data
+    model, train, total, ranks = run.config.model, run.config.train, row["microbatches"], run.mesh.shape.replicas
     tied = ", embeddings tied" if model.tie_embeddings else ""
     yield "model", f"{model.arch}, {model.n_layers} blocks of width {model.d_model}, {row['parameters']:,} parameters{tied}"
     if model.lora_rank:

@@ -61,7 +61,7 @@ class RunLog:
         if peak_flops := self.start_row["peak_flops"]:
             row["mfu"] = row["tokens_per_s"] * self.start_row["flops_per_token"] / peak_flops
         if is_logged:
-            row |= self._gather_rank_stats(done - self.last_done)
+            row |= self._measure_expert_load() | self._gather_rank_stats(done - self.last_done)
             self._write(row)
         self.display.show_step(done, row, is_logged)
         if is_logged:
@@ -144,6 +144,17 @@ class RunLog:
         """Exclude what has happened since the step from the time of the next one."""
         self.last, self.last_done = time.perf_counter(), done
         self.spent_s = dict.fromkeys(CATEGORIES, 0.0)
+
+    def _measure_expert_load(self) -> dict[str, Any]:
+        """Return the shares of the tokens since the last row that each expert has had, and each rank of the expert axis, over
+        all blocks. Collective."""
+        model = self.run.model
+        if model.expert_load is None:
+            return {}
+        shares, each = model.expert_load.take_shares(self.run.mesh.world), model.experts.each
+        by_rank = [sum(shares[at : at + each]) for at in range(0, len(shares), each)]
+        shown = {"expert_share": shares} | ({"expert_rank_share": by_rank} if len(by_rank) > 1 else {})
+        return {name: [round(share, 6) for share in values] for name, values in shown.items()}
 
     def _gather_rank_stats(self, steps: int) -> dict[str, Any]:
         """Return every rank's peak memory and its time per category and step since the last row. Collective."""

@@ -15,6 +15,7 @@ from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_rank
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.config.check import check_config
 from mpilm.config.schema import (
+    MIXTURES,
     Config,
     ParallelConfig,
     flatten,
@@ -38,6 +39,7 @@ from mpilm.parallel.pipeline.schedules import SCHEDULES
 
 VOCAB_SIZE = 331
 MAX_LAYOUTS = 64
+COLUMNS = ("data", "pipeline", "expert", "context", "tensor")
 CUDA_TOLERANCE = 1e-4  # relative to the largest element: GPU kernels may add in another order each time
 
 Slices = Mapping[ParamSlice, Tensor]
@@ -78,16 +80,18 @@ def list_layouts(config: Config, ranks: int) -> Iterator[tuple[Config, str]]:
         possible = (n for n in divisors if n % size == 0 and not _why_invalid(override(config, {f"parallel.{axis}": n}), n))
         return stated or (max(possible, default=0) * (2 if axis == "context" else 1) if size > 1 else 0)
 
-    for context, tensor, pipeline in product(divisors, repeat=3):
-        if ranks % (pipeline * tensor * context):
+    model = config.model
+    experts = [n for n in divisors if n == 1 or (model.arch in MIXTURES and model.n_experts % n == 0)]
+    for context, tensor, pipeline, expert in product(*[divisors] * 3, experts):
+        if ranks % (pipeline * tensor * context * expert):
             continue
-        tensor_parts = count_parts("tensor", tensor, config.model.tensor_parts)
-        sequence_parts = count_parts("context", context, config.model.sequence_parts)
-        model = replace(config.model, tensor_parts=tensor_parts, sequence_parts=sequence_parts)
+        tensor_parts = count_parts("tensor", tensor, model.tensor_parts)
+        sequence_parts = count_parts("context", context, model.sequence_parts)
+        shape = replace(model, tensor_parts=tensor_parts, sequence_parts=sequence_parts)
         for schedule in SCHEDULES if pipeline > 1 or ranks == 1 else ("1f1b",):
             for zero in (0, 1, 2, 3) if ranks > pipeline * tensor else (0,):
-                parallel = ParallelConfig(pipeline, tensor, context, schedule=schedule, zero=zero)  # type: ignore[arg-type]
-                changed = resolve_config(replace(config, model=model, parallel=parallel))
+                parallel = ParallelConfig(pipeline, tensor, context, expert=expert, schedule=schedule, zero=zero)  # type: ignore[arg-type]
+                changed = resolve_config(replace(config, model=shape, parallel=parallel))
                 yield changed, _why_invalid(changed, ranks)
 
 
@@ -109,14 +113,14 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
     world = InstrumentedComm(world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed))
     tolerance = CUDA_TOLERANCE if hardware.device.type == "cuda" else 0.0
     serial = dict[tuple[int, int], LayoutOutcome]()  # by the numbers of tensor and sequence parts
-    columns = f"{'data':>4}  {'pipeline':>8}  {'context':>7}  {'tensor':>6}  {'parts':>5}  {'schedule':<11}  {'ZeRO':>4}"
+    titles = [f"{axis:>{max(4, len(axis))}}" for axis in COLUMNS]
+    columns = f"{'  '.join(titles)}  {'parts':>5}  {'schedule':<11}  {'ZeRO':>4}"
     print_line(f"{columns}  {'loss':>9}  {'gradient':>9}  {'weight':>9}")
     failed = ran = 0
     for layout, reason in _draw_layouts(config, world.size, print_line):
         parallel, parts = layout.parallel, (sequence_part_count(layout), tensor_part_count(layout))
-        sizes = (
-            f"{world.size // replica_size(parallel):>4}  {parallel.pipeline:>8}  {parallel.context:>7}  {parallel.tensor:>6}"
-        )
+        axes = {**vars(parallel), "data": world.size // replica_size(parallel) // parallel.expert}
+        sizes = "  ".join(f"{axes[axis]:>{len(title)}}" for axis, title in zip(COLUMNS, titles))
         schedule = parallel.schedule if parallel.pipeline > 1 or world.size == 1 else "-"
         label = f"{sizes}  {'{} x {}'.format(*parts):>5}  {schedule:<11}  {parallel.zero:>4}"
         if reason:

@@ -41,7 +41,7 @@ def verify(ranks, *flags, limit_s=LIMIT_S, python=sys.executable):
 
 
 def verdicts_of(done):
-    row = r"^ +(\d+) +(\d+) +(\d+) +(\d+) +\d+ x \d+  (\S+) +(\d)  (?: *[-+.e\d]+  ){0,3}(.+)$"
+    row = r"^ +(\d+) +(\d+) +\d+ +(\d+) +(\d+) +\d+ x \d+  (\S+) +(\d)  (?: *[-+.e\d]+  ){0,3}(.+)$"
     return {tuple(layout): verdict for *layout, verdict in re.findall(row, done.stdout, re.MULTILINE)}
 
 

@@ -76,7 +76,7 @@ def test_replica_between_synchronizations_is_a_run_of_its_own(pipeline):
         for step in range(2):
             train_step(model, RandomTokens(config), step)
         assert not model.are_replicas_in_sync(2)
-        return model.data.rank, model.owned_slices()
+        return model.replicas.rank, model.owned_slices()
 
     class Half:
         """The microbatches of one replica."""

@@ -57,7 +57,8 @@ def generate_on_threads(folder, size, settings, pipeline=1, prompts=PROMPTS, eos
             generate=settings,
         )
         model = load_model(config_from_folder(config), comm)
-        own = {n: prompts[n] for n in list(prompts)[model.data.rank :: model.data.size]}
+        data = model.mesh.comm("data")
+        own = {n: prompts[n] for n in list(prompts)[data.rank :: data.size]}
         return generate(model, own, settings, eos)
 
     found = {}

@@ -81,7 +81,7 @@ def test_compressed_step_sends_fewer_bytes():
         config = small_config(model__d_model=64, parallel__powersgd_rank=rank, parallel__reduce="messages")
         model = build_train_model(config, InstrumentedComm(comm))
         train_step(model, RandomTokens(config), 0)
-        return sum(model.data.sent_bytes.values())
+        return sum(model.replicas.sent_bytes.values())
 
     full, compressed = (run_ranks(2, lambda comm, rank=rank: sent_bytes(comm, rank))[0] for rank in (0, 2))
     assert compressed < full / 4

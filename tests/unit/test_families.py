@@ -37,8 +37,11 @@ FAMILIES = {
     "qwen2": {"arch": "qwen", "n_kv_heads": 2, "norm_eps": 1e-6},
     "qwen3": {"arch": "qwen", "qk_norm": True, "n_kv_heads": 2, "head_width": 10, "tie_embeddings": False},
     "mixtral": {"arch": "mixtral", "n_kv_heads": 2, "n_experts": 4, "tie_embeddings": False, "rope_theta": 1e6},
+    "qwen3-moe": {
+        "arch": "qwen-moe", "qk_norm": True, "n_kv_heads": 2, "n_experts": 5, "d_ff": 24, "head_width": 10, "norm_eps": 1e-6
+    },
     "bert": {"arch": "bert", "norm_eps": 1e-12},
-}
+}  # fmt: skip
 each_family = pytest.mark.parametrize("family", FAMILIES)
 CLASSES = {
     "llama": transformers.LlamaForCausalLM,
@@ -46,6 +49,7 @@ CLASSES = {
     "qwen2": transformers.Qwen2ForCausalLM,
     "qwen3": transformers.Qwen3ForCausalLM,
     "mixtral": transformers.MixtralForCausalLM,
+    "qwen3_moe": transformers.Qwen3MoeForCausalLM,
     "bert": transformers.BertForMaskedLM,
 }
 
@@ -327,6 +331,8 @@ def test_hf_folder_with_more_positions_is_cut(tmp_path):
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
         ("mixtral", {"sliding_window": 4096}, "sliding_window 4096"),
+        ("qwen3-moe", {"norm_topk_prob": None}, "norm_topk_prob None"),
+        ("qwen3-moe", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
     ],

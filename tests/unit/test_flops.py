@@ -24,6 +24,7 @@ FAMILIES = {
     "bert": {"model__n_kv_heads": 4},
     "qwen": {"model__n_kv_heads": 2},
     "qwen with norms": {"model__qk_norm": True, "model__n_kv_heads": 2},
+    "qwen-moe": {"model__qk_norm": True, "model__n_kv_heads": 4},
     "mixtral": {"model__n_experts": 4, "model__experts_per_token": 2, "model__n_kv_heads": 4},
 }
 each_family = pytest.mark.parametrize("family", FAMILIES)

@@ -19,7 +19,7 @@ SMALL = [MeshShape(*sizes) for sizes in itertools.product((1, 2, 3), (1, 2), (1,
 def test_coordinate_varies_fastest_along_tensor() -> None:
     shape = MeshShape(pipeline=2, data=3, context=1, tensor=2)
     places = [tuple(shape.coordinate(rank).values()) for rank in range(4)]
-    assert places == [(0, 0, 0, 0), (0, 0, 0, 1), (0, 1, 0, 0), (0, 1, 0, 1)]
+    assert places == [(0, 0, 0, 0, 0), (0, 0, 0, 0, 1), (0, 1, 0, 0, 0), (0, 1, 0, 0, 1)]
     assert shape.coordinate(11) == {"pipeline": 1, "data": 2, "context": 0, "tensor": 1}
     assert shape.size == 12
 
@@ -47,7 +47,7 @@ def test_shape_refuses_empty_axes_and_unknown_places() -> None:
     with pytest.raises(ValueError, match="rank 4 is not in a mesh of 4 ranks"):
         MeshShape(data=4).coordinate(4)
     with pytest.raises(ValueError, match="index 2 is out of range on the tensor axis of 2 ranks"):
-        MeshShape(tensor=2).rank({"pipeline": 0, "data": 0, "context": 0, "tensor": 2})
+        MeshShape(tensor=2).rank({"pipeline": 0, "data": 0, "expert": 0, "context": 0, "tensor": 2})
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=str)
@@ -70,14 +70,14 @@ def test_mesh_has_a_communicator_for_each_axis(shape: MeshShape) -> None:
 
 def test_mesh_of_one_rank_has_axes_of_one() -> None:
     mesh = Mesh(MeshShape(), SelfComm("world"))
-    assert [mesh.comm(axis).size for axis in AXES] == [1, 1, 1, 1]
+    assert [mesh.comm(axis).size for axis in AXES] == [1] * len(AXES)
 
 
 def test_mesh_of_another_size_than_the_world_is_refused() -> None:
-    with pytest.raises(ValueError, match="pipeline 2 x data 1 x context 1 x tensor 2 is 4 ranks, not 3"):
+    with pytest.raises(ValueError, match="pipeline 2 x data 1 x expert 1 x context 1 x tensor 2 is 4 ranks, not 3"):
         run_ranks(3, lambda world: Mesh(MeshShape(pipeline=2, tensor=2), world))
 
 
 def test_mesh_refuses_an_unknown_axis() -> None:
-    with pytest.raises(KeyError, match="expert"):
-        Mesh(MeshShape(), SelfComm("world")).comm("expert")
+    with pytest.raises(KeyError, match="experts"):
+        Mesh(MeshShape(), SelfComm("world")).comm("experts")

@@ -90,5 +90,7 @@ def test_parse_with_init_from_of_no_model_folder_raises(tmp_path):
         parse_model("--model.init-from", tmp_path / "none")
     with pytest.raises(FileError, match=r"has no config\.json, so it is not a Hugging Face folder"):
         parse_model("--model.init-from", tmp_path)
-    with pytest.raises(ConfigError, match=r"model_type 'mamba' is not supported; llama, qwen2, qwen3, mixtral, gpt2, bert are"):
+    with pytest.raises(
+        ConfigError, match=r"model_type 'mamba' is not supported; llama, qwen2, qwen3, mixtral, qwen3_moe, gpt2, bert are"
+    ):
         parse_model("--model.init-from", write_config(tmp_path / "m", SHAPE, model_type="mamba"))

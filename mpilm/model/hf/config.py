@@ -58,6 +58,18 @@ MODEL_TYPES = {
         DEFAULTS | {"norm_eps": 1e-5, "rope_theta": 1e6, "n_experts": 8, "experts_per_token": 2, "router_loss": 0.001},
         {"hidden_act": "silu", "sliding_window": None},
     ),
+    "qwen3_moe": HFModelType(
+        "qwen-moe", "Qwen3MoeForCausalLM",
+        ROTARY | {
+            "d_ff": "moe_intermediate_size", "n_experts": "num_experts", "experts_per_token": "num_experts_per_tok",
+            "router_loss": "router_aux_loss_coef",
+        },
+        DEFAULTS | {"n_experts": 128, "experts_per_token": 8, "router_loss": 0.001},
+        {
+            "hidden_act": "silu", "use_sliding_window": False, "attention_bias": False, "decoder_sparse_step": 1,
+            "mlp_only_layers": [], "norm_topk_prob": True,
+        },
+    ),
     "gpt2": HFModelType(
         "gpt2", "GPT2LMHeadModel",
         {
@@ -75,6 +87,8 @@ MODEL_TYPES = {
         },
     ),
 }  # fmt: skip
+ABSENT = {"norm_topk_prob": False}  # required key -> its value if it is absent and that is not the required one
+OTHER_KEYS = {"num_experts": "num_local_experts"}  # key -> one that transformers 5 may write in its place
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -93,7 +107,7 @@ def hf_model_type(model: ModelConfig) -> str:
     """Return the model_type of a model."""
     if model.arch == "qwen":
         return "qwen3" if model.qk_norm else "qwen2"
-    return model.arch
+    return "qwen3_moe" if model.arch == "qwen-moe" else model.arch
 
 
 def hf_config(model: ModelConfig, vocab_size: int, eos: int) -> dict[str, Any]:
@@ -131,9 +145,8 @@ def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, 
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     scaling = rope.get("rope_type", rope.get("type", "default"))
-    unsupported = [
-        f"{key} {format_value(config[key])}" for key, value in spec.required.items() if config.get(key, value) != value
-    ]
+    found = {key: config.get(key, ABSENT.get(key, value)) for key, value in spec.required.items()}
+    unsupported = [f"{key} {format_value(value)}" for key, value in found.items() if value != spec.required[key]]
     if scaling not in ("default", "llama3", None):
         unsupported.append(f"rope scaling of type {format_value(scaling)}")
     if unsupported:
@@ -149,7 +162,7 @@ def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, 
         settings |= {name: _read(config, name, name, 0) for name in PART_SETTINGS}
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
-    model = ModelConfig(arch=spec.arch, qk_norm=name == "qwen3", **settings)  # type: ignore[arg-type]
+    model = ModelConfig(arch=spec.arch, qk_norm=name in ("qwen3", "qwen3_moe"), **settings)  # type: ignore[arg-type]
     model = resolve_config(Config(model=model)).model
     for key, size in divided_sizes(model).items() if model.tensor_parts else ():
         if size % model.tensor_parts:
@@ -160,7 +173,7 @@ def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, 
 def _read(config: Mapping[str, Any], key: str, setting: str, default: Any = None) -> Any:
     """Return the value of `key`, or `default` if it has none. Raises ValueError if neither exists, and unless the value has the
     type of our setting, is within its limits and, as a number, is above zero."""
-    value, like = config.get(key), getattr(ModelConfig, setting)
+    value, like = config.get(key, config.get(OTHER_KEYS.get(key, key))), getattr(ModelConfig, setting)
     if value is None and default is not None:
         return default
     if value is None:

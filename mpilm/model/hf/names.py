@@ -26,6 +26,12 @@ MIXTRAL = LLAMA | {
     "blocks.#.mlp.experts.#.up": "model.layers.#.block_sparse_moe.experts.#.w3",
     "blocks.#.mlp.experts.#.down": "model.layers.#.block_sparse_moe.experts.#.w2",
 }
+QWEN_MOE = LLAMA | {
+    "blocks.#.mlp.router": "model.layers.#.mlp.gate",
+    "blocks.#.mlp.experts.#.gate": "model.layers.#.mlp.experts.#.gate_proj",
+    "blocks.#.mlp.experts.#.up": "model.layers.#.mlp.experts.#.up_proj",
+    "blocks.#.mlp.experts.#.down": "model.layers.#.mlp.experts.#.down_proj",
+}
 GPT2 = {
     "embed.tokens": "transformer.wte",
     "embed.positions": "transformer.wpe",
@@ -55,7 +61,7 @@ BERT = {
     "norm.norm": "cls.predictions.transform.LayerNorm",
     "head": "cls.predictions.decoder",
 }
-MODULE_NAMES = {"llama": LLAMA, "qwen": LLAMA, "mixtral": MIXTRAL, "gpt2": GPT2, "bert": BERT}
+MODULE_NAMES = {"llama": LLAMA, "qwen": LLAMA, "mixtral": MIXTRAL, "qwen-moe": QWEN_MOE, "gpt2": GPT2, "bert": BERT}
 PARAMETER_NAMES = {"cls.predictions.decoder.bias": "cls.predictions.bias"}  # the one that is not under the name of its module
 
 LEGACY_KEYS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))  # BERT's, from TensorFlow

@@ -46,9 +46,14 @@ def train_elastic(config: Config, world: Comm) -> None:
         raise CollectiveError(error_from_code(*failure))
 
 
+def _group_size(config: Config) -> int:
+    """Return the number of ranks that hold a whole model, and share sequences and experts."""
+    return replica_size(config.parallel) * config.parallel.expert
+
+
 def _working_ranks(config: Config, world: Comm) -> Comm | None:
     """Return the ranks that train, as many as replicas of this size need; None on the others. Collective."""
-    replica = replica_size(config.parallel)
+    replica = _group_size(config)
     count = max(1, world.size // replica) * replica
     if count >= world.size:
         return world
@@ -57,7 +62,7 @@ def _working_ranks(config: Config, world: Comm) -> Comm | None:
 
 
 def _train_working(config: Config, working: Comm, in_memory: InMemoryCheckpoint, recovered: RecoveredState | None) -> Failure:
-    single = working.size == replica_size(config.parallel) // config.parallel.context  # which ZeRO cannot shard
+    single = working.size == replica_size(config.parallel) // config.parallel.context  # whose parameters ZeRO cannot shard
     try:
         train(override(config, parallel__zero=0) if single else config, working, in_memory, recovered)
     except CollectiveError as error:
@@ -78,13 +83,13 @@ def agree_on_survivors(
     config: Config, world: Comm, in_memory: InMemoryCheckpoint, own_name: str, members: list[str]
 ) -> tuple[RecoveredState, list[str]]:
     """Return the state from which a shrunk world resumes, and its ranks' names. Collective; raises if too little is left."""
-    model, replica = in_memory.model, replica_size(config.parallel)
+    model, replica = in_memory.model, _group_size(config)
     shapes = model.part_shapes() if model is not None else {}
     snapshots = [[snapshot.done, dict(snapshot.trainer), list(snapshot.state)] for snapshot in in_memory.snapshots]
     survivors, everyone, all_shapes = zip(*world.all_gather_json([own_name, snapshots, shapes]))
     lost = ", ".join(name for name in members if name not in survivors)
     if world.size < replica:
-        flags = [f"--parallel.{axis} {getattr(config.parallel, axis)}" for axis in ("pipeline", "tensor", "context")]
+        flags = [f"--parallel.{axis} {getattr(config.parallel, axis)}" for axis in ("pipeline", "tensor", "context", "expert")]
         too_few = f"{world.size} ranks are too few for {' and '.join(flag for flag in flags if not flag.endswith(' 1'))}"
         raise CollectiveError(LostRankError(f"{lost} lost, and {too_few}; {RESUME_HINT}"))
     found = latest_complete_step(everyone, max(all_shapes, key=len))  # a spare that has never trained knows no shapes

@@ -40,28 +40,28 @@ class Snapshot:
 
 
 class InMemoryCheckpoint:
-    """The last two steps, as far as this rank can restore them. Under ZeRO a rank copies its own shard and that of the previous
-    rank on the data axis. Without ZeRO every replica holds everything, and nothing is copied."""
+    """The last two steps, as far as this rank can restore them. Under ZeRO, and if experts are divided, a rank copies its own
+    share and that of the previous rank of the reduce axes. Otherwise every replica holds everything, and nothing is copied."""
 
     def __init__(self) -> None:
         self.snapshots: list[Snapshot] = []
         self.model: TrainModel | None = None
         self.folder = Path()
-        self._previous_ranges: list[StateRange] | None = None  # of the previous rank on the data axis
+        self._previous_ranges: list[StateRange] | None = None  # of the previous rank of the reduce axes
 
     def save(self, model: TrainModel, folder: Path, done: int, trainer: Mapping[str, Any]) -> None:
-        """Take a snapshot after `done` steps. Collective over the data axis."""
+        """Take a snapshot after `done` steps. Collective over the reduce axes."""
         if model is not self.model:
             self.model, self.folder, self._previous_ranges = model, folder, None
         state = state_ranges(model)
-        if model.zero and model.reduce_comm.size > 1:
+        if (model.zero or model.experts.comm.size > 1) and model.reduce_comm.size > 1:
             new = [Snapshot(done, trainer, copied) for copied in self._copy_shards(state, model.reduce_comm)]
         else:
             new = [Snapshot(done, trainer, state, model)]
         self.snapshots = [old for old in self.snapshots if old.done == done - 1 and old.model is not model] + new
 
     def _copy_shards(self, own: Mapping[StateRange, Tensor], data: Comm) -> list[dict[StateRange, Tensor]]:
-        """Return copies of this rank's shard and of the previous rank's. Collective over `data`."""
+        """Return copies of this rank's share and of the previous rank's. Collective over `data`."""
         previous, following = (data.rank - 1) % data.size, (data.rank + 1) % data.size
         if self._previous_ranges is None:
             self._previous_ranges = [tuple(item) for item in data.all_gather_json(list(own))[previous]]
