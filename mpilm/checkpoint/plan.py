@@ -4,10 +4,11 @@ The files depend on the model and the kinds of moments alone. Their bytes are cu
 each byte range of it comes from one of the ranks that own the range. Every rank walks through all blocks and picks its part.
 """
 
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from math import prod
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -62,13 +63,13 @@ class ByteRange(NamedTuple):  # a plan may have a million of them, and a datacla
     nbytes: int
     offset: int  # of the first byte in the file
     owners: Sequence[int]  # ranks that hold these bytes
-    run: int = 0  # length of a run in bytes; 0: the range is one run
-    distance: int = 0  # bytes from the beginning of a run in the file to that of the next
+    run: int  # length of a run in bytes
+    distance: int  # bytes from the beginning of a run in the file to that of the next
 
     def view(self, block: Tensor, first: int) -> Tensor:
         """Return a view of the range in `block`, which begins at byte `first` of the file: (runs, bytes of a run)."""
-        run, distance = (self.run, self.distance) if self.run else (self.nbytes, self.nbytes)
-        return block.as_strided((self.nbytes // run, run), (distance, 1), block.storage_offset() + self.offset - first)
+        sizes, strides = (self.nbytes // self.run, self.run), (self.distance, 1)
+        return block.as_strided(sizes, strides, block.storage_offset() + self.offset - first)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def plan_blocks(files: Sequence[TensorFile], owners: ShardOwners, size: int) -> 
     block, writes it: ranks write what they alone own, and replicas take turns. Raises ValueError if `owners` leaves a gap."""
     written, number = [0] * size, 0
     for file in files:
-        for index, group in groupby(_split_ranges(file, owners, size), key=lambda r: r.offset // BLOCK_BYTES):
+        for index, group in groupby(_list_ranges(file, owners, size), key=lambda r: r.offset // BLOCK_BYTES):
             ranges = list(group)
             owned: Counter[int] = Counter()
             for r in [r for r in ranges if r.key[0] != HEADER] or ranges:
@@ -148,63 +149,55 @@ def plan_blocks(files: Sequence[TensorFile], owners: ShardOwners, size: int) -> 
             number += 1
 
 
-def _split_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[ByteRange]:
-    """Yield the byte ranges of a file in the order of blocks, split at their borders, without empty ones."""
-    for r in _list_ranges(file, owners, size):
-        done = 0
-        if r.run:  # within a block already
-            yield r
-        while done < r.nbytes and not r.run:
-            nbytes = min(r.nbytes - done, BLOCK_BYTES - (r.offset + done) % BLOCK_BYTES)
-            yield ByteRange(r.key, r.start + done, nbytes, r.offset + done, r.owners)
-            done += nbytes
-
-
 def _list_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[ByteRange]:
-    """Yield the byte ranges of a file in order, one for each set of owners; several for each if a tensor lies in parts."""
-    offset = len(file.header)
-    yield ByteRange((HEADER, file.name), 0, offset, 0, range(size))
-    for tensor in file.tensors:
-        if tensor.parts and not tensor.unsharded:
-            yield from _list_part_ranges(tensor, offset, owners)
-            offset += tensor.nbytes
-            continue
-        (kind, name), covered = tensor.key, 0
-        shards = owners[tensor.parts[0][0] if tensor.parts else name]
-        if tensor.unsharded:
-            if len(shards) != 1:
-                raise ValueError(f"{name} is sharded, but its {kind} has another shape")
-            shards = [(0, prod(tensor.shape), shards[0][2])]
-        for first, end, ranks in shards:
-            start, stop = first * ITEM_BYTES, end * ITEM_BYTES
-            if start != covered or stop < start or not ranks:
-                raise ValueError(f"{name}: element {covered // ITEM_BYTES} is owned by no rank, or by two shards")
-            yield ByteRange(tensor.key, start, stop - start, offset + start, ranks)
-            covered = stop
-        if covered != tensor.nbytes:
-            raise ValueError(f"{name}: {covered // ITEM_BYTES} of {tensor.nbytes // ITEM_BYTES} elements are owned by ranks")
+    """Yield the byte ranges of a file in the order of blocks, split at their borders, without empty ones."""
+    header, offset = StoredTensor(file.name, (HEADER, file.name), (len(file.header) // ITEM_BYTES,)), 0
+    owners = {**owners, file.name: [(0, header.shape[0], range(size))]}
+    for tensor in (header, *file.tensors):
+        if tensor.nbytes:
+            yield from _list_tensor_ranges(tensor, offset, owners)
         offset += tensor.nbytes
 
 
-def _list_part_ranges(tensor: StoredTensor, offset: int, owners: ShardOwners) -> Iterator[ByteRange]:
-    """Yield the byte ranges of a tensor that lies in parts, block by block. `offset`: of the tensor in the file."""
-    kind, end = tensor.key[0], offset + tensor.nbytes
+def _list_tensor_ranges(tensor: StoredTensor, offset: int, owners: ShardOwners) -> Iterator[ByteRange]:
+    """Do the same for a tensor, `offset` bytes from the beginning of the file. An undivided one is a part with a single run."""
+    (kind, name), numel, end = tensor.key, prod(tensor.shape), offset + tensor.nbytes
+    undivided = {name: (0, numel, numel)}
+    runs = {name: part.runs for name, part in tensor.parts} or undivided
+    shards = {name: owners[name] for name in runs}
+    if tensor.unsharded:
+        first_part = next(iter(shards.values()))
+        if len(first_part) != 1:
+            raise ValueError(f"{name} is sharded, but its {kind} has another shape")
+        runs, shards = undivided, {name: [(0, numel, first_part[0][2])]}
+    sizes = {part: numel // distance * run for part, (_, run, distance) in runs.items()}
+    if sum(sizes.values()) != numel:
+        raise ValueError(f"{name}: of {numel} elements {sum(sizes.values())} lie in parts: {', '.join(sizes)}")
+    for part, size in sizes.items():
+        _check_owned(part, shards[part], size)
     for first in range(offset // BLOCK_BYTES * BLOCK_BYTES, end, BLOCK_BYTES):
-        bounds = [max(0, first - offset), min(end, first + BLOCK_BYTES) - offset]  # of the tensor's bytes in this block
-        found = 0
-        for name, part in tensor.parts:
-            begin, run, distance = (ITEM_BYTES * count for count in part.runs)
+        bounds = max(0, first - offset), min(end, first + BLOCK_BYTES) - offset  # of the tensor's bytes in this block
+        for part, elements in runs.items():
+            begin, run, distance = (ITEM_BYTES * count for count in elements)
             start, stop = (_count_before(bound, begin, run, distance) for bound in bounds)
-            for shard_start, shard_stop, ranks in owners[name]:
+            first_shard = bisect_right(shards[part], start, key=lambda shard: ITEM_BYTES * shard[1])
+            stop_shard = bisect_left(shards[part], stop, key=lambda shard: ITEM_BYTES * shard[0])
+            for shard_start, shard_stop, ranks in shards[part][first_shard:stop_shard]:
                 at, last = max(start, shard_start * ITEM_BYTES), min(stop, shard_stop * ITEM_BYTES)
                 while at < last:
                     row, column = divmod(at, run)
                     nbytes = min(run - column, last - at) if column or last - at < run else (last - at) // run * run
                     place = offset + begin + row * distance + column
-                    yield ByteRange((kind, name), at, nbytes, place, ranks, min(run, nbytes), distance)
-                    at, found = at + nbytes, found + nbytes
-        if found != bounds[1] - bounds[0]:
-            raise ValueError(f"{tensor.key[1]}: of {bounds[1] - bounds[0]} bytes {found} are owned: some by no rank, or by two")
+                    yield ByteRange((kind, part), at, nbytes, place, ranks, min(run, nbytes), distance)
+                    at += nbytes
+
+
+def _check_owned(name: str, shards: Sequence[tuple[int, int, Sequence[int]]], numel: int) -> None:
+    """Raise ValueError unless the shards that have owners follow each other from the first element to the last."""
+    owned = [(start, stop) for start, stop, ranks in shards if ranks]
+    for (_, before), (after, _) in pairwise([(0, 0), *owned, (numel, numel)]):
+        if before != after:
+            raise ValueError(f"{name}: element {min(before, after)} of {numel} is owned by no rank, or by two shards")
 
 
 def _count_before(bound: int, begin: int, run: int, distance: int) -> int:
