@@ -23,17 +23,7 @@ import torch
 from torch import Tensor
 
 from mpilm.checkpoint.format import TEMPORARY, CheckpointFolder, TensorShape, checkpoint_name, count_blocks, manifest_entry
-from mpilm.checkpoint.plan import (
-    HEADER,
-    ByteRange,
-    FileBlock,
-    Parts,
-    ShardOwners,
-    TensorFile,
-    plan_blocks,
-    plan_files,
-    plan_indexes,
-)
+from mpilm.checkpoint.plan import HEADER, ByteRange, FileBlock, Parts, ShardOwners, plan_blocks, plan_files, plan_indexes
 from mpilm.checkpoint.pretrained import find_base_model
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
@@ -86,7 +76,8 @@ class PendingCheckpoint:
         nbytes = sum(file.nbytes for file in self._files)
         run_on_root(comm, lambda: _make_folder(self.final, self._folder_writer.folder, nbytes))
         plan = plan_blocks(self._files, state.shard_owners, comm.size)
-        blocks: Iterable[AssembledBlock] = assemble_blocks(plan, LocalState(state.slices, self._files), comm, buffers)
+        local = LocalState(state.slices, {file.name: file.header for file in self._files})
+        blocks: Iterable[AssembledBlock] = assemble_blocks(plan, local, comm, buffers)
         if buffers is None:
             with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
                 self._run(partial(self._write, blocks, hasher))
@@ -166,7 +157,7 @@ class PendingCheckpoint:
         if failure is not None:
             raise failure
         if self.comm.rank == 0:
-            _write_metadata(self._folder_writer, self.state, self._files)
+            _write_metadata(self._folder_writer, self.state, plan_indexes(self._files))
         self.took_s = max(0.0, time.perf_counter() - self._began_s - (_scheduler_wait_s() - waited_s))
 
     def _commit(self) -> None:
@@ -209,7 +200,7 @@ def _make_folder(final: Path, temporary: Path, nbytes: int) -> None:
         raise FileError(f"checkpoint {final} needs {needed}, but only {has} are free there; {UNCHANGED}")
 
 
-def _write_metadata(writer: CheckpointFolder, state: CheckpointState, files: list[TensorFile]) -> None:
+def _write_metadata(writer: CheckpointFolder, state: CheckpointState, indexes: Iterable[tuple[str, Any]]) -> None:
     """Write the files that make the folder one of Hugging Face's, or of PEFT's, and trainer.json."""
     model, tokenizer = state.model, state.tokenizer
     end = tokenizer.decode([tokenizer.eos])
@@ -226,7 +217,7 @@ def _write_metadata(writer: CheckpointFolder, state: CheckpointState, files: lis
     config |= {"chat_template": state.template.source, **state.template.special_tokens} if state.template else {}
     config |= {"model_max_length": model.context_length, "clean_up_tokenization_spaces": False}
     writer.write_json("tokenizer_config.json", config)
-    for name, index in plan_indexes(files):
+    for name, index in indexes:
         writer.write_json(name, index)
     writer.write_json("trainer.json", dict(state.trainer))
 
@@ -234,7 +225,7 @@ def _write_metadata(writer: CheckpointFolder, state: CheckpointState, files: lis
 class LocalState:
     """The bytes that this rank holds: its slices of each kind of tensor, and the headers of all files."""
 
-    def __init__(self, kinds: Mapping[str, Mapping[ParamSlice, Tensor]], files: Iterable[TensorFile]):
+    def __init__(self, kinds: Mapping[str, Mapping[ParamSlice, Tensor]], headers: Mapping[str, bytes]):
         self._slices: dict[tuple[str, str], list[tuple[int, int, Tensor]]] = defaultdict(list)  # first byte, end, data
         for kind, tensors in kinds.items():
             for piece, tensor in tensors.items():
@@ -242,9 +233,8 @@ class LocalState:
                     raise ValueError(f"{kind} {piece} is held in a tensor of {tensor.numel()} x {tensor.dtype}")
                 start, stop = piece.start * tensor.itemsize, piece.stop * tensor.itemsize
                 self._slices[kind, piece.name].append((start, stop, tensor.detach().view(-1).view(torch.uint8)))
-        for file in files:
-            header = torch.frombuffer(bytearray(file.header), dtype=torch.uint8)
-            self._slices[HEADER, file.name] = [(0, len(file.header), header)]
+        for name, header in headers.items():
+            self._slices[HEADER, name] = [(0, len(header), torch.frombuffer(bytearray(header), dtype=torch.uint8))]
 
     def bytes_of(self, r: ByteRange) -> Tensor:
         """Return a view, which may lie on a device. Raises KeyError if this rank does not hold the range."""

@@ -154,7 +154,9 @@ def test_save_of_replicas_sends_no_message(tmp_path):
 
 def test_assemble_blocks_keeps_only_a_few_in_memory():
     files = assign_files("x", [StoredTensor("a", (PARAMETER, "a"), (1000,))])
-    local = LocalState({PARAMETER: slice_tensors({"a": torch.zeros(1000)}, replicate({"a": (1000,)}, 1), 0)}, files)
+    local = LocalState(
+        {PARAMETER: slice_tensors({"a": torch.zeros(1000)}, replicate({"a": (1000,)}, 1), 0)}, {files[0].name: files[0].header}
+    )
     with small_files(64):
         blocks = list(plan_blocks(files, {"a": [(0, 1000, [0])]}, 1))
     started = []
