@@ -5,16 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mpilm.config import schema
 from mpilm.config.check import find_limit_problem
-from mpilm.config.schema import (
-    LORA_TARGETS,
-    PART_SETTINGS,
-    Config,
-    ModelConfig,
-    divided_sizes,
-    get_setting_types,
-    resolve_config,
-)
+from mpilm.config.schema import LORA_TARGETS, PART_SETTINGS, Config, ModelConfig, resolve_config
 from mpilm.errors import ConfigError
 from mpilm.formatting import format_value
 from mpilm.model.hf.names import hf_module_name
@@ -164,7 +157,7 @@ def read_hf_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, 
         raise ConfigError(f"{where}: {error}") from None
     model = ModelConfig(arch=spec.arch, qk_norm=name in ("qwen3", "qwen3_moe"), **settings)  # type: ignore[arg-type]
     model = resolve_config(Config(model=model)).model
-    for key, size in divided_sizes(model).items() if model.tensor_parts else ():
+    for key, size in schema.divided_sizes(model).items() if model.tensor_parts else ():
         if size % model.tensor_parts:
             raise ConfigError(f"{where}: tensor_parts {model.tensor_parts} does not divide {key} {size}")
     return model, vocab_size
@@ -182,7 +175,7 @@ def _read(config: Mapping[str, Any], key: str, setting: str, default: Any = None
     if type(value) not in types or (type(value) is not bool and not value > 0):
         kind = "true or false" if isinstance(like, bool) else "a number above zero"
         raise ValueError(f"{key} {format_value(value)} is not {kind}")
-    if problem := find_limit_problem(value, get_setting_types(ModelConfig)[setting]):
+    if problem := find_limit_problem(value, schema.get_setting_types(ModelConfig)[setting]):
         raise ValueError(f"{key} {problem}")
     return value
 

@@ -4,63 +4,38 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+# Modules outside blocks, then those of a block without the number of the block, which "blocks" precedes.
 LLAMA = {
-    "embed": "model.embed_tokens",
-    "blocks.#.attn_norm": "model.layers.#.input_layernorm",
-    "blocks.#.attn.q": "model.layers.#.self_attn.q_proj",
-    "blocks.#.attn.k": "model.layers.#.self_attn.k_proj",
-    "blocks.#.attn.v": "model.layers.#.self_attn.v_proj",
-    "blocks.#.attn.o": "model.layers.#.self_attn.o_proj",
-    "blocks.#.attn.q_norm": "model.layers.#.self_attn.q_norm",
-    "blocks.#.attn.k_norm": "model.layers.#.self_attn.k_norm",
-    "blocks.#.mlp_norm": "model.layers.#.post_attention_layernorm",
-    "blocks.#.mlp.gate": "model.layers.#.mlp.gate_proj",
-    "blocks.#.mlp.up": "model.layers.#.mlp.up_proj",
-    "blocks.#.mlp.down": "model.layers.#.mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
+    "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "blocks": "model.layers",
+    "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj",
+    "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+    "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
+}  # fmt: skip
 MIXTRAL = LLAMA | {
-    "blocks.#.mlp.router": "model.layers.#.block_sparse_moe.gate",
-    "blocks.#.mlp.experts.#.gate": "model.layers.#.block_sparse_moe.experts.#.w1",
-    "blocks.#.mlp.experts.#.up": "model.layers.#.block_sparse_moe.experts.#.w3",
-    "blocks.#.mlp.experts.#.down": "model.layers.#.block_sparse_moe.experts.#.w2",
+    "mlp.router": "block_sparse_moe.gate",
+    "mlp.experts.#.gate": "block_sparse_moe.experts.#.w1",
+    "mlp.experts.#.up": "block_sparse_moe.experts.#.w3",
+    "mlp.experts.#.down": "block_sparse_moe.experts.#.w2",
 }
 QWEN_MOE = LLAMA | {
-    "blocks.#.mlp.router": "model.layers.#.mlp.gate",
-    "blocks.#.mlp.experts.#.gate": "model.layers.#.mlp.experts.#.gate_proj",
-    "blocks.#.mlp.experts.#.up": "model.layers.#.mlp.experts.#.up_proj",
-    "blocks.#.mlp.experts.#.down": "model.layers.#.mlp.experts.#.down_proj",
+    "mlp.router": "mlp.gate",
+    **{f"mlp.experts.#.{matrix}": f"mlp.experts.#.{matrix}_proj" for matrix in ("gate", "up", "down")},
 }
 GPT2 = {
-    "embed.tokens": "transformer.wte",
-    "embed.positions": "transformer.wpe",
-    "blocks.#.attn_norm": "transformer.h.#.ln_1",
-    "blocks.#.attn.qkv": "transformer.h.#.attn.c_attn",
-    "blocks.#.attn.o": "transformer.h.#.attn.c_proj",
-    "blocks.#.mlp_norm": "transformer.h.#.ln_2",
-    "blocks.#.mlp.up": "transformer.h.#.mlp.c_fc",
-    "blocks.#.mlp.down": "transformer.h.#.mlp.c_proj",
-    "norm": "transformer.ln_f",
-    "head": "lm_head",
-}
+    "embed.tokens": "transformer.wte", "embed.positions": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head",
+    "blocks": "transformer.h", "attn_norm": "ln_1", "mlp_norm": "ln_2",
+    "attn.qkv": "attn.c_attn", "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
+}  # fmt: skip
 BERT = {
-    "embed.tokens": "bert.embeddings.word_embeddings",
-    "embed.positions": "bert.embeddings.position_embeddings",
-    "embed.segments": "bert.embeddings.token_type_embeddings",
-    "embed.norm": "bert.embeddings.LayerNorm",
-    "blocks.#.attn.q": "bert.encoder.layer.#.attention.self.query",
-    "blocks.#.attn.k": "bert.encoder.layer.#.attention.self.key",
-    "blocks.#.attn.v": "bert.encoder.layer.#.attention.self.value",
-    "blocks.#.attn.o": "bert.encoder.layer.#.attention.output.dense",
-    "blocks.#.attn_norm": "bert.encoder.layer.#.attention.output.LayerNorm",
-    "blocks.#.mlp.up": "bert.encoder.layer.#.intermediate.dense",
-    "blocks.#.mlp.down": "bert.encoder.layer.#.output.dense",
-    "blocks.#.mlp_norm": "bert.encoder.layer.#.output.LayerNorm",
-    "norm.project": "cls.predictions.transform.dense",
-    "norm.norm": "cls.predictions.transform.LayerNorm",
-    "head": "cls.predictions.decoder",
-}
+    "embed.tokens": "bert.embeddings.word_embeddings", "embed.positions": "bert.embeddings.position_embeddings",
+    "embed.segments": "bert.embeddings.token_type_embeddings", "embed.norm": "bert.embeddings.LayerNorm",
+    "norm.project": "cls.predictions.transform.dense", "norm.norm": "cls.predictions.transform.LayerNorm",
+    "head": "cls.predictions.decoder", "blocks": "bert.encoder.layer",
+    "attn.q": "attention.self.query", "attn.k": "attention.self.key", "attn.v": "attention.self.value",
+    "attn.o": "attention.output.dense", "attn_norm": "attention.output.LayerNorm",
+    "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "mlp_norm": "output.LayerNorm",
+}  # fmt: skip
 MODULE_NAMES = {"llama": LLAMA, "qwen": LLAMA, "mixtral": MIXTRAL, "qwen-moe": QWEN_MOE, "gpt2": GPT2, "bert": BERT}
 PARAMETER_NAMES = {"cls.predictions.decoder.bias": "cls.predictions.bias"}  # the one that is not under the name of its module
 
@@ -83,8 +58,10 @@ def hf_name(name: str, arch: str) -> str:
 
 def hf_module_name(name: str, arch: str) -> str:
     """Return Hugging Face's name of a module."""
-    numbers = iter(re.findall(r"\.(\d+)\.", name))
-    return re.sub("#", lambda _: next(numbers), MODULE_NAMES[arch][re.sub(r"\.\d+\.", ".#.", name)])
+    names, numbers, key = MODULE_NAMES[arch], iter(re.findall(r"\.(\d+)\.", name)), re.sub(r"\.\d+\.", ".#.", name)
+    part = key.removeprefix("blocks.#.")
+    full = names[key] if part == key else f"{names['blocks']}.#.{names[part]}"
+    return re.sub("#", lambda _: next(numbers), full)
 
 
 @dataclass(frozen=True)
