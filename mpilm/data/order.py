@@ -53,8 +53,12 @@ def pick_samples(positions: Indices, seed: int | None, n_samples: int) -> Indice
     """Return the sample at each position: of a run, reshuffled every epoch, or of the validation split (None), always alike."""
     if seed is None:
         return permute(positions, n_samples, VALIDATION_KEY)
-    epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), n_samples)
-    samples = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        samples[epochs == epoch] = permute(places[epochs == epoch], n_samples, mix_key(seed, int(epoch)))
-    return samples
+    return permute_rounds(positions, n_samples, seed)[1]
+
+
+def permute_rounds(positions: Indices, n: int, *key: int) -> tuple[Indices, Indices]:
+    """Return the round of n positions in which each lies, and where it goes in the permutation of that round; both int64."""
+    rounds, places = np.divmod(np.asarray(positions, dtype=np.int64), n)
+    for each in np.unique(rounds):
+        places[rounds == each] = permute(places[rounds == each], n, mix_key(*key, int(each)))
+    return rounds, places

@@ -7,7 +7,7 @@ import numpy as np
 from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus
 from mpilm.data.objective import CausalObjective, Objective
-from mpilm.data.order import VALIDATION_KEY, Indices, mix_key, permute, pick_samples
+from mpilm.data.order import VALIDATION_KEY, Indices, mix_key, permute_rounds, pick_samples
 from mpilm.errors import ConfigError, DataError
 from mpilm.model.layers import IGNORE_INDEX
 
@@ -66,10 +66,7 @@ class CorpusMixture:
         if seed is None:
             rounds, slots, ends = np.zeros_like(numbers), pick_samples(numbers, None, self.eval_samples), self.eval_ends
         else:
-            rounds, within = np.divmod(np.asarray(numbers, dtype=np.int64), MIXTURE_PERIOD)
-            slots, ends = np.empty_like(within), self.slot_ends
-            for each in np.unique(rounds):
-                slots[rounds == each] = permute(within[rounds == each], MIXTURE_PERIOD, mix_key(seed, MIXTURE_KEY, int(each)))
+            (rounds, slots), ends = permute_rounds(numbers, MIXTURE_PERIOD, seed, MIXTURE_KEY), self.slot_ends
         sizes = np.diff(ends, prepend=0)
         which = np.searchsorted(ends, slots, side="right")
         return which, rounds * sizes[which] + slots - (ends - sizes)[which]
