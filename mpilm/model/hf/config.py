@@ -33,35 +33,25 @@ COMMON = {
 }
 SHAPE = COMMON | {"tie_embeddings": "tie_word_embeddings"}
 ROTARY = SHAPE | {"n_kv_heads": "num_key_value_heads", "head_width": "head_dim", "norm_eps": "rms_norm_eps"}
+EXPERTS = {"n_experts": "num_experts", "experts_per_token": "num_experts_per_tok", "router_loss": "router_aux_loss_coef"}
 DEFAULTS = {"n_kv_heads": 0, "head_width": 0, "norm_eps": 1e-6, "rope_theta": 10000.0, "tie_embeddings": False}
+QWEN = {"hidden_act": "silu", "use_sliding_window": False}
+QWEN3 = QWEN | {"attention_bias": False}
 MODEL_TYPES = {
     "llama": HFModelType(
         "llama", "LlamaForCausalLM", ROTARY, DEFAULTS, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     ),
-    "qwen2": HFModelType("qwen", "Qwen2ForCausalLM", ROTARY, DEFAULTS, {"hidden_act": "silu", "use_sliding_window": False}),
-    "qwen3": HFModelType(
-        "qwen", "Qwen3ForCausalLM", ROTARY, DEFAULTS | {"head_width": 128},
-        {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
-    ),
+    "qwen2": HFModelType("qwen", "Qwen2ForCausalLM", ROTARY, DEFAULTS, QWEN),
+    "qwen3": HFModelType("qwen", "Qwen3ForCausalLM", ROTARY, DEFAULTS | {"head_width": 128}, QWEN3),
     "mixtral": HFModelType(
-        "mixtral", "MixtralForCausalLM",
-        ROTARY | {
-            "n_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok", "router_loss": "router_aux_loss_coef"
-        },
+        "mixtral", "MixtralForCausalLM", ROTARY | EXPERTS | {"n_experts": "num_local_experts"},
         DEFAULTS | {"norm_eps": 1e-5, "rope_theta": 1e6, "n_experts": 8, "experts_per_token": 2, "router_loss": 0.001},
         {"hidden_act": "silu", "sliding_window": None},
     ),
     "qwen3_moe": HFModelType(
-        "qwen-moe", "Qwen3MoeForCausalLM",
-        ROTARY | {
-            "d_ff": "moe_intermediate_size", "n_experts": "num_experts", "experts_per_token": "num_experts_per_tok",
-            "router_loss": "router_aux_loss_coef",
-        },
+        "qwen-moe", "Qwen3MoeForCausalLM", ROTARY | EXPERTS | {"d_ff": "moe_intermediate_size"},
         DEFAULTS | {"n_experts": 128, "experts_per_token": 8, "router_loss": 0.001},
-        {
-            "hidden_act": "silu", "use_sliding_window": False, "attention_bias": False, "decoder_sparse_step": 1,
-            "mlp_only_layers": [], "norm_topk_prob": True,
-        },
+        QWEN3 | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
     ),
     "gpt2": HFModelType(
         "gpt2", "GPT2LMHeadModel",
