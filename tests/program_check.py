@@ -48,12 +48,12 @@ class _ExpectedStep:
             yield Action(action.stage, "W" if "W" in self.kinds else "B", self.microbatches - 1)
 
 
-def check_programs(programs: Sequence[Program], real_microbatches: int | None = None, blocking: bool = False) -> None:
+def check_programs(programs: Sequence[Program], real_microbatches: int | None = None) -> None:
     """Raise ValueError, naming rank and action, unless the programs of a pipeline's ranks can be executed together.
 
     Every stage treats every microbatch once. What an action needs precedes it on its rank. Messages are received in the
     order in which they are sent, and no rank waits for ever with unbuffered sends: one message may be under way on a
-    channel, none if `blocking`. The programs must not send messages of microbatches from `real_microbatches` on.
+    channel. The programs must not send messages of microbatches from `real_microbatches` on.
     """
     compute = [action for program in programs for action in program if action.kind in COMPUTE]
     stages = 1 + max((action.stage for action in compute), default=-1)
@@ -66,7 +66,7 @@ def check_programs(programs: Sequence[Program], real_microbatches: int | None = 
     for rank, program in enumerate(programs):
         _check_program(rank, program, expected)
     _check_channels(programs)
-    simulate(programs, lambda kind, stage: 1.0, blocking=blocking)
+    simulate(programs, lambda kind, stage: 1.0)
 
 
 def _check_owners(programs: Sequence[Program], stages: int) -> None:

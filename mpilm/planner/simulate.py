@@ -64,11 +64,11 @@ class Timeline:
         return peak
 
 
-def simulate(programs: Sequence[Program], costs: ActionCosts, transfer_s: float = 0.0, blocking: bool = False) -> Timeline:
+def simulate(programs: Sequence[Program], costs: ActionCosts, transfer_s: float = 0.0) -> Timeline:
     """Return the timeline of lowered programs, one per rank; raise ValueError, naming who waits for what, on a deadlock. A
     message travels for `transfer_s` once it is sent and its receive is posted (nothing is buffered). A compute action waits for
-    its message; a SEND until the one before it on its channel has arrived or, if `blocking`, it has itself."""
-    simulation = _Simulation(programs, costs, transfer_s, blocking)
+    its message, a SEND until the one before it on its channel has arrived."""
+    simulation = _Simulation(programs, costs, transfer_s)
     while any(simulation.advance(rank) for rank in range(len(programs))):
         pass
     simulation.check_finished()
@@ -78,8 +78,8 @@ def simulate(programs: Sequence[Program], costs: ActionCosts, transfer_s: float 
 class _Simulation:
     """The next action and the clock of each rank. Times do not depend on the order in which ranks are advanced."""
 
-    def __init__(self, programs: Sequence[Program], costs: ActionCosts, transfer_s: float, blocking: bool):
-        self.programs, self.costs, self.transfer_s, self.blocking = programs, costs, transfer_s, blocking
+    def __init__(self, programs: Sequence[Program], costs: ActionCosts, transfer_s: float):
+        self.programs, self.costs, self.transfer_s = programs, costs, transfer_s
         self.next, self.clock_s = [0] * len(programs), [0.0] * len(programs)
         self.events: list[list[TimelineEvent]] = [[] for _ in programs]
         self.sent_s: dict[Message, float] = {}
@@ -108,19 +108,17 @@ class _Simulation:
             raise ValueError("deadlock: " + "; ".join(stuck))
 
     def _awaited(self, action: Action) -> Message | None:
-        """Return the message that must arrive before the action ends (a blocking SEND) or begins (all others)."""
+        """Return the message that must arrive before the action begins."""
         message = action.message
         if message is None or action.kind in ("RECV_F", "RECV_B"):
             return None
         if action.kind in COMPUTE:
             return message if message in self.posted_s else None
-        return message if self.blocking else self.last_sent.get(message.channel)
+        return self.last_sent.get(message.channel)
 
     def _execute(self, rank: int, action: Action) -> bool:
         """Execute one action of a rank; return whether it could."""
         message, start_s = action.message, self.clock_s[rank]
-        if message and self.blocking and action.kind in ("SEND_F", "SEND_B"):
-            self.sent_s.setdefault(message, start_s)
         awaited = self._awaited(action)
         if awaited is not None:
             if awaited not in self.sent_s or awaited not in self.posted_s:
@@ -135,6 +133,6 @@ class _Simulation:
         elif action.kind in ("RECV_F", "RECV_B"):
             self.posted_s[message] = start_s
         else:
-            self.sent_s.setdefault(message, start_s)
+            self.sent_s[message] = start_s
             self.last_sent[message.channel] = message
         return True

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from program_check import check_programs
 
-from mpilm.parallel.pipeline.actions import COMPUTE, Action, parse_action
+from mpilm.parallel.pipeline.actions import COMPUTE, parse_action
 from mpilm.parallel.pipeline.schedules import SCHEDULES, forward_only, lower, schedule
 
 
@@ -187,23 +187,3 @@ def test_check_programs_second_unbuffered_message_raises():
     """Three forwards of one stage precede the first one of the other stage on the same rank."""
     with pytest.raises(ValueError, match="rank 0 waits at 0SEND_F1 for the receive of the activation of microbatch 0"):
         check_programs([lower(parse("0F0 0F1 0F2 1F0 1F1 1F2"), 2)])
-
-
-def textbook(compute, stages):
-    """Receive, compute, send, one after the other."""
-    program = []
-    for action in compute:
-        program += [a for a in (action.input_receive(stages), action, action.output_send(stages)) if a is not None]
-    return [*program, Action(compute[0].stage, "REDUCE")]
-
-
-@pytest.mark.parametrize("p", range(2, 6))
-@pytest.mark.parametrize("m", [2, 5, 8])
-def test_check_programs_textbook_1f1b_with_blocking_sends_raises(p, m):
-    programs = [textbook(compute, p) for compute in schedule("1f1b", p, 1, m)]
-    check_programs(programs)  # Isend, as execute.py does
-    with pytest.raises(ValueError, match=r"deadlock: .*rank \d+ waits at \d+SEND_B0 for the receive of the gradient"):
-        check_programs(programs, blocking=True)
-    check_programs(
-        [lower(compute, p) for compute in schedule("1f1b", p, 1, m)], blocking=True
-    )  # receives posted ahead make even these work
