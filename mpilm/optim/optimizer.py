@@ -145,11 +145,13 @@ class UnshardedOptimizer(ABC):
         self.moments = defaultdict[str, dict[str, Tensor]](dict)
         self.sources = defaultdict[str, list[ParamLayout]](list)  # the parameters, each with its parts here or itself
         for flat in flats.values():
-            for layout in reversed(_owned_unsharded(flat)):  # parts in ascending order
-                self.sources[layout.source].append(layout)
-                for state, shape in self.state_shapes(layout.global_shape).items():
-                    name, own = layout.piece_of(shape)
-                    self.moments[name].setdefault(state, torch.zeros(own, device=flat.device))
+            for name, (_, layout) in reversed(flat.layout.spans.items()):  # parts in ascending order
+                span = flat.layout.padded_span(name)
+                if layout.unsharded and intersect_intervals(flat.owned, [span]) == [span]:  # this rank updates it
+                    self.sources[layout.source].append(layout)
+                    for state, shape in self.state_shapes(layout.global_shape).items():
+                        piece, own = layout.piece_of(shape)
+                        self.moments[piece].setdefault(state, torch.zeros(own, device=flat.device))
 
     def step(self, gradients: Mapping[FlatKey, FlatVector], lr: float) -> None:
         self.count += 1
@@ -237,12 +239,6 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-def _owned_unsharded(flat: FlatParameters) -> list[ParamLayout]:
-    """Return the unsharded parameters that this rank updates."""
-    unsharded = {layout: flat.layout.padded_span(name) for name, (_, layout) in flat.layout.spans.items() if layout.unsharded}
-    return [layout for layout, span in unsharded.items() if intersect_intervals(flat.owned, [span]) == [span]]
-
-
 ParameterOptimizer = ElementwiseOptimizer | UnshardedOptimizer
 OPTIMIZERS: Mapping[str, tuple[type[ParameterOptimizer], type[ParameterOptimizer]]] = {
     "adamw": (AdamW, AdamW),
@@ -275,9 +271,7 @@ def moment_shapes(optimizer: str, layouts: Iterable[ParamLayout], local_sgd: boo
 class Optimizer:
     """Updates the stages of this rank, and holds the outer optimizer of local SGD if replicas synchronize only now and then."""
 
-    def __init__(
-        self, flats: Mapping[FlatKey, FlatParameters], train: TrainConfig, tensor: TensorAxis, diloco: DiLoCo | None = None
-    ):
+    def __init__(self, flats: Mapping[FlatKey, FlatParameters], train: TrainConfig, tensor: TensorAxis, diloco: DiLoCo | None):
         self.diloco = diloco
         self.optimizers = [optimizer(flats, train, tensor) for optimizer in dict.fromkeys(OPTIMIZERS[train.optimizer])]
 

@@ -23,7 +23,7 @@ def parts(settings, zero=0, rank=0, ranks=1):
     flat = FlatParameters(
         resolve_layouts(SHAPES, {}, is_unsharded=needs_full_parameter(settings.optimizer)), CPU, zero, place(rank, ranks)
     )
-    return flat, Optimizer({(0, False): flat}, settings, TensorAxis(SelfComm(), 1)), FlatVector.zeros(flat.reduced, CPU)
+    return flat, Optimizer({(0, False): flat}, settings, TensorAxis(SelfComm(), 1), None), FlatVector.zeros(flat.reduced, CPU)
 
 
 def fill(flat, vector, values):
@@ -169,7 +169,7 @@ def test_restored_moments_continue_to_the_same_bits(name):
         for step in range(6):
             if interrupted and step == 3:
                 saved = {kind: {item: x.clone() for item, x in of.items()} for kind, of in optimizer.state_slices().items()}
-                optimizer = Optimizer({(0, False): flat}, settings, TensorAxis(SelfComm(), 1))
+                optimizer = Optimizer({(0, False): flat}, settings, TensorAxis(SelfComm(), 1), None)
                 for kind, of in optimizer.state_slices().items():
                     for item, moment in of.items():
                         moment.copy_(saved[kind][item])
