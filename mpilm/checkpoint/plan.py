@@ -84,9 +84,7 @@ class FileBlock:
     parts: Mapping[int, Sequence[ByteRange]]  # by the rank that they come from, the writer included
 
 
-def plan_files(
-    model: ModelConfig, shapes: Mapping[str, Mapping[str, TensorShape]], parts: Parts = NO_PARTS
-) -> list[TensorFile]:
+def plan_files(model: ModelConfig, shapes: Mapping[str, Mapping[str, TensorShape]], parts: Parts) -> list[TensorFile]:
     """Return the files for parameters and moments of these shapes, by kind. Tensors lie in reverse model order, like parameters
     in memory: neighbours in a file are mostly neighbours in memory."""
     by_stem: dict[str, list[StoredTensor]] = {file_stem(kind, model): [] for kind in (PARAMETER, "moment")}

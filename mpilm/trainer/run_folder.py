@@ -101,14 +101,10 @@ def _choose_parts(config: Config, trainer: Mapping[str, Any]) -> dict[str, int]:
     stored = {name: getattr(config.model, name) or model.get(name, int(bool(trainer))) for name in PART_SETTINGS}
     stated = state_parts(replace(config, model=replace(config.model, **stored)))
     parts = {f"model.{name}": getattr(stated.model, name) for name in PART_SETTINGS}
-    for axis, ranks, count in (
-        ("tensor", config.parallel.tensor, stated.model.tensor_parts),
-        ("context", config.parallel.context, stated.model.sequence_parts),
-    ):
-        fits = can_divide_parts if axis == "context" else (lambda parts, ranks: parts % ranks == 0)
+    for axis, kind, fits in (("tensor", "tensor", lambda n, ranks: n % ranks == 0), ("context", "sequence", can_divide_parts)):
+        ranks, count = getattr(config.parallel, axis), parts[f"model.{kind}_parts"]
         if not fits(count, ranks):
             possible = ", ".join(str(n) for n in range(1, count + 1) if fits(count, n))
-            kind = "tensor" if axis == "tensor" else "sequence"
             problem = f"--parallel.{axis} {ranks} does not divide {count_noun(count, f'{kind} part')} of the run"
             raise ConfigError(f"{problem}; write {possible}, or choose another --run.dir for another run")
     return parts
