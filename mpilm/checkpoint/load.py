@@ -67,14 +67,14 @@ def load_hf_weights(
         _check_no_pickles(folder, ("adapter_model*.bin",) if adapter else PICKLES)
         with open_tensors(folder, file_stem(PARAMETER, model) if adapter else "model") as refs:
             copies = ("head.weight",) if model.tie_embeddings else ()  # of the embedding, which files may hold as well
-            matched = match_keys(shapes, refs, model.arch, copies)
+            found, missing, unexpected = match_keys(shapes, refs, model.arch, copies)
             kind = f"an adapter of a {model.arch} model" if adapter else f"a {model.arch} model"
             hint = ": an adapter must have the same matrices in every block" if adapter else ""
-            for verb, names, end in (("lacks", matched.missing, hint), (f"holds, besides {kind},", matched.unexpected, "")):
+            for verb, names, end in (("lacks", missing, hint), (f"holds, besides {kind},", unexpected, "")):
                 if names:
                     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
                     raise ConfigError(f"{folder} {verb} {', '.join(names[:4])}{more}{end}")
-            _read_slices(folder, refs, parameters, matched.names, shapes, parts, exact=False)
+            _read_slices(folder, refs, parameters, found, shapes, parts, exact=False)
 
     run_on_all_ranks(comm, read)
 

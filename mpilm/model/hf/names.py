@@ -1,8 +1,7 @@
 """The table from our module names to Hugging Face's, and the search for them in a file."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 # Modules outside blocks, then those of a block without the number of the block, which "blocks" precedes.
 LLAMA = {
@@ -64,23 +63,16 @@ def hf_module_name(name: str, arch: str) -> str:
     return re.sub("#", lambda _: next(numbers), full)
 
 
-@dataclass(frozen=True)
-class KeyMatch:
-    """The result of looking for parameters in a file."""
-
-    names: Mapping[str, str]  # parameter -> the key that the file has it under
-    missing: tuple[str, ...]  # Hugging Face's names of parameters that the file lacks
-    unexpected: tuple[str, ...]  # keys that the model has no use for
-
-
-def match_keys(parameters: Iterable[str], keys: Iterable[str], arch: str, tied: Iterable[str] = ()) -> KeyMatch:
-    """Find each of our `parameters` among the keys of a file, which may lack the prefix of the whole model or use legacy keys.
-    Parameters that are `tied` may be in the file as well."""
+def match_keys(
+    parameters: Iterable[str], keys: Iterable[str], arch: str, tied: Iterable[str]
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """Return the key of each of our `parameters` in a file, which may lack the prefix of the whole model or use legacy keys;
+    Hugging Face's names of those that it lacks; and keys that the model has no use for. The `tied` may be there as well."""
     available = set(keys)
     found = {name: next((key for key in _possible_keys(name, arch) if key in available), "") for name in parameters}
     copies = {key for name in tied for key in _possible_keys(name, arch)}
     unexpected = sorted(key for key in available - set(found.values()) - copies if not IGNORED_KEYS.match(key))
-    return KeyMatch(found, tuple(hf_name(name, arch) for name, key in found.items() if not key), tuple(unexpected))
+    return found, [hf_name(name, arch) for name, key in found.items() if not key], unexpected
 
 
 def _possible_keys(name: str, arch: str) -> Iterator[str]:
