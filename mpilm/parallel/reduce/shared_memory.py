@@ -45,19 +45,15 @@ class LocalRankSlices:
     """The slices of a flat layout owned by the ranks with one local rank, one after the other."""
 
     def __init__(self, layout: FlatLayout, local_rank: int, local_size: int):
-        self.layout, self.local_rank, self.local_size = layout, local_rank, local_size
-        self.longest_slice = layout.longest_slice
+        self.layout, self.ranks, self.longest_slice = layout, range(local_rank, layout.ranks, local_size), layout.longest_slice
+        self.numel = sum(sum(self.slices(bucket)) for bucket in layout.buckets)
 
     def slices(self, bucket: Interval) -> list[int]:
-        return self.layout.slices(bucket)[self.local_rank :: self.local_size]
+        return [stop - start for start, stop in self.intervals(bucket)]
 
     def intervals(self, bucket: Interval) -> list[Interval]:
         """Return their positions in the flat vector."""
-        return [self.layout.slice(bucket, rank) for rank in range(self.local_rank, self.layout.ranks, self.local_size)]
-
-    @property
-    def numel(self) -> int:
-        return sum(sum(self.slices(bucket)) for bucket in self.layout.buckets)
+        return [self.layout.slice(bucket, rank) for rank in self.ranks]
 
 
 class SharedMemoryReducer(CrossRankReducer):
