@@ -28,7 +28,6 @@ POINTS: Mapping[str, Sequence[str]] = {
     "forward": [f"{STAGE}.forward"],
     "backward": [f"{STAGE}.backward", f"{STAGE}.backward_input"],
     "p2p.send": ["mpilm.comm.instrumented:InstrumentedComm._isend"],
-    "p2p.receive": ["mpilm.comm.instrumented:InstrumentedComm._irecv"],
     "reduce.before": [f"{STAGE}.reduce"],
     "reduce.after": [f"{STAGE}.reduce"],
     "optimizer": ["mpilm.optim.optimizer:Optimizer.step"],
@@ -89,12 +88,10 @@ def _exhaust_memory(value: float) -> None:
     torch.empty(1 << 30)
 
 
-OS_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES, errno.EROFS)
 KINDS: Mapping[str, Callable[[float], object]] = {
     "kill": lambda value: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda value: os.kill(os.getpid(), signal.SIGSTOP),
     "segv": lambda value: os.kill(os.getpid(), signal.SIGSEGV),
-    "usr1": lambda value: os.kill(os.getpid(), signal.SIGUSR1),
     "hold": _hold_interpreter_lock,
     "loop": _loop_forever,
     "sleep": time.sleep,
@@ -103,7 +100,7 @@ KINDS: Mapping[str, Callable[[float], object]] = {
     "exit": lambda value: sys.exit(3),
     "os_exit": lambda value: os._exit(3),
     "memory": _exhaust_memory,
-    **{errno.errorcode[n].lower(): functools.partial(_raise, OSError(n, os.strerror(n))) for n in OS_ERRORS},
+    "enospc": functools.partial(_raise, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
 }
 
 
