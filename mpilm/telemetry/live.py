@@ -90,11 +90,11 @@ class LiveView:
     def __rich__(self) -> RenderableType:
         """Render the view as it is now."""
         table = Table.grid(Column(style="dim"), Column(), padding=(0, 2))
-        for name, text in self._rows(self._done):
+        for name, text in self._rows():
             table.add_row(name, text)
         bar = Table.grid(padding=(0, 1))
         step = Text(f"step {self._done}/{self.steps}", style="bold")
-        bar.add_row(step, ProgressBar(max(1, self.steps), self._done, width=30), self._remaining(self._done))
+        bar.add_row(step, ProgressBar(max(1, self.steps), self._done, width=30), self._remaining())
         curve = "\n".join(draw_curve(self._losses))
         curves: list[RenderableType] = [Text(curve, style="cyan"), ""] if curve.strip() else []
         events: list[RenderableType] = ["", *(Text(event, style="dim") for event in self._events)] if self._events else []
@@ -116,15 +116,15 @@ class LiveView:
         subtitle = ", ".join([count_noun(ranks, "rank"), *sizes, *zero]) if ranks else "no rows yet"
         return Text.assemble((self.name, "bold"), "  ", (subtitle, "dim"))
 
-    def _remaining(self, done: int) -> str:
+    def _remaining(self) -> str:
         silent_s = time.time() - self._step["time"] if self._step else 0.0
         if self.final_state:
             return self.final_state
         if silent_s > max(SILENT_S, 20 * self._step_s):
             return f"no update for {format_duration(silent_s)}"
-        return f"{format_duration(self._step_s * (self.steps - done))} left" if self._step_s else ""
+        return f"{format_duration(self._step_s * (self.steps - self._done))} left" if self._step_s else ""
 
-    def _rows(self, done: int) -> Iterable[tuple[str, str]]:
+    def _rows(self) -> Iterable[tuple[str, str]]:
         row = self._step
         if row:
             yield "loss", f"{row['loss']:.4f}   gradient norm {row['grad_norm']:.2f}   learning rate {row['lr']:.2e}"
@@ -142,8 +142,8 @@ class LiveView:
             predicted = self._start.get("predicted_memory_bytes")
             suffix = f", {format_mebibytes(predicted)} predicted" if predicted else ""
             yield "memory", f"at most {format_mebibytes(max(self._peak_bytes))} per rank{suffix}"
-        if self.save_every and row and done < self.steps:
-            steps = min(self.save_every - done % self.save_every, self.steps - done)
+        if self.save_every and row and self._done < self.steps:
+            steps = min(self.save_every - self._done % self.save_every, self.steps - self._done)
             yield "checkpoint", f"in {count_noun(steps, 'step')}, {format_duration(steps * self._step_s)}"
 
 

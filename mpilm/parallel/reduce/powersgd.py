@@ -25,10 +25,8 @@ class PowerSGDReducer(CrossRankReducer):
         self.matrices = {name: x for name, x in views.items() if x.dim() == 2 and rank * sum(x.shape) < x.numel()}
         self.uncompressed = [view for name, view in views.items() if name not in self.matrices]
         self.errors = {name: torch.zeros_like(view) for name, view in self.matrices.items()}
-        self.q = {
-            name: initial_value(seed, f"compress.{name}", (view.shape[1], rank), 1.0).to(flat.device)
-            for name, view in self.matrices.items()
-        }
+        shapes = {name: (view.shape[1], rank) for name, view in self.matrices.items()}
+        self.q = {name: initial_value(seed, f"compress.{name}", x, 1.0).to(flat.device) for name, x in shapes.items()}
         self.memory_bytes = sum(x.nbytes for x in (*self.errors.values(), *self.q.values()))
 
     def reset_residuals(self) -> None:
