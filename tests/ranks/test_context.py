@@ -152,7 +152,7 @@ def test_parts_compute_what_the_plain_model_computes(family, size, parts):
 def test_activations_of_a_rank_are_its_share(family, dtype):
     """What autograd saves on one of two ranks, each storage once, without parameters and logits, against the formula."""
     shape = replace(family_config(family), d_model=128, head_width=32, d_ff=384, context_length=128, dropout=0.0)
-    if family == "mixtral" and dtype == "bfloat16":
+    if family in ("mixtral", "qwen3-moe") and dtype == "bfloat16":
         pytest.skip("each part has bfloat16 copies of its experts")
 
     def body(comm):
@@ -199,7 +199,7 @@ CASES = [(family, case) for i, family in enumerate(FAMILIES) for case in LAYOUTS
 def test_every_layout_trains_to_the_same_bits(family, case):
     size, changes, parallel = case
     dropout = 0.1 * (size in (4, 8))
-    if (dropout or family == "qwen3") and parallel.get("parallel__context_method") == "ulysses":  # refused
+    if (dropout or family.startswith("qwen3")) and parallel.get("parallel__context_method") == "ulysses":  # refused
         parallel = {**parallel, "parallel__context_method": "auto"}
     heads = {} if family in ("gpt2", "bert") else {"model__n_kv_heads": 2}
     config = small_config(**{**FAMILIES[family], **SIZES, **heads, "model__dropout": dropout, **changes})

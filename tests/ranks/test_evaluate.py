@@ -62,7 +62,7 @@ def evaluate_on_threads(folder, path, out, size=1, pipeline=1, context_length=0,
     arguments = EvaluateArguments(
         EvaluateModel(str(folder), context_length=context_length),
         DataConfig(path=(str(path),)),
-        EvaluateParallel(pipeline, tensor, context),
+        EvaluateParallel(pipeline, tensor, context=context),
         EvaluateCompute(device="cpu", threads=1, micro_batch=3),
         EvaluateOutput(str(out)),
         documents,

@@ -75,7 +75,7 @@ def serial(folders):
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "pipeline"), list(zip(DECODERS, [2, 3, 2, 4, 4], [1, 1, 2, 2, 4], strict=True)), ids=str
+    ("family", "size", "pipeline"), list(zip(DECODERS, [2, 3, 2, 4, 4, 2], [1, 1, 2, 2, 4, 1], strict=True)), ids=str
 )
 def test_texts_are_equal_on_any_layout(folders, serial, family, size, pipeline):
     assert {n: len(tokens) for n, tokens in serial[family].items()} == dict.fromkeys(PROMPTS, 12)
@@ -84,7 +84,7 @@ def test_texts_are_equal_on_any_layout(folders, serial, family, size, pipeline):
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "pipeline"), list(zip(DECODERS, [2, 4, 4, 6, 8], [1, 1, 2, 1, 2], strict=True)), ids=str
+    ("family", "size", "pipeline"), list(zip(DECODERS, [2, 4, 4, 6, 8, 2], [1, 1, 2, 1, 2, 1], strict=True)), ids=str
 )
 def test_texts_are_equal_on_ranks_that_share_matrices(folders, tmp_path, family, size, pipeline):
     """The parts are in config.json, so that one rank computes the same bits."""

@@ -278,7 +278,7 @@ def test_replica_that_updates_otherwise_is_named(tmp_path, data, size, settings,
     def step(optimizer, gradients, lr):
         original(optimizer, gradients, lr)
         flat = next(iter(optimizer.optimizers[0].flats.values()))
-        if flat.rank == 1 and gradients.keys() & {0} and optimizer.optimizers[0].count == 3:
+        if flat.comm.rank == 1 and gradients.keys() & {(0, False)} and optimizer.optimizers[0].count == 3:
             slices = flat.owned_slices(flat.values) if kind == "value" else optimizer.state_slices()[kind]
             next(iter(slices.values()))[:1].view(torch.int32).bitwise_xor_(1)
 
@@ -293,7 +293,7 @@ def test_replica_that_updates_otherwise_is_named(tmp_path, data, size, settings,
 def test_parameter_that_tensor_ranks_share_is_compared_in_the_next_step(tmp_path, data):
     def step(optimizer, gradients, lr):
         original(optimizer, gradients, lr)
-        flat = optimizer.optimizers[0].flats[0]
+        flat = optimizer.optimizers[0].flats[0, False]
         if any("parts.1" in name for name in flat.layout.spans) and optimizer.optimizers[0].count == 3:
             flat.parameter("norm.weight", flat.values)[:1].view(torch.int32).bitwise_xor_(1)
 

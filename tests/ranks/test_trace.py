@@ -62,7 +62,7 @@ def test_trace_has_every_action_of_the_schedule_in_order(tmp_path, data, size, l
     stages, replicas = parallel.pipeline * parallel.chunks, size // (parallel.pipeline * parallel.tensor)
     assert trace["mpilm"] | {"clock_error_us": 0.0} == {
         "steps": [2, 3], "ranks": size, "clock_error_us": 0.0,
-        "layout": {"pipeline": parallel.pipeline, "data": replicas, "context": 1, "tensor": parallel.tensor,
+        "layout": {"pipeline": parallel.pipeline, "data": replicas, "expert": 1, "context": 1, "tensor": parallel.tensor,
                    "zero": parallel.zero, "schedule": parallel.schedule,
                    "cut": list(partition_by_cost(config, 256)) if stages > 1 else [4]},
     }  # fmt: skip

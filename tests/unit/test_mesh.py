@@ -20,7 +20,7 @@ def test_coordinate_varies_fastest_along_tensor() -> None:
     shape = MeshShape(pipeline=2, data=3, context=1, tensor=2)
     places = [tuple(shape.coordinate(rank).values()) for rank in range(4)]
     assert places == [(0, 0, 0, 0, 0), (0, 0, 0, 0, 1), (0, 1, 0, 0, 0), (0, 1, 0, 0, 1)]
-    assert shape.coordinate(11) == {"pipeline": 1, "data": 2, "context": 0, "tensor": 1}
+    assert shape.coordinate(11) == {"pipeline": 1, "data": 2, "expert": 0, "context": 0, "tensor": 1}
     assert shape.size == 12
 
 
