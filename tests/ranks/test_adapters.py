@@ -42,7 +42,8 @@ from mpilm.trainer.loop import train
 WHERE = {"llama": (), "gpt2": ("o",), "qwen2": ("q", "v"), "qwen3": (), "mixtral": (), "qwen3-moe": (), "bert": ("down", "q")}
 PEFT_WORDS = {
     "llama": "all-linear", "gpt2": ["c_attn", "mlp.c_proj"], "qwen2": ["k_proj", "gate_proj"], "qwen3": ["o_proj"],
-    "mixtral": ["q_proj", "o_proj"], "qwen3-moe": ["v_proj"], "bert": r"bert\.encoder\.layer\.\d+\.(attention\.self\.key|intermediate\.dense)",
+    "mixtral": ["q_proj", "o_proj"], "qwen3-moe": ["v_proj"],
+    "bert": r"bert\.encoder\.layer\.\d+\.(attention\.self\.key|intermediate\.dense)",
 }  # fmt: skip
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
