@@ -28,7 +28,8 @@ from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import saved_floats_per_token
 from mpilm.parallel.flat_layout import ALIGNMENT
-from mpilm.planner.cost import PlacedLayout, step_time
+from mpilm.planner.cost import step_time
+from mpilm.planner.layout import PlacedLayout
 from mpilm.planner.profile import FORMAT, ComputeRates, Curve, MachineProfile, write_profile
 from mpilm.telemetry.memory import MemoryMeter
 from mpilm.verification.layouts import RandomTokens

@@ -20,8 +20,8 @@ from mpilm.model.flops import flops_by_part, parameter_count
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import partition_by_cost, replica_microbatch_count, resolve_mesh_shape
 from mpilm.parallel.pipeline.schedules import analytic_bubble, lower, schedule
-from mpilm.planner.cost import PlacedLayout
 from mpilm.planner.draw import draw_svg, draw_text
+from mpilm.planner.layout import PlacedLayout
 from mpilm.planner.profile import read_profile
 from mpilm.planner.search import Candidate, PlannedJob, search, summarize, to_flags
 from mpilm.planner.simulate import simulate

@@ -12,7 +12,8 @@ from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import reduces_in_rounds
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.schedules import lower, schedule
-from mpilm.planner.cost import MMAP_THRESHOLD_BYTES, WIRE_RATIO, PlacedLayout
+from mpilm.planner.cost import MMAP_THRESHOLD_BYTES, WIRE_RATIO
+from mpilm.planner.layout import PlacedLayout
 
 # glibc keeps smaller blocks that are freed, and the next microbatch does not quite fit where one was. For each byte in use so
 # many lie in holes, measured (docs/log.md): more where forward and backward of different parts alternate more often. A GPU's

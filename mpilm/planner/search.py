@@ -11,7 +11,8 @@ from mpilm.config.schema import MIXTURES, Config, ParallelConfig, divided_sizes,
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun, format_bytes
 from mpilm.parallel.layout_check import can_divide_parts, partition_by_cost, resolve_mesh_shape
-from mpilm.planner.cost import PlacedLayout, StepTime, step_time
+from mpilm.planner.cost import StepTime, step_time
+from mpilm.planner.layout import PlacedLayout
 from mpilm.planner.memory import rank_bytes
 from mpilm.planner.profile import MachineProfile
 

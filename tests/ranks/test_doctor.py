@@ -15,7 +15,8 @@ from mpilm.doctor.calibrate import calibrate as calibrate_machine
 from mpilm.doctor.checks import run_checks
 from mpilm.errors import RanksDisagreeError
 from mpilm.mesh.shape import MeshShape
-from mpilm.planner.cost import PlacedLayout, step_time
+from mpilm.planner.cost import step_time
+from mpilm.planner.layout import PlacedLayout
 from mpilm.planner.profile import read_profile, write_profile
 from mpilm.telemetry.trace import ClockOffset
 

@@ -14,7 +14,7 @@ from mpilm.config.check import check_config
 from mpilm.config.schema import TrainConfig, override, resolve_config
 from mpilm.engine.hardware import detect_hardware, software_versions
 from mpilm.parallel.layout_check import resolve_mesh_shape
-from mpilm.planner.cost import PlacedLayout
+from mpilm.planner.layout import PlacedLayout
 from mpilm.planner.memory import persistent_bytes
 from mpilm.planner.profile import write_profile
 from mpilm.trainer.auto_layout import choose_layout

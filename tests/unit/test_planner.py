@@ -15,7 +15,8 @@ from mpilm.model.flops import attention_flops_per_token, block_matrices, flops_p
 from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.planner.command import explain_scaling, growth_rows, plot_scaling, show_ranking, show_scaling
-from mpilm.planner.cost import PlacedLayout, block_s, compute_s, simulated_s, step_time
+from mpilm.planner.cost import block_s, compute_s, simulated_s, step_time
+from mpilm.planner.layout import PlacedLayout
 from mpilm.planner.profile import interpolate, interpolate2d, read_profile, write_profile
 from mpilm.planner.search import PlannedJob, search, to_flags
 from tests.machines import RATE, flat, machine, network
