@@ -6,6 +6,7 @@
     python scripts/bench.py data-parallel     2 ranks against two independent runs, torch DDP and FSDP2 with gloo, Accelerate
     python scripts/bench.py axes              2 ranks: tensor parallelism against data parallelism, and torch's DTensor
     python scripts/bench.py context           2 ranks: context parallelism at 8,192 tokens against data parallelism
+    python scripts/bench.py expert            2 ranks: expert parallelism against data parallelism
     python scripts/bench.py collectives       sums and gathers, 4 KiB to 256 MiB, against the MPI library's, gloo's, and a copy
     python scripts/bench.py checkpoint        writing and reading against the raw disk; the time that training waits for a save
     python scripts/bench.py guards            2 ranks with watchdog, fingerprints and digests, against the same without
@@ -45,6 +46,8 @@ COMMANDS = {
     "axes-worker": axes.axes_worker,
     "context": axes.long_contexts,
     "context-worker": axes.context_worker,
+    "expert": axes.experts,
+    "expert-worker": axes.expert_worker,
     "collectives": wire.collectives,
     "collectives-worker": wire.collectives_worker,
     "checkpoint": saving.checkpoint,

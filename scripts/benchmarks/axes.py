@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,30 +20,54 @@ SHAPE = {  # blocks of width 1,024
 LONG = {"model__n_layers": 1, "model__context_length": 8192, "train__global_batch": 2}
 
 
+MIXTRAL = {  # Mixtral 8x7B with an eighth of its width and a sixteenth of its layers
+    "model__arch": "mixtral", "model__n_experts": 8, "model__d_model": 512, "model__d_ff": 1792, "model__n_layers": 2,
+    "model__n_heads": 16, "model__n_kv_heads": 4,
+}  # fmt: skip
+
+
 def axes(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["--preset", args.preset, "--rounds", str(args.rounds), "--folder", folder]
-        subprocess.run([*mpirun(2), sys.executable, BENCH, "axes-worker", *words], check=True)
+    _start_worker(args, "axes-worker")
 
 
 def long_contexts(args: argparse.Namespace) -> None:
+    _start_worker(args, "context-worker")
+
+
+def experts(args: argparse.Namespace) -> None:
+    _start_worker(args, "expert-worker")
+
+
+def _start_worker(args: argparse.Namespace, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = ["--preset", args.preset, "--rounds", str(args.rounds), "--folder", folder]
-        subprocess.run([*mpirun(2), sys.executable, BENCH, "context-worker", *words], check=True)
+        subprocess.run([*mpirun(2), sys.executable, BENCH, name, *words], check=True)
 
 
 def context_worker(args: argparse.Namespace) -> None:
+    ways = {method: {"parallel__context": 2, "parallel__context_method": method} for method in ("ring", "ulysses")}
+    title = "context 2: a block of width 1,024, 2 sequences of 8,192 tokens a step"
+    _compare_with_data_parallelism(args, title, {**SHAPE, **LONG}, ways, ">= 0.85")
+
+
+def expert_worker(args: argparse.Namespace) -> None:
+    title = "expert 2: 2 blocks of width 512 with 8 experts, 512 tokens a microbatch, 2,048 tokens a step"
+    _compare_with_data_parallelism(args, title, {**SHAPE, **MIXTRAL}, {"expert 2": {"parallel__expert": 2}}, ">= 0.90")
+
+
+def _compare_with_data_parallelism(
+    args: argparse.Namespace, title: str, shape: dict[str, Any], ways: dict[str, dict[str, Any]], goal: str
+) -> None:
     from mpilm.comm.mpi import mpi_world
 
     comm, sides = mpi_world(), {}
-    for method in ("data 2", "ring", "ulysses"):
-        changes = {} if method == "data 2" else {"parallel__context": 2, "parallel__context_method": method}
-        config = make_config(f"{args.folder}/{method.split()[0]}", args.preset, **{**SHAPE, **LONG, **changes})
-        sides[method] = mpilm_side(config, comm)
+    for name, changes in {"data 2": {}, **ways}.items():
+        config = make_config(f"{args.folder}/{name.replace(' ', '-')}", args.preset, **{**shape, **changes})
+        sides[name] = mpilm_side(config, comm)
     times, void = time_sides(sides, args.rounds, comm)
     if comm.rank == 0:
-        ratios = {f"{method} / data 2": (speed_ratios(times, "data 2", method), ">= 0.85") for method in ("ring", "ulysses")}
-        print_report("context 2: a block of width 1,024, 2 sequences of 8,192 tokens a step", times, ratios, void)
+        ratios = {f"{name} / data 2": (speed_ratios(times, "data 2", name), goal) for name in ways}
+        print_report(title, times, ratios, void)
 
 
 class Table(nn.Embedding):
