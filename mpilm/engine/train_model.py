@@ -141,9 +141,10 @@ class TrainModel(PipelinedModel):
         weights = 4 * sum(flat.values.tensor.numel() for flat in self.flat_parameters)
         held = {"weights": weights, "moments": self.optimizer.memory_bytes, "gradients": 0, "exchange": 0, "passing": 0}
         for (stage, _), reducer in self.reducers.items():
-            held["passing"] = max(held["passing"], self.stages[stage].parameters.memory_bytes)
-            for part, count in reducer.memory_bytes.items():
-                held[part] += count
+            passing = self.stages[stage].parameters.memory_bytes + reducer.memory_bytes.get("passing", 0)
+            held["passing"] = max(held["passing"], passing)
+            for part in ("gradients", "exchange"):
+                held[part] += reducer.memory_bytes[part]
         return held
 
     @property

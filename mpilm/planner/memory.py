@@ -129,12 +129,26 @@ def _round_gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]
     if zero == 3:
         passing += max(a + b for a, b in zip(gathered, [*gathered[1:], 0]))  # a unit, and the next one prefetched
     if zero < 2:
-        units, each = _pieces(layout, stage), experts  # of the whole stage
-    exchanged = [(max(units), data, 1), (each, data // copies, copies)]
-    exchange = sum(unit * n + 2 * ranks * -(-min(BUCKET, unit) // ranks) for unit, ranks, n in exchanged)
+        *tied, rest = _pieces(layout, stage)
+        blocks = [block] * layout.cut[stage]
+        units, each = [*tied, *_merge([*blocks, rest - sum(blocks)])], max(_merge([each] * layout.cut[stage]))
+    nodes = copies if layout.shape.context > 1 else 1  # that are left of the gradients of all copies
+    exchanged = [(max(units), data, 1, 1), (each, data // copies, copies, nodes)]
+    exchange = sum(unit * n + 2 * ranks * left * -(-min(BUCKET, unit) // ranks) for unit, ranks, n, left in exchanged)
     buffers = _round_buffers(layout.shape.replicas, microbatch_count(layout.config))
     kept = sum((buffers / ranks + (zero == 0) * (1 - 1 / ranks)) * numel for numel, ranks in layout.vectors(stage))
     return {"gradients": kept, "exchange": exchange, "passing": passing}
+
+
+def _merge(units: Sequence[int]) -> list[int]:
+    """Return the elements of groups of parameters: of neighbouring units, merged as FlatLayout does."""
+    groups = [0]
+    for unit in units:
+        if groups[-1] < BUCKET:
+            groups[-1] += unit
+        else:
+            groups.append(unit)
+    return groups
 
 
 def _gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:

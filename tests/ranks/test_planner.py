@@ -40,6 +40,20 @@ def test_persistent_bytes_are_those_that_ranks_hold(size, layout, changes):
     assert wrong == []
 
 
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        (1, layout()), (2, layout(expert=2)), (4, layout(expert=2, zero=1)), (4, layout(expert=2, zero=2)),
+        (4, layout(expert=2, zero=3)), (4, layout(expert=4, zero=3)), (4, layout(2, expert=2)), (4, layout(expert=2, tensor=2)),
+        (4, layout(expert=2, context=2, zero=3)),
+    ],
+)  # fmt: skip
+def test_persistent_bytes_of_divided_experts_are_those_that_ranks_hold(size, layout):
+    mixture = {"model__arch": "mixtral", "model__n_experts": 8}
+    wrong, _ = mispredicted(resolve_config(small_config(**WIDE, **mixture, **layout)), size, size)
+    assert wrong == []
+
+
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
 @pytest.mark.parametrize("zero", [0, 1])
 @pytest.mark.parametrize(

@@ -83,6 +83,23 @@ MODEL = [
     ({"model__arch": "gpt2", "model__head_width": 20}, "--model.head-width 20: --model.arch gpt2 uses d-model / n-heads; "),
     ({"model__arch": "bert", "model__tie_embeddings": False}, "--model.tie-embeddings false: --model.arch bert predicts with "),
     ({"model__arch": "mixtral", "model__n_experts": 1}, "--model.experts-per-token 2 exceeds --model.n-experts 1"),
+    ({"parallel__expert": 2}, "--parallel.expert 2: llama has no experts (mixtral and qwen-moe have); leave the setting out"),
+    (
+        {"model__arch": "mixtral", "model__n_experts": 6, "parallel__expert": 4},
+        "--parallel.expert 4 does not divide --model.n-experts 6; the next smaller value that does: 3",
+    ),
+    (
+        {"model__arch": "mixtral", "parallel__expert": 16},
+        "--parallel.expert 16 does not divide --model.n-experts 8; the next smaller value that does: 8",
+    ),
+    (
+        {"model__arch": "mixtral", "parallel__expert": 2, "train__compile": True},
+        "--parallel.expert 2 exchanges tokens within a block, which cannot be compiled; write 1, or --train.compile false",
+    ),
+    (
+        {"model__arch": "mixtral", "parallel__expert": 2, "parallel__powersgd_rank": 2},
+        "--parallel.powersgd-rank 2 does not work with --parallel.expert 2: its gradients are summed uncompressed",
+    ),
     ({"model__rope_scaling": (8.0, 1.0)}, "--model.rope-scaling 8.0 1.0: write four numbers: factor, low and high frequency "),
     ({"model__lora_rank": 200}, "--model.lora-rank 200 exceeds --model.d-model 192: LoRA would train no fewer parameters"),
     ({"model__lora_alpha": 2.0}, "--model.lora-targets and --model.lora-alpha need --model.lora-rank"),

@@ -126,6 +126,14 @@ def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
             "--parallel.tensor 4 does not divide --model.tensor-parts 6; the nearest that does: 2",
         ),
         (
+            6, {"model__arch": "mixtral", "parallel__expert": 4, "train__global_batch": 12, "train__micro_batch": 1},
+            "--parallel.expert 4 does not divide the 6 data-parallel ranks; the nearest that does: 2, or start 8 ranks",
+        ),
+        (
+            4, {"model__arch": "mixtral", "parallel__pipeline": 4, "parallel__expert": 2},
+            "--parallel.expert 2 does not divide the 1 data-parallel rank; the nearest that does: 1, or start 8 ranks",
+        ),
+        (
             6, {"parallel__context": 4, **HEADS},
             "--parallel.context 4 does not divide 6 ranks; the nearest that does: 3, or start 8 ranks",
         ),

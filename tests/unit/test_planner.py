@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, override, resolve_config
 from mpilm.errors import ConfigError, FileError
 from mpilm.mesh.shape import MeshShape
-from mpilm.model.flops import attention_flops_per_token, block_matrices, flops_per_token, parameter_count
+from mpilm.model.flops import attention_flops_per_token, block_matrices, flops_per_token, parameter_count, stage_numel
 from mpilm.parallel.layout_check import partition_by_cost
 from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.planner.command import explain_scaling, growth_rows, plot_scaling, show_ranking, show_scaling
@@ -168,6 +168,25 @@ def test_step_time_of_context_ranks_counts_keys_and_values_and_a_reduction_in_ea
     assert elements_sent(layout) == pytest.approx(of_heads + of_gradients, rel=0.02)
     alone = step_time(changed(placed(1), model__n_kv_heads=4)).compute_s
     assert step_time(layout).compute_s / alone == pytest.approx(1 / 2, rel=0.05)
+
+
+def test_step_time_of_expert_ranks_counts_tokens_and_the_gradients_of_each_round():
+    sending = machine(2, within=network(2, exchange=flat(PER_ELEMENT), gather=flat(PER_ELEMENT)))
+    changes = {"model__arch": "mixtral", "model__n_experts": 4, "model__d_ff": 96}
+    layout = replace(changed(placed(2, sending, expert=2), **changes), shape=MeshShape(data=1, expert=2))
+    of_tokens = 16 * 8 * 4 * 2 * 64 * 64 / 2  # 16 microbatches a rank, 8 blocks, there and back, in both directions, 2 experts
+    experts = 8 * 4 * 3 * 64 * 96
+    whole = stage_numel(layout.config.model, layout.vocab_size, 8)
+    assert layout.numel(0) == whole - experts / 2
+    assert elements_sent(layout) == pytest.approx(of_tokens + 16 * (whole - experts) / 2, rel=1e-6)
+    alone = step_time(changed(placed(1), **changes)).compute_s
+    assert step_time(layout).compute_s / alone == pytest.approx(1 / 2, rel=0.05)
+
+
+def test_search_divides_experts():
+    mixture = job(4, model__arch="mixtral", model__n_experts=4)
+    assert {each.config.parallel.expert for each in search(mixture, 4)[0]} == {1, 2, 4}
+    assert {each.config.parallel.expert for each in search(job(4), 4)[0]} == {1}
 
 
 def test_search_divides_long_sequences():
