@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from helpers import read_metrics
 from part_models import dot, draw
 from runs import FAMILIES, assert_equals_serial, build_train_model, eval_loss, layout, small_config, train_on_threads
+from text import tiny_config, write_tokens
 from thread_ranks import run_ranks
 
 from mpilm.config.schema import GenerateConfig
@@ -11,6 +13,7 @@ from mpilm.engine.step import train_step
 from mpilm.inference.generate import generate
 from mpilm.ops.expert_axis import ExchangeRows, ExpertAxis
 from mpilm.parallel.layout import select_owned
+from mpilm.trainer.loop import train
 from mpilm.verification.layouts import RandomTokens
 
 WIDTH, EXPERTS = 5, 12
@@ -123,3 +126,26 @@ def test_experts_that_are_frozen_are_divided_too():
     expected, whole = train_on_threads(1, config_of(model__lora_rank=2))
     assert numbers == expected
     assert all(torch.equal(x, whole[name]) for name, x in tensors.items())
+
+
+def test_load_of_experts_and_ranks_is_logged_and_does_not_depend_on_the_layout(tmp_path):
+    data, mixture = write_tokens(tmp_path), {"model__arch": "mixtral", "model__n_experts": 4, "run__log_every": 2}
+
+    def logged(size, name, **changes):
+        config = tiny_config(data, tmp_path / name, **mixture, train__steps=4, **changes)
+        run_ranks(size, lambda comm: train(config, comm))
+        return [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "expert_share" in row]
+
+    alone = logged(1, "alone")
+    assert len({tuple(row["expert_share"]) for row in alone}) == len(alone) >= 2
+    assert all(sum(row["expert_share"]) == pytest.approx(1, abs=1e-5) and "expert_rank_share" not in row for row in alone)
+    for size, name, changes in (
+        (4, "experts", layout(expert=2)),
+        (2, "stages", layout(2)),
+        (2, "recomputed", {**layout(expert=2), "train__recompute": "block"}),
+    ):
+        rows = logged(size, name, **changes)
+        assert [row["expert_share"] for row in rows] == [row["expert_share"] for row in alone]
+        for row in rows if name == "experts" else ():
+            a, b, c, d = row["expert_share"]
+            assert row["expert_rank_share"] == pytest.approx([a + b, c + d], abs=2e-6)

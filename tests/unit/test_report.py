@@ -241,6 +241,16 @@ def test_downsampling_keeps_extremes_and_means(values, buckets):
         assert (mean_x[i], mean_y[i]) == (low + (len(inside) - 1) / 2, pytest.approx(inside.mean(), abs=1e-6))
 
 
+def test_charts_of_experts_show_their_load_against_an_even_share(make_run):
+    shares = [{"expert_share": [0.5, 0.25, 0.25, 0.0], "expert_rank_share": [0.75, 0.25]}, {"expert_share": [0.3] * 3 + [0.1]}]
+    rows = [start_row(), *({**step_row(step), **shares[step % 2]} for step in range(1, 9))]
+    charts = {chart.key: chart for chart in figures.make_charts([read_run(make_run(rows))])}
+    bars = charts["expert_share"].series[0]
+    assert bars.x.tolist() == pytest.approx([1.6, 1.1, 1.1, 0.2])
+    assert charts["expert_share"].rows == ("expert 0", "expert 1", "expert 2", "expert 3")
+    assert charts["expert_rank_share"].series[0].x.tolist() == [1.5, 0.5]
+
+
 def test_rank_statistics_are_those_of_the_rows(make_run):
     parts = summary.average_parts(read_run(make_run(run_rows())))
     assert sum(seconds[0] for part, seconds in parts.items() if part != "checkpoint") == pytest.approx(0.5)
