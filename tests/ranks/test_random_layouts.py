@@ -77,6 +77,7 @@ def test_random_layout_has_the_bits_of_the_serial_run(case):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @settings(max_examples=400, **CHECKS)
 @given(cases())
 def test_many_random_layouts_have_the_bits_of_the_serial_run(case):
