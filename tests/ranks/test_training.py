@@ -226,9 +226,12 @@ SIXTHS = {
         ("gpt2", "adafactor", (1, layout()), (4, layout(tensor=2, zero=3))),
         ("bert", "muon", (2, layout(tensor=2)), (1, layout())),
         ("mixtral", "adafactor", (4, layout(2, tensor=2)), (3, layout(tensor=3))),
+        ("mixtral", "muon", (6, layout(expert=3, tensor=2, zero=3)), (2, layout(expert=2))),
     ],
 )
-def test_run_resumed_with_other_tensor_ranks_equals_one_never_stopped(tmp_path, data, family, optimizer, first, second):
+def test_run_resumed_with_other_tensor_and_expert_ranks_equals_one_never_stopped(
+    tmp_path, data, family, optimizer, first, second
+):
     changes = {**SIXTHS, **FAMILIES[family], "model__n_kv_heads": 0, "model__tensor_parts": 6, "train__optimizer": optimizer}
     expected = train_to_end(tiny_config(data, tmp_path / "whole", **changes), 1)
     train_until_killed(tiny_config(data, tmp_path / "run", **changes, **first[1]), first[0], 3)
