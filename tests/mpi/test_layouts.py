@@ -35,8 +35,8 @@ EVEN = {
 }  # fmt: skip
 UNEVEN = {
     "model__n_layers": SIZE, "train__global_batch": SIZE + 1, "train__steps": 2, "model__tie_embeddings": False,
-    "model__arch": "mixtral" if SIZE < 4 else "llama", "model__n_experts": 6, "train__recompute": "block", "model__n_heads": 6, "model__n_kv_heads": 6, "model__d_model": 24,
-    "model__context_length": 12,
+    "model__arch": "mixtral" if SIZE < 4 else "llama", "model__n_experts": 6, "train__recompute": "block",
+    "model__n_heads": 6, "model__n_kv_heads": 6, "model__d_model": 24, "model__context_length": 12,
 }  # fmt: skip
 
 
