@@ -200,6 +200,8 @@ class Watchdog:
         node_folder = self.table.path.with_suffix(".report") if self.table.path else None
         run_folder = self.recorder.report_folder and self.recorder.report_folder / self.stamp
         folders = [folder for folder in (node_folder, run_folder) if folder]  # ranks learn the run's at different times
+        if problem and self.links is not None:
+            self.links.let_parent_report()
         if not problem or not all(_claim(folder) for folder in folders):
             self._take_snapshot(folders)
             return time.sleep(4 * GRACE_S)
