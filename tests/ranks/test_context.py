@@ -78,11 +78,12 @@ def test_attention_over_parts_is_attention(size, method, causal, has_documents):
 @pytest.mark.parametrize("causal", [True, False])
 def test_formula_with_dropout_is_the_fused_kernel_if_nothing_is_dropped(causal):
     """And what it drops, it drops from the weights: the mean over many masks is the attention without dropout."""
-    q, k, v, gradient = (draw(n, shape=(1, 2, LENGTH, WIDTH)) for n in range(4))
+    inputs = [draw(n, shape=(1, 2, LENGTH, WIDTH)) for n in range(4)]
     axis = SequenceAxis(SelfComm(), 4)
 
     def run(core, keys):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        *leaves, gradient = (x.repeat(len(keys or [0]), 1, 1, 1) for x in inputs)
+        leaves = [x.requires_grad_() for x in leaves]
         y = attend_by_part(core, core.forward, axis, False, *leaves, SequenceInfo(torch.arange(LENGTH), keys))
         return (y.detach(), *torch.autograd.grad(y, leaves, gradient))
 
@@ -90,8 +91,8 @@ def test_formula_with_dropout_is_the_fused_kernel_if_nothing_is_dropped(causal):
     for found, value in zip(run(AttentionCore(causal, 1e-12, "core"), [1]), expected):
         torch.testing.assert_close(found, value, rtol=0, atol=1e-10)
     core = AttentionCore(causal, 0.3, "core")
-    means = [torch.stack(values).mean(dim=0) for values in zip(*(run(core, [key]) for key in range(400)))]
-    for mean, value in zip(means, expected):
+    for values, value in zip(run(core, list(range(400))), expected):
+        mean = values.mean(dim=0, keepdim=True)
         assert float((mean - value).abs().mean() / value.abs().mean()) < 0.1
 
 
@@ -192,7 +193,7 @@ LAYOUTS = [
 ]
 
 
-CASES = [(family, case) for i, family in enumerate(FAMILIES) for case in LAYOUTS[i % 2 :: 2]]
+CASES = [(family, case) for i, family in enumerate(FAMILIES) for case in LAYOUTS[i % 3 :: 3]]
 
 
 @pytest.mark.parametrize(("family", "case"), CASES)

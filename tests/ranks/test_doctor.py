@@ -122,7 +122,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(calibrate, "TRAINED", ((16, 64), (32, 64)))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 3])
 def test_calibrate_one_node_gives_a_profile_that_is_written_and_read(size, quick, tmp_path):
     profiles = run_ranks(size, lambda comm: calibrate_machine(comm, "cpu"))
     assert len({each.step_s for each in profiles}) == 1  # all ranks have the numbers of all
