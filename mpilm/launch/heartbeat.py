@@ -18,8 +18,6 @@ from mpilm.comm.base import Comm
 TICK, MOVED, WAITING = range(3)  # columns: when its process last lived, when it last moved, if it waits for other ranks
 REPORTED = 0  # column of the header: 1 once a rank of this node reports a hang
 ARITY = 16  # children of a node in the tree of nodes: no node sends to more
-SILENT_S = 2.5  # without a heartbeat
-PARENT_FIRST_S = 3.0  # that a node whose parent is silent leaves it to report
 MESSAGE = struct.Struct("<16sId?")  # token, node, seconds since any rank of its subtree moved, request of a report
 SIOCGIFADDR = 0x8915  # ioctl: address of a network interface
 
@@ -93,11 +91,6 @@ class NodeLinks:
         """Return the neighbours that have sent something, but not for `limit_s`."""
         now = time.monotonic()
         return [node for node, received_s in self.received_s.items() if now - max(received_s, resumed_s) > limit_s]
-
-    def let_parent_report(self) -> None:
-        """Wait for a moment if the parent is silent: what this node prints may not reach the launcher any more."""
-        if any(node < self.node for node in self.silent_nodes(SILENT_S, 0.0)):
-            time.sleep(PARENT_FIRST_S)
 
     def request_reports(self) -> None:
         """Ask all ranks of the other nodes to write down what they do."""

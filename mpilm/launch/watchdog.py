@@ -38,6 +38,7 @@ MIN_LIMIT_S = 55.0  # least limit that is not stated: a hang is named within a m
 FIRST_LIMIT_S = 600.0  # limit of a rank that does nothing in a phase that has not run before: a file system may be slow
 SIGNALLED_LIMIT_S = 5.0  # limit of a step after a signal has asked the run to stop
 GRACE_S = 3.0  # for the other ranks to write down what they do
+FIRST_NODE_S = 3.0  # that other nodes leave the first one to report: what they print may not reach the launcher any more
 NOTICE_S = 30.0  # between lines that say what rank 0 waits for
 IDLE_CPU = 0.001  # cores that the other threads of a process that does nothing may use
 
@@ -200,8 +201,8 @@ class Watchdog:
         node_folder = self.table.path.with_suffix(".report") if self.table.path else None
         run_folder = self.recorder.report_folder and self.recorder.report_folder / self.stamp
         folders = [folder for folder in (node_folder, run_folder) if folder]  # ranks learn the run's at different times
-        if problem and self.links is not None:
-            self.links.let_parent_report()
+        if problem and self.links is not None and self.links.node > 0:
+            time.sleep(FIRST_NODE_S)
         if not problem or not all(_claim(folder) for folder in folders):
             self._take_snapshot(folders)
             return time.sleep(4 * GRACE_S)
