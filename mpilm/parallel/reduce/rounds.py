@@ -69,6 +69,13 @@ class MicrobatchRoundReducer(GradientReducer):
         self.names = [[[copy_name(name, copy) for name in each.names] for copy in range(flat.copies)] for each in self.groups]
         self.waiting = [set[str]().union(*each) for each in self.names]
         self.parameters = {name: model.get_parameter(name) for each in self.waiting for name in each}
+        self.places: dict[str, tuple[int, Tensor, Tensor]] = {}  # of each gradient: its group, elements, and the padding behind
+        for i, (group, gradients, copies) in enumerate(zip(self.groups, self.gradients, self.names)):
+            for gradient, names in zip(gradients, copies):
+                for name, copy in zip(group.names, names):
+                    at, stop = flat.layout.padded_span(name)
+                    padding = gradient.view(at + flat.layout.spans[name][1].numel, stop)
+                    self.places[copy] = i, flat.parameter(name, gradient), padding
         self.current: int | None = None
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
@@ -82,7 +89,6 @@ class MicrobatchRoundReducer(GradientReducer):
         self.complete = set[str]()  # parameters whose gradient has arrived
         for parameter in self.parameters.values():
             parameter.grad = None
-        self._open_group()
 
     def accumulate(self, name: str, gradient: Tensor) -> None:
         """Add a gradient computed outside backward, between `begin_microbatch` and `end_microbatch`."""
@@ -90,28 +96,26 @@ class MicrobatchRoundReducer(GradientReducer):
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         self._on_gradient(name, parameter)
 
-    def _open_group(self) -> None:
-        """Point the next group's `.grad`s into the send buffer; copy gradients that arrived before it was free."""
-        for gradient, names in zip(self.gradients[self.next_group], self.names[self.next_group]):
-            gradient.tensor.zero_()
-            for name, copy in zip(self.groups[self.next_group].names, names):
-                parameter, part = self.parameters[copy], self.flat.parameter(name, gradient)
-                early, parameter.grad = parameter.grad, part
-                if early is not None:
-                    part.add_(early)
-
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
         """Reduce the groups that are complete, in the order that is the same on all ranks."""
         if self.current is None:
             return
         self.complete.add(name)
+        if self.places[name][0] == self.next_group:
+            self._move_gradient(name)
         while self.next_group < len(self.groups) and self.complete.issuperset(self.waiting[self.next_group]):
             self._reduce_group(self.current, self.groups[self.next_group], self.gradients[self.next_group])
-            for reduced in self.waiting[self.next_group]:
-                self.parameters[reduced].grad = None
             self.next_group += 1
-            if self.next_group < len(self.groups):
-                self._open_group()
+            for early in self.waiting[self.next_group] & self.complete if self.next_group < len(self.groups) else ():
+                self._move_gradient(early)
+
+    def _move_gradient(self, name: str) -> None:
+        """Move a gradient of the group that is next into the send buffer, which was another group's before."""
+        _, elements, padding = self.places[name]
+        gradient, self.parameters[name].grad = self.parameters[name].grad, None
+        assert gradient is not None
+        torch.add(gradient, 0.0, out=elements)  # -0.0 becomes 0.0, as it does when it is added to something
+        padding.zero_()
 
     def end_microbatch(self, i: int) -> None:
         if self.next_group < len(self.groups):
