@@ -120,6 +120,9 @@ class TreeOrderReduceScatter:
                 self.incoming[position] = part
             offset += received.numel()
             x = self.encoding.encode((bucket, j), parts[j]) if j < len(parts) else empty
+            if comm.size == 1:  # nothing travels
+                self.incoming[sources[0]] = x
+                continue
             sends = slices if j < len(parts) else [0] * comm.size
             receives = [own_numel if r in sources else 0 for r in range(comm.size)]
             self.requests.append(comm.iall_to_all(x, received, sends, receives))
