@@ -17,6 +17,7 @@ from mpilm.checkpoint.format import list_checkpoints
 STEPS, SAVED, EVALUATED, LOST = 40, 16, 20, 22  # LOST: the step in which ranks are lost
 LOST_RANK = 89
 TENSOR = ("--parallel.tensor", "2")
+EXPERT = ("--model.arch", "mixtral", "--model.n-experts", "4", "--parallel.expert", "2")
 PIPELINE = ("--parallel.pipeline", "2", "--parallel.cut", "1,1")
 
 
@@ -75,17 +76,20 @@ def assert_equals(run, uninterrupted):
         ),
         slow_case(4, 2, "optimizer", (*PIPELINE, "--parallel.zero", "3")),
         slow_case(4, 3, "reduce.after", ("--train.optimizer", "muon", "--parallel.zero", "1")),
+        slow_case(4, 1, "backward", EXPERT),
+        slow_case(4, 2, "optimizer", (*EXPERT, "--parallel.zero", "3")),
     ],
 )
 def test_run_continues_after_a_rank_is_lost(tmp_path, data, uninterrupted, ranks, rank, point, flags):
     step = "" if point.startswith("checkpoint") or point == "eval" else f" step={LOST}"
     code, output = run_with_faults(tmp_path, data, ranks, f"kind=kill rank={rank}{step} point={point}", flags=flags)
     assert code == 0, output
-    working = 2 if flags[:2] in (PIPELINE[:2], TENSOR) else ranks - 1
+    working = 2 if flags[:2] in (PIPELINE[:2], TENSOR, EXPERT[:2]) else ranks - 1
     message = rf"rank {rank} \(\S+ process \d+\) lost; {ranks - 1} ranks continue after step \d+"
     assert re.search(message, output), output
     assert f"mpilm 0.1.0: {working} rank" in output
-    if other := {"--train.optimizer": flags[:2], "--parallel.tensor": ("--model.tensor-parts", "2")}.get("".join(flags[:1])):
+    others = {"--train.optimizer": flags[:2], "--parallel.tensor": ("--model.tensor-parts", "2"), "--model.arch": flags[:4]}
+    if other := others.get("".join(flags[:1])):
         (tmp_path / "other").mkdir()
         line = arguments(data, tmp_path / "other" / "run", *other, elastic="false")
         uninterrupted = run_serially(line, tmp_path / "other")
