@@ -10,6 +10,7 @@ from mpilm.config.schema import Config, flatten, override, replica_size, resolve
 from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.pipelined import PipelinedModel, load_initial_weights
 from mpilm.errors import ConfigError
+from mpilm.formatting import count_noun
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import MeshShape
 from mpilm.parallel.flat_layout import ALIGNMENT
@@ -52,7 +53,7 @@ def _mesh_shape(config: Config, ranks: int) -> MeshShape:
     sizes = {axis: getattr(config.parallel, axis) for axis in ("pipeline", "expert", "context", "tensor")}
     if ranks % each:
         product = " times ".join(f"--parallel.{axis} {n}" for axis, n in sizes.items() if n > 1)
-        raise ConfigError(f"{product} does not divide {ranks} ranks")
+        raise ConfigError(f"{product} does not divide {count_noun(ranks, 'rank')}; start {-(-ranks // each) * each} ranks")
     if pipeline > config.model.n_layers:
         raise ConfigError(f"--parallel.pipeline {pipeline}: the model has {config.model.n_layers} layers, at least one a rank")
     return MeshShape(data=ranks // each, **sizes)

@@ -29,8 +29,8 @@ PART_COLORS = {"compute": 0, "communication": 1, "bubble": 6, "data": 2, "optimi
 
 
 EXPERT_SHARES = (
-    ("expert_share", "Tokens of each expert", "expert"),
-    ("expert_rank_share", "Tokens of each rank of the expert axis", "its rank"),
+    ("expert_share", "Load of each expert", "expert"),
+    ("expert_rank_share", "Load of each rank of the expert axis, while it had as many", "its rank"),
 )
 
 
@@ -151,7 +151,7 @@ def _make_run_charts(run: RecordedRun, suffix: str) -> list[Chart]:
         charts.append(_make_bars(run.name_ranks(peak), f"memory{suffix}", "Memory of each rank", unit, memory, predicted))
     for key, title, label in EXPERT_SHARES:
         if (shares := average_values(run, key)) is not None:
-            names, unit = [f"{label} {i}" for i in range(len(shares))], "times an even share, mean over the run"
+            names, unit = [f"{label} {i}" for i in range(len(shares))], "times an even share, mean over steps"
             charts.append(_make_bars(names, f"{key}{suffix}", title, unit, {"tokens": len(shares) * shares}))
     traced = find_traced_step(run.trace) if run.trace else None
     if traced and len(traced.measured.events) <= MAX_ACTIONS:

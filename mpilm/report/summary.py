@@ -151,10 +151,16 @@ def average_parts(run: RecordedRun) -> dict[str, np.ndarray]:
 
 
 def average_values(run: RecordedRun, key: str) -> np.ndarray | None:
-    """Return the mean of a list of numbers over the sampled rows that have as many as the last; None if there are none."""
-    found = [values for row in run.metrics.samples if (values := per_rank_values(row.get(key))) is not None]
-    found = [values for values in found if len(values) == len(found[-1]) and np.isfinite(values).all()]
-    return np.mean(found, axis=0) if found else None
+    """Return the mean of a list of numbers over the steps of the sampled rows that have as many as the last row; None if no row
+    has any."""
+    steps = np.array([to_float(row.get("step")) for row in run.metrics.samples])
+    weights = np.maximum(
+        np.nan_to_num(np.diff(steps, prepend=0.0), nan=1.0), 1.0
+    )  # a row counts all steps since the one before
+    found = [(per_rank_values(row.get(key)), weight) for row, weight in zip(run.metrics.samples, weights)]
+    known = [(values, weight) for values, weight in found if values is not None and np.isfinite(values).all()]
+    same = [(values, weight) for values, weight in known if len(values) == len(known[-1][0])]
+    return np.average([values for values, _ in same], axis=0, weights=[weight for _, weight in same]) if same else None
 
 
 def find_stragglers(run: RecordedRun) -> tuple[list[tuple[int, float, int]], int]:
