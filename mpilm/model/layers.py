@@ -135,7 +135,7 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor, keys: list[int] | None) -> Tensor:  # (B, ...) -> (B, ...)
         """Drop elements of `x`; `keys` holds one integer for each of its samples, or is None in evaluation."""
-        if not keys or self.probability == 0.0:  # also of no samples
+        if self.probability == 0.0 or not keys:  # in this order: a compiled block must not depend on the keys
             return x
         masks = torch.stack([self._draw_mask(key, x) for key in keys])
         return x * masks.div_(1.0 - self.probability)
