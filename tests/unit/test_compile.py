@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import full_model
+from runs import CPU, full_model, small_config
 from text import tiny_config
 
 from mpilm.engine.pipelined import draw_values
@@ -43,3 +43,20 @@ def test_require_compiler_without_one_names_what_torch_would_take(monkeypatch, n
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=f"and {name or r'(g|clang)[+][+]'} is not found; install one, name it in CXX"):
         require_compiler()
+
+
+def test_block_is_compiled_once_whatever_the_samples():
+    """Without dropout their keys must not be looked at: each new value would be another graph."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, flat = full_model(small_config(model__dropout=0.0).model, 64, CPU)
+    flat.values.tensor.fill_(0.1)
+    block = model.blocks["0"]
+    forward, rotation = torch.compile(block.forward, backend=backend, dynamic=False), model.rotary(torch.arange(8))
+    for keys in ([1], [2], [3]):
+        forward(torch.ones(1, 8, 16), SequenceInfo(torch.arange(8), keys, rotation=rotation))
+    assert len(graphs) == 1
