@@ -35,9 +35,16 @@ class MessageReducer(CrossRankReducer):
     or with `gather` all of it. `nodes`: the tree nodes that each rank contributes."""
 
     def __init__(
-        self, comm: Comm, layout: Sliceable, nodes: Sequence[Sequence[TreeNode]], microbatches: int, device: torch.device,
-        gather: bool, depth: int, encoding: GradientEncoding,
-    ):  # fmt: skip
+        self,
+        comm: Comm,
+        layout: Sliceable,
+        nodes: Sequence[Sequence[TreeNode]],
+        microbatches: int,
+        device: torch.device,
+        gather: bool,
+        depth: int,
+        encoding: GradientEncoding,
+    ):
         self.comm, self.layout, self.gather, self.encoding = comm, layout, gather, encoding
         self.reduction = TreeMerger(nodes, microbatches)
         self.idle = [TreeOrderReduceScatter(comm, layout, self.reduction.node_count, device, encoding) for _ in range(depth)]

@@ -64,9 +64,15 @@ class SharedMemoryReducer(CrossRankReducer):
     uses_shared_buffers = True
 
     def __init__(
-        self, topology: NodeTopology, layout: FlatLayout, buffers: Sequence[Sequence[Tensor]],
-        nodes_held: Sequence[Mapping[int, TreeNode]], microbatches: int, gather: bool, encoding: GradientEncoding,
-    ):  # fmt: skip
+        self,
+        topology: NodeTopology,
+        layout: FlatLayout,
+        buffers: Sequence[Sequence[Tensor]],
+        nodes_held: Sequence[Mapping[int, TreeNode]],
+        microbatches: int,
+        gather: bool,
+        encoding: GradientEncoding,
+    ):
         self.topology, self.gather = topology, gather
         local_rank, local_size = topology.intra_node.rank, topology.intra_node.size
         slices = [LocalRankSlices(layout, r, local_size) for r in range(local_size)]

@@ -37,9 +37,14 @@ class StepReducer(GradientReducer):
     start a bucket as soon as the last backward has completed it. Collective over the communicator of `across_ranks`."""
 
     def __init__(
-        self, flat: FlatParameters, model: nn.Module, plan: AccumulationPlan, buffers: Sequence[FlatVector],
-        across_ranks: CrossRankReducer, overlap: bool,
-    ):  # fmt: skip
+        self,
+        flat: FlatParameters,
+        model: nn.Module,
+        plan: AccumulationPlan,
+        buffers: Sequence[FlatVector],
+        across_ranks: CrossRankReducer,
+        overlap: bool,
+    ):
         self.flat, self.buffers, self.across_ranks, self.overlap = flat, buffers, across_ranks, overlap
         self.ops, nodes_held = plan
         self.sums, self.buckets = buffers[0], flat.layout.buckets
