@@ -37,7 +37,9 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._wakeup_pipe = pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wakeup_pipe = pipe = os.pipe()
+        for end in pipe:
+            os.set_blocking(end, False)
         handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         wakeup = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
         try:

@@ -84,7 +84,7 @@ def run_steps(parts: hooks.HookParts, tracing: hooks.Tracing, recovered: Recover
         event = hooks.StepEvent(recovered.done, recovered.result(), [], recovered=True)
         for hook in reporting:
             hook.after_step(event)
-    for step in range(run.folder.step, run.config.train.steps):
+    for step in run.remaining_steps:
         compiles = run.config.train.compile and step == run.folder.step
         run.recorder.enter("compilation" if compiles else "step", step)
         for hook in all_hooks:

@@ -42,6 +42,11 @@ class Run:
         return self.mesh.recorder
 
     @property
+    def remaining_steps(self) -> range:
+        """The steps still to do, counted from 0."""
+        return range(self.folder.step, self.config.train.steps)
+
+    @property
     def peak_bytes(self) -> int:
         """The most memory that this rank has used."""
         return self.memory.peak_bytes(self.model.shared_bytes)
