@@ -1,8 +1,8 @@
 """Verify that on this machine every layout gives the same bits as one rank.
 
-For each layout of the ranks that mpirun starts (data x pipeline x context x tensor x schedule x ZeRO), train a small model on
-random tokens and compare losses, gradients and weights with those of one rank, which has the same tensor and sequence parts. Of
-very many layouts, some are drawn. Exits with a code other than 0 if a layout differs.
+For each layout of the ranks that mpirun starts (data x pipeline x expert x context x tensor x schedule x ZeRO), train a small
+model on random tokens and compare losses, gradients and weights with those of one rank, which has the same tensor and sequence
+parts. Of very many layouts, some are drawn. Exits with a code other than 0 if a layout differs.
 
 $ mpirun -n 4 python -m mpilm.verify
 $ mpirun -n 4 python -m mpilm.verify --model.tie-embeddings false --train.recompute block --train.steps 50

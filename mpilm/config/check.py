@@ -79,7 +79,7 @@ def _find_model_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
         yield f"{width} is odd; rotary positions need an even width"
     if model.n_heads % model.n_kv_heads:
         near = max(n for n in range(1, model.n_kv_heads + 1) if model.n_heads % n == 0)
-        yield f"{flags['model.n_heads']} is not divisible by {flags['model.n_kv_heads']}; the next smaller value: {near}"
+        yield f"{flags['model.n_heads']} is not divisible by {flags['model.n_kv_heads']}; write --model.n-kv-heads {near}"
     parts, sizes = schema.tensor_part_count(config), schema.divided_sizes(model)
     for name in [name for name, size in sizes.items() if size % parts]:
         near = max(n for n in range(1, parts + 1) if not any(size % n for size in sizes.values()))
@@ -90,8 +90,8 @@ def _find_model_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
     if (expert := config.parallel.expert) > 1 and model.arch not in MIXTURES:
         yield f"{flags['parallel.expert']}: {model.arch} has no experts ({' and '.join(MIXTURES)} have); leave the setting out"
     elif model.n_experts % expert:
-        near = max(n for n in range(1, expert) if model.n_experts % n == 0)
-        yield f"{flags['parallel.expert']} does not divide {flags['model.n_experts']}; the next smaller value that does: {near}"
+        divisors = ", ".join(str(n) for n in range(1, model.n_experts + 1) if model.n_experts % n == 0)
+        yield f"{flags['parallel.expert']} does not divide {flags['model.n_experts']}; values that do: {divisors}"
     if model.rope_scaling and (len(model.rope_scaling) != 4 or not 0 < model.rope_scaling[1] < model.rope_scaling[2]):
         numbers = "factor, low and high frequency factor, original context length"
         yield f"{flags['model.rope_scaling']}: write four numbers: {numbers}; Llama 3.1 uses 8 1 4 8192"

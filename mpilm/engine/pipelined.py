@@ -74,8 +74,9 @@ class PipelinedModel:
         self.stages: dict[int, ModelStage] = {}
         for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):
             model, layouts = meta_model(config.model, vocab_size), select_stage(local, stage)
+            axes = mesh, self.tensor, self.experts
             self.stages[stage], trained, frozen = parallelize(
-                model, stage, blocks_per_stage, layouts, config, mesh, self.tensor, device, alignment, self.make_reducer
+                model, stage, blocks_per_stage, layouts, config, *axes, device, alignment, self.make_reducer
             )
             self.flats |= trained
             self.frozen |= frozen

@@ -120,8 +120,7 @@ class TrainModel(PipelinedModel):
         all of whose ranks update what is not cut, the first. The same on all ranks."""
         shape, stages, trained = self.mesh.shape, range(len(self.blocks_per_stage)), select_trained(self.layouts)
         owners: dict[str, list[tuple[int, int, list[int]]]] = {}
-        experts = [range(rank * self.experts.each, (rank + 1) * self.experts.each) for rank in range(shape.expert)]
-        places = product(stages, enumerate(self.tensor.parts_of_ranks), enumerate(experts))
+        places = product(stages, enumerate(self.tensor.parts_of_ranks), enumerate(self.experts.experts_of_ranks))
         for stage, (tensor, parts), (expert, held) in places:
             place = {"pipeline": stage % self.pipeline.size, "tensor": tensor, "expert": expert}
             for key, layouts in group_by_vector(select_parts(select_stage(trained, stage), parts, held)).items():

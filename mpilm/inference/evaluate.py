@@ -150,9 +150,8 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
     folder = config.model.init_from
     if run is None:
         raise ConfigError(f"--held-out true: {folder} is not a checkpoint of a run, so nothing was held out")
-    data = (
-        replace(run.data, tokenizer=folder) if resolved.model.arch in QWEN_STYLE else run.data
-    )  # 0.1.0 trained other tokenizers
+    trained_others = resolved.model.arch in QWEN_STYLE  # version 0.1.0, of tokenizers
+    data = replace(run.data, tokenizer=folder) if trained_others else run.data
     for is_refused, reason in (
         (data.format == "chat", "the run was trained on conversations, and only running text can be scored"),
         (len(data.path) > 1, "the run has mixed several corpora; score each with --data.path"),

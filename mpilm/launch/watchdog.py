@@ -202,6 +202,10 @@ class Watchdog:
         run_folder = self.recorder.report_folder and self.recorder.report_folder / self.stamp
         folders = [folder for folder in (node_folder, run_folder) if folder]  # ranks learn the run's at different times
         if problem and self.links is not None and self.links.node > 0:
+            for folder in folders:
+                with contextlib.suppress(OSError):
+                    folder.mkdir(parents=True, exist_ok=True)
+            self._take_snapshot(folders)  # for the report of the first node
             time.sleep(FIRST_NODE_S)
         if not problem or not all(_claim(folder) for folder in folders):
             self._take_snapshot(folders)

@@ -4,13 +4,8 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-AXES = (
-    "pipeline",
-    "data",
-    "expert",
-    "context",
-    "tensor",
-)  # tensor varies fastest: its ranks communicate most and are closest together
+AXES = ("pipeline", "data", "expert", "context", "tensor")
+"""The last varies fastest: tensor ranks communicate most and are closest together."""
 
 
 @dataclass(frozen=True)

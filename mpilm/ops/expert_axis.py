@@ -22,7 +22,8 @@ class ExpertAxis:
 
     def __init__(self, comm: Comm, experts: int):
         self.comm, self.each = comm, experts // comm.size
-        self.local_experts = range(comm.rank * self.each, (comm.rank + 1) * self.each)
+        self.experts_of_ranks = [range(rank * self.each, (rank + 1) * self.each) for rank in range(comm.size)]
+        self.local_experts = self.experts_of_ranks[comm.rank]
 
     def count_rows(self, inputs: Sequence[Tensor]) -> tuple[RowCounts, RowCounts]:
         """Return the rows that this rank has for each expert, by the rank that has it, and those that each rank has for the

@@ -33,6 +33,7 @@ def parallelize(
     config: Config,
     mesh: Mesh,
     tensor: TensorAxis,
+    experts: ExpertAxis,
     device: torch.device,
     alignment: int,
     build_reducer: Callable[[FlatKey, FlatParameters, nn.Module], GradientReducer],
@@ -60,8 +61,8 @@ def parallelize(
         can_exchange = parallel.context > 1 and device.type == "cpu" and not find_ulysses_problem(config)
         exchanges_heads = can_exchange and parallel.context_method != "ring"
         divide_model(model, partial(cut_of, family=config.model.arch), tensor, exchanges_heads)
-    if mesh.shape.expert > 1:
-        divide_experts(model, ExpertAxis(mesh.comm("expert"), config.model.n_experts))
+    if experts.comm.size > 1:
+        divide_experts(model, experts)
     trained = allocate_parameters(select_trained(layouts), device, parallel.zero, mesh, alignment)
     frozen_layouts = {name: layout for name, layout in layouts.items() if layout.frozen}
     # ZeRO-1 and 2 shard gradients and moments, which these do not have.
@@ -81,7 +82,7 @@ def parallelize(
             each.install(model)
     reducers = [build_reducer(key, flat, model) for key, flat in trained.items()]
     autocast, width, seed = make_autocast(config.train.dtype, device), config.model.d_model, config.train.seed
-    facts = parameters, weight_grads, tensor, autocast, width, seed, device, mesh.recorder, mesh.shape.expert > 1
+    facts = parameters, weight_grads, tensor, autocast, width, seed, device, mesh.recorder, experts.comm.size > 1
     return ModelStage(model, stage == 0, is_last, reducers, *facts), trained, frozen
 
 

@@ -139,11 +139,8 @@ def _make_run_charts(run: RecordedRun, suffix: str) -> list[Chart]:
     charts, parts, (peak, source) = list[Chart](), average_parts(run), measure_peak_memory(run)
     if parts:
         ms = {part: 1000 * seconds for part, seconds in parts.items()}
-        charts.append(
-            _make_bars(
-                run.name_ranks(next(iter(ms.values()))), f"time{suffix}", "Step time of each rank", "ms, mean over the run", ms
-            )
-        )
+        names = run.name_ranks(next(iter(ms.values())))
+        charts.append(_make_bars(names, f"time{suffix}", "Step time of each rank", "ms, mean over the run", ms))
     if peak is not None:
         predicted = per_rank_values(run.start.get("predicted_memory_on_rank_bytes"))
         predicted = predicted / 2**20 if predicted is not None and len(predicted) == len(peak) else None

@@ -79,18 +79,18 @@ MODEL = [
         "--train.reproducible false does not work with --parallel.context 2",
     ),
     ({"parallel__context": 2, "train__compile": True}, "--parallel.context 2 runs parts of a block separately, which cannot "),
-    ({"model__n_kv_heads": 3}, "--model.n-heads 4 is not divisible by --model.n-kv-heads 3; the next smaller value: 2"),
+    ({"model__n_kv_heads": 3}, "--model.n-heads 4 is not divisible by --model.n-kv-heads 3; write --model.n-kv-heads 2"),
     ({"model__arch": "gpt2", "model__head_width": 20}, "--model.head-width 20: --model.arch gpt2 uses d-model / n-heads; "),
     ({"model__arch": "bert", "model__tie_embeddings": False}, "--model.tie-embeddings false: --model.arch bert predicts with "),
     ({"model__arch": "mixtral", "model__n_experts": 1}, "--model.experts-per-token 2 exceeds --model.n-experts 1"),
     ({"parallel__expert": 2}, "--parallel.expert 2: llama has no experts (mixtral and qwen-moe have); leave the setting out"),
     (
         {"model__arch": "mixtral", "model__n_experts": 6, "parallel__expert": 4},
-        "--parallel.expert 4 does not divide --model.n-experts 6; the next smaller value that does: 3",
+        "--parallel.expert 4 does not divide --model.n-experts 6; values that do: 1, 2, 3, 6",
     ),
     (
         {"model__arch": "mixtral", "parallel__expert": 16},
-        "--parallel.expert 16 does not divide --model.n-experts 8; the next smaller value that does: 8",
+        "--parallel.expert 16 does not divide --model.n-experts 8; values that do: 1, 2, 4, 8",
     ),
     (
         {"model__arch": "mixtral", "parallel__expert": 2, "train__compile": True},
