@@ -126,12 +126,15 @@ def plan_indexes(files: Sequence[TensorFile]) -> Iterator[tuple[str, dict[str, A
             yield f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def plan_blocks(files: Sequence[TensorFile], owners: ShardOwners, size: int) -> Iterator[FileBlock]:
-    """Yield the blocks of all files in order. The rank with the fewest bytes written so far, less those that it owns of the
-    block, writes it: ranks write what they alone own, and replicas take turns. Raises ValueError if `owners` leaves a gap."""
-    written, number = [0] * size, 0
+def plan_blocks(
+    files: Sequence[TensorFile], owners: ShardOwners, size: int, block_bytes: int = 0
+) -> Iterator[FileBlock]:
+    """Yield the blocks of all files in order; with `block_bytes` 0, those of a checkpoint. The rank with the fewest bytes
+    written so far, less those that it owns of the block, writes it: ranks write what they alone own, and replicas take turns.
+    Raises ValueError if `owners` leaves a gap."""
+    block_bytes, written, number = block_bytes or BLOCK_BYTES, [0] * size, 0
     for file in files:
-        for index, group in groupby(_list_ranges(file, owners, size), key=lambda r: r.offset // BLOCK_BYTES):
+        for index, group in groupby(_list_ranges(file, owners, size, block_bytes), key=lambda r: r.offset // block_bytes):
             ranges = list(group)
             owned: Counter[int] = Counter()
             for r in [r for r in ranges if r.key[0] != HEADER] or ranges:
@@ -142,22 +145,24 @@ def plan_blocks(files: Sequence[TensorFile], owners: ShardOwners, size: int) -> 
             for r in ranges:
                 parts[writer if writer in r.owners else r.owners[number % len(r.owners)]].append(r)
             nbytes = sum(r.nbytes for r in ranges)
-            yield FileBlock(number, file, index * BLOCK_BYTES, nbytes, writer, dict(parts))
+            yield FileBlock(number, file, index * block_bytes, nbytes, writer, dict(parts))
             written[writer] += nbytes
             number += 1
 
 
-def _list_ranges(file: TensorFile, owners: ShardOwners, size: int) -> Iterator[ByteRange]:
+def _list_ranges(file: TensorFile, owners: ShardOwners, size: int, block_bytes: int) -> Iterator[ByteRange]:
     """Yield the byte ranges of a file in the order of blocks, split at their borders, without empty ones."""
     header, offset = StoredTensor(file.name, (HEADER, file.name), (len(file.header) // ITEM_BYTES,)), 0
     owners = {**owners, file.name: [(0, header.shape[0], range(size))]}
     for tensor in (header, *file.tensors):
         if tensor.nbytes:
-            yield from _list_tensor_ranges(tensor, offset, owners)
+            yield from _list_tensor_ranges(tensor, offset, owners, block_bytes)
         offset += tensor.nbytes
 
 
-def _list_tensor_ranges(tensor: StoredTensor, offset: int, owners: ShardOwners) -> Iterator[ByteRange]:
+def _list_tensor_ranges(
+    tensor: StoredTensor, offset: int, owners: ShardOwners, block_bytes: int
+) -> Iterator[ByteRange]:
     """Do the same for a tensor, `offset` bytes from the beginning of the file. An undivided one is a part with a single run."""
     (kind, name), numel, end = tensor.key, prod(tensor.shape), offset + tensor.nbytes
     undivided = {name: (0, numel, numel)}
@@ -173,8 +178,8 @@ def _list_tensor_ranges(tensor: StoredTensor, offset: int, owners: ShardOwners) 
         raise ValueError(f"{name}: of {numel} elements {sum(sizes.values())} lie in parts: {', '.join(sizes)}")
     for part, size in sizes.items():
         _check_owned(part, shards[part], size)
-    for first in range(offset // BLOCK_BYTES * BLOCK_BYTES, end, BLOCK_BYTES):
-        bounds = max(0, first - offset), min(end, first + BLOCK_BYTES) - offset  # of the tensor's bytes in this block
+    for first in range(offset // block_bytes * block_bytes, end, block_bytes):
+        bounds = max(0, first - offset), min(end, first + block_bytes) - offset  # of the tensor's bytes in this block
         for part, elements in runs.items():
             begin, run, distance = (ITEM_BYTES * count for count in elements)
             start, stop = (_count_before(bound, begin, run, distance) for bound in bounds)

@@ -230,6 +230,8 @@ class RunConfig:
     eval_batches: NonNegativeInt = 8  # Global batches of held-out data per evaluation; 0: all of it.
     # First and last step to trace, as in 10:12. trace-10-12.json shows what each rank did when, in Perfetto. Empty: none.
     trace_steps: str = ""
+    # Steps between lines of certificate.jsonl, by which mpilm.audit checks the run; also at each checkpoint. 0: none.
+    certify_every: NonNegativeInt = 100
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()  # Also log to these, offline. TensorBoard is used if it is installed.
     time_limit: NonNegativeFloat = 0.0  # Seconds until the run saves and exits with code 75; 0: the end of its SLURM job.
 

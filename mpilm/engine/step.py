@@ -16,7 +16,7 @@ from mpilm.engine.state_check import check_state, state_mismatch
 from mpilm.engine.train_model import TrainModel
 from mpilm.optim.optimizer import learning_rate
 
-STOP_REASON_COUNT = 8  # length of the one-hot stop reason in reduce_loss_and_flags
+STOP_REASON_COUNT = 8  # length of the one-hot stop reason in gather_losses_and_flags
 
 
 class MicrobatchSource(Protocol):
@@ -46,35 +46,47 @@ class StepResult:
     lr: float
     updated: bool  # loss and gradient were finite and the loss was not a spike
     flags: StepFlags
+    losses: tuple[float, ...]  # sums over the target tokens of each sequence part of each microbatch
+
+
+class StepGradient(NamedTuple):
+    """The numbers that forward and backward of a step leave, the same on all ranks; as in StepResult."""
+
+    loss: float
+    norm: float
+    losses: tuple[float, ...]
+    flags: StepFlags
 
 
 def train_step(
     model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS, max_loss: float = math.inf
 ) -> StepResult:
     """Forward, backward, reduce gradients, clip; update if all is finite and the loss at most `max_loss`. Collective."""
-    loss, norm, flags = forward_backward(model, source, step, flags)
+    loss, norm, losses, flags = forward_backward(model, source, step, flags)
     updated = math.isfinite(loss) and math.isfinite(norm) and loss <= max_loss
     lr = optimizer_step(model, step, norm) if updated else learning_rate(model.config.train, step)
     if model.are_replicas_in_sync(step + 1):
         model.sync_replicas()
-    return StepResult(loss, norm, lr, updated, flags)
+    return StepResult(loss, norm, lr, updated, flags, losses)
 
 
 def forward_backward(
     model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS
-) -> tuple[float, float, StepFlags]:
+) -> StepGradient:
     """Return loss and gradient norm of a step, and the agreed flags. The gradient is left in `model.sums`. Collective."""
     tokens, recorder = max(1, source.target_tokens(step)), model.mesh.recorder
     model.forward_backward(step, partial(source.training_batch, step), tokens)
     with recorder.span("compute"):  # waits for a GPU
-        losses = {m: loss.cpu() for m, loss in model.results().items()}
+        own_losses = {m: loss.cpu() for m, loss in model.results().items()}
     with recorder.span("optimizer"):
         flags = flags._replace(state_mismatch=state_mismatch(model, step))
-    loss, flags = reduce_loss_and_flags(losses, model.microbatch_count, model.mesh.world, flags, model.sequence.parts)
+    losses, flags = gather_losses_and_flags(
+        own_losses, model.microbatch_count, model.mesh.world, flags, model.sequence.parts
+    )
     if flags.state_mismatch:  # before wrong weights are updated
         check_state(model, step)
     with recorder.span("optimizer"):
-        return loss / tokens, model.gradient_norm(), flags
+        return StepGradient(sum(losses) / tokens, model.gradient_norm(), losses, flags)
 
 
 def optimizer_step(model: TrainModel, step: int, norm: float) -> float:
@@ -98,15 +110,15 @@ def validation_loss(model: PipelinedModel, batches: Batches, eval_batches: int) 
 def total_loss(losses: Mapping[int, Tensor | float], total: int, comm: Comm, parts: int = 1) -> float:
     """Return the sum of the losses of all microbatches and their sequence `parts`, each computed on one rank, in their order.
     Collective."""
-    return reduce_loss_and_flags(losses, total, comm, NO_FLAGS, parts)[0]
+    return sum(gather_losses_and_flags(losses, total, comm, NO_FLAGS, parts)[0])
 
 
-def reduce_loss_and_flags(
+def gather_losses_and_flags(
     losses: Mapping[int, Tensor | float], total: int, comm: Comm, flags: StepFlags, parts: int = 1
-) -> tuple[float, StepFlags]:
-    """Return the total loss and the agreed flags, in one all-reduce of the losses of each microbatch, one for each of its
-    sequence `parts`, a one-hot stop reason, and the other flags. Each loss comes from one rank and meets only zeros, so the sum
-    is exact. Collective."""
+) -> tuple[tuple[float, ...], StepFlags]:
+    """Return all losses and the agreed flags, in one all-reduce of the losses of each microbatch, one for each of its sequence
+    `parts`, a one-hot stop reason, and the other flags. Each loss comes from one rank and meets only zeros, so the result is
+    exact. Collective."""
     count = total * parts
     packed = torch.zeros(count + STOP_REASON_COUNT + 2, dtype=torch.float64, device="cpu")
     for microbatch, loss in losses.items():
@@ -114,4 +126,5 @@ def reduce_loss_and_flags(
     packed[count + flags.stop_reason] = 1.0
     packed[-2], packed[-1] = flags.checkpoint_pending, flags.state_mismatch
     comm.all_reduce(packed)
-    return sum(packed[:count].tolist()), StepFlags(int(packed[count:-2].nonzero().max()), bool(packed[-2]), float(packed[-1]))
+    agreed = StepFlags(int(packed[count:-2].nonzero().max()), bool(packed[-2]), float(packed[-1]))
+    return tuple(packed[:count].tolist()), agreed

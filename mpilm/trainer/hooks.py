@@ -2,19 +2,27 @@
 
 import time
 from dataclasses import dataclass
+from math import isfinite
+
+import torch
 
 from mpilm.checkpoint.manager import CheckpointManager
-from mpilm.comm.collective_errors import CollectiveError
+from mpilm.checkpoint.tensor_digests import digest_tensors
+from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.comm.flight_recorder import Span
+from mpilm.config.schema import result_settings
+from mpilm.engine.hardware import software_fingerprint
 from mpilm.engine.state_check import check_state
 from mpilm.engine.step import StepResult, validation_loss
 from mpilm.errors import PreemptedError
 from mpilm.launch.stop_request import STOP_REASONS
 from mpilm.telemetry.trace import Trace
+from mpilm.trainer.certificate import CertificateWriter, digest_facts
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
 from mpilm.trainer.recovery.skip import skip_step
-from mpilm.trainer.run import Run
+from mpilm.trainer.run import Run, collect_state
+from mpilm.trainer.run_folder import writing
 
 HookParts = tuple[Run, RunLog, CheckpointManager, InMemoryCheckpoint | None]  # of every hook
 
@@ -97,7 +105,8 @@ class InMemoryCheckpointing(Hook):
 
     def after_step(self, event: StepEvent) -> None:
         if self.in_memory is not None:
-            values = [event.result.loss, event.result.grad_norm, event.result.lr, event.result.updated]
+            result = event.result
+            values = [result.loss, result.grad_norm, result.lr, result.updated, list(result.losses)]
             trainer = self.run.bad_steps.state_dict() | {"result": values, "parts": dict(self.run.folder.parts)}
             self.in_memory.save(self.run.model, self.run.folder.path, event.done, trainer)
 
@@ -140,6 +149,42 @@ class Evaluation(Hook):
             with run.recorder.span("evaluation"):
                 event.eval_loss = validation_loss(run.model, run.batches, run.config.run.eval_batches)
             self.log.log_evaluation(event.done, event.eval_loss, time.perf_counter() - began_s)
+
+
+@dataclass
+class Certification(Hook):
+    """Writes a line of the certificate each run.certify-every steps, and before a checkpoint is saved."""
+
+    def __post_init__(self) -> None:
+        run, world = self.run, self.run.mesh.world
+        settings = result_settings(run.config) | {"train.steps": run.config.train.steps}
+        program = f"{software_fingerprint(world)['source']}, torch {torch.__version__}"
+        self.facts = {"settings": digest_facts(settings), "data": digest_facts(run.content), "program": program}
+
+        def open_file() -> CertificateWriter:
+            with writing(run.folder.path):
+                return CertificateWriter(run.folder.path, run.folder.logged)
+
+        self.writer = run_on_root(world, open_file) if run.config.run.certify_every else None
+
+    def after_step(self, event: StepEvent) -> None:
+        run, result, every = self.run, event.result, self.run.config.run.certify_every
+        is_saved = stops_early(run, event) or is_checkpoint_planned(run, event)
+        if not every or not (is_saved or is_due(event.done, every)) or not run.model.are_replicas_in_sync(event.done):
+            return
+        run.recorder.enter("certificate", event.done - 1)
+        tensors = digest_tensors(collect_state(run, event.done, None), run.mesh.world)
+        if self.writer is not None:  # on rank 0
+            loss, grad_norm = (x if isfinite(x) else None for x in (result.loss, result.grad_norm))
+            losses = list(result.losses) if loss is not None else []
+            samples = [n * run.config.train.global_batch for n in (self.writer.last_step, event.done)]
+            facts = {"step": event.done, "loss": loss, "grad_norm": grad_norm, "losses": losses, "samples": samples}
+            self.writer.write(facts | self.facts | {"tensors": tensors})
+        self.log.restart_clock(event.done)
+
+    def finish(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
 
 class Checkpointing(Hook):

@@ -69,6 +69,7 @@ def run_steps(parts: hooks.HookParts, tracing: hooks.Tracing, recovered: Recover
     reporting: list[hooks.Hook] = [
         hooks.Logging(*parts),  # first: it measures the time since the previous step
         hooks.Evaluation(*parts),  # before saving: a checkpoint stores its evaluation loss
+        hooks.Certification(*parts),  # before saving: a checkpoint has a line of the certificate
         hooks.Checkpointing(*parts),
         hooks.Stopping(*parts),  # last: it raises
     ]

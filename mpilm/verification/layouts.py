@@ -164,7 +164,7 @@ def run_layout(config: Config, world: Comm, hardware: Hardware, flip_bit: bool =
     model.init_parameters()
     source, numbers, gradients = RandomTokens(config), list[float](), []
     for step in range(config.train.steps):
-        loss, norm, _ = forward_backward(model, source, step)
+        loss, norm, *_ = forward_backward(model, source, step)
         if flip_bit and step == config.train.steps - 1:  # the next step would refuse replicas that differ
             _flip_one_gradient_bit(model, world)
         numbers += [loss, norm]

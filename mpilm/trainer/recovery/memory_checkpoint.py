@@ -96,8 +96,8 @@ class RecoveredState:
 
     def result(self) -> StepResult:
         """Return the result of the step after which the run resumes."""
-        loss, grad_norm, lr, updated = self.trainer["result"]
-        return StepResult(loss, grad_norm, lr, updated, NO_FLAGS)
+        loss, grad_norm, lr, updated, losses = self.trainer["result"]
+        return StepResult(loss, grad_norm, lr, updated, NO_FLAGS, tuple(losses))
 
     def restore_into(self, model: TrainModel) -> None:
         """Fill the state that this rank updates. Collective over the working ranks; idle spares are in `broadcast_ranges`."""
