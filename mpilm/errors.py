@@ -61,6 +61,10 @@ class LostRankError(UserError):
     code = 89  # ranks of the job have failed, and the others cannot continue without them
 
 
+class NotReproducedError(UserError):
+    code = 90  # a run whose records say something else than its recomputation, or two runs that differ
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the host or a GPU has run out of memory, or that a limit (ulimit -v) is reached."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

@@ -126,9 +126,7 @@ def plan_indexes(files: Sequence[TensorFile]) -> Iterator[tuple[str, dict[str, A
             yield f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def plan_blocks(
-    files: Sequence[TensorFile], owners: ShardOwners, size: int, block_bytes: int = 0
-) -> Iterator[FileBlock]:
+def plan_blocks(files: Sequence[TensorFile], owners: ShardOwners, size: int, block_bytes: int = 0) -> Iterator[FileBlock]:
     """Yield the blocks of all files in order; with `block_bytes` 0, those of a checkpoint. The rank with the fewest bytes
     written so far, less those that it owns of the block, writes it: ranks write what they alone own, and replicas take turns.
     Raises ValueError if `owners` leaves a gap."""
@@ -160,9 +158,7 @@ def _list_ranges(file: TensorFile, owners: ShardOwners, size: int, block_bytes: 
         offset += tensor.nbytes
 
 
-def _list_tensor_ranges(
-    tensor: StoredTensor, offset: int, owners: ShardOwners, block_bytes: int
-) -> Iterator[ByteRange]:
+def _list_tensor_ranges(tensor: StoredTensor, offset: int, owners: ShardOwners, block_bytes: int) -> Iterator[ByteRange]:
     """Do the same for a tensor, `offset` bytes from the beginning of the file. An undivided one is a part with a single run."""
     (kind, name), numel, end = tensor.key, prod(tensor.shape), offset + tensor.nbytes
     undivided = {name: (0, numel, numel)}

@@ -169,6 +169,11 @@ def software_fingerprint(world: Comm) -> dict[str, str]:
     return {"source": source[:12], **{name: versions[name] for name in ("mpilm", "torch", "mpi")}}
 
 
+def describe_program(world: Comm) -> str:
+    """Return digest of the source and version of torch, as a certificate names them: equal with every MPI library."""
+    return f"{software_fingerprint(world)['source']}, torch {torch.__version__}"
+
+
 def numerics_environment(hardware: Hardware, world: Comm, parallel: ParallelConfig) -> dict[str, str]:
     """Return what may change the last bits of a result although no setting that decides it has changed."""
     settings = {"threads": str(hardware.threads), "device": hardware.device.type, "compile": str(hardware.compiles).lower()}

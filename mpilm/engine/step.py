@@ -70,9 +70,7 @@ def train_step(
     return StepResult(loss, norm, lr, updated, flags, losses)
 
 
-def forward_backward(
-    model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS
-) -> StepGradient:
+def forward_backward(model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS) -> StepGradient:
     """Return loss and gradient norm of a step, and the agreed flags. The gradient is left in `model.sums`. Collective."""
     tokens, recorder = max(1, source.target_tokens(step)), model.mesh.recorder
     model.forward_backward(step, partial(source.training_batch, step), tokens)
@@ -80,9 +78,7 @@ def forward_backward(
         own_losses = {m: loss.cpu() for m, loss in model.results().items()}
     with recorder.span("optimizer"):
         flags = flags._replace(state_mismatch=state_mismatch(model, step))
-    losses, flags = gather_losses_and_flags(
-        own_losses, model.microbatch_count, model.mesh.world, flags, model.sequence.parts
-    )
+    losses, flags = gather_losses_and_flags(own_losses, model.microbatch_count, model.mesh.world, flags, model.sequence.parts)
     if flags.state_mismatch:  # before wrong weights are updated
         check_state(model, step)
     with recorder.span("optimizer"):

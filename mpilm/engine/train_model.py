@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mpilm.checkpoint.format import PARAMETER
 from mpilm.checkpoint.load import load_checkpoint
+from mpilm.checkpoint.plan import plan_files
+from mpilm.checkpoint.tensor_digests import digest_tensors
 from mpilm.comm.base import Comm
 from mpilm.config.schema import MIXTURES, Config, microbatch_count
 from mpilm.data.batch import Batch
@@ -134,6 +136,16 @@ class TrainModel(PipelinedModel):
                         shards = shard_owners(layout.name, flat, self.zero > 0)
                         owners[layout.name] = [(start, stop, [ranks[i] for i in own[:replicas]]) for start, stop, own in shards]
         return owners
+
+    def digest_state(self) -> dict[str, str]:
+        """Return the digest of each weight and moment, by its name in checkpoints; the same on all layouts. Collective."""
+        files = plan_files(self.config.model, self.state_shapes, self.parts)
+        return digest_tensors(files, self.state_slices(), self.shard_owners, self.mesh.world)
+
+    def digest_gradients(self) -> dict[str, str]:
+        """Return the same of the summed gradients. Collective."""
+        files = plan_files(self.config.model, {PARAMETER: self.shapes}, self.parts)
+        return digest_tensors(files, {PARAMETER: self.gradient_slices()}, self.shard_owners, self.mesh.world)
 
     def memory_bytes(self) -> dict[str, int]:
         """Return this rank's bytes, by part. "passing": weights and gradients that are full only while they are used."""

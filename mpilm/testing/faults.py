@@ -46,7 +46,7 @@ POINTS: Mapping[str, Sequence[str]] = {
     "prepare": ["mpilm.trainer.build:open_training_data"],
     "tokenizer": ["mpilm.data.tokenizer:train_bpe"],
     "build": ["mpilm.trainer.build:partition_model"],
-    "load": ["mpilm.trainer.build:_load_or_init"],
+    "load": ["mpilm.trainer.build:load_state"],
     "sample": ["mpilm.trainer.loop:_sample_text"],
     "report": ["mpilm.trainer.loop:_write_report"],
 }

@@ -1,6 +1,7 @@
 """Construction of a run from a config and a world: a straight list of steps."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from mpilm.checkpoint.pretrained import list_pretrained_files
@@ -24,11 +25,24 @@ from mpilm.telemetry.memory import MemoryMeter, trim_heap
 from mpilm.trainer.auto_layout import choose_layout, partition_model
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
 from mpilm.trainer.run import Run
-from mpilm.trainer.run_folder import RunFolder, open_run_folder
+from mpilm.trainer.run_folder import open_run_folder
 
 
-def build_run(config: Config, world: Comm, recovered: RecoveredState | None = None) -> Run:
-    """Build everything `config` asks for, in the state of a checkpoint or of `recovered` if the run resumes. Collective."""
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run is built from, before there is a model."""
+
+    config: Config  # with the layout chosen
+    hardware: Hardware
+    mesh: Mesh
+    data: TrainingData
+    content: Mapping[str, str]  # digests of what was read, by setting
+    vocab_size: int
+    layout_note: str
+
+
+def open_inputs(config: Config, world: Comm) -> RunInputs:
+    """Check the settings on all ranks, open the data and arrange the ranks. Collective."""
     check_same_on_all_ranks(world, "settings", flatten(config))
     check_same_on_all_ranks(world, "programs", software_fingerprint(world))
     if not config.parallel.auto:
@@ -43,22 +57,37 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     config, layout_note = choose_layout(config, vocab_size, hardware, world)
     shape = run_on_all_ranks(world, lambda: resolve_mesh_shape(config, world.size, vocab_size))
     mesh = Mesh(shape, instrument(world, checks_calls=True), world.recorder)
-    content = _digest_content(config, data, world)
-    folder = open_run_folder(config, content, numerics_environment(hardware, world, config.parallel), world, recovered)
-    config = override(config, folder.parts)
+    return RunInputs(config, hardware, mesh, data, _digest_content(config, data, world), vocab_size, layout_note)
+
+
+def build_train_model(inputs: RunInputs, config: Config) -> tuple[TrainModel, Batches]:
+    """Return the model, whose parameters are zero, and the microbatches. `config`: with the parts stated. Collective."""
+    hardware, mesh, train = inputs.hardware, inputs.mesh, config.train
+    alignment = _common_alignment(config, mesh.world, hardware)
+    blocks_per_stage = partition_model(config, mesh, inputs.vocab_size, hardware.device)
+    model = TrainModel(config, mesh, blocks_per_stage, inputs.vocab_size, hardware.device, alignment)
+    return model, Batches(inputs.data.examples, train.seed, train.global_batch, train.micro_batch)
+
+
+def build_run(config: Config, world: Comm, recovered: RecoveredState | None = None) -> Run:
+    """Build everything `config` asks for, in the state of a checkpoint or of `recovered` if the run resumes. Collective."""
+    inputs = open_inputs(config, world)
+    mesh, hardware, content = inputs.mesh, inputs.hardware, inputs.content
+    environment = numerics_environment(hardware, mesh.world, inputs.config.parallel)
+    folder = open_run_folder(inputs.config, content, environment, mesh.world, recovered)
+    config = override(inputs.config, folder.parts)
     try:
-        alignment = _common_alignment(config, mesh.world, hardware)
-        blocks_per_stage = partition_model(config, mesh, vocab_size, hardware.device)
         memory = MemoryMeter(hardware.device)  # from here on: preparation may have used more than training will
-        model = TrainModel(config, mesh, blocks_per_stage, vocab_size, hardware.device, alignment)
-        _load_or_init(model, folder, mesh.world, recovered)
+        model, batches = build_train_model(inputs, config)
+        resumes_from = recovered if recovered is not None else folder.checkpoint
+        load_state(model, resumes_from, folder.step - len(folder.bad_steps.skipped), mesh.world)
         trim_heap()
     except BaseException:
         folder.release()
         raise
-    batches = Batches(data.examples, config.train.seed, config.train.global_batch, config.train.micro_batch)
     stop = StopRequest(folder.path / "stop", config.run.time_limit, query_slurm=world.rank == 0)
-    return Run(config, hardware, mesh, data, batches, folder, content, model, stop, folder.bad_steps, memory, layout_note)
+    parts = inputs.data, batches, folder, content, model, stop, folder.bad_steps, memory, inputs.layout_note
+    return Run(config, hardware, mesh, *parts)
 
 
 def _common_alignment(config: Config, world: Comm, hardware: Hardware) -> int:
@@ -81,17 +110,17 @@ def _digest_content(config: Config, data: TrainingData, world: Comm) -> Mapping[
     return content
 
 
-def _load_or_init(model: TrainModel, folder: RunFolder, world: Comm, recovered: RecoveredState | None) -> None:
-    """Give the model the state to resume from, the weights to start with, or random ones. Collective."""
-    shape, resumes = model.config.model, recovered is not None or folder.checkpoint is not None
-    updates = folder.step - len(folder.bad_steps.skipped)
-    if shape.init_from and (shape.lora_rank or not resumes):
+def load_state(model: TrainModel, source: RecoveredState | Path | None, updates: int, world: Comm) -> None:
+    """Give the model the state of a verified checkpoint or of other ranks, taken after `updates` updates; without a source, the
+    weights to start with, or random ones. Collective."""
+    shape = model.config.model
+    if shape.init_from and (shape.lora_rank or source is None):
         load_initial_weights(model, world)
-    elif not resumes:
+    elif source is None:
         model.init_parameters()
-    if recovered is not None:
-        recovered.restore_into(model)
+    if isinstance(source, Path):
+        load_checkpoint_state(model, source, updates, world)
+    elif source is not None:
+        source.restore_into(model)
         model.optimizer.set_step(updates)
         model.all_gather_parameters()
-    elif folder.checkpoint is not None:
-        load_checkpoint_state(model, folder.checkpoint, updates, world)

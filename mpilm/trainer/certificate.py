@@ -1,9 +1,9 @@
 """RUN/certificate.jsonl: what the run computed, in a chain of lines that no layout changes.
 
-A line is a JSON object with the facts of a step (loss and gradient norm, losses of its microbatches, numbers of the samples read
-since the line before, settings, digests of data and program) and the digest of each tensor of the state. Its "root" is the root
-of the Merkle tree (RFC 6962, section 2.1, by sha256) over all of these; "previous" is the sha256 of the line before. Thus two
-runs of equal roots had equal bits, and a line that was edited later does not fit the lines after it. See mpilm/audit.py.
+A line is a JSON object with the facts of a step (loss and gradient norm, losses of its microbatches, numbers of the samples
+read since the line before, digests of settings, data and program) and the digest of each tensor of the state. Its "root" is the
+root of the Merkle tree (RFC 6962, section 2.1, by sha256) over all of these; "previous" is the sha256 of the line before. So two
+runs with equal roots had equal bits, and a line that was edited later does not fit the lines after it. mpilm/audit.py reads it.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from mpilm.telemetry.metrics import length_through_step, parse_row
 CERTIFICATE = "certificate.jsonl"
 CHAIN = ("root", "previous")  # the fields that the others determine
 FIELDS: Mapping[str, type | tuple[type, ...]] = {
-    "step": int, "loss": (float, type(None)), "grad_norm": (float, type(None)), "losses": list, "samples": list, "settings": str,
-    "data": str, "program": str, "tensors": dict, "root": str, "previous": str,
+    "step": int, "loss": (float, type(None)), "grad_norm": (float, type(None)), "losses": list, "samples": list,
+    "settings": str, "data": str, "program": str, "tensors": dict, "root": str, "previous": str,
 }  # fmt: skip
 
 
@@ -44,8 +44,8 @@ class CertificateLine:
 
 
 class CertificateWriter:
-    """Appends lines to the certificate in a run folder. `step` is the checkpoint that the run resumes from: lines of later steps
-    are removed. Raises OSError."""
+    """Appends lines to the certificate in a run folder. `step` is the checkpoint that the run resumes from: lines of later
+    steps are removed. Raises OSError."""
 
     def __init__(self, folder: Path, step: int):
         self._file = open(folder / CERTIFICATE, "a+b")  # noqa: SIM115

@@ -4,14 +4,11 @@ import time
 from dataclasses import dataclass
 from math import isfinite
 
-import torch
-
 from mpilm.checkpoint.manager import CheckpointManager
-from mpilm.checkpoint.tensor_digests import digest_tensors
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.comm.flight_recorder import Span
 from mpilm.config.schema import result_settings
-from mpilm.engine.hardware import software_fingerprint
+from mpilm.engine.hardware import describe_program
 from mpilm.engine.state_check import check_state
 from mpilm.engine.step import StepResult, validation_loss
 from mpilm.errors import PreemptedError
@@ -21,7 +18,7 @@ from mpilm.trainer.certificate import CertificateWriter, digest_facts
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
 from mpilm.trainer.recovery.skip import skip_step
-from mpilm.trainer.run import Run, collect_state
+from mpilm.trainer.run import Run
 from mpilm.trainer.run_folder import writing
 
 HookParts = tuple[Run, RunLog, CheckpointManager, InMemoryCheckpoint | None]  # of every hook
@@ -158,8 +155,7 @@ class Certification(Hook):
     def __post_init__(self) -> None:
         run, world = self.run, self.run.mesh.world
         settings = result_settings(run.config) | {"train.steps": run.config.train.steps}
-        program = f"{software_fingerprint(world)['source']}, torch {torch.__version__}"
-        self.facts = {"settings": digest_facts(settings), "data": digest_facts(run.content), "program": program}
+        self.facts = {"settings": digest_facts(settings), "data": digest_facts(run.content), "program": describe_program(world)}
 
         def open_file() -> CertificateWriter:
             with writing(run.folder.path):
@@ -173,7 +169,7 @@ class Certification(Hook):
         if not every or not (is_saved or is_due(event.done, every)) or not run.model.are_replicas_in_sync(event.done):
             return
         run.recorder.enter("certificate", event.done - 1)
-        tensors = digest_tensors(collect_state(run, event.done, None), run.mesh.world)
+        tensors = run.model.digest_state()
         if self.writer is not None:  # on rank 0
             loss, grad_norm = (x if isfinite(x) else None for x in (result.loss, result.grad_norm))
             losses = list(result.losses) if loss is not None else []

@@ -28,8 +28,10 @@ ROOMS = (  # from the lowest layer to the highest
     ("parallel",),
     ("optim", "checkpoint", "telemetry", "planner"),
     ("engine", "report"),
-    ("inference", "verification"),
-    ("trainer", "doctor"),
+    ("inference",),
+    ("trainer",),
+    ("verification",),
+    ("doctor",),
 )
 LAYERS = {room: layer for layer, rooms in enumerate(ROOMS) for room in rooms}
 COMMAND_LAYER = len(ROOMS)  # every other file at the top of the package
