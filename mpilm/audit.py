@@ -29,9 +29,9 @@ def main() -> Body:
 
     def body(comm: Comm) -> None:
         from mpilm.verification.audit import audit_run
-        from mpilm.verification.bisection import compare_runs
+        from mpilm.verification.bisection import find_first_difference
 
-        audit = audit_run if len(arguments.runs) == 1 else compare_runs
+        audit = audit_run if len(arguments.runs) == 1 else find_first_difference
         audit(arguments, comm, lambda text: print(text, flush=True) if comm.rank == 0 else None)
 
     return body

@@ -30,7 +30,7 @@ from mpilm.trainer.run_folder import open_run_folder
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run is built from, before there is a model."""
+    """Settings, hardware, ranks and data, from which the model of a run is built."""
 
     config: Config  # with the layout chosen
     hardware: Hardware

@@ -2,8 +2,8 @@
 
 A line is a JSON object with the facts of a step (loss and gradient norm, losses of its microbatches, numbers of the samples
 read since the line before, digests of settings, data and program) and the digest of each tensor of the state. Its "root" is the
-root of the Merkle tree (RFC 6962, section 2.1, by sha256) over all of these; "previous" is the sha256 of the line before. So two
-runs with equal roots had equal bits, and a line that was edited later does not fit the lines after it. mpilm/audit.py reads it.
+root of the Merkle tree (RFC 6962, section 2.1, by sha256) over all of these; "previous" is the sha256 of the line before. Thus
+two runs with equal roots had equal bits, and a line that was edited later does not fit those after it. mpilm/audit.py reads it.
 """
 
 import hashlib
@@ -11,7 +11,6 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +98,12 @@ def read_certificate(folder: Path) -> list[CertificateLine]:
         texts = path.read_bytes().splitlines(keepends=True)
     texts = texts[:-1] if texts and not texts[-1].endswith(b"\n") else texts  # a job was killed while it wrote it
     lines = [_read_line(text, f"{path} line {number}") for number, text in enumerate(texts, 1)]
-    for number, (before, line) in enumerate(pairwise(lines), 2):
-        if line.fields["previous"] != before.digest:
-            problem = f"the chain is broken: line {number} was written after another line {number - 1}"
-            raise DataError(f"{path}: {problem}; one of lines 1 to {number - 1} has been changed, removed or added")
-        if line.step <= before.step:
-            raise DataError(f"{path} line {number} is of step {line.step}, but the line before it of step {before.step}")
+    digest, step = "", 0
+    for number, line in enumerate(lines, 1):
+        if line.fields["previous"] != digest or line.step <= step:
+            problem = f"the chain is broken: line {number} (step {line.step}) was not written after the line before it"
+            raise DataError(f"{path}: {problem}; a line before it has been changed, removed or added")
+        digest, step = line.digest, line.step
     return lines
 
 

@@ -97,18 +97,13 @@ def _recompute(
             refuse_differences(problem, line.tensors, replayed.model.digest_state())
             compared["line"] += 1
         print_line(f"  step {done}: loss {result.loss:.6f}" + ", equal in every tensor" * (line is not None))
-    if not lines:
-        _compare_with_checkpoint(replayed, last)
-    what = ("loss", "logged loss", "logged losses"), ("line", "line of the certificate", "lines of the certificate")
-    return [f"{compared[key]} {one if compared[key] == 1 else more}" for key, one, more in what]
-
-
-def _compare_with_checkpoint(replayed: ReplayedRun, last: int) -> None:
-    """Compare the state after the last step with a checkpoint, in a run without a certificate."""
     path = replayed.stored.folder / "checkpoints" / checkpoint_name(last)
-    if replayed.mesh.world.broadcast_json(path.is_dir()):
+    compared["checkpoint"] = not lines and replayed.mesh.world.broadcast_json(path.is_dir())
+    if compared["checkpoint"]:  # the run has no certificate
         stored = replayed.digest_checkpoint(path)
         refuse_differences(f"step {last}: the state is not that of {path}", stored, replayed.model.digest_state())
+    names = {"loss": "logged loss", "line": "certified state", "checkpoint": "checkpoint"}
+    return [count_noun(number, names[key]) for key, number in compared.items() if number]
 
 
 def _find_problems(result: StepResult, row: Sequence[float] | None, line: CertificateLine | None) -> Iterator[str]:

@@ -20,7 +20,7 @@ from mpilm.verification.replayed_run import StoredRun, find_stored_run, open_rep
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What one recomputed step had at each of its stages: of each in turn, a difference explains those that follow."""
+    """Digests of one recomputed step, in the order in which a difference of one explains those of the next."""
 
     batches: list[str]  # digests of the microbatches
     losses: tuple[float, ...]  # of their sequence parts
@@ -28,7 +28,7 @@ class StepTrace:
     tensors: Mapping[str, str]  # digests of the state after the step
 
 
-def compare_runs(arguments: AuditArguments, world: Comm, print_line: PrintLine) -> None:
+def find_first_difference(arguments: AuditArguments, world: Comm, print_line: PrintLine) -> None:
     """Find the first certified step at which two runs differ, recompute both from the last equal one, and name step, microbatch
     or tensor, and cause. Collective; raises CollectiveError if the runs differ."""
     folders = [Path(run) for run in arguments.runs]

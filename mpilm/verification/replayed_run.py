@@ -34,7 +34,7 @@ INEXACT = {
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What a run folder holds of the steps to recompute, the same on all ranks."""
+    """Checkpoint and settings from which steps of a run can be recomputed, the same on all ranks."""
 
     folder: Path
     checkpoint: Path | None  # the newest from before these steps; None: the run begins anew
