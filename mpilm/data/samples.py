@@ -36,11 +36,11 @@ class CorpusSamples:
         advice = f"the largest value that works is {shortest - 1}, or give more text"
         raise ConfigError(f"--model.context-length {context_length}: {problem}; {advice}")
 
-    def read(self, numbers: Indices, seed: int | None) -> Indices:
-        """Return the tokens of samples, (B, T + 1)."""
+    def locate(self, numbers: Indices, seed: int | None) -> list[tuple[Corpus, int]]:
+        """Return the corpus and the first token of each sample."""
         origin, count = (self.boundary, self.eval_samples) if seed is None else (0, self.train_samples)
         starts = origin + self.context_length * pick_samples(numbers, seed, count)
-        return np.stack([self.corpus.read(start, start + self.context_length + 1) for start in starts.tolist()])
+        return [(self.corpus, start) for start in starts.tolist()]
 
 
 class CorpusMixture:
@@ -55,13 +55,14 @@ class CorpusMixture:
         self.eval_ends = np.cumsum([corpus.eval_samples for corpus in corpora])
         self.eval_samples = int(self.eval_ends[-1])
 
-    def read(self, numbers: Indices, seed: int | None) -> Indices:
-        which, places = self.locate(numbers, seed)
+    def locate(self, numbers: Indices, seed: int | None) -> list[tuple[Corpus, int]]:
+        """Return the corpus and the first token of each sample."""
+        which, places = self.choose(numbers, seed)
         seeds = [None if seed is None else mix_key(seed, MIXTURE_KEY, i) for i in range(len(self.corpora))]
-        rows = [self.corpora[i].read(np.array([place]), seeds[i]) for i, place in zip(which.tolist(), places.tolist())]
-        return np.concatenate(rows)
+        pairs = zip(which.tolist(), places.tolist())
+        return [self.corpora[i].locate(np.array([place]), seeds[i])[0] for i, place in pairs]
 
-    def locate(self, numbers: Indices, seed: int | None) -> tuple[Indices, Indices]:
+    def choose(self, numbers: Indices, seed: int | None) -> tuple[Indices, Indices]:
         """Return for each sample the corpus it comes from, and how many samples of that corpus came before; 2 x (B,)."""
         if seed is None:
             rounds, slots, ends = np.zeros_like(numbers), pick_samples(numbers, None, self.eval_samples), self.eval_ends
@@ -70,6 +71,12 @@ class CorpusMixture:
         sizes = np.diff(ends, prepend=0)
         which = np.searchsorted(ends, slots, side="right")
         return which, rounds * sizes[which] + slots - (ends - sizes)[which]
+
+
+def read_samples(samples: CorpusSamples | CorpusMixture, numbers: Indices, seed: int | None) -> Indices:
+    """Return the tokens of samples, (B, T + 1)."""
+    length = samples.context_length + 1
+    return np.stack([corpus.read(at, at + length) for corpus, at in samples.locate(numbers, seed)])
 
 
 class TextExamples:
@@ -83,7 +90,7 @@ class TextExamples:
         self.context_length, self.eval_samples = samples.context_length, samples.eval_samples
 
     def make_batch(self, numbers: Indices, seed: int | None) -> Batch:
-        rows, key = self.samples.read(numbers, seed), VALIDATION_KEY if seed is None else seed
+        rows, key = read_samples(self.samples, numbers, seed), VALIDATION_KEY if seed is None else seed
         inputs, targets = self.objective(rows, [mix_key(key, number, OBJECTIVE_KEY) for number in numbers.tolist()])
         if self.packing == "concat":
             return Batch.from_arrays(tokens=inputs, targets=targets, positions=np.arange(self.context_length), samples=numbers)

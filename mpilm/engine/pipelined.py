@@ -1,6 +1,7 @@
 """A model whose stages are distributed over the pipeline axis. All that depends on the layout is here and in train_model.py."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -145,6 +146,14 @@ class PipelinedModel:
         actions = forward_only(self.config.parallel.pipeline, self.config.parallel.chunks, count)[self.pipeline.rank]
         self._run(self.lower(actions, count, len(inputs.microbatch_ids)), inputs)
         return self.results()
+
+    @contextlib.contextmanager
+    def watching_gradients(self, notify: Callable[[int, str, Tensor], None]) -> Iterator[None]:
+        """Call notify(microbatch, name, gradient) for each gradient that this rank computes (see ModelStage)."""
+        with contextlib.ExitStack() as stack:
+            for stage in self.stages.values():
+                stack.enter_context(stage.watching_gradients(notify))
+            yield
 
     def lower(self, actions: Sequence[Action], count: int, own: int) -> Sequence[Action]:
         """Return the program of a schedule of `count` microbatches, of which this replica has `own`. If ranks of other replicas

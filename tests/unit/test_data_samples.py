@@ -10,7 +10,7 @@ from text import corpus_of
 from mpilm.config.schema import DataConfig
 from mpilm.data.batch import Batches
 from mpilm.data.corpus import unigram_loss
-from mpilm.data.samples import MIXTURE_PERIOD, CorpusMixture, CorpusSamples, TextExamples
+from mpilm.data.samples import MIXTURE_PERIOD, CorpusMixture, CorpusSamples, TextExamples, read_samples
 from mpilm.errors import ConfigError, DataError
 
 
@@ -140,7 +140,7 @@ def test_mixture_slots_are_nearest_to_the_parts_and_never_none(parts):
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_mixture_takes_each_corpus_as_often_as_its_part(seed):
-    which, _ = mixture()[0].locate(np.arange(2 * MIXTURE_PERIOD), seed)
+    which, _ = mixture()[0].choose(np.arange(2 * MIXTURE_PERIOD), seed)
     counts = [np.bincount(half).tolist() for half in np.split(which, 2)]
     assert counts == [[32768, 19661, 13107]] * 2
     assert np.bincount(which[:1000], minlength=3) / 1000 == pytest.approx([0.5, 0.3, 0.2], abs=0.07)  # spread: 4 sigma
@@ -149,29 +149,29 @@ def test_mixture_takes_each_corpus_as_often_as_its_part(seed):
 def test_mixture_takes_each_sample_once_an_epoch_across_periods():
     mixed, firsts = mixture()
     stream = np.arange(3 * MIXTURE_PERIOD)
-    which, places = mixed.locate(stream, 1)
+    which, places = mixed.choose(stream, 1)
     for i, size in enumerate((40, 7, 150)):
         mine = places[which == i]
         assert sorted(mine.tolist()) == list(range(len(mine)))  # no sample is left out between two others
         order = stream[which == i][np.argsort(mine)][:size]
-        assert sorted(mixed.read(order, 1)[:, 0].tolist()) == list(range(firsts[i], firsts[i] + size))
+        assert sorted(read_samples(mixed, order, 1)[:, 0].tolist()) == list(range(firsts[i], firsts[i] + size))
 
 
 def test_mixture_sample_depends_on_its_number_and_seed_alone():
     mixed, _ = mixture()
     numbers = np.array([5, 70_000, 3, 200_001])
-    rows = mixed.read(numbers, 3)
+    rows = read_samples(mixed, numbers, 3)
     assert rows.shape == (4, T + 1)
     for number, row in zip(numbers, rows):
-        assert np.array_equal(mixed.read(np.array([number]), 3)[0], row)
-    assert not np.array_equal(mixed.read(np.arange(50), 3), mixed.read(np.arange(50), 4))
+        assert np.array_equal(read_samples(mixed, np.array([number]), 3)[0], row)
+    assert not np.array_equal(read_samples(mixed, np.arange(50), 3), read_samples(mixed, np.arange(50), 4))
 
 
 def test_mixture_validation_split_is_that_of_each_corpus():
     corpora = [numbered(first, 50, 0.2) for first in (0, 100)]
     mixed = CorpusMixture(corpora, (0.9, 0.1))
     assert mixed.eval_samples == sum(corpus.eval_samples for corpus in corpora)
-    firsts = mixed.read(np.arange(mixed.eval_samples), None)[:, 0].tolist()
+    firsts = read_samples(mixed, np.arange(mixed.eval_samples), None)[:, 0].tolist()
     assert sorted(firsts) == sorted(
         int(corpus.corpus.tokens[corpus.boundary + i * T]) for corpus in corpora for i in range(corpus.eval_samples)
     )

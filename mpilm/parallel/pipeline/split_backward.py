@@ -44,6 +44,11 @@ class WeightGradQueue:
         self.microbatch = -1
         self._pending: dict[int, deque[tuple[str, Callable[[], Tensor]]]] = defaultdict(deque)
 
+    @property
+    def is_used(self) -> bool:
+        """True if gradients come from here, rather than from backward at once."""
+        return self.microbatch >= 0
+
     def push_pending(self, name: str, compute: Callable[[], Tensor]) -> None:
         self._pending[self.microbatch].append((name, compute))
 

@@ -1,8 +1,10 @@
 """One pipeline stage of the model, as the interpreter runs it. With one stage it is the whole model."""
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,6 +121,7 @@ class ModelStage:
     def forward(self, microbatch: int) -> None:
         if not self._exists(microbatch):
             return self.parameters.join_forward()
+        self.forward_microbatch = microbatch
         self._set_slicing(microbatch)
         training, batch = self.inputs.step is not None, self._batch(microbatch)
         x = batch.tokens if self.is_first else self._received["F", microbatch].detach().requires_grad_(training)
@@ -172,6 +175,33 @@ class ModelStage:
     def reduce(self) -> None:
         for reducer in self.reducers:
             reducer.reduce()
+
+    @contextlib.contextmanager
+    def watching_gradients(self, notify: Callable[[int, str, Tensor], None]) -> Iterator[None]:
+        """Call notify(microbatch, name, gradient) for the gradient of each parameter in each backward, before it is added to
+        others; microbatches by global number."""
+
+        def observe(name: str, gradient: Tensor) -> None:
+            if self.backward_microbatch < len(self.inputs.microbatch_ids):
+                notify(self.inputs.microbatch_ids[self.backward_microbatch], name, gradient)
+
+        def observe_backward(name: str, gradient: Tensor) -> None:
+            if not self.weight_grads.is_used:  # else they come from there, too
+                observe(name, gradient)
+
+        def observe_pending(microbatch: int) -> Iterator[tuple[str, Tensor]]:
+            for name, gradient in pop_gradients(microbatch):
+                observe(name, gradient)
+                yield name, gradient
+
+        pop_gradients = self.weight_grads.pop_gradients
+        with contextlib.ExitStack() as stack:
+            self.weight_grads.pop_gradients = observe_pending  # type: ignore[method-assign]
+            stack.callback(delattr, self.weight_grads, "pop_gradients")
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    stack.callback(parameter.register_hook(partial(observe_backward, name)).remove)
+            yield
 
     def _begin_microbatch(self, microbatch: int) -> None:
         for reducer in self.reducers:

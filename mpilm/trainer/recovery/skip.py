@@ -1,8 +1,6 @@
 """Recovery from a step that changed nothing, because it was not finite or a spike: find the cause, then skip or rewind."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from mpilm.data.files import read_json
 from mpilm.engine.step import MicrobatchSource, StepResult, forward_backward
 from mpilm.engine.train_model import TrainModel, load_checkpoint_state
 from mpilm.errors import NonFiniteError
-from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
 from mpilm.trainer.run import Run
@@ -66,9 +63,12 @@ def _check_bad_step_budget(run: Run, cause: str) -> None:
 def locate_nonfinite(model: TrainModel, source: MicrobatchSource, step: int) -> str:
     """Repeat a step and name the rank, microbatch and tensor that are not finite. Collective; overwrites the gradient sums."""
     found: list[tuple[int, str]] = []
-    with contextlib.ExitStack() as stack:
-        for stage in model.stages.values():
-            _watch_gradients(stage, found, stack)
+
+    def check(microbatch: int, name: str, gradient: Tensor) -> None:
+        if not torch.isfinite(gradient).all():
+            found.append((microbatch, f"gradient of {name}"))
+
+    with model.watching_gradients(check):
         forward_backward(model, source, step)
     losses = [(m, "loss") for m, loss in model.results().items() if not torch.isfinite(loss).all()]
     everyone = model.mesh.world.all_gather_json(min(losses or found, default=None))
@@ -77,23 +77,3 @@ def locate_nonfinite(model: TrainModel, source: MicrobatchSource, step: int) -> 
         return "not reproduced on recomputation: suspect a CPU or memory fault"
     names = [f"rank {rank}, microbatch {m}: {name}" for rank, m, name in sorted(bad, key=lambda item: item[1])]
     return "; ".join(names[:3]) + (f"; and {len(names) - 3} more ranks" if len(names) > 3 else "")
-
-
-def _watch_gradients(stage: ModelStage, found: list[tuple[int, str]], stack: contextlib.ExitStack) -> None:
-    """Record each gradient of a stage that is not finite, with its microbatch, until `stack` is closed."""
-
-    def check(name: str, gradient: Tensor) -> None:
-        if not torch.isfinite(gradient).all():
-            found.append((stage.inputs.microbatch_ids[stage.backward_microbatch], f"gradient of {name}"))
-
-    def checked(microbatch: int) -> Iterator[tuple[str, Tensor]]:
-        for name, gradient in pop_gradients(microbatch):
-            check(name, gradient)
-            yield name, gradient
-
-    pop_gradients = stage.weight_grads.pop_gradients
-    stage.weight_grads.pop_gradients = checked  # type: ignore[method-assign]
-    stack.callback(delattr, stage.weight_grads, "pop_gradients")
-    for name, parameter in stage.model.named_parameters():
-        if parameter.requires_grad:
-            stack.callback(parameter.register_hook(lambda gradient, name=name: check(name, gradient)).remove)
