@@ -148,11 +148,11 @@ class PipelinedModel:
         return self.results()
 
     @contextlib.contextmanager
-    def watching_gradients(self, notify: Callable[[int, str, Tensor], None]) -> Iterator[None]:
-        """Call notify(microbatch, name, gradient) for each gradient that this rank computes (see ModelStage)."""
+    def observing(self, observe: Callable[[int, int, str, Tensor], None]) -> Iterator[None]:
+        """Call observe(stage, microbatch, label, x) for each message, loss and gradient of this rank (see ModelStage)."""
         with contextlib.ExitStack() as stack:
-            for stage in self.stages.values():
-                stack.enter_context(stage.watching_gradients(notify))
+            for number, stage in self.stages.items():
+                stack.enter_context(stage.observing(partial(observe, number)))
             yield
 
     def lower(self, actions: Sequence[Action], count: int, own: int) -> Sequence[Action]:

@@ -10,9 +10,8 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.engine.train_model import TrainModel
 from mpilm.errors import RanksDisagreeError
 from mpilm.formatting import name_ranks
-from mpilm.parallel.digests import CAUSE, read_sums, sum_bits
+from mpilm.parallel.digests import CAUSE, MODULUS, name_bit, read_sums, sum_bits
 
-MODULUS = 2**32  # of digests
 ADVICE = "Nothing of this is saved; the same command, best without that host, resumes from the newest checkpoint"
 
 
@@ -50,12 +49,8 @@ def check_state(model: TrainModel, done: int) -> None:
 def _find_changed(model: TrainModel, digests: Sequence[int]) -> list[tuple[str, str]]:
     """Return the tensors whose bits on this rank have changed since the last update, and how."""
     parts = zip(model.digests.names, digests, model.digests.recorded)
-    return [(name, f"changed since the last update{_name_bit(now - then)}") for name, now, then in parts if now != then]
-
-
-def _name_bit(difference: int) -> str:
-    size = min(difference % MODULUS, -difference % MODULUS)
-    return f" (bit {size.bit_length() - 1} of an element)" if size & (size - 1) == 0 else ""
+    changed = [(name, name_bit(now - then)) for name, now, then in parts if now != then]
+    return [(name, "changed since the last update" + (f" ({bit})" if bit else "")) for name, bit in changed]
 
 
 def _replica_axes(model: TrainModel, name: str) -> tuple[str, ...]:

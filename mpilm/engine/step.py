@@ -1,5 +1,6 @@
 """One training step, and the validation loss."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from mpilm.comm.base import Comm
 from mpilm.data.batch import Batch, Batches
 from mpilm.engine.pipelined import PipelinedModel
+from mpilm.engine.recheck import Recheck
 from mpilm.engine.state_check import check_state, state_mismatch
 from mpilm.engine.train_model import TrainModel
 from mpilm.optim.optimizer import learning_rate
@@ -59,10 +61,18 @@ class StepGradient(NamedTuple):
 
 
 def train_step(
-    model: TrainModel, source: MicrobatchSource, step: int, flags: StepFlags = NO_FLAGS, max_loss: float = math.inf
+    model: TrainModel,
+    source: MicrobatchSource,
+    step: int,
+    flags: StepFlags = NO_FLAGS,
+    max_loss: float = math.inf,
+    recheck: Recheck | None = None,
 ) -> StepResult:
     """Forward, backward, reduce gradients, clip; update if all is finite and the loss at most `max_loss`. Collective."""
-    loss, norm, losses, flags = forward_backward(model, source, step, flags)
+    with recheck.recording(step) if recheck else contextlib.nullcontext():
+        loss, norm, losses, flags = forward_backward(model, source, step, flags)
+    if recheck:
+        recheck.verify(step, partial(source.training_batch, step), max(1, source.target_tokens(step)))
     updated = math.isfinite(loss) and math.isfinite(norm) and loss <= max_loss
     lr = optimizer_step(model, step, norm) if updated else learning_rate(model.config.train, step)
     if model.are_replicas_in_sync(step + 1):

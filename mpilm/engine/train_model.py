@@ -1,5 +1,6 @@
 """A model in training: a PipelinedModel with gradient reducers and an optimizer for what this rank owns."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import product
@@ -28,7 +29,7 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import FlatKey, group_by_vector, select_owned, select_parts, select_stage, select_trained
 from mpilm.parallel.layout_check import reduces_in_rounds, replica_microbatch_count
-from mpilm.parallel.pipeline.schedules import schedule
+from mpilm.parallel.pipeline.schedules import gpipe, schedule, zero_bubble
 from mpilm.parallel.pipeline.stage import StepInputs
 from mpilm.parallel.reduce.build import build_reducer
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
@@ -57,10 +58,7 @@ class TrainModel(PipelinedModel):
             for model_stage in self.stages.values():
                 self.expert_load.observe(model_stage.model)
         self.microbatch_count, parallel = microbatch_count(config), config.parallel
-        # The microbatches of this replica, in the order in which it computes them.
-        self.microbatch_ids = range(*block_of_rank(self.replicas.rank, self.replicas.size, self.microbatch_count))
-        if reduces_in_rounds(config):  # this rank's microbatch of each round, so that the round can be reduced at once
-            self.microbatch_ids = range(self.replicas.rank, self.microbatch_count, self.replicas.size)
+        self.microbatch_ids = self.microbatches_of(self.replicas.rank)
         diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
         self.optimizer = Optimizer(self.flats, config.train, self.tensor, diloco)
         self.replicates_moments = self.zero == 0 and not self.is_local_sgd and self.reduce_comm.size > 1
@@ -76,6 +74,12 @@ class TrainModel(PipelinedModel):
     def make_reducer(self, key: FlatKey, flat: FlatParameters, model: nn.Module) -> StepReducer | MicrobatchRoundReducer:
         self.reducers[key] = build_reducer(flat, model, self.config, self.reduce_timings, self.sequence)
         return self.reducers[key]
+
+    def microbatches_of(self, replica: int) -> range:
+        """Return the microbatches of a replica, in the order in which it computes them."""
+        if reduces_in_rounds(self.config):  # one in each round, so that the round can be reduced at once
+            return range(replica, self.microbatch_count, self.replicas.size)
+        return range(*block_of_rank(replica, self.replicas.size, self.microbatch_count))
 
     def are_replicas_in_sync(self, done: int) -> bool:
         """Return whether all replicas have the same weights after `done` steps."""
@@ -192,10 +196,27 @@ class TrainModel(PipelinedModel):
 
     def forward_backward(self, step: int, fetch: Callable[[int], Batch], target_tokens: int) -> None:
         """Run this replica's microbatches forward and backward and reduce the gradients over all replicas. Collective."""
+        self._run(self.program, self._make_inputs(step, fetch, self.microbatch_ids, target_tokens))
+        self.tied.add_gradients(self.sums)
+
+    def recompute(self, step: int, fetch: Callable[[int], Batch], microbatch_ids: Sequence[int], target_tokens: int) -> None:
+        """Run forward and backward of one microbatch, or none on this replica, and discard its gradients. Collective."""
+        parallel, make = self.config.parallel, zero_bubble if self.config.parallel.schedule == "zero-bubble" else gpipe
+        actions = make(parallel.pipeline, parallel.chunks, 1)[self.pipeline.rank]
+        program = [action for action in self.lower(actions, 1, len(microbatch_ids)) if action.kind != "REDUCE"]
+        with contextlib.ExitStack() as stack:
+            if self.expert_load is not None:
+                stack.enter_context(self.expert_load.paused())
+            for stage in self.stages.values():
+                stack.enter_context(stage.discarding_gradients())
+            self._run(program, self._make_inputs(step, fetch, microbatch_ids, target_tokens))
+
+    def _make_inputs(
+        self, step: int, fetch: Callable[[int], Batch], microbatch_ids: Sequence[int], target_tokens: int
+    ) -> StepInputs:
         if self.is_local_sgd:  # the mean over this replica's own tokens
             target_tokens = max(1, target_tokens * len(self.microbatch_ids) // self.microbatch_count)
-        self._run(self.program, StepInputs(fetch, self.microbatch_ids, step, target_tokens, self.token_losses))
-        self.tied.add_gradients(self.sums)
+        return StepInputs(fetch, microbatch_ids, step, target_tokens, self.token_losses)
 
 
 def load_checkpoint_state(model: TrainModel, checkpoint: Path, updates: int, world: Comm) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals
 
+MODULUS = 2**32  # of sums of bits
 CAUSE = "a processor or its memory may be failing"
 NamedTensors = list[tuple[str, Tensor]]
 
@@ -17,6 +18,12 @@ NamedTensors = list[tuple[str, Tensor]]
 def sum_bits(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the sum of each tensor's 32-bit words modulo 2**32. It changes with each single bit, and is as fast as memory."""
     return [x.view(torch.int32).sum(dtype=torch.int32) for x in tensors]
+
+
+def name_bit(difference: int) -> str:
+    """Return which bit differs, given the difference of two sums of bits, if it can be a single one."""
+    size = min(difference % MODULUS, -difference % MODULUS)
+    return f"bit {size.bit_length() - 1} of an element" if size and size & (size - 1) == 0 else ""
 
 
 def read_sums(sums: list[Tensor]) -> list[int]:

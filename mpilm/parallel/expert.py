@@ -4,8 +4,9 @@ A rank computes the tokens of each rank with another copy of its experts. Copies
 its own: these belong to microbatches of different ranks, and the tree adds them in the order of microbatches.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,7 @@ class ExpertLoad:
     """Counts the tokens that training sends to each expert, over all mixtures of a rank."""
 
     def __init__(self, experts: int, device: torch.device):
-        self._counts = torch.zeros(experts, dtype=torch.int64, device=device)
+        self._counts, self._is_paused = torch.zeros(experts, dtype=torch.int64, device=device), False
 
     def observe(self, model: nn.Module) -> None:
         """Count what the routers of `model` choose where gradients are computed: once if blocks are recomputed, too."""
@@ -50,9 +51,16 @@ class ExpertLoad:
 
     def _route(self, route: Callable[..., tuple[Tensor, Tensor]], flat: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
         chosen, weights = route(flat, info)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self._is_paused:
             self._counts += torch.bincount(chosen.flatten(), minlength=len(self._counts))
         return chosen, weights
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count meanwhile."""
+        self._is_paused = True
+        yield
+        self._is_paused = False
 
     def take_shares(self, world: Comm) -> list[float]:
         """Return the share of all tokens that each expert has had since the last call. Collective."""

@@ -87,12 +87,12 @@ def _watch_step(replayed: ReplayedRun, step: int, names: Sequence[str], microbat
         name: _gather(model, name, model.owned_slices()) for name in dict.fromkeys([*watched["value"], *watched["update"]])
     }
 
-    def add_gradient(number: int, name: str, gradient: Tensor) -> None:
-        if number == microbatch:
+    def add_gradient(_: int, number: int, name: str, gradient: Tensor) -> None:
+        if number == microbatch and name in model.layouts:
             gradients[name] = gradients[name] + gradient if name in gradients else gradient.clone()
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(model.watching_gradients(add_gradient))
+        stack.enter_context(model.observing(add_gradient))
         for stage in model.stages.values():
             for name, module in stage.model.named_modules():
                 keep = partial(_keep_output, outputs, name, stage, max(0, microbatch))

@@ -26,12 +26,32 @@ class GradientReducer:
 
     parameters: Mapping[str, Tensor] = {}
     shared_bytes = 0  # of gradients, in memory that other ranks of the node map too
+    unit_names: Sequence[str] = ()  # a parameter of each FSDP unit, in backward order, if parameters are gathered
 
     def begin_microbatch(self, i: int) -> None: ...
     def accumulate(self, name: str, gradient: Tensor) -> None: ...
     def end_microbatch(self, i: int) -> None: ...
     def join_round(self, i: int, begin_backward: Callable[[str], None]) -> None: ...
     def reduce(self) -> None: ...
+
+
+class DiscardingReducer(GradientReducer):
+    """Discards gradients in the place of another reducer, whose gathers of parameters it joins."""
+
+    def __init__(self, reducer: GradientReducer):
+        self.parameters, self.unit_names = reducer.parameters, reducer.unit_names
+
+    def begin_microbatch(self, i: int) -> None:
+        for parameter in self.parameters.values():
+            _free_gradient(parameter)
+
+    def join_round(self, i: int, begin_backward: Callable[[str], None]) -> None:
+        for name in self.unit_names:
+            begin_backward(name)
+
+
+def _free_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 class StageParameters:
@@ -46,6 +66,9 @@ class StageParameters:
 
 
 Logits = Tensor | PartLogits
+# Labels of what ModelStage.observing shows besides gradients of parameters, in the order of computation.
+RECEIVED_ACTIVATION, SENT_ACTIVATION, LOSS = "the activation received", "the activation sent", "the loss"
+RECEIVED_GRADIENT, SENT_GRADIENT = "the gradient received", "the gradient sent"
 
 
 def token_losses(logits: Logits, batch: Batch, sum_losses: Callable[[Tensor, Tensor], Tensor] = loss_sum) -> Tensor:
@@ -95,6 +118,9 @@ class ModelStage:
     def __post_init__(self) -> None:
         self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)  # buffers, reused: none is new after the first step
 
+    def observe(self, microbatch: int, label: str, x: Tensor) -> None:
+        """Receive what `observing` shows."""
+
     def start(self, inputs: StepInputs) -> None:
         """Set the microbatches of the next program."""
         self.inputs = inputs
@@ -135,6 +161,9 @@ class ModelStage:
         else:
             self._outgoing["F", microbatch] = y.detach()
         if training:
+            if not self.is_first:
+                self.observe(microbatch, RECEIVED_ACTIVATION, x.detach())
+            self.observe(microbatch, LOSS if self.is_last else SENT_ACTIVATION, y.detach())
             self._graphs[microbatch] = x, y
         else:
             self._release_buffers(microbatch)
@@ -177,31 +206,45 @@ class ModelStage:
             reducer.reduce()
 
     @contextlib.contextmanager
-    def watching_gradients(self, notify: Callable[[int, str, Tensor], None]) -> Iterator[None]:
-        """Call notify(microbatch, name, gradient) for the gradient of each parameter in each backward, before it is added to
-        others; microbatches by global number."""
+    def observing(self, observe: Callable[[int, str, Tensor], None]) -> Iterator[None]:
+        """Call observe(microbatch, label, x) in training for each message of this stage (ACTIVATION, ...), its LOSS, and the
+        gradient of each parameter, labelled with its name, before it is added to others. Microbatches by global number."""
 
-        def observe(name: str, gradient: Tensor) -> None:
-            if self.backward_microbatch < len(self.inputs.microbatch_ids):
-                notify(self.inputs.microbatch_ids[self.backward_microbatch], name, gradient)
+        def observe_own(microbatch: int, label: str, x: Tensor) -> None:
+            if microbatch < len(self.inputs.microbatch_ids):
+                observe(self.inputs.microbatch_ids[microbatch], label, x)
 
         def observe_backward(name: str, gradient: Tensor) -> None:
             if not self.weight_grads.is_used:  # else they come from there, too
-                observe(name, gradient)
+                observe_own(self.backward_microbatch, name, gradient)
 
         def observe_pending(microbatch: int) -> Iterator[tuple[str, Tensor]]:
             for name, gradient in pop_gradients(microbatch):
-                observe(name, gradient)
+                observe_own(microbatch, name, gradient)
                 yield name, gradient
 
         pop_gradients = self.weight_grads.pop_gradients
         with contextlib.ExitStack() as stack:
+            self.observe = observe_own  # type: ignore[method-assign]
+            stack.callback(delattr, self, "observe")
             self.weight_grads.pop_gradients = observe_pending  # type: ignore[method-assign]
             stack.callback(delattr, self.weight_grads, "pop_gradients")
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     stack.callback(parameter.register_hook(partial(observe_backward, name)).remove)
             yield
+
+    @contextlib.contextmanager
+    def discarding_gradients(self) -> Iterator[None]:
+        """Compute gradients without reducing them: each is freed at once. Gradients reduced before stay as they are."""
+        reducers = self.reducers
+        self.reducers = [DiscardingReducer(reducer) for reducer in reducers]
+        with contextlib.ExitStack() as stack:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and not self.weight_grads.is_used:  # which frees them itself
+                    stack.callback(parameter.register_post_accumulate_grad_hook(_free_gradient).remove)
+            yield
+        self.reducers = reducers
 
     def _begin_microbatch(self, microbatch: int) -> None:
         for reducer in self.reducers:
@@ -219,10 +262,12 @@ class ModelStage:
         if self.is_last:
             (y.sum() / self.inputs.target_tokens).backward()
         else:
+            self.observe(microbatch, RECEIVED_GRADIENT, self._received["B", microbatch])
             backward_with(y, self._received["B", microbatch])
         self.parameters.end_backward()
         if not self.is_first:
             assert x.grad is not None
+            self.observe(microbatch, SENT_GRADIENT, x.grad)
             self._outgoing["B", microbatch] = x.grad
 
     def _release_buffers(self, microbatch: int) -> None:

@@ -76,6 +76,7 @@ class MicrobatchRoundReducer(GradientReducer):
                     at, stop = flat.layout.padded_span(name)
                     padding = gradient.view(at + flat.layout.spans[name][1].numel, stop)
                     self.places[copy] = i, flat.parameter(name, gradient), padding
+        self.unit_names = [group.names[0] for group in self.groups]
         self.current: int | None = None
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
@@ -124,8 +125,8 @@ class MicrobatchRoundReducer(GradientReducer):
 
     def join_round(self, i: int, begin_backward: Callable[[str], None]) -> None:
         """Join a round's collectives without a microbatch. Calls `begin_backward(name)` once per group."""
-        for group in self.groups:
-            begin_backward(group.names[0])
+        for name, group in zip(self.unit_names, self.groups):
+            begin_backward(name)
             self._reduce_group(i, group, [])
 
     def reduce(self) -> None:

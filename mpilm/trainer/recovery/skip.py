@@ -64,11 +64,11 @@ def locate_nonfinite(model: TrainModel, source: MicrobatchSource, step: int) -> 
     """Repeat a step and name the rank, microbatch and tensor that are not finite. Collective; overwrites the gradient sums."""
     found: list[tuple[int, str]] = []
 
-    def check(microbatch: int, name: str, gradient: Tensor) -> None:
-        if not torch.isfinite(gradient).all():
-            found.append((microbatch, f"gradient of {name}"))
+    def check(stage: int, microbatch: int, label: str, x: Tensor) -> None:
+        if label in model.layouts and not torch.isfinite(x).all():
+            found.append((microbatch, f"gradient of {label}"))
 
-    with model.watching_gradients(check):
+    with model.observing(check):
         forward_backward(model, source, step)
     losses = [(m, "loss") for m, loss in model.results().items() if not torch.isfinite(loss).all()]
     everyone = model.mesh.world.all_gather_json(min(losses or found, default=None))

@@ -1,0 +1,192 @@
+"""The recheck of the computation: no false alarm and the same bits on every layout; every flipped bit found, or harmless."""
+
+import random
+from functools import cache
+
+import pytest
+import torch
+from runs import assemble, build_train_model, differing, layout, owned_state, small_config
+from thread_ranks import run_ranks
+from torch import nn
+
+from mpilm.comm.collective_errors import CollectiveError
+from mpilm.engine.recheck import Recheck, _find_wrong
+from mpilm.engine.step import train_step
+from mpilm.errors import RanksDisagreeError
+from mpilm.verification.layouts import RandomTokens
+
+LAYOUTS = {
+    "one rank": (1, {}),
+    "data 2": (2, {}),
+    "data 3, uneven": (3, {}),
+    "data 4, ZeRO-1": (4, layout(zero=1)),
+    "data 3, ZeRO-2": (3, layout(zero=2)),
+    "data 3, ZeRO-3": (3, layout(zero=3)),
+    "pipeline 2": (2, layout(pipeline=2)),
+    "pipeline 2, data 2, ZeRO-3": (4, layout(pipeline=2, zero=3)),
+    "zero-bubble, data 3": (6, layout(pipeline=2, schedule="zero-bubble")),
+    "interleaved, data 2": (4, layout(pipeline=2, schedule="interleaved")),
+    "tensor 2, data 2": (4, {**layout(tensor=2), "model__n_kv_heads": 2}),
+    "context 2, data 2": (4, layout(context=2)),
+    "experts 3, data 2": (6, {**layout(expert=3), "model__arch": "mixtral", "model__n_experts": 6, "model__d_ff": 32}),
+    "recompute, ZeRO-3": (2, {**layout(zero=3), "train__recompute": "block"}),
+    "bfloat16": (2, {"train__dtype": "bfloat16"}),
+    "replicas apart": (2, {**layout(sync_every=2), "run__eval_every": 0}),
+}
+
+
+def train(size, changes, every, steps=3, prepare=lambda model: None):
+    """Return the losses and the assembled state after some steps on thread ranks; prepare(model) is called before them."""
+    config = small_config(**changes)
+
+    def body(comm):
+        model, source = build_train_model(config, comm), RandomTokens(config)
+        prepare(model)
+        recheck = Recheck(model, every)
+        losses = [train_step(model, source, step, recheck=recheck).loss for step in range(steps)]
+        return losses, owned_state(model)
+
+    outcomes = run_ranks(size, body, timeout_s=60.0)
+    states = [state for _, state in outcomes]
+    return outcomes[0][0], assemble(states[:1] if changes.get("parallel__sync_every") else states)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_recheck_raises_no_alarm_and_changes_no_bit(name):
+    size, changes = LAYOUTS[name]
+    losses, state = train(size, changes, every=1)
+    expected_losses, expected = train(size, changes, every=0)
+    assert losses == expected_losses
+    assert differing(state, expected) == []
+
+
+def test_all_microbatches_are_drawn_in_time():
+    config = small_config()
+
+    def body(comm):
+        recheck = Recheck(build_train_model(config, comm), 1)
+        return {m for step in range(60) for m in recheck._draw(step, 0)}
+
+    assert set().union(*run_ranks(3, body)) == set(range(8))
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks"),
+    [
+        ([(0, 8), (3, 0), (2, 0)], [0]),  # two of three agree
+        ([(0, 8), (3, 0), (2, 8)], [3]),
+        ([(0, 8), (3, 0), (2, 5)], [0, 3]),  # no two agree
+        ([(0, 8), (1, 0), (0, 0), (1, 0)], [0]),  # rank 0 was wrong once
+        ([(0, 8), (1, 0), (0, 8), (1, 8)], [1]),  # rank 1 was wrong once
+        ([(0, 8), (1, 0), (0, 8), (1, 0)], [0, 1]),  # each insists
+    ],
+)
+def test_the_majority_decides_which_rank_was_wrong(values, ranks):
+    assert _find_wrong(values) == (ranks, "bit 3 of an element")
+
+
+# Flipped bits. Each rank has one microbatch, so that each is rechecked in each step.
+
+FLIP_LAYOUTS = {
+    "data 2": (2, {}),
+    "data 3, ZeRO-3": (3, layout(zero=3)),
+    "data 4, ZeRO-1": (4, layout(zero=1)),
+    "pipeline 2, data 2": (4, layout(pipeline=2)),
+    "zero-bubble, data 2": (4, layout(pipeline=2, schedule="zero-bubble")),
+    "one rank": (1, {}),
+    "pipeline 2": (2, layout(pipeline=2)),
+}
+
+
+def flip(x, draw):
+    """Return a copy of x with one flipped bit."""
+    y = x.detach().clone().contiguous()
+    bits = y.view(torch.int32).flatten()
+    bits[draw.randrange(bits.numel())] ^= draw.choice([1 << bit for bit in range(31)] + [-(2**31)])
+    return y
+
+
+class FlippedBit:
+    """Flips one bit on one rank in one step: of the gradient of a parameter, or of the output of a module."""
+
+    def __init__(self, seed, size):
+        self.draw = random.Random(seed)
+        self.rank, self.step, self.kind = (
+            self.draw.randrange(size),
+            self.draw.randrange(2),
+            self.draw.choice(["gradient", "activation"]),
+        )
+        self.fired = False
+
+    def install(self, model):
+        if model.mesh.rank != self.rank:
+            return
+        stage = next(iter(model.stages.values()))
+        if self.kind == "gradient" and model.config.parallel.schedule != "zero-bubble":  # which computes them without autograd
+            name, parameter = self.draw.choice([item for item in stage.model.named_parameters() if item[1].requires_grad])
+            parameter.register_hook(lambda gradient: self._maybe(stage, gradient))
+            self.name = name
+        else:
+            modules = [item for item in stage.model.named_modules() if isinstance(item[1], nn.Linear)]
+            self.name, module = self.draw.choice(modules)
+            module.register_forward_hook(lambda module, inputs, output: self._maybe(stage, output))
+
+    def _maybe(self, stage, x):
+        if self.fired or stage.inputs.step != self.step:
+            return None
+        self.fired = True
+        return Flip.apply(x, self.draw) if x.requires_grad else flip(x, self.draw)
+
+
+class Flip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, draw):
+        return flip(x, draw)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+@cache
+def undisturbed(name):
+    size, changes = FLIP_LAYOUTS[name]
+    return train(size, one_microbatch_each(size, changes), every=0, steps=2)
+
+
+def one_microbatch_each(size, changes):
+    return {**changes, "train__global_batch": size // changes.get("parallel__pipeline", 1)}
+
+
+def assert_is_found_or_harmless(name, seed):
+    size, changes = FLIP_LAYOUTS[name]
+    bit = FlippedBit(seed, size)
+    error, outcome = None, None
+    try:
+        outcome = train(size, one_microbatch_each(size, changes), every=1, steps=2, prepare=bit.install)
+    except CollectiveError as raised:
+        error = raised
+    if error is not None:
+        text = str(error)
+        assert isinstance(error.error, RanksDisagreeError)
+        assert f"was computed wrongly by rank {bit.rank} (" in text, (text, bit.rank, bit.name)
+        assert text.startswith(f"step {bit.step + 1}: "), text
+        return True
+    assert bit.fired, "nothing was flipped"
+    expected_losses, expected = undisturbed(name)
+    losses, state = outcome
+    assert (losses, differing(state, expected)) == (expected_losses, []), f"{bit.kind} {bit.name} on rank {bit.rank} was missed"
+    return False
+
+
+@pytest.mark.parametrize("name", FLIP_LAYOUTS)
+def test_flipped_bits_are_found_and_the_rank_named(name):
+    found = [assert_is_found_or_harmless(name, seed) for seed in range(8)]
+    assert sum(found) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLIP_LAYOUTS)
+def test_many_flipped_bits_are_found(name):
+    found = [assert_is_found_or_harmless(name, seed) for seed in range(1000, 1150)]
+    assert sum(found) > 75
