@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mpilm.checkpoint.format import PARAMETER, TEMPORARY, checkpoint_name, list_checkpoints
+from mpilm.checkpoint.format import PARAMETER, TEMPORARY, checkpoint_name, checkpoint_step, list_checkpoints
 from mpilm.checkpoint.save import CheckpointState, PendingCheckpoint, WriteBuffers
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
@@ -146,20 +146,23 @@ def _check_finite(state: CheckpointState, step: int, comm: Comm) -> None:
 
 
 def prune_checkpoints(parent: Path, keep: int, keep_best: bool) -> None:
-    """Remove all but the `keep` newest checkpoints, the newest whose state was checked (older ones were not) and, with
-    `keep_best`, the one with the lowest evaluation loss."""
+    """Remove all but the `keep` newest checkpoints, the newest whose state was checked (older ones were not), the newest from
+    before the last good recheck of the computation and, with `keep_best`, the one with the lowest evaluation loss."""
     folders = list_checkpoints(parent)
     retained = set(folders[-keep:] if keep else folders)
     losses: dict[Path, float] = {}
     checked: list[Path] = []
+    good = 0  # steps completed at the last good recheck
     for folder in folders:
         with contextlib.suppress(UserError):
             trainer = read_json(folder / "trainer.json")
             checked += [folder] * bool(trainer.get("checked"))
+            good = int(trainer.get("rechecked", good))
             loss = trainer.get("eval_loss")
             if keep_best and loss is not None and not isnan(loss):
                 losses[folder] = loss
-    retained |= {*sorted(losses, key=losses.__getitem__)[:1], *checked[-1:]}
+    rechecked = [folder for folder in folders if (checkpoint_step(folder) or 0) <= good]
+    retained |= {*sorted(losses, key=losses.__getitem__)[:1], *checked[-1:], *rechecked[-1:]}
     for folder in folders:
         if folder not in retained:
             _remove(folder)
@@ -180,10 +183,10 @@ def remove_leftovers(parent: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_aside(folders: Iterable[Path]) -> list[Path]:
-    """Rename broken checkpoints, so that the run can save their steps again. Return the new names."""
+def set_aside(folders: Iterable[Path], reason: str = "broken") -> list[Path]:
+    """Rename checkpoints that must not be used, so that the run can save their steps again. Return the new names."""
     aside: list[Path] = []
     for folder in folders:
-        names = (folder.with_name(f"broken-{n}-{folder.name}") for n in range(1, 10**6))
+        names = (folder.with_name(f"{reason}-{n}-{folder.name}") for n in range(1, 10**6))
         aside.append(folder.rename(next(name for name in names if not name.exists())))
     return aside

@@ -18,7 +18,11 @@ get_setting_types: Callable[[type], dict[str, Any]] = lru_cache(partial(get_type
 
 # Old names and values still load from stored configs; flags and --config files may use them for one version, with a warning.
 OLD_NAMES = {"parallel.compress": "parallel.powersgd_rank"}
-OLD_VALUES = {"parallel.reduce": {"shared": "shared-memory", "sent": "messages"}, "checkpoint.allow_change": OLD_NAMES}
+OLD_VALUES = {
+    "parallel.reduce": {"shared": "shared-memory", "sent": "messages"},
+    "checkpoint.allow_change": OLD_NAMES,
+    "drill": {"true": "kill"},
+}
 
 QWEN_STYLE = ("qwen", "qwen-moe")
 MIXTURES = ("mixtral", "qwen-moe")  # mixtures of experts
@@ -242,6 +246,9 @@ class FaultConfig:
 
     max_bad_steps: NonNegativeInt = 10  # Steps with a non-finite loss or gradient, or a spike, to skip before exit code 87.
     check_every: NonNegativeInt = 50  # Steps between checks for equal calls and moments on all ranks; 0: only one.
+    # Steps between rechecks of the computation (CPU): ranks compute a microbatch, and an update, of other ranks and compare all
+    # bits. A rank that computed wrongly ends the job with code 88, and its host is noted in bad-hosts.json. 0: none.
+    recheck_every: NonNegativeInt = 200
     elastic: bool = False  # Continue within a step on the ranks that survive a failure; needs Open MPI, --with-ft ulfm.
     # Seconds that a step may take, or a rank may do nothing elsewhere, before the job ends with code 86 and reports which rank
     # waits for which; 0: 55 for a rank that does not respond, 20 times the longest phase of its kind for one that does nothing.

@@ -8,7 +8,8 @@ check fails.
 consists of, for mpilm.plan and for train --parallel.auto; start as many ranks a node as a job will have.
 
 $ mpirun -n 4 python -m mpilm.doctor
-$ mpirun -n 4 python -m mpilm.doctor --drill true        # kill a rank at the end, which must end the job
+$ mpirun -n 4 python -m mpilm.doctor --drill kill        # kill a rank at the end, which must end the job
+$ mpirun -n 4 python -m mpilm.doctor --drill flip        # let a rank compute wrongly, which must be found
 $ mpirun -n 4 python -m mpilm.doctor --calibrate         # measure what mpilm.plan needs: machine.json
 """
 
@@ -28,7 +29,9 @@ class DoctorArguments:
     """The checks to run, and the calibration."""
 
     megabytes: Annotated[int, Range("from 1 to 1024", lambda value: 1 <= value <= 1024)] = 16  # Size of the largest messages.
-    drill: bool = False  # Kill the last rank at the end: the job must end within seconds, with a non-zero exit code.
+    # kill: kill the last rank at the end; the job must end within seconds, with a non-zero exit code. flip: flip a bit in the
+    # computation of the last rank; the recheck (--fault.recheck-every of mpilm.train) must find it and name the rank.
+    drill: Literal["none", "kill", "flip"] = "none"
     calibrate: bool = False  # Measure this machine for mpilm.plan, while nothing else runs here, and write a machine file.
     output: str = "machine.json"  # The file that --calibrate writes.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # The device that --calibrate measures; auto: a GPU if torch finds one.
@@ -39,13 +42,16 @@ def main() -> Body:
 
     def body(comm: Comm) -> None:
         from mpilm.doctor.calibrate import write_calibration
-        from mpilm.doctor.checks import kill_last_rank, run_checks
+        from mpilm.doctor.checks import run_checks
+        from mpilm.doctor.drill import flip_bit_on_last_rank, kill_last_rank
 
         run_checks(comm, config.megabytes << 20)
         if config.calibrate:
             write_calibration(comm, config.device, Path(config.output))
-        if config.drill:
+        if config.drill == "kill":
             kill_last_rank(comm)
+        if config.drill == "flip":
+            flip_bit_on_last_rank(comm)
 
     return body
 

@@ -2,10 +2,8 @@
 
 import os
 import shutil
-import signal
 import socket
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -196,14 +194,3 @@ def _check_shared_memory(report: CheckReport, node: Comm) -> None:
         if free < SMALL_SHM_BYTES:
             problem = "is small (a container has 64 MiB by default), and MPI itself may die there of SIGBUS"
             report.warn(f"{SHM_FOLDER} {problem}: enlarge it (docker: --shm-size 2g)")
-
-
-def kill_last_rank(comm: Comm) -> None:
-    """Kill the last rank while the others wait for it. Collective; does not return."""
-    drill = f"killing rank {comm.size - 1}: the job must end within seconds, with a non-zero exit code"
-    CheckReport(comm).print("drill", f"{time.strftime('%H:%M:%S')}: {drill}")
-    comm.barrier()
-    if comm.rank == comm.size - 1:
-        sys.stdout.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    comm.barrier()

@@ -10,6 +10,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -22,21 +23,26 @@ from mpilm.engine.train_model import TrainModel
 from mpilm.errors import RanksDisagreeError
 from mpilm.formatting import name_ranks
 from mpilm.model.layers import hash_key
+from mpilm.optim.optimizer import ElementwiseOptimizer
 from mpilm.parallel.digests import CAUSE, MODULUS, name_bit, read_sums, sum_bits
 from mpilm.parallel.pipeline.stage import LOSS, RECEIVED_ACTIVATION, RECEIVED_GRADIENT, SENT_ACTIVATION
 
-TAG = 7  # of messages with digests
+TAG = 7
+SAMPLE_NUMEL = 1 << 18  # elements whose update is rechecked
 
 Digests = Mapping[str, int]  # by "STAGE LABEL"
 Computation = tuple[int, Digests]  # world rank whose microbatch it was, and the digests
-OnFailure = Callable[[Sequence[int], Sequence[str], str], None]  # ranks, their hosts, text; called on all ranks
+# (steps completed at the last good recheck, wrong ranks, their hosts, text) -> advice for the user. Called on all ranks.
+OnFailure = Callable[[int, Sequence[int], Sequence[str], str], str]
 
 
 class Recheck:
-    """Rechecks the computation of a model every `every` steps (0: never). `on_failure` is called before the error is raised."""
+    """Rechecks the computation of a model every `every` steps (0: never). `on_failure` is called before the error is raised.
+    `last_good`: the number of steps that had been completed at the last good recheck, or when the state was loaded."""
 
-    def __init__(self, model: TrainModel, every: int, on_failure: OnFailure = lambda ranks, hosts, text: None):
-        self.model, self.on_failure, ranks = model, on_failure, model.mesh.shape.data
+    def __init__(self, model: TrainModel, every: int, last_good: int = 0):
+        self.model, self.last_good, ranks = model, last_good, model.mesh.shape.data
+        self.on_failure: OnFailure = lambda *_: ""
         facts = [processor_name(), torch.get_num_threads(), model.device.type]
         is_uniform = all(other == facts for other in model.mesh.world.all_gather_json(facts))
         # GPU kernels may add in another order each time, and processors of another kind round otherwise.
@@ -69,14 +75,69 @@ class Recheck:
         expected = self._shift_digests(self.recorded, list(computed[1][1]))
         differs = expected != computed[1][1]
         if not any(self.model.mesh.world.all_gather_json(differs)):
+            self.last_good = step
             return
         computed += map(compute, self.decide)
         everyone = self.model.mesh.world.all_gather_json([socket.gethostname(), computed])
-        ranks, text = self._decide(step, [rows for _, rows in everyone])
-        hosts = list(dict.fromkeys(everyone[rank][0] for rank in ranks))
-        text = f"step {step + 1}: {text} ({', '.join(hosts)}): {CAUSE}"
-        self.on_failure(ranks, hosts, text)
-        raise CollectiveError(RanksDisagreeError(text))
+        ranks, text = self._decide([rows for _, rows in everyone])
+        self._fail(step, ranks, text, [host for host, _ in everyone])
+
+    @contextlib.contextmanager
+    def verifying_update(self, step: int, lr: float) -> Iterator[None]:
+        """If the step is checked, let the previous rank of the world repeat a part, drawn by the seed, of the update that is made
+        meanwhile. Collective over the mesh; raises CollectiveError naming the rank if a bit differs."""
+        elementwise = next((x for x in self.model.optimizer.optimizers if isinstance(x, ElementwiseOptimizer)), None)
+        if not self.is_due(step) or elementwise is None:
+            yield
+            return
+        world, key = self.model.mesh.world, hash_key("recheck update", self.model.config.train.seed, step)
+        name, decays, views = elementwise.draw_sample(self.model.sums, key, SAMPLE_NUMEL)
+        before = torch.stack(views) if views else torch.empty(0)
+        yield
+        updated = read_sums(sum_bits(views[:1] + views[2:]))
+        everyone = world.all_gather_json([len(views), before.numel(), decays, updated])
+        count, numel, their_decays, expected = everyone[(world.rank + 1) % world.size]
+        received = self._shift_samples(before, numel)
+
+        def repeat(sample: Tensor, count: int, decays: bool) -> list[int]:
+            copies = list(sample.clone().view(max(1, count), -1)) if count else []
+            if copies:
+                elementwise.update_sample(copies, decays, lr)
+            return read_sums(sum_bits(copies[:1] + copies[2:]))
+
+        repeated = repeat(received, count, their_decays)
+        if not any(world.all_gather_json(repeated != expected)):
+            self.last_good = step + 1
+            return
+        again = [repeat(before, len(views), decays), repeat(received, count, their_decays)]
+        rows = world.all_gather_json([name, updated, repeated, *again, socket.gethostname()])
+        for owner, (name, first, _, third, *_) in enumerate(rows):
+            checker = (owner - 1) % world.size
+            second, fourth = rows[checker][2], rows[checker][4]
+            if first != second:
+                place = next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)
+                values = [(owner, first), (checker, second), (owner, third), (checker, fourth)]
+                wrong, bit = _find_wrong([(rank, sums[place]) for rank, sums in values])
+                what = f"the update of {name}{f' ({bit})' if bit else ''} was computed wrongly by {name_ranks(wrong)}"
+                self._fail(step, wrong, what, [row[-1] for row in rows])
+
+    def _shift_samples(self, own: Tensor, numel: int) -> Tensor:
+        """Send a sample to the previous rank of the world and return that of the next. Collective."""
+        world, received = self.model.mesh.world, torch.empty(numel)
+        if world.size == 1:
+            return own
+        receive = world.irecv(received, (world.rank + 1) % world.size, TAG) if numel else Request()
+        if own.numel():
+            world.isend(own.flatten(), (world.rank - 1) % world.size, TAG).wait()
+        receive.wait()
+        return received
+
+    def _fail(self, step: int, ranks: Sequence[int], problem: str, hosts: Sequence[str]) -> NoReturn:
+        """Report a wrong computation on all ranks. Collective."""
+        names = list(dict.fromkeys(hosts[rank] for rank in ranks))
+        text = f"step {step + 1}: {problem} ({', '.join(names)}): {CAUSE}"
+        advice = self.on_failure(self.last_good, ranks, names, text)
+        raise CollectiveError(RanksDisagreeError(f"{text}. {advice}" if advice else text))
 
     def _draw(self, step: int, shift: int) -> list[int]:
         """Return the microbatch to check of the replica `shift` behind this one on the data axis; none if it has fewer."""
@@ -124,7 +185,7 @@ class Recheck:
         receive.wait()
         return dict(zip(keys, received.tolist()))
 
-    def _decide(self, step: int, everyone: Sequence[Sequence[Computation]]) -> tuple[list[int], str]:
+    def _decide(self, everyone: Sequence[Sequence[Computation]]) -> tuple[list[int], str]:
         """Return the ranks that computed wrongly, and text with the first tensor that differs, from the computations of all
         ranks: of the own microbatch, of the next replica's, and those that decide."""
         by_owner: dict[int, list[tuple[int, Digests]]] = {}
@@ -144,7 +205,7 @@ class Recheck:
                 continue
             wrong, bit = _find_wrong([(rank, digests[key]) for rank, digests in by_owner[owner]])
             ranks += wrong
-            texts.append(self._describe(step, key, owner, bit))
+            texts.append(self._describe(key, owner, bit))
         return sorted(set(ranks)), f"{texts[0]} was computed wrongly by {name_ranks(sorted(set(ranks)))}"
 
     def _order(self, key: str) -> tuple[int, int, int]:
@@ -154,7 +215,7 @@ class Recheck:
             return 0, stage, int(label != RECEIVED_ACTIVATION)
         return 1, -stage, int(label != RECEIVED_GRADIENT)
 
-    def _describe(self, step: int, key: str, owner: int, bit: str) -> str:
+    def _describe(self, key: str, owner: int, bit: str) -> str:
         stage, _, label = key.partition(" ")
         what = f"the gradient of {label}" if label in self.model.layouts else f"{label} by stage {stage}"
         return f"{what}{f' ({bit})' if bit else ''}, microbatch of rank {owner},"

@@ -74,7 +74,7 @@ def train_step(
     if recheck:
         recheck.verify(step, partial(source.training_batch, step), max(1, source.target_tokens(step)))
     updated = math.isfinite(loss) and math.isfinite(norm) and loss <= max_loss
-    lr = optimizer_step(model, step, norm) if updated else learning_rate(model.config.train, step)
+    lr = optimizer_step(model, step, norm, recheck) if updated else learning_rate(model.config.train, step)
     if model.are_replicas_in_sync(step + 1):
         model.sync_replicas()
     return StepResult(loss, norm, lr, updated, flags, losses)
@@ -95,13 +95,14 @@ def forward_backward(model: TrainModel, source: MicrobatchSource, step: int, fla
         return StepGradient(sum(losses) / tokens, model.gradient_norm(), losses, flags)
 
 
-def optimizer_step(model: TrainModel, step: int, norm: float) -> float:
+def optimizer_step(model: TrainModel, step: int, norm: float, recheck: Recheck | None = None) -> float:
     """Clip the gradient, update the parameters, and return the learning rate. Collective over the mesh."""
     train, lr = model.config.train, learning_rate(model.config.train, step)
     with model.mesh.recorder.span("optimizer"):
         if train.clip_norm and norm > train.clip_norm:
             model.scale_gradients(train.clip_norm / norm)
-        model.optimizer.step(model.sums, lr)
+        with recheck.verifying_update(step, lr) if recheck else contextlib.nullcontext():
+            model.optimizer.step(model.sums, lr)
         model.all_gather_parameters()
     return lr
 

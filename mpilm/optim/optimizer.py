@@ -81,6 +81,23 @@ class ElementwiseOptimizer(ABC):
     def update(self, values: Tensors, gradients: Tensors, moments: list[Tensors], lr: float, weight_decay: float) -> None:
         """Change `values` and `moments` (a list for each name) in place."""
 
+    def draw_sample(self, gradients: Mapping[FlatKey, FlatVector], key: int, most: int) -> tuple[str, bool, Tensors]:
+        """Return up to `most` adjacent elements that this rank updates, drawn by `key`: name of the first parameter, whether weight
+        decay applies, and views of value, gradient and moments; no views if there is nothing to update."""
+        drawn = [(decays, span) for decays, spans in self.spans.items() for span in spans]
+        if not drawn:
+            return "", False, []
+        decays, (flat_key, (start, stop)) = drawn[key % len(drawn)]
+        first = start + key // len(drawn) % -(-(stop - start) // most) * most
+        span, flat = (first, min(stop, first + most)), self.flats[flat_key]
+        vectors = [flat.values, gradients[flat_key], *(self.moments[name][flat_key] for name in self.STATE_NAMES)]
+        return next(iter(flat.layout.param_slices([span]))).name, decays, [vector.view(*span) for vector in vectors]
+
+    def update_sample(self, tensors: Tensors, decays: bool, lr: float) -> None:
+        """Repeat the last update for a sample from before it, in place."""
+        value, gradient, *moments = tensors
+        self.update([value], [gradient], [[x] for x in moments], lr, self.train.weight_decay * decays)
+
     def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
         slices: dict[str, dict[ParamSlice, Tensor]] = {name: {} for name in self.STATE_NAMES}
         for name, vectors in self.moments.items():

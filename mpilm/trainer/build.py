@@ -15,6 +15,7 @@ from mpilm.data.gather import digest_files
 from mpilm.data.training_data import TrainingData, open_training_data
 from mpilm.engine.hardware import Hardware, detect_hardware, numerics_environment, processor_name, software_fingerprint
 from mpilm.engine.pipelined import load_initial_weights
+from mpilm.engine.recheck import Recheck
 from mpilm.engine.train_model import TrainModel, load_checkpoint_state
 from mpilm.errors import ConfigError
 from mpilm.launch.stop_request import StopRequest
@@ -86,7 +87,8 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
         folder.release()
         raise
     stop = StopRequest(folder.path / "stop", config.run.time_limit, query_slurm=world.rank == 0)
-    parts = inputs.data, batches, folder, content, model, stop, folder.bad_steps, memory, inputs.layout_note
+    recheck = Recheck(model, config.fault.recheck_every, folder.step)
+    parts = inputs.data, batches, folder, content, model, stop, folder.bad_steps, memory, recheck, inputs.layout_note
     return Run(config, hardware, mesh, *parts)
 
 

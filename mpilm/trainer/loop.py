@@ -20,6 +20,7 @@ from mpilm.trainer import hooks
 from mpilm.trainer.build import build_run
 from mpilm.trainer.describe import describe_run, out_of_memory_error
 from mpilm.trainer.log import RunLog
+from mpilm.trainer.recovery.bad_hosts import record_bad_hosts
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint, RecoveredState
 from mpilm.trainer.run import Run, collect_state
 
@@ -43,6 +44,7 @@ def train(
         checkpoints = CheckpointManager(
             run.folder.checkpoints, config.checkpoint, run.mesh.world, recorder, make_state, log.log_save, log.log_save_failure
         )
+        run.recheck.on_failure = partial(record_bad_hosts, run, checkpoints)
         parts = run, log, checkpoints, in_memory
         tracing = hooks.Tracing(*parts, Trace(trace_step_range(config), run.mesh, log.start_row["layout"]))
         try:
@@ -91,7 +93,8 @@ def run_steps(parts: hooks.HookParts, tracing: hooks.Tracing, recovered: Recover
         for hook in all_hooks:
             hook.before_step(step)
         flags = StepFlags(run.stop_request.stop_reason(log.next_step_s()), checkpoints.is_writing)
-        result = train_step(run.model, run.batches, step, flags, run.bad_steps.spike_threshold(run.config.train))
+        max_loss = run.bad_steps.spike_threshold(run.config.train)
+        result = train_step(run.model, run.batches, step, flags, max_loss, run.recheck)
         event = hooks.StepEvent(step + 1, result, run.recorder.drain_spans())
         for hook in all_hooks:
             hook.after_step(event)

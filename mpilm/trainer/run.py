@@ -10,6 +10,7 @@ from mpilm.config.schema import Config, to_dict
 from mpilm.data.batch import Batches
 from mpilm.data.training_data import TrainingData
 from mpilm.engine.hardware import Hardware, numerics_environment
+from mpilm.engine.recheck import Recheck
 from mpilm.engine.state_check import check_state
 from mpilm.engine.train_model import TrainModel
 from mpilm.launch.stop_request import StopRequest
@@ -35,6 +36,7 @@ class Run:
     stop_request: StopRequest
     bad_steps: BadStepTracker
     memory: MemoryMeter
+    recheck: Recheck
     layout_note: str = ""  # how the layout was chosen
 
     @property
@@ -61,6 +63,7 @@ def collect_state(run: Run, step: int, eval_loss: float | None) -> CheckpointSta
         "seed": config.train.seed,
         "eval_loss": eval_loss,
         "checked": True,  # by `check`, without which nothing is saved
+        "rechecked": run.recheck.last_good,
         **run.bad_steps.state_dict(),
         "content": dict(run.content),
         "layout": dict(zip(AXES, run.mesh.shape.sizes)),
