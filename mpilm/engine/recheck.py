@@ -23,7 +23,7 @@ from mpilm.engine.train_model import TrainModel
 from mpilm.errors import RanksDisagreeError
 from mpilm.formatting import name_ranks
 from mpilm.model.layers import hash_key
-from mpilm.optim.optimizer import ElementwiseOptimizer
+from mpilm.optim.optimizer import ElementwiseOptimizer, UpdateSample
 from mpilm.parallel.digests import CAUSE, MODULUS, name_bit, read_sums, sum_bits
 from mpilm.parallel.pipeline.stage import LOSS, RECEIVED_ACTIVATION, RECEIVED_GRADIENT, SENT_ACTIVATION
 
@@ -61,7 +61,7 @@ class Recheck:
         if not self.is_due(step):
             yield
             return
-        with self._taking_digests(self._draw(step, 0)) as sums:
+        with self._taking_digests(self._draw(step, self.model.mesh.coordinate)) as sums:
             yield
         self.recorded = self._read(sums)
 
@@ -79,58 +79,63 @@ class Recheck:
             return
         computed += map(compute, self.decide)
         everyone = self.model.mesh.world.all_gather_json([socket.gethostname(), computed])
-        ranks, text = self._decide([rows for _, rows in everyone])
+        ranks, text = self._decide(step, [rows for _, rows in everyone])
         self._fail(step, ranks, text, [host for host, _ in everyone])
 
     @contextlib.contextmanager
     def verifying_update(self, step: int, lr: float) -> Iterator[None]:
-        """If the step is checked, let the previous rank of the world repeat a part, drawn by the seed, of the update that is made
+        """If the step is checked, let the previous rank of the world repeat a part, drawn by the seed, of the update made
         meanwhile. Collective over the mesh; raises CollectiveError naming the rank if a bit differs."""
         elementwise = next((x for x in self.model.optimizer.optimizers if isinstance(x, ElementwiseOptimizer)), None)
         if not self.is_due(step) or elementwise is None:
             yield
             return
         world, key = self.model.mesh.world, hash_key("recheck update", self.model.config.train.seed, step)
-        name, decays, views = elementwise.draw_sample(self.model.sums, key, SAMPLE_NUMEL)
-        before = torch.stack(views) if views else torch.empty(0)
+        sample = elementwise.draw_sample(self.model.sums, key, SAMPLE_NUMEL)
+        own = [piece._replace(tensors=[x.clone() for x in piece.tensors]) for piece in sample]
         yield
-        updated = read_sums(sum_bits(views[:1] + views[2:]))
-        everyone = world.all_gather_json([len(views), before.numel(), decays, updated])
-        count, numel, their_decays, expected = everyone[(world.rank + 1) % world.size]
-        received = self._shift_samples(before, numel)
 
-        def repeat(sample: Tensor, count: int, decays: bool) -> list[int]:
-            copies = list(sample.clone().view(max(1, count), -1)) if count else []
-            if copies:
-                elementwise.update_sample(copies, decays, lr)
-            return read_sums(sum_bits(copies[:1] + copies[2:]))
+        def read(pieces: Sequence[UpdateSample]) -> list[int]:
+            return read_sums(sum_bits(x for piece in pieces for x in (piece.tensors[0], *piece.tensors[2:])))
 
-        repeated = repeat(received, count, their_decays)
+        def repeat(pieces: Sequence[UpdateSample]) -> list[int]:
+            copies = [piece._replace(tensors=[x.clone() for x in piece.tensors]) for piece in pieces]
+            elementwise.repeat_update(copies, lr)
+            return read(copies)
+
+        updated, others = read(sample), self._shift_sample(own)
+        expected = world.all_gather_json(updated)[(world.rank + 1) % world.size]
+        repeated = repeat(others)
         if not any(world.all_gather_json(repeated != expected)):
             self.last_good = step + 1
             return
-        again = [repeat(before, len(views), decays), repeat(received, count, their_decays)]
-        rows = world.all_gather_json([name, updated, repeated, *again, socket.gethostname()])
-        for owner, (name, first, _, third, *_) in enumerate(rows):
+        names = [piece.name for piece in sample for _ in piece.tensors[1:]]
+        rows = world.all_gather_json([names, updated, repeated, repeat(own), repeat(others), socket.gethostname()])
+        for owner, (names, first, _, third, *_) in enumerate(rows):
             checker = (owner - 1) % world.size
             second, fourth = rows[checker][2], rows[checker][4]
             if first != second:
                 place = next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)
                 values = [(owner, first), (checker, second), (owner, third), (checker, fourth)]
                 wrong, bit = _find_wrong([(rank, sums[place]) for rank, sums in values])
-                what = f"the update of {name}{f' ({bit})' if bit else ''} was computed wrongly by {name_ranks(wrong)}"
+                what = f"the update of {names[place]}{f' ({bit})' if bit else ''} was computed wrongly by {name_ranks(wrong)}"
                 self._fail(step, wrong, what, [row[-1] for row in rows])
 
-    def _shift_samples(self, own: Tensor, numel: int) -> Tensor:
+    def _shift_sample(self, own: Sequence[UpdateSample]) -> list[UpdateSample]:
         """Send a sample to the previous rank of the world and return that of the next. Collective."""
-        world, received = self.model.mesh.world, torch.empty(numel)
+        world = self.model.mesh.world
+        layouts = world.all_gather_json([[name, decays, len(x), x[0].numel()] for name, decays, x in own])
+        layout = layouts[(world.rank + 1) % world.size]
         if world.size == 1:
-            return own
-        receive = world.irecv(received, (world.rank + 1) % world.size, TAG) if numel else Request()
-        if own.numel():
-            world.isend(own.flatten(), (world.rank - 1) % world.size, TAG).wait()
+            return list(own)
+        received = torch.empty(sum(count * numel for _, _, count, numel in layout))
+        receive = world.irecv(received, (world.rank + 1) % world.size, TAG) if layout else Request()
+        if own:
+            sent = torch.cat([x.flatten() for piece in own for x in piece.tensors])
+            world.isend(sent, (world.rank - 1) % world.size, TAG).wait()
         receive.wait()
-        return received
+        pieces = received.split([count * numel for _, _, count, numel in layout])
+        return [UpdateSample(name, decays, list(x.view(count, -1))) for (name, decays, count, _), x in zip(layout, pieces)]
 
     def _fail(self, step: int, ranks: Sequence[int], problem: str, hosts: Sequence[str]) -> NoReturn:
         """Report a wrong computation on all ranks. Collective."""
@@ -139,10 +144,10 @@ class Recheck:
         advice = self.on_failure(self.last_good, ranks, names, text)
         raise CollectiveError(RanksDisagreeError(f"{text}. {advice}" if advice else text))
 
-    def _draw(self, step: int, shift: int) -> list[int]:
-        """Return the microbatch to check of the replica `shift` behind this one on the data axis; none if it has fewer."""
+    def _draw(self, step: int, coordinate: Mapping[str, int]) -> list[int]:
+        """Return the microbatch to check of the rank at this coordinate; none if it has fewer than others."""
         model, place = self.model, hash_key("recheck", self.model.config.train.seed, step) % len(self.model.microbatches_of(0))
-        replica = self._peer(shift)["data"] * model.mesh.shape.expert + model.mesh.coordinate["expert"]
+        replica = coordinate["data"] * model.mesh.shape.expert + coordinate["expert"]
         return list(model.microbatches_of(replica)[place : place + 1])
 
     def _peer(self, shift: int) -> dict[str, int]:
@@ -152,7 +157,7 @@ class Recheck:
 
     def _compute(self, step: int, fetch: Callable[[int], Batch], target_tokens: int, shift: int) -> Computation:
         """Compute the drawn microbatch of the replica `shift` behind this one; return its rank and the digests. Collective."""
-        drawn = self._draw(step, shift)
+        drawn = self._draw(step, self._peer(shift))
         with self._taking_digests(drawn) as sums:
             self.model.recompute(step, fetch, drawn, target_tokens)
         return self.model.mesh.shape.rank(self._peer(shift)), self._read(sums)
@@ -185,7 +190,7 @@ class Recheck:
         receive.wait()
         return dict(zip(keys, received.tolist()))
 
-    def _decide(self, everyone: Sequence[Sequence[Computation]]) -> tuple[list[int], str]:
+    def _decide(self, step: int, everyone: Sequence[Sequence[Computation]]) -> tuple[list[int], str]:
         """Return the ranks that computed wrongly, and text with the first tensor that differs, from the computations of all
         ranks: of the own microbatch, of the next replica's, and those that decide."""
         by_owner: dict[int, list[tuple[int, Digests]]] = {}
@@ -205,7 +210,7 @@ class Recheck:
                 continue
             wrong, bit = _find_wrong([(rank, digests[key]) for rank, digests in by_owner[owner]])
             ranks += wrong
-            texts.append(self._describe(key, owner, bit))
+            texts.append(self._describe(step, key, owner, bit))
         return sorted(set(ranks)), f"{texts[0]} was computed wrongly by {name_ranks(sorted(set(ranks)))}"
 
     def _order(self, key: str) -> tuple[int, int, int]:
@@ -215,10 +220,12 @@ class Recheck:
             return 0, stage, int(label != RECEIVED_ACTIVATION)
         return 1, -stage, int(label != RECEIVED_GRADIENT)
 
-    def _describe(self, key: str, owner: int, bit: str) -> str:
+    def _describe(self, step: int, key: str, owner: int, bit: str) -> str:
         stage, _, label = key.partition(" ")
+        (microbatch,) = self._draw(step, self.model.mesh.shape.coordinate(owner))
         what = f"the gradient of {label}" if label in self.model.layouts else f"{label} by stage {stage}"
-        return f"{what}{f' ({bit})' if bit else ''}, microbatch of rank {owner},"
+        what = label if label == LOSS else what
+        return f"{what}{f' ({bit})' if bit else ''} in microbatch {microbatch}"
 
 
 def _find_wrong(values: Sequence[tuple[int, int]]) -> tuple[list[int], str]:

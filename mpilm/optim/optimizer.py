@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,14 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     progress = min(1.0, (step + 1 - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
     remaining = 1.0 - progress if train.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return train.min_lr + (train.lr - train.min_lr) * remaining
+
+
+class UpdateSample(NamedTuple):
+    """Elements of one flat vector: the first parameter, whether weight decay applies, and value, gradient and moments."""
+
+    name: str
+    decays: bool
+    tensors: Tensors
 
 
 class ElementwiseOptimizer(ABC):
@@ -81,22 +89,26 @@ class ElementwiseOptimizer(ABC):
     def update(self, values: Tensors, gradients: Tensors, moments: list[Tensors], lr: float, weight_decay: float) -> None:
         """Change `values` and `moments` (a list for each name) in place."""
 
-    def draw_sample(self, gradients: Mapping[FlatKey, FlatVector], key: int, most: int) -> tuple[str, bool, Tensors]:
-        """Return up to `most` adjacent elements that this rank updates, drawn by `key`: name of the first parameter, whether weight
-        decay applies, and views of value, gradient and moments; no views if there is nothing to update."""
-        drawn = [(decays, span) for decays, spans in self.spans.items() for span in spans]
-        if not drawn:
-            return "", False, []
-        decays, (flat_key, (start, stop)) = drawn[key % len(drawn)]
-        first = start + key // len(drawn) % -(-(stop - start) // most) * most
-        span, flat = (first, min(stop, first + most)), self.flats[flat_key]
-        vectors = [flat.values, gradients[flat_key], *(self.moments[name][flat_key] for name in self.STATE_NAMES)]
-        return next(iter(flat.layout.param_slices([span]))).name, decays, [vector.view(*span) for vector in vectors]
+    def draw_sample(self, gradients: Mapping[FlatKey, FlatVector], key: int, most: int) -> list[UpdateSample]:
+        """Return about `most` adjacent elements that this rank updates, drawn by `key`, in pieces."""
+        pieces, at = list[UpdateSample](), 0
+        total = sum(stop - start for spans in self.spans.values() for _, (start, stop) in spans)
+        first = key % max(1, -(-total // most)) * most  # the spans one after the other are cut into blocks
+        for decays, spans in self.spans.items():
+            for flat_key, (start, stop) in spans:
+                begin, end = max(start, start + first - at), min(stop, start + first + most - at)
+                at += stop - start
+                if begin < end:
+                    flat = self.flats[flat_key]
+                    vectors = flat.values, gradients[flat_key], *(self.moments[name][flat_key] for name in self.STATE_NAMES)
+                    name = next(iter(flat.layout.param_slices([(begin, end)]))).name
+                    pieces.append(UpdateSample(name, decays, [vector.view(begin, end) for vector in vectors]))
+        return pieces
 
-    def update_sample(self, tensors: Tensors, decays: bool, lr: float) -> None:
-        """Repeat the last update for a sample from before it, in place."""
-        value, gradient, *moments = tensors
-        self.update([value], [gradient], [[x] for x in moments], lr, self.train.weight_decay * decays)
+    def repeat_update(self, sample: Sequence[UpdateSample], lr: float) -> None:
+        """Repeat the last update, in place, for a sample from before it."""
+        for _, decays, (value, gradient, *moments) in sample:
+            self.update([value], [gradient], [[x] for x in moments], lr, self.train.weight_decay * decays)
 
     def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
         slices: dict[str, dict[ParamSlice, Tensor]] = {name: {} for name in self.STATE_NAMES}

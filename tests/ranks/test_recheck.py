@@ -1,11 +1,17 @@
 """The recheck of the computation: no false alarm and the same bits on every layout; every flipped bit found, or harmless."""
 
+import json
 import random
+import socket
+import threading
+from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
-from runs import assemble, build_train_model, differing, layout, owned_state, small_config
+from runs import assemble, build_train_model, differing, layout, owned_state, small_config, train_to_end
+from text import tiny_config, write_tokens
 from thread_ranks import run_ranks
 from torch import nn
 
@@ -13,6 +19,9 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.engine.recheck import Recheck, _find_wrong
 from mpilm.engine.step import train_step
 from mpilm.errors import RanksDisagreeError
+from mpilm.optim.optimizer import AdamW
+from mpilm.parallel.pipeline.stage import ModelStage
+from mpilm.trainer import loop
 from mpilm.verification.layouts import RandomTokens
 
 LAYOUTS = {
@@ -65,7 +74,7 @@ def test_all_microbatches_are_drawn_in_time():
 
     def body(comm):
         recheck = Recheck(build_train_model(config, comm), 1)
-        return {m for step in range(60) for m in recheck._draw(step, 0)}
+        return {m for step in range(60) for m in recheck._draw(step, recheck.model.mesh.coordinate)}
 
     assert set().union(*run_ranks(3, body)) == set(range(8))
 
@@ -183,6 +192,68 @@ def assert_is_found_or_harmless(name, seed):
 def test_flipped_bits_are_found_and_the_rank_named(name):
     found = [assert_is_found_or_harmless(name, seed) for seed in range(8)]
     assert sum(found) >= 4
+
+
+@pytest.mark.parametrize("name", ["data 2", "data 4, ZeRO-1", "data 3, ZeRO-3", "one rank", "pipeline 2"])
+def test_wrong_updates_are_found_and_the_rank_named(monkeypatch, name):
+    """The last rank changes the moments in the update of the first step."""
+    size, changes = FLIP_LAYOUTS[name]
+    update, last = AdamW.step, threading.local()
+
+    def flip_once(self, gradients, lr):
+        update(self, gradients, lr)
+        if getattr(last, "is_this", False) and self.count == 1:
+            for vector in self.moments["exp_avg"].values():
+                vector.tensor[:1].view(torch.int32).bitwise_xor_(8)
+
+    def prepare(model):
+        last.is_this = model.mesh.rank == size - 1
+
+    monkeypatch.setattr(AdamW, "step", flip_once)
+    with pytest.raises(CollectiveError) as caught:
+        train(size, one_microbatch_each(size, changes), every=1, steps=1, prepare=prepare)
+    assert "step 1: the update of " in str(caught.value)
+    assert f"(bit 3 of an element) was computed wrongly by rank {size - 1} (" in str(caught.value)
+
+
+# In a run with a folder.
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(("size", "changes"), [(2, {}), (3, layout(zero=3)), (1, {})])
+def test_run_sets_suspect_checkpoints_aside_and_resumes_with_the_same_bits(tmp_path, monkeypatch, data, size, changes):
+    """Rechecked in steps 3 and 6; rank 0 computes wrongly in step 6, when checkpoints 3, 4 and 5 are there."""
+    monkeypatch.setenv("MPILM_CACHE", str(tmp_path / "cache"))
+    settings = {"train__steps": 8, "checkpoint__every": 1, "checkpoint__keep": 2, "fault__recheck_every": 3}
+    settings |= {"run__eval_every": 0, "checkpoint__keep_best": False, **changes}
+    expected = train_to_end(tiny_config(data, tmp_path / "right", **settings), size)
+    config, forward, wrong = tiny_config(data, tmp_path / "run", **settings), ModelStage.forward, threading.local()
+
+    def compute_wrongly_once(self, microbatch):
+        inputs = self.inputs
+        if inputs.step == 5 and getattr(wrong, "is_this", False):
+            output = inputs.output_fn
+            self.inputs = replace(inputs, output_fn=lambda logits, batch: output(logits * 1.0001, batch))
+        forward(self, microbatch)
+        if inputs.step == 5 and microbatch == len(inputs.microbatch_ids) - 1:
+            wrong.is_this = False
+
+    def body(comm):
+        wrong.is_this = comm.rank == 0
+        loop.train(config, comm)
+
+    with mock.patch.object(ModelStage, "forward", compute_wrongly_once), pytest.raises(CollectiveError) as caught:
+        run_ranks(size, body)
+    assert "step 6: the loss in microbatch" in str(caught.value)
+    assert "was computed wrongly by rank 0 (" in str(caught.value)
+    assert list(json.loads((tmp_path / "run/bad-hosts.json").read_text())) == [socket.gethostname()]
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["step-00000003", "suspect-1-step-00000004", "suspect-1-step-00000005"]
+    assert train_to_end(config, size) == expected
 
 
 @pytest.mark.slow
