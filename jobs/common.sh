@@ -8,11 +8,31 @@ if [ -f "$site" ]; then source "$site"; fi
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # since SLURM 22.05 srun does not inherit it from sbatch
 
+# avoid_bad_hosts ARGUMENTS...: leave out the nodes that have computed wrongly in this run (bad-hosts.json in its --run.dir). It
+# resumes on the ranks of the other nodes, with the same bits.
+placement=()
+avoid_bad_hosts() {
+    local run= host bad=
+    while [ $# -gt 1 ]; do
+        if [ "$1" = --run.dir ]; then run=$2; fi
+        shift
+    done
+    if [ ! -f "$run/bad-hosts.json" ]; then return; fi
+    for host in $(python -m mpilm.doctor --bad-hosts "$run" | tr , ' '); do
+        if scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qx "${host%%.*}"; then bad+=" ${host%%.*}"; fi
+    done
+    local count=$(wc -w <<< "$bad")
+    if [ "$count" = 0 ] || [ "$count" = "$SLURM_JOB_NUM_NODES" ]; then return; fi
+    echo "without the nodes that have computed wrongly:$bad"
+    placement=("--exclude=$(tr ' ' , <<< "${bad# }")" "--nodes=$((SLURM_JOB_NUM_NODES - count))"
+        "--ntasks=$((SLURM_NTASKS - count * SLURM_NTASKS_PER_NODE))")
+}
+
 # run_ranks MODULE ARGUMENTS...: start one rank per task.
 # --kill-on-bad-exit: when one rank dies, the others do not wait. `srun --mpi=list` shows the MPI types
 # (pmix for Open MPI, pmi2 for MPICH and its relatives; a site with a default needs none).
 run_ranks() {
-    srun --kill-on-bad-exit=1 --cpu-bind=cores ${MPILM_SRUN_MPI:+--mpi=$MPILM_SRUN_MPI} python -m "$@"
+    srun "${placement[@]}" --kill-on-bad-exit=1 --cpu-bind=cores ${MPILM_SRUN_MPI:+--mpi=$MPILM_SRUN_MPI} python -m "$@"
 }
 
 # Remove the shared memory that MPICH left in /dev/shm when an earlier start of this job was killed. Its names derive from the

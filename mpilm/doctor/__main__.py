@@ -32,6 +32,7 @@ class DoctorArguments:
     # kill: kill the last rank at the end; the job must end within seconds, with a non-zero exit code. flip: flip a bit in the
     # computation of the last rank; the recheck (--fault.recheck-every of mpilm.train) must find it and name the rank.
     drill: Literal["none", "kill", "flip"] = "none"
+    bad_hosts: str = ""  # Run folder: only print the hosts that computed wrongly in it (bad-hosts.json), separated by commas.
     calibrate: bool = False  # Measure this machine for mpilm.plan, while nothing else runs here, and write a machine file.
     output: str = "machine.json"  # The file that --calibrate writes.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # The device that --calibrate measures; auto: a GPU if torch finds one.
@@ -39,6 +40,12 @@ class DoctorArguments:
 
 def main() -> Body:
     config = parse(sys.argv[1:], DoctorArguments(), "doctor", __doc__ or "")
+
+    if config.bad_hosts:
+        from mpilm.trainer.recovery.bad_hosts import read_bad_hosts
+
+        hosts = ",".join(read_bad_hosts(Path(config.bad_hosts)))
+        return lambda comm: print(hosts) if comm.rank == 0 else None
 
     def body(comm: Comm) -> None:
         from mpilm.doctor.calibrate import write_calibration

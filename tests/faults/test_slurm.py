@@ -1,5 +1,6 @@
 """The batch scripts in a real SLURM of emulated nodes on this machine (scripts/slurm-here)."""
 
+import json
 import os
 import re
 import signal
@@ -162,6 +163,19 @@ def test_job_with_mpirun_warned_is_requeued(cluster, tmp_path, data, uninterrupt
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     assert "received SIGUSR1; saved" in cluster.log(job)
     assert read_outcome(run)[:2] == uninterrupted[:2]
+
+
+def test_nodes_that_computed_wrongly_are_left_out(cluster, tmp_path, data):
+    """n1 is one of the two nodes of the job; n7 is not."""
+    run = tmp_path / "run"
+    for steps in (5, 10):
+        flags = train_flags(data, run, "--train.steps", steps)
+        job = cluster.submit(*TWO_NODES, WARNING, "jobs/train.sbatch", *flags, MPILM_FAULT="")
+        state = cluster.wait_for_end(job)
+        assert state["JobState"] == "COMPLETED", cluster.log(job)
+        (run / "bad-hosts.json").write_text(json.dumps({"n1.cluster": [], "n7": []}))
+    assert "without the nodes that have computed wrongly: n1\n" in cluster.log(job)
+    assert "2 ranks, 1 thread each" in cluster.log(job)
 
 
 def test_job_cancelled_saves_and_is_not_requeued(cluster, tmp_path, data):
