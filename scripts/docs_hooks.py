@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # mpilm, also where it is not installed
 
 OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md")  # pages beside docs/
-COMMANDS = ("train", "prepare", "generate", "evaluate", "verify", "plan", "doctor", "report", "watch")
+COMMANDS = ("train", "prepare", "generate", "evaluate", "verify", "audit", "replay", "plan", "doctor", "report", "watch")
 TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 

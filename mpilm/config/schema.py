@@ -18,11 +18,8 @@ get_setting_types: Callable[[type], dict[str, Any]] = lru_cache(partial(get_type
 
 # Old names and values still load from stored configs; flags and --config files may use them for one version, with a warning.
 OLD_NAMES = {"parallel.compress": "parallel.powersgd_rank"}
-OLD_VALUES = {
-    "parallel.reduce": {"shared": "shared-memory", "sent": "messages"},
-    "checkpoint.allow_change": OLD_NAMES,
-    "drill": {"true": "kill"},
-}
+OLD_REDUCE = {"shared": "shared-memory", "sent": "messages"}
+OLD_VALUES = {"parallel.reduce": OLD_REDUCE, "checkpoint.allow_change": OLD_NAMES, "drill": {"true": "kill"}}
 
 QWEN_STYLE = ("qwen", "qwen-moe")
 MIXTURES = ("mixtral", "qwen-moe")  # mixtures of experts
