@@ -121,12 +121,13 @@ def _gather(model: TrainModel, name: str, slices: Mapping[ParamSlice, Tensor]) -
     parts = {piece: part for piece, part in model.parts.items() if part.source == name}
     own = {item: x for item, x in slices.items() if item.name == name or item.name in parts}
     full, world = torch.zeros(prod(model.shapes[name]), device="cpu"), model.mesh.world
-    pieces = {piece: torch.zeros(full.numel() // part.count, device="cpu") for piece, part in parts.items()} or {name: full}
+    runs = {piece: part.runs for piece, part in parts.items()}
+    sizes = {piece: full.numel() // distance * run for piece, (_, run, distance) in runs.items()}
+    pieces = {piece: torch.zeros(size, device="cpu") for piece, size in sizes.items()} or {name: full}
     labels = [[item.name, item.start, item.stop] for item in own]
     for (piece, start, stop), values in _send_to_root(labels, list(own.values()), world):
         pieces[piece][start:stop] = values
-    for piece, part in parts.items():
-        first, run, distance = part.runs
+    for piece, (first, run, distance) in runs.items():
         full.as_strided((full.numel() // distance, run), (distance, 1), first).copy_(pieces[piece].view(-1, run))
     return full.view(model.shapes[name])
 

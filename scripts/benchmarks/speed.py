@@ -140,6 +140,7 @@ def guards_worker(args: argparse.Namespace) -> None:
     from unittest import mock
 
     from mpilm.comm.mpi import mpi_world
+    from mpilm.engine.recheck import Recheck
     from mpilm.engine.state_check import check_state
     from mpilm.engine.step import train_step
     from mpilm.launch.watchdog import Watchdog
@@ -168,15 +169,30 @@ def guards_worker(args: argparse.Namespace) -> None:
         ):
             bare(step)
 
-    times, void = time_sides({"guarded": guarded, "without": without}, args.rounds, comm)
+    recheck = Recheck(run.model, every=1)
+
+    def rechecked(step: int) -> None:
+        train_step(run.model, run.batches, step, recheck=recheck)
+
+    def certified(step: int) -> None:
+        train_step(run.model, run.batches, step)
+        run.model.digest_state()
+
+    def plain(step: int) -> None:
+        train_step(run.model, run.batches, step)
+
+    sides = {"guarded": guarded, "without": without, "step": plain, "rechecked step": rechecked, "certified step": certified}
+    times, void = time_sides(sides, args.rounds, comm)
     watchdog.close()
+    defaults = {"rechecked step": run.config.fault.recheck_every, "certified step": run.config.run.certify_every}
+    costs = {  # as a share of the time of all steps
+        side: [(1 / ratio - 1) / every for ratio in speed_ratios(times, "step", side)] for side, every in defaults.items()
+    }
     if comm.rank == 0:
-        print_report(
-            f"guards ({args.preset})",
-            times,
-            {"guarded / without": (speed_ratios(times, "without", "guarded"), ">= 0.99")},
-            void,
-        )
+        print_report(f"guards ({args.preset})", times, {
+            "guarded / without": (speed_ratios(times, "without", "guarded"), ">= 0.99"),
+            **{f"cost of a {side} in {every}": (costs[side], "<= 0.005") for side, every in defaults.items()},
+        }, void)  # fmt: skip
 
 
 def guards(args: argparse.Namespace) -> None:
