@@ -40,7 +40,7 @@ from mpilm.parallel.layout import (
 )
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.execute import StageMessenger, execute
-from mpilm.parallel.pipeline.schedules import forward_only, lower
+from mpilm.parallel.pipeline.schedules import forward_only, gpipe, lower, zero_bubble
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StepInputs, last_logits, token_losses
 from mpilm.parallel.plan import cut_of, expert_of, stage_of
 from mpilm.parallel.tensor import slice_part
@@ -154,6 +154,16 @@ class PipelinedModel:
             for number, stage in self.stages.items():
                 stack.enter_context(stage.observing(partial(observe, number)))
             yield
+
+    def recompute(self, step: int, fetch: Callable[[int], Batch], microbatch_ids: Sequence[int], loss_tokens: int) -> None:
+        """Run forward and backward of one microbatch, or none on this replica, and discard its gradients. Collective."""
+        parallel, make = self.config.parallel, zero_bubble if self.config.parallel.schedule == "zero-bubble" else gpipe
+        actions = make(parallel.pipeline, parallel.chunks, 1)[self.pipeline.rank]
+        program = [action for action in self.lower(actions, 1, len(microbatch_ids)) if action.kind != "REDUCE"]
+        with contextlib.ExitStack() as stack:
+            for stage in self.stages.values():
+                stack.enter_context(stage.discarding_gradients())
+            self._run(program, StepInputs(fetch, microbatch_ids, step, loss_tokens, self.token_losses))
 
     def lower(self, actions: Sequence[Action], count: int, own: int) -> Sequence[Action]:
         """Return the program of a schedule of `count` microbatches, of which this replica has `own`. If ranks of other replicas

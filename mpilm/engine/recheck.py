@@ -1,9 +1,9 @@
 """The check of the computation itself: ranks recompute microbatches of other ranks, and every bit must be the same.
 
 In a step that is checked, each rank takes digests of one microbatch, drawn by the seed: of the messages between stages, of the
-loss and of the gradient of every parameter. Then every data-parallel rank computes the microbatch of the next one from the same
-weights, with all other axes as in training, and compares. If digests differ, a third rank decides, or the same ranks once more
-where there are only two. Where no other rank has the weights, each rank computes twice.
+loss and of the gradient of every parameter. Then each rank computes what the next one on one axis has computed, with all other
+axes as in training, and compares. On the data axis, ranks have the same weights. Without it, ranks change places on another
+axis and send their weights. If digests differ, a third rank decides, or the same ranks once more where there are only two.
 """
 
 import contextlib
@@ -13,19 +13,25 @@ from functools import partial
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpilm.comm.base import Request
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.data.batch import Batch
 from mpilm.engine.hardware import processor_name
+from mpilm.engine.pipelined import PipelinedModel
 from mpilm.engine.train_model import TrainModel
 from mpilm.errors import RanksDisagreeError
 from mpilm.formatting import name_ranks
+from mpilm.mesh.mesh import Mesh
+from mpilm.mesh.shape import AXES
 from mpilm.model.layers import hash_key
 from mpilm.optim.optimizer import ElementwiseOptimizer, UpdateSample
 from mpilm.parallel.digests import CAUSE, MODULUS, name_bit, read_sums, sum_bits
-from mpilm.parallel.pipeline.stage import LOSS, RECEIVED_ACTIVATION, RECEIVED_GRADIENT, SENT_ACTIVATION
+from mpilm.parallel.flat import FlatParameters
+from mpilm.parallel.layout import FlatKey
+from mpilm.parallel.pipeline.stage import LOSS, RECEIVED_ACTIVATION, RECEIVED_GRADIENT, SENT_ACTIVATION, GradientReducer
+from mpilm.parallel.plan import copy_name
 
 TAG = 7
 SAMPLE_NUMEL = 1 << 18  # elements whose update is rechecked
@@ -41,15 +47,20 @@ class Recheck:
     `last_good`: the number of steps that had been completed at the last good recheck, or when the state was loaded."""
 
     def __init__(self, model: TrainModel, every: int, last_good: int = 0):
-        self.model, self.last_good, ranks = model, last_good, model.mesh.shape.data
+        self.model, self.last_good, shape = model, last_good, model.mesh.shape
         self.on_failure: OnFailure = lambda *_: ""
         facts = [processor_name(), torch.get_num_threads(), model.device.type]
         is_uniform = all(other == facts for other in model.mesh.world.all_gather_json(facts))
         # GPU kernels may add in another order each time, and processors of another kind round otherwise.
         self.every = every if is_uniform and model.device.type == "cpu" else 0
-        is_alone = ranks == 1 or model.is_local_sgd  # no other rank has these weights: this one computes twice
-        # How far behind on the data axis the replicas are whose microbatch this rank computes: to recheck, and to decide.
-        self.check, self.decide = int(not is_alone), (0,) if is_alone else (0, 1) if ranks == 2 else (2,)
+        # The axis on which ranks recheck each other, and how far behind on it the ranks are whose work this one repeats, to
+        # recheck and to decide. A compiled model is not built again, nor are the weights of independent replicas the same.
+        axes = [axis for axis in ("data", *AXES) if getattr(shape, axis) > 1]
+        is_alone = not axes or model.is_local_sgd or (axes[0] != "data" and model.config.train.compile)
+        self.axis = axes[0] if axes else "data"
+        ranks = 1 if is_alone else getattr(shape, self.axis)
+        self.check, self.decide = int(ranks > 1), (0,) if ranks == 1 else (0, 1) if ranks == 2 else (2,)
+        self._meshes: dict[int, Mesh] = {}  # in which ranks have changed places, by how far
         self.recorded: Digests = {}  # of the step that is checked
 
     def is_due(self, step: int) -> bool:
@@ -61,7 +72,7 @@ class Recheck:
         if not self.is_due(step):
             yield
             return
-        with self._taking_digests(self._draw(step, self.model.mesh.coordinate)) as sums:
+        with self._taking_digests(self.model, self._draw(step, self.model.mesh.coordinate)) as sums:
             yield
         self.recorded = self._read(sums)
 
@@ -151,26 +162,42 @@ class Recheck:
         return list(model.microbatches_of(replica)[place : place + 1])
 
     def _peer(self, shift: int) -> dict[str, int]:
-        """Return the coordinate of the rank `shift` behind this one on the data axis."""
+        """Return the coordinate of the rank `shift` behind this one on the axis."""
         mesh = self.model.mesh
-        return {**mesh.coordinate, "data": (mesh.coordinate["data"] + shift) % mesh.shape.data}
+        return {**mesh.coordinate, self.axis: (mesh.coordinate[self.axis] + shift) % getattr(mesh.shape, self.axis)}
 
     def _compute(self, step: int, fetch: Callable[[int], Batch], target_tokens: int, shift: int) -> Computation:
-        """Compute the drawn microbatch of the replica `shift` behind this one; return its rank and the digests. Collective."""
-        drawn = self._draw(step, self._peer(shift))
-        with self._taking_digests(drawn) as sums:
-            self.model.recompute(step, fetch, drawn, target_tokens)
-        return self.model.mesh.shape.rank(self._peer(shift)), self._read(sums)
+        """Compute the drawn microbatch of the rank `shift` behind this one; return that rank and the digests. Collective."""
+        peer, model = self._peer(shift), self.model if self.axis == "data" or shift == 0 else self._build_mirror(shift)
+        drawn, load = self._draw(step, peer), self.model.expert_load
+        with self._taking_digests(model, drawn) as sums, load.paused() if load else contextlib.nullcontext():
+            model.recompute(step, fetch, drawn, self.model.count_loss_tokens(target_tokens))
+        return self.model.mesh.shape.rank(peer), self._read(sums)
+
+    def _build_mirror(self, shift: int) -> PipelinedModel:
+        """Return the part of the model that the rank `shift` behind this one has, with its weights. Collective."""
+        model, mesh, comm = self.model, self.model.mesh, self.model.mesh.comm(self.axis)
+        if shift not in self._meshes:
+            world = mesh.world.split(0, mesh.shape.rank(self._peer(shift)), "recheck")
+            self._meshes[shift] = Mesh(mesh.shape, world, mesh.recorder)
+        facts = model.blocks_per_stage, model.vocab_size, model.device, model.alignment
+        mirror = MirrorModel(model.config, self._meshes[shift], *facts)
+        own, others = ([flat.values.tensor for flat in each.flat_parameters] for each in (model, mirror))
+        receives = [comm.irecv(x, (comm.rank + shift) % comm.size, TAG) for x in others if x.numel()]
+        sends = [comm.isend(x, (comm.rank - shift) % comm.size, TAG) for x in own if x.numel()]
+        for request in (*receives, *sends):
+            request.wait()
+        return mirror
 
     @contextlib.contextmanager
-    def _taking_digests(self, drawn: Sequence[int]) -> Iterator[dict[str, list[Tensor]]]:
+    def _taking_digests(self, model: PipelinedModel, drawn: Sequence[int]) -> Iterator[dict[str, list[Tensor]]]:
         sums: dict[str, list[Tensor]] = {}
 
         def observe(stage: int, microbatch: int, label: str, x: Tensor) -> None:
             if microbatch in drawn:
                 sums.setdefault(f"{stage} {label}", []).extend(sum_bits([x.detach()]))
 
-        with self.model.observing(observe):
+        with model.observing(observe):
             yield sums
 
     def _read(self, sums: Mapping[str, list[Tensor]]) -> Digests:
@@ -182,7 +209,7 @@ class Recheck:
         """Send own digests to the rank whose microbatch is rechecked by it; return those of the rank that is rechecked here."""
         if self.check == 0:
             return own
-        comm, sent = self.model.mesh.comm("data"), torch.tensor([*own.values()], dtype=torch.int64, device="cpu")
+        comm, sent = self.model.mesh.comm(self.axis), torch.tensor([*own.values()], dtype=torch.int64, device="cpu")
         received = torch.empty(len(keys), dtype=torch.int64, device="cpu")
         receive = comm.irecv(received, (comm.rank + self.check) % comm.size, TAG) if keys else Request()
         if own:
@@ -226,6 +253,17 @@ class Recheck:
         what = f"the gradient of {label}" if label in self.model.layouts else f"{label} by stage {stage}"
         what = label if label == LOSS else what
         return f"{what}{f' ({bit})' if bit else ''} in microbatch {microbatch}"
+
+
+class MirrorModel(PipelinedModel):
+    """The part of the model that another rank has, to compute once what that rank computes."""
+
+    def make_reducer(self, key: FlatKey, flat: FlatParameters, model: nn.Module) -> GradientReducer:
+        reducer = GradientReducer()
+        names = [copy_name(name, copy) for name in flat.layout.spans for copy in range(flat.copies)]
+        reducer.parameters = {name: model.get_parameter(name) for name in names}
+        reducer.unit_names = [group.names[0] for group in flat.layout.groups]
+        return reducer
 
 
 def _find_wrong(values: Sequence[tuple[int, int]]) -> tuple[list[int], str]:

@@ -1,6 +1,5 @@
 """A model in training: a PipelinedModel with gradient reducers and an optimizer for what this rank owns."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import product
@@ -29,7 +28,7 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import FlatKey, group_by_vector, select_owned, select_parts, select_stage, select_trained
 from mpilm.parallel.layout_check import reduces_in_rounds, replica_microbatch_count
-from mpilm.parallel.pipeline.schedules import gpipe, schedule, zero_bubble
+from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.parallel.pipeline.stage import StepInputs
 from mpilm.parallel.reduce.build import build_reducer
 from mpilm.parallel.reduce.diloco import OUTER_MOMENTUM, DiLoCo
@@ -196,27 +195,16 @@ class TrainModel(PipelinedModel):
 
     def forward_backward(self, step: int, fetch: Callable[[int], Batch], target_tokens: int) -> None:
         """Run this replica's microbatches forward and backward and reduce the gradients over all replicas. Collective."""
-        self._run(self.program, self._make_inputs(step, fetch, self.microbatch_ids, target_tokens))
+        target_tokens = self.count_loss_tokens(target_tokens)
+        self._run(self.program, StepInputs(fetch, self.microbatch_ids, step, target_tokens, self.token_losses))
         self.tied.add_gradients(self.sums)
 
-    def recompute(self, step: int, fetch: Callable[[int], Batch], microbatch_ids: Sequence[int], target_tokens: int) -> None:
-        """Run forward and backward of one microbatch, or none on this replica, and discard its gradients. Collective."""
-        parallel, make = self.config.parallel, zero_bubble if self.config.parallel.schedule == "zero-bubble" else gpipe
-        actions = make(parallel.pipeline, parallel.chunks, 1)[self.pipeline.rank]
-        program = [action for action in self.lower(actions, 1, len(microbatch_ids)) if action.kind != "REDUCE"]
-        with contextlib.ExitStack() as stack:
-            if self.expert_load is not None:
-                stack.enter_context(self.expert_load.paused())
-            for stage in self.stages.values():
-                stack.enter_context(stage.discarding_gradients())
-            self._run(program, self._make_inputs(step, fetch, microbatch_ids, target_tokens))
-
-    def _make_inputs(
-        self, step: int, fetch: Callable[[int], Batch], microbatch_ids: Sequence[int], target_tokens: int
-    ) -> StepInputs:
-        if self.is_local_sgd:  # the mean over this replica's own tokens
-            target_tokens = max(1, target_tokens * len(self.microbatch_ids) // self.microbatch_count)
-        return StepInputs(fetch, microbatch_ids, step, target_tokens, self.token_losses)
+    def count_loss_tokens(self, target_tokens: int) -> int:
+        """Return the number of target tokens over which the loss is a mean: those of the step or, if replicas train
+        independently, of this replica."""
+        if self.is_local_sgd:
+            return max(1, target_tokens * len(self.microbatch_ids) // self.microbatch_count)
+        return target_tokens
 
 
 def load_checkpoint_state(model: TrainModel, checkpoint: Path, updates: int, world: Comm) -> None:

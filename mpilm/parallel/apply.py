@@ -71,8 +71,8 @@ def parallelize(
     if config.train.compile:
         compile_blocks(model)
     checkpoint_activations(model, config.train.recompute)
-    weight_grads = WeightGradQueue()
-    if parallel.schedule == "zero-bubble":
+    weight_grads = WeightGradQueue(is_used=parallel.schedule == "zero-bubble")
+    if weight_grads.is_used:
         split_backward(model, weight_grads)
     if parallel.zero == 3:
         parameters: StageParameters = ShardedParameters(flats, model)

@@ -24,6 +24,7 @@ from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.trainer import loop
 from mpilm.verification.layouts import RandomTokens
 
+MIXTURE = {"model__arch": "mixtral", "model__n_experts": 6, "model__d_ff": 32}
 LAYOUTS = {
     "one rank": (1, {}),
     "data 2": (2, {}),
@@ -32,12 +33,21 @@ LAYOUTS = {
     "data 3, ZeRO-2": (3, layout(zero=2)),
     "data 3, ZeRO-3": (3, layout(zero=3)),
     "pipeline 2": (2, layout(pipeline=2)),
+    "pipeline 3": (3, layout(pipeline=3)),
+    "zero-bubble": (2, layout(pipeline=2, schedule="zero-bubble")),
+    "interleaved": (2, layout(pipeline=2, schedule="interleaved")),
+    "tensor 2": (2, {**layout(tensor=2), "model__n_kv_heads": 2}),
+    "pipeline 2, tensor 2": (4, {**layout(pipeline=2, tensor=2), "model__n_kv_heads": 2}),
+    "context 2, ZeRO-3": (2, layout(context=2, zero=3)),
+    "context 3": (3, {**layout(context=3), "model__context_length": 12}),
+    "experts 2, untied": (2, {**layout(expert=2), **MIXTURE, "model__tie_embeddings": False}),
+    "experts 3, ZeRO-2": (3, {**layout(expert=3, zero=2), **MIXTURE}),
     "pipeline 2, data 2, ZeRO-3": (4, layout(pipeline=2, zero=3)),
     "zero-bubble, data 3": (6, layout(pipeline=2, schedule="zero-bubble")),
     "interleaved, data 2": (4, layout(pipeline=2, schedule="interleaved")),
     "tensor 2, data 2": (4, {**layout(tensor=2), "model__n_kv_heads": 2}),
     "context 2, data 2": (4, layout(context=2)),
-    "experts 3, data 2": (6, {**layout(expert=3), "model__arch": "mixtral", "model__n_experts": 6, "model__d_ff": 32}),
+    "experts 3, data 2": (6, {**layout(expert=3), **MIXTURE}),
     "recompute, ZeRO-3": (2, {**layout(zero=3), "train__recompute": "block"}),
     "bfloat16": (2, {"train__dtype": "bfloat16"}),
     "replicas apart": (2, {**layout(sync_every=2), "run__eval_every": 0}),
@@ -104,6 +114,7 @@ FLIP_LAYOUTS = {
     "zero-bubble, data 2": (4, layout(pipeline=2, schedule="zero-bubble")),
     "one rank": (1, {}),
     "pipeline 2": (2, layout(pipeline=2)),
+    "pipeline 3": (3, layout(pipeline=3)),
 }
 
 

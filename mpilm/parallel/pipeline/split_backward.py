@@ -40,14 +40,10 @@ class GradientSeed(torch.autograd.Function):
 class WeightGradQueue:
     """The gradients of each microbatch that the first half has completed or, for weight matrices, left to be computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_used: bool = True) -> None:
+        self.is_used = is_used  # gradients come from here, rather than from backward at once
         self.microbatch = -1
         self._pending: dict[int, deque[tuple[str, Callable[[], Tensor]]]] = defaultdict(deque)
-
-    @property
-    def is_used(self) -> bool:
-        """True if gradients come from here, rather than from backward at once."""
-        return self.microbatch >= 0
 
     def push_pending(self, name: str, compute: Callable[[], Tensor]) -> None:
         self._pending[self.microbatch].append((name, compute))
