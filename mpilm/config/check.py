@@ -154,6 +154,17 @@ def _find_parallel_problems(config: Config, flags: Mapping[str, str]) -> Iterato
         ):
             if getattr(parallel, axis) > 1 and is_set:
                 yield f"{flag} does not work with {flags[f'parallel.{axis}']}: {why}"
+    for flag, is_set, why in (
+        (flags["parallel.zero"], parallel.zero >= 2, "each round of microbatches is reduced by all ranks"),
+        (flags["parallel.context"], parallel.context > 1, "each round of microbatches is reduced by all ranks"),
+        (flags["parallel.expert"], parallel.expert > 1, "each round of microbatches is computed by all ranks"),
+        (flags["parallel.schedule"], parallel.schedule == "interleaved", "it needs a multiple of the stages on each replica"),
+        (flags["parallel.powersgd_rank"], parallel.powersgd_rank, "its result depends on which rank computes what"),
+        (flags["parallel.sync_every"], sync_every, "its result depends on which rank computes what"),
+        ("--train.reproducible false", not config.train.reproducible, "its result depends on which rank computes what"),
+    ):
+        if parallel.deal == "measured" and is_set:
+            yield f"--parallel.deal measured does not work with {flag}: {why}; write --parallel.deal even"
     stages = parallel.pipeline * parallel.chunks
     actions = schema.microbatch_count(config) * stages
     if actions > MAX_ACTIONS:

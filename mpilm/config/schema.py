@@ -197,6 +197,7 @@ class ParallelConfig:
     chunks: Count = 0  # Model chunks (virtual stages) per rank; 0: 2 for the interleaved schedule, else 1.
     cut: tuple[int, ...] = ()  # Layers per stage, first to last; empty: balanced by cost.
     balance: Literal["cost", "measured"] = "cost"  # Balance stages by computed FLOPs, or by time measured at the start.
+    deal: Literal["even", "measured"] = "even"  # Microbatches of each replica: as many, or by measured speed (ZeRO 0 and 1).
     zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage: shard 1 optimizer state, 2 also gradients, 3 also parameters.
     auto: str = ""  # machine.json of doctor --calibrate: use the layout predicted fastest; layout settings given here stay.
     # Gradient all-reduce (ZeRO 0 and 1, CPU): in the shared memory of each node, or by messages; auto: measured at the start.
@@ -231,8 +232,7 @@ class RunConfig:
     eval_batches: NonNegativeInt = 8  # Global batches of held-out data per evaluation; 0: all of it.
     # First and last step to trace, as in 10:12. trace-10-12.json shows what each rank did when, in Perfetto. Empty: none.
     trace_steps: str = ""
-    # Steps between lines of certificate.jsonl, by which mpilm.audit checks the run; also at each checkpoint. 0: none.
-    certify_every: NonNegativeInt = 100
+    certify_every: NonNegativeInt = 100  # Steps between lines of certificate.jsonl, also written at checkpoints; 0: none.
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()  # Also log to these, offline. TensorBoard is used if it is installed.
     time_limit: NonNegativeFloat = 0.0  # Seconds until the run saves and exits with code 75; 0: the end of its SLURM job.
 
@@ -243,8 +243,8 @@ class FaultConfig:
 
     max_bad_steps: NonNegativeInt = 10  # Steps with a non-finite loss or gradient, or a spike, to skip before exit code 87.
     check_every: NonNegativeInt = 50  # Steps between checks for equal calls and moments on all ranks; 0: only one.
-    # Steps between rechecks of the computation (CPU): ranks compute a microbatch, and an update, of other ranks and compare all
-    # bits. A rank that computed wrongly ends the job with code 88, and its host is noted in bad-hosts.json. 0: none.
+    # Steps between rechecks of the computation (CPU): ranks repeat a microbatch and an update of others, and compare all bits.
+    # A rank that was wrong ends the job with code 88, and bad-hosts.json has its host. 0: none.
     recheck_every: NonNegativeInt = 200
     elastic: bool = False  # Continue within a step on the ranks that survive a failure; needs Open MPI, --with-ft ulfm.
     # Seconds that a step may take, or a rank may do nothing elsewhere, before the job ends with code 86 and reports which rank

@@ -157,7 +157,7 @@ class Recheck:
 
     def _draw(self, step: int, coordinate: Mapping[str, int]) -> list[int]:
         """Return the microbatch to check of the rank at this coordinate; none if it has fewer than others."""
-        model, place = self.model, hash_key("recheck", self.model.config.train.seed, step) % len(self.model.microbatches_of(0))
+        model, place = self.model, hash_key("recheck", self.model.config.train.seed, step) % self.model.longest_block
         replica = coordinate["data"] * model.mesh.shape.expert + coordinate["expert"]
         return list(model.microbatches_of(replica)[place : place + 1])
 

@@ -19,7 +19,7 @@ from mpilm.data.batch import Batch
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import AXES
-from mpilm.ops.tree import Interval, block_of_rank
+from mpilm.ops.tree import Interval, TreeNode, even_blocks
 from mpilm.optim.norm import compile_row_sum, global_norm
 from mpilm.optim.optimizer import Optimizer, moment_shapes
 from mpilm.parallel.digests import StateDigests
@@ -27,7 +27,7 @@ from mpilm.parallel.expert import ExpertLoad
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import FlatKey, group_by_vector, select_owned, select_parts, select_stage, select_trained
-from mpilm.parallel.layout_check import reduces_in_rounds, replica_microbatch_count
+from mpilm.parallel.layout_check import reduces_in_rounds
 from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.parallel.pipeline.stage import StepInputs
 from mpilm.parallel.reduce.build import build_reducer
@@ -44,21 +44,18 @@ class TrainModel(PipelinedModel):
     ):
         self.reducers: dict[FlatKey, StepReducer | MicrobatchRoundReducer] = {}
         self.reduce_timings: dict[str, float] = {}  # seconds of each method of reduction that was timed
+        self.microbatch_count = microbatch_count(config)
+        self.blocks = even_blocks(mesh.shape.replicas, self.microbatch_count)  # of each replica, unless they come in rounds
         super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment)
         self.is_local_sgd = config.parallel.sync_every > 0  # replicas train independently and synchronize every few steps
         self.row_sum = compile_row_sum() if config.train.compile and device.type == "cuda" else None
-        self.sums = {key: reducer.sums for key, reducer in self.reducers.items()}  # the summed gradients
-        self.norm_shards = [  # the part of the gradient that this rank contributes to the norm
-            self.sums[key].view(*interval) for key, flat in self.flats.items() for interval in self._unique_intervals(flat)
-        ]
+        self._plan_step()
         self.expert_load = None  # torch.compile leaves no place to count
         if config.model.arch in MIXTURES and not config.train.compile:
             self.expert_load = ExpertLoad(config.model.n_experts, device)
             for model_stage in self.stages.values():
                 self.expert_load.observe(model_stage.model)
-        self.microbatch_count, parallel = microbatch_count(config), config.parallel
-        self.microbatch_ids = self.microbatches_of(self.replicas.rank)
-        diloco = DiLoCo(self.flats, self.reduce_comm, parallel.sync_every) if self.is_local_sgd else None
+        diloco = DiLoCo(self.flats, self.reduce_comm, config.parallel.sync_every) if self.is_local_sgd else None
         self.optimizer = Optimizer(self.flats, config.train, self.tensor, diloco)
         self.replicates_moments = self.zero == 0 and not self.is_local_sgd and self.reduce_comm.size > 1
         # Replicas compare the moments that they share; a digest of their own would cost more than that of the weights.
@@ -66,19 +63,47 @@ class TrainModel(PipelinedModel):
         owned = select_owned(select_trained(self.layouts))
         # Global shapes of all tensors of the state, by kind and parameter.
         self.state_shapes = {PARAMETER: self.shapes, **moment_shapes(config.train.optimizer, owned, self.is_local_sgd)}
-        count = replica_microbatch_count(config, mesh.shape)
-        actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, count)[self.pipeline.rank]
-        self.program = self.lower(actions, count, len(self.microbatch_ids))
 
     def make_reducer(self, key: FlatKey, flat: FlatParameters, model: nn.Module) -> StepReducer | MicrobatchRoundReducer:
-        self.reducers[key] = build_reducer(flat, model, self.config, self.reduce_timings, self.sequence)
+        self.reducers[key] = build_reducer(flat, model, self.config, self.reduce_timings, self.sequence, self.blocks)
         return self.reducers[key]
 
     def microbatches_of(self, replica: int) -> range:
         """Return the microbatches of a replica, in the order in which it computes them."""
         if reduces_in_rounds(self.config):  # one in each round, so that the round can be reduced at once
             return range(replica, self.microbatch_count, self.replicas.size)
-        return range(*block_of_rank(replica, self.replicas.size, self.microbatch_count))
+        return range(*self.blocks[replica])
+
+    @property
+    def longest_block(self) -> int:
+        """The most microbatches that a replica has."""
+        return max(len(self.microbatches_of(replica)) for replica in range(self.replicas.size))
+
+    def assign_microbatches(self, blocks: Sequence[TreeNode]) -> None:
+        """Give each replica another contiguous block of the microbatches of the following steps. Sums keep their order, and so
+        their bits. Only where gradients are not reduced in rounds; collective over the mesh."""
+        self.blocks = list(blocks)
+        for reducer in self.reducers.values():
+            assert isinstance(reducer, StepReducer)
+            reducer.close()
+        for number, stage in self.stages.items():
+            flats = [(key, flat) for key, flat in self.flats.items() if key[0] == number]
+            stage.reducers = [self.make_reducer(key, flat, stage.model) for key, flat in flats]
+        self._plan_step()
+
+    def _plan_step(self) -> None:
+        """Derive what a step needs from the reducers and the microbatches of this replica."""
+        self.sums = {key: reducer.sums for key, reducer in self.reducers.items()}  # the summed gradients
+        self.norm_shards = [  # the part of the gradient that this rank contributes to the norm
+            self.sums[key].view(*interval) for key, flat in self.flats.items() for interval in self._unique_intervals(flat)
+        ]
+        self.microbatch_ids, parallel, count = (
+            self.microbatches_of(self.replicas.rank),
+            self.config.parallel,
+            self.longest_block,
+        )
+        actions = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, count)[self.pipeline.rank]
+        self.program = self.lower(actions, count, len(self.microbatch_ids))
 
     def are_replicas_in_sync(self, done: int) -> bool:
         """Return whether all replicas have the same weights after `done` steps."""

@@ -8,6 +8,7 @@ the tree from all their nodes, which gives the same bits for any number of ranks
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 TreeNode = tuple[int, int]  # first microbatch, and the one after the last
 Interval = tuple[int, int]  # elements of a flat vector: the first, and the one after the last
@@ -18,6 +19,21 @@ def block_of_rank(rank: int, ranks: int, total: int) -> TreeNode:
     each, remainder = divmod(total, ranks)
     start = rank * each + min(rank, remainder)
     return start, start + each + (rank < remainder)
+
+
+def even_blocks(ranks: int, total: int) -> list[TreeNode]:
+    """Return the blocks of all ranks (see block_of_rank)."""
+    return [block_of_rank(rank, ranks, total) for rank in range(ranks)]
+
+
+def balance_blocks(seconds: Sequence[float], total: int) -> list[TreeNode]:
+    """Return contiguous blocks of microbatches, at least one for each rank, with which the slowest rank is done earliest.
+    `seconds`: of each rank for a microbatch."""
+    counts = [1] * len(seconds)
+    for _ in range(total - len(seconds)):  # each to the rank that would be done with it first
+        counts[min(range(len(seconds)), key=lambda rank: ((counts[rank] + 1) * seconds[rank], rank))] += 1
+    stops = list(accumulate(counts))
+    return list(zip([0, *stops], stops))
 
 
 def are_siblings(left: TreeNode, right: TreeNode, total: int) -> bool:

@@ -13,7 +13,8 @@ from mpilm.engine.state_check import check_state
 from mpilm.engine.step import StepResult, validation_loss
 from mpilm.errors import PreemptedError
 from mpilm.launch.stop_request import STOP_REASONS
-from mpilm.telemetry.trace import Trace
+from mpilm.ops.tree import balance_blocks
+from mpilm.telemetry.trace import Trace, break_down
 from mpilm.trainer.certificate import CertificateWriter, digest_facts
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
@@ -21,6 +22,8 @@ from mpilm.trainer.recovery.skip import skip_step
 from mpilm.trainer.run import Run
 from mpilm.trainer.run_folder import writing
 
+MEASURED_STEPS = 5  # before microbatches are assigned by speed
+LEAST_GAIN = 0.05  # of the time of the slowest replica, for which they are assigned anew
 HookParts = tuple[Run, RunLog, CheckpointManager, InMemoryCheckpoint | None]  # of every hook
 
 
@@ -197,6 +200,32 @@ class Checkpointing(Hook):
 
     def finish(self) -> None:
         self.checkpoints.close()
+
+
+class Balancing(Hook):
+    """Assigns microbatches to replicas by their speed (parallel.deal measured): after the first steps, and at checkpoints."""
+
+    compute_s, steps = 0.0, 0  # since the last assignment
+
+    def after_step(self, event: StepEvent) -> None:
+        run, world, model = self.run, self.run.mesh.world, self.run.model
+        if run.config.parallel.deal == "even" or event.recovered or event.done == run.folder.step + 1:
+            return  # the first step takes longer
+        self.compute_s += break_down(event.spans, run.mesh.shape.pipeline > 1)["compute"]
+        self.steps += 1
+        is_first = event.done == run.folder.step + 1 + MEASURED_STEPS
+        if self.steps < MEASURED_STEPS or not (is_first or is_checkpoint_planned(run, event)):
+            return
+        own_s = self.compute_s / self.steps / len(model.microbatch_ids)
+        everyone = world.all_gather_json([model.replicas.rank, own_s])
+        seconds = [max(s for other, s in everyone if other == replica) for replica in range(model.replicas.size)]
+        self.compute_s, self.steps, blocks = 0.0, 0, balance_blocks(seconds, model.microbatch_count)
+        before_s, after_s = (max(s * (b - a) for s, (a, b) in zip(seconds, each)) for each in (model.blocks, blocks))
+        if after_s < (1 - LEAST_GAIN) * before_s:
+            model.assign_microbatches(blocks)
+            counts = ", ".join(str(b - a) for a, b in blocks)
+            self.log.log_event("balanced", event.done, why=f"{counts} microbatches on the replicas, by their speed")
+        self.log.restart_clock(event.done)
 
 
 class Stopping(Hook):

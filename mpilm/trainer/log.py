@@ -101,6 +101,11 @@ class RunLog:
         if text:
             self.display.log_line(text)
 
+    def log_event(self, event: str, done: int, why: str) -> None:
+        """Log an event that changes the course of a run but not its result."""
+        self.display.log_line(f"step {done}: {why}")
+        self._write_event(event, done, why=why)
+
     def log_stop(self, reason: str) -> None:
         """Log the end of a run before its last step, on which all ranks agree."""
         self.display.log_only(reason)

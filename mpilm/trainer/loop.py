@@ -73,6 +73,7 @@ def run_steps(parts: hooks.HookParts, tracing: hooks.Tracing, recovered: Recover
         hooks.Evaluation(*parts),  # before saving: a checkpoint stores its evaluation loss
         hooks.Certification(*parts),  # before saving: a checkpoint has a line of the certificate
         hooks.Checkpointing(*parts),
+        hooks.Balancing(*parts),
         hooks.Stopping(*parts),  # last: it raises
     ]
     all_hooks: list[hooks.Hook] = [

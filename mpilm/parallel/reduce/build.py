@@ -9,7 +9,7 @@ from torch import nn
 from mpilm.comm.base import Comm
 from mpilm.config.schema import Config, microbatch_count
 from mpilm.ops.sequence_axis import SequenceAxis
-from mpilm.ops.tree import AccumulateOp, AccumulationPlan, block_of_rank, count_buffers, plan_block_accumulation
+from mpilm.ops.tree import AccumulateOp, AccumulationPlan, TreeNode, count_buffers, even_blocks, plan_block_accumulation
 from mpilm.ops.tree_reduce import GradientEncoding, make_encoding
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import FlatLayout
@@ -26,15 +26,21 @@ ATTEMPTS = 3
 
 
 def build_reducer(
-    flat: FlatParameters, model: nn.Module, config: Config, timings: dict[str, float], sequence: SequenceAxis
+    flat: FlatParameters,
+    model: nn.Module,
+    config: Config,
+    timings: dict[str, float],
+    sequence: SequenceAxis,
+    blocks: Sequence[TreeNode],
 ) -> StepReducer | MicrobatchRoundReducer:
-    """Return the reducer of a stage's gradients. Collective over the ranks of `flat`. `timings` receives what was timed."""
+    """Return the reducer of a stage's gradients. Collective over the ranks of `flat`. `timings` receives what was timed;
+    `blocks`: the microbatches of each rank, unless they are reduced in rounds."""
     total, train, parallel, comm = microbatch_count(config), config.train, config.parallel, flat.comm
     overlap = flat.device.type == "cuda"
     if reduces_in_rounds(config):
         return MicrobatchRoundReducer(flat, model, total, parallel.wire_dtype, sequence)
     if parallel.sync_every or (parallel.powersgd_rank and comm.size > 1):
-        start, stop = block_of_rank(comm.rank, comm.size, total)
+        start, stop = blocks[comm.rank]
         plan = plan_block_accumulation(0, stop - start, stop - start)
         buffers = _make_buffers(flat, plan)
         across_ranks = CrossRankReducer()  # DiLoCo reduces weights, not gradients
@@ -46,7 +52,7 @@ def build_reducer(
         timed = time_methods(comm, flat.layout.numel, flat.zero == 0)  # not for bf16: the two round differently
         shared = not timed or timed["shared-memory"] <= timed["messages"]
         timings.update(timed if not timings else {})
-    return make_step_reducer(flat, model, total, train.reproducible, overlap, shared, parallel.wire_dtype)
+    return make_step_reducer(flat, model, total, train.reproducible, overlap, shared, parallel.wire_dtype, blocks)
 
 
 def make_step_reducer(
@@ -57,16 +63,19 @@ def make_step_reducer(
     overlap: bool = False,
     shared: bool = True,
     wire_dtype: str = "float32",
+    blocks: Sequence[TreeNode] = (),
 ) -> StepReducer:
-    """Return a StepReducer that reduces across the ranks of `flat`; `shared`: in shared memory, if any. Collective."""
+    """Return a StepReducer that reduces across the ranks of `flat`; `shared`: in shared memory, if any. `blocks`: the
+    microbatches of each rank; as even as possible if not given. Collective."""
+    blocks = blocks or even_blocks(flat.comm.size, microbatches)
     bucket_count, gather, comm = len(flat.layout.buckets), flat.zero == 0, flat.comm
     depth = bucket_count if overlap else min(BUCKETS_IN_FLIGHT, bucket_count)
     if not reproducible:
-        start, stop = block_of_rank(comm.rank, comm.size, microbatches)
+        start, stop = blocks[comm.rank]
         in_sequence: AccumulationPlan = [AccumulateOp(0, i == 0, ()) for i in range(stop - start)], {0: (start, stop)}
         buffers = _make_buffers(flat, in_sequence)
         return StepReducer(flat, model, in_sequence, buffers, AllReduceReducer(comm, depth), overlap)
-    plans, encoding = _plan_blocks(comm.size, microbatches), make_encoding(wire_dtype)
+    plans, encoding = _plan_blocks(blocks, microbatches), make_encoding(wire_dtype)
     plan, nodes = plans[comm.rank], [list(held.values()) for _, held in plans]
     if shared and comm.size > 1 and flat.device.type == "cpu":
         shared_reducer = make_shared_memory_reducer(comm, flat.layout, plans, microbatches, gather, encoding)
@@ -79,9 +88,8 @@ def make_step_reducer(
     return StepReducer(flat, model, plan, _make_buffers(flat, plan), across_ranks, overlap)
 
 
-def _plan_blocks(ranks: int, microbatches: int) -> list[AccumulationPlan]:
+def _plan_blocks(blocks: Sequence[TreeNode], microbatches: int) -> list[AccumulationPlan]:
     """Return the plan of each rank for its block of microbatches."""
-    blocks = (block_of_rank(rank, ranks, microbatches) for rank in range(ranks))
     return [plan_block_accumulation(*block, microbatches) for block in blocks]
 
 
@@ -95,7 +103,7 @@ def time_methods(comm: Comm, numel: int, gather: bool) -> dict[str, float]:
     if numel < MIN_TIMED_NUMEL:
         return {}
     layout = FlatLayout([ParamLayout("x", (min(numel, MAX_TIMED_NUMEL),))], ranks=comm.size)
-    plans, encoding = _plan_blocks(comm.size, comm.size), GradientEncoding()
+    plans, encoding = _plan_blocks(even_blocks(comm.size, comm.size), comm.size), GradientEncoding()
     if (shared := make_shared_memory_reducer(comm, layout, plans, comm.size, gather, encoding)) is None:
         return {}
     nodes = [list(held.values()) for _, held in plans]

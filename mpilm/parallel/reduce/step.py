@@ -61,8 +61,16 @@ class StepReducer(GradientReducer):
         gradient_bytes = sum(buffer.tensor.nbytes for buffer in buffers)
         self.memory_bytes = {"gradients": gradient_bytes, "exchange": across_ranks.memory_bytes}
         self.shared_bytes = gradient_bytes if across_ranks.uses_shared_buffers else 0
-        for name, parameter in self.parameters.items():
+        self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
+            for name, parameter in self.parameters.items()
+        ]
+
+    def close(self) -> None:
+        """Stop collecting gradients, so that another reducer can."""
+        for hook, parameter in zip(self._hooks, self.parameters.values()):
+            hook.remove()
+            parameter.grad = None
 
     def reset_residuals(self) -> None:
         self.across_ranks.reset_residuals()
