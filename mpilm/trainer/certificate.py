@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpilm.config.schema import Config, result_settings
 from mpilm.data.files import file_errors, hex_digest, parse_json
 from mpilm.errors import DataError
 from mpilm.telemetry.metrics import length_through_step, parse_row
@@ -83,6 +84,11 @@ def _merkle_hash(leaves: Sequence[bytes]) -> bytes:
         return hashlib.sha256(b"\x00" + leaves[0] if leaves else b"").digest()
     half = 1 << ((len(leaves) - 1).bit_length() - 1)  # the largest power of two below their number
     return hashlib.sha256(b"\x01" + _merkle_hash(leaves[:half]) + _merkle_hash(leaves[half:])).digest()
+
+
+def digest_settings(config: Config) -> str:
+    """Return the digest of all settings that determine the result of a run."""
+    return digest_facts(result_settings(config) | {"train.steps": config.train.steps})
 
 
 def digest_facts(facts: Mapping[str, Any]) -> str:

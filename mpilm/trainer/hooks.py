@@ -7,7 +7,6 @@ from math import isfinite
 from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.comm.flight_recorder import Span
-from mpilm.config.schema import result_settings
 from mpilm.engine.hardware import describe_program
 from mpilm.engine.state_check import check_state
 from mpilm.engine.step import StepResult, validation_loss
@@ -15,7 +14,7 @@ from mpilm.errors import PreemptedError
 from mpilm.launch.stop_request import STOP_REASONS
 from mpilm.ops.tree import balance_blocks
 from mpilm.telemetry.trace import Trace, break_down
-from mpilm.trainer.certificate import CertificateWriter, digest_facts
+from mpilm.trainer.certificate import CertificateWriter, digest_facts, digest_settings
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
 from mpilm.trainer.recovery.skip import skip_step
@@ -157,8 +156,11 @@ class Certification(Hook):
 
     def __post_init__(self) -> None:
         run, world = self.run, self.run.mesh.world
-        settings = result_settings(run.config) | {"train.steps": run.config.train.steps}
-        self.facts = {"settings": digest_facts(settings), "data": digest_facts(run.content), "program": describe_program(world)}
+        self.facts = {
+            "settings": digest_settings(run.config),
+            "data": digest_facts(run.content),
+            "program": describe_program(world),
+        }
 
         def open_file() -> CertificateWriter:
             with writing(run.folder.path):

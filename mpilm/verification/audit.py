@@ -1,10 +1,12 @@
 """The audit of one run: its certificate, its checkpoints, and steps recomputed on these ranks against what the run recorded."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpilm.checkpoint.format import checkpoint_name, checkpoint_step, list_checkpoints
+from mpilm.checkpoint.verify import Verifier, run_on_root_with_verify
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.engine.hardware import describe_program
@@ -13,9 +15,9 @@ from mpilm.errors import ConfigError, NotReproducedError
 from mpilm.formatting import count_noun
 from mpilm.mesh.shape import AXES
 from mpilm.report.read import read_run
-from mpilm.trainer.certificate import CERTIFICATE, CertificateLine, read_certificate
+from mpilm.trainer.certificate import CERTIFICATE, CertificateLine, digest_facts, digest_settings, read_certificate
 from mpilm.verification.arguments import AuditArguments
-from mpilm.verification.replayed_run import ReplayedRun, find_stored_run, open_replayed_run
+from mpilm.verification.replayed_run import ReplayedRun, check_is_run, find_stored_run, open_replayed_run
 
 PrintLine = Callable[[str], None]
 MAX_NAMES = 4  # of tensors, in a message
@@ -28,34 +30,51 @@ def audit_run(arguments: AuditArguments, world: Comm, print_line: PrintLine) -> 
     lines = share_certificate(folder, world)
     if lines:
         print_line(f"certificate  {count_noun(len(lines), 'line')}, steps {min(lines)} to {max(lines)}, unbroken")
+    elif asked is None:
+        raise CollectiveError(ConfigError(f"{folder} has no {CERTIFICATE} to check; --steps FIRST:LAST recomputes steps"))
     else:
-        print_line(f"certificate  none: {folder / CERTIFICATE} does not exist")
+        print_line(f"certificate  none: {folder / CERTIFICATE} does not exist, or is empty")
     if asked is None:
         return print_line("nothing is recomputed without --steps FIRST:LAST")
     first, last = asked
+    stored = find_stored_run(folder, first, last, world)
     rows = world.broadcast_json(run_on_root(world, lambda: _read_rows(folder, first, last)))
-    stored = find_stored_run(folder, first - 1, world)
     replayed = open_replayed_run(stored, arguments, world)
-    if last > replayed.config.train.steps:
-        raise CollectiveError(ConfigError(f"--steps {arguments.steps}: the run has {replayed.config.train.steps} steps"))
-    programs = {line.fields["program"] for line in lines.values() if line.step > stored.step}
-    others = sorted(programs - {describe_program(world)})
-    changed = [f"the source of mpilm differs: {'; '.join(others)} then, {describe_program(world)} now"] if others else []
-    for note in (*replayed.notes, *changed):
+    for note in (*replayed.notes, *_list_notes(replayed, first, last, lines, rows)):
         print_line(f"note         {note}")
     origin = stored.checkpoint.name if stored.checkpoint else "the start"
     sizes = dict(zip(AXES, replayed.mesh.shape.sizes))
     layout = ", ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1) or "no axis divided"
     print_line(f"recomputing  steps {stored.step + 1} to {last} from {origin} on {count_noun(world.size, 'rank')} ({layout})")
-    _check_stored(replayed, stored.step, last, lines, world)
-    counts = _recompute(replayed, last, lines, {int(step): row for step, row in rows.items()}, print_line)
-    print_line(f"these bits   steps {first} to {last}: {', '.join(counts)} are equal")
+    unlined = _check_stored(replayed, last, lines, world)
+    counts = _recompute(replayed, first, last, lines, {int(step): row for step, row in rows.items()}, unlined, print_line)
+    print_line(f"these bits   steps {first} to {last}, equal in {', '.join(counts) or 'nothing that was recorded'}")
+
+
+def _list_notes(replayed: ReplayedRun, first: int, last: int, lines: Lines, rows: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the user should know; raise CollectiveError if settings or data are not those of the certificate."""
+    config, world = replayed.config, replayed.mesh.world
+    now = {"settings": digest_settings(config), "data": digest_facts(replayed.content), "program": describe_program(world)}
+    names = {"settings": "the settings in the run folder", "data": "text, tokenizer or the weights to start with"}
+    for line in lines.values():
+        for name, text in names.items():
+            if replayed.stored.step < line.step <= last and line.fields[name] != now[name]:
+                problem = f"{text} are not those with which step {line.step} was computed, by its line in {CERTIFICATE}"
+                raise CollectiveError(NotReproducedError(problem))
+    programs = {line.fields["program"] for line in lines.values() if replayed.stored.step < line.step <= last}
+    if others := sorted(programs - {now["program"]}):
+        yield f"the source of mpilm differs: {'; '.join(others)} then, {now['program']} now"
+    if lines and max(lines) < last:
+        yield f"the certificate ends at step {max(lines)}: later lines may have been removed"
+    if not rows:
+        yield f"metrics.jsonl has no loss of steps {first} to {last}, or cannot be read"
 
 
 def share_certificate(folder: Path, world: Comm) -> dict[int, CertificateLine]:
     """Return the lines of a run's certificate, checked, by step; none if it has no certificate. Collective; raises."""
 
     def read() -> list[Any]:
+        check_is_run(folder)
         lines = read_certificate(folder) if (folder / CERTIFICATE).exists() else []
         return [[dict(line.fields), line.digest] for line in lines]
 
@@ -70,38 +89,58 @@ def _read_rows(folder: Path, first: int, last: int) -> dict[int, list[float]]:
     return {int(step): [loss, norm] for step, loss, norm in rows if first <= step <= last and loss == loss}
 
 
-def _check_stored(replayed: ReplayedRun, first: int, last: int, lines: Lines, world: Comm) -> None:
-    """Compare the checkpoints of these steps, as they lie on disk, with the certificate. Collective; raises CollectiveError."""
-    folder = replayed.stored.folder / "checkpoints"
+def _check_stored(replayed: ReplayedRun, last: int, lines: Lines, world: Comm) -> list[int]:
+    """Compare the checkpoints of the steps to recompute, as they lie on the disk, with the certificate, and then with their own
+    manifests; return the steps of those without a line. Collective; raises CollectiveError."""
+    folder, unlined = replayed.stored.folder / "checkpoints", list[int]()
     names = world.broadcast_json([path.name for path in list_checkpoints(folder)])
     for path in [folder / name for name in names]:
         step = checkpoint_step(path) or 0
-        if first <= step <= last and step in lines:
+        if not replayed.stored.step <= step <= last:
+            continue
+        if step in lines:
             problem = f"{path} is not what the run computed, by its certificate"
             refuse_differences(problem, lines[step].tensors, replayed.digest_checkpoint(path))
+        else:
+            unlined.append(step)
+        run_on_root_with_verify(world, partial(_verify, path))
+    return unlined
+
+
+def _verify(path: Path, verify: Verifier) -> None:
+    verify(path)
 
 
 def _recompute(
-    replayed: ReplayedRun, last: int, lines: Lines, rows: Mapping[int, Sequence[float]], print_line: PrintLine
+    replayed: ReplayedRun,
+    first: int,
+    last: int,
+    lines: Lines,
+    rows: Mapping[int, Sequence[float]],
+    unlined: Sequence[int],
+    print_line: PrintLine,
 ) -> list[str]:
     """Recompute the steps up to `last` and compare them with what the run has recorded; return what was compared, as text."""
-    first, compared = replayed.stored.step + 1, dict.fromkeys(("loss", "line"), 0)
-    for done, result in replayed.advance(first, last):
-        line = lines.get(done)
-        if problem := next(_find_problems(result, rows.get(done), line), ""):
-            where = f"step {done} (the first that differs of {first} to {last})"
+    start, compared = replayed.stored.step + 1, dict.fromkeys(("loss", "line", "checkpoint"), 0)
+    for done, result in replayed.advance(start, last):
+        line, is_asked = lines.get(done), done >= first
+        if result is None:
+            print_line(f"  step {done}: skipped by the run")
+        elif problem := next(_find_problems(result, rows.get(done), line), ""):
+            where = f"step {done} (the first that differs of {start} to {last})"
             raise CollectiveError(NotReproducedError(f"{where}: {problem}"))
-        compared["loss"] += done in rows
+        compared["loss"] += done in rows and result is not None
         if line is not None:
             problem = f"step {done} (the losses up to it are equal): the state is not that of the certificate"
             refuse_differences(problem, line.tensors, replayed.model.digest_state())
-            compared["line"] += 1
-        print_line(f"  step {done}: loss {result.loss:.6f}" + ", equal in every tensor" * (line is not None))
-    path = replayed.stored.folder / "checkpoints" / checkpoint_name(last)
-    compared["checkpoint"] = not lines and replayed.mesh.world.broadcast_json(path.is_dir())
-    if compared["checkpoint"]:  # the run has no certificate
-        stored = replayed.digest_checkpoint(path)
-        refuse_differences(f"step {last}: the state is not that of {path}", stored, replayed.model.digest_state())
+            compared["line"] += is_asked
+        elif done in unlined:
+            path = replayed.stored.folder / "checkpoints" / checkpoint_name(done)
+            problem = f"step {done}: the state is not that of {path}"
+            refuse_differences(problem, replayed.digest_checkpoint(path), replayed.model.digest_state())
+            compared["checkpoint"] += is_asked
+        if result is not None:
+            print_line(f"  step {done}: loss {result.loss:.6f}" + ", equal in every tensor" * (line is not None))
     names = {"loss": "logged loss", "line": "certified state", "checkpoint": "checkpoint"}
     return [count_noun(number, names[key]) for key, number in compared.items() if number]
 
@@ -126,4 +165,4 @@ def refuse_differences(problem: str, expected: Mapping[str, str], found: Mapping
     names = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if names:
         more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-        raise CollectiveError(NotReproducedError(f"{problem}: {', '.join(names[:MAX_NAMES])}{more} differ"))
+        raise CollectiveError(NotReproducedError(f"{problem}: {', '.join(names[:MAX_NAMES])}{more}"))

@@ -38,15 +38,20 @@ def find_first_difference(arguments: AuditArguments, world: Comm, print_line: Pr
         problem = "have no certified step in common: both need a certificate.jsonl (--run.certify-every of mpilm.train)"
         raise CollectiveError(ConfigError(f"{folders[0]} and {folders[1]} {problem}"))
     before, after = _find_difference(certificates, common)
-    for text in _explain(certificates, folders, after or common[-1], world):
+    causes = list(_explain(certificates, folders, after or common[-1], world))
+    for text in causes:
         print_line(f"differs      {text}")
     if after is None:
-        return print_line(f"equal bits   in all {count_noun(len(common), 'common line')}, up to step {common[-1]}")
+        ends = [(folder, max(certificate)) for folder, certificate in zip(folders, certificates)]
+        longer = "".join(f"; {folder} goes on to step {end}" for folder, end in ends if end > common[-1])
+        count = count_noun(len(common), "common line")
+        return print_line(f"equal bits   in all {count}, up to step {common[-1]}{longer}")
     print_line(f"equal bits   up to step {before}" if before else "equal bits   in no common line")
     print_line(f"different    from step {after} on; recomputing both up to it")
     traces = [_trace_run(folder, before, after, arguments, world, print_line) for folder in folders]
     lines = [certificate[after] for certificate in certificates]
-    raise CollectiveError(NotReproducedError(_name_difference(folders, traces, lines)))
+    because = f"; the runs differ in {'; '.join(causes)}" if causes else ""
+    raise CollectiveError(NotReproducedError(_name_difference(folders, traces, lines) + because))
 
 
 def _find_difference(certificates: list[dict[int, CertificateLine]], common: list[int]) -> tuple[int, int | None]:
@@ -65,7 +70,7 @@ def _explain(certificates: list[dict[int, CertificateLine]], folders: list[Path]
     """Yield what differs between the two runs besides their results."""
     fields = [certificate[step].fields for certificate in certificates]
     if fields[0]["settings"] != fields[1]["settings"]:
-        one, other = (_read_settings(find_stored_run(folder, step - 1, world)) for folder in folders)
+        one, other = (_read_settings(find_stored_run(folder, step, step, world)) for folder in folders)
         yield from (f"{name}: {one[name]!r} and {other.get(name)!r}" for name in one if one[name] != other.get(name))
     if fields[0]["data"] != fields[1]["data"]:
         yield "data: the text, the tokenizer or the weights to start with"
@@ -82,15 +87,15 @@ def _trace_run(
     folder: Path, before: int, after: int, arguments: AuditArguments, world: Comm, print_line: PrintLine
 ) -> dict[int, StepTrace]:
     """Recompute a run up to step `after` and return the traces of the steps behind `before`. Collective."""
-    stored, traces = find_stored_run(folder, before, world), dict[int, StepTrace]()
+    stored, traces = find_stored_run(folder, before + 1, after, world), dict[int, StepTrace]()
     replayed = open_replayed_run(stored, arguments, world)
     for done, result in replayed.advance(stored.step + 1, after):
-        if done > before:
+        if done > before and result is not None:
             microbatches = (replayed.batches.training_batch(done - 1, m) for m in range(microbatch_count(replayed.config)))
             batches = [hex_digest(batch.tokens.numpy().tobytes(), batch.targets.numpy().tobytes()) for batch in microbatches]
             model = replayed.model
             traces[done] = StepTrace(batches, result.losses, model.digest_gradients(), model.digest_state())
-        print_line(f"  {folder} step {done}: loss {result.loss:.6f}")
+        print_line(f"  {folder} step {done}: " + ("skipped" if result is None else f"loss {result.loss:.6f}"))
     return traces
 
 

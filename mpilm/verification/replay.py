@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -12,22 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.schema import microbatch_count
-from mpilm.data.files import file_errors, hex_digest
+from mpilm.data.files import hex_digest
 from mpilm.data.samples import TextExamples
 from mpilm.engine.step import forward_backward, optimizer_step
 from mpilm.engine.train_model import TrainModel
-from mpilm.errors import ConfigError
+from mpilm.errors import ConfigError, FileError
 from mpilm.parallel.flat_layout import ParamSlice
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.verification.arguments import ReplayArguments
 from mpilm.verification.audit import PrintLine
-from mpilm.verification.replayed_run import ReplayedRun, find_stored_run, open_replayed_run
+from mpilm.verification.replayed_run import ReplayedRun, StoredRun, find_stored_run, open_replayed_run
 
 KINDS = ("grad", "update", "value")  # of what is shown of a parameter
 TAG = 6
@@ -36,30 +38,36 @@ Tensors = dict[str, Tensor]  # by name: of a module, or NAME.KIND of a parameter
 
 def replay_step(arguments: ReplayArguments, world: Comm, print_line: PrintLine) -> None:
     """Recompute a step of a run, and of another to compare, and print the watched tensors. Collective; raises."""
-    shown = [_watch_run(run, arguments, world, print_line) for run in (*arguments.runs, arguments.compare) if run]
+    runs = [Path(run) for run in (*arguments.runs, arguments.compare) if run]
+    stored = [find_stored_run(run, arguments.step, arguments.step, world) for run in runs]
+    if arguments.save:
+        run_on_root(world, lambda: _check_can_save(Path(arguments.save)))
+    shown = [_watch_run(each, arguments, world, print_line) for each in stored]
     if world.rank == 0:
         for name, tensor in shown[0].items():
-            others = [other[name] for other in shown[1:] if name in other]
-            print_line(_describe(name, tensor, others[0] if others else None))
+            missing = f"; not in {arguments.compare}" if len(shown) > 1 and name not in shown[1] else ""
+            print_line(_describe(name, tensor, shown[-1].get(name) if len(shown) > 1 else None) + missing)
+        print_line("" if shown[0] or not arguments.watch else "these modules have no output of their own; name others")
     if arguments.save:
         run_on_root(world, lambda: _save(Path(arguments.save), shown[0]))
         print_line(f"saved {arguments.save}")
 
 
-def _watch_run(run: str, arguments: ReplayArguments, world: Comm, print_line: PrintLine) -> Tensors:
+def _watch_run(stored: StoredRun, arguments: ReplayArguments, world: Comm, print_line: PrintLine) -> Tensors:
     """Return the watched tensors of a run's step, on rank 0. Collective."""
-    step = arguments.step
-    stored = find_stored_run(Path(run), step - 1, world)
+    step, run = arguments.step, stored.folder
     replayed = open_replayed_run(stored, arguments, world)
     count = microbatch_count(replayed.config)
-    if step > replayed.config.train.steps or arguments.microbatch >= count:
-        limits = f"{run} has {replayed.config.train.steps} steps of {count} microbatches, numbered from 0"
-        raise CollectiveError(ConfigError(f"--step {step} --microbatch {arguments.microbatch}: {limits}"))
+    if not -1 <= arguments.microbatch < count:
+        limits = f"{run} has {count} microbatches a step, numbered from 0"
+        raise CollectiveError(ConfigError(f"--microbatch {arguments.microbatch}: {limits}"))
     names = _choose_names(replayed.model, arguments.watch, world)
     for note in replayed.notes:
         print_line(f"note: {note}")
     for done, result in replayed.advance(stored.step + 1, step - 1):
-        print_line(f"  {run} step {done}: loss {result.loss:.6f}")
+        print_line(f"  {run} step {done}: " + ("skipped" if result is None else f"loss {result.loss:.6f}"))
+    if step in stored.skipped:
+        print_line(f"note: {run} skipped step {step}: it did not apply this update")
     if arguments.text:
         _print_text(replayed, arguments, print_line)
     return _watch_step(replayed, step - 1, names, arguments.microbatch)
@@ -72,9 +80,10 @@ def _choose_names(model: TrainModel, patterns: Sequence[str], world: Comm) -> li
     names += [f"{name}.{kind}" for name in model.shapes for kind in KINDS]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            nearest = ", ".join(difflib.get_close_matches(pattern, names, 3, 0.5)) or ", ".join(names[:3])
+            nearest = ", ".join(difflib.get_close_matches(pattern, names, 3, 0.5))
+            advice = f"the nearest names: {nearest}" if nearest else f"names are such as {names[0]} and {names[-1]}"
             problem = f"--watch {pattern} matches no module, nor a parameter with .grad, .update or .value"
-            raise CollectiveError(ConfigError(f"{problem}; the nearest names: {nearest}"))
+            raise CollectiveError(ConfigError(f"{problem}; {advice}"))
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -190,7 +199,16 @@ def _print_text(replayed: ReplayedRun, arguments: ReplayArguments, print_line: P
         print_line(f"sample {number} (microbatch {(number % train.global_batch) // train.micro_batch}{place}):\n{text}\n")
 
 
+def _check_can_save(path: Path) -> None:
+    """Raise FileError if a file cannot be written, before anything is computed."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        problem = "is a folder" if path.is_dir() else f"the folder {path.parent} does not exist, or cannot be written to"
+        raise FileError(f"--save {path}: {problem}; name a file")
+
+
 def _save(path: Path, tensors: Tensors) -> None:
     """Write tensors as a safetensors file."""
-    with file_errors(path, "written"):
+    try:
         save_file({name: x.contiguous() for name, x in tensors.items()}, path)
+    except SafetensorError as error:
+        raise FileError(f"--save {path}: {error}") from None

@@ -1,6 +1,6 @@
 """A run recomputed from one of its checkpoints, or from its start, on other ranks and in another layout."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.check import check_config
 from mpilm.config.parse import merge_settings, read_toml
-from mpilm.config.schema import Config, ParallelConfig, override, resolve_config
+from mpilm.config.schema import Config, ParallelConfig, flag_of, override, resolve_config, result_settings
 from mpilm.data.batch import Batches
 from mpilm.data.training_data import TrainingData
 from mpilm.engine.hardware import numerics_environment
@@ -38,8 +38,9 @@ class StoredRun:
 
     folder: Path
     checkpoint: Path | None  # the newest from before these steps; None: the run begins anew
-    settings: Mapping[str, Any]  # that were in force, by section
-    newest: Mapping[str, Any]  # trainer.json of the newest checkpoint; empty if there is none
+    settings: Mapping[str, Any]  # that were in force in the steps to recompute, by section
+    trainer: Mapping[str, Any]  # trainer.json of a checkpoint of these steps, else of the newest; empty if there is none
+    skipped: Sequence[int]  # steps of the run that changed nothing, or whose changes were undone
 
     @property
     def step(self) -> int:
@@ -47,21 +48,50 @@ class StoredRun:
         return (checkpoint_step(self.checkpoint) or 0) if self.checkpoint else 0
 
 
-def find_stored_run(folder: Path, step: int, world: Comm) -> StoredRun:
-    """Find what is stored of the state after `step` steps. Collective; raises CollectiveError."""
+def find_stored_run(folder: Path, first: int, last: int, world: Comm) -> StoredRun:
+    """Find what is stored of a run from before step `first`, counted from 1, to recompute the steps up to `last`. Collective;
+    raises CollectiveError, also if the run has no such steps, or its settings changed between them."""
 
     def find() -> list[Any]:
         checkpoints = list_checkpoints(folder / "checkpoints")
-        if not checkpoints and not (folder / "config.toml").is_file():
-            raise FileError(f"{folder} is not a run folder: it has neither config.toml nor checkpoints")
-        before = [path for path in checkpoints if (checkpoint_step(path) or 0) <= step]
-        after = [path for path in checkpoints if (checkpoint_step(path) or 0) > step]
-        newest = read_trainer(checkpoints[-1]) if checkpoints else {}
-        settings = read_trainer(after[0])["config"] if after else read_toml(folder / "config.toml")
-        return [str(before[-1]) if before else "", settings, newest]
+        check_is_run(folder)
+        before = [path for path in checkpoints if (checkpoint_step(path) or 0) < first]
+        after = [path for path in checkpoints if (checkpoint_step(path) or 0) >= first]
+        trainers = [read_trainer(path) for path in after]
+        settings = [trainer["config"] for trainer in trainers]
+        if not after or (checkpoint_step(after[-1]) or 0) < last:  # the steps since are those of the present settings
+            settings.append(read_toml(folder / "config.toml"))
+        start = (checkpoint_step(before[-1]) or 0) if before else 0
+        _check_settings(folder, settings, [start, *(checkpoint_step(path) or 0 for path in after)], first, last)
+        newest = trainers[-1] if after else read_trainer(before[-1]) if before else {}
+        path, trainer = str(before[-1]) if before else "", trainers[0] if after else newest
+        return [path, settings[0], trainer, newest.get("skipped", [])]
 
-    path, settings, newest = world.broadcast_json(run_on_root(world, find))
-    return StoredRun(folder, Path(path) if path else None, settings, newest)
+    path, settings, trainer, skipped = world.broadcast_json(run_on_root(world, find))
+    return StoredRun(folder, Path(path) if path else None, settings, trainer, skipped)
+
+
+def check_is_run(folder: Path) -> None:
+    """Raise FileError unless a folder is that of a run."""
+    if not folder.is_dir():
+        raise FileError(f"{folder} is not a folder; name that of a run, such as runs/NAME")
+    if not any((folder / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
+        raise FileError(f"{folder} is not a run folder: it has neither config.toml nor checkpoints")
+
+
+def _check_settings(folder: Path, settings: Sequence[Mapping[str, Any]], borders: Sequence[int], first: int, last: int) -> None:
+    """Raise ConfigError if the run has fewer than `last` steps, or if settings that its result depends on changed before.
+    `settings`: of the steps from each of `borders` on."""
+    configs = [merge_settings(Config(), each, str(folder)) for each in settings]
+    facts = [result_settings(config) | {"train.steps": config.train.steps} for config in configs]
+    if last > configs[-1].train.steps:
+        raise ConfigError(f"step {last}: the run in {folder} has {configs[-1].train.steps} steps")
+    for border, one in zip(borders[1:], facts[1:]):
+        if changed := [name for name in one if one[name] != facts[0].get(name)]:
+            if border < last:
+                parts = f"take steps {first} to {border} and {border + 1} to {last} one after the other"
+                raise ConfigError(f"{folder}: the run went on with another {', '.join(changed)} after step {border}; {parts}")
+            return
 
 
 @dataclass(frozen=True)
@@ -74,16 +104,16 @@ class ReplayedRun:
     data: TrainingData
     model: TrainModel
     batches: Batches
+    content: Mapping[str, str]  # digests of what was read, by setting
     notes: tuple[str, ...]  # on what may change the bits
 
-    def advance(self, first: int, last: int) -> Iterator[tuple[int, StepResult]]:
-        """Recompute the steps from `first` to `last`, counted from 1, and yield each; skip those that changed nothing in the
-        run. Collective: iterate to the end."""
-        skipped = set(self.stored.newest.get("skipped", ()))
+    def advance(self, first: int, last: int) -> Iterator[tuple[int, StepResult | None]]:
+        """Recompute the steps from `first` to `last`, counted from 1, and yield each; None for those that changed nothing in
+        the run. Collective: iterate to the end."""
         for done in range(first, last + 1):
-            if done not in skipped:
-                self.mesh.recorder.enter("step", done - 1)
-                yield done, train_step(self.model, self.batches, done - 1)
+            self.mesh.recorder.enter("step", done - 1)
+            is_skipped = done in self.stored.skipped
+            yield done, None if is_skipped else train_step(self.model, self.batches, done - 1)
 
     def digest_checkpoint(self, folder: Path) -> dict[str, str]:
         """Return the digests of the tensors in a checkpoint of the run. Collective."""
@@ -96,14 +126,14 @@ def open_replayed_run(stored: StoredRun, settings: ReplaySettings, world: Comm) 
     if the run cannot be recomputed exactly, or its data have changed."""
     config = _replay_config(stored, settings)
     inputs = open_inputs(config, world)
-    mesh, newest = inputs.mesh, stored.newest
+    mesh = inputs.mesh
     _check_content(stored, inputs.content)
     environment = numerics_environment(inputs.hardware, mesh.world, inputs.config.parallel)
-    notes = _compare_environment(newest.get("conditions", {}), environment, settings.allow_version)
+    notes = _compare_environment(stored.trainer.get("conditions", {}), environment, settings.allow_version)
     model, batches = build_train_model(inputs, inputs.config)
-    skipped = [step for step in newest.get("skipped", ()) if step <= stored.step]
+    skipped = [step for step in stored.skipped if step <= stored.step]
     load_state(model, stored.checkpoint, stored.step - len(skipped), mesh.world)
-    return ReplayedRun(stored, inputs.config, mesh, inputs.data, model, batches, notes)
+    return ReplayedRun(stored, inputs.config, mesh, inputs.data, model, batches, inputs.content, notes)
 
 
 def _replay_config(stored: StoredRun, settings: ReplaySettings) -> Config:
@@ -113,10 +143,10 @@ def _replay_config(stored: StoredRun, settings: ReplaySettings) -> Config:
         for name, (exact, reason) in INEXACT.items():
             section, _, key = name.partition(".")
             if (value := getattr(getattr(run, section), key)) != exact:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"{stored.folder} was trained with {flag} {value} and cannot be recomputed exactly: {reason}")
+                setting = f"{flag_of(name)} {str(value).lower()}"
+                raise ConfigError(f"{stored.folder} was trained with {setting} and cannot be recomputed exactly: {reason}")
         compute = {"device": settings.train.device, "threads": settings.train.threads}
-        compute["threads"] = compute["threads"] or int(stored.newest.get("conditions", {}).get("threads", 0))
+        compute["threads"] = compute["threads"] or int(stored.trainer.get("conditions", {}).get("threads", 0))
         config = override(run, parallel=ParallelConfig(**asdict(settings.parallel)))
         config = override(config, {f"train.{name}": value for name, value in compute.items()})
         config = override(config, {"data.path": settings.data.path} if settings.data.path else {})
@@ -130,10 +160,10 @@ def _replay_config(stored: StoredRun, settings: ReplaySettings) -> Config:
 
 def _check_content(stored: StoredRun, content: Mapping[str, str]) -> None:
     """Raise CollectiveError if the text, the tokenizer or the start weights are not those that the run read."""
-    before = stored.newest.get("content", content)
+    before = stored.trainer.get("content", content)
     if changed := [name for name in content if before.get(name) != content[name]]:
         rows = "; ".join(f"{name}: digest {str(before.get(name))[:12]} then, {content[name][:12]} now" for name in changed)
-        advice = "name the text as it was with --data.path"
+        advice = "name the text as it was with --data.path (the run's own path counts from the folder in which it was started)"
         raise CollectiveError(DataError(f"{stored.folder} was trained on other data: {rows}; {advice}"))
 
 

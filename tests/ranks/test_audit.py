@@ -105,8 +105,8 @@ def test_no_certificate_is_written_if_none_is_wanted(tmp_path, data):
     changes = {**STEPS, "run__certify_every": 0, "train__steps": 2}
     train_to_end(tiny_config(data, tmp_path / "run", **changes), 1)
     assert not (tmp_path / "run" / CERTIFICATE).exists()
-    assert "certificate  none" in audit(tmp_path / "run")
-    assert "2 logged losses, 1 checkpoint" in audit(tmp_path / "run", steps="1:2")
+    assert "has no certificate.jsonl to check" in refuse(ConfigError, tmp_path / "run")
+    assert "equal in 2 logged losses, 1 checkpoint" in audit(tmp_path / "run", steps="1:2")
     flip_bit(tmp_path / "run/checkpoints/step-00000002/model.safetensors", "model.norm.weight")
     assert "step 2: the state is not that of" in refuse(NotReproducedError, tmp_path / "run", steps="1:2")
 
@@ -140,7 +140,7 @@ def save_in_place(path, tensors):
 def test_audit_on_other_ranks_finds_the_same_bits(run, size, parallel):
     printed = audit(run, size=size, steps="5:7", parallel=ReplayParallel(**parallel))
     assert "recomputing  steps 4 to 7 from step-00000003" in printed
-    assert "steps 5 to 7: 3 logged losses, 2 certified states are equal" in printed
+    assert "steps 5 to 7, equal in 3 logged losses, 1 certified state" in printed
 
 
 def test_audit_of_the_first_steps_begins_at_the_start(run):
@@ -173,7 +173,7 @@ def test_altered_checkpoint_is_found_and_the_tensor_named(run):
     for steps in ("4:6", "7:8"):
         message = refuse(NotReproducedError, run, steps=steps)
         assert "step-00000006 is not what the run computed" in message
-        assert "certificate: model.layers.1.mlp.up_proj.weight differ" in message
+        assert "certificate: model.layers.1.mlp.up_proj.weight" in message
 
 
 def test_other_tensors_in_a_checkpoint_are_refused(run):
@@ -206,6 +206,57 @@ def test_damaged_certificate_is_refused(run):
     assert "line 3 (step 5) has been changed" in refuse(DataError, run)
 
 
+def test_checkpoint_without_a_line_is_compared_with_the_recomputed_state(run):
+    """Someone has removed the last line of the certificate, and changed the checkpoint that it was of."""
+    path = run / CERTIFICATE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert "the certificate ends at step 6: later lines may have been removed" in audit(run, steps="7:8")
+    flip_bit(run / "checkpoints/step-00000008/model.safetensors", "model.norm.weight")
+    assert "step 8: the state is not that of" in refuse(NotReproducedError, run, steps="7:8")
+
+
+def test_edited_settings_are_told_from_a_wrong_computation(run):
+    path = run / "checkpoints/step-00000006/trainer.json"
+    path.write_text(path.read_text().replace('"lr": 0.003', '"lr": 0.002'))
+    message = refuse(NotReproducedError, run, steps="4:5")
+    assert "the settings in the run folder are not those with which step 4 was computed" in message
+
+
+def test_damaged_file_of_a_checkpoint_is_named(run):
+    (run / "checkpoints/step-00000003/tokenizer.json").write_text("{}")
+    assert "tokenizer.json has 2 bytes, but the manifest lists" in refuse(DataError, run, steps="4:5")
+
+
+def test_lost_metrics_are_said(run):
+    (run / "metrics.jsonl").unlink()
+    assert "note         metrics.jsonl has no loss of steps 4 to 5, or cannot be read" in audit(run, steps="4:5")
+
+
+def test_settings_changed_at_a_resume_divide_the_steps(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", **STEPS, **PARTS)
+    train_until_killed(config, 2, step=4)
+    changes = {"train__lr": 1e-3, "checkpoint__allow_change": ("train.lr",)}
+    train_to_end(override(config, **changes), 2)
+    message = refuse(ConfigError, tmp_path / "run", steps="2:5")
+    assert "went on with another train.lr after step 3; take steps 2 to 3 and 4 to 5 one after the other" in message
+    assert "these bits" in audit(tmp_path / "run", steps="2:3")
+    assert "these bits" in audit(tmp_path / "run", steps="4:5")
+
+
+def test_skipped_steps_are_said(tmp_path, data):
+    """The run takes the loss of step 5 for a spike."""
+    right = loop.train_step
+
+    def reject(model, source, step, flags, max_loss, recheck):
+        return right(model, source, step, flags, 0.0 if step == 4 else max_loss, recheck)
+
+    with mock.patch.object(loop, "train_step", reject):
+        train_to_end(tiny_config(data, tmp_path / "run", **STEPS), 2)
+    printed = audit(tmp_path / "run", size=3, steps="4:8")
+    assert "  step 5: skipped by the run\n  step 6: loss" in printed
+    assert "these bits   steps 4 to 8, equal in 4 logged losses, 3 certified states" in printed
+
+
 def test_changed_text_is_refused_by_content(run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
@@ -228,7 +279,7 @@ def test_lost_text_may_be_named_anew(run, tmp_path, data):
 
 
 def test_other_versions_are_refused_unless_allowed(run):
-    path = run / "checkpoints/step-00000008/trainer.json"
+    path = run / "checkpoints/step-00000003/trainer.json"
     path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
     assert "torch 1.0 then" in refuse(ConfigError, run, steps="1:2")
     assert "note         the last bits may differ" in audit(run, steps="1:2", allow_version=True)
@@ -237,7 +288,7 @@ def test_other_versions_are_refused_unless_allowed(run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": "7:9"}, "the run has 8 steps"),
+        ({"steps": "7:9"}, "has 8 steps"),
         ({"steps": "7:8", "parallel": ReplayParallel(pipeline=4), "size": 4}, "--model.n-layers is 2"),
         ({"steps": "7:8", "parallel": ReplayParallel(tensor=4), "size": 4}, "--parallel.tensor 4"),
     ],

@@ -145,13 +145,20 @@ def test_text_of_a_microbatch_is_shown_with_its_place(trained, data):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"step": 7, "watch": ("norm",)}, "has 6 steps of 8 microbatches"),
-        ({"step": 2, "watch": ("norm",), "microbatch": 8}, "has 6 steps of 8 microbatches"),
+        ({"step": 7, "watch": ("norm",)}, "has 6 steps"),
+        ({"step": 2, "watch": ("norm",), "microbatch": 8}, "has 8 microbatches a step, numbered from 0"),
+        ({"step": 2, "watch": ("norm",), "microbatch": -2}, "has 8 microbatches a step, numbered from 0"),
         ({"step": 2, "watch": ("norm.wieght.grad",)}, "the nearest names: norm.weight.grad"),
     ],
 )
 def test_what_is_not_there_is_refused(trained, settings, message):
     assert message in refuse(trained, **settings)
+
+
+@pytest.mark.parametrize("path", ["nowhere/x.safetensors", "."])
+def test_file_that_cannot_be_written_is_refused_at_once(tmp_path, trained, path):
+    with pytest.raises(CollectiveError, match=r"--save .*; name a file"):
+        replay(trained, 2, step=2, watch=("norm",), save=str(tmp_path / path))
 
 
 def test_watching_does_not_change_the_step(trained):

@@ -8,6 +8,7 @@ import pytest
 from mpilm.config.parse import merge_settings, parse, read_toml
 from mpilm.config.presets import PRESETS
 from mpilm.config.schema import OLD_NAMES, OLD_VALUES, Config, flatten, override, to_dict
+from mpilm.doctor.__main__ import DoctorArguments
 from mpilm.errors import RANK_VARIABLES, ConfigError, FileError
 from mpilm.inference.arguments import EvaluateArguments, GenerateArguments, ModelFolder
 
@@ -156,7 +157,7 @@ def test_old_names_in_stored_settings_load_silently(capsys):
 
 
 def test_old_names_lead_to_settings_of_the_same_section():
-    names = set(flatten(Config()))
+    names = {*flatten(Config()), *flatten(DoctorArguments())}
     assert {*OLD_NAMES.values(), *OLD_VALUES} <= names
     assert not names & set(OLD_NAMES)
     assert all(old.split(".")[0] == new.split(".")[0] for old, new in OLD_NAMES.items())

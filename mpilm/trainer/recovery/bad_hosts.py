@@ -9,6 +9,7 @@ from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
 from mpilm.checkpoint.manager import CheckpointManager, set_aside
 from mpilm.comm.collective_errors import run_on_root
 from mpilm.data.files import parse_json, write_durably
+from mpilm.errors import FileError
 from mpilm.trainer.run import Run
 from mpilm.trainer.run_folder import writing
 
@@ -42,4 +43,6 @@ def record_bad_hosts(
 def read_bad_hosts(folder: Path) -> list[str]:
     """Return the hosts in a run's bad-hosts.json; none if there is no such file. Raises FileError or DataError."""
     path = folder / BAD_HOSTS
+    if not folder.is_dir():
+        raise FileError(f"{folder} is not a folder; name that of a run, such as runs/NAME")
     return list(parse_json(path.read_bytes(), path)) if path.exists() else []
