@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 
 def format_value(value: object) -> str:
@@ -59,6 +59,12 @@ def count_noun(number: int, noun: str) -> str:
     """Return the number with its noun, in the plural where it is not one: 1 rank, 1,024 ranks, 2 batches."""
     plural = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
     return f"{number:,} {noun}{plural}"
+
+
+def name_some(names: Sequence[str], most: int = 4) -> str:
+    """Return the first names as text, and how many there are besides: a, b, c, d and 3 more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def name_ranks(ranks: Collection[int]) -> str:

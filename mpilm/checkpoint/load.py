@@ -23,6 +23,7 @@ from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import ModelConfig
 from mpilm.data.files import file_errors, parse_json, read_json
 from mpilm.errors import ConfigError, DataError
+from mpilm.formatting import name_some
 from mpilm.model.hf.names import match_keys
 from mpilm.parallel.flat_layout import ParamSlice
 from mpilm.parallel.layout import ParamPart
@@ -72,8 +73,7 @@ def load_hf_weights(
             hint = ": an adapter must have the same matrices in every block" if adapter else ""
             for verb, names, end in (("lacks", missing, hint), (f"holds, besides {kind},", unexpected, "")):
                 if names:
-                    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-                    raise ConfigError(f"{folder} {verb} {', '.join(names[:4])}{more}{end}")
+                    raise ConfigError(f"{folder} {verb} {name_some(names)}{end}")
             _read_slices(folder, refs, parameters, found, shapes, parts, exact=False)
 
     run_on_all_ranks(comm, read)

@@ -40,6 +40,7 @@ class CertificateLine:
 
     @property
     def tensors(self) -> Mapping[str, str]:
+        """The digests of the state."""
         return dict(self.fields["tensors"])
 
 
@@ -86,9 +87,9 @@ def _merkle_hash(leaves: Sequence[bytes]) -> bytes:
     return hashlib.sha256(b"\x01" + _merkle_hash(leaves[:half]) + _merkle_hash(leaves[half:])).digest()
 
 
-def digest_settings(config: Config) -> str:
-    """Return the digest of all settings that determine the result of a run."""
-    return digest_facts(result_settings(config) | {"train.steps": config.train.steps})
+def certified_settings(config: Config) -> dict[str, Any]:
+    """Return all settings that determine the result of a run, its number of steps included, from which rates may follow."""
+    return result_settings(config) | {"train.steps": config.train.steps}
 
 
 def digest_facts(facts: Mapping[str, Any]) -> str:
@@ -96,21 +97,22 @@ def digest_facts(facts: Mapping[str, Any]) -> str:
     return hex_digest(json.dumps(dict(sorted(facts.items()))))[:32]
 
 
-def read_certificate(folder: Path) -> list[CertificateLine]:
-    """Return the lines of a run's certificate. Raises FileError, or DataError naming the first line that is damaged or does not
-    fit the line before it."""
-    path = folder / CERTIFICATE
-    with file_errors(path):
-        texts = path.read_bytes().splitlines(keepends=True)
-    texts = texts[:-1] if texts and not texts[-1].endswith(b"\n") else texts  # a job was killed while it wrote it
-    lines = [_read_line(text, f"{path} line {number}") for number, text in enumerate(texts, 1)]
-    digest, step = "", 0
-    for number, line in enumerate(lines, 1):
-        if line.fields["previous"] != digest or line.step <= step:
-            problem = f"the chain is broken: line {number} (step {line.step}) was not written after the line before it"
-            raise DataError(f"{path}: {problem}; a line before it has been changed, removed or added")
-        digest, step = line.digest, line.step
-    return lines
+def read_certificate(folder: Path) -> Iterator[CertificateLine]:
+    """Yield the lines of a run's certificate, each once it is checked; none if the run has no certificate. Raises FileError, or
+    DataError naming the first line that is damaged or does not fit the line before it."""
+    path, digest, step = folder / CERTIFICATE, "", 0
+    if not path.exists():
+        return
+    with file_errors(path), open(path, "rb") as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
+                return  # a job was killed while it wrote this line
+            line = _read_line(text, f"{path} line {number}")
+            if line.fields["previous"] != digest or line.step <= step:
+                problem = f"the chain is broken: line {number} (step {line.step}) was not written after the line before it"
+                raise DataError(f"{path}: {problem}; a line before it has been changed, removed or added")
+            digest, step = line.digest, line.step
+            yield line
 
 
 def _read_line(text: bytes, place: str) -> CertificateLine:

@@ -14,7 +14,7 @@ from mpilm.errors import PreemptedError
 from mpilm.launch.stop_request import STOP_REASONS
 from mpilm.ops.tree import balance_blocks
 from mpilm.telemetry.trace import Trace, break_down
-from mpilm.trainer.certificate import CertificateWriter, digest_facts, digest_settings
+from mpilm.trainer.certificate import CertificateWriter, certified_settings, digest_facts
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
 from mpilm.trainer.recovery.skip import skip_step
@@ -157,7 +157,7 @@ class Certification(Hook):
     def __post_init__(self) -> None:
         run, world = self.run, self.run.mesh.world
         self.facts = {
-            "settings": digest_settings(run.config),
+            "settings": digest_facts(certified_settings(run.config)),
             "data": digest_facts(run.content),
             "program": describe_program(world),
         }

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpilm.checkpoint.format import checkpoint_name, checkpoint_step, list_checkpoints
 from mpilm.checkpoint.verify import Verifier, run_on_root_with_verify
@@ -12,35 +12,49 @@ from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.engine.hardware import describe_program
 from mpilm.engine.step import StepResult
 from mpilm.errors import ConfigError, NotReproducedError
-from mpilm.formatting import count_noun
+from mpilm.formatting import count_noun, name_some
 from mpilm.mesh.shape import AXES
 from mpilm.report.read import read_run
-from mpilm.trainer.certificate import CERTIFICATE, CertificateLine, digest_facts, digest_settings, read_certificate
+from mpilm.trainer.certificate import CERTIFICATE, CertificateLine, certified_settings, digest_facts, read_certificate
 from mpilm.verification.arguments import AuditArguments
 from mpilm.verification.replayed_run import ReplayedRun, check_is_run, find_stored_run, open_replayed_run
 
 PrintLine = Callable[[str], None]
-MAX_NAMES = 4  # of tensors, in a message
 Lines = Mapping[int, CertificateLine]  # by step
+
+
+class CertificateSummary(NamedTuple):
+    """A certificate that has been checked from its first line to its last."""
+
+    line_count: int
+    first: int  # step of the first line
+    last: int  # step of the last one
+    lines: Lines  # those of the steps asked for
 
 
 def audit_run(arguments: AuditArguments, world: Comm, print_line: PrintLine) -> None:
     """Check the certificate and, if asked, recompute steps. Collective; raises CollectiveError at the first difference."""
     folder, asked = Path(arguments.runs[0]), arguments.step_range()
-    lines = share_certificate(folder, world)
-    if lines:
-        print_line(f"certificate  {count_noun(len(lines), 'line')}, steps {min(lines)} to {max(lines)}, unbroken")
+    stored = find_stored_run(folder, *asked, world) if asked else None
+    certificate = _share_certificate(folder, range(stored.step, asked[1] + 1) if stored and asked else range(0), world)
+    if certificate.line_count:
+        steps = f"steps {certificate.first} to {certificate.last}"
+        print_line(f"certificate  {count_noun(certificate.line_count, 'line')}, {steps}, unbroken")
     elif asked is None:
         raise CollectiveError(ConfigError(f"{folder} has no {CERTIFICATE} to check; --steps FIRST:LAST recomputes steps"))
     else:
         print_line(f"certificate  none: {folder / CERTIFICATE} does not exist, or is empty")
-    if asked is None:
+    if stored is None or asked is None:
         return print_line("nothing is recomputed without --steps FIRST:LAST")
-    first, last = asked
-    stored = find_stored_run(folder, first, last, world)
+    (first, last), lines = asked, certificate.lines
     rows = world.broadcast_json(run_on_root(world, lambda: _read_rows(folder, first, last)))
     replayed = open_replayed_run(stored, arguments, world)
-    for note in (*replayed.notes, *_list_notes(replayed, first, last, lines, rows)):
+    notes = [*replayed.notes, *_check_facts(replayed, lines)]
+    if certificate.line_count and certificate.last < last:
+        notes.append(f"the certificate ends at step {certificate.last}: later lines may have been removed")
+    if not rows:
+        notes.append(f"metrics.jsonl has no loss of steps {first} to {last}, or cannot be read")
+    for note in notes:
         print_line(f"note         {note}")
     origin = stored.checkpoint.name if stored.checkpoint else "the start"
     sizes = dict(zip(AXES, replayed.mesh.shape.sizes))
@@ -51,35 +65,35 @@ def audit_run(arguments: AuditArguments, world: Comm, print_line: PrintLine) -> 
     print_line(f"these bits   steps {first} to {last}, equal in {', '.join(counts) or 'nothing that was recorded'}")
 
 
-def _list_notes(replayed: ReplayedRun, first: int, last: int, lines: Lines, rows: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the user should know; raise CollectiveError if settings or data are not those of the certificate."""
-    config, world = replayed.config, replayed.mesh.world
-    now = {"settings": digest_settings(config), "data": digest_facts(replayed.content), "program": describe_program(world)}
-    names = {"settings": "the settings in the run folder", "data": "text, tokenizer or the weights to start with"}
-    for line in lines.values():
-        for name, text in names.items():
-            if replayed.stored.step < line.step <= last and line.fields[name] != now[name]:
-                problem = f"{text} are not those with which step {line.step} was computed, by its line in {CERTIFICATE}"
-                raise CollectiveError(NotReproducedError(problem))
-    programs = {line.fields["program"] for line in lines.values() if replayed.stored.step < line.step <= last}
-    if others := sorted(programs - {now["program"]}):
-        yield f"the source of mpilm differs: {'; '.join(others)} then, {now['program']} now"
-    if lines and max(lines) < last:
-        yield f"the certificate ends at step {max(lines)}: later lines may have been removed"
-    if not rows:
-        yield f"metrics.jsonl has no loss of steps {first} to {last}, or cannot be read"
-
-
-def share_certificate(folder: Path, world: Comm) -> dict[int, CertificateLine]:
-    """Return the lines of a run's certificate, checked, by step; none if it has no certificate. Collective; raises."""
+def _share_certificate(folder: Path, steps: range, world: Comm) -> CertificateSummary:
+    """Check a certificate on rank 0, and return its lines of these steps on all. Collective; raises CollectiveError."""
 
     def read() -> list[Any]:
         check_is_run(folder)
-        lines = read_certificate(folder) if (folder / CERTIFICATE).exists() else []
-        return [[dict(line.fields), line.digest] for line in lines]
+        found, lines = list[int](), list[Any]()
+        for line in read_certificate(folder):
+            found.append(line.step)
+            lines += [[dict(line.fields), line.digest]] * (line.step in steps)
+        return [len(found), *(found[:1] or [0]), *(found[-1:] or [0]), lines]
 
-    lines = world.broadcast_json(run_on_root(world, read))
-    return {fields["step"]: CertificateLine(fields, digest) for fields, digest in lines}
+    line_count, first, last, lines = world.broadcast_json(run_on_root(world, read))
+    by_step = {fields["step"]: CertificateLine(fields, digest) for fields, digest in lines}
+    return CertificateSummary(line_count, first, last, by_step)
+
+
+def _check_facts(replayed: ReplayedRun, lines: Lines) -> list[str]:
+    """Raise CollectiveError if settings or data are not those of the certificate; return a note if the program is not."""
+    settings, world = certified_settings(replayed.config), replayed.mesh.world
+    names = {"settings": "the settings in the run folder", "data": "text, tokenizer or the weights to start with"}
+    now = {"settings": digest_facts(settings), "data": digest_facts(replayed.content), "program": describe_program(world)}
+    recomputed = [line for line in lines.values() if line.step > replayed.stored.step]
+    for line in recomputed:
+        for name, text in names.items():
+            if line.fields[name] != now[name]:
+                problem = f"{text} are not those with which step {line.step} was computed, by its line in {CERTIFICATE}"
+                raise CollectiveError(NotReproducedError(problem))
+    others = sorted({line.fields["program"] for line in recomputed} - {now["program"]})
+    return [f"the source of mpilm differs: {'; '.join(others)} then, {now['program']} now"] if others else []
 
 
 def _read_rows(folder: Path, first: int, last: int) -> dict[int, list[float]]:
@@ -123,10 +137,10 @@ def _recompute(
     """Recompute the steps up to `last` and compare them with what the run has recorded; return what was compared, as text."""
     start, compared = replayed.stored.step + 1, dict.fromkeys(("loss", "line", "checkpoint"), 0)
     for done, result in replayed.advance(start, last):
-        line, is_asked = lines.get(done), done >= first
-        if result is None:
-            print_line(f"  step {done}: skipped by the run")
-        elif problem := next(_find_problems(result, rows.get(done), line), ""):
+        # Of steps that were skipped or rewound one after the other, the records before the last are of states the run has left.
+        was_left = result is None and done + 1 in replayed.stored.skipped
+        line, is_asked = None if was_left else lines.get(done), done >= first
+        if result is not None and (problem := next(_find_problems(result, rows.get(done), line), "")):
             where = f"step {done} (the first that differs of {start} to {last})"
             raise CollectiveError(NotReproducedError(f"{where}: {problem}"))
         compared["loss"] += done in rows and result is not None
@@ -134,13 +148,13 @@ def _recompute(
             problem = f"step {done} (the losses up to it are equal): the state is not that of the certificate"
             refuse_differences(problem, line.tensors, replayed.model.digest_state())
             compared["line"] += is_asked
-        elif done in unlined:
+        elif done in unlined and not was_left:
             path = replayed.stored.folder / "checkpoints" / checkpoint_name(done)
             problem = f"step {done}: the state is not that of {path}"
             refuse_differences(problem, replayed.digest_checkpoint(path), replayed.model.digest_state())
             compared["checkpoint"] += is_asked
-        if result is not None:
-            print_line(f"  step {done}: loss {result.loss:.6f}" + ", equal in every tensor" * (line is not None))
+        outcome = "skipped by the run" if result is None else f"loss {result.loss:.6f}"
+        print_line(f"  step {done}: {outcome}" + ", equal in every tensor" * (line is not None))
     names = {"loss": "logged loss", "line": "certified state", "checkpoint": "checkpoint"}
     return [count_noun(number, names[key]) for key, number in compared.items() if number]
 
@@ -164,5 +178,4 @@ def refuse_differences(problem: str, expected: Mapping[str, str], found: Mapping
     """Raise CollectiveError if the digests of tensors differ, naming the first that do."""
     names = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if names:
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-        raise CollectiveError(NotReproducedError(f"{problem}: {', '.join(names[:MAX_NAMES])}{more}"))
+        raise CollectiveError(NotReproducedError(f"{problem}: {name_some(names)}"))

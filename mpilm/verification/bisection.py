@@ -1,21 +1,22 @@
 """The first difference of two runs: from their certificates the stretch, by recomputing both in it the step and the cause."""
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpilm.comm.base import Comm
-from mpilm.comm.collective_errors import CollectiveError
+from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.parse import merge_settings
-from mpilm.config.schema import Config, flatten, microbatch_count, result_settings
+from mpilm.config.schema import Config, microbatch_count
 from mpilm.data.files import hex_digest
 from mpilm.errors import ConfigError, NotReproducedError
-from mpilm.formatting import count_noun
-from mpilm.trainer.certificate import CertificateLine
+from mpilm.formatting import count_noun, name_some
+from mpilm.trainer.certificate import certified_settings, digest_facts, read_certificate
 from mpilm.verification.arguments import AuditArguments
-from mpilm.verification.audit import MAX_NAMES, PrintLine, share_certificate
-from mpilm.verification.replayed_run import StoredRun, find_stored_run, open_replayed_run
+from mpilm.verification.audit import PrintLine
+from mpilm.verification.replayed_run import StoredRun, check_is_run, find_stored_run, open_replayed_run
 
 
 @dataclass(frozen=True)
@@ -28,59 +29,67 @@ class StepTrace:
     tensors: Mapping[str, str]  # digests of the state after the step
 
 
+class Parting(NamedTuple):
+    """Where the certificates of two runs part."""
+
+    before: int  # last common step with equal states; 0: none
+    after: int | None  # the next common step, with different states; None: there is none
+    common_count: int  # of certified steps
+    ends: Sequence[int]  # last step of each certificate
+    lines: Sequence[Mapping[str, Any]]  # fields of both lines of step `after`, or of the last common step
+
+
 def find_first_difference(arguments: AuditArguments, world: Comm, print_line: PrintLine) -> None:
     """Find the first certified step at which two runs differ, recompute both from the last equal one, and name step, microbatch
     or tensor, and cause. Collective; raises CollectiveError if the runs differ."""
     folders = [Path(run) for run in arguments.runs]
-    certificates = [share_certificate(folder, world) for folder in folders]
-    common = sorted(certificates[0].keys() & certificates[1].keys())
-    if not common:
-        problem = "have no certified step in common: both need a certificate.jsonl (--run.certify-every of mpilm.train)"
-        raise CollectiveError(ConfigError(f"{folders[0]} and {folders[1]} {problem}"))
-    before, after = _find_difference(certificates, common)
-    causes = list(_explain(certificates, folders, after or common[-1], world))
+    parting = Parting(*world.broadcast_json(run_on_root(world, lambda: _find_parting(folders))))
+    causes = list(_explain(parting.lines, folders, world))
     for text in causes:
         print_line(f"differs      {text}")
+    before, after = parting.before, parting.after
     if after is None:
-        ends = [(folder, max(certificate)) for folder, certificate in zip(folders, certificates)]
-        longer = "".join(f"; {folder} goes on to step {end}" for folder, end in ends if end > common[-1])
-        count = count_noun(len(common), "common line")
-        return print_line(f"equal bits   in all {count}, up to step {common[-1]}{longer}")
+        longer = [f"; {folder} goes on to step {end}" for folder, end in zip(folders, parting.ends) if end > before]
+        count = count_noun(parting.common_count, "common line")
+        return print_line(f"equal bits   in all {count}, up to step {before}{''.join(longer)}")
     print_line(f"equal bits   up to step {before}" if before else "equal bits   in no common line")
     print_line(f"different    from step {after} on; recomputing both up to it")
     traces = [_trace_run(folder, before, after, arguments, world, print_line) for folder in folders]
-    lines = [certificate[after] for certificate in certificates]
     because = f"; the runs differ in {'; '.join(causes)}" if causes else ""
-    raise CollectiveError(NotReproducedError(_name_difference(folders, traces, lines) + because))
+    raise CollectiveError(NotReproducedError(_name_difference(folders, traces, parting.lines) + because))
 
 
-def _find_difference(certificates: list[dict[int, CertificateLine]], common: list[int]) -> tuple[int, int | None]:
-    """Return the last certified step up to which both states are equal (0: none), and the first one after it. By bisection: two
-    runs that once differ do not become equal again."""
-    one, other = certificates
-    low, high = 0, len(common)  # states are equal before `low`, and different from `high` on
-    while low < high:
-        middle = (low + high) // 2
-        is_equal = one[common[middle]].tensors == other[common[middle]].tensors
-        low, high = (middle + 1, high) if is_equal else (low, middle)
-    return common[low - 1] if low else 0, common[low] if low < len(common) else None
+def _find_parting(folders: Sequence[Path]) -> Parting:
+    """Find where two runs part, by bisection: once different, they do not become equal again. Raises ConfigError without a
+    common step, and FileError or DataError."""
+    for folder in folders:
+        check_is_run(folder)
+    one, other = ({line.step: digest_facts(line.tensors) for line in read_certificate(folder)} for folder in folders)
+    common = sorted(one.keys() & other.keys())
+    if not common:
+        problem = "have no certified step in common: both need a certificate.jsonl (--run.certify-every of mpilm.train)"
+        raise ConfigError(f"{folders[0]} and {folders[1]} {problem}")
+    low = bisect_left(common, True, key=lambda step: one[step] != other[step])
+    step = common[min(low, len(common) - 1)]
+    lines = [dict(next(line for line in read_certificate(folder) if line.step == step).fields) for folder in folders]
+    after = step if low < len(common) else None
+    return Parting(common[low - 1] if low else 0, after, len(common), [max(one), max(other)], lines)
 
 
-def _explain(certificates: list[dict[int, CertificateLine]], folders: list[Path], step: int, world: Comm) -> Iterator[str]:
+def _explain(lines: Sequence[Mapping[str, Any]], folders: Sequence[Path], world: Comm) -> Iterator[str]:
     """Yield what differs between the two runs besides their results."""
-    fields = [certificate[step].fields for certificate in certificates]
-    if fields[0]["settings"] != fields[1]["settings"]:
+    if lines[0]["settings"] != lines[1]["settings"]:
+        step = lines[0]["step"]
         one, other = (_read_settings(find_stored_run(folder, step, step, world)) for folder in folders)
         yield from (f"{name}: {one[name]!r} and {other.get(name)!r}" for name in one if one[name] != other.get(name))
-    if fields[0]["data"] != fields[1]["data"]:
+    if lines[0]["data"] != lines[1]["data"]:
         yield "data: the text, the tokenizer or the weights to start with"
-    if fields[0]["program"] != fields[1]["program"]:
-        yield f"program: {fields[0]['program']} and {fields[1]['program']}"
+    if lines[0]["program"] != lines[1]["program"]:
+        yield f"program: {lines[0]['program']} and {lines[1]['program']}"
 
 
 def _read_settings(stored: StoredRun) -> dict[str, Any]:
-    config = merge_settings(Config(), stored.settings, str(stored.folder))
-    return result_settings(config) | {"train.steps": flatten(config)["train.steps"]}
+    return certified_settings(merge_settings(Config(), stored.settings, str(stored.folder)))
 
 
 def _trace_run(
@@ -99,14 +108,16 @@ def _trace_run(
     return traces
 
 
-def _name_difference(folders: list[Path], traces: list[dict[int, StepTrace]], lines: list[CertificateLine]) -> str:
+def _name_difference(
+    folders: Sequence[Path], traces: Sequence[Mapping[int, StepTrace]], lines: Sequence[Mapping[str, Any]]
+) -> str:
     """Return the first difference: between the recomputed steps or, if these are equal, between a run and its own record."""
     one, other = traces
     for step in sorted(one.keys() & other.keys()):
         if found := _find_in_step(one[step], other[step]):
             return f"{folders[0]} and {folders[1]} differ first in step {step}: {found}"
-    step = lines[0].step
-    wrong = [str(folder) for folder, line in zip(folders, lines) if line.tensors != one[step].tensors]
+    step = lines[0]["step"]
+    wrong = [str(folder) for folder, line in zip(folders, lines) if line["tensors"] != one[step].tensors]
     reason = "these ranks do not compute what it recorded, so its processors, its memory or its program differed"
     return f"recomputed, both runs are equal up to step {step}; the record of {' and of '.join(wrong)} is another: {reason}"
 
@@ -121,8 +132,7 @@ def _find_in_step(one: StepTrace, other: StepTrace) -> str:
     for what, first, second in (("gradient", one.gradients, other.gradients), ("update", one.tensors, other.tensors)):
         names = [name for name in first if first[name] != second.get(name)]
         if names:
-            more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-            return f"the {what} of {', '.join(names[:MAX_NAMES])}{more}"
+            return f"the {what} of {name_some(names)}"
     return ""
 
 

@@ -12,7 +12,7 @@ from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.check import check_config
 from mpilm.config.parse import merge_settings, read_toml
-from mpilm.config.schema import Config, ParallelConfig, flag_of, override, resolve_config, result_settings
+from mpilm.config.schema import Config, ParallelConfig, flag_of, override, resolve_config
 from mpilm.data.batch import Batches
 from mpilm.data.training_data import TrainingData
 from mpilm.engine.hardware import numerics_environment
@@ -21,6 +21,7 @@ from mpilm.engine.train_model import TrainModel
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.mesh.mesh import Mesh
 from mpilm.trainer.build import build_train_model, load_state, open_inputs
+from mpilm.trainer.certificate import certified_settings
 from mpilm.verification.arguments import ReplaySettings
 
 DECIDES_BITS = ("mpilm", "torch", "threads", "device", "compile")  # of the conditions of a run; the others may
@@ -83,7 +84,7 @@ def _check_settings(folder: Path, settings: Sequence[Mapping[str, Any]], borders
     """Raise ConfigError if the run has fewer than `last` steps, or if settings that its result depends on changed before.
     `settings`: of the steps from each of `borders` on."""
     configs = [merge_settings(Config(), each, str(folder)) for each in settings]
-    facts = [result_settings(config) | {"train.steps": config.train.steps} for config in configs]
+    facts = [certified_settings(config) for config in configs]
     if last > configs[-1].train.steps:
         raise ConfigError(f"step {last}: the run in {folder} has {configs[-1].train.steps} steps")
     for border, one in zip(borders[1:], facts[1:]):
@@ -145,8 +146,8 @@ def _replay_config(stored: StoredRun, settings: ReplaySettings) -> Config:
             if (value := getattr(getattr(run, section), key)) != exact:
                 setting = f"{flag_of(name)} {str(value).lower()}"
                 raise ConfigError(f"{stored.folder} was trained with {setting} and cannot be recomputed exactly: {reason}")
-        compute = {"device": settings.train.device, "threads": settings.train.threads}
-        compute["threads"] = compute["threads"] or int(stored.trainer.get("conditions", {}).get("threads", 0))
+        stored_threads = int(stored.trainer.get("conditions", {}).get("threads", run.train.threads))
+        compute = {"device": settings.train.device, "threads": settings.train.threads or stored_threads}
         config = override(run, parallel=ParallelConfig(**asdict(settings.parallel)))
         config = override(config, {f"train.{name}": value for name, value in compute.items()})
         config = override(config, {"data.path": settings.data.path} if settings.data.path else {})

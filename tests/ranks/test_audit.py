@@ -257,6 +257,21 @@ def test_skipped_steps_are_said(tmp_path, data):
     assert "these bits   steps 4 to 8, equal in 4 logged losses, 3 certified states" in printed
 
 
+def test_rewound_steps_are_left_out(tmp_path, data):
+    """The run takes the loss of step 5 for a spike and returns to the state after step 3: the line of step 4 is of a state that
+    it has left."""
+    right = loop.train_step
+
+    def reject(model, source, step, flags, max_loss, recheck):
+        return right(model, source, step, flags, 0.0 if step == 4 else max_loss, recheck)
+
+    with mock.patch.object(loop, "train_step", reject):
+        train_to_end(tiny_config(data, tmp_path / "run", **STEPS, train__on_spike="rewind"), 2)
+    printed = audit(tmp_path / "run", size=3, steps="4:8")
+    assert "  step 4: skipped by the run\n  step 5: skipped by the run, equal in every tensor\n  step 6: loss" in printed
+    assert "these bits   steps 4 to 8, equal in 3 logged losses, 3 certified states" in printed
+
+
 def test_changed_text_is_refused_by_content(run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

@@ -2,10 +2,12 @@
 
 import json
 import random
+import re
 import socket
 import threading
 from dataclasses import replace
 from functools import cache
+from math import prod
 from unittest import mock
 
 import pytest
@@ -19,6 +21,7 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.engine.recheck import Recheck, _find_wrong
 from mpilm.engine.step import train_step
 from mpilm.errors import RanksDisagreeError
+from mpilm.mesh.shape import MeshShape
 from mpilm.optim.optimizer import AdamW
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.trainer import loop
@@ -115,7 +118,11 @@ FLIP_LAYOUTS = {
     "one rank": (1, {}),
     "pipeline 2": (2, layout(pipeline=2)),
     "pipeline 3": (3, layout(pipeline=3)),
+    "tensor 2, data 2": (4, {**layout(tensor=2), "model__n_kv_heads": 2}),
+    "context 2, data 2": (4, layout(context=2)),
+    "experts 2, data 2": (4, {**layout(expert=2), **MIXTURE}),
 }
+GROUPS = ("tensor", "context", "expert")  # axes whose ranks exchange what they compute before it is compared
 
 
 def flip(x, draw):
@@ -147,7 +154,9 @@ class FlippedBit:
             parameter.register_hook(lambda gradient: self._maybe(stage, gradient))
             self.name = name
         else:
-            modules = [item for item in stage.model.named_modules() if isinstance(item[1], nn.Linear)]
+            modules = [
+                item for item in stage.model.named_modules() if isinstance(item[1], nn.Linear) and item[1].weight is not None
+            ]
             self.name, module = self.draw.choice(modules)
             module.register_forward_hook(lambda module, inputs, output: self._maybe(stage, output))
 
@@ -175,7 +184,10 @@ def undisturbed(name):
 
 
 def one_microbatch_each(size, changes):
-    return {**changes, "train__global_batch": size // changes.get("parallel__pipeline", 1)}
+    return {
+        **changes,
+        "train__global_batch": size // prod(changes.get(f"parallel__{a}", 1) for a in ("pipeline", "tensor", "context")),
+    }
 
 
 def assert_is_found_or_harmless(name, seed):
@@ -189,7 +201,14 @@ def assert_is_found_or_harmless(name, seed):
     if error is not None:
         text = str(error)
         assert isinstance(error.error, RanksDisagreeError)
-        assert f"was computed wrongly by rank {bit.rank} (" in text, (text, bit.rank, bit.name)
+        named = {int(rank) for rank in re.search(r"was computed wrongly by ranks? ([\d, ]+) \(", text)[1].split(", ")}
+        shape = MeshShape(**{axis: changes.get(f"parallel__{axis}", 1) for axis in GROUPS}, data=2)
+        in_groups = any(changes.get(f"parallel__{axis}", 1) > 1 for axis in GROUPS)
+        group = (
+            [rank for rank in range(size) if shape.color(rank, GROUPS) == shape.color(bit.rank, GROUPS)] if in_groups else []
+        )
+        assert bit.rank in named, (text, bit.rank, bit.name)
+        assert named <= {bit.rank, *group}, (text, bit.rank, bit.name)
         assert text.startswith(f"step {bit.step + 1}: "), text
         return True
     assert bit.fired, "nothing was flipped"

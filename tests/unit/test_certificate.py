@@ -47,7 +47,7 @@ def test_merkle_root_has_the_published_values(count):
 
 def test_lines_are_read_as_they_were_written(tmp_path):
     write(tmp_path, 3, 6)
-    lines = read_certificate(tmp_path)
+    lines = list(read_certificate(tmp_path))
     assert [line.step for line in lines] == [3, 6]
     assert lines[0].fields["loss"] == 3.1
     assert lines[0].tensors == {"a": "ab", "b.exp_avg": "cd"}
@@ -107,4 +107,4 @@ def test_every_change_is_found_and_its_line_named(tmp_path, change, message):
     write(tmp_path, 3, 6, 9)
     edit(tmp_path, change)
     with pytest.raises(DataError, match=message):
-        read_certificate(tmp_path)
+        list(read_certificate(tmp_path))
