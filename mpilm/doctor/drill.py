@@ -52,7 +52,7 @@ def flip_bit_on_last_rank(comm: Comm) -> None:
         for step in range(STEPS):
             if step == FLIPPED_STEP and comm.rank == last:
                 linear = next(module for module in model.stages[0].model.modules() if isinstance(module, nn.Linear))
-                linear.register_forward_hook(lambda module, inputs, output: _flip_bit(module, output))
+                linear.register_forward_hook(FlippedBit())
             train_step(model, source, step, recheck=recheck)
     except CollectiveError as error:
         if f"by rank {last} (" not in str(error):
@@ -61,9 +61,15 @@ def flip_bit_on_last_rank(comm: Comm) -> None:
     raise CollectiveError(RanksDisagreeError(f"the recheck did not notice a wrong result on rank {last}"))
 
 
-def _flip_bit(module: nn.Module, x: Tensor) -> Tensor:
-    """Return x with one bit of its largest element flipped, once: a forward hook, which it removes."""
-    module._forward_hooks.clear()
-    y, place = x.detach().clone(), int(x.detach().abs().argmax())
-    y.view(-1).view(torch.int32)[place] ^= 1 << BIT
-    return x + (y - x).detach()
+class FlippedBit:
+    """Flips one bit of the largest element of a module's output, once; a forward hook."""
+
+    has_fired = False
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        if self.has_fired:
+            return x
+        self.has_fired = True
+        y, place = x.detach().clone(), int(x.detach().abs().argmax())
+        y.view(-1).view(torch.int32)[place] ^= 1 << BIT
+        return x + (y - x).detach()  # with the gradient of x

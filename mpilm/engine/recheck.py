@@ -49,10 +49,14 @@ class Recheck:
     def __init__(self, model: TrainModel, every: int, last_good: int = 0):
         self.model, self.last_good, shape = model, last_good, model.mesh.shape
         self.on_failure: OnFailure = lambda *_: ""
-        facts = [processor_name(), torch.get_num_threads(), model.device.type]
+        facts = [processor_name(), torch.get_num_threads()]
         is_uniform = all(other == facts for other in model.mesh.world.all_gather_json(facts))
-        # GPU kernels may add in another order each time, and processors of another kind round otherwise.
-        self.every = every if is_uniform and model.device.type == "cpu" else 0
+        self.obstacle = ""  # reason why bits may differ without an error, so that nothing is rechecked
+        if model.device.type != "cpu":
+            self.obstacle = "GPU kernels may add in another order each time"
+        elif not is_uniform:
+            self.obstacle = "the ranks have processors of different kinds, or different numbers of threads"
+        self.every = 0 if self.obstacle else every
         # The axis on which ranks recheck each other, and how far behind on it the ranks are whose work this one repeats, to
         # recheck and to decide. A compiled model is not built again, nor are the weights of independent replicas the same.
         axes = [axis for axis in ("data", *AXES) if getattr(shape, axis) > 1]

@@ -59,8 +59,10 @@ class ExpertLoad:
     def paused(self) -> Iterator[None]:
         """Do not count meanwhile."""
         self._is_paused = True
-        yield
-        self._is_paused = False
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def take_shares(self, world: Comm) -> list[float]:
         """Return the share of all tokens that each expert has had since the last call. Collective."""

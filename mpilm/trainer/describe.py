@@ -80,6 +80,8 @@ def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int])
         yield "warning", f"{sharing}: threads that share a core are many times slower; omit --train.threads and OMP_NUM_THREADS"
     yield from _layout_rows(run)
     yield from _training_rows(run, row)
+    if run.recheck.obstacle and run.config.fault.recheck_every:
+        yield "note", f"computation is not rechecked (--fault.recheck-every): {run.recheck.obstacle}"
     where = "" if run.mesh.world.size == 1 else " (largest rank)"
     gpu = " of GPU memory" if hardware.device.type == "cuda" else ""
     peak = f"{format_mebibytes(row['predicted_memory_bytes'])}{gpu} predicted peak{where}"

@@ -63,7 +63,7 @@ def collect_state(run: Run, step: int, eval_loss: float | None) -> CheckpointSta
         "seed": config.train.seed,
         "eval_loss": eval_loss,
         "checked": True,  # by `check`, without which nothing is saved
-        "rechecked": run.recheck.last_good,
+        "rechecked": run.recheck.last_good if run.recheck.every else step,  # a suspect checkpoint has a good one before it
         **run.bad_steps.state_dict(),
         "content": dict(run.content),
         "layout": dict(zip(AXES, run.mesh.shape.sizes)),

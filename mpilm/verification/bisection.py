@@ -30,7 +30,7 @@ class StepTrace:
 
 
 class Parting(NamedTuple):
-    """Where the certificates of two runs part."""
+    """Steps between which the certificates of two runs part."""
 
     before: int  # last common step with equal states; 0: none
     after: int | None  # the next common step, with different states; None: there is none

@@ -12,12 +12,13 @@ from unittest import mock
 
 import pytest
 import torch
-from runs import assemble, build_train_model, differing, layout, owned_state, small_config, train_to_end
+from runs import assemble, build_train_model, differing, layout, owned_state, small_config, train_to_end, train_until_killed
 from text import tiny_config, write_tokens
 from thread_ranks import run_ranks
 from torch import nn
 
 from mpilm.comm.collective_errors import CollectiveError
+from mpilm.engine import recheck
 from mpilm.engine.recheck import Recheck, _find_wrong
 from mpilm.engine.step import train_step
 from mpilm.errors import RanksDisagreeError
@@ -64,8 +65,8 @@ def train(size, changes, every, steps=3, prepare=lambda model: None):
     def body(comm):
         model, source = build_train_model(config, comm), RandomTokens(config)
         prepare(model)
-        recheck = Recheck(model, every)
-        losses = [train_step(model, source, step, recheck=recheck).loss for step in range(steps)]
+        check = Recheck(model, every)
+        losses = [train_step(model, source, step, recheck=check).loss for step in range(steps)]
         return losses, owned_state(model)
 
     outcomes = run_ranks(size, body, timeout_s=60.0)
@@ -86,8 +87,8 @@ def test_all_microbatches_are_drawn_in_time():
     config = small_config()
 
     def body(comm):
-        recheck = Recheck(build_train_model(config, comm), 1)
-        return {m for step in range(60) for m in recheck._draw(step, recheck.model.mesh.coordinate)}
+        check = Recheck(build_train_model(config, comm), 1)
+        return {m for step in range(60) for m in check._draw(step, check.model.mesh.coordinate)}
 
     assert set().union(*run_ranks(3, body)) == set(range(8))
 
@@ -254,36 +255,95 @@ def data(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize(("size", "changes"), [(2, {}), (3, layout(zero=3)), (1, {})])
-def test_run_sets_suspect_checkpoints_aside_and_resumes_with_the_same_bits(tmp_path, monkeypatch, data, size, changes):
-    """Rechecked in steps 3 and 6; rank 0 computes wrongly in step 6, when checkpoints 3, 4 and 5 are there."""
+class WrongRank:
+    """Rank 0 computes wrongly in one step of a run: its losses are a little too large."""
+
+    def __init__(self, step, each_time=False):
+        self.step, self.each_time, self.local, self.forward = step, each_time, threading.local(), ModelStage.forward
+
+    def run(self, config, size):
+        """Train until the recheck ends it; return its message."""
+
+        def forward(stage, microbatch):
+            inputs = stage.inputs
+            if inputs.step is not None and inputs.step >= self.step and getattr(self.local, "is_wrong", False):
+                output = inputs.output_fn
+                stage.inputs = replace(inputs, output_fn=lambda logits, batch: output(logits * 1.0001, batch))
+            self.forward(stage, microbatch)
+            stage.inputs = inputs
+            if not self.each_time and inputs.step == self.step and microbatch == len(inputs.microbatch_ids) - 1:
+                self.local.is_wrong = False
+
+        def body(comm):
+            self.local.is_wrong = comm.rank == 0
+            loop.train(config, comm)
+
+        with mock.patch.object(ModelStage, "forward", forward), pytest.raises(CollectiveError) as caught:
+            run_ranks(size, body)
+        assert isinstance(caught.value.error, RanksDisagreeError)
+        return str(caught.value)
+
+
+@pytest.fixture
+def saving(tmp_path, monkeypatch):
+    """Settings of a run of 8 steps that saves after each."""
     monkeypatch.setenv("MPILM_CACHE", str(tmp_path / "cache"))
-    settings = {"train__steps": 8, "checkpoint__every": 1, "checkpoint__keep": 2, "fault__recheck_every": 3}
-    settings |= {"run__eval_every": 0, "checkpoint__keep_best": False, **changes}
+    settings = {"train__steps": 8, "checkpoint__every": 1, "checkpoint__keep": 2, "run__eval_every": 0}
+    return settings | {"checkpoint__keep_best": False}
+
+
+def checkpoints_of(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("size", "changes"), [(2, {}), (3, layout(zero=3)), (1, {})])
+def test_run_sets_suspect_checkpoints_aside_and_resumes_with_the_same_bits(tmp_path, data, saving, size, changes):
+    """Rechecked in steps 3 and 6; rank 0 computes wrongly in step 6, when checkpoints 3, 4 and 5 are there."""
+    settings = {**saving, "fault__recheck_every": 3, **changes}
     expected = train_to_end(tiny_config(data, tmp_path / "right", **settings), size)
-    config, forward, wrong = tiny_config(data, tmp_path / "run", **settings), ModelStage.forward, threading.local()
-
-    def compute_wrongly_once(self, microbatch):
-        inputs = self.inputs
-        if inputs.step == 5 and getattr(wrong, "is_this", False):
-            output = inputs.output_fn
-            self.inputs = replace(inputs, output_fn=lambda logits, batch: output(logits * 1.0001, batch))
-        forward(self, microbatch)
-        if inputs.step == 5 and microbatch == len(inputs.microbatch_ids) - 1:
-            wrong.is_this = False
-
-    def body(comm):
-        wrong.is_this = comm.rank == 0
-        loop.train(config, comm)
-
-    with mock.patch.object(ModelStage, "forward", compute_wrongly_once), pytest.raises(CollectiveError) as caught:
-        run_ranks(size, body)
-    assert "step 6: the loss in microbatch" in str(caught.value)
-    assert "was computed wrongly by rank 0 (" in str(caught.value)
+    config = tiny_config(data, tmp_path / "run", **settings)
+    message = WrongRank(step=5).run(config, size)
+    assert "step 6: the loss in microbatch" in message
+    assert "was computed wrongly by rank 0 (" in message
+    assert message.endswith("resumes from step-00000003")
     assert list(json.loads((tmp_path / "run/bad-hosts.json").read_text())) == [socket.gethostname()]
-    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert names == ["step-00000003", "suspect-1-step-00000004", "suspect-1-step-00000005"]
+    assert checkpoints_of(tmp_path / "run") == ["step-00000003", "suspect-1-step-00000004", "suspect-1-step-00000005"]
     assert train_to_end(config, size) == expected
+
+
+def test_run_without_a_good_checkpoint_begins_anew(tmp_path, data, saving):
+    """A wrong result in the first step that is rechecked."""
+    config = tiny_config(data, tmp_path / "run", **saving, fault__recheck_every=3)
+    assert "begins anew: no checkpoint is from before the last good recheck" in WrongRank(step=2).run(config, 2)
+    assert checkpoints_of(tmp_path / "run") == ["suspect-1-step-00000001", "suspect-1-step-00000002"]
+    expected = train_to_end(tiny_config(data, tmp_path / "right", **saving), 2)
+    assert train_to_end(config, 2) == expected
+
+
+@pytest.mark.parametrize(("step", "found"), [(0, 5), (4, 5), (5, 10), (7, 10)])
+def test_rank_that_goes_wrong_is_found_at_the_next_recheck(tmp_path, data, saving, step, found):
+    config = tiny_config(data, tmp_path / "run", **{**saving, "train__steps": 12}, fault__recheck_every=5)
+    message = WrongRank(step, each_time=True).run(config, 3)
+    assert message.startswith(f"step {found}: ")
+    assert "was computed wrongly by rank 0 (" in message
+
+
+def test_no_more_checkpoints_are_kept_without_rechecks(tmp_path, data, saving):
+    """A resumed run does not keep the checkpoint that it resumed from."""
+    config = tiny_config(data, tmp_path / "run", **saving, fault__recheck_every=0)
+    train_until_killed(config, 2, step=4)
+    train_to_end(config, 2)
+    assert checkpoints_of(tmp_path / "run") == ["step-00000007", "step-00000008"]
+
+
+def test_processors_of_different_kinds_are_not_compared(tmp_path, data, saving, monkeypatch, capsys):
+    kinds = iter(["one", "another"])
+    monkeypatch.setattr(recheck, "processor_name", lambda: next(kinds))
+    train_to_end(tiny_config(data, tmp_path / "run", **saving, fault__recheck_every=1), 2)
+    assert (
+        "computation is not rechecked (--fault.recheck-every): the ranks have processors of different kinds"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow

@@ -237,14 +237,13 @@ class ModelStage:
     @contextlib.contextmanager
     def discarding_gradients(self) -> Iterator[None]:
         """Compute gradients without reducing them: each is freed at once. Gradients reduced before stay as they are."""
-        reducers = self.reducers
-        self.reducers = [DiscardingReducer(reducer) for reducer in reducers]
         with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "reducers", self.reducers)
+            self.reducers = [DiscardingReducer(reducer) for reducer in self.reducers]
             for parameter in self.model.parameters():
                 if parameter.requires_grad and not self.weight_grads.is_used:  # which frees them itself
                     stack.callback(parameter.register_post_accumulate_grad_hook(_free_gradient).remove)
             yield
-        self.reducers = reducers
 
     def _begin_microbatch(self, microbatch: int) -> None:
         for reducer in self.reducers:

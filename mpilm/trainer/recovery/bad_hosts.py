@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
 from mpilm.checkpoint.manager import CheckpointManager, set_aside
@@ -23,7 +24,7 @@ def record_bad_hosts(
     may be in them. Return what the user may do. Collective."""
     checkpoints.finish()  # a checkpoint being written is one of them
 
-    def record() -> str:
+    def record() -> list[Any]:
         path = run.folder.path / BAD_HOSTS
         found = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "ranks": list(ranks), "problem": problem}
         with writing(run.folder.path):
@@ -32,12 +33,13 @@ def record_bad_hosts(
                 rows[host] = [*rows.get(host, []), found]
             write_durably(path, json.dumps(rows, indent=2).encode() + b"\n")
         later = [x for x in list_checkpoints(run.folder.checkpoints) if (checkpoint_step(x) or 0) > last_good]
-        return ", ".join(folder.name for folder in set_aside(later, "suspect"))
+        aside = [folder.name for folder in set_aside(later, "suspect")]
+        return [aside, [folder.name for folder in list_checkpoints(run.folder.checkpoints)]]
 
-    aside = run.mesh.world.broadcast_json(run_on_root(run.mesh.world, record))
-    newest = f"; saved after the last good recheck (step {last_good}), so set aside: {aside}" if aside else ""
-    advice = "The same command, best without that host, resumes from the newest checkpoint and computes the steps again"
-    return f"The host is noted in {run.folder.path / BAD_HOSTS}{newest}. {advice}"
+    aside, good = run.mesh.world.broadcast_json(run_on_root(run.mesh.world, record))
+    suspect = f"; saved after the last good recheck (step {last_good}), so set aside: {', '.join(aside)}" if aside else ""
+    resumes = f"resumes from {good[-1]}" if good else "begins anew: no checkpoint is from before the last good recheck"
+    return f"The host is noted in {run.folder.path / BAD_HOSTS}{suspect}. The same command, best without that host, {resumes}"
 
 
 def read_bad_hosts(folder: Path) -> list[str]:
