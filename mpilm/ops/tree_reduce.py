@@ -100,12 +100,26 @@ class TreeMerger:
 
 
 class TreeOrderReduceScatter:
-    """Reduce-scatters one bucket at a time; its workspace holds at most `max_nodes` incoming slices."""
+    """Reduce-scatters one bucket at a time: each rank receives its slice from all others at once. `nodes`: the most that ranks
+    contribute to an exchange."""
 
-    def __init__(self, comm: Comm, layout: Sliceable, max_nodes: int, device: torch.device, encoding: GradientEncoding):
+    def __init__(
+        self,
+        comm: Comm,
+        layout: Sliceable,
+        nodes: Sequence[Sequence[TreeNode]],
+        device: torch.device,
+        encoding: GradientEncoding,
+    ):
         self.comm, self.layout, self.encoding = comm, layout, encoding
-        self.workspace = torch.empty(max_nodes * layout.longest_slice, dtype=self.encoding.dtype, device=device)
+        incoming = sum(map(len, nodes)) * layout.longest_slice
+        self.workspace = torch.empty(incoming, dtype=self.encoding.dtype, device=device)
+        self.memory_bytes = self.workspace.nbytes
         self.requests: list[Request] = []
+
+    def plan(self, nodes: Sequence[Sequence[TreeNode]], microbatches: int) -> TreeMerger:
+        """Return the additions of an exchange in which ranks contribute these nodes."""
+        return TreeMerger(nodes, microbatches)
 
     def start(self, reduction: TreeMerger, parts: Sequence[Tensor], bucket: Interval) -> None:
         """Send the slices of this rank's nodes (`parts`) of a bucket: one all-to-all for the j-th node of all ranks."""
@@ -132,6 +146,21 @@ class TreeOrderReduceScatter:
         while self.requests:
             self.requests.pop(0).wait()
         return self.reduction.merge([x.float() for x in self.incoming])
+
+    def gather(self, total: Tensor, sums: Tensor, bucket: Interval) -> Request:
+        """Gather the sums of all slices, of which `total` is this rank's; they are in `sums` after the wait."""
+        slices = self.layout.slices(bucket)
+        sent = self.encoding.encode((bucket, "sum"), total)
+        if sent.dtype == sums.dtype:
+            return self.comm.iall_gather(sent, sums, slices)
+        received = torch.empty_like(sums, dtype=sent.dtype)
+        request = self.comm.iall_gather(sent, received, slices)
+
+        def finish() -> None:
+            request.wait()
+            sums.copy_(received)
+
+        return Request(finish)
 
 
 def fold_in_tree_order(leaves: Iterable[Tensor], count: int) -> Tensor:

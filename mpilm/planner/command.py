@@ -17,6 +17,7 @@ from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import count_noun, format_bytes, format_duration, format_mebibytes
 from mpilm.model.flops import flops_by_part, parameter_count
+from mpilm.ops.recursive_halving import count_message_rounds
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import partition_by_cost, replica_microbatch_count, resolve_mesh_shape
 from mpilm.parallel.pipeline.schedules import analytic_bubble, lower, schedule
@@ -253,7 +254,7 @@ def growth_rows(layout: PlacedLayout) -> list[tuple[str, str, str]]:
         ("losses of a step", "microbatches", format_bytes(NUMBER_BYTES * total)),
         ("summation tree", "microbatches and ranks", format_bytes(NUMBER_BYTES * (total + 4 * data))),
         ("counts of an exchange", "replicas", format_bytes(4 * NUMBER_BYTES * data)),
-        ("messages of a gradient sum", "replicas x buckets", f"{2 * buckets * (data - 1):,}"),
+        ("messages of a gradient sum", "buckets x log2 of replicas", f"{2 * buckets * count_message_rounds(data):,}"),
         ("hops of a small all-reduce", "log2 of ranks", f"{ceil(log2(max(2, ranks)))}"),
         ("slices in a checkpoint", "replicas x buckets, with ZeRO", format_bytes(slices)),
         ("shared memory mapped", "ranks of a node", format_bytes(4 * numel * on_node)),

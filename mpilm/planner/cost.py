@@ -8,6 +8,7 @@ from typing import Literal
 
 from mpilm.config.schema import ModelConfig
 from mpilm.model.flops import attention_flops_per_token, block_matrices, model_part
+from mpilm.ops.recursive_halving import count_message_rounds
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import find_ulysses_problem, reduces_in_rounds
 from mpilm.parallel.pipeline.schedules import lower, schedule
@@ -16,6 +17,7 @@ from mpilm.planner.profile import ComputeRates, NetworkRates, interpolate, inter
 from mpilm.planner.simulate import simulate
 
 MMAP_THRESHOLD_BYTES = 32 << 20  # glibc returns larger tensors to the kernel as soon as they are freed
+OPERATIONS: tuple[Literal["exchange"], Literal["gather"]] = "exchange", "gather"
 WIRE_RATIO = {"float32": 1.0, "bfloat16": 0.5}  # bytes on the wire, relative to float32
 SIMULATED_ROUNDS = 2  # microbatches in lengths of the pipeline: longer steps are extrapolated
 ActionTimes = dict[tuple[str, int], float]  # seconds by kind and stage
@@ -99,11 +101,15 @@ def compute_s(layout: PlacedLayout) -> ActionTimes:
     return times
 
 
-def collective_s(network: NetworkRates | None, operation: Literal["exchange", "gather"], ranks: int, numel: float) -> float:
-    """Return the seconds of exchanging or gathering the slices of a vector, of which a rank keeps its own."""
+def collective_s(
+    network: NetworkRates | None, operation: Literal["exchange", "gather"], ranks: int, numel: float, halving: bool = False
+) -> float:
+    """Return the seconds of exchanging or gathering the slices of a vector, of which a rank keeps its own: with all ranks at
+    once, or by recursive halving."""
     if network is None or ranks == 1 or numel <= 0:
         return 0.0
-    messages = math.ceil(numel / BUCKET) * max(0, ranks - network.ranks)  # beyond those that the rates include
+    rounds = count_message_rounds(ranks) if halving else ranks - 1
+    messages = math.ceil(numel / BUCKET) * max(0, rounds - network.ranks + 1)  # beyond those that the rates include
     return numel * (ranks - 1) / ranks * interpolate(getattr(network, operation), numel) + messages * network.latency_s
 
 
@@ -123,8 +129,9 @@ def reduce_s(layout: PlacedLayout, stage: int) -> float:
     network, within = layout.network(layout.has_replicas_on_one_node), layout.machine.within
     if data == 1 or network is None or reduces_in_rounds(layout.config):
         return 0.0
-    sent_s = collective_s(network, "exchange", data, numel)
-    gather_s = collective_s(network, "gather", data, numel)
+    halving = parallel.wire_dtype == "float32"
+    sent_s = collective_s(network, "exchange", data, numel, halving)
+    gather_s = collective_s(network, "gather", data, numel, halving)
     if parallel.sync_every or parallel.powersgd_rank:  # MPI_Allreduce moves as much as an exchange and a gather
         return (sent_s + gather_s) * (1 / parallel.sync_every if parallel.sync_every else _compression_ratio(layout))
     gather, wire = parallel.zero == 0, WIRE_RATIO[parallel.wire_dtype]
@@ -133,7 +140,8 @@ def reduce_s(layout: PlacedLayout, stage: int) -> float:
             return shared_memory_s(within, data, numel, gather)
         if data % per_node == 0:  # each rank of a node exchanges its slice with its peers on the other nodes
             peers, part = data // per_node, numel / per_node
-            across = collective_s(network, "exchange", peers, part) + gather * collective_s(network, "gather", peers, part)
+            exchange_s, gather_s = (collective_s(network, op, peers, part, halving) for op in OPERATIONS)
+            across = exchange_s + gather * gather_s
             off_node = (network.ranks - 1) / max(1, network.ranks - per_node)  # the rates mix in messages within nodes
             return shared_memory_s(within, per_node, numel, gather) + wire * off_node * across
     return wire * (sent_s + gather * gather_s) + layout.memory_s("add", numel)
@@ -207,7 +215,8 @@ def zero_s(layout: PlacedLayout) -> ActionTimes:
         exchange_s = gather_s = 0.0
         for numel, ranks in layout.vectors(stage):
             if reduces_in_rounds(layout.config):
-                exchange_s += WIRE_RATIO[parallel.wire_dtype] * collective_s(network, "exchange", ranks, numel)
+                halving = parallel.wire_dtype == "float32"
+                exchange_s += WIRE_RATIO[parallel.wire_dtype] * collective_s(network, "exchange", ranks, numel, halving)
                 exchange_s += ranks * layout.memory_s("add", numel / ranks)
             if parallel.zero == 3:
                 gather_s += collective_s(network, "gather", ranks, numel) + layout.memory_s("fresh", numel)

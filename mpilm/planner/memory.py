@@ -7,6 +7,7 @@ from itertools import chain
 
 from mpilm.config.schema import Config, microbatch_count, tensor_part_count
 from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_numel, parameter_count
+from mpilm.ops.recursive_halving import MIN_HALVING_RANKS, count_bucket_copies
 from mpilm.ops.tree import block_of_rank, count_buffers, plan_accumulation, plan_block_accumulation, plan_merges
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import reduces_in_rounds
@@ -134,7 +135,10 @@ def _round_gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]
         units, each = [*tied, *_merge([*blocks, rest - sum(blocks)])], max(_merge([each] * layout.cut[stage]))
     nodes = copies if layout.shape.context > 1 else 1  # that are left of the gradients of all copies
     exchanged = [(max(units), data, 1, 1), (each, data // copies, copies, nodes)]
-    exchange = sum(unit * n + 2 * ranks * left * -(-min(BUCKET, unit) // ranks) for unit, ranks, n, left in exchanged)
+    exchange = sum(
+        unit * n + 2 * _exchange_floats(layout, ranks, left, ranks * left, -(-min(BUCKET, unit) // ranks))
+        for unit, ranks, n, left in exchanged
+    )
     buffers = _round_buffers(layout.shape.replicas, microbatch_count(layout.config))
     kept = sum((buffers / ranks + (zero == 0) * (1 - 1 / ranks)) * numel for numel, ranks in layout.vectors(stage))
     return {"gradients": kept, "exchange": exchange, "passing": passing}
@@ -163,9 +167,19 @@ def _gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:
         pieces = _pieces(layout, stage)
         buckets, (most, every) = sum(math.ceil(piece / BUCKET) for piece in pieces), _partial_sums(data, total, sharing)
         in_flight = buckets if cuda else min(2, buckets)
-        exchange = in_flight * every * -(-min(BUCKET, max(pieces)) // data) * WIRE_RATIO[parallel.wire_dtype]
+        each = -(-min(BUCKET, max(pieces)) // data)
+        exchange = in_flight * _exchange_floats(layout, data // sharing, most, every, each)
         exchange += most * gradients / sharing * ((sharing > 1) + (parallel.wire_dtype == "bfloat16"))  # packed; errors
     return {"gradients": _gradient_buffers(data, total) * gradients, "exchange": exchange, "passing": 0.0}
+
+
+def _exchange_floats(layout: PlacedLayout, ranks: int, most: int, every: int, each: int) -> float:
+    """Return the floats of the exchange of a bucket between `ranks`, with `each` elements a rank, of which all contribute
+    `every` partial sums, and one at most `most`."""
+    parallel = layout.config.parallel
+    if ranks >= MIN_HALVING_RANKS and parallel.wire_dtype == "float32" and layout.machine.device != "cuda":
+        return ranks * each * count_bucket_copies(most)
+    return every * each * WIRE_RATIO[parallel.wire_dtype]
 
 
 def _pieces(layout: PlacedLayout, stage: int) -> list[int]:

@@ -17,7 +17,7 @@ from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.reduce import build
-from mpilm.parallel.reduce.build import make_step_reducer
+from mpilm.parallel.reduce.build import ReductionMethod, make_step_reducer
 from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
 from mpilm.parallel.reduce.shared_memory import detect_topology
 from mpilm.parallel.tied import TiedParameters
@@ -25,7 +25,8 @@ from mpilm.parallel.tied import TiedParameters
 V = 29
 METHODS = [
     (0, {"shared": True}), (0, {"shared": False}), (0, {"shared": False, "overlap": True}), (1, {"shared": True}),
-    (1, {"shared": False}), (2, {}), (3, {}),
+    (1, {"shared": False}), (2, {}), (3, {}), (0, {"shared": False, "halving": True}), (1, {"shared": False, "halving": True}),
+    (3, {"halving": True}),
 ]  # fmt: skip
 """ZeRO, and options of the reducer."""
 WORK = [  # ranks, microbatches, tied embeddings, elements of a bucket
@@ -77,16 +78,19 @@ def expected_gradients(tie, total, add=tree_sum):
 class Replica:
     """One rank: a full model, and the reducer of its gradients."""
 
-    def __init__(self, comm, tie, total, zero, overlap=False, reproducible=True, shared=True, wire_dtype="float32"):
+    def __init__(
+        self, comm, tie, total, zero, overlap=False, reproducible=True, shared=True, wire_dtype="float32", halving=False
+    ):
         self.model, full = full_model(shape_of(tie), V, CPU)
         draw_values(full, shape_of(tie), seed=0)
         table = resolve_model_layouts(shape_of(tie), V, (1,))
         self.flat = FlatParameters(table, CPU, zero, comm)
         if zero < 2:
-            self.reducer = make_step_reducer(self.flat, self.model, total, reproducible, overlap, shared, wire_dtype)
+            method = ReductionMethod(shared, halving)
+            self.reducer = make_step_reducer(self.flat, self.model, total, reproducible, overlap, method, wire_dtype)
             self.microbatch_ids = range(*block_of_rank(comm.rank, comm.size, total))
         else:
-            self.reducer = MicrobatchRoundReducer(self.flat, self.model, total, wire_dtype)
+            self.reducer = MicrobatchRoundReducer(self.flat, self.model, total, wire_dtype, halving=halving)
             self.microbatch_ids = range(comm.rank, total, comm.size)
         self.rounds = -(-total // comm.size)
         self.tied = TiedParameters(table, {(0, False): self.flat}, SelfComm("pipeline"))
@@ -298,8 +302,24 @@ def test_bfloat16_rounding_errors_do_not_accumulate(size, ranks_per_node, zero, 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_timings_of_methods_are_the_same_on_all_ranks(zero, monkeypatch):
     monkeypatch.setattr(build, "MIN_TIMED_NUMEL", 1)
-    found = run_ranks(4, lambda comm: build.time_methods(comm, 5000, zero == 0), ranks_per_node=2)
+
+    def body(comm):
+        return build.time_methods(comm, 5000, zero == 0, build.list_methods(comm, "auto"))
+
+    found = run_ranks(8, body, ranks_per_node=2)
     assert all(theirs == found[0] for theirs in found)
-    assert set(found[0]) == {"shared-memory", "messages"}
+    assert set(map(str, found[0])) == {
+        "shared-memory, recursive halving", "shared-memory", "messages, recursive halving", "messages",
+    }  # fmt: skip
     assert min(found[0].values()) > 0
-    assert run_ranks(3, lambda comm: build.time_methods(comm, 5000, True), ranks_per_node=1) == [{}] * 3
+    assert set(run_ranks(4, body, ranks_per_node=2)[0]) == {(True, False), (False, True), (False, False)}
+
+
+def test_methods_that_ranks_have():
+    def methods(size, ranks_per_node, reduce):
+        return run_ranks(size, lambda comm: build.list_methods(comm, reduce), ranks_per_node=ranks_per_node)[0]
+
+    assert methods(3, 1, "auto") == [(False, False)]
+    assert methods(4, 4, "shared-memory") == [(True, False)]
+    assert methods(8, 2, "shared-memory") == [(True, True), (True, False)]
+    assert methods(5, 1, "messages") == [(False, True), (False, False)]

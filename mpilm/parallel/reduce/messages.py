@@ -2,16 +2,35 @@
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Request
+from mpilm.ops.recursive_halving import RecursiveHalvingReduceScatter
 from mpilm.ops.tree import Interval, TreeNode
-from mpilm.ops.tree_reduce import GradientEncoding, Sliceable, TreeMerger, TreeOrderReduceScatter
+from mpilm.ops.tree_reduce import GradientEncoding, Sliceable, TreeOrderReduceScatter
 from mpilm.parallel.reduce.step import CrossRankReducer
 
 BUCKETS_IN_FLIGHT = 2  # unless the reduction overlaps with backward
+Exchange = Any  # TreeOrderReduceScatter or RecursiveHalvingReduceScatter
+
+
+def make_exchanges(
+    count: int,
+    comm: Comm,
+    layout: Sliceable,
+    nodes: Sequence[Sequence[TreeNode]],
+    device: torch.device,
+    encoding: GradientEncoding,
+    halving: bool,
+) -> list[Exchange]:
+    """Return so many exchanges of one bucket, to which ranks contribute at most `nodes`. `halving`: by recursive halving, with
+    few messages, unless the messages are encoded, which would round each partial sum."""
+    if halving and comm.size > 1 and encoding.dtype == torch.float32:
+        return [RecursiveHalvingReduceScatter(comm, layout, nodes, device) for _ in range(count)]
+    return [TreeOrderReduceScatter(comm, layout, nodes, device, encoding) for _ in range(count)]
 
 
 class AllReduceReducer(CrossRankReducer):
@@ -44,13 +63,14 @@ class MessageReducer(CrossRankReducer):
         gather: bool,
         depth: int,
         encoding: GradientEncoding,
+        halving: bool = False,
     ):
         self.comm, self.layout, self.gather, self.encoding = comm, layout, gather, encoding
-        self.reduction = TreeMerger(nodes, microbatches)
-        self.idle = [TreeOrderReduceScatter(comm, layout, self.reduction.node_count, device, encoding) for _ in range(depth)]
-        self.in_flight = deque[tuple[TreeOrderReduceScatter, Tensor, Interval]]()
+        self.idle = make_exchanges(depth, comm, layout, nodes, device, encoding, halving)
+        self.reduction = self.idle[0].plan(nodes, microbatches)
+        self.in_flight = deque[tuple[Exchange, Tensor, Interval]]()
         sent_numel = len(nodes[comm.rank]) * layout.numel
-        self.memory_bytes = sum(each.workspace.nbytes for each in self.idle) + encoding.residual_bytes(sent_numel)
+        self.memory_bytes = sum(each.memory_bytes for each in self.idle) + encoding.residual_bytes(sent_numel)
 
     def reset_residuals(self) -> None:
         self.encoding.reset_residuals()
@@ -71,18 +91,8 @@ class MessageReducer(CrossRankReducer):
         exchange, sums, bucket = self.in_flight.popleft()
         self.idle.append(exchange)
         (total,) = exchange.finish()
-        slices = self.layout.slices(bucket)
-        if not self.gather:
-            sums.split(slices)[self.comm.rank].copy_(total)
-            return Request()
-        sent = self.encoding.encode((bucket, "sum"), total)
-        if sent.dtype == sums.dtype:
-            return self.comm.iall_gather(sent, sums, slices)
-        received = torch.empty_like(sums, dtype=sent.dtype)
-        request = self.comm.iall_gather(sent, received, slices)
-
-        def finish() -> None:
-            request.wait()
-            sums.copy_(received)
-
-        return Request(finish)
+        if self.gather:
+            request: Request = exchange.gather(total, sums, bucket)
+            return request
+        sums.split(self.layout.slices(bucket))[self.comm.rank].copy_(total)
+        return Request()

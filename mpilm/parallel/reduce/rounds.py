@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tree import Interval, TreeNode, count_buffers, plan_accumulation, plan_merges
-from mpilm.ops.tree_reduce import TreeMerger, TreeOrderReduceScatter, make_encoding
+from mpilm.ops.tree_reduce import TreeMerger, make_encoding
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ReduceGroup
 from mpilm.parallel.fsdp import all_gather_shards
 from mpilm.parallel.pipeline.stage import GradientReducer
 from mpilm.parallel.plan import copy_name
-from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT
+from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, Exchange, make_exchanges
 
 
 class MicrobatchRoundReducer(GradientReducer):
@@ -38,6 +38,7 @@ class MicrobatchRoundReducer(GradientReducer):
         microbatches: int,
         wire_dtype: str = "float32",
         sequence: SequenceAxis | None = None,
+        halving: bool = False,
     ):
         self.flat, self.comm, self.groups = flat, flat.comm, flat.layout.groups
         nodes, size = ([(0, 1)], 1) if sequence is None else sequence.gradient_nodes()  # of the ranks in a tree of parts
@@ -45,22 +46,24 @@ class MicrobatchRoundReducer(GradientReducer):
         leaves = _list_leaves(self.comm.size, flat.copies, microbatches, nodes, size)
         self.folds = [plan_merges(each[self.comm.rank], total) for each in leaves]
         remaining = [[[node for node, _ in plan_merges(own, total)[1]] for own in each] for each in leaves]
-        self.rounds = [TreeMerger(each, total) for each in remaining]
-        ops, _ = plan_accumulation([node for each in self.rounds for node in each.remaining], total)
+        reduced = [TreeMerger(each, total).remaining for each in remaining]
+        ops, _ = plan_accumulation([node for each in reduced for node in each], total)
         whole = [(0, flat.layout.numel)] if flat.zero == 0 else flat.shard
         self.buffers = [FlatVector.zeros(flat.shard if i else whole, flat.device) for i in range(count_buffers(ops))]
-        self.ops = [[ops.pop(0) for _ in each.remaining] for each in self.rounds]
+        self.ops = [[ops.pop(0) for _ in each] for each in reduced]
         self.sums = self.buffers[0]
         spans = [(group.start, group.stop) for group in self.groups]
-        longest, count = max(stop - start for start, stop in spans), max(each.node_count for each in self.rounds)
+        longest = max(stop - start for start, stop in spans)
         group_gradient = torch.zeros(flat.copies, longest, device=flat.device)  # of each group in turn
         # For each group, one for each copy of its parameters.
         self.gradients = [[FlatVector([span], row[: span[1] - span[0]]) for row in group_gradient] for span in spans]
         self.encoding = make_encoding(wire_dtype)
-        exchange = self.comm, flat.layout, count, flat.device, self.encoding
-        self.idle = [TreeOrderReduceScatter(*exchange) for _ in range(BUCKETS_IN_FLIGHT)]
-        self.in_flight = deque[tuple[TreeOrderReduceScatter, Interval]]()
-        workspace_bytes = sum(exchange.workspace.nbytes for exchange in self.idle)
+        most = max(remaining, key=lambda each: sum(map(len, each)))
+        exchange = self.comm, flat.layout, most, flat.device, self.encoding, halving
+        self.idle = make_exchanges(BUCKETS_IN_FLIGHT, *exchange)
+        self.rounds = [self.idle[0].plan(each, total) for each in remaining]
+        self.in_flight = deque[tuple[Exchange, Interval]]()
+        workspace_bytes = sum(exchange.memory_bytes for exchange in self.idle)
         self.memory_bytes = {
             "gradients": sum(buffer.tensor.nbytes for buffer in self.buffers),
             "exchange": group_gradient.nbytes + workspace_bytes + self.encoding.residual_bytes(flat.copies * flat.layout.numel),

@@ -72,6 +72,7 @@ class SharedMemoryReducer(CrossRankReducer):
         microbatches: int,
         gather: bool,
         encoding: GradientEncoding,
+        halving: bool = False,
     ):
         self.topology, self.gather = topology, gather
         local_rank, local_size = topology.intra_node.rank, topology.intra_node.size
@@ -104,7 +105,7 @@ class SharedMemoryReducer(CrossRankReducer):
             self.packed = [torch.empty(own_slices.numel) for _ in self.intra_reduction.remaining]
             nodes, depth = [each.remaining for each in by_node], min(BUCKETS_IN_FLIGHT, len(layout.buckets))
             self.inter_node = MessageReducer(
-                topology.inter_node, own_slices, nodes, microbatches, own_sums.device, gather, depth, encoding
+                topology.inter_node, own_slices, nodes, microbatches, own_sums.device, gather, depth, encoding, halving
             )
             self.memory_bytes = self.inter_node.memory_bytes + sum(x.nbytes for x in self.packed)
 
@@ -145,7 +146,13 @@ class SharedMemoryReducer(CrossRankReducer):
 
 
 def make_shared_memory_reducer(
-    comm: Comm, layout: FlatLayout, plans: list[AccumulationPlan], microbatches: int, gather: bool, encoding: GradientEncoding
+    comm: Comm,
+    layout: FlatLayout,
+    plans: list[AccumulationPlan],
+    microbatches: int,
+    gather: bool,
+    encoding: GradientEncoding,
+    halving: bool = False,
 ) -> SharedMemoryReducer | None:
     """Return a reducer of buffers in shared memory, as plans need them; None on all ranks if a node has none. Collective."""
     if (topology := detect_topology(comm)) is None:
@@ -156,4 +163,5 @@ def make_shared_memory_reducer(
         return None
     local_counts = [counts[rank] for rank in topology.ranks(topology.inter_node.rank)]
     buffers = [part[: count * layout.numel].split(layout.numel) for part, count in zip(parts, local_counts)]
-    return SharedMemoryReducer(topology, layout, buffers, [held for _, held in plans], microbatches, gather, encoding)
+    held = [held for _, held in plans]
+    return SharedMemoryReducer(topology, layout, buffers, held, microbatches, gather, encoding, halving)
