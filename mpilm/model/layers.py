@@ -2,8 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from mpilm.model.sequence_info import Rotation, SequenceInfo
 
 IGNORE_INDEX = -100  # the target of a token that has no loss
+LOSS_BLOCK = 1 << 20  # logits whose cross-entropies are computed together: 4 MiB
+GPU_LOSS_BLOCK = 1 << 26  # fewer would leave a GPU idle between kernels
 
 
 class Linear(nn.Linear):
@@ -161,6 +163,41 @@ def hash_key(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:  # (N, V), (N,) -> ()
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:  # (B, T, V), (B, T) -> ()
-    """Return the sum of the cross-entropies of all targets, in nats, float32: never a mean, so that sums of parts are exact."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    """Return the sum of the cross-entropies of all targets, in nats, float32: never a mean, so that sums of parts are exact.
+    Backward overwrites large logits with their gradient."""
+    logits, targets = logits.flatten(0, 1), targets.flatten()
+    return (BlockwiseCrossEntropySum.apply if logits.numel() > LOSS_BLOCK else cross_entropy_sum)(logits, targets)
+
+
+class BlockwiseCrossEntropySum(torch.autograd.Function):
+    """`cross_entropy_sum` with the same bits, in blocks of rows that stay in the cache. It saves no float32 copy of the logits
+    and no probabilities: backward computes them again and writes the gradient into the memory of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        scores = [
+            x.float().log_softmax(-1).gather(-1, places.clamp(min=0)[:, None]) for x, places in _row_blocks(logits, targets)
+        ]
+        return F.nll_loss(torch.cat(scores), targets.clamp(max=0), ignore_index=IGNORE_INDEX, reduction="sum")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        for x, places in _row_blocks(logits.detach(), targets):
+            wide = x.float() if x.dtype != torch.float32 else x.clone()
+            with torch.enable_grad():
+                loss = cross_entropy_sum(wide.requires_grad_(), places) * gradient
+            x.copy_(torch.autograd.grad(loss, wide)[0])
+        return logits, None
+
+
+def _row_blocks(logits: Tensor, targets: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    block = LOSS_BLOCK if logits.device.type == "cpu" else GPU_LOSS_BLOCK
+    rows = max(1, block // logits.shape[-1])
+    return zip(logits.split(rows), targets.split(rows))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.errors import ConfigError
-from mpilm.model.layers import loss_sum
+from mpilm.model.layers import cross_entropy_sum
 from mpilm.model.sequence_info import SequenceInfo
 
 
@@ -34,7 +34,8 @@ def _compile_forward(forward: Callable[[Tensor, SequenceInfo], Tensor]) -> Calla
 
 def compiled_loss_sum() -> Callable[[Tensor, Tensor], Tensor]:
     """Return the compiled sum of token losses, which makes no float32 copy of the logits."""
-    return torch.compile(loss_sum, dynamic=False)
+    compiled = torch.compile(cross_entropy_sum, dynamic=False)
+    return lambda logits, targets: compiled(logits.flatten(0, 1), targets.flatten())
 
 
 def require_compiler() -> None:

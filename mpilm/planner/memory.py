@@ -7,6 +7,7 @@ from itertools import chain
 
 from mpilm.config.schema import Config, microbatch_count, tensor_part_count
 from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_numel, parameter_count
+from mpilm.model.layers import LOSS_BLOCK
 from mpilm.ops.recursive_halving import MIN_HALVING_RANKS, count_bucket_copies
 from mpilm.ops.tree import block_of_rank, count_buffers, plan_accumulation, plan_block_accumulation, plan_merges
 from mpilm.parallel.flat_layout import BUCKET
@@ -39,10 +40,13 @@ def step_bytes(
         of_stage[stage] = activation_bytes(
             model, vocab_size, tokens, train.dtype, *part, train.recompute, tensor, tensor_part_count(config)
         )
-    current = peak = 0  # of all microbatches; half of the logits of one is counted with its gradient below
+    # Part of the logits' bytes that lives from forward to backward: the logits, or, if there are few, their probabilities.
+    is_blockwise = device == "cpu" and not train.compile and tokens * vocab_size > LOSS_BLOCK and tensor_part_count(config) == 1
+    saved = 0.25 if is_blockwise and train.dtype == "bfloat16" else 0.5
+    current = peak = 0  # of all microbatches; the logits of one are counted with their gradient below
     for action in program:
         parts = of_stage[action.stage]
-        added = parts["activations"] + parts["logits"] // 2
+        added = parts["activations"] + round(saved * parts["logits"])
         changes = {"F": added, "I": parts["split_backward"] - added, "B": -added, "W": -parts["split_backward"]}
         current += changes.get(action.kind, 0)
         peak = max(peak, current)
@@ -50,9 +54,11 @@ def step_bytes(
     received = all_tokens // tensor * 2 * (last > 0)  # receives posted early: an input and a gradient
     received += 3 * all_tokens * (tensor > 1)  # in a region: its input and gradient, and those of a part
     logits = max(parts["logits"] for parts in of_stage.values())
-    live = peak - logits // 2 + max(parts["recompute"] for parts in of_stage.values()) + received
+    live = peak - round(saved * logits) + max(parts["recompute"] for parts in of_stage.values()) + received
     live_factor = logits_factor = 1.0  # two float32 tensors: the logits and their gradient
-    if train.compile:
+    if is_blockwise:
+        logits_factor = saved  # the gradient takes the place of the logits
+    elif train.compile:
         logits_factor = 0.5 if train.dtype == "bfloat16" else 1.0  # two tensors in train.dtype
     elif device == "cuda":
         logits_factor = 1.5  # its kernels make a third tensor in backward (measured)
@@ -61,7 +67,7 @@ def step_bytes(
         live += 3 * largest  # temporaries of a backward
         if largest < MMAP_THRESHOLD_BYTES:
             live_factor += FRAGMENTATION[config.parallel.schedule if last else "none"]
-        if 4 * tokens * vocab_size // tensor_part_count(config) < MMAP_THRESHOLD_BYTES:
+        if 4 * tokens * vocab_size // tensor_part_count(config) < MMAP_THRESHOLD_BYTES and not is_blockwise:
             logits_factor *= 1 + LOGITS_FRAGMENTATION
     return {"activations": round(live * live_factor), "logits": round(logits * logits_factor)}
 

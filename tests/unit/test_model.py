@@ -16,11 +16,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpilm.engine.pipelined import draw_values, resolve_model_layouts
+from mpilm.model import layers
 from mpilm.model.attention import AttentionCore, attention_mask
 from mpilm.model.families import build_model, initial_std, initial_value
 from mpilm.model.hf.config import hf_config
 from mpilm.model.hf.names import hf_name
-from mpilm.model.layers import IGNORE_INDEX, Dropout, RotaryEmbedding, hash_key, loss_sum
+from mpilm.model.layers import IGNORE_INDEX, Dropout, RotaryEmbedding, cross_entropy_sum, hash_key, loss_sum
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel.layout import select_owned
 
@@ -99,6 +100,24 @@ def test_loss_sum_is_the_sum_of_cross_entropies():
     expected = -sum(float(scores[b, t].log_softmax(0)[targets[b, t]]) for b, t in counted)
     assert float(loss_sum(scores, targets)) == pytest.approx(expected, rel=1e-6)
     assert loss_sum(scores.bfloat16(), targets).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [3, 1000, 100_000])  # many rows in a block, several blocks, and rows of almost a block
+def test_blockwise_loss_has_the_bits_of_the_whole(dtype, vocab, monkeypatch):
+    monkeypatch.setattr(layers, "LOSS_BLOCK", 120_000)
+    rows = max(3, 300_000 // vocab)
+    targets = torch.randint(0, vocab, (1, rows), generator=torch.Generator().manual_seed(1))
+    targets[:, ::3] = IGNORE_INDEX
+    found = []
+    for function in (loss_sum, lambda logits, targets: cross_entropy_sum(logits.flatten(0, 1), targets.flatten())):
+        leaf = random(1, rows, vocab, seed=2).mul(5.0).to(dtype).requires_grad_()
+        loss = function(leaf * 2.0, targets)  # not a leaf: its memory receives the gradient
+        (loss / 7.0).backward()
+        found.append((loss, leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert float(found[0][1].abs().sum()) > 0
 
 
 # Attention.
