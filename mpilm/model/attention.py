@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpilm.config.schema import ModelConfig
+from mpilm.model.blockwise_attention import BlockwiseAttention
 from mpilm.model.layers import Conv1D, Dropout, Linear, RMSNorm, apply_rotary
 from mpilm.model.sequence_info import SequenceInfo
 
@@ -31,6 +32,9 @@ class AttentionCore(nn.Module):
         queries, keys = q.shape[-2], k.shape[-2]
         needs_mask = info.documents is not None or (self.causal and 1 < queries < keys)
         mask = self._mask(q, k, info) if needs_mask else None
+        is_blockwise = q.dtype == torch.bfloat16 and q.device.type == "cpu" and 1 < queries == keys
+        if is_blockwise and not torch.compiler.is_compiling():
+            return BlockwiseAttention.apply(q, k, v, self.causal, mask)
         causal = self.causal and mask is None and queries > 1  # a single query is the last token: it sees every key
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 

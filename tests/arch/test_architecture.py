@@ -43,7 +43,7 @@ PURE = (
 )  # fmt: skip
 PARALLEL_WORDS = {"rank", "ranks", "mesh", "comm", "comms", "communicator", "world", "mpi"}
 MATRIX_RANKS = {"lora_rank"}  # ranks of matrices, which a model may know
-PRIVATE_TORCH_FILES = {"optim/optimizer.py", "parallel/context.py"}  # torch's fused kernels
+PRIVATE_TORCH_FILES = {"model/blockwise_attention.py", "optim/optimizer.py", "parallel/context.py"}  # torch's fused kernels
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "np.load", "numpy.load"}
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)

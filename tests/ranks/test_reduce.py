@@ -26,7 +26,7 @@ V = 29
 METHODS = [
     (0, {"shared": True}), (0, {"shared": False}), (0, {"shared": False, "overlap": True}), (1, {"shared": True}),
     (1, {"shared": False}), (2, {}), (3, {}), (0, {"shared": False, "halving": True}), (1, {"shared": False, "halving": True}),
-    (3, {"halving": True}),
+    (3, {"halving": True}), (0, {"shared": False, "gathered": True}), (1, {"shared": False, "gathered": True}),
 ]  # fmt: skip
 """ZeRO, and options of the reducer."""
 WORK = [  # ranks, microbatches, tied embeddings, elements of a bucket
@@ -79,14 +79,24 @@ class Replica:
     """One rank: a full model, and the reducer of its gradients."""
 
     def __init__(
-        self, comm, tie, total, zero, overlap=False, reproducible=True, shared=True, wire_dtype="float32", halving=False
+        self,
+        comm,
+        tie,
+        total,
+        zero,
+        overlap=False,
+        reproducible=True,
+        shared=True,
+        wire_dtype="float32",
+        halving=False,
+        gathered=False,
     ):
         self.model, full = full_model(shape_of(tie), V, CPU)
         draw_values(full, shape_of(tie), seed=0)
         table = resolve_model_layouts(shape_of(tie), V, (1,))
         self.flat = FlatParameters(table, CPU, zero, comm)
         if zero < 2:
-            method = ReductionMethod(shared, halving)
+            method = ReductionMethod(shared, halving, gathered)
             self.reducer = make_step_reducer(self.flat, self.model, total, reproducible, overlap, method, wire_dtype)
             self.microbatch_ids = range(*block_of_rank(comm.rank, comm.size, total))
         else:
@@ -312,12 +322,15 @@ def test_timings_of_methods_are_the_same_on_all_ranks(zero, monkeypatch):
         "shared-memory, recursive halving", "shared-memory", "messages, recursive halving", "messages",
     }  # fmt: skip
     assert min(found[0].values()) > 0
-    assert set(run_ranks(4, body, ranks_per_node=2)[0]) == {(True, False), (False, True), (False, False)}
+    assert set(run_ranks(4, body, ranks_per_node=2)[0]) == {
+        ReductionMethod(*flags) for flags in ((True, False), (False, True), (False, False))
+    }
 
 
 def test_methods_that_ranks_have():
     def methods(size, ranks_per_node, reduce):
-        return run_ranks(size, lambda comm: build.list_methods(comm, reduce), ranks_per_node=ranks_per_node)[0]
+        found = run_ranks(size, lambda comm: build.list_methods(comm, reduce), ranks_per_node=ranks_per_node)
+        return [(method.shared, method.halving) for method in found[0]]
 
     assert methods(3, 1, "auto") == [(False, False)]
     assert methods(4, 4, "shared-memory") == [(True, False)]
