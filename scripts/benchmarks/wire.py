@@ -133,7 +133,6 @@ def gradient_sum(numel: int, comm, zero: int, shared: bool) -> Callable[[], obje
     model.weight = nn.Parameter(torch.empty(0))
     flat = FlatParameters(resolve_layouts({"weight": (numel,)}, {}), torch.device("cpu"), zero, comm)
     flat.install(model)
-    gathered = shared and comm.size * numel <= MAX_GATHERED_NUMEL  # as in training
     reducer = make_step_reducer(
         flat, model, comm.size, method=ReductionMethod(shared, False, shared and comm.size * numel <= MAX_GATHERED_NUMEL)
     )
