@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from mpilm.comm.base import Comm
 from mpilm.launch.run import SIZE_VARIABLES
@@ -39,6 +40,8 @@ GRACE_S = 5.0  # for pytest-timeout, whose alarm ends a test that still runs Pyt
 
 torch.set_num_threads(1)
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # by default torch.compile starts worker processes, which is slow
+settings.register_profile("untimed", settings.default, deadline=None)  # a busy machine is no error
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

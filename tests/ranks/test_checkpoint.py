@@ -68,7 +68,7 @@ def save_shapes(parent, shapes=SHAPES, size=1, step=7):
 # Bytes.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @each_sharding
 def test_save_any_sharding_writes_the_bytes_of_one_rank_and_any_other_reads_them(random, size, block, shard):
     shapes = draw_shapes(random)

@@ -71,7 +71,7 @@ def evaluate_on_threads(folder, path, out, size=1, pipeline=1, context_length=0,
     return json.loads((out / "evaluation.json").read_text())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 9), st.booleans())
 def test_windows_predict_every_token_but_the_first_once(lengths, context, causal):
     segments = np.cumsum([3, *lengths])
@@ -85,7 +85,7 @@ def test_windows_predict_every_token_but_the_first_once(lengths, context, causal
     assert all(0 < stop - start - causal <= context for start, stop in zip(windows.start, windows.stop))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 3), max_size=30), st.integers(1, 5))
 def test_windows_of_equal_size_are_grouped(sizes, most):
     groups = group_windows(np.array(sizes, dtype=np.int64), most)

@@ -173,7 +173,7 @@ def test_chat_examples_too_long_is_cut_or_left_out_and_counted(too_long, lengths
     assert (examples.truncated, examples.left_out) == (truncated, left_out)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(3, 12), min_size=6, max_size=12), st.integers(2, 9), st.sampled_from(["concat", "documents"]),
     st.sampled_from([0.0, 0.4]),

@@ -59,7 +59,7 @@ def test_masked_objective_depends_on_row_and_key_alone():
     assert not np.array_equal(objective(rows, [8, 6, 7])[1][0], targets[0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(fraction=st.sampled_from([0.05, 0.15, 0.4]), length=st.integers(1, 80), key=st.integers(0, 2**64 - 1))
 def test_masked_objective_whole_words_are_complete_and_not_too_many(fraction, length, key):
     objective, rows = masking(fraction, whole_words=True), rows_of(TEXT, length)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mpilm.data.order import mix_key, permute, pick_samples
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
 def test_permute_hits_every_index_once(n, key):
     assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))

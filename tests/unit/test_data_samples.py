@@ -43,7 +43,7 @@ def test_training_batch_holds_samples_and_their_next_tokens():
     assert batch.to("cpu").tokens is batch.tokens
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(n=st.integers(60, 250), context=st.integers(1, 9), eval_fraction=st.sampled_from([0.0, 0.2, 0.5]))
 def test_batches_splits_do_not_overlap_and_leave_nothing_out(n, context, eval_fraction):
     batches = make(n, context, eval_fraction, global_batch=1, micro_batch=1)
@@ -129,7 +129,7 @@ def mixture(parts=(0.5, 0.3, 0.2), sizes=(40, 7, 150)):
     return CorpusMixture([numbered(first, size) for first, size in zip(firsts.tolist(), sizes)], parts), firsts
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8))
 def test_mixture_slots_are_nearest_to_the_parts_and_never_none(parts):
     sizes = np.diff([0, *CorpusMixture([numbered(0, 1)] * len(parts), parts).slot_ends])

@@ -79,7 +79,7 @@ def test_find_sources_embedded_corpus_is_large_shuffled_and_without_tests():
     assert found == find_sources("")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(alphabet=st.sampled_from("ab \n\r\té猫🐈"), min_size=1, max_size=400))
 def test_read_chunks_are_the_same_from_file_stream_and_memory(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("blocks")
@@ -102,7 +102,7 @@ def test_read_chunks_cuts_before_visible_lines(tmp_path, small_blocks):
     assert all(chunk.text[0] != " " and chunk.text.endswith("\n") for chunk in found)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(texts=st.lists(st.text(max_size=100), min_size=1, max_size=30))
 def test_read_chunks_json_lines_come_once_wherever_parts_end(tmp_path_factory, texts):
     path = tmp_path_factory.mktemp("json") / "x.jsonl"

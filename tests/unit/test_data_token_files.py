@@ -62,7 +62,7 @@ def test_open_tokens_reads_megatron(tmp_path, code, letter, dtype):
     assert document_starts(tmp_path / "x.bin").tolist() == [0, 4, 6, 10]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     documents=st.lists(st.lists(st.lists(st.integers(0, 65535), max_size=4), min_size=1, max_size=3), min_size=1, max_size=6),
     cut=st.integers(0, 6),

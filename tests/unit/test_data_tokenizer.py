@@ -19,7 +19,7 @@ AWKWARD = st.text() | st.sampled_from([EOS, f"a{EOS}b", "\r\n\t ", "\ufeff", "\x
 SENTENCE = "the (quick) brown-fox_jumps over 13 lazy dogs; thé élan naïve.\n"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=AWKWARD)
 def test_bytes_tokenizer_encodes_bytes_as_the_library_does(text):
     tokenizer = bytes_tokenizer()
@@ -46,7 +46,7 @@ def trained():
     return train_bpe(TEXTS, 300)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=AWKWARD)
 def test_train_bpe_keeps_every_text(trained, text):
     ids = trained.encode(text)

@@ -16,7 +16,7 @@ from mpilm.parallel.plan import fsdp_unit
 RANKS = st.integers(1, 9)
 THREADS = st.sampled_from([1, 2, 4, 8])
 BUCKETS = st.sampled_from([ALIGNMENT * 8, 1024, BUCKET])
-examples = settings(max_examples=40, deadline=None)
+examples = settings(max_examples=40)
 
 
 @st.composite
@@ -111,7 +111,7 @@ def test_groups_and_buckets_are_the_flat_vector_in_order(flat):
 
 
 @given(BUCKETS, RANKS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_buckets_are_at_most_bucket_elements_long(numel, ranks):
     shapes = {"embed.weight": (300, 41), "norm.weight": (41,)}
     with small_buckets(numel):

@@ -67,7 +67,7 @@ def jobs(draw):
     return config, draw(st.integers(1, 12))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(jobs())
 def test_resolve_mesh_shape_refuses_exactly_what_does_not_fit(job):
     config, ranks = job
@@ -236,7 +236,6 @@ def advised(config, ranks):
         yield from (follow(int(found[1])) for found in re.finditer(pattern, message))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3))
 def test_resolve_mesh_shape_advice_works(pipeline, ranks, count, zero):
     """One thing is wrong: stages that do not divide the ranks, too many replicas, or a single one to shard over."""
@@ -284,7 +283,6 @@ def every_cut(layers, stages):
         yield tuple(b - a for a, b in itertools.pairwise((0, *ends, layers)))
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 5000), st.sampled_from([8, 32, 64]),
     st.sampled_from([4, 512]),

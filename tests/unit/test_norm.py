@@ -84,7 +84,7 @@ def test_norm_with_a_nonfinite_element_is_not_finite_on_any_rank(bad, at):
     assert not math.isfinite(results[0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 700), max_size=9), st.integers(1, 4), st.randoms(use_true_random=False), st.integers(0, 9))
 def test_norm_has_the_same_bits_for_any_slices_ranks_and_order(ends, ranks, random, seed):
     x = noise(700, seed, spread=6.0)

@@ -6,6 +6,7 @@ may be on disk in full, in part or not at all.
 
 import builtins
 import os
+import pathlib
 import random
 import shutil
 from pathlib import Path
@@ -78,6 +79,8 @@ class Recorder:
         self._open, self._rmtree = builtins.open, shutil.rmtree
         mine = {"open": self.open_handle, **{name: getattr(self, name) for name in ("pwrite", "fsync", "rename", "mkdir")}}
         self._patches = [mock.patch.object(os, name, mine[name]) for name in mine]
+        if accessor := getattr(pathlib, "_NormalAccessor", None):  # Path of Python 3.10 holds references of its own
+            self._patches += [mock.patch.object(accessor, name, mine[name]) for name in ("rename", "mkdir")]
         self._patches += [mock.patch.object(builtins, "open", self.open_file), mock.patch.object(shutil, "rmtree", self.rmtree)]
         for patch in self._patches:
             patch.start()

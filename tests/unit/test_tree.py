@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mpilm.ops.tree import (
@@ -78,7 +78,6 @@ def sum_rounds(leaves, ranks):
     return value, buffers
 
 
-@settings(deadline=None)
 @given(SIZES, st.integers(0, 99))
 def test_sum_on_any_number_of_ranks_has_the_bits_of_the_tree(sizes, seed):
     ranks, total = sizes
@@ -117,7 +116,6 @@ def test_merges_of_adjacent_nodes_join_siblings_only(nodes, total, merges, remai
     assert plan_merges(nodes, total) == (merges, remaining)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 20), st.integers(0, 3), st.integers(0, 99))
 def test_tree_of_trees_has_the_bits_of_both(microbatches, parts, level, seed):
     """Ranks with 2^level adjacent parts of each microbatch contribute nodes of one tree over (microbatch, part)."""
