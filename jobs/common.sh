@@ -52,21 +52,21 @@ use_mpirun() {
 }
 
 run_with_mpirun() {
-    local code=0
+    local code
     start_ranks "$@" &
     launcher=$!
-    wait "$launcher" || code=$?
-    while kill -0 "$launcher" 2>/dev/null; do # a signal interrupts `wait`
-        code=0
+    while true; do
+        code=0 interrupted=''
         wait "$launcher" || code=$?
+        if [ "$code" -le 128 ] || [ -z "$interrupted" ]; then break; fi # a signal interrupts `wait`
     done
-    launcher=
+    launcher=''
     return "$code"
 }
 
 # A signal while the doctor runs stops the job before it trains.
 handle_signal() {
-    stop=yes
+    stop=yes interrupted=yes
     if [ "$1" = cancel ]; then cancelled=yes; fi
     if [ -n "$training" ] && [ -n "$launcher" ]; then signal_ranks; fi
 }
@@ -75,11 +75,12 @@ handle_signal() {
 # others, with the same bits.
 avoid_bad_hosts() {
     local bad all host left_out=()
-    mapfile -t bad < <(list_bad_hosts "$@" | sed 's/\..*//')
-    if [ "${#bad[@]}" = 0 ]; then return; fi
+    bad=$(list_bad_hosts "$@")
+    if [ -z "$bad" ]; then return; fi
+    mapfile -t bad <<< "$bad"
     mapfile -t all < <(list_hosts)
     for host in "${all[@]}"; do
-        if is_in "${host%%.*}" "${bad[@]}"; then
+        if is_in "${host%%.*}" "${bad[@]%%.*}"; then
             if ! is_in "$host" "${left_out[@]}"; then left_out+=("$host"); fi
         else
             hosts+=("$host")
@@ -173,7 +174,7 @@ scheduler=$(find_scheduler)
 if [ -z "$scheduler" ]; then
     refuse "no scheduler has started this script: submit it, as in \`$jobs/submit $jobs/train.sbatch ARGUMENTS\`"
 fi
-restarts=0 needs_hostfile=yes cancel_signals=(TERM INT HUP) warnings=(USR2) hosts=() launcher='' stop='' cancelled='' training=''
+restarts=0 needs_hostfile=yes cancel_signals=(TERM INT HUP) warnings=(USR2) hosts=() launcher='' stop='' interrupted='' cancelled='' training=''
 source "$jobs/schedulers/$scheduler.sh"
 load_site
 find_python

@@ -42,5 +42,8 @@ list_bad_hosts() {
         case $word in --run.dir=*) run=${word#*=} ;; esac
         previous=$word
     done
-    if [ -f "$run/bad-hosts.json" ]; then python -m mpilm.doctor --bad-hosts "$run" | tr , '\n' | sed '/^$/d'; fi
+    if [ ! -f "$run/bad-hosts.json" ]; then return; fi
+    if ! python3 -c 'import json, sys; print(*json.load(open(sys.argv[1])), sep="\n")' "$run/bad-hosts.json" 2>/dev/null; then
+        refuse "$run/bad-hosts.json is not JSON; it has the form {\"HOST\": []}, and without the file the job may run on every host"
+    fi
 }

@@ -11,12 +11,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,6 @@ SUBMIT = """
 if {answers}:
     sys.exit({version_code})
 number = len(list(folder.glob("*.job"))) + 1
-names = {passed}
 job = {{"words": words, "stdin": sys.stdin.read() if {reads} else "", "folder": os.getcwd(), "environment": dict(os.environ)}}
 (folder / f"{{number}}.job").write_text(json.dumps(job))
 print({printed})
@@ -68,7 +65,6 @@ class FakeScheduler:
 
     suffix, submitter, printed = "", "", "number"
     answers, version_code, reads = "False", 0, False  # the words to which the command answers with its version
-    passed: Iterable[str] | None = None
 
     def __init__(self, folder: Path, launcher: str = ""):
         """`launcher`: the real mpirun; without one, no ranks start."""
@@ -77,7 +73,7 @@ class FakeScheduler:
         code = LAUNCHER.format(program=launcher or str(self._command("stub", STUB)))
         self.launcher = self._command("fake-mpirun", code)
         submit = SUBMIT.format(
-            answers=self.answers, version_code=self.version_code, passed=None, reads=self.reads, printed=self.printed
+            answers=self.answers, version_code=self.version_code, reads=self.reads, printed=self.printed
         )
         self._command(self.submitter, submit)
         self.environment = {
@@ -341,6 +337,3 @@ class Kubernetes(FakeScheduler):
 
 FAKES = {"pbs": Pbs, "lsf": Lsf, "flux": Flux, "htcondor": Htcondor, "kubernetes": Kubernetes}
 
-
-def shell_words(text: str) -> list[str]:
-    return shlex.split(text)

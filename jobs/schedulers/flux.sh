@@ -15,7 +15,8 @@ avoid_hosts() {
 
 start_ranks() {
     if [ "${#hosts[@]}" = 0 ]; then mapfile -t hosts < <(list_hosts); fi
-    exec flux run "${placement[@]}" --ntasks="${#hosts[@]}" --cores-per-task="$MPILM_CORES_PER_RANK" python -m "$@"
+    local command=(flux run "${placement[@]}" --ntasks="${#hosts[@]}" --cores-per-task="$MPILM_CORES_PER_RANK")
+    exec python -c "$detach" "${command[@]}" python -m "$@"
 }
 
 signal_ranks() {
