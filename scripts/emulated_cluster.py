@@ -80,12 +80,12 @@ def find_daemons(folder: Path, programs: tuple[str, ...]) -> dict[str, int]:
     return found
 
 
-def stop_daemons(folder: Path, programs: tuple[str, ...]) -> None:
+def stop_daemons(folder: Path, programs: tuple[str, ...], grace_s: float = 10.0) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in find_daemons(folder, programs).values():
             with contextlib.suppress(OSError):
                 os.kill(pid, number)
-        if wait_for(lambda: not find_daemons(folder, programs), 10):
+        if wait_for(lambda: not find_daemons(folder, programs), grace_s):
             break
     for file in (folder / "run").glob("*.started"):
         file.unlink()

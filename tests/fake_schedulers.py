@@ -40,8 +40,9 @@ LAUNCHER = """
 with open(folder / "launched", "a") as file:
     hosts = Path(words[words.index("--hostfile") + 1]).read_text().split() if "--hostfile" in words else []
     file.write(json.dumps({{"words": words, "hosts": hosts}}) + "\\n")
-if "--hostfile" in words:
-    del words[words.index("--hostfile"):][:2]
+if hosts:
+    (folder / "local").write_text("localhost\\n" * len(hosts))
+    words[words.index("--hostfile") + 1] = str(folder / "local")
 os.execv({program!r}, [{program!r}, *words])
 """
 STUB = """

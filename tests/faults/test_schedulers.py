@@ -157,12 +157,8 @@ def uncut(tmp_path_factory, data):
     return run_serially(["-m", "mpilm.train", *train_flags(data, folder / "run")], folder)
 
 
-def slices(kind):
-    """PBS stands for those whose job asks for its time; the others take as long."""
-    return kind if kind == "pbs" else pytest.param(kind, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("kind", [slices(kind) for kind in FAKES])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAKES)
 def test_job_cut_into_three_slices_has_the_bits_of_the_uncut_one(kind, tmp_path, data, uncut):
     """PBS, LSF and Flux state the end of the job; HTCondor and Kubernetes evict it."""
     if not LAUNCHER.exists():
@@ -192,20 +188,21 @@ class GridEngine:
     """A real Grid Engine of one host."""
 
     def __init__(self, folder: Path, variables: dict[str, str]):
-        self.fake = Pbs(folder / "unused")
-        self.folder = self.fake.folder = folder
-        self.fake.environment |= {"PATH": self.fake.environment["PATH"].partition(":")[2], "MPILM_MPIRUN": str(LAUNCHER), **variables}
+        self.folder, self.fake = folder, Pbs(folder / "fake")
+        self.stub = str(self.fake.launcher)
+        (self.fake.bin / "qsub").unlink()
+        (self.fake.bin / "qstat").unlink()
+        self.fake.environment |= variables
 
-    def call(self, *words: object) -> str:
-        done = self.fake.call(*words)
+    def call(self, *words: object, **variables: str) -> str:
+        done = self.fake.call(*words, **variables)
         assert done.returncode == 0, done
         return done.stdout.strip()
 
     def submit(self, flags: str, *words: object, **variables: str) -> str:
-        flags = f"-pe mpi 2 -o {self.folder}/log {flags}"
-        done = self.fake.call(SUBMIT, f"{ROOT}/jobs/train.sge", *words, MPILM_FLAGS=flags, MPILM_THREADS="1", **variables)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        flags = f"-pe mpi 8 -o {self.folder}/log {flags}"  # two ranks of four slots
+        variables = {"MPILM_MPIRUN": str(LAUNCHER), **variables}
+        return self.call(SUBMIT, f"{ROOT}/jobs/train.sge", *words, MPILM_FLAGS=flags, **variables)
 
     def log(self) -> str:
         path = self.folder / "log"
@@ -243,11 +240,24 @@ def grid_engine(grid_engine_cluster, tmp_path):
     return GridEngine(tmp_path, grid_engine_cluster)
 
 
-def test_grid_engine_warns_a_job_which_goes_back_and_completes(grid_engine, tmp_path, data, uncut):
+def test_grid_engine_warns_a_job_which_goes_back(grid_engine):
     """Its soft limit sends SIGUSR1; code 99 returns the job to the queue, where it starts again."""
+    (grid_engine.fake.folder / "hold").touch()
+    job = grid_engine.submit("-l h_rt=60,s_rt=4", "--run.dir", "run", MPILM_MPIRUN=grid_engine.stub)
+    wait_until(lambda: "goes back into the queue" in grid_engine.log())
+    (grid_engine.fake.folder / "hold").unlink()
+    grid_engine.wait_for_end(job)
+    launched = grid_engine.fake.launched()
+    assert len(launched) >= 2
+    for each in launched:
+        assert each["hosts"] == ["localhost", "localhost"]
+        assert each["words"][-3:] == ["mpilm.train", "--run.dir", "run"]
+
+
+@pytest.mark.slow
+def test_grid_engine_job_in_slices_has_the_bits_of_the_uncut_one(grid_engine, tmp_path, data, uncut):
     run = tmp_path / "run"
-    fault = sleep_in_steps(20, 50, 0.2)
-    job = grid_engine.submit("-l h_rt=300,s_rt=8", *train_flags(data, run), MPILM_FAULT=fault)
+    job = grid_engine.submit("-l h_rt=300,s_rt=25", *train_flags(data, run), MPILM_FAULT=sleep_in_steps(5, 50, 0.7))
     grid_engine.wait_for_end(job)
     assert grid_engine.log().count("received SIGUSR1; saved") >= 1, grid_engine.log()
     assert grid_engine.log().count("goes back into the queue") >= 1
@@ -268,9 +278,9 @@ def test_grid_engine_job_cancelled_saves_and_stays_away(grid_engine, tmp_path, d
 
 @pytest.mark.slow
 def test_grid_engine_states_the_end_of_a_job(grid_engine, tmp_path, data, uncut):
-    """Three slices: the run asks qstat, and saves half a minute before h_rt."""
+    """Slices: the run asks qstat, and saves half a minute before h_rt."""
     run = tmp_path / "run"
-    job = grid_engine.submit("-l h_rt=39", *train_flags(data, run), MPILM_FAULT=sleep_in_steps(10, 50, 0.3))
+    job = grid_engine.submit("-l h_rt=50,s_rt=300", *train_flags(data, run), MPILM_FAULT=sleep_in_steps(10, 50, 0.3))
     grid_engine.wait_for_end(job)
     assert grid_engine.log().count("its batch job ends; saved") >= 2, grid_engine.log()
     assert read_outcome(run)[:2] == uncut[:2]
