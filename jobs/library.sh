@@ -8,19 +8,22 @@ refuse() {
 }
 
 # Commands that your site needs are in jobs/site.sh: `module load python openmpi`, `source .venv/bin/activate`. MPILM_SITE names
-# another file, or one of jobs/sites: MPILM_SITE=frontier.
+# another file, or one of jobs/sites: MPILM_SITE=frontier. MPILM_VENV is an environment to activate afterwards.
 load_site() {
     local site=${MPILM_SITE:-}
     if [ -z "$site" ]; then
         site=$jobs/site.sh
-        if [ ! -e "$site" ]; then return; fi
+        if [ ! -e "$site" ]; then site=/dev/null; fi
     elif [ ! -e "$site" ]; then
         site=$jobs/sites/$MPILM_SITE.sh
         if [ ! -e "$site" ]; then
             refuse "MPILM_SITE=$MPILM_SITE is neither a file nor one of $(cd "$jobs/sites" && echo *.sh | sed 's/\.sh//g')"
         fi
     fi
+    set +eu # modules and conda use unset variables
     source "$site"
+    if [ -n "${MPILM_VENV:-}" ]; then source "$MPILM_VENV/bin/activate" || exit 78; fi
+    set -eu
 }
 
 # find_python: check that `python` has mpilm.
