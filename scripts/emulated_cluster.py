@@ -57,7 +57,7 @@ def find_free_ports(count: int) -> int:
 def start_daemon(folder: Path, variables: dict[str, str], name: str, *words: str) -> None:
     with open(folder / "log" / f"{name}.out", "ab") as output:
         daemon = subprocess.Popen(
-            words, env={**ENVIRONMENT, **variables}, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            words, env=ENVIRONMENT | variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     (folder / "run" / f"{name}.started").write_text(f"{daemon.pid}\n")
 

@@ -58,7 +58,7 @@ while not stop and (folder / "hold").exists():
 (folder / "running").unlink()
 sys.exit(75 if stop else 0)
 """
-"""In the place of mpirun where a test concerns the scripts alone: it ends at once, or, while a file `hold` exists, at SIGUSR1."""
+"""A stand-in for mpirun and ranks, for tests of the scripts: it ends at once or, while a file `hold` exists, at SIGUSR1."""
 
 
 class FakeScheduler:
@@ -73,9 +73,7 @@ class FakeScheduler:
         self.bin.mkdir(parents=True)
         code = LAUNCHER.format(program=launcher or str(self._command("stub", STUB)))
         self.launcher = self._command("fake-mpirun", code)
-        submit = SUBMIT.format(
-            answers=self.answers, version_code=self.version_code, reads=self.reads, printed=self.printed
-        )
+        submit = SUBMIT.format(answers=self.answers, version_code=self.version_code, reads=self.reads, printed=self.printed)
         self._command(self.submitter, submit)
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MPILM_"))}, **OPEN_MPI,
@@ -99,8 +97,8 @@ class FakeScheduler:
 
     def call(self, *words: object, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*map(str, words)], cwd=self.folder, env={**self.environment, **variables}, capture_output=True, text=True, timeout=60,
-            check=False,
+            [*map(str, words)], cwd=self.folder, env={**self.environment, **variables}, capture_output=True, text=True,
+            timeout=60, check=False,
         )  # fmt: skip
 
     def submit(self, task: str, *words: object, **variables: str) -> str:
@@ -325,7 +323,8 @@ class Kubernetes(FakeScheduler):
             "HOSTNAME": "mpilm-launcher", "OMPI_MCA_orte_default_hostfile": str(self.folder / "hosts"),
         }  # fmt: skip
         words = [*container["command"], *container["args"]]
-        return [word.replace("jobs/run", f"{ROOT}/jobs/run") for word in words], {**self.environment, **variables}, job["folder"]
+        words = [word.replace("jobs/run", f"{ROOT}/jobs/run") for word in words]
+        return words, {**self.environment, **variables}, job["folder"]
 
     def is_requeued(self, code: int, before: int) -> bool:
         return code != 0
@@ -337,4 +336,3 @@ class Kubernetes(FakeScheduler):
 
 
 FAKES = {"pbs": Pbs, "lsf": Lsf, "flux": Flux, "htcondor": Htcondor, "kubernetes": Kubernetes}
-

@@ -1,5 +1,5 @@
-"""The batch scripts under every scheduler but SLURM (tests/faults/test_slurm.py): a real Grid Engine (scripts/grid-engine-here), and
-stand-ins for the others (tests/fake_schedulers.py)."""
+"""The batch scripts under a real Grid Engine (scripts/grid-engine-here) and under stand-ins for schedulers that cannot run here
+(tests/fake_schedulers.py); tests/faults/test_slurm.py has a real SLURM."""
 
 import json
 import re
@@ -108,8 +108,8 @@ def test_jobs_of_a_chain_wait_for_each_other(fake):
         assert done.returncode == 78
         assert "submit one job instead of a chain" in done.stderr
         return
-    first, second = done.stdout.split()
-    assert any(first in word and "after" in word or word == f"ended({first})" for word in fake.jobs()[1]["words"])
+    first, _ = done.stdout.split()
+    assert any((first in word and "after" in word) or word == f"ended({first})" for word in fake.jobs()[1]["words"])
     assert run_until(fake, 1, fake.warn) == 75
     assert len(fake.jobs()) == 2
 
@@ -132,16 +132,16 @@ def refuse(fake, *words, **variables):
 
 def test_what_is_missing_is_named(tmp_path):
     fake = Pbs(tmp_path / "cluster")
-    train = ROOT / "jobs" / "train.pbs"
+    train, outside = ROOT / "jobs" / "train.pbs", {"MPILM_JOBS": str(ROOT / "jobs"), "PBS_O_WORKDIR": "/"}
     assert "is for LSF, but this machine has no bsub" in refuse(fake, SUBMIT, ROOT / "jobs" / "train.lsf")
     assert "is not a file" in refuse(fake, SUBMIT, "jobs/none.pbs")
     (fake.folder / "bad-hosts.json").write_text("{")
     assert "bad-hosts.json is not JSON" in refuse(fake, SUBMIT, train, "--run.dir", fake.folder)
     assert "is for Grid Engine, but this qsub is that of PBS" in refuse(fake, SUBMIT, ROOT / "jobs" / "train.sge")
-    assert "no scheduler has started this script" in refuse(fake, "bash", train, MPILM_JOBS=str(ROOT / "jobs"), PBS_O_WORKDIR="/")
-    inside = {"MPILM_JOBS": str(ROOT / "jobs"), "PBS_O_WORKDIR": "/", "PBS_JOBID": "1", "PBS_NODEFILE": str(fake._hosts())}
+    assert "no scheduler has started this script" in refuse(fake, "bash", train, **outside)
+    inside = {**outside, "PBS_JOBID": "1", "PBS_NODEFILE": str(fake._hosts())}
     assert "MPILM_SITE=nowhere is neither a file nor one of" in refuse(fake, "bash", train, **inside, MPILM_SITE="nowhere")
-    assert "no-mpirun not found: load the MPI of your site" in refuse(fake, "bash", train, **inside, MPILM_MPIRUN="no-mpirun -x")
+    assert "no-mpirun not found: load the MPI of your site" in refuse(fake, "bash", train, **inside, MPILM_MPIRUN="no-mpirun")
     (fake.bin / "python").symlink_to("/usr/bin/python3")
     assert "has no mpilm: activate the environment" in refuse(fake, "bash", train, **inside, PYTHONPATH="")
 
@@ -170,7 +170,7 @@ def test_job_cut_into_three_slices_has_the_bits_of_the_uncut_one(kind, tmp_path,
     ends, seen = [], 0
     while len(ends) < 3:
         number = len(fake.jobs())
-        job = fake.start(number, left_s=3600.0 if len(ends) == 2 or not asked else 37.0 if kind != "lsf" else 92.0)
+        job = fake.start(number, left_s=37.0 if asked and len(ends) < 2 else 3600.0)
         if len(ends) < 2 and not asked:
             wait_until(lambda seen=seen: logged_step(run) > max(seen, 10))
             fake.cancel(job)
@@ -178,7 +178,7 @@ def test_job_cut_into_three_slices_has_the_bits_of_the_uncut_one(kind, tmp_path,
         before, seen = seen, logged_step(run)
         assert before < seen, fake.log()
         if len(ends) < 3:
-            assert asked and fake.is_requeued(ends[-1], number) or ends[-1] == 75, fake.log()
+            assert fake.is_requeued(ends[-1], number) if asked else ends[-1] == 75, fake.log()
     assert ends[-1] == 0, fake.log()
     assert fake.log().count("its batch job ends; saved" if asked else "received SIGUSR1; saved") == 2, fake.log()
     assert read_outcome(run)[:2] == uncut[:2]
