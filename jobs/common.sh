@@ -6,7 +6,7 @@
 #   needs_hostfile  "" if mpirun finds the hosts itself
 #   list_hosts      print its hosts, one line per rank
 #   requeue         let it return to the queue
-# and, where no mpirun starts the ranks: run_ranks, or start_ranks and signal_ranks; avoid_hosts.
+# and, where no mpirun starts the ranks: run_ranks, or start_ranks and signal_ranks; avoid_hosts. clean_up runs at the end.
 jobs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$jobs/library.sh"
 arguments=("$@") # those of the batch script
@@ -23,7 +23,8 @@ find_scheduler() {
 }
 
 # The launcher gets a session of its own: a signal that the scheduler sends to all processes of the job then reaches this shell
-# alone, which forwards SIGUSR1. mpirun would end the ranks at once at SIGTERM. It dies when this shell is killed (PR_SET_PDEATHSIG).
+# alone, which forwards SIGUSR1; mpirun would end the ranks at once at SIGTERM. The launcher dies with this shell
+# (PR_SET_PDEATHSIG).
 detach='import ctypes, os, sys; os.setsid(); ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])'
 
 start_ranks() {
@@ -114,6 +115,8 @@ is_in() {
 
 avoid_hosts() { :; } # start_ranks uses the hosts that remain
 
+clean_up() { :; }
+
 # Check with mpilm.doctor that this allocation is fit to train on: at the first start of a job, not after a requeue.
 # MPILM_DOCTOR=off skips it.
 check_allocation() {
@@ -128,6 +131,16 @@ exit_or_requeue() {
         requeue
     fi
     exit "$1"
+}
+
+# submit_again: `requeue` for schedulers that let only operators return a job to the queue.
+submit_again() {
+    local again=("$jobs/submit" "${MPILM_SCRIPT:-}" "${arguments[@]}")
+    if [ -z "${MPILM_SCRIPT:-}" ]; then
+        echo "jobs: only jobs/submit lets a job submit itself again; the run has saved, and resumes when you do" >&2
+    elif ! MPILM_RESTARTS=$((restarts + 1)) "${again[@]}"; then
+        echo "jobs: this host cannot submit jobs; on a login node, this resumes the run: $(printf '%q ' "${again[@]}")" >&2
+    fi
 }
 
 # train ARGUMENTS...: train, and save before the job ends.
@@ -148,7 +161,7 @@ sweep() {
     shift
     lines=$(awk 'END { print NR }' "$file")
     if ! [ "$number" -ge 1 ] 2>/dev/null || [ "$number" -gt "$lines" ]; then
-        refuse "$file has no line $number; jobs/submit starts a run for each of its $lines lines (in SLURM, sbatch --array=1-$lines)"
+        refuse "$file has no line $number; jobs/submit starts a run for each of its $lines lines (or sbatch --array=1-$lines)"
     fi
     read -ra flags <<< "$(sed -n "${number}p" "$file")"
     name=$(basename "$file")
@@ -174,11 +187,12 @@ scheduler=$(find_scheduler)
 if [ -z "$scheduler" ]; then
     refuse "no scheduler has started this script: submit it, as in \`$jobs/submit $jobs/train.sbatch ARGUMENTS\`"
 fi
-restarts=0 needs_hostfile=yes cancel_signals=(TERM INT HUP) warnings=(USR2) hosts=() launcher='' stop='' interrupted='' cancelled='' training=''
+restarts=0 needs_hostfile=yes cancel_signals=(TERM INT HUP) warnings=(USR2)
+hosts=() launcher='' stop='' interrupted='' cancelled='' training=''
 source "$jobs/schedulers/$scheduler.sh"
 load_site
 find_python
 hostfile=$(mktemp "${TMPDIR:-/tmp}/mpilm-hosts.XXXXXX")
-trap 'rm -f "$hostfile"' EXIT
+trap 'rm -f "$hostfile"; clean_up' EXIT
 trap 'handle_signal cancel' "${cancel_signals[@]}"
 trap 'handle_signal warning' USR1 "${warnings[@]}"

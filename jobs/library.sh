@@ -14,7 +14,7 @@ load_site() {
     if [ -z "$site" ]; then
         site=$jobs/site.sh
         if [ ! -e "$site" ]; then site=/dev/null; fi
-    elif [ ! -e "$site" ]; then
+    elif [ ! -e "$site" ] || [ -d "$site" ]; then
         site=$jobs/sites/$MPILM_SITE.sh
         if [ ! -e "$site" ]; then
             refuse "MPILM_SITE=$MPILM_SITE is neither a file nor one of $(cd "$jobs/sites" && echo *.sh | sed 's/\.sh//g')"
@@ -47,6 +47,6 @@ list_bad_hosts() {
     done
     if [ ! -f "$run/bad-hosts.json" ]; then return; fi
     if ! python3 -c 'import json, sys; print(*json.load(open(sys.argv[1])), sep="\n")' "$run/bad-hosts.json" 2>/dev/null; then
-        refuse "$run/bad-hosts.json is not JSON; it has the form {\"HOST\": []}, and without the file the job may run on every host"
+        refuse "$run/bad-hosts.json is not JSON of the form {\"HOST\": []}; without the file the job may run on every host"
     fi
 }

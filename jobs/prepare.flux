@@ -8,6 +8,6 @@
 #FLUX: --time-limit=120m
 #FLUX: --output=mpilm-prepare-{{id}}.log
 export MPILM_RANKS_PER_NODE=16 MPILM_CORES_PER_RANK=1
-source "${MPILM_JOBS:-jobs}/common.sh" || { echo "submit this script with jobs/submit, or from the folder above jobs/" >&2; exit 78; }
+source "${MPILM_JOBS:-jobs}/common.sh" || { echo "use jobs/submit, or submit from the folder above jobs/" >&2; exit 78; }
 
 prepare "$@"

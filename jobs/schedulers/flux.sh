@@ -24,8 +24,5 @@ signal_ranks() {
 }
 
 requeue() {
-    if [ -z "${MPILM_SCRIPT:-}" ]; then
-        refuse "this job was not submitted by jobs/submit, so it cannot submit itself again; it resumes when you submit it again"
-    fi
-    MPILM_RESTARTS=$((restarts + 1)) MPILM_FLUX=--parent "$jobs/submit" "$MPILM_SCRIPT" "${arguments[@]}"
+    MPILM_FLUX=--parent submit_again
 }

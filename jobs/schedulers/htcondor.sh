@@ -5,7 +5,9 @@ job=$(sed -n 's/^ClusterId = //p' "$_CONDOR_JOB_AD")
 restarts=$(($(sed -n 's/^NumJobStarts = //p' "$_CONDOR_JOB_AD") + 0))
 libexec=$(condor_config_val libexec)
 contacts=$_CONDOR_SCRATCH_DIR/contact
+set +eu
 source "$libexec/sshd.sh" "$_CONDOR_PROCNO" "$_CONDOR_NPROCS"
+set -eu
 if [ "$_CONDOR_PROCNO" != 0 ]; then
     wait
     sshd_cleanup
@@ -22,4 +24,8 @@ list_hosts() {
 
 requeue() {
     exit 99
+}
+
+clean_up() {
+    sshd_cleanup
 }

@@ -73,8 +73,8 @@ def _grid_engine_end(text: str) -> float:
     for block in text.split("<job_list")[1:]:
         is_task = task == "undefined" or f"<tasks>{task}</tasks>" in block
         if f"<JB_job_number>{number}</JB_job_number>" in block and is_task:
-            limits = [float(limit) for limit in re.findall(r'"[hs]_rt"[^>]*>([\d.]+)<', block)]
-            return _timestamp(_find(r"<JAT_start_time>([^<.]*)", block), "%Y-%m-%dT%H:%M:%S") + min(limits)
+            start = _timestamp(_find(r"<JAT_start_time>([^<.]*)", block), "%Y-%m-%dT%H:%M:%S")
+            return start + float(_find(r'"h_rt"[^>]*>([\d.]+)<', block))
     raise ValueError(f"job {number} is not listed")
 
 

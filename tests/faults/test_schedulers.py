@@ -114,6 +114,14 @@ def test_jobs_of_a_chain_wait_for_each_other(fake):
     assert len(fake.jobs()) == 2
 
 
+def test_job_that_cannot_submit_itself_again_states_how_to_resume(tmp_path):
+    fake = Pbs(tmp_path / "cluster")
+    fake.submit("train", "--run.dir", "a run")
+    (fake.bin / "qsub").unlink()
+    assert run_until(fake, 1, fake.warn) == 75
+    assert rf"this resumes the run: {SUBMIT} {ROOT}/jobs/train.pbs --run.dir a\ run" in fake.log()
+
+
 def test_doctor_and_prepare_pass_their_exit_code(tmp_path):
     fake = Pbs(tmp_path / "cluster")
     (fake.bin / "stub").write_text("#!/bin/sh\nexit 3\n")
@@ -280,9 +288,9 @@ def test_grid_engine_job_cancelled_saves_and_stays_away(grid_engine, tmp_path, d
 def test_grid_engine_states_the_end_of_a_job(grid_engine, tmp_path, data, uncut):
     """Slices: the run asks qstat, and saves half a minute before h_rt."""
     run = tmp_path / "run"
-    job = grid_engine.submit("-l h_rt=50,s_rt=300", *train_flags(data, run), MPILM_FAULT=sleep_in_steps(10, 50, 0.3))
+    job = grid_engine.submit("-l h_rt=46,s_rt=300", *train_flags(data, run), MPILM_FAULT=sleep_in_steps(10, 50, 0.3))
     grid_engine.wait_for_end(job)
-    assert grid_engine.log().count("its batch job ends; saved") >= 2, grid_engine.log()
+    assert grid_engine.log().count("its batch job ends; saved") >= 1, grid_engine.log()
     assert read_outcome(run)[:2] == uncut[:2]
 
 
