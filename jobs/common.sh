@@ -124,13 +124,16 @@ check_allocation() {
 }
 
 # exit_or_requeue CODE: after code 75 (the run has saved and stopped on request) the job returns to the queue.
-# MPILM_MAX_RESTARTS=0 lets it end instead, as in a chain of jobs.
+# MPILM_MAX_RESTARTS=0 lets it end instead, as in a chain of jobs. SIGUSR1 ends ranks that have not begun to train (10 in MPICH,
+# 138 in Open MPI): nothing is lost.
 exit_or_requeue() {
-    if [ "$1" = 75 ] && [ -z "$cancelled" ] && [ "$restarts" -lt "${MPILM_MAX_RESTARTS:-1000}" ]; then
+    local code=$1
+    case $code in 10 | 138) if [ -n "$stop" ]; then code=75; fi ;; esac
+    if [ "$code" = 75 ] && [ -z "$cancelled" ] && [ "$restarts" -lt "${MPILM_MAX_RESTARTS:-1000}" ]; then
         echo "job $job goes back into the queue"
         requeue
     fi
-    exit "$1"
+    exit "$code"
 }
 
 # submit_again: `requeue` for schedulers that let only operators return a job to the queue.

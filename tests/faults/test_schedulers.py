@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_warned_job_goes_back_with_its_arguments_and_completes(fake):
         assert launched["words"][-5:] == ["--run.dir", "runs/a run", "--data.path", "it's", 'a "text"']
         assert launched["hosts"] == ["n1", "n1", "n2", "n2"]
     assert len(fake.launched()) == 2
+
+
+def test_job_warned_before_its_ranks_train_goes_back(tmp_path):
+    """SIGUSR1 ends them, with another code."""
+    fake = FAKES["lsf"](tmp_path / "cluster")
+    text = (fake.bin / "stub").read_text()
+    (fake.bin / "stub").write_text(text.replace("sys.exit(75 if stop else 0)", "sys.exit(10)"))
+    fake.submit("train")
+    assert run_until(fake, 1, fake.warn) == 99, fake.log()
 
 
 def test_cancelled_job_stays_away(fake):
@@ -221,7 +231,7 @@ class GridEngine:
         lines = self.fake.call("qstat", "-u", "*").stdout.splitlines()
         return next((line.split()[4] for line in lines if line.split()[:1] == [job]), "")
 
-    def wait_for_end(self, job: str, limit_s: float = 120.0) -> None:
+    def wait_for_end(self, job: str, limit_s: float = 280.0) -> None:
         end = time.monotonic() + limit_s
         while self.state(job):
             assert time.monotonic() < end, self.log()
@@ -288,7 +298,7 @@ def test_grid_engine_job_cancelled_saves_and_stays_away(grid_engine, tmp_path, d
 def test_grid_engine_states_the_end_of_a_job(grid_engine, tmp_path, data, uncut):
     """Slices: the run asks qstat, and saves half a minute before h_rt."""
     run = tmp_path / "run"
-    job = grid_engine.submit("-l h_rt=46,s_rt=300", *train_flags(data, run), MPILM_FAULT=sleep_in_steps(10, 50, 0.3))
+    job = grid_engine.submit("-l h_rt=55,s_rt=300", *train_flags(data, run), MPILM_FAULT=sleep_in_steps(10, 50, 0.3))
     grid_engine.wait_for_end(job)
     assert grid_engine.log().count("its batch job ends; saved") >= 1, grid_engine.log()
     assert read_outcome(run)[:2] == uncut[:2]
@@ -306,6 +316,8 @@ def test_grid_engine_excludes_hosts(grid_engine, tmp_path):
 
 
 def test_batch_scripts_are_clean_shell():
-    """Every file is a script that bash can parse; shellcheck judges them if it is installed."""
+    """bash can parse every file; shellcheck finds nothing if it is installed."""
     for path in SCRIPTS:
         subprocess.run(["bash", "-n", path], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", *SCRIPTS], cwd=ROOT, check=True)
