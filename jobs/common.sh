@@ -62,7 +62,24 @@ run_with_mpirun() {
         if [ "$code" -le 128 ] || [ -z "$interrupted" ]; then break; fi # a signal interrupts `wait`
     done
     launcher=''
+    if [ "$code" != 0 ] && { [ "$code" -lt 64 ] || [ "$code" -gt 90 ]; }; then explain_launcher; fi # not one of mpilm's codes
     return "$code"
+}
+
+# explain_launcher: name the reason if the ranks could not start because the launcher belongs to another MPI than the library.
+explain_launcher() {
+    local command launcher_mpi library_mpi version
+    version='import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())'
+    read -ra command <<< "${MPILM_MPIRUN:-mpirun}"
+    launcher_mpi=$("${command[0]}" --version 2>&1 | grep -oiE -m1 'open mpi|hydra|intel' || true)
+    library_mpi=$(python -c "$version" 2>&1 | grep -oiE -m1 'open mpi|mpich|intel|No module named .*|cannot load .*' || true)
+    case $launcher_mpi:$library_mpi in
+        *:No* | *:cannot*) echo "jobs: Python loads no MPI ($library_mpi): load that of your site in $jobs/site.sh" >&2 ;;
+        Open*:MPICH | Open*:Intel | HYDRA:Open* | Intel:Open*)
+            echo "jobs: ${command[0]} belongs to $launcher_mpi, but Python loads $library_mpi: load one MPI in $jobs/site.sh," \
+                "or set MPILM_MPIRUN to the launcher of $library_mpi" >&2
+            ;;
+    esac
 }
 
 # A signal while the doctor runs stops the job before it trains.

@@ -37,6 +37,8 @@ job = {{"words": words, "stdin": sys.stdin.read() if {reads} else "", "folder": 
 print({printed})
 """
 LAUNCHER = """
+if words == ["--version"]:
+    os.execv({program!r}, [{program!r}, *words])
 with open(folder / "launched", "a") as file:
     hosts = Path(words[words.index("--hostfile") + 1]).read_text().split() if "--hostfile" in words else []
     file.write(json.dumps({{"words": words, "hosts": hosts}}) + "\\n")
@@ -47,6 +49,8 @@ os.execv({program!r}, [{program!r}, *words])
 """
 STUB = """
 import signal, time
+if words == ["--version"]:
+    sys.exit(print("HYDRA build details:"))
 stop = []
 signal.signal(signal.SIGUSR1, lambda *_: stop.append(1))
 (folder / "running").touch()

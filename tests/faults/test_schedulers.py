@@ -164,6 +164,18 @@ def test_what_is_missing_is_named(tmp_path):
     assert "has no mpilm: activate the environment" in refuse(fake, "bash", train, **inside, PYTHONPATH="")
 
 
+def test_launcher_of_another_mpi_is_named(tmp_path):
+    if not LAUNCHER.exists():
+        pytest.skip(f"there is no {LAUNCHER}")
+    fake = Pbs(tmp_path / "cluster")
+    own = subprocess.run([LAUNCHER, "--version"], capture_output=True, text=True, check=True).stdout
+    version = "HYDRA build details:" if "Open MPI" in own else "mpirun (Open MPI) 5.0.11"
+    (fake.bin / "stub").write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo "{version}"; else exit 16; fi\n')
+    fake.submit("train")
+    assert fake.start(1).wait(30) == 16
+    assert re.search("jobs: .*fake-mpirun belongs to .*, but Python loads .*: load one MPI in .*site.sh, or set", fake.log())
+
+
 def train_flags(data, run):
     flags = ("--train.steps", STEPS, "--run.eval-every", 0, "--checkpoint.every", 0)
     return train_arguments(data, run, *flags)[2:]
