@@ -45,8 +45,8 @@ class StopRequest:
             yield
         finally:
             signal.set_wakeup_fd(wakeup)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            for number, handler in handlers.items():  # a late SIGUSR1 must not end a run that has saved and leaves with code 75
+                signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else handler)
             self._wakeup_pipe = None
             for end in pipe:
                 os.close(end)
