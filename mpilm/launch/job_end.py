@@ -65,11 +65,12 @@ def _pbs_end(text: str) -> float:
 
 
 def _lsf_end(text: str) -> float:
-    return time.time() + 60 * _duration_s(_find(r"^([\d:]+) L", text))  # minutes; L: at the run limit
+    left = _find(r"^([\d:]+) L", text)  # hours:minutes, or with seconds if the site wants it; L: at the run limit
+    return time.time() + _duration_s(left if left.count(":") > 1 else left + ":00")
 
 
 def _grid_engine_end(text: str) -> float:
-    number, task = os.environ["JOB_ID"], os.environ.get("SGE_TASK_ID", "undefined")
+    number, task = os.environ.get("JOB_ID", ""), os.environ.get("SGE_TASK_ID", "undefined")
     for block in text.split("<job_list")[1:]:
         is_task = task == "undefined" or f"<tasks>{task}</tasks>" in block
         if f"<JB_job_number>{number}</JB_job_number>" in block and is_task:

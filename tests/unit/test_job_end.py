@@ -26,6 +26,7 @@ CASES = {  # variables of a job, what its scheduler prints, and the end: seconds
     "PBS": ({"PBS_JOBID": "12.server"}, PBS.format("stime", DATE), 5405),
     "Torque": ({"PBS_JOBID": "12.server"}, PBS.format("start_time", DATE), 5405),
     "LSF": ({"LSB_JOBID": "3"}, "1:02 L\n", "3720"),
+    "LSF, with seconds": ({"LSB_JOBID": "3"}, "1:02:30 L\n", "3750"),
     "LSF, without a limit": ({"LSB_JOBID": "3"}, "-\n", math.inf),
     "Grid Engine": ({"PE_HOSTFILE": "/x", "JOB_ID": "7", "SGE_TASK_ID": "undefined"}, LISTED, 60),
     "Grid Engine, a task of an array": ({"PE_HOSTFILE": "/x", "JOB_ID": "8", "SGE_TASK_ID": "2"}, LISTED, 40),
