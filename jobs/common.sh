@@ -1,76 +1,218 @@
-# Shared parts of the batch scripts, which source this file.
-set -euo pipefail
+# Shared parts of the batch scripts, which source this file and then call one of its tasks: train, prepare, sweep or doctor.
+# jobs/schedulers/NAME.sh defines what differs between schedulers:
+#   job             number of this job
+#   restarts        how often it has been in the queue before, if the scheduler counts it
+#   cancel_signals  signals after which it must not return to the queue; SIGUSR1 and `warnings` announce its end
+#   needs_hostfile  "" if mpirun finds the hosts itself
+#   list_hosts      print its hosts, one line per rank
+#   requeue         let it return to the queue
+# and, where no mpirun starts the ranks: run_ranks, or start_ranks and signal_ranks; avoid_hosts. clean_up runs at the end.
+jobs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$jobs/library.sh"
+arguments=("$@") # those of the batch script
 
-# Commands that your site needs go into a file of your own: `module load python openmpi`, `source .venv/bin/activate`.
-site=${MPILM_SITE:-jobs/site.sh}
-if [ -f "$site" ]; then source "$site"; fi
-
-export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # since SLURM 22.05 srun does not inherit it from sbatch
-
-# avoid_bad_hosts ARGUMENTS...: leave out the nodes that have computed wrongly in this run (bad-hosts.json in its --run.dir). It
-# resumes on the ranks of the other nodes, with the same bits.
-placement=()
-avoid_bad_hosts() {
-    local run= host bad=
-    while [ $# -gt 1 ]; do
-        if [ "$1" = --run.dir ]; then run=$2; fi
-        shift
-    done
-    if [ ! -f "$run/bad-hosts.json" ]; then return; fi
-    for host in $(python -m mpilm.doctor --bad-hosts "$run" | tr , ' '); do
-        if scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qx "${host%%.*}"; then bad+=" ${host%%.*}"; fi
-    done
-    local count=$(wc -w <<< "$bad")
-    if [ "$count" = 0 ] || [ "$count" = "$SLURM_JOB_NUM_NODES" ]; then return; fi
-    echo "without the nodes that have computed wrongly:$bad"
-    placement=("--exclude=$(tr ' ' , <<< "${bad# }")" "--nodes=$((SLURM_JOB_NUM_NODES - count))"
-        "--ntasks=$((SLURM_NTASKS - count * SLURM_NTASKS_PER_NODE))")
+find_scheduler() {
+    if [ -n "${SLURM_JOB_ID:-}" ]; then echo slurm
+    elif [ -n "${PBS_JOBID:-}" ]; then echo pbs
+    elif [ -n "${LSB_JOBID:-}" ]; then echo lsf
+    elif [ -n "${_CONDOR_PROCNO:-}" ]; then echo htcondor
+    elif [ -n "${JOB_ID:-}${PE_HOSTFILE:-}" ]; then echo grid-engine
+    elif [ -n "${FLUX_URI:-}" ]; then echo flux
+    elif [ -n "${KUBERNETES_SERVICE_HOST:-}" ]; then echo kubernetes
+    fi
 }
 
-# run_ranks MODULE ARGUMENTS...: start one rank per task.
-# --kill-on-bad-exit: when one rank dies, the others do not wait. `srun --mpi=list` shows the MPI types
-# (pmix for Open MPI, pmi2 for MPICH and its relatives; a site with a default needs none).
+# The launcher gets a session of its own: a signal that the scheduler sends to all processes of the job then reaches this shell
+# alone, which forwards SIGUSR1; mpirun would end the ranks at once at SIGTERM. The launcher dies with this shell
+# (PR_SET_PDEATHSIG).
+detach='import ctypes, os, sys; os.setsid(); ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])'
+
+start_ranks() {
+    local command
+    read -ra command <<< "${MPILM_MPIRUN:-mpirun}"
+    if ! command -v "${command[0]}" >/dev/null; then
+        refuse "${command[0]} not found: load the MPI of your site in $jobs/site.sh, or set MPILM_MPIRUN to its launcher"
+    fi
+    if [ "${#hosts[@]}" = 0 ]; then mapfile -t hosts < <(list_hosts); fi
+    printf '%s\n' "${hosts[@]}" > "$hostfile"
+    command+=(${needs_hostfile:+--hostfile "$hostfile"} -n "${#hosts[@]}" "$(command -v python)")
+    exec python -c "$detach" "${command[@]}" -m "$@"
+}
+
+signal_ranks() {
+    kill -USR1 "$launcher" 2>/dev/null || true
+}
+
+# run_ranks MODULE ARGUMENTS...: start the ranks and wait for them.
 run_ranks() {
-    srun "${placement[@]}" --kill-on-bad-exit=1 --cpu-bind=cores ${MPILM_SRUN_MPI:+--mpi=$MPILM_SRUN_MPI} python -m "$@"
+    run_with_mpirun "$@"
 }
 
-# Remove the shared memory that MPICH left in /dev/shm when an earlier start of this job was killed. Its names derive from the
-# numbers of job and step (FNV-1a, 32 bits), which stay the same after a requeue, so MPICH would reuse half-changed memory.
-remove_stale_memory() {
-    if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then return; fi
-    local files= step word hash i
-    for step in 0 1 2 3 4 5; do
-        word=$SLURM_JOB_ID.$step hash=2166136261
-        for ((i = 0; i < ${#word}; i++)); do
-            hash=$(((hash ^ $(printf %d "'${word:i:1}")) * 16777619 & 0xffffffff))
-        done
-        files+=$(printf ' /dev/shm/mpich_shm_%x_*' $hash)
-    done
-    srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 sh -c "rm -f $files"
+use_mpirun() {
+    run_ranks() { run_with_mpirun "$@"; }
 }
+
+run_with_mpirun() {
+    local code
+    start_ranks "$@" &
+    launcher=$!
+    while true; do
+        code=0 interrupted=''
+        wait "$launcher" || code=$?
+        if [ "$code" -le 128 ] || [ -z "$interrupted" ]; then break; fi # a signal interrupts `wait`
+    done
+    launcher=''
+    if [ "$code" != 0 ] && { [ "$code" -lt 64 ] || [ "$code" -gt 90 ]; }; then explain_launcher; fi # not one of mpilm's codes
+    return "$code"
+}
+
+# explain_launcher: name the reason if the ranks could not start because the launcher belongs to another MPI than the library.
+explain_launcher() {
+    local command launcher_mpi library_mpi version
+    version='import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())'
+    read -ra command <<< "${MPILM_MPIRUN:-mpirun}"
+    launcher_mpi=$("${command[0]}" --version 2>&1 | grep -oiE -m1 'open mpi|hydra|intel' || true)
+    library_mpi=$(python -c "$version" 2>&1 | grep -oiE -m1 'open mpi|mpich|intel|No module named .*|cannot load .*' || true)
+    case $launcher_mpi:$library_mpi in
+        *:No* | *:cannot*) echo "jobs: Python loads no MPI ($library_mpi): load that of your site in $jobs/site.sh" >&2 ;;
+        Open*:MPICH | Open*:Intel | HYDRA:Open* | Intel:Open*)
+            echo "jobs: ${command[0]} belongs to $launcher_mpi, but Python loads $library_mpi: load one MPI in $jobs/site.sh," \
+                "or set MPILM_MPIRUN to the launcher of $library_mpi" >&2
+            ;;
+    esac
+}
+
+# A signal while the doctor runs stops the job before it trains.
+handle_signal() {
+    stop=yes interrupted=yes
+    if [ "$1" = cancel ]; then cancelled=yes; fi
+    if [ -n "$training" ] && [ -n "$launcher" ]; then signal_ranks; fi
+}
+
+# avoid_bad_hosts ARGUMENTS...: leave out the hosts that have computed wrongly in this run. It resumes on the ranks of the
+# others, with the same bits.
+avoid_bad_hosts() {
+    local bad all host left_out=()
+    bad=$(list_bad_hosts "$@")
+    if [ -z "$bad" ]; then return; fi
+    mapfile -t bad <<< "$bad"
+    mapfile -t all < <(list_hosts)
+    for host in "${all[@]}"; do
+        if is_in "${host%%.*}" "${bad[@]%%.*}"; then
+            if ! is_in "$host" "${left_out[@]}"; then left_out+=("$host"); fi
+        else
+            hosts+=("$host")
+        fi
+    done
+    if [ "${#left_out[@]}" = 0 ]; then return; fi
+    if [ "${#hosts[@]}" = 0 ]; then
+        hosts=("${all[@]}")
+        echo "all nodes of this job have computed wrongly; jobs/submit asks the scheduler for others" >&2
+        return
+    fi
+    echo "without the nodes that have computed wrongly: ${left_out[*]}"
+    needs_hostfile=yes
+    avoid_hosts "${left_out[@]}"
+}
+
+# repeat_lines COUNT: copy the input, each line that often.
+repeat_lines() {
+    awk -v count="$1" '{ for (i = 0; i < count; i++) print }'
+}
+
+# is_in WORD WORDS...
+is_in() {
+    local word=$1 other
+    shift
+    for other in "$@"; do
+        if [ "$word" = "$other" ]; then return 0; fi
+    done
+    return 1
+}
+
+avoid_hosts() { :; } # start_ranks uses the hosts that remain
+
+clean_up() { :; }
 
 # Check with mpilm.doctor that this allocation is fit to train on: at the first start of a job, not after a requeue.
 # MPILM_DOCTOR=off skips it.
 check_allocation() {
-    if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] && [ "${MPILM_DOCTOR:-on}" != off ]; then
-        "${1:-run_ranks}" mpilm.doctor --megabytes 1
-    fi
+    if [ "$restarts" = 0 ] && [ "${MPILM_DOCTOR:-on}" != off ]; then run_ranks mpilm.doctor --megabytes 1; fi
 }
 
 # exit_or_requeue CODE: after code 75 (the run has saved and stopped on request) the job returns to the queue.
-# MPILM_MAX_RESTARTS=0 lets it end instead, as in a chain of jobs.
+# MPILM_MAX_RESTARTS=0 lets it end instead, as in a chain of jobs. SIGUSR1 ends ranks that have not begun to train (10 in MPICH,
+# 138 in Open MPI): nothing is lost.
 exit_or_requeue() {
-    if [ "$1" = 75 ] && [ -z "$ended_by_slurm" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${MPILM_MAX_RESTARTS:-1000}" ]; then
-        echo "job $SLURM_JOB_ID goes back into the queue"
-        scontrol requeue "$SLURM_JOB_ID" && sleep 300  # SLURM ends this script
+    local code=$1
+    case $code in 10 | 138) if [ -n "$stop" ]; then code=75; fi ;; esac
+    if [ "$code" = 75 ] && [ -z "$cancelled" ] && [ "$restarts" -lt "${MPILM_MAX_RESTARTS:-1000}" ]; then
+        echo "job $job goes back into the queue"
+        requeue
     fi
-    exit "$1"
+    exit "$code"
 }
 
-remove_stale_memory
+# submit_again: `requeue` for schedulers that let only operators return a job to the queue.
+submit_again() {
+    local again=("$jobs/submit" "${MPILM_SCRIPT:-}" "${arguments[@]}")
+    if [ -z "${MPILM_SCRIPT:-}" ]; then
+        echo "jobs: only jobs/submit lets a job submit itself again; the run has saved, and resumes when you do" >&2
+    elif ! MPILM_RESTARTS=$((restarts + 1)) "${again[@]}"; then
+        echo "jobs: this host cannot submit jobs; on a login node, this resumes the run: $(printf '%q ' "${again[@]}")" >&2
+    fi
+}
 
-# SLURM sends SIGTERM to the ranks, which save; this shell stays to see how they end. SLURM then decides whether the job
-# returns: a preempted job does, a cancelled one does not.
-ended_by_slurm=
-trap 'ended_by_slurm=yes' TERM
+# train ARGUMENTS...: train, and save before the job ends.
+train() {
+    local code=0
+    avoid_bad_hosts "$@"
+    check_allocation
+    training=yes
+    if [ -z "$stop" ]; then run_ranks mpilm.train "$@" || code=$?; else code=75; fi
+    exit_or_requeue "$code"
+}
+
+# sweep FILE ARGUMENTS...: train with the flags in a line of the file.
+sweep() {
+    local file=${1:-} number lines flags name code=0
+    number=${MPILM_TASK:-${SLURM_ARRAY_TASK_ID:-${PBS_ARRAY_INDEX:-${LSB_JOBINDEX:-${SGE_TASK_ID:-0}}}}}
+    if [ ! -f "$file" ]; then refuse "the first argument must be a file with the flags of the runs; '$file' is not a file"; fi
+    shift
+    lines=$(awk 'END { print NR }' "$file")
+    if ! [ "$number" -ge 1 ] 2>/dev/null || [ "$number" -gt "$lines" ]; then
+        refuse "$file has no line $number; jobs/submit starts a run for each of its $lines lines (or sbatch --array=1-$lines)"
+    fi
+    read -ra flags <<< "$(sed -n "${number}p" "$file")"
+    name=$(basename "$file")
+    set -- --run.dir "runs/${name%.*}-$number" "$@" "${flags[@]}"
+    avoid_bad_hosts "$@"
+    training=yes
+    run_ranks mpilm.train "$@" || code=$?
+    exit_or_requeue "$code"
+}
+
+# prepare ARGUMENTS...: turn text into token files.
+prepare() {
+    export RAYON_NUM_THREADS=${OMP_NUM_THREADS:-1} # threads of the tokenizer
+    run_ranks mpilm.prepare "$@"
+}
+
+# doctor ARGUMENTS...: check this cluster.
+doctor() {
+    run_ranks mpilm.doctor "$@"
+}
+
+scheduler=$(find_scheduler)
+if [ -z "$scheduler" ]; then
+    refuse "no scheduler has started this script: submit it, as in \`$jobs/submit $jobs/train.sbatch ARGUMENTS\`"
+fi
+restarts=0 needs_hostfile=yes cancel_signals=(TERM INT HUP) warnings=(USR2)
+hosts=() launcher='' stop='' interrupted='' cancelled='' training=''
+source "$jobs/schedulers/$scheduler.sh"
+load_site
+find_python
+hostfile=$(mktemp "${TMPDIR:-/tmp}/mpilm-hosts.XXXXXX")
+trap 'rm -f "$hostfile"; clean_up' EXIT
+trap 'handle_signal cancel' "${cancel_signals[@]}"
+trap 'handle_signal warning' USR1 "${warnings[@]}"

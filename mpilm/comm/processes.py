@@ -11,7 +11,7 @@ from subprocess import DEVNULL, Popen
 from mpilm.errors import RANK_VARIABLES
 
 LAUNCHERS = ("mpiexec", "mpiexec.hydra", "mpirun", "orterun", "prterun")
-DAEMONS = (*LAUNCHERS, "hydra_pmi_proxy", "prted", "orted", "slurmstepd", "palsd")  # that start the ranks of a host
+DAEMONS = (*LAUNCHERS, "hydra_pmi_proxy", "prted", "orted", "slurmstepd", "palsd", "flux-shell")  # parents of the ranks
 KILL_LATER = "for second in $(seq {seconds}); do kill -0 {pid} 2>/dev/null || exit; sleep 1; done; kill -9 {pid}"
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 

@@ -234,7 +234,7 @@ class RunConfig:
     trace_steps: str = ""
     certify_every: NonNegativeInt = 100  # Steps between lines of certificate.jsonl, also written at checkpoints; 0: none.
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()  # Also log to these, offline. TensorBoard is used if it is installed.
-    time_limit: NonNegativeFloat = 0.0  # Seconds until the run saves and exits with code 75; 0: the end of its SLURM job.
+    time_limit: NonNegativeFloat = 0.0  # Seconds until the run saves and exits with code 75; 0: the end of its batch job.
 
 
 @dataclass(frozen=True)

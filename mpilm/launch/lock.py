@@ -17,6 +17,7 @@ from typing import Any
 
 from mpilm.comm.processes import process_fields
 from mpilm.errors import ConfigError
+from mpilm.launch.job_end import batch_job_id
 
 LOCK_NAME = "lock.json"
 TOUCH_S = 10.0
@@ -30,7 +31,7 @@ class FolderLock:
     def __init__(self, folder: Path, notify: Callable[[str], None] = print):
         self.path, self._notify = folder / LOCK_NAME, notify
         self._holder: dict[str, Any] = {"host": socket.gethostname(), "system": _system_id(), "pid": os.getpid()}
-        self._holder |= {"started": _start_ticks(os.getpid()), "since": time.time(), "job": os.environ.get("SLURM_JOB_ID", "")}
+        self._holder |= {"started": _start_ticks(os.getpid()), "since": time.time(), "job": batch_job_id()}
         while True:
             other = _read(self.path)
             if other is not None and not self._is_stale(other):

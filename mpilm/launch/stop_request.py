@@ -1,35 +1,34 @@
 """Requests to save and stop: a signal, a file, the end of the run's time."""
 
 import contextlib
-import math
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mpilm.launch.job_end import find_job_end
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 POLL_S = 0.5  # between looks at the file, which may lie on a slow file system
-SLURM_MARGIN_S = 30.0  # for leaving, before SLURM ends a job
-SQUEUE_TIMEOUT_S = 20.0
-STOP_REASONS = ("", "received SIGUSR1", "received SIGTERM", "found a stop file", "reached run.time-limit", "its SLURM job ends")
-BY_FILE, BY_TIME_LIMIT, BY_SLURM = 3, 4, 5
+JOB_MARGIN_S = 30.0  # for leaving, before the scheduler ends a job
+STOP_REASONS = ("", "received SIGUSR1", "received SIGTERM", "found a stop file", "reached run.time-limit", "its batch job ends")
+BY_FILE, BY_TIME_LIMIT, BY_SCHEDULER = 3, 4, 5
 
 
 class StopRequest:
     """Stop requests to one rank, as indices of STOP_REASONS: the ranks agree on the largest. The run stops when `file` appears
-    and after `limit_s` seconds; 0: at the end of the SLURM job, if any. `query_slurm`: this rank may ask SLURM for that end if
-    the environment does not tell it (before 23.02)."""
+    and after `limit_s` seconds; 0: before the end of the batch job, if any. `query_scheduler`: this rank may ask the
+    scheduler for that end."""
 
-    def __init__(self, file: Path, limit_s: float, query_slurm: bool = True):
+    def __init__(self, file: Path, limit_s: float, query_scheduler: bool = True):
         self.file, self._file_seen, self._polled = file, False, 0.0
         self._signal_reason = 0
         self._wakeup_pipe: tuple[int, int] | None = None  # the kernel's signals, readable while the main thread waits in MPI
         self._end, self._end_reason = time.time() + limit_s, BY_TIME_LIMIT
         if not limit_s:
-            self._end, self._end_reason = slurm_end(query_slurm) - SLURM_MARGIN_S, BY_SLURM
+            self._end, self._end_reason = find_job_end(query_scheduler) - JOB_MARGIN_S, BY_SCHEDULER
 
     @contextlib.contextmanager
     def catch_signals(self) -> Iterator[None]:
@@ -46,8 +45,8 @@ class StopRequest:
             yield
         finally:
             signal.set_wakeup_fd(wakeup)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            for number, handler in handlers.items():  # a late SIGUSR1 must not end a run that has saved and leaves with code 75
+                signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else handler)
             self._wakeup_pipe = None
             for end in pipe:
                 os.close(end)
@@ -76,16 +75,3 @@ class StopRequest:
         """Remove the file once the request is fulfilled: the next start would stop, too."""
         with contextlib.suppress(OSError):
             self.file.unlink(missing_ok=True)
-
-
-def slurm_end(query: bool) -> float:
-    """Return when SLURM will end this job, as a time of time.time(); infinity if unknown or without SLURM."""
-    end, job = os.environ.get("SLURM_JOB_END_TIME", ""), os.environ.get("SLURM_JOB_ID", "")
-    if end.isdigit():
-        return float(end)
-    if query and job:
-        with contextlib.suppress(OSError, ValueError, OverflowError, subprocess.SubprocessError):
-            command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
-            output = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=SQUEUE_TIMEOUT_S)
-            return time.mktime(time.strptime(output.strip(), "%Y-%m-%dT%H:%M:%S"))
-    return math.inf

@@ -86,7 +86,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     except BaseException:
         folder.release()
         raise
-    stop = StopRequest(folder.path / "stop", config.run.time_limit, query_slurm=world.rank == 0)
+    stop = StopRequest(folder.path / "stop", config.run.time_limit, query_scheduler=world.rank == 0)
     recheck = Recheck(model, config.fault.recheck_every, folder.step)
     parts = inputs.data, batches, folder, content, model, stop, folder.bad_steps, memory, recheck, inputs.layout_note
     return Run(config, hardware, mesh, *parts)

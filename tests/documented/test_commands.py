@@ -38,6 +38,7 @@ ELSEWHERE = {
     r"scripts/soak .*": "scripts/soak",
     r"(MPILM_TORCH_INDEX=\S+ )?scripts/quickstart": "scripts/environment",
     r"sbatch .*|jobs/chain .*|scripts/slurm-here .*|export MPILM_SRUN_MPI.*": "tests/faults/test_slurm.py",
+    r"jobs/submit .*|scripts/grid-engine-here .*": "tests/faults/test_schedulers.py",
     r"scripts/hosts-here .*": "tests/faults/test_network.py",
     r"mpirun -n 2 python -m mpilm.doctor --calibrate": "tests/ranks/test_doctor.py",
     r"mpirun -n 4 python -m mpilm.doctor": "tests/mpi/test_doctor.py",

@@ -234,7 +234,7 @@ def test_prepare_and_sweep_jobs(cluster, tmp_path):
     job = cluster.submit(*ONE_NODE, WARNING, "--array=2-3", "jobs/sweep.sbatch", sweep, *flags, *runs)
     swept, beyond = cluster.wait_for_end(f"{job}_2"), cluster.wait_for_end(f"{job}_3")
     assert swept["JobState"] == "COMPLETED", cluster.log(swept["JobId"])
-    assert "has no line 3; sbatch --array=1-2 has a run for every line" in cluster.log(beyond["JobId"])
+    assert "has no line 3; jobs/submit starts a run for each of its 2 lines" in cluster.log(beyond["JobId"])
     assert beyond["ExitCode"] == "78:0"
     assert "lr = 0.002" in (tmp_path / "run" / "config.toml").read_text()
 
@@ -244,7 +244,7 @@ def test_chain_of_short_jobs_completes_the_run(cluster, chain, tmp_path, data):
     run, (first, second, last) = chain
     state = cluster.wait_for_end(first)
     assert state["ExitCode"] == "75:0", cluster.log(first)
-    assert "SLURM job ends; saved" in cluster.log(first)
+    assert "batch job ends; saved" in cluster.log(first)
     assert cluster.wait_for_end(second)["ExitCode"] in ("75:0", "0:0"), cluster.log(second)
     assert "from step" in cluster.log(second)
     assert cluster.wait_for_end(last)["JobState"] == "COMPLETED", cluster.log(last)

@@ -34,7 +34,7 @@ STOPS = {  # how a start is asked to stop, its flags and environment, and the re
     "SIGUSR1 to the launcher": (lambda job, run: os.kill(job.process.pid, signal.SIGUSR1), (), {}, "received SIGUSR1"),
     "stop file": (lambda job, run: (run / "stop").touch(), (), {}, "found a stop file"),
     "time limit": (do_nothing, ("--run.time-limit", 1), {}, "reached run.time-limit"),
-    "end of the SLURM job": (do_nothing, (), {"SLURM_JOB_END_TIME": 31}, "its SLURM job ends"),  # half a minute is kept
+    "end of the SLURM job": (do_nothing, (), {"SLURM_JOB_END_TIME": 31}, "its batch job ends"),  # half a minute is kept
 }
 
 
