@@ -14,7 +14,7 @@ import mpilm
 from mpilm.config.schema import LORA_TARGETS, microbatch_count
 from mpilm.engine.hardware import measure_peak_flops, processor_name, software_versions
 from mpilm.errors import OutOfMemoryError
-from mpilm.formatting import count_noun, format_mebibytes
+from mpilm.formatting import command_text, count_noun, format_mebibytes
 from mpilm.mesh.shape import AXES
 from mpilm.model.flops import flops_per_token
 from mpilm.ops.tree import utilization
@@ -34,7 +34,7 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
     peaks, local_numel, threads, hosts = zip(*world.all_gather_json(facts))
     predicted = max(predictions, key=lambda parts: sum(parts.values()))
     trained, frozen = (sum(map(prod, shapes.values())) for shapes in (run.model.shapes, run.model.frozen_shapes))
-    command = f"python -m mpilm.train {shlex.join(sys.argv[1:])}".rstrip()
+    command = f"{command_text('train')} {shlex.join(sys.argv[1:])}".rstrip()
     sizes = dict(zip(AXES, run.mesh.shape.sizes))
     row = {
         "event": "start",
