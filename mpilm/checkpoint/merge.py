@@ -64,21 +64,12 @@ def _write_weights(adapter: Path, base: Path, target: Path, model: ModelConfig) 
         shapes = {name: tuple(p.shape) for name, p in build_model(model, model.vocab_size).named_parameters()}
     parts = [name for name in shapes if ".lora." in name]
     matrices = [name.replace(".lora.a.", ".") for name in parts if ".lora.a." in name]
-    stem, factor, progress = (
-        file_stem(PARAMETER, model),
-        model.lora_alpha / model.lora_rank,
-        ProgressLine("merging", "matrices"),
-    )
-    with open_tensors(adapter, stem) as lora, open_tensors(base) as weights:
+    factor, progress = model.lora_alpha / model.lora_rank, ProgressLine("merging", "matrices")
+    with open_tensors(adapter, file_stem(PARAMETER, model)) as lora, open_tensors(base) as weights:
         part_keys, missing, unexpected = match_keys(parts, lora, model.arch, ())
         keys, missing_weights, _ = match_keys(matrices, weights, model.arch, ())
-        for where, verb, names in (
-            (adapter, "lacks", missing),
-            (base, "lacks", missing_weights),
-            (adapter, "holds", unexpected),
-        ):
-            if names:
-                raise ConfigError(f"{where} {verb} {name_some(names)}, so the adapter and its base do not fit each other")
+        if wrong := [*missing, *missing_weights, *unexpected]:
+            raise ConfigError(f"{adapter} does not fit its base {base}: {name_some(wrong)} is in one of them only")
         pairs = [[name.replace(".weight", f".lora.{part}.weight") for part in "ab"] for name in matrices]
         found = [[lookup_tensor(lora, part_keys[part], shapes[part], adapter) for part in pair] for pair in pairs]
         refs = [lookup_tensor(weights, keys[name], shapes[name], base) for name in matrices]

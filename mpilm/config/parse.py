@@ -30,7 +30,6 @@ OTHER_NAMES = {  # setting -> keys that mean the same in other programs
     "train.global_batch": "batch_size global_batch_size gradient_accumulation_steps",
     "train.micro_batch": "micro_batch_size per_device_train_batch_size",
     "train.warmup_steps": "warmup warmup_iters warmup_ratio",
-    "train.dtype": "precision bf16 fp16 mixed_precision",
     "train.clip_norm": "grad_clip max_grad_norm clip_grad",
     "train.recompute": "gradient_checkpointing activation_checkpointing",
     "data.path": "data dataset data_path dataset_name train_file",
@@ -41,13 +40,9 @@ OTHER_NAMES = {  # setting -> keys that mean the same in other programs
     "model.d_model": "hidden_size n_embd dim",
     "parallel.tensor": "tp tensor_parallel tensor_model_parallel_size",
     "parallel.pipeline": "pp pipeline_parallel pipeline_model_parallel_size",
-    "parallel.zero": "zero_stage fsdp",
     "run.dir": "output_dir out_dir save_dir",
-    "run.log_every": "logging_steps log_interval",
-    "run.eval_every": "eval_steps eval_interval",
     "checkpoint.every": "save_steps save_interval",
     "checkpoint.resume": "resume_from_checkpoint resume_from",
-    "generate.max_tokens": "max_new_tokens",
 }
 SYNONYMS = MappingProxyType({key: setting for setting, keys in OTHER_NAMES.items() for key in keys.split()})
 

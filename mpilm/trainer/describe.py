@@ -18,6 +18,7 @@ from mpilm.formatting import command_text, count_noun, format_mebibytes
 from mpilm.mesh.shape import AXES
 from mpilm.model.flops import flops_per_token
 from mpilm.ops.tree import utilization
+from mpilm.optim.optimizer import learning_rate
 from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.parallel.reduce.step import StepReducer
@@ -80,6 +81,9 @@ def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int])
         yield "warning", f"{sharing}: threads that share a core are many times slower; omit --train.threads and OMP_NUM_THREADS"
     yield from _layout_rows(run)
     yield from _training_rows(run, row)
+    if (train := run.config.train).warmup_steps > train.steps:
+        steps = f"--train.warmup-steps {train.warmup_steps:,} exceeds --train.steps {train.steps:,}"
+        yield "warning", f"{steps}: the learning rate ends at {learning_rate(train, train.steps - 1):.2e}, below --train.lr"
     if run.recheck.obstacle and run.config.fault.recheck_every:
         yield "note", f"computation is not rechecked (--fault.recheck-every): {run.recheck.obstacle}"
     where = "" if run.mesh.world.size == 1 else " (largest rank)"

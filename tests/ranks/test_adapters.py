@@ -344,6 +344,6 @@ def test_merging_keeps_the_dtype_and_the_other_bytes_and_refuses_what_does_not_f
         with pytest.raises(ConfigError, match=message):
             merge_adapter(str(wrong), tmp_path / out, str(base))
     save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(ConfigError, match="the adapter and its base do not fit each other"):
+    with pytest.raises(ConfigError, match="does not fit its base"):
         merge_adapter(str(adapter), tmp_path / "new", str(base))
     assert not list(tmp_path.glob("*new*"))
