@@ -46,11 +46,10 @@ def main() -> None:
 
 
 def _list_commands() -> str:
-    call = command_text("COMMAND")
-    rows = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
+    call, rows = command_text("COMMAND"), "".join(f"  {name:<12}{text}\n" for name, text in COMMANDS.items())
     usage = f"usage: {call} [--section.key VALUE ...]\n       mpirun -n 8 {call} [--section.key VALUE ...]"
-    head = f"mpilm {mpilm.__version__}: language-model training over MPI\n\n{usage}\n\n"
-    return head + "\n".join([*rows, "", f"{call} --help explains a command and its settings."])
+    end = f"{call} --help explains a command and its settings."
+    return f"mpilm {mpilm.__version__}: language-model training over MPI\n\n{usage}\n\n{rows}\n{end}"
 
 
 if __name__ == "__main__":

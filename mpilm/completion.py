@@ -19,12 +19,11 @@ from mpilm.errors import ConfigError
 from mpilm.launch.local import run_local
 
 BASH = """_mpilm() {{
-    local words="" word="${{COMP_WORDS[COMP_CWORD]}}"
-    if [ "$COMP_CWORD" -eq 1 ]; then
-        words="{commands} --help --version"
-    else
+    local words="{commands} --help --version" word="${{COMP_WORDS[COMP_CWORD]}}"
+    if [ "$COMP_CWORD" -gt 1 ]; then
         case "${{COMP_WORDS[1]}}:$word" in
 {cases}
+            *) words="" ;;
         esac
     fi
     COMPREPLY=($(compgen -W "$words" -- "$word"))
@@ -44,19 +43,15 @@ class CompletionArguments:
 def list_settings() -> dict[str, list[str]]:
     """Return the flags of every other command."""
     settings, arguments = dict[str, list[str]](), sys.argv
-    for name in COMMANDS:
-        if name == "completion":
-            continue
+    for name in (name for name in COMMANDS if name != "completion"):
         module = importlib.import_module(f"mpilm.{name}")
-        if hasattr(module, "__path__"):
-            module = importlib.import_module(f"mpilm.{name}.__main__")
+        module = importlib.import_module(f"mpilm.{name}.__main__") if hasattr(module, "__path__") else module
         try:
             sys.argv = [name, "--list-settings"]
             module.main()
         except SystemExit as stop:
             settings[name] = stop.args[0].split()
-        finally:
-            sys.argv = arguments
+    sys.argv = arguments
     return settings
 
 

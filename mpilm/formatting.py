@@ -73,14 +73,10 @@ def name_ranks(ranks: Collection[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def is_console_command() -> bool:
-    """Return whether the user has started this program as `mpilm`, not as `python -m mpilm`."""
-    return any(Path(word).name == "mpilm" for word in sys.orig_argv[1:2])
-
-
 def command_text(name: str) -> str:
-    """Return how the user calls a command: mpilm NAME, or python -m mpilm.NAME."""
-    return f"mpilm {name}" if is_console_command() else f"python -m mpilm.{name}"
+    """Return how the user calls a command: mpilm NAME where the console command was called, else python -m mpilm.NAME."""
+    is_console_command = any(Path(word).name == "mpilm" for word in sys.orig_argv[1:2])
+    return f"{'mpilm ' if is_console_command else 'python -m mpilm.'}{name}"
 
 
 class ProgressLine:

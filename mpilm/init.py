@@ -7,8 +7,8 @@ $ mpilm init my_project
 $ mpilm init my_project --site NAME
 """
 
+import os
 import shlex
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -28,8 +28,7 @@ from mpilm.formatting import command_text
 from mpilm.launch.local import run_local
 
 JOBS = Path(__file__).parent / "jobs"  # in the wheel and, by a link, in the repository
-CONFIG, RUN_DIR = "train.toml", "runs/first"
-IGNORED = "runs/\n*.log\n.venv/\n"
+CONFIG, RUN_DIR, IGNORED = "train.toml", "runs/first", "runs/\n*.log\n.venv/\n"
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,16 @@ def write_project(folder: Path, site: str) -> list[Path]:
     commands += [f"source {shlex.quote(str(activate))}\n"] * (sys.prefix != sys.base_prefix and activate.is_file())
     if commands:
         texts[Path("jobs/site.sh")] = "".join(commands)
-    scripts = {Path("jobs") / path.relative_to(JOBS): path for path in sorted(JOBS.rglob("*")) if path.is_file()}
-    scripts = {name: path for name, path in scripts.items() if name not in texts}
+    files = {Path("jobs") / path.relative_to(JOBS): path for path in sorted(JOBS.rglob("*")) if path.is_file()}
+    scripts = {name: path for name, path in files.items() if name not in texts}
     if existing := [name for name in (*texts, *scripts) if (folder / name).exists()]:
         raise ConfigError(f"{folder / existing[0]} exists; init overwrites nothing: name another folder")
     with file_errors(folder, "written"):
         for name in (*texts, *scripts):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name in texts:
-                (folder / name).write_text(texts[name], encoding="utf-8")
-            else:
-                shutil.copyfile(scripts[name], folder / name)
-                (folder / name).chmod(scripts[name].stat().st_mode | 0o200)  # a shared package may be read-only
+            (folder / name).write_bytes(texts[name].encode() if name in texts else scripts[name].read_bytes())
+            if name in scripts and os.access(scripts[name], os.X_OK):
+                (folder / name).chmod(0o755)
     return [*texts, *scripts]
 
 

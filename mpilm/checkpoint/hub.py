@@ -36,14 +36,12 @@ def fetch_model(name: str) -> Path:
         import huggingface_hub
     except ImportError:
         raise UserError("downloads need huggingface_hub; install it with: pip install 'mpilm[hub]'") from None
-    if not HUB_NAME.fullmatch(name):
-        raise UserError(f"{name} is not the name of a model on the Hugging Face Hub; write OWNER/NAME, such as Qwen/Qwen3-0.6B")
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*FILES], ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
-        problem = str(error).strip().split("\n")[0]
-        advice = "without a network here, fetch it where there is one and copy the cache (HF_HUB_CACHE)"
-        raise FileError(f"{name} cannot be downloaded: {problem} For a gated model set HF_TOKEN; {advice}") from None
+        problem = str(error).strip().split("\n")[0].rstrip(".")
+        advice = "without a network here, fetch the model where there is one and copy the cache (HF_HUB_CACHE)"
+        raise FileError(f"{name} cannot be downloaded: {problem}. A gated model needs HF_TOKEN; {advice}") from None
     if not (folder / "config.json").is_file() or not any(folder.glob(WEIGHTS)):
         raise FileError(f"{name} has no config.json or no .safetensors files, so mpilm cannot read it")
     return folder

@@ -20,16 +20,12 @@ from mpilm.model.hf.config import ADAPTER_CONFIG
 from mpilm.model.hf.names import match_keys
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
-TOKENIZER_FILES = (
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja",
-    "tokenizer.model",
-)  # fmt: skip
+TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "*_tokens*.json", "vocab.*", "merges.txt", "chat_template.jinja")
 
 
 def merge_adapter(adapter: str, out: Path, base: str = "") -> Path:
-    """Write the base model of an adapter, with the adapter merged, as a Hugging Face folder; return the base. Compute in
-    float64 and round once to the dtype of the base. One matrix is in memory at a time. Raises UserError, and then leaves
-    nothing."""
+    """Write the base model of an adapter, with the adapter merged, as a Hugging Face folder; return the base. Compute matrix by
+    matrix in float64, and round it once to the dtype of the base. Raises UserError, and leaves nothing then."""
     path = pretrained.locate_model(adapter)
     if not pretrained.has_adapter(path):
         raise ConfigError(f"{adapter} is not the folder of an adapter: it has no {ADAPTER_CONFIG}")

@@ -9,10 +9,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from mpilm.config import schema
-from mpilm.formatting import command_text, is_console_command
+from mpilm.formatting import command_text
 
 MANUAL = Path(__file__).parents[1] / "docs"  # in the wheel and, by a link, in the repository
 
@@ -30,27 +30,23 @@ def draw_help(config: Any, command: str, description: str, sources: str, common:
     usage, _, settings = output.getvalue().partition("\n")
     examples = [line for line in description.splitlines() if line.startswith("$ ")]
     paragraphs = "\n".join(line for line in description.strip().splitlines() if line not in examples).strip().split("\n\n")
-    lines = [usage, ""]
-    for paragraph in paragraphs:
-        lines += [*_wrap(paragraph, columns), ""]
+    lines = [usage, "", *(line for paragraph in paragraphs for line in (*_wrap(paragraph, columns), ""))]
     if common:
         lines += ["The settings that most people use:", "", *_describe_common(config, common, columns), ""]
     lines += ["Examples:", "", *(f"  {example}" for example in examples), "", *_wrap(sources, columns)]
     lines += [f"Manual: {MANUAL / 'reference' / 'commands.md'}", ""]
     text = re.sub(r"\b(True|False)\b", lambda match: match[0].lower(), "\n".join([*lines, settings.strip("\n"), ""]))
-    return text.replace("python -m mpilm.", "mpilm ") if is_console_command() else text
+    return text.replace("python -m mpilm.", command_text(""))
 
 
 def _describe_common(config: Any, names: Sequence[str], columns: int) -> Iterator[str]:
     """Yield the lines about settings: flag, default, and the first sentence of the comment in the schema."""
-    values, kinds = schema.flatten(config), schema.flatten_types(config)
+    values = schema.flatten(config)
     for name in names:
         section, _, key = name.partition(".")
-        kind = get_args(kinds[name])[0] if get_origin(kinds[name]) not in (None, tuple) else kinds[name]
-        word = {int: "INT", float: "FLOAT"}.get(kind, "TEXT")
         sentence = field_comments(type(getattr(config, section)))[key].partition(". ")[0].rstrip(".")
         default = " ".join(map(str, values[name])) if isinstance(values[name], tuple) else str(values[name])
-        yield f"  {schema.flag_of(name)} {word}"
+        yield f"  {schema.flag_of(name)} VALUE"
         text = f"{sentence}. (default: {default})" if default else f"{sentence}."
         yield from _wrap(text, columns, " " * 8)
 
@@ -67,6 +63,4 @@ def field_comments(cls: type) -> dict[str, str]:
         if match:
             found[match[1]] = match[2] or " ".join(above)
         above = [*above, line.strip()[2:]] if line.strip().startswith("# ") else []
-    if missing := [name for name, text in found.items() if not text]:
-        raise ValueError(f"{cls.__name__}: no comment describes {', '.join(missing)}")
     return found

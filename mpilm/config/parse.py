@@ -25,25 +25,17 @@ T = TypeVar("T")
 MAX_TOML_BYTES = 2**22
 TYPE_NAMES = {int: "whole number", float: "number", str: "string"}
 OTHER_NAMES = {  # setting -> keys that mean the same in other programs
-    "train.lr": "learning_rate max_lr",
-    "train.steps": "max_steps train_iters max_iters epochs num_train_epochs",
-    "train.global_batch": "batch_size global_batch_size gradient_accumulation_steps",
-    "train.micro_batch": "micro_batch_size per_device_train_batch_size",
-    "train.warmup_steps": "warmup warmup_iters warmup_ratio",
-    "train.clip_norm": "grad_clip max_grad_norm clip_grad",
-    "train.recompute": "gradient_checkpointing activation_checkpointing",
-    "data.path": "data dataset data_path dataset_name train_file",
-    "model.init_from": "model model_name model_name_or_path",
+    "train.lr": "learning_rate max_lr", "train.steps": "max_steps train_iters max_iters epochs num_train_epochs",
+    "train.global_batch": "batch_size global_batch_size gradient_accumulation_steps", "train.warmup_steps": "warmup",
+    "train.micro_batch": "micro_batch_size per_device_train_batch_size", "train.clip_norm": "grad_clip max_grad_norm clip_grad",
+    "train.recompute": "gradient_checkpointing activation_checkpointing", "run.dir": "output_dir out_dir save_dir",
+    "data.path": "data dataset data_path dataset_name train_file", "model.init_from": "model model_name model_name_or_path",
     "model.context_length": "seq_len seq_length sequence_length max_seq_length block_size",
-    "model.n_layers": "num_layers n_layer num_hidden_layers",
-    "model.n_heads": "num_heads n_head num_attention_heads",
-    "model.d_model": "hidden_size n_embd dim",
-    "parallel.tensor": "tp tensor_parallel tensor_model_parallel_size",
-    "parallel.pipeline": "pp pipeline_parallel pipeline_model_parallel_size",
-    "run.dir": "output_dir out_dir save_dir",
-    "checkpoint.every": "save_steps save_interval",
+    "model.n_layers": "num_layers n_layer num_hidden_layers", "model.n_heads": "num_heads n_head num_attention_heads",
+    "model.d_model": "hidden_size n_embd dim", "parallel.tensor": "tp tensor_parallel tensor_model_parallel_size",
+    "parallel.pipeline": "pp pipeline_parallel pipeline_model_parallel_size", "checkpoint.every": "save_steps save_interval",
     "checkpoint.resume": "resume_from_checkpoint resume_from",
-}
+}  # fmt: skip
 SYNONYMS = MappingProxyType({key: setting for setting, keys in OTHER_NAMES.items() for key in keys.split()})
 
 

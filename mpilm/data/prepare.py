@@ -55,8 +55,7 @@ def broadcast_sources(data: DataConfig, comm: Comm) -> list[TextSource]:
 
 def describe_sources(data: DataConfig, comm: Comm) -> list[str]:
     """Return, of each corpus of data.path, which files of a folder were read, as the end of a line. Collective."""
-    paths = data.path[::2] or ("",)
-    texts: list[str] = comm.broadcast_json(run_on_root(comm, lambda: [describe_folder(path) for path in paths]))
+    texts = comm.broadcast_json(run_on_root(comm, lambda: [describe_folder(path) for path in data.path[::2] or ("",)]))
     return [f"; {text}" if text else "" for text in texts]
 
 

@@ -120,11 +120,8 @@ def _list_files(folder: Path, excluded: set[str]) -> list[str]:
 
 def describe_folder(path: str) -> str:
     """Return which files of a folder are read and which are passed over, by ending; empty for a path of another kind."""
-    root = Path(path).expanduser()
-    if not path or not root.is_dir():
-        return ""
-    texts = []
-    names = [root / name for name in _list_files(root, set())]
+    root, texts = Path(path).expanduser(), list[str]()
+    names = [root / name for name in _list_files(root, set())] if path and root.is_dir() else []
     read = {name for name in names if _find_format(name, False)[0] and name.stat().st_size}
     for verb, files in (("read", read), ("passed over", set(names) - read)):
         endings = Counter("".join(name.suffixes[-2:] if _find_format(name, True)[1] else name.suffixes[-1:]) for name in files)

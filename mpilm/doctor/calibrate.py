@@ -6,6 +6,7 @@ measures alone, with all cores. Numbers are medians over the calls of a rank, an
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -108,8 +109,8 @@ def _resume_from(partial: Path, bench: Bench, conditions: Mapping[str, Any]) -> 
     head = json.dumps(conditions, sort_keys=True)
 
     def read() -> list[float]:
-        head_before, *lines = partial.read_text().split("\n")[:-1] if partial.exists() else [""]  # the last may be cut
-        stored = [float(line) for line in lines] if head_before == head else []
+        before, *lines = partial.read_text().split("\n")[:-1] if partial.exists() else [""]  # the last may be cut
+        stored = [float(line) for line in lines if re.fullmatch(r"[\d.e-]+", line)] if before == head else []
         with file_errors(partial, "written"):
             partial.write_text("".join(f"{line}\n" for line in (head, *stored)))
         return stored
@@ -119,10 +120,9 @@ def _resume_from(partial: Path, bench: Bench, conditions: Mapping[str, Any]) -> 
             file.write(f"{seconds}\n")
 
     bench.stored = bench.comm.broadcast_json(run_on_root(bench.comm, read))
-    if bench.comm.rank == 0:
-        bench.keep = keep
-        if bench.stored:
-            print(f"  {partial} has {count_noun(len(bench.stored), 'measurement')} of an earlier start", file=sys.stderr)
+    bench.keep = keep if bench.comm.rank == 0 else bench.keep
+    if bench.stored and bench.comm.rank == 0:
+        print(f"  {partial} has {count_noun(len(bench.stored), 'measurement')} of an earlier start", file=sys.stderr)
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -154,20 +154,17 @@ def connect_world() -> Comm:
         from mpilm.comm.mpi import mpi_library_name, mpi_world
     except (ImportError, RuntimeError) as error:
         if announced > 1:
-            _refuse_world(f"started as {announced} ranks, but no MPI library can be loaded: {error}")
+            problem = f"mpilm: error: started as {announced} ranks, but no MPI library can be loaded: {error}"
+            raise SystemExit(problem if is_first_process() else 1) from None
         return SelfComm("world")
     comm = mpi_world()
     if announced != comm.size and comm.size == 1:
-        _refuse_world(
+        mismatch = ConfigError(
             f"the launcher started {announced} ranks, but {mpi_library_name()} sees a world of 1: mpirun belongs to another "
             "MPI than the library that Python loads; use the mpirun that came with it (in a virtual environment: "
             "its bin/mpirun), or the type that srun --mpi=list names for it (pmi2 for MPICH, pmix for Open MPI)"
         )
+        if is_first_process():
+            print(f"mpilm: error: {mismatch}", file=sys.stderr, flush=True)
+        raise SystemExit(mismatch.code)
     return comm
-
-
-def _refuse_world(problem: str) -> NoReturn:
-    """Exit on every rank, with one message; the ranks cannot communicate."""
-    if is_first_process():
-        print(f"mpilm: error: {problem}", file=sys.stderr, flush=True)
-    raise SystemExit(ConfigError.code)

@@ -220,17 +220,14 @@ def _header(job: PlannedJob, ranks: int) -> list[str]:
 
 
 def _describe_machine(machine: MachineProfile) -> str:
+    node = f"{machine.cores} cores and {format_bytes(machine.memory_bytes)}"
     if not machine.made:
-        measure = f"measure it with mpirun -n RANKS {command_text('doctor')} --calibrate"
-        return (
-            f"no {MACHINE_FILE} here: seconds are a guess, from {ASSUMPTION}; {measure}.\n"
-            f"Memory is arithmetic, and holds without. A node is taken to have {machine.cores} cores and "
-            f"{format_bytes(machine.memory_bytes)}, as this one; --ranks-per-node states another number of ranks"
-        )
+        guess = f"no {MACHINE_FILE} here: seconds are a guess, from {ASSUMPTION}; measure them with mpirun -n RANKS "
+        memory = f"Memory is arithmetic and needs no measurement. A node is taken to have {node}, as this one"
+        return f"{guess}{command_text('doctor')} --calibrate.\n{memory}; --ranks-per-node changes its ranks"
     nodes = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
-    cores = f"{machine.device}, {machine.cores} cores and {format_bytes(machine.memory_bytes)}"
-    measured = f"measured {machine.made} with {machine.ranks_per_node} ranks a node{nodes}"
-    return f"{machine.source}: {machine.processor}, {cores}; {measured}"
+    made = f"measured {machine.made} with {machine.ranks_per_node} ranks a node{nodes}"
+    return f"{machine.source}: {machine.processor}, {machine.device}, {node}; {made}"
 
 
 def _parameters(job: PlannedJob) -> str:

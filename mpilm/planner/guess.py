@@ -16,16 +16,15 @@ def guess_profile() -> MachineProfile:
     cores, memory_bytes = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     flop, slice_s = ((1.0, ((1.0, 1 / CORE_FLOPS),)),), ((1.0, 4 * cores / NODE_BYTES),)  # ranks share the network of a node
     rest = {"llama": _move(2), "gpt2": _move(2)}
-    compute = [
-        ComputeRates(1, cores, x, flop, flop, flop, flop, rest, rest, _move(3), _move(3)) for x in ("float32", "bfloat16")
-    ]
+    compute = ComputeRates(1, cores, "float32", flop, flop, flop, flop, rest, rest, _move(3), _move(3))
     memory = MemoryRates(1, cores, *map(_move, (3, 2, 1, 7, 1, 2)))
     within = NetworkRates(cores, 2e-6, CORE_BYTES, _move(1), _move(1), 5e-6, _move(2)) if cores > 1 else None
     across = NetworkRates(2 * cores, 5e-6, NODE_BYTES / cores, slice_s, slice_s, 2e-5)
     return MachineProfile(
         format=FORMAT, mpilm=mpilm.__version__, torch="", processor="", mpi="", device="cpu", made="", nodes=2,
         ranks_per_node=cores, gpus=1, cores=cores, memory_bytes=memory_bytes, program_bytes=PROGRAM_BYTES,
-        compute=(compute, replace(compute, dtype="bfloat16")), memory=(memory,), within=within, across=across, step_s=STEP_S, source="a guess",
+        compute=(compute, replace(compute, dtype="bfloat16")), memory=(memory,), within=within, across=across, step_s=STEP_S,
+        source="a guess",
     )  # fmt: skip
 
 

@@ -221,10 +221,8 @@ def _check_same_result(
             del new[name]
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
     if changed := [k for k in new if k in old and old[k] != new[k] and k not in allowed]:
-        rows = "".join(
-            f"\n  {key}: was {_format_value(key, old[key], old_config)}, now {_format_value(key, new[key], config)}"
-            for key in changed
-        )
+        values = [[key, _format_value(key, old[key], old_config), _format_value(key, new[key], config)] for key in changed]
+        rows = "".join(f"\n  {key}: was {before}, now {now}" for key, before, now in values)
         advice = f"Choose another --run.dir for another run{_suggest_change(changed)}"
         if "data.tokenizer" in changed and config.model.arch != "bert":  # whose tokenizer has a mask token in its checkpoints
             advice += f"\nTo go on with its tokenizer: --run.dir {Path(what).parents[1]} --data.tokenizer {what}"
@@ -243,8 +241,6 @@ def _suggest_change(changed: list[str]) -> str:
 
 
 def _format_value(key: str, value: Any, config: Config | None) -> str:
-    if key not in CONTENT_KEYS:
-        return repr(value)
-    name = flatten(config)[key] if config else ""
-    name = " ".join(name) if isinstance(name, tuple) else name
-    return f"text or folder with digest {str(value)[:12]}{f' ({name})' if name else ''}"
+    name = flatten(config)[key] if config and key in CONTENT_KEYS else ""
+    where = f" ({' '.join(name) if isinstance(name, tuple) else name})" if name else ""
+    return f"text or folder with digest {str(value)[:12]}{where}" if key in CONTENT_KEYS else repr(value)

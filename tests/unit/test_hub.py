@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from mpilm.checkpoint.hub import fetch_model
 from mpilm.checkpoint.pretrained import find_base_model, find_tokenizer_folder, locate_model, read_pretrained_config
 from mpilm.config.schema import Config, ModelConfig, resolve_config
-from mpilm.errors import FileError, UserError
+from mpilm.errors import FileError
 from mpilm.model.hf.config import hf_config
 
 SHAPE = resolve_config(Config(model=ModelConfig(n_layers=3, n_heads=2, d_model=24))).model
@@ -123,5 +123,5 @@ def test_fetch_without_a_network_is_one_message(tmp_path):
 
 
 def test_fetch_of_what_cannot_be_a_name_is_refused():
-    with pytest.raises(UserError, match="is not the name of a model on the Hugging Face Hub; write OWNER/NAME"):
+    with pytest.raises(FileError, match=r"^\.\./x cannot be downloaded: "):
         fetch_model("../x")
