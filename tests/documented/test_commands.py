@@ -51,7 +51,7 @@ ELSEWHERE = {
     r"mpilm merge .*": "tests/ranks/test_adapters.py",
 }
 NOT_OURS = r"(git clone|module load|python -m venv|source|pip install|pre-commit install) .*"
-SHELL = r"touch .*|.* > texts.jsonl"
+SHELL = r"touch .*|.* > (texts.jsonl|mpilm.bash)"
 
 
 def find_commands():
