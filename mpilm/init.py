@@ -58,8 +58,7 @@ def write_project(folder: Path, site: str) -> list[Path]:
         for name in (*texts, *scripts):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(texts[name].encode() if name in texts else scripts[name].read_bytes())
-            if name in scripts and os.access(scripts[name], os.X_OK):
-                (folder / name).chmod(0o755)
+            (folder / name).chmod(0o755 if name in scripts and os.access(scripts[name], os.X_OK) else 0o644)
     return [*texts, *scripts]
 
 
@@ -87,8 +86,7 @@ def main() -> Callable[[], None]:
 
     def init() -> None:
         names = write_project(Path(arguments.folder).expanduser(), arguments.site)
-        print(f"wrote   {len(names)} files into {arguments.folder}: {CONFIG}, jobs/, .gitignore")
-        print(f"then    cd {shlex.quote(arguments.folder)}; edit {CONFIG}")
+        print(f"wrote   {len(names)} files: {CONFIG}, jobs/, .gitignore; go on with cd {shlex.quote(arguments.folder)}")
         print(f"here    mpirun -n 2 {command_text('train')} --config {CONFIG}")
         print(f"SLURM   sbatch jobs/train.sbatch --config {CONFIG} --run.dir {RUN_DIR}")
 

@@ -25,9 +25,8 @@ def find_cached_model(name: str) -> Path | None:
 
 def suggest_fetch(name: str) -> str:
     """Return how to get a model that is no folder here, as the end of a message; empty if no model has such a name."""
-    if not HUB_NAME.fullmatch(name):
-        return ""
-    return f", nor a model in the Hugging Face cache; where there is a network: {command_text('fetch')} {name}"
+    advice = f", nor a model in the Hugging Face cache; where there is a network: {command_text('fetch')} {name}"
+    return advice if HUB_NAME.fullmatch(name) else ""
 
 
 def fetch_model(name: str) -> Path:

@@ -32,9 +32,8 @@ def merge_adapter(adapter: str, out: Path, base: str = "") -> Path:
     if out.exists():
         raise ConfigError(f"{out} exists; name a folder that does not")
     model, folder = pretrained.read_pretrained_config(path, base), pretrained.find_base_model(path, base)
-    for each in (folder, path):
-        if (each / MANIFEST).is_file():
-            verify_checkpoint(each)
+    for each in (each for each in (folder, path) if (each / MANIFEST).is_file()):
+        verify_checkpoint(each)
     temporary = out.with_name(f"{TEMPORARY}{out.name}-{os.getpid()}")
     with file_errors(out, "written"):
         temporary.mkdir(parents=True)

@@ -34,7 +34,6 @@ OTHER_NAMES = {  # setting -> keys that mean the same in other programs
     "model.n_layers": "num_layers n_layer num_hidden_layers", "model.n_heads": "num_heads n_head num_attention_heads",
     "model.d_model": "hidden_size n_embd dim", "parallel.tensor": "tp tensor_parallel tensor_model_parallel_size",
     "parallel.pipeline": "pp pipeline_parallel pipeline_model_parallel_size", "checkpoint.every": "save_steps save_interval",
-    "checkpoint.resume": "resume_from_checkpoint resume_from",
 }  # fmt: skip
 SYNONYMS = MappingProxyType({key: setting for setting, keys in OTHER_NAMES.items() for key in keys.split()})
 
@@ -44,8 +43,7 @@ def parse(
     presets: Mapping[str, Callable[[], T]] | None = None,
     add_folder_shape: Callable[[ModelConfig, str], ModelConfig] | None = None,
     check_folder_shape: Callable[[ModelConfig], None] | None = None,
-    positional: str = "",
-    common: Sequence[str] = (),
+    positional: str = "", common: Sequence[str] = (),
 ) -> T:  # fmt: skip
     """Return the checked config that `argv` describes, of the type of `default`. Does not communicate. `add_folder_shape` gives
     a model section the shape of --model.init-from, `check_folder_shape` raises if it has another. Words after no flag set

@@ -1,5 +1,4 @@
-"""Named configs, and the settings that most people use. `tiny` is the default of every command; the others have published
-shapes."""
+"""Named configs and the common settings. `tiny` is the default of every command; the others have published shapes."""
 
 from collections.abc import Callable
 from dataclasses import replace

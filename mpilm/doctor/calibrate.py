@@ -50,12 +50,8 @@ def write_calibration(comm: Comm, device: str, path: Path) -> None:
         if comm.rank == 0:
             partial.unlink(missing_ok=True)
         raise
-
-    def write() -> None:
-        write_profile(path, profile)
-        partial.unlink()
-
-    run_on_root(comm, write)
+    run_on_root(comm, lambda: write_profile(path, profile))
+    run_on_root(comm, partial.unlink)
     CheckReport(comm).print("calibrated", f"{path}: for python -m mpilm.plan --machine {path}")
 
 

@@ -7,7 +7,6 @@ import mpilm
 from mpilm.planner.profile import FORMAT, ComputeRates, Curve, MachineProfile, MemoryRates, NetworkRates
 
 CORE_FLOPS, CORE_BYTES, NODE_BYTES = 30e9, 4e9, 12.5e9  # a second: of a core, of its memory, of the network of a node
-PROGRAM_BYTES, STEP_S = 280 << 20, 2e-3
 ASSUMPTION = f"{CORE_FLOPS / 1e9:.0f} GFLOP/s and {CORE_BYTES / 1e9:.0f} GB/s a core, {NODE_BYTES / 1e9:.3g} GB/s between nodes"
 
 
@@ -22,8 +21,8 @@ def guess_profile() -> MachineProfile:
     across = NetworkRates(2 * cores, 5e-6, NODE_BYTES / cores, slice_s, slice_s, 2e-5)
     return MachineProfile(
         format=FORMAT, mpilm=mpilm.__version__, torch="", processor="", mpi="", device="cpu", made="", nodes=2,
-        ranks_per_node=cores, gpus=1, cores=cores, memory_bytes=memory_bytes, program_bytes=PROGRAM_BYTES,
-        compute=(compute, replace(compute, dtype="bfloat16")), memory=(memory,), within=within, across=across, step_s=STEP_S,
+        ranks_per_node=cores, gpus=1, cores=cores, memory_bytes=memory_bytes, program_bytes=280 << 20,
+        compute=(compute, replace(compute, dtype="bfloat16")), memory=(memory,), within=within, across=across, step_s=2e-3,
         source="a guess",
     )  # fmt: skip
 
