@@ -4,12 +4,13 @@ import math
 import sys
 import time
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 
 def format_value(value: object) -> str:
     """Return a value from a file or a flag for a message; at most a line of it."""
     try:
-        text = repr(value)
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists
         return "a value too large to print"
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text):,} characters)"
@@ -70,6 +71,12 @@ def name_some(names: Sequence[str], most: int = 4) -> str:
 def name_ranks(ranks: Collection[int]) -> str:
     """Return the ranks as text: rank 3, or ranks 0, 2."""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def command_text(name: str) -> str:
+    """Return how the user calls a command: mpilm NAME where the console command was called, else python -m mpilm.NAME."""
+    is_console_command = any(Path(word).name == "mpilm" for word in sys.orig_argv[1:2])
+    return f"{'mpilm ' if is_console_command else 'python -m mpilm.'}{name}"
 
 
 class ProgressLine:

@@ -10,7 +10,6 @@ A page holds a marker where generated text goes:
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import subprocess
@@ -28,7 +27,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # mpilm, also where it is not installed
 
 OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md")  # pages beside docs/
-COMMANDS = ("train", "prepare", "generate", "evaluate", "verify", "audit", "replay", "plan", "doctor", "report", "watch")
 TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 
@@ -71,6 +69,7 @@ def inline_drawing(match: re.Match[str]) -> str:
 
 def settings_tables() -> Iterator[str]:
     """Yield the table of each section of a training run's settings."""
+    from mpilm.config.help import field_comments
     from mpilm.config.schema import Config
 
     for section in fields(Config):
@@ -83,19 +82,6 @@ def settings_tables() -> Iterator[str]:
             text = helps[field.name].replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
             yield f"| `--{flag}` | {values} | `{format_default(field.default)}` | {text} |"
         yield from ("", "</div>", "")
-
-
-def field_comments(cls: type) -> dict[str, str]:
-    """Return the comment behind each field of a dataclass, or the lines of comment above it."""
-    found, above = {}, list[str]()
-    for line in inspect.getsource(cls).splitlines():
-        match = re.match(r"    (\w+): [^#]*?(?:# (.*))?$", line)
-        if match:
-            found[match[1]] = match[2] or " ".join(above)
-        above = [*above, line.strip()[2:]] if line.strip().startswith("# ") else []
-    if missing := [field.name for field in fields(cls) if not found.get(field.name)]:
-        raise ValueError(f"{cls.__name__} in mpilm/config/schema.py: no comment describes {', '.join(missing)}")
-    return found
 
 
 def describe_type(kind: Any) -> str:
@@ -156,7 +142,10 @@ def help_texts() -> dict[str, str]:
 
     def run(command: str) -> str:
         words = [sys.executable, "-m", f"mpilm.{command}", "--help"]
-        return subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout
+        text = subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout
+        return text.replace(f"{ROOT}/mpilm/", "")  # of the manual
+
+    from mpilm.__main__ import COMMANDS
 
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
         return dict(zip(COMMANDS, pool.map(run, COMMANDS)))

@@ -54,6 +54,7 @@ def run_command(words: list[str], folder: str, output: str) -> NoReturn:
     for descriptor in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     ranks, words = (int(words[2]), words[3:]) if words[0] == "mpirun" else (1, words)
+    words = ["python", "-m", *words] if words[0] == "mpilm" else words
     assert words[:2] == ["python", "-m"], words
     launch.run = run_on_threads(ranks)
     sys.argv = words[2:]

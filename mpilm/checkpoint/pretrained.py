@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from mpilm.checkpoint.format import MANIFEST, list_checkpoints
+from mpilm.checkpoint.hub import find_cached_model, suggest_fetch
 from mpilm.config.schema import PART_SETTINGS, ModelConfig, order_lora_targets
 from mpilm.data.files import read_json
 from mpilm.errors import ConfigError, FileError
@@ -14,15 +15,22 @@ USER_SETTABLE = ("dropout", "router_loss", *PART_SETTINGS, "base")  # not part o
 ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_targets")  # user-settable unless the folder holds an adapter
 
 
+def locate_model(name: str | Path) -> Path:
+    """Return the folder that a setting names: a path, or the name of a model of the Hugging Face Hub that is in the cache."""
+    path = Path(name).expanduser()
+    return path if path.exists() else find_cached_model(str(name)) or path
+
+
 def read_pretrained_config(folder: str | Path, base: str = "") -> ModelConfig:
     """Return the shape that a folder's config.json describes, vocabulary included, or that of an adapter's model with the
     adapter. `base` overrides where the adapter's model lies. Raises FileError, DataError or ConfigError."""
-    path = Path(folder).expanduser()
+    path = locate_model(folder)
     if has_adapter(path):
         model = read_pretrained_config(find_base_model(path, base))
         return add_hf_adapter(model, read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG))
     if not (path / "config.json").is_file():
         problem = "has no config.json, so it is not a Hugging Face folder" if path.is_dir() else "is not a folder"
+        problem += "" if path.exists() else suggest_fetch(str(folder))
         if any(path.glob("adapter_model.*")):
             problem = f"holds an adapter but no {ADAPTER_CONFIG}, which describes its kind"
         if newest := list_checkpoints(path / "checkpoints"):
@@ -60,26 +68,27 @@ def _user_settable(folder: str | Path) -> tuple[str, ...]:
 
 def has_adapter(folder: str | Path) -> bool:
     """Return whether a folder holds an adapter to a model in another folder."""
-    return (Path(folder).expanduser() / ADAPTER_CONFIG).is_file()
+    return (locate_model(folder) / ADAPTER_CONFIG).is_file()
 
 
 def find_base_model(folder: str | Path, base: str = "") -> Path:
     """Return the folder with the model itself: for an adapter, `base` or the one that the adapter names; raise UserError."""
-    path = Path(folder).expanduser()
+    path = locate_model(folder)
     if not has_adapter(path):
         return path
     config = path / ADAPTER_CONFIG
     base = base or read_base_model(read_json(config), str(config))
-    for model in (Path(base).expanduser(), path / base):  # a relative path starts here, or in the adapter's folder
+    for model in (locate_model(base), path / base):  # a relative path starts here, or in the adapter's folder
         if base and os.path.isfile(model / "config.json"):  # False for any name that cannot be one
             return model
-    raise FileError(f"{path} holds an adapter to {base!r}, which is not a model folder here; set --model.base to its folder")
+    problem = f"{path} holds an adapter to {base!r}, which is not a model folder here{suggest_fetch(base)}"
+    raise FileError(f"{problem}; set --model.base to its folder")
 
 
 def find_tokenizer_folder(folder: str | Path, base: str = "") -> str:
     """Return the folder with the tokenizer: the model's where an adapter has none of its own."""
-    path = Path(folder).expanduser()
-    return str(folder if (path / "tokenizer.json").is_file() else find_base_model(path, base))
+    path = locate_model(folder)
+    return str(path if (path / "tokenizer.json").is_file() else find_base_model(path, base))
 
 
 def list_pretrained_files(folder: Path, base: str = "") -> list[Path]:

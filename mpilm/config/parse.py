@@ -1,19 +1,17 @@
 """Reading of settings: preset, then TOML files, then flags; later wins."""
 
 import difflib
-import io
-import os
-import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from mpilm.config import schema
 from mpilm.config.check import check_config
+from mpilm.config.help import draw_help
 from mpilm.config.schema import Config, ModelConfig, flag_of
 from mpilm.errors import ConfigError, FileError, is_first_process
 from mpilm.formatting import format_bytes, format_value
@@ -26,6 +24,18 @@ else:
 T = TypeVar("T")
 MAX_TOML_BYTES = 2**22
 TYPE_NAMES = {int: "whole number", float: "number", str: "string"}
+OTHER_NAMES = {  # setting -> keys that mean the same in other programs
+    "train.lr": "learning_rate max_lr", "train.steps": "max_steps train_iters max_iters epochs num_train_epochs",
+    "train.global_batch": "batch_size global_batch_size gradient_accumulation_steps", "train.warmup_steps": "warmup",
+    "train.micro_batch": "micro_batch_size per_device_train_batch_size", "train.clip_norm": "grad_clip max_grad_norm clip_grad",
+    "train.recompute": "gradient_checkpointing activation_checkpointing", "run.dir": "output_dir out_dir save_dir",
+    "data.path": "data dataset data_path dataset_name train_file", "model.init_from": "model model_name model_name_or_path",
+    "model.context_length": "seq_len seq_length sequence_length max_seq_length block_size",
+    "model.n_layers": "num_layers n_layer num_hidden_layers", "model.n_heads": "num_heads n_head num_attention_heads",
+    "model.d_model": "hidden_size n_embd dim", "parallel.tensor": "tp tensor_parallel tensor_model_parallel_size",
+    "parallel.pipeline": "pp pipeline_parallel pipeline_model_parallel_size", "checkpoint.every": "save_steps save_interval",
+}  # fmt: skip
+SYNONYMS = MappingProxyType({key: setting for setting, keys in OTHER_NAMES.items() for key in keys.split()})
 
 
 def parse(
@@ -33,15 +43,18 @@ def parse(
     presets: Mapping[str, Callable[[], T]] | None = None,
     add_folder_shape: Callable[[ModelConfig, str], ModelConfig] | None = None,
     check_folder_shape: Callable[[ModelConfig], None] | None = None,
-    positional: str = "",
+    positional: str = "", common: Sequence[str] = (),
 ) -> T:  # fmt: skip
     """Return the checked config that `argv` describes, of the type of `default`. Does not communicate. `add_folder_shape` gives
     a model section the shape of --model.init-from, `check_folder_shape` raises if it has another. Words after no flag set
-    `positional`. Raises ConfigError or FileError, and SystemExit(text, 0) for --help, which the caller prints on one rank."""
-    description = description.strip() + "\n\n--config FILE.toml reads settings from a file; flags override it."
+    `positional`. Raises ConfigError or FileError, and SystemExit(text, 0) for --help, which the caller prints on one rank; the
+    help begins with the settings `common`."""
+    sources = "--config FILE.toml reads settings from a file; flags override it."
     kinds = schema.flatten_types(default) | {"config": tuple[str, ...]} | ({"preset": str} if presets else {})
     if presets:
-        description += f" --preset NAME starts from a named config: {', '.join(presets)}."
+        sources += f" --preset NAME starts from a named config: {', '.join(presets)}."
+    if "--list-settings" in argv:  # for the completion of shells
+        raise SystemExit("".join(f"{flag_of(name)}\n" for name in ("help", *kinds) if name != positional), 0)
     warnings: dict[str, None] = {}  # in order, each once
     flags = _read_flags([arg for arg in argv if arg not in ("-h", "--help")], kinds, positional, warnings)
     paths, preset = flags.pop("config", ()), flags.pop("preset", "")
@@ -54,7 +67,7 @@ def parse(
         for source, values in tomls.items():
             config = merge_settings(config, values, source, warnings)
         if {"-h", "--help"} & set(argv):
-            raise SystemExit(_draw_help(config, command, description), 0)
+            raise SystemExit(draw_help(config, command, description, sources, common), 0)
         return schema.override(config, flags)
 
     config: Any = apply(base)
@@ -80,7 +93,7 @@ def _read_flags(args: Sequence[str], kinds: Mapping[str, Any], positional: str, 
             groups[-1].append(arg)
     words, settings = groups.pop(0)[1:], dict[str, Any]()  # words follow no flag
     for flag, *texts in groups:
-        name, texts = _replace_old(flag[2:].replace("-", "_"), texts, warnings)
+        name, texts = _replace_old(_setting_name(flag), texts, warnings)
         flag = flag_of(name)
         if name not in kinds:
             raise ConfigError(_describe_unknown(name, kinds))
@@ -94,11 +107,19 @@ def _read_flags(args: Sequence[str], kinds: Mapping[str, Any], positional: str, 
         values = [_read_value(text, item) for text in texts]
         value = _convert(values if is_list else values[0], kinds[name], flag)
         settings[name] = settings.get(name, ()) + value if name == "config" else value
-    if words and not positional:
-        raise ConfigError(f"{format_value(words[0])} follows no setting; --help lists the settings")
+    is_list = bool(positional) and _item_type(kinds[positional])[0]
+    if len(words) > (1 if positional else 0) and not is_list:
+        word = words[-1 if positional else 0]
+        is_name = word.startswith("-") or _setting_name(word) in kinds
+        raise ConfigError(f"{format_value(word)} follows no setting; {_suggest(_setting_name(word) if is_name else '', kinds)}")
     if words:
-        settings[positional] = tuple(words) if _item_type(kinds[positional])[0] else words[-1]
+        settings[positional] = tuple(words) if is_list else words[0]
     return settings
+
+
+def _setting_name(word: str) -> str:
+    """Return the name of the setting that a word on the command line spells."""
+    return word.lstrip("-").replace("-", "_")
 
 
 def _read_value(text: str, item: type) -> Any:
@@ -121,18 +142,6 @@ def _replace_old(name: str, values: list[Any], warnings: dict[str, None] | None)
     return current, new
 
 
-def _draw_help(default: Any, command: str, description: str) -> str:
-    import tyro
-
-    output = io.StringIO()
-    os.environ["COLUMNS"] = str(max(20, shutil.get_terminal_size().columns))  # in fewer, tyro never ends
-    config = (tyro.conf.FlagConversionOff,)  # every setting is `--section.key value`, booleans too
-    with redirect_stdout(output), suppress(SystemExit):
-        prog = f"python -m mpilm.{command}"
-        tyro.cli(type(default), args=["--help"], default=default, prog=prog, description=description, config=config)
-    return re.sub(r"\b(True|False)\b", lambda match: match[0].lower(), output.getvalue())
-
-
 def read_toml(path: str | Path, label: str = "") -> dict[str, Any]:
     """Return the values of a TOML file; raises FileError or ConfigError that begin with `label`, by default the path."""
     try:
@@ -146,7 +155,8 @@ def read_toml(path: str | Path, label: str = "") -> dict[str, Any]:
     except OSError as error:
         raise FileError(f"{label or path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # of the parser, or UTF-8
-        text = "it is nested too deep" if isinstance(error, RecursionError) else error
+        text = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        text = "a number in it has thousands of digits" if "integer string conversion" in text else text
         raise ConfigError(f"{label or path} is not valid TOML: {text}") from None
 
 
@@ -169,11 +179,21 @@ def merge_settings(base: T, values: Mapping[str, Any], source: str, warnings: di
 
 
 def _describe_unknown(name: str, known: Iterable[str]) -> str:
+    known = list(known)
     if any(other.startswith(f"{name}.") for other in known):
-        return f"{name} is a section: write --{name}.KEY or, in a file, [{name}] and its keys below it"
-    close = difflib.get_close_matches(name[:100], known, n=1)
-    advice = f"did you mean {flag_of(close[0])}?" if close else "--help lists the settings"
-    return f"unknown setting {flag_of(name)}; {advice}"
+        meant = f"; did you mean {flag_of(SYNONYMS[name])}?" if SYNONYMS.get(name) in known else ""
+        return f"{name} is a section: write --{name}.KEY or, in a file, [{name}] and its keys below it{meant}"
+    return f"unknown setting {flag_of(name)}; {_suggest(name, known)}"
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """Return the advice for a name that is no setting: the setting of this key, or of this meaning, or the most similar one."""
+    key = name[:100].rpartition(".")[2]
+    by_key = {setting.rpartition(".")[2]: setting for setting in reversed(list(known))}  # the first section wins
+    meant = [setting for setting in (by_key.get(key, ""), SYNONYMS.get(key, "")) if setting in by_key.values()]
+    meant += difflib.get_close_matches(name[:100], known, n=1)
+    meant += [by_key[close] for close in difflib.get_close_matches(key, by_key, n=1)]
+    return f"did you mean {flag_of(meant[0])}?" if meant else "--help lists the settings"
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
@@ -184,7 +204,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if is_list != isinstance(value, list) or any(type(entry) is not item for entry in items):
         name = TYPE_NAMES.get(item, "")
         expected = f"a list of {name}s" if is_list else f"a {name}" if name else "true or false"
-        raise ConfigError(f"{where} must be {expected}, not {format_value(value)}")
+        wrong = [entry for entry in items if type(entry) is not item] if is_list == isinstance(value, list) else [value]
+        raise ConfigError(f"{where} must be {expected}, not {format_value(wrong[0])}")
     return tuple(items) if is_list else items[0]
 
 

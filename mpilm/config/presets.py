@@ -1,10 +1,15 @@
-"""Named configs. `tiny` is the default of every command; the others have published shapes."""
+"""Named configs and the common settings. `tiny` is the default of every command; the others have published shapes."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, override
+
+COMMON_SETTINGS = (  # the help of train begins with them, and a new config states them
+    "data.path", "data.tokenizer", "model.init_from", "model.n_layers", "model.d_model", "model.context_length",
+    "train.steps", "train.global_batch", "train.micro_batch", "train.lr", "checkpoint.every", "run.dir",
+)  # fmt: skip
 
 
 def _pretrain(model: ModelConfig, lr: float, global_batch: int, micro_batch: int = 1) -> Config:

@@ -66,6 +66,8 @@ def open_corpus(data: DataConfig, comm: Comm, eos: bool = True, arch: str = "") 
         advice = "put it, or the cache (MPILM_CACHE), in a folder that all ranks share"
         raise CollectiveError(FileError(f"{path} is another file on {others[0]} than on rank 0; {advice}"))
     tokenizer = run_on_all_ranks(comm, lambda: _load_tokenizer(data.tokenizer if prepared else "auto", prefix, metadata))
+    if not (prepared or parse_bpe_size(data.tokenizer) or data.tokenizer == "auto"):
+        tokenizer = replace(tokenizer, name=data.tokenizer)  # the cache may be of another path to the same tokenizer
     trusted = metadata.tokens_digest if metadata and tokens.nbytes > VERIFIED_BYTES else ""
     digest = trusted or digest_files([path], [tokens.nbytes], comm)[0]
     corpus = Corpus(tokens, tokenizer, hex_digest(digest, tokenizer.digest), documents, source, path, 0.0)

@@ -26,7 +26,7 @@ from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_
 from mpilm.config.schema import DataConfig
 from mpilm.data.files import file_errors, write_durably
 from mpilm.data.gather import all_gather_rows, digest_files
-from mpilm.data.sources import TextSource, find_sources, partition_items, read_batches, sample_text
+from mpilm.data.sources import TextSource, describe_folder, find_sources, partition_items, read_batches, sample_text
 from mpilm.data.token_files import TokenCounts, TokenMetadata, open_shared, token_dtype, with_ending, write_index
 from mpilm.data.tokenizer import QWEN_BPE, Tokenizer, parse_bpe_size, tokenizer_from_spec, train_bpe
 from mpilm.errors import ConfigError, DataError, FileError
@@ -51,6 +51,12 @@ class TextInput(NamedTuple):
 def broadcast_sources(data: DataConfig, comm: Comm) -> list[TextSource]:
     """Return the sources that rank 0 finds, on every rank. Collective; raises FileError, DataError or ConfigError."""
     return [TextSource(*row) for row in comm.broadcast_json(run_on_root(comm, lambda: find_sources(data.source)))]
+
+
+def describe_sources(data: DataConfig, comm: Comm) -> list[str]:
+    """Return, of each corpus of data.path, which files of a folder were read, as the end of a line. Collective."""
+    texts = comm.broadcast_json(run_on_root(comm, lambda: [describe_folder(path) for path in data.path[::2] or ("",)]))
+    return [f"; {text}" if text else "" for text in texts]
 
 
 def resolve_settings(data: DataConfig) -> DataConfig:
@@ -253,7 +259,8 @@ def prepare_command(data: DataConfig, output: str, stats: bool, drop_duplicates:
             dropped = f", {made.dropped_duplicates:,} duplicates dropped" if made.dropped_duplicates else ""
             written = f"{made.tokens:,} tokens of {made.dtype} in {count_noun(made.documents, 'document')}{dropped}"
             ratio = f"{made.source_bytes / made.tokens:.2f} bytes a token with {made.tokenizer}"
+            files = describe_sources(data, comm)[0]
             if comm.rank == 0:
-                print(f"{output}.bin: {written}; {ratio}", flush=True)
+                print(f"{output}.bin: {written}; {ratio}{files}", flush=True)
 
     return run

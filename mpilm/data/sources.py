@@ -12,6 +12,7 @@ import socket
 import sys
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from mpilm.config.schema import DataConfig
 from mpilm.data.files import file_errors, hex_digest, parse_json
 from mpilm.data.token_files import find_prefix
 from mpilm.errors import ConfigError, DataError, FileError, UserError
+from mpilm.formatting import count_noun, name_some
 
 BLOCK_BYTES = 2**20
 WINDOW_BYTES = 2**16  # how far behind a multiple of BLOCK_BYTES a cut may lie
@@ -116,13 +118,30 @@ def _list_files(folder: Path, excluded: set[str]) -> list[str]:
     return sorted(names)
 
 
-def _make_source(path: Path, is_named: bool) -> TextSource | None:
-    """Return the source of a file; None if it is empty, or if its suffix is unknown and the user has not named this file."""
+def describe_folder(path: str) -> str:
+    """Return which files of a folder are read and which are passed over, by ending; empty for a path of another kind."""
+    root, texts = Path(path).expanduser(), list[str]()
+    names = [root / name for name in _list_files(root, set())] if path and root.is_dir() else []
+    read = {name for name in names if _find_format(name, False)[0] and name.stat().st_size}
+    for verb, files in (("read", read), ("passed over", set(names) - read)):
+        endings = Counter("".join(name.suffixes[-2:] if _find_format(name, True)[1] else name.suffixes[-1:]) for name in files)
+        kinds = [f"{count} {ending or 'without ending'}" for ending, count in endings.most_common()]
+        texts += [f"{count_noun(len(files), 'file')} {verb} ({name_some(kinds, 8)})"] if files else []
+    return ", ".join(texts)
+
+
+def _find_format(path: Path, is_named: bool) -> tuple[str, str]:
+    """Return format and codec of a file by its ending; no format if it is unknown and the user has not named this file."""
     suffixes = [suffix[1:].lower() for suffix in path.suffixes]
     codec = CODECS.get(suffixes[-1], "") if suffixes else ""
     suffix = "".join((suffixes[:-1] if codec else suffixes)[-1:])
     default = {"json": "jsonl"}.get(suffix, "text") if is_named else ""
-    form = default if suffix == "parquet" and codec else FORMATS.get(suffix, default)
+    return default if suffix == "parquet" and codec else FORMATS.get(suffix, default), codec
+
+
+def _make_source(path: Path, is_named: bool) -> TextSource | None:
+    """Return the source of a file; None if it is empty, or has no format."""
+    form, codec = _find_format(path, is_named)
     if not form:
         return None
     size = file_errors(path)(path.stat)().st_size

@@ -11,7 +11,7 @@ from mpilm.data.chat import ChatExamples, ChatTemplate, find_chat_template, read
 from mpilm.data.corpus import Corpus, open_corpora
 from mpilm.data.files import hex_digest
 from mpilm.data.objective import make_objective
-from mpilm.data.prepare import broadcast_sources
+from mpilm.data.prepare import broadcast_sources, describe_sources
 from mpilm.data.samples import CorpusMixture, CorpusSamples, TextExamples
 from mpilm.data.tokenizer import Tokenizer, fit_to_model, splits_like_qwen, tokenizer_from_spec
 from mpilm.errors import ConfigError
@@ -51,12 +51,12 @@ def _open_texts(config: Config, template: ChatTemplate | None, comm: Comm) -> Tr
     parts = (f"{corpus.fingerprint} {corpus.part!r}" for corpus in corpora)
     fingerprint = hex_digest(*parts) if len(corpora) > 1 else first.fingerprint
     content = {"data.path": fingerprint, "data.tokenizer": first.tokenizer.digest}
-    lines: list[str] = []
-    for corpus, of in zip(corpora, samples):
+    lines, folders = list[str](), describe_sources(data, comm)
+    for corpus, of, files in zip(corpora, samples, folders):
         name, share = first.tokenizer.name, "" if corpus.part == 1.0 else f" {corpus.part:.1%} of the samples,"
         lines += [
             f"{corpus.source}: {len(corpus.tokens):,} tokens of {name}, {count_noun(corpus.documents, 'document')},{share}",
-            f"{of.eval_samples:,} of {of.eval_samples + of.train_samples:,} sequences held out",
+            f"{of.eval_samples:,} of {of.eval_samples + of.train_samples:,} sequences held out{files}",
         ]
     return TrainingData(tokenizer, examples, content, template, samples, lines + _describe_split(tokenizer, config))
 
@@ -93,6 +93,6 @@ def _open_chats(config: Config, template: ChatTemplate | None, comm: Comm) -> Tr
         f"{data.source}: {len(chats.ends):,} conversations, {examples.truncated:,} of them cut at the context and "
         f"{examples.left_out:,} left out,",
         f"{len(chats.tokens):,} tokens of {tokenizer.name}, {examples.targets.sum():,} to be learnt, in "
-        f"{len(examples.rows):,} rows, {examples.eval_samples:,} held out",
+        f"{len(examples.rows):,} rows, {examples.eval_samples:,} held out{describe_sources(data, comm)[0]}",
     ]
     return TrainingData(tokenizer, examples, content, template, [], lines)

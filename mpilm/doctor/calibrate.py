@@ -4,9 +4,12 @@ All ranks measure at the same time, since those of a node share its memory and i
 measures alone, with all cores. Numbers are medians over the calls of a rank, and over the ranks.
 """
 
+import json
 import os
+import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -17,8 +20,9 @@ import torch
 from mpilm.comm.base import Comm, SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
+from mpilm.data.files import file_errors
 from mpilm.doctor.checks import CheckReport
-from mpilm.doctor.measure import BUDGET_S, Bench, measure_network, measure_rates, time_collective
+from mpilm.doctor.measure import BUDGET_S, Bench, measure_network, measure_rates
 from mpilm.engine.hardware import cores_per_rank, detect_hardware, software_versions
 from mpilm.engine.step import train_step
 from mpilm.engine.train_model import TrainModel
@@ -39,13 +43,20 @@ TRAINED, VOCAB_SIZE = ((128, 128), (512, 192), (1024, 512)), 2048  # tokens and 
 
 def write_calibration(comm: Comm, device: str, path: Path) -> None:
     """Measure this machine and write its profile. Collective; raises CollectiveError."""
-    profile = calibrate(comm, device)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        profile = calibrate(comm, device, partial)
+    except CollectiveError:  # such as that it takes too long: numbers of a busy machine would mislead
+        if comm.rank == 0:
+            partial.unlink(missing_ok=True)
+        raise
     run_on_root(comm, lambda: write_profile(path, profile))
+    run_on_root(comm, partial.unlink)
     CheckReport(comm).print("calibrated", f"{path}: for python -m mpilm.plan --machine {path}")
 
 
-def calibrate(comm: Comm, device: str) -> MachineProfile:
-    """Measure this machine with these ranks. Collective."""
+def calibrate(comm: Comm, device: str, partial: Path | None = None) -> MachineProfile:
+    """Measure this machine with these ranks. `partial` keeps the measurements, for a calibration that is killed. Collective."""
     hardware = detect_hardware(TrainConfig(device=device), comm, bind=False)  # type: ignore[arg-type] # one rank alone measures all cores
     comm = comm.with_options(gpu_aware=False, yield_while_waiting=hardware.oversubscribed)
     node, cuda = comm.split_node(), hardware.device.type == "cuda"
@@ -55,15 +66,18 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
         raise CollectiveError(ConfigError(f"{problem}: start the same number on each, as many as a job will have"))
     program_bytes = MemoryMeter(hardware.device).program_bytes
     cores = max(1, round(sum(node.all_gather_json(float(cores_per_rank(node))))))
-    bench = Bench(comm, node, hardware.device)
+    kinds = 1 if node.size == 1 or cuda else 2  # of ranks: all of a node at once, or one alone
+    versions, tasks = software_versions(comm), 5 * kinds + 1 + (node.size > 1) + (node.size < comm.size)
+    bench = Bench(comm, node, hardware.device, tasks=tasks)
+    if partial is not None:
+        _resume_from(partial, bench, {**versions, "ranks": [comm.size, node.size], "cores": cores, "device": device})
     compute, memory = measure_rates(bench, hardware.threads, node.size)
     alone = replace(bench, comm=comm.with_options(gpu_aware=False, yield_while_waiting=True), alone=True)
-    if node.size > 1 and not cuda:
+    if kinds > 1:
         torch.set_num_threads(cores if node.rank == 0 else 1)
         rates = measure_rates(alone, cores, 1)
         torch.set_num_threads(hardware.threads)
         compute, memory = compute + rates[0], memory + rates[1]
-    versions = software_versions(comm)
     profile = MachineProfile(
         format=FORMAT, made=time.strftime("%Y-%m-%d %H:%M"), device=hardware.device.type,
         **{name: versions[name] for name in ("mpilm", "torch", "processor", "mpi")},
@@ -84,6 +98,27 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
     if max(comm.all_gather_json(bench.elapsed_s)) > BUDGET_S:
         CheckReport(comm).warn("this took long: if other programs run here, calibrate again without them")
     return profile
+
+
+def _resume_from(partial: Path, bench: Bench, conditions: Mapping[str, Any]) -> None:
+    """Let `bench` use the measurements that an earlier calibration has stored under equal conditions, and store more."""
+    head = json.dumps(conditions, sort_keys=True)
+
+    def read() -> list[float]:
+        before, *lines = partial.read_text().split("\n")[:-1] if partial.exists() else [""]  # the last may be cut
+        stored = [float(line) for line in lines if re.fullmatch(r"[\d.e-]+", line)] if before == head else []
+        with file_errors(partial, "written"):
+            partial.write_text("".join(f"{line}\n" for line in (head, *stored)))
+        return stored
+
+    def keep(seconds: float) -> None:
+        with file_errors(partial, "written"), open(partial, "a") as file:
+            file.write(f"{seconds}\n")
+
+    bench.stored = bench.comm.broadcast_json(run_on_root(bench.comm, read))
+    bench.keep = keep if bench.comm.rank == 0 else bench.keep
+    if bench.stored and bench.comm.rank == 0:
+        print(f"  {partial} has {count_noun(len(bench.stored), 'measurement')} of an earlier start", file=sys.stderr)
 
 
 def _memory_bytes(device: torch.device) -> int:
@@ -112,7 +147,7 @@ def _unexplained_s(bench: Bench, profile: MachineProfile) -> float:
     """Measure what a step of a tiny model takes beyond its prediction: Python and small messages. Collective."""
     bench.progress("a whole step")
     layout, step = _small_model(bench, bench.comm, profile, profile.ranks_per_node, 32, 64, "float32")
-    took_s = time_collective(bench.comm, bench.comm, step, 20)
+    took_s = bench.time_collective(bench.comm, step, 20)
     return max(0.05 * took_s, took_s - step_time(layout).total_s)
 
 

@@ -1,10 +1,11 @@
 """Measurements for a machine profile: what a rank computes, what it moves through memory, and messages between ranks."""
 
+import itertools
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -59,6 +60,10 @@ class Bench:
     printed_s: float = 0.0
     task: str = ""
     done: int = 0  # measurements of this task
+    tasks: int = 0
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of the tasks
+    stored: list[float] = field(default_factory=list)  # measurements of a calibration that was interrupted, still to be used
+    keep: Callable[[float], None] = lambda seconds: None  # stores a measurement
 
     @property
     def elapsed_s(self) -> float:
@@ -66,9 +71,18 @@ class Bench:
 
     def progress(self, text: str) -> None:
         """Begin a task."""
-        self.task, self.done, self.printed_s = text, 0, self.elapsed_s
+        number = f"{next(self.numbers)} of {self.tasks}, " if self.tasks else ""
+        self.task, self.done, self.printed_s = f"{number}{text}", 0, self.elapsed_s
         if self.comm.rank == 0:
-            print(f"  measuring {text}", file=sys.stderr, flush=True)
+            print(f"  measuring {self.task}", file=sys.stderr, flush=True)
+
+    def measure(self, action: Callable[[], float]) -> float:
+        """Return the next stored measurement, or the seconds that `action` measures, and store them. Collective."""
+        if self.stored:
+            return self.stored.pop(0)
+        seconds = action()
+        self.keep(seconds)
+        return seconds
 
     def _count(self, elapsed_s: float) -> None:
         """Count a measurement; raise CollectiveError if all of them together take too long."""
@@ -83,7 +97,13 @@ class Bench:
 
     def time_call(self, action: Callable[[], object]) -> float:
         """Return the seconds of one call: the median over the calls of a rank, and over the ranks. Collective."""
+        return self.measure(lambda: self._time_call(action))
 
+    def time_collective(self, comm: Comm, action: Callable[[], object], calls: int = 5) -> float:
+        """Return the slowest rank's seconds for one call by all ranks of `comm`. Collective."""
+        return self.measure(lambda: time_collective(self.comm, comm, action, calls))
+
+    def _time_call(self, action: Callable[[], object]) -> float:
         def timed() -> float:
             start_s = time.perf_counter()
             action()
@@ -244,13 +264,13 @@ def measure_network(bench: Bench, comm: Comm, distance: int = 1) -> NetworkRates
     one_way_s, exchange, gather = list[float](), list[tuple[float, float]](), list[tuple[float, float]]()
     for numel in (1, MESSAGES[-1]):
         x, out = (torch.zeros(numel, device=device) for _ in range(2))
-        one_way_s.append(time_collective(world, comm, partial(shift, x, out), 20))
+        one_way_s.append(bench.time_collective(comm, partial(shift, x, out), 20))
     for size in MESSAGES:
         x, out = (torch.zeros(size // n * n, device=device) for _ in range(2))
         mine, sent = x.view(n, -1)[comm.rank], size // n * (n - 1)
-        exchange.append((size, time_collective(world, comm, partial(comm.all_to_all, x, out)) / sent))
-        gather.append((size, time_collective(world, comm, partial(comm.all_gather, mine, out)) / sent))
-    reduce_s = time_collective(world, comm, partial(comm.all_reduce, torch.zeros(1, dtype=torch.float64, device="cpu")), 20)
+        exchange.append((size, bench.time_collective(comm, partial(comm.all_to_all, x, out)) / sent))
+        gather.append((size, bench.time_collective(comm, partial(comm.all_gather, mine, out)) / sent))
+    reduce_s = bench.time_collective(comm, partial(comm.all_reduce, torch.zeros(1, dtype=torch.float64, device="cpu")), 20)
     bandwidth = 4 * MESSAGES[-1] / max(1e-9, one_way_s[1] - one_way_s[0])
     return NetworkRates(n, one_way_s[0], bandwidth, tuple(exchange), tuple(gather), reduce_s, _shared_sum_curve(bench, comm))
 
@@ -265,5 +285,5 @@ def _shared_sum_curve(bench: Bench, comm: Comm) -> Curve:
             break
         buffers, held = [[part[: layout.numel]] for part in parts], [{0: (rank, rank + 1)} for rank in range(comm.size)]
         summing = SharedMemoryReducer(nodes, layout, buffers, held, comm.size, gather=True, encoding=GradientEncoding())
-        points.append((layout.numel, time_collective(bench.comm, comm, summing.finish) / layout.numel))
+        points.append((layout.numel, bench.time_collective(comm, summing.finish) / layout.numel))
     return tuple(points)

@@ -3,13 +3,12 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mpilm.checkpoint.load import load_hf_weights
-from mpilm.checkpoint.pretrained import find_base_model, has_adapter
+from mpilm.checkpoint.pretrained import find_base_model, has_adapter, locate_model
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, sequence_part_count, tensor_part_count
@@ -200,7 +199,7 @@ def draw_values(flat: FlatParameters, shape: ModelConfig, seed: int) -> None:
 def load_initial_weights(model: PipelinedModel, world: Comm) -> None:
     """Load the weights in the folder that model.init-from names; draw an adapter that it does not hold. Collective."""
     shape = model.config.model
-    folder = Path(shape.init_from).expanduser()
+    folder = locate_model(shape.init_from)
     base = run_on_all_ranks(world, lambda: find_base_model(folder, shape.base))
     if not shape.lora_rank:
         load_hf_weights(base, model.owned_slices(), model.shapes, shape, world, parts=model.parts)

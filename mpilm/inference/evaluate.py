@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpilm.checkpoint.format import checkpoint_step, read_trainer
+from mpilm.checkpoint.pretrained import locate_model
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config.parse import merge_settings
@@ -164,7 +165,7 @@ def _resolve_inputs(arguments: EvaluateArguments) -> tuple[Config, DataConfig]:
 
 def read_run_config(folder: str) -> Config | None:
     """Return the settings of the run whose checkpoint, of a model or an adapter, the folder is; None for other folders."""
-    trainer = Path(folder).expanduser() / "trainer.json"
+    trainer = locate_model(folder) / "trainer.json"
     return merge_settings(Config(), read_json(trainer).get("config", {}), str(trainer)) if trainer.is_file() else None
 
 

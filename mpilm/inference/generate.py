@@ -18,7 +18,7 @@ from mpilm.data.chat import ChatTemplate, find_chat_template
 from mpilm.data.files import is_valid_utf8, parse_json, read_bytes
 from mpilm.data.tokenizer import Tokenizer, fit_to_model, tokenizer_from_spec
 from mpilm.engine.pipelined import PipelinedModel
-from mpilm.errors import ConfigError, DataError, NonFiniteError
+from mpilm.errors import ConfigError, DataError, FileError, NonFiniteError
 from mpilm.formatting import ProgressLine
 from mpilm.inference.load import config_from_folder, load_model
 from mpilm.model.sequence_info import KVCache
@@ -146,9 +146,11 @@ def _read_prompts(settings: GenerateConfig) -> list[str]:
     if settings.prompt:
         raise ConfigError("--generate.prompt and --generate.prompts exclude each other; remove one of them")
     source = f"--generate.prompts {'standard input' if settings.prompts == '-' else settings.prompts}"
-    data = sys.stdin.buffer.read() if settings.prompts == "-" else read_bytes(Path(settings.prompts).expanduser())
     try:
+        data = sys.stdin.buffer.read() if settings.prompts == "-" else read_bytes(Path(settings.prompts).expanduser())
         lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
+    except FileError as error:
+        raise FileError(f"--generate.prompts {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8 at byte {error.start}") from None
     lines = lines[:-1] if lines[-1] == "" else lines

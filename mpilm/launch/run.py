@@ -154,7 +154,8 @@ def connect_world() -> Comm:
         from mpilm.comm.mpi import mpi_library_name, mpi_world
     except (ImportError, RuntimeError) as error:
         if announced > 1:
-            raise SystemExit(f"mpilm: error: started as {announced} ranks, but no MPI library can be loaded: {error}") from None
+            problem = f"mpilm: error: started as {announced} ranks, but no MPI library can be loaded: {error}"
+            raise SystemExit(problem if is_first_process() else 1) from None
         return SelfComm("world")
     comm = mpi_world()
     if announced != comm.size and comm.size == 1:

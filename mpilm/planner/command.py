@@ -15,18 +15,20 @@ from mpilm.config.presets import PRESETS, VOCABULARIES
 from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, microbatch_count, override, resolve_config
 from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
-from mpilm.formatting import count_noun, format_bytes, format_duration, format_mebibytes
+from mpilm.formatting import command_text, count_noun, format_bytes, format_duration, format_mebibytes
 from mpilm.model.flops import flops_by_part, parameter_count
 from mpilm.ops.recursive_halving import count_message_rounds
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import partition_by_cost, replica_microbatch_count, resolve_mesh_shape
 from mpilm.parallel.pipeline.schedules import analytic_bubble, lower, schedule
 from mpilm.planner.draw import draw_svg, draw_text
+from mpilm.planner.guess import ASSUMPTION, guess_profile
 from mpilm.planner.layout import PlacedLayout
-from mpilm.planner.profile import read_profile
+from mpilm.planner.profile import MachineProfile, read_profile
 from mpilm.planner.search import Candidate, PlannedJob, search, summarize, to_flags
 from mpilm.planner.simulate import simulate
 
+MACHINE_FILE = "machine.json"
 MANY_RANKS = 1000  # from which on the plan lists the costs that grow with the ranks
 WORTHWHILE = 1.4  # speedup for twice the ranks
 COLUMNS = ("layout", "step s", "tokens/s", "compute", "bubble", "comm", "update", "MiB a rank")
@@ -47,7 +49,7 @@ class PlanConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     ranks: schema.RankCounts = ()  # Ranks of the job, or several numbers to compare: 1,2,4,8; empty: a replica's.
-    machine: str = "machine.json"  # The machine file that doctor --calibrate has written.
+    machine: str = ""  # Machine file that doctor --calibrate has written; empty: machine.json if it exists, else a guess.
     ranks_per_node: schema.NonNegativeInt = 0  # Ranks on a node; 0: as many as were measured.
     tokens: schema.NonNegativeFloat = 0.0  # Tokens to train on, such as 2e9, to predict how long that takes; 0: train.steps.
     top: schema.PositiveInt = 8  # Layouts to show.
@@ -84,7 +86,8 @@ def make_plan(config: PlanConfig) -> str:
         return draw_schedule(config, run, ranks[0])
     if config.model.lora_rank:
         raise ConfigError("--model.lora-rank: predictions are for training all parameters; remove it")
-    job = PlannedJob(run, config.vocabulary, read_profile(config.machine), config.ranks_per_node)
+    file = config.machine or (MACHINE_FILE if Path(MACHINE_FILE).exists() else "")
+    job = PlannedJob(run, config.vocabulary, read_profile(file) if file else guess_profile(), config.ranks_per_node)
     if len(ranks) == 1 and not config.plot:
         return "\n".join(show_ranking(job, ranks[0], config.top, config.tokens))
     return "\n".join(show_scaling(job, ranks, config.tokens, config.plot))
@@ -204,12 +207,10 @@ def _limit(before: Candidate, after: Candidate) -> str:
 
 def _header(job: PlannedJob, ranks: int) -> list[str]:
     config, machine, on_node = job.config, job.machine, job.ranks_on_node(ranks)
-    nodes = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
     lines = [
         f"{_parameters(job)}, {config.train.global_batch} sequences of {config.model.context_length} tokens a step "
         f"({microbatch_count(config)} microbatches), {config.train.dtype}",
-        f"{machine.source}: {machine.processor}, {machine.device}, {machine.cores} cores and "
-        f"{format_bytes(machine.memory_bytes)}; measured {machine.made} with {machine.ranks_per_node} ranks a node{nodes}",
+        _describe_machine(machine),
     ]
     if ranks > on_node and machine.across is None:
         problem = f"more than {on_node} ranks need several nodes, and one was measured"
@@ -217,6 +218,17 @@ def _header(job: PlannedJob, ranks: int) -> list[str]:
     if config.train.compile:
         lines.append("warning: the speedup of --train.compile was not measured")
     return [*lines, ""]
+
+
+def _describe_machine(machine: MachineProfile) -> str:
+    node = f"{machine.cores} cores and {format_bytes(machine.memory_bytes)}"
+    if not machine.made:
+        guess = f"no {MACHINE_FILE} here: seconds are a guess, from {ASSUMPTION}; measure them with mpirun -n RANKS "
+        memory = f"Memory is arithmetic and needs no measurement. A node is taken to have {node}, as this one"
+        return f"{guess}{command_text('doctor')} --calibrate.\n{memory}; --ranks-per-node changes its ranks"
+    nodes = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
+    made = f"measured {machine.made} with {machine.ranks_per_node} ranks a node{nodes}"
+    return f"{machine.source}: {machine.processor}, {machine.device}, {node}; {made}"
 
 
 def _parameters(job: PlannedJob) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpilm.checkpoint.pretrained import list_pretrained_files
+from mpilm.checkpoint.pretrained import list_pretrained_files, locate_model
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
 from mpilm.comm.instrumented import instrument
@@ -106,7 +106,7 @@ def _digest_content(config: Config, data: TrainingData, world: Comm) -> Mapping[
     """Return digests of what the result depends on beside the settings. Collective."""
     content = {**data.content, "model.init_from": ""}
     if config.model.init_from:
-        files = list_pretrained_files(Path(config.model.init_from).expanduser(), config.model.base)
+        files = list_pretrained_files(locate_model(config.model.init_from), config.model.base)
         sizes = run_on_all_ranks(world, lambda: [path.stat().st_size for path in files])
         content["model.init_from"] = hex_digest(*digest_files(files, sizes, world))
     return content

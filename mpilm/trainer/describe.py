@@ -14,10 +14,11 @@ import mpilm
 from mpilm.config.schema import LORA_TARGETS, microbatch_count
 from mpilm.engine.hardware import measure_peak_flops, processor_name, software_versions
 from mpilm.errors import OutOfMemoryError
-from mpilm.formatting import count_noun, format_mebibytes
+from mpilm.formatting import command_text, count_noun, format_mebibytes
 from mpilm.mesh.shape import AXES
 from mpilm.model.flops import flops_per_token
 from mpilm.ops.tree import utilization
+from mpilm.optim.optimizer import learning_rate
 from mpilm.parallel.layout_check import replica_microbatch_count
 from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.parallel.reduce.step import StepReducer
@@ -34,7 +35,7 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
     peaks, local_numel, threads, hosts = zip(*world.all_gather_json(facts))
     predicted = max(predictions, key=lambda parts: sum(parts.values()))
     trained, frozen = (sum(map(prod, shapes.values())) for shapes in (run.model.shapes, run.model.frozen_shapes))
-    command = f"python -m mpilm.train {shlex.join(sys.argv[1:])}".rstrip()
+    command = f"{command_text('train')} {shlex.join(sys.argv[1:])}".rstrip()
     sizes = dict(zip(AXES, run.mesh.shape.sizes))
     row = {
         "event": "start",
@@ -80,6 +81,9 @@ def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int])
         yield "warning", f"{sharing}: threads that share a core are many times slower; omit --train.threads and OMP_NUM_THREADS"
     yield from _layout_rows(run)
     yield from _training_rows(run, row)
+    if (train := run.config.train).warmup_steps > train.steps:
+        steps = f"--train.warmup-steps {train.warmup_steps:,} exceeds --train.steps {train.steps:,}"
+        yield "warning", f"{steps}: the learning rate ends at {learning_rate(train, train.steps - 1):.2e}, below --train.lr"
     if run.recheck.obstacle and run.config.fault.recheck_every:
         yield "note", f"computation is not rechecked (--fault.recheck-every): {run.recheck.obstacle}"
     where = "" if run.mesh.world.size == 1 else " (largest rank)"

@@ -10,7 +10,7 @@ from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.comm.flight_recorder import Span
 from mpilm.config.schema import flatten
 from mpilm.engine.step import StepResult
-from mpilm.formatting import format_duration, format_mebibytes
+from mpilm.formatting import command_text, format_duration, format_mebibytes
 from mpilm.launch.run import launcher_world_size
 from mpilm.telemetry.live import Display, LiveView
 from mpilm.telemetry.metrics import MetricsWriter
@@ -183,6 +183,6 @@ class RunLog:
         last = run.folder.checkpoints / f"step-{config.train.steps:08d}"
         say(f"checkpoint   {last}  ({'a PEFT adapter' if config.model.lora_rank else 'a Hugging Face folder'})")
         if config.model.arch == "bert":
-            say(f"score more   python -m mpilm.evaluate --model.init-from {shlex.quote(str(last))} --data.path TEXT")
+            say(f"score more   {command_text('evaluate')} --model.init-from {shlex.quote(str(last))} --data.path TEXT")
         else:
-            say(f"write more   python -m mpilm.generate --model.init-from {shlex.quote(str(last))}")
+            say(f"write more   {command_text('generate')} --model.init-from {shlex.quote(str(last))}")

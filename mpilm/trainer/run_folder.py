@@ -203,14 +203,16 @@ def _compare_with_checkpoint(
     checkpoint: Path, trainer: Mapping[str, Any], config: Config, content: Facts, environment: Facts
 ) -> list[str]:
     """Refuse differences that the result depends on; return notes on the others."""
-    old = result_settings(merge_settings(Config(), trainer["config"], str(checkpoint / "trainer.json"))) | trainer["content"]
-    _check_same_result(old, config, str(checkpoint), content)
+    old_config = merge_settings(Config(), trainer["config"], str(checkpoint / "trainer.json"))
+    _check_same_result(result_settings(old_config) | trainer["content"], config, str(checkpoint), content, old_config)
     before = trainer["conditions"]
     changed = [f"{key} {before[key]} then, {now} now" for key, now in environment.items() if before.get(key, now) != now]
     return [f"the last bits may differ from those of an uninterrupted run: {'; '.join(changed)}"] if changed else []
 
 
-def _check_same_result(old: Mapping[str, Any], config: Config, what: str, content: Facts | None = None) -> None:
+def _check_same_result(
+    old: Mapping[str, Any], config: Config, what: str, content: Facts | None = None, old_config: Config | None = None
+) -> None:
     """Raise ConfigError naming each setting that the result depends on and that differs from the old run's."""
     new = result_settings(config) | dict(content or {})
     for name in [f"model.{name}" for name in PART_SETTINGS]:
@@ -219,20 +221,26 @@ def _check_same_result(old: Mapping[str, Any], config: Config, what: str, conten
             del new[name]
     allowed = {name.replace("-", "_") for name in config.checkpoint.allow_change} - {"train.optimizer"}
     if changed := [k for k in new if k in old and old[k] != new[k] and k not in allowed]:
-        rows = "".join(f"\n  {key}: was {_format_value(key, old[key])}, now {_format_value(key, new[key])}" for key in changed)
+        values = [[key, _format_value(key, old[key], old_config), _format_value(key, new[key], config)] for key in changed]
+        rows = "".join(f"\n  {key}: was {before}, now {now}" for key, before, now in values)
         advice = f"Choose another --run.dir for another run{_suggest_change(changed)}"
-        if "data.tokenizer" in changed and config.model.arch == "qwen":  # version 0.1.0 trained another kind
+        if "data.tokenizer" in changed and config.model.arch != "bert":  # whose tokenizer has a mask token in its checkpoints
             advice += f"\nTo go on with its tokenizer: --run.dir {Path(what).parents[1]} --data.tokenizer {what}"
+            advice += "; if another text is meant, also --checkpoint.allow-change data.path"
         raise ConfigError(f"{what} was made with other settings, and the result depends on them:{rows}\n{advice}")
 
 
 def _suggest_change(changed: list[str]) -> str:
-    if any(key not in NOT_SHAPE and (key.startswith("model.") or key == "data.tokenizer") for key in changed):
+    if any(key not in NOT_SHAPE and key.startswith("model.") for key in changed):
         return "; a model of another shape cannot resume from it."
+    if "data.tokenizer" in changed:
+        return ". The tokens are others, since the text or the tokenizer is another; a model has one tokenizer."
     if "train.optimizer" in changed:
         return ", which may start from a checkpoint of this one (--model.init-from): its moments fit no other optimizer."
     return ", or allow the change: --checkpoint.allow-change " + " ".join(changed)
 
 
-def _format_value(key: str, value: Any) -> str:
-    return f"text or folder with digest {str(value)[:12]}" if key in CONTENT_KEYS else repr(value)
+def _format_value(key: str, value: Any, config: Config | None) -> str:
+    name = flatten(config)[key] if config and key in CONTENT_KEYS else ""
+    where = f" ({' '.join(name) if isinstance(name, tuple) else name})" if name else ""
+    return f"text or folder with digest {str(value)[:12]}{where}" if key in CONTENT_KEYS else repr(value)

@@ -27,7 +27,7 @@ from mpilm.planner.profile import write_profile
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMAND = r"(mpirun|python|scripts/|sbatch|jobs/|pip|git|source|module|export|touch|pre-commit|[A-Z_]+=)"
+COMMAND = r"(mpirun|mpilm|python|scripts/|sbatch|jobs/|pip|git|source|module|export|touch|pre-commit|[A-Z_]+=)"
 SMALL = {
     "--train.steps": "2", "--train.global-batch": "8", "--train.micro-batch": "1", "--model.context-length": "32",
     "--generate.max-tokens": "3", "--run.eval-batches": "1", "--run.trace-steps": "1:2",
@@ -48,9 +48,11 @@ ELSEWHERE = {
     r"mpirun .* --run.trackers wandb mlflow .*": "tests/unit/test_trackers.py",
     r"python scripts/bench.py .*": "scripts/bench.py",
     r"scripts/docs": "tests/documented/test_site.py",
+    r"mpilm fetch .*": "tests/unit/test_hub.py",
+    r"mpilm merge .*": "tests/ranks/test_adapters.py",
 }
 NOT_OURS = r"(git clone|module load|python -m venv|source|pip install|pre-commit install) .*"
-SHELL = r"touch .*|.* > texts.jsonl"
+SHELL = r"touch .*|.* > (texts.jsonl|mpilm.bash)"
 
 
 def find_commands():
@@ -97,9 +99,9 @@ def shorten(command):
     """Return the command with so little to do that it takes seconds."""
     command = re.sub(r"bpe:\d+", "bpe:300", command).replace("--generate.prompts", "--generate.max-tokens 3 --generate.prompts")
     command = re.sub(r"step-0+360", "step-00000002", command).replace("path/to/Qwen3-0.6B", "FOLDER")
-    if "mpilm.generate" in command and "max-tokens" not in command:
+    if re.search(r"mpilm.generate\b", command) and "max-tokens" not in command:
         command += " --generate.max-tokens 3"
-    if "mpilm.train" not in command or "--help" in command:
+    if not re.search(r"mpilm.train\b", command) or "--help" in command:
         return command
     words = command.split()
     for flag, value in SMALL.items():
@@ -129,6 +131,7 @@ def stand_ins(tmp_path_factory):
     write_rows(folder / "chats.jsonl", [{"prompt": f"What is {i}?", "response": f"{i} is a number."} for i in range(300)])
     (folder / "prompts.txt").write_text("def main(\nclass A:\n")
     write_profile(folder / "machine.json", this_machine())
+    (folder / "train.toml").write_text('[data]\npath = ["my_texts/"]\n')
     for name in ("scripts", "jobs"):
         (folder / name).symlink_to(ROOT / name)
     mine = "--data.path my_texts/ --data.tokenizer bpe:300 --run.dir runs/mine --run.trace-steps 1:2"

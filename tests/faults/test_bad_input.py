@@ -13,6 +13,7 @@ from helpers import mpirun, refusal, refusal_in_process
 from text import tiny_config, write_text, write_tokens
 
 from mpilm.comm.base import SelfComm
+from mpilm.data.tokenizer import bytes_tokenizer
 from mpilm.trainer.loop import train
 
 CONFIG, DATA, FILE = 78, 65, 74
@@ -207,3 +208,22 @@ def test_train_same_flags_work_when_nothing_is_wrong(made):
     assert done.returncode == 0, done.stderr
     assert "from step 2" in done.stdout
     assert "mpilm: error" not in done.stderr
+
+
+def test_header_says_what_was_passed_over_and_that_the_warmup_is_too_long(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    write_text(folder)
+    (folder / "table.json").write_text("{}")
+    named = tmp_path / "tokenizer.json"
+    named.write_text(bytes_tokenizer().json)
+    for tokenizer in ("bytes", str(named)):  # the second finds the tokens of the first in the cache
+        warmup = {"train__warmup_steps": 9, "train__steps": 2, "data__tokenizer": tokenizer}
+        train(tiny_config(folder, tmp_path / f"run-{len(tokenizer)}", **warmup), SelfComm())
+        header = capsys.readouterr().out
+        assert f" tokens of {tokenizer}, 1 document," in header
+        assert "1 file read (1 .txt), 1 file passed over (1 .json)" in header
+        assert "warning  --train.warmup-steps 9 exceeds --train.steps 2: the learning rate ends at " in header
+    checkpoint = tmp_path / f"run-{len(tokenizer)}" / "checkpoints" / "step-00000002"
+    flags = ("--model.init-from", checkpoint, "--generate.prompts", tmp_path / "none")
+    message = refusal_in_process("generate", *flags, code=FILE)
+    assert message.startswith(f"--generate.prompts {tmp_path / 'none'} cannot be read: No such file")

@@ -1,6 +1,7 @@
 """The doctor: right answers pass, each wrong one is named, and a machine is measured, written and read."""
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -154,6 +155,35 @@ def test_calibrate_several_nodes_measures_within_and_across(quick):
     assert not profile.across.shared
 
 
+def test_killed_calibration_continues_with_its_measurements(quick, tmp_path, monkeypatch, capsys):
+    """The measurements are numbers here: 1, 2, 3, ..., from the start of each process."""
+    partial, calls = tmp_path / "partial", Counter()
+
+    def measure_nothing(comm, *_):
+        calls[comm.rank] += 1
+        return float(calls[comm.rank])
+
+    monkeypatch.setattr(measure.Bench, "_time_call", lambda bench, action: measure_nothing(bench.comm))
+    monkeypatch.setattr(measure, "time_collective", measure_nothing)
+
+    def start():
+        calls.clear()
+        profile = run_ranks(2, lambda comm: calibrate_machine(comm, "cpu", partial))[0]
+        return profile.memory[0], partial.read_text().splitlines()
+
+    memory, (head, *numbers) = start()
+    assert [float(number) for number in numbers] == [float(n) for n in range(1, 1 + len(numbers))]
+    partial.write_text("\n".join([head, *numbers[:-3], "1"]))  # the last line is cut
+    memory_again, lines = start()
+    assert lines == [head, *numbers[:-3], "1.0", "2.0", "3.0"]
+    assert calls == {0: 3, 1: 3}
+    assert memory_again == memory
+    assert f"{partial} has {len(numbers) - 3} measurements of an earlier start" in capsys.readouterr().err
+    partial.write_text("\n".join(["{}", *numbers, ""]))  # other conditions
+    assert start() == (memory, [head, *numbers])
+    assert calls[0] == len(numbers)
+
+
 def test_calibration_shows_progress_and_ends_on_a_busy_machine(quick, monkeypatch, capsys):
     calls = []
     bench = measure.Bench(SelfComm(), SelfComm(), torch.device("cpu"))
@@ -167,7 +197,7 @@ def test_calibration_shows_progress_and_ends_on_a_busy_machine(quick, monkeypatc
         run_ranks(2, lambda comm: calibrate_machine(comm, "cpu"))
     lines = capsys.readouterr().err
     assert re.search(
-        r"  measuring matrices in float32, 2 ranks a node, 1 thread each: 2 measurements, 0s since the start\n", lines
+        r"  measuring 1 of 12, matrices in float32, 2 ranks a node, 1 thread each: 2 measurements, 0s since the start\n", lines
     )
 
 

@@ -144,6 +144,10 @@ def test_other_corpus_is_refused_by_content_not_by_path(run, key):
     other = {**corpus_content(run), key: "f" * 64}
     assert f"{key}: was text or folder with digest" in refusal_of(run, content=other)
     assert "now text or folder with digest ffffffffffff" in refusal_of(run, content=other)
+    message = refusal_of(override(run, data__path=("/another/text",)), content=other)
+    assert "another shape" not in message
+    assert (f"now text or folder with digest {'f' * 12} (/another/text)" in message) == (key == "data.path")
+    assert ("To go on with its tokenizer: --run.dir" in message) == (key == "data.tokenizer")
     moved = override(run, data__path=("/somewhere/else",))
     assert open_as_train(moved, corpus_content(run)).step == 4
 

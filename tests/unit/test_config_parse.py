@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mpilm.config.parse import merge_settings, parse, read_toml
+from mpilm.config.parse import SYNONYMS, merge_settings, parse, read_toml
 from mpilm.config.presets import PRESETS
 from mpilm.config.schema import OLD_NAMES, OLD_VALUES, Config, flatten, override, to_dict
 from mpilm.doctor.__main__ import DoctorArguments
@@ -88,8 +88,18 @@ def test_parse_unreadable_flag_is_reported_in_one_line(words, capsys):
         (["--train.steps"], "--train.steps needs a value"),
         (["--train.stepz", "4"], "unknown setting --train.stepz; did you mean --train.steps?"),
         (["--parallel.zero", "4"], "--parallel.zero must be one of 0, 1, 2, 3, not 4"),
-        (["--parallel.cut", "1", "x"], "--parallel.cut must be a list of whole numbers, not [1, 'x']"),
+        (["--parallel.cut", "1", "x"], "--parallel.cut must be a list of whole numbers, not 'x'"),
         (["--train.steps", "4", "5"], "'5' follows no setting"),
+        (["-lr", "5"], "'-lr' follows no setting; did you mean --train.lr?"),
+        (["train.lr", "5"], "'train.lr' follows no setting; did you mean --train.lr?"),
+        (["--lr", "1"], "unknown setting --lr; did you mean --train.lr?"),
+        (["--learning-rate=1"], "unknown setting --learning-rate; did you mean --train.lr?"),
+        (["--train.learning-rate", "1"], "unknown setting --train.learning-rate; did you mean --train.lr?"),
+        (["--steps", "1"], "unknown setting --steps; did you mean --train.steps?"),
+        (["--batch-size", "1"], "unknown setting --batch-size; did you mean --train.global-batch?"),
+        (["--trian.steps", "1"], "unknown setting --trian.steps; did you mean --train.steps?"),
+        (["--stpes", "1"], "unknown setting --stpes; did you mean --train.steps?"),
+        (["--data", "x"], "data is a section: write --data.KEY or, in a file, [data] and its keys below it; did you mean --d"),
         (["--model.init-from", "x"], "--model.init-from: this command cannot start from a model folder"),
     ],
 )
@@ -125,6 +135,11 @@ def test_parse_accepts_the_config_of_a_run_for_every_command(tmp_path):
         parse_generate("--preset", "tiny")
     with pytest.raises(ConfigError, match=r"--model\.context-length must be zero or more, not -1"):
         parse(["--model.context-length", "-1"], EvaluateArguments(), "evaluate", "")
+
+
+def test_names_of_other_programs_lead_to_settings():
+    assert set(SYNONYMS.values()) <= set(flatten(Config()))
+    assert not set(SYNONYMS) & {name.partition(".")[2] for name in flatten(Config())}
 
 
 # Old names.
@@ -191,18 +206,22 @@ def test_merge_settings_flattens_paths_and_shares(value):
         ({"model": {"n-layer": 3}}, "unknown setting --model.n-layer; did you mean --model.n-layers?"),
         ({"modle": {"d_ff": 3}}, "unknown setting --modle.d-ff; did you mean --model.d-ff?"),
         ({"run": {"zzz": 1}}, "unknown setting --run.zzz; --help lists the settings"),
-        ({"model": 3}, "model is a section: write --model.KEY or, in a file, [model] and its keys below it"),
+        (
+            {"model": 3},
+            "model is a section: write --model.KEY or, in a file, [model] and its keys below it; "
+            "did you mean --model.init-from?",
+        ),
         ({"train": {"steps": "ten"}}, "train.steps must be a whole number, not 'ten'"),
-        ({"train": {"steps": True}}, "train.steps must be a whole number, not True"),
+        ({"train": {"steps": True}}, "train.steps must be a whole number, not true"),
         ({"train": {"steps": 2.0}}, "train.steps must be a whole number, not 2.0"),
         ({"train": {"lr": "3e-4"}}, "train.lr must be a number, not '3e-4'"),
         ({"train": {"lr": [1.0]}}, "train.lr must be a number, not [1.0]"),
         ({"train": {"reproducible": 1}}, "train.reproducible must be true or false, not 1"),
-        ({"data": {"path": [{}]}}, "data.path must be a list of strings, not [{}]"),
+        ({"data": {"path": [{}]}}, "data.path must be a list of strings, not {}"),
         ({"checkpoint": {"allow-change": "train.lr"}}, "checkpoint.allow-change must be a list of strings, not 'train.lr'"),
         ({"parallel": {"cut": 4}}, "parallel.cut must be a list of whole numbers, not 4"),
-        ({"parallel": {"cut": [2.0, 2]}}, "parallel.cut must be a list of whole numbers, not [2.0, 2]"),
-        ({"parallel": {"cut": [True, 3]}}, "parallel.cut must be a list of whole numbers, not [True, 3]"),
+        ({"parallel": {"cut": [2.0, 2]}}, "parallel.cut must be a list of whole numbers, not 2.0"),
+        ({"parallel": {"cut": [True, 3]}}, "parallel.cut must be a list of whole numbers, not true"),
         ({"parallel": {"zero": "1"}}, "parallel.zero must be a whole number, not '1'"),
         ({"parallel": {"schedule": {"x": 1}}}, "unknown setting --parallel.schedule.x; did you mean --parallel.schedule?"),
     ],
@@ -230,7 +249,7 @@ def test_read_toml_names_files_that_cannot_be_read(tmp_path):
     [
         ("[train]\nsteps = " + "[" * 5000, "it is nested too deep"),
         (".".join("a" * 5000) + " = 1\n", "it is nested too deep"),
-        ("[train]\nsteps = 0x" + "f" * 5000, "Exceeds the limit"),
+        ("[train]\nsteps = 0x" + "f" * 5000, "a number in it has thousands of digits"),
         ("#" * 2**22 + "\n", "it is larger than 4.0 MiB"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import mpilm.data.sources as sources
 from mpilm.config.schema import DataConfig
-from mpilm.data.sources import TextSource, find_sources, partition_items, read_chunks
+from mpilm.data.sources import TextSource, describe_folder, find_sources, partition_items, read_chunks
 from mpilm.errors import DataError, FileError
 
 
@@ -48,6 +50,24 @@ def test_find_sources_folder_is_sorted_by_name_and_filtered(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("" if "empty" in name else '{"text": "j"}' if "json" in name else name)
     assert documents(tmp_path) == ["a.py", "b/a.txt", "b/z.md", "j"]
+
+
+def test_describe_folder_counts_what_is_read_and_what_is_passed_over(tmp_path):
+    for name in ("a.py", "b.py", "c.json", "d.csv", "e.pdf", "f.txt", "g.txt.gz", "empty.txt", "README", ".hidden.txt"):
+        (tmp_path / name).write_bytes(b"" if "empty" in name else compress(".gz", b"x") if "gz" in name else b"x")
+    read, passed_over = describe_folder(str(tmp_path)).split("), ")
+    assert len(find_sources(str(tmp_path))) == 5
+    assert read.startswith("5 files read (2 .py, ")
+    assert {"1 .csv", "1 .txt", "1 .txt.gz"} <= set(read.partition("(")[2].split(", "))
+    assert passed_over.startswith("4 files passed over (")
+    assert set(passed_over.partition("(")[2][:-1].split(", ")) == {"1 .json", "1 .pdf", "1 .txt", "1 without ending"}
+    assert describe_folder(str(tmp_path / "a.py")) == describe_folder("") == ""
+
+
+def test_guide_lists_the_endings_that_are_read_in_a_folder():
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "data.md").read_text()
+    rows = re.findall(r"^\| (?:text|JSON lines|Parquet)[^|]*\| (.*) \|$", page, re.M)
+    assert sorted(re.findall(r"`\.(\w+)`", " ".join(rows))) == sorted(sources.FORMATS)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The plan command: its output, the settings that it refuses, and that it needs neither torch nor MPI."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,11 +12,14 @@ import pytest
 
 from mpilm.config.parse import parse
 from mpilm.config.presets import PRESETS, VOCABULARIES
+from mpilm.config.schema import Config, override, resolve_config
 from mpilm.errors import ConfigError, FileError
 from mpilm.launch.local import run_local
 from mpilm.plan import main
 from mpilm.planner.command import PlanConfig, make_plan, plan_presets
+from mpilm.planner.guess import guess_profile
 from mpilm.planner.profile import write_profile
+from mpilm.planner.search import PlannedJob, search
 from tests.machines import machine
 
 ROOT = Path(__file__).parents[2]
@@ -200,3 +205,27 @@ def test_ranking_of_several_numbers_of_ranks_compares_them(tmp_path):
 
 def test_ranking_with_sync_every_ignores_when_checkpoints_are_written(tmp_path):
     assert plan(tmp_path, "--ranks", "4", "--parallel.sync-every", "500")
+
+
+# Without a calibration.
+
+
+def test_plan_without_a_machine_file_states_its_guess_and_has_the_same_memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = make_plan(configure("--ranks", "2", "--ranks-per-node", "2", "--preset", "llama-100m")).splitlines()
+    assert lines[1].startswith("no machine.json here: seconds are a guess, from 30 GFLOP/s and 4 GB/s a core")
+    assert "python -m mpilm.doctor --calibrate" in lines[1]
+    guess = guess_profile()
+    measured = machine(2, program_bytes=guess.program_bytes, memory_bytes=guess.memory_bytes)
+    rates = tuple(replace(measured.compute[0], dtype=each.dtype) for each in guess.compute)
+    write_profile(tmp_path / "machine.json", replace(measured, compute=rates))
+    with_file = make_plan(configure("--ranks", "2", "--ranks-per-node", "2", "--preset", "llama-100m")).splitlines()
+    assert "measured today" in with_file[1]
+    assert memory_of(with_file) == memory_of(lines)
+    for arch in ("gpt2", "qwen", "mixtral", "bert"):
+        assert search(PlannedJob(resolve_config(override(Config(), model__arch=arch)), 2048, guess, 2), 2)[0]
+
+
+def memory_of(lines):
+    """Return the memory of a rank of each layout in a plan."""
+    return {line.split("  ")[2]: line.split()[-1] for line in lines if re.match(r"  \d+  data", line)}
