@@ -122,7 +122,7 @@ class Comm(ABC):
         self.broadcast(data, root)
         return _decode(data)
 
-    def progress(self) -> None:
+    def progress(self) -> None:  # noqa: B027 - most have nothing to do
         """Let pending operations proceed while this rank waits for something else. MPI makes no progress by itself."""
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,10 +38,14 @@ class InstrumentedComm(Comm):
         self._counts: Counter[str] = Counter()  # of collectives and messages
 
     def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> Comm:
-        return self.with_inner(self.inner.with_options(gpu_aware, yield_while_waiting))
+        return self._around(self.inner.with_options(gpu_aware, yield_while_waiting))
 
-    def with_inner(self, inner: Comm) -> InstrumentedComm:
-        """Return this communicator around another one of the same ranks."""
+    def replace_inner(self, op: str, make: Callable[[Comm], Comm]) -> InstrumentedComm:
+        """Return this communicator around `make(inner)`, another one of the same ranks. Collective, and recorded as `op`."""
+        call = self._record_collective(op)
+        return self._around(self.recorder.wait(call, lambda: make(self.inner)))
+
+    def _around(self, inner: Comm) -> InstrumentedComm:
         other = InstrumentedComm(inner, self.checks_calls, self.recorder, self.world_ranks)
         other._counts = self._counts  # the same calls in the order of all ranks
         return other

@@ -46,9 +46,9 @@ def write_calibration(comm: Comm, device: str, path: Path) -> None:
 
 def calibrate(comm: Comm, device: str) -> MachineProfile:
     """Measure this machine with these ranks. Collective."""
-    hardware = detect_hardware(TrainConfig(device=device), comm, bind=False)  # type: ignore[arg-type] # one rank alone measures all cores
+    hardware = detect_hardware(TrainConfig(device=device), comm, bind=False)  # one rank alone measures all cores
     comm = comm.with_options(gpu_aware=False, yield_while_waiting=hardware.oversubscribed)
-    node, cuda = comm.split_node(), hardware.device.type == "cuda"
+    node, has_gpu = comm.split_node(), hardware.device.type != "cpu"
     sizes = comm.all_gather_json(node.size)
     if len(set(sizes)) > 1:
         problem = f"nodes have {min(sizes)} to {max(sizes)} ranks"
@@ -58,16 +58,16 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
     bench = Bench(comm, node, hardware.device)
     compute, memory = measure_rates(bench, hardware.threads, node.size)
     alone = replace(bench, comm=comm.with_options(gpu_aware=False, yield_while_waiting=True), alone=True)
-    if node.size > 1 and not cuda:
+    if node.size > 1 and not has_gpu:
         torch.set_num_threads(cores if node.rank == 0 else 1)
         rates = measure_rates(alone, cores, 1)
         torch.set_num_threads(hardware.threads)
         compute, memory = compute + rates[0], memory + rates[1]
-    versions = software_versions(comm)
+    versions, gpus = software_versions(comm), torch.get_device_module(hardware.device).device_count() if has_gpu else 1
     profile = MachineProfile(
         format=FORMAT, made=time.strftime("%Y-%m-%d %H:%M"), device=hardware.device.type,
         **{name: versions[name] for name in ("mpilm", "torch", "processor", "mpi")},
-        nodes=comm.size // node.size, ranks_per_node=node.size, gpus=torch.cuda.device_count() if cuda else 1, cores=cores,
+        nodes=comm.size // node.size, ranks_per_node=node.size, gpus=gpus, cores=cores,
         memory_bytes=_memory_bytes(hardware.device), program_bytes=max(comm.all_gather_json(program_bytes)),
         compute=tuple(compute), memory=tuple(memory), within=measure_network(bench, node),
         across=measure_network(bench, comm, node.size) if node.size < comm.size else None,
@@ -87,8 +87,8 @@ def calibrate(comm: Comm, device: str) -> MachineProfile:
 
 
 def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_properties(device).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
