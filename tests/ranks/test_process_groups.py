@@ -83,18 +83,18 @@ def test_tensors_of_other_devices_and_reductions_travel_over_the_other_communica
 
 TENSOR = {"model__tensor_parts": 2, "model__n_kv_heads": 2}
 LAYOUTS = {
-    "data": layout(),
-    "pipeline, zero 1": layout(2, zero=1),
+    "data, zero 1": layout(zero=1),
+    "pipeline": layout(2),
     "tensor, zero 2": layout(zero=2, tensor=2) | TENSOR,
     "context, zero 3": layout(zero=3, context=2) | {"model__sequence_parts": 4},
     "ring": layout(context=2, context_method="ring") | {"model__sequence_parts": 4},
-    "interleaved, expert, zero 3": layout(2, "interleaved", zero=3, expert=2) | FAMILIES["mixtral"],
+    "interleaved, expert, zero 3": layout(2, "interleaved", zero=3, expert=2) | FAMILIES["mixtral"] | {"model__n_layers": 4},
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_have_the_bits_of_the_serial_run(name: str) -> None:
-    config = small_config(**LAYOUTS[name])
+    config = small_config(**{"model__n_layers": 2, "train__global_batch": 4, **LAYOUTS[name]})
     outcomes = run_on_groups(4, lambda comm: train_steps(config, comm))
     expected_numbers, expected = train_serially(on_one_rank(config))
     assert all(outcome.numbers == expected_numbers for outcome in outcomes)
