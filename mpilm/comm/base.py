@@ -223,7 +223,7 @@ def _decode(data: Tensor) -> Any:
     return json.loads(data.numpy().tobytes())
 
 
-def yield_until(is_done: Callable[[], object]) -> None:
+def yield_until(is_done: Callable[[], object], max_sleep_s: float = MAX_SLEEP_S) -> None:
     """Return when `is_done` returns true; yield the core between the calls, longer and longer."""
     tries = 0
     while not is_done():
@@ -231,7 +231,7 @@ def yield_until(is_done: Callable[[], object]) -> None:
         if tries < YIELDS_BEFORE_SLEEP:
             os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
         else:
-            time.sleep(min(MAX_SLEEP_S, 1e-6 * tries))
+            time.sleep(min(max_sleep_s, 1e-6 * tries))
 
 
 def unpack_into(parts: Sequence[Tensor], out: Tensor) -> None:

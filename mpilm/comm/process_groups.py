@@ -25,8 +25,11 @@ from mpilm.errors import ConfigError, LostRankError
 
 LIBRARIES = {"cpu": "Gloo", "cuda": "NCCL", "xpu": "XCCL"}  # by type of device; torch's builds for AMD call RCCL NCCL
 TIMEOUT = timedelta(days=30)  # of the libraries: the watchdog has the limits that count
+STORE_TIMEOUT = timedelta(minutes=5)  # for all ranks to arrive where a group is created
 CONNECT_S = 5.0  # for rank 0 to answer under one of its addresses
+POLL_S = 2e-5  # between two looks at a pending operation
 LOST_RANK_S = 10.0  # for the rank that has failed, or the launcher, to end this one: they know the cause
+ADVICE = "write --train.device-transport mpi"
 
 
 def has_process_groups(device: torch.device) -> bool:
@@ -47,11 +50,10 @@ def connect_process_groups(control: Comm, device: torch.device) -> ProcessGroupC
 
 def _host_store() -> distributed.TCPStore:
     try:
-        return distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        return distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
     except RuntimeError as error:
-        raise ConfigError(
-            f"torch.distributed cannot listen on a port of {socket.gethostname()}: {_first_line(error)}"
-        ) from None
+        problem = f"cannot listen on a port of {socket.gethostname()}: {_first_line(error)}"
+        raise ConfigError(f"torch.distributed {problem}; {ADVICE}") from None
 
 
 def _join_store(addresses: list[str], port: int) -> distributed.TCPStore:
@@ -59,18 +61,17 @@ def _join_store(addresses: list[str], port: int) -> distributed.TCPStore:
     for address in addresses:
         with contextlib.suppress(OSError, RuntimeError):
             socket.create_connection((address, port), CONNECT_S).close()  # TCPStore itself would try for long
-            return distributed.TCPStore(address, port, wait_for_workers=False, timeout=TIMEOUT)
+            return distributed.TCPStore(address, port, wait_for_workers=False, timeout=STORE_TIMEOUT)
     places = " or ".join(f"{address}:{port}" for address in addresses)
-    raise ConfigError(f"torch.distributed: {socket.gethostname()} cannot reach rank 0 at {places}")
+    raise ConfigError(f"torch.distributed: {socket.gethostname()} cannot reach rank 0 at {places}; {ADVICE}")
 
 
 def _connect(control: Comm, device: torch.device, store: distributed.Store) -> ProcessGroupComm:
     try:
         return ProcessGroupComm(control, device, store, "world")
     except (RuntimeError, LostRankError) as error:
-        raise ConfigError(
-            f"torch.distributed: {LIBRARIES[device.type]} cannot connect the ranks: {_first_line(error)}"
-        ) from None
+        problem = f"{LIBRARIES[device.type]} cannot connect the ranks: {_first_line(error)}"
+        raise ConfigError(f"torch.distributed: {problem}; {ADVICE}") from None
 
 
 def _first_line(error: BaseException) -> str:
@@ -85,7 +86,7 @@ class ProcessGroupComm(Comm):
         self.control, self.device, self._store, self._path = control, device, store, path
         self.name, self.rank, self.size = control.name, control.rank, control.size
         self.mpi_library, self.mpi_details = control.mpi_library, control.mpi_details
-        self.device_transport = LIBRARIES[device.type]
+        self.device_transport = LIBRARIES[device.type] if self.size > 1 else ""
         self._split_count = 0
         self._group: Any = None
         if self.size > 1:
@@ -112,6 +113,7 @@ class ProcessGroupComm(Comm):
         return self._group is not None and x.device.type == self.device.type
 
     def _can_send(self, x: Tensor, peer: int) -> bool:
+        """Return whether the group can send to this rank. NCCL and XCCL would confuse messages, or wait for each other."""
         return self._can_move(x) and self.device.type == "cpu" and peer != self.rank
 
     def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
@@ -173,7 +175,7 @@ class ProcessGroupComm(Comm):
             length.wait()
             if int(sent) != out.numel():
                 if int(sent):
-                    data.wait()
+                    data.wait()  # or gloo would disconnect the ranks
                 raise RuntimeError(f"{self}: received {int(sent)} elements from rank {source} into a buffer of {out.numel()}")
             data.wait()
 
@@ -188,7 +190,7 @@ class ProcessGroupComm(Comm):
         """Wait. `start` is passed only to keep its buffers alive until then."""
         with self._name_lost_rank():
             if is_collective:  # of the others, gloo does not notice the end before somebody waits
-                yield_until(partial(self._has_ended, work))
+                yield_until(partial(self._has_ended, work), POLL_S)
             work.wait()
 
     def _has_ended(self, work: Any) -> bool:
@@ -201,7 +203,7 @@ class ProcessGroupComm(Comm):
             yield
         except RuntimeError as error:
             time.sleep(LOST_RANK_S)
-            reason = f"another rank has failed ({self}: {self.device_transport}: {_first_line(error)})"
+            reason = f"another rank has failed ({self}: {LIBRARIES[self.device.type]}: {_first_line(error)})"
             raise LostRankError(f"{reason}; the same command resumes from the newest checkpoint") from error
 
     # Over MPI.

@@ -1,12 +1,11 @@
 """The way in which tensors of the compute device travel between ranks: MPI, or torch.distributed's process groups."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 
 from mpilm.comm.base import Comm
-from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks
+from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.process_groups import connect_process_groups, has_process_groups
 from mpilm.config.schema import DeviceTransport
@@ -24,16 +23,17 @@ def connect_devices(setting: DeviceTransport, world: Comm, hardware: Hardware, i
     here. Collective; raises CollectiveError."""
     device, yields = hardware.device, hardware.oversubscribed
     by_mpi = world.with_options(gpu_aware=setting == "gpu-aware-mpi", yield_while_waiting=yields)
-    if setting == "torch":
-        obstacle = find_obstacle(world, device, is_elastic)
-        run_on_all_ranks(world, partial(_refuse, obstacle))
-        return _by_process_groups(by_mpi, device)
-    if setting != "auto" or device.type == "cpu" or world.size == 1:
+    if setting != "torch" and (setting != "auto" or device.type == "cpu" or world.size == 1):
         return by_mpi
-    candidates, note = {"mpi": by_mpi}, ""
+    obstacles = [text for text in world.all_gather_json(find_obstacle(world, device, is_elastic)) if text]
+    if setting == "torch":
+        if obstacles:
+            raise CollectiveError(ConfigError(f"--train.device-transport torch: {obstacles[0]}"))
+        return _by_process_groups(by_mpi, device)
+    candidates, note = {"mpi": by_mpi}, "".join(f"; {text}" for text in obstacles[:1])
     if all(world.all_gather_json(world.is_gpu_aware(device))):
         candidates["gpu-aware-mpi"] = world.with_options(gpu_aware=True, yield_while_waiting=yields)
-    if not any(world.all_gather_json(find_obstacle(world, device, is_elastic))):
+    if not obstacles:
         try:
             candidates["torch"] = _by_process_groups(by_mpi, device)
         except CollectiveError as error:
@@ -48,8 +48,11 @@ def find_obstacle(world: Comm, device: torch.device, is_elastic: bool) -> str:
         return "--fault.elastic true needs MPI for all messages: torch.distributed does not survive the loss of a rank"
     if not has_process_groups(device):
         return f"this build of torch has no torch.distributed for {device.type}"
-    if device.type != "cpu" and node.size > torch.get_device_module(device).device_count():
-        return "several ranks share a GPU, which NCCL and XCCL do not support; start as many ranks a node as it has GPUs"
+    if device.type != "cpu":
+        properties = torch.get_device_module(device).get_device_properties(device)
+        used = node.all_gather_json(str(getattr(properties, "uuid", device.index)))
+        if len(set(used)) < node.size:
+            return "several ranks share a GPU, which NCCL and XCCL do not support; start one rank a GPU"
     return ""
 
 
@@ -101,8 +104,3 @@ def _by_process_groups(world: Comm, device: torch.device) -> Comm:
     if isinstance(world, InstrumentedComm):
         return world.replace_inner("connect", lambda inner: connect_process_groups(inner, device))
     return connect_process_groups(world, device)
-
-
-def _refuse(obstacle: str) -> None:
-    if obstacle:
-        raise ConfigError(f"--train.device-transport torch: {obstacle}")

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
@@ -132,7 +133,8 @@ def test_store_that_cannot_be_reached_is_one_error_on_all_ranks(monkeypatch: pyt
         return str(caught.value)
 
     assert set(run_ranks(3, body)) == {
-        f"torch.distributed: {socket.gethostname()} cannot reach rank 0 at 127.0.0.1:{unused} (on ranks 1, 2)"
+        f"torch.distributed: {socket.gethostname()} cannot reach rank 0 at 127.0.0.1:{unused}; "
+        "write --train.device-transport mpi (on ranks 1, 2)"
     }
 
 
@@ -166,6 +168,17 @@ def test_torch_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) 
     assert elastic.startswith("--train.device-transport torch: --fault.elastic true needs MPI for all messages")
     monkeypatch.setattr(device_transport, "has_process_groups", lambda device: False)
     assert message(SelfComm()) == "--train.device-transport torch: this build of torch has no torch.distributed for cpu"
+
+
+@pytest.mark.parametrize(("ids", "shared"), [(("a", "b"), False), (("a", "a"), True)])
+def test_ranks_that_share_a_gpu_have_no_process_groups(
+    ids: tuple[str, str], shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where each rank sees one GPU alone, as its number 0."""
+    monkeypatch.setattr(device_transport, "has_process_groups", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=ids[device.index]))
+    found = run_ranks(2, lambda comm: device_transport.find_obstacle(comm, torch.device("cuda", comm.rank), is_elastic=False))
+    assert [text.startswith("several ranks share a GPU") for text in found] == [shared] * 2
 
 
 def test_fastest_transport_that_moves_all_bytes_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
