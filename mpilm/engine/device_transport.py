@@ -23,9 +23,12 @@ def connect_devices(setting: DeviceTransport, world: Comm, hardware: Hardware, i
     here. Collective; raises CollectiveError."""
     device, yields = hardware.device, hardware.oversubscribed
     by_mpi = world.with_options(gpu_aware=setting == "gpu-aware-mpi", yield_while_waiting=yields)
-    if setting != "torch" and (setting != "auto" or device.type == "cpu" or world.size == 1):
+    kinds = sorted(set(world.all_gather_json(device.type)))
+    if setting != "torch" and (setting != "auto" or "cpu" in kinds or world.size == 1):
         return by_mpi
     obstacles = [text for text in world.all_gather_json(find_obstacle(world, device, is_elastic)) if text]
+    if len(kinds) > 1:
+        obstacles = [f"the ranks compute on {' and '.join(kinds)}; name one of them with --train.device"]
     if setting == "torch":
         if obstacles:
             raise CollectiveError(ConfigError(f"--train.device-transport torch: {obstacles[0]}"))

@@ -135,15 +135,15 @@ def _read_cgroup_cores(file: Path) -> float:
 def choose_device(setting: str, node: Comm) -> torch.device:
     """Return this rank's device of the type that train.device names: a GPU, assigned round-robin within the node, or the CPU.
     Raises ConfigError."""
-    found = next((kind for kind in GPU_TYPES if torch.get_device_module(kind).is_available()), "cpu")
-    kind = found if setting == "auto" else setting
+    kind, _, number = setting.partition(":")
+    if setting == "auto":
+        kind = next((each for each in GPU_TYPES if torch.get_device_module(each).is_available()), "cpu")
+    if kind not in ("cpu", *GPU_TYPES):
+        raise ConfigError(f"--train.device {setting}: no such type of device; write cpu, cuda (NVIDIA, AMD) or xpu (Intel)")
+    if number:
+        raise ConfigError(f"--train.device {setting}: the ranks of a node take its devices in turn; write {kind}")
     if kind == "cpu":
         return torch.device("cpu")
-    if kind.partition(":")[0] not in GPU_TYPES:
-        raise ConfigError(f"--train.device {setting}: no such type of device; write cpu, cuda (NVIDIA, AMD) or xpu (Intel)")
-    if kind not in GPU_TYPES:
-        type_only = kind.partition(":")[0]
-        raise ConfigError(f"--train.device {setting}: the ranks of a node take its GPUs in turn; write {type_only}")
     gpus = torch.get_device_module(kind)
     if not gpus.is_available():
         raise ConfigError(f"--train.device {kind}: torch sees no GPU here; write cpu, or install a build of torch for {kind}")

@@ -141,8 +141,8 @@ def test_store_that_cannot_be_reached_is_one_error_on_all_ranks(monkeypatch: pyt
 # The choice.
 
 
-def on_cpu(setting: str, comm: Comm, **options: bool) -> Comm:
-    return connect_devices(setting, comm, Hardware(CPU, 1, False), **options)  # type: ignore[arg-type]
+def on_cpu(setting: str, comm: Comm) -> Comm:
+    return connect_devices(setting, comm, Hardware(CPU, 1, False))  # type: ignore[arg-type]
 
 
 def test_cpus_use_mpi_unless_torch_is_named() -> None:
@@ -159,13 +159,15 @@ def test_cpus_use_mpi_unless_torch_is_named() -> None:
 
 
 def test_torch_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def message(comm: Comm, **options: bool) -> str:
+    def message(comm: Comm, is_elastic: bool = False, kind: str = "cpu") -> str:
         with pytest.raises(CollectiveError) as caught:
-            on_cpu("torch", comm, **options)
+            connect_devices("torch", comm, Hardware(torch.device(kind), 1, False), is_elastic)
         return str(caught.value)
 
     elastic, *_ = run_ranks(2, lambda comm: message(comm, is_elastic=True))
     assert elastic.startswith("--train.device-transport torch: --fault.elastic true needs MPI for all messages")
+    mixed, *_ = run_ranks(2, lambda comm: message(comm, kind=("cpu", "meta")[comm.rank]))
+    assert mixed.endswith("torch: the ranks compute on cpu and meta; name one of them with --train.device")
     monkeypatch.setattr(device_transport, "has_process_groups", lambda device: False)
     assert message(SelfComm()) == "--train.device-transport torch: this build of torch has no torch.distributed for cpu"
 

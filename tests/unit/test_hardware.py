@@ -141,7 +141,7 @@ def test_missing_gpu_is_refused_if_asked_for(monkeypatch):
     [
         ("xpu", "torch sees no GPU here; write cpu, or install a build of torch for xpu"),
         ("mps", r"no such type of device; write cpu, cuda \(NVIDIA, AMD\) or xpu \(Intel\)"),
-        ("cuda:1", "the ranks of a node take its GPUs in turn; write cuda"),
+        ("cuda:1", "the ranks of a node take its devices in turn; write cuda"),
     ],
 )
 def test_device_that_ranks_cannot_use_is_refused(setting, message):
