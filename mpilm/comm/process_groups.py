@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from mpilm.comm.addresses import list_own_addresses
 from mpilm.comm.base import Comm, Counts, Request, yield_until
 from mpilm.comm.collective_errors import run_on_all_ranks
-from mpilm.errors import ConfigError, LostRankError
+from mpilm.errors import ConfigError, LostRankError, is_out_of_memory
 
 LIBRARIES = {"cpu": "Gloo", "cuda": "NCCL", "xpu": "XCCL"}  # by type of device; torch's builds for AMD call RCCL NCCL
 TIMEOUT = timedelta(days=30)  # of the libraries: the watchdog has the limits that count
@@ -202,6 +202,8 @@ class ProcessGroupComm(Comm):
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             time.sleep(LOST_RANK_S)
             reason = f"another rank has failed ({self}: {LIBRARIES[self.device.type]}: {_first_line(error)})"
             raise LostRankError(f"{reason}; the same command resumes from the newest checkpoint") from error
