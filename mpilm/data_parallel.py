@@ -69,7 +69,7 @@ class DataParallel:
         if self.statistics.norms and comm.rank == 0:
             problem = "normalizes each microbatch by itself, so results depend on the size of a microbatch"
             warnings.warn(f"{type(self.statistics.norms[0]).__name__} {problem}; GroupNorm and LayerNorm do not", stacklevel=2)
-        self.reducer = make_step_reducer(self.flat, model, microbatches, overlap=self.flat.device.type == "cuda")
+        self.reducer = make_step_reducer(self.flat, model, microbatches, overlap=self.flat.device.type != "cpu")
 
     def microbatches(self, step: int) -> Iterator[int]:
         """Yield the numbers of this rank's microbatches; call backward in each round. After the last round, gradients are

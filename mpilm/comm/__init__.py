@@ -1,1 +1,1 @@
-"""Communication between ranks: one interface (base.py) over MPI, over threads, and for a single rank."""
+"""Communication between ranks: one interface (base.py) over MPI, over torch.distributed, and for a single rank."""

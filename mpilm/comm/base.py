@@ -7,6 +7,8 @@ collectives in the same order. The communicator's name, such as "data", appears 
 from __future__ import annotations
 
 import json
+import os
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +21,8 @@ from torch import Tensor
 Counts = Sequence[int]
 REDUCIBLE = (torch.float32, torch.float64, torch.int32, torch.int64)  # MPI cannot add bf16: exchange it, add in float32
 OPS = ("sum", "max", "min")
+YIELDS_BEFORE_SLEEP = 200
+MAX_SLEEP_S = 0.0005
 
 
 class Request:
@@ -42,6 +46,7 @@ class Comm(ABC):
     size: int
     mpi_library = "no MPI"  # name and version of the library that carries the messages
     mpi_details = ""  # path of that library, and its thread level
+    device_transport = ""  # the library that moves tensors, if MPI does not, and how it was chosen
     is_fault_tolerant = False  # the other ranks can continue when one fails
     checks_calls = False  # every collective first compares the calls of all ranks (InstrumentedComm)
 
@@ -117,6 +122,9 @@ class Comm(ABC):
         self.broadcast(data, root)
         return _decode(data)
 
+    def progress(self) -> None:  # noqa: B027 - most have nothing to do
+        """Let pending operations proceed while this rank waits for something else. MPI makes no progress by itself."""
+
     @abstractmethod
     def barrier(self) -> None:
         """Return when every rank has called it."""
@@ -138,6 +146,10 @@ class Comm(ABC):
     def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> Comm:
         """Return the same ranks with other transport options, if the implementation has any (MpiComm)."""
         return self
+
+    def is_gpu_aware(self, device: torch.device) -> bool:
+        """Return whether the implementation reports that it can read the memory of such devices itself."""
+        return False
 
     def is_rank_failure(self, error: BaseException) -> bool:
         """Return whether `error` means that a peer has failed."""
@@ -209,6 +221,17 @@ def _encode(value: Any) -> Tensor:
 
 def _decode(data: Tensor) -> Any:
     return json.loads(data.numpy().tobytes())
+
+
+def yield_until(is_done: Callable[[], object], max_sleep_s: float = MAX_SLEEP_S) -> None:
+    """Return when `is_done` returns true; yield the core between the calls, longer and longer."""
+    tries = 0
+    while not is_done():
+        tries += 1
+        if tries < YIELDS_BEFORE_SLEEP:
+            os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
+        else:
+            time.sleep(min(max_sleep_s, 1e-6 * tries))
 
 
 def unpack_into(parts: Sequence[Tensor], out: Tensor) -> None:

@@ -1,11 +1,14 @@
 """A communicator around a communicator that records calls and can check that all ranks make the same ones."""
 
+from __future__ import annotations
+
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm, Counts, Request
@@ -26,6 +29,7 @@ class InstrumentedComm(Comm):
         self.inner, self.checks_calls = inner, checks_calls
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
         self.mpi_library, self.mpi_details = inner.mpi_library, inner.mpi_details
+        self.device_transport = inner.device_transport
         self.is_fault_tolerant = inner.is_fault_tolerant
         self.recorder = recorder or FlightRecorder()
         self.world_ranks = world_ranks or range(inner.size)
@@ -34,7 +38,14 @@ class InstrumentedComm(Comm):
         self._counts: Counter[str] = Counter()  # of collectives and messages
 
     def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> Comm:
-        inner = self.inner.with_options(gpu_aware, yield_while_waiting)
+        return self._around(self.inner.with_options(gpu_aware, yield_while_waiting))
+
+    def replace_inner(self, op: str, make: Callable[[Comm], Comm]) -> InstrumentedComm:
+        """Return this communicator around `make(inner)`, another one of the same ranks. Collective, and recorded as `op`."""
+        call = self._record_collective(op)
+        return self._around(self.recorder.wait(call, lambda: make(self.inner)))
+
+    def _around(self, inner: Comm) -> InstrumentedComm:
         other = InstrumentedComm(inner, self.checks_calls, self.recorder, self.world_ranks)
         other._counts = self._counts  # the same calls in the order of all ranks
         return other
@@ -93,6 +104,12 @@ class InstrumentedComm(Comm):
     def allocate_shared(self, numel: int) -> list[Tensor] | None:
         call = self._record_collective("allocate_shared")
         return self.recorder.wait(call, lambda: self.inner.allocate_shared(numel))
+
+    def progress(self) -> None:
+        self.inner.progress()
+
+    def is_gpu_aware(self, device: torch.device) -> bool:
+        return self.inner.is_gpu_aware(device)
 
     def is_rank_failure(self, error: BaseException) -> bool:
         return self.inner.is_rank_failure(error)

@@ -8,6 +8,7 @@ of another library.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -20,19 +21,18 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpilm.comm.base import Comm, Counts, Request
+from mpilm.comm.base import MAX_SLEEP_S, Comm, Counts, Request, yield_until
 from mpilm.comm.processes import LAUNCHERS, find_ancestor, kill_later
 from mpilm.comm.shared_memory import map_shared_memory
 
 MOVE_TYPES = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T}  # by item size
 REDUCE_TYPES = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T}
+GPU_KINDS = {"cuda": ("cuda",), "xpu": ("ze",)}  # as functions of MPICH and Open MPI name them, by torch's device type
 REDUCE_OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 FAILURE_CLASSES = [getattr(MPI, f"ERR_{name}", None) for name in ("PROC_FAILED", "PROC_FAILED_PENDING", "REVOKED")]
 ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpirun --with-ft ulfm
 MAX_COUNT = 2**31 - 1  # Open MPI 5 has no calls with larger counts
 FINALIZE_TIMEOUT_S = 60  # for MPI_Finalize, once all ranks have reached it
-YIELDS_BEFORE_SLEEP = 200
-MAX_SLEEP_S = 0.0005
 RANK_TIMEOUT_S = 5  # for MPI_Abort to end this rank
 LAUNCHER_TIMEOUT_S = 60  # for the launcher to exit: it first notifies the other hosts
 
@@ -86,6 +86,16 @@ class MpiComm(Comm):
 
     def allocate_shared(self, numel: int) -> list[Tensor] | None:
         return map_shared_memory(self, numel) if self.split_node().size == self.size else None
+
+    def progress(self) -> None:
+        self._comm.Iprobe()
+
+    def is_gpu_aware(self, device: torch.device) -> bool:
+        kinds = ("hip", "rocm") if torch.version.hip else GPU_KINDS.get(device.type, ())  # torch calls AMD's devices cuda, too
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(_library_path())
+            return any(query() for kind in kinds if (query := getattr(library, f"MPIX_Query_{kind}_support", None)))
+        return False
 
     def abort(self, code: int) -> None:
         force_exit()
@@ -141,29 +151,24 @@ class MpiComm(Comm):
         return status
 
     def _wait(self, request: MPI.Request) -> MPI.Status:
-        status, tries = MPI.Status(), 0
-        if not self.yield_while_waiting:
+        status = MPI.Status()
+        if self.yield_while_waiting:
+            yield_until(lambda: request.Test(status))
+        else:
             request.Wait(status)
-            return status
-        while not request.Test(status):
-            tries += 1
-            if tries < YIELDS_BEFORE_SLEEP:
-                os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
-            else:
-                time.sleep(min(MAX_SLEEP_S, 1e-6 * tries))
         return status
 
     def _can_read(self, tensor: Tensor) -> bool:
         """Return whether MPI can read and write this memory itself."""
-        return not tensor.is_cuda or self.gpu_aware
+        return tensor.device.type == "cpu" or self.gpu_aware
 
     def _host_buffer(self, tensor: Tensor, copy: bool = True) -> Tensor:
         """Return the memory to pass to MPI for a tensor: its own, or a host buffer, with its values if `copy` is true."""
         if self._can_read(tensor):
-            if tensor.is_cuda:
-                torch.cuda.current_stream(tensor.device).synchronize()  # MPI reads at once, not in stream order
+            if tensor.device.type != "cpu":  # MPI reads at once, not in stream order
+                torch.get_device_module(tensor.device).current_stream(tensor.device).synchronize()
             return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type != "cpu")
         return host.copy_(tensor) if copy else host
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from mpilm.config import schema
 from mpilm.config.check import check_config
 from mpilm.config.help import draw_help
+from mpilm.config.old_names import OLD_NAMES, OLD_VALUES
 from mpilm.config.schema import Config, ModelConfig, flag_of
 from mpilm.errors import ConfigError, FileError, is_first_process
 from mpilm.formatting import format_bytes, format_value
@@ -133,9 +134,10 @@ def _read_value(text: str, item: type) -> Any:
 
 def _replace_old(name: str, values: list[Any], warnings: dict[str, None] | None) -> tuple[str, list[Any]]:
     """Return a setting and its values with old names and values replaced by the current ones; add a warning for each."""
-    current = schema.OLD_NAMES.get(name, name)
-    table = schema.OLD_VALUES.get(current, {})
-    new = [table.get(value, value) if isinstance(value, str) else value for value in values]
+    current = OLD_NAMES.get(name, name)
+    table = OLD_VALUES.get(current, {})
+    words = [str(value).lower() if isinstance(value, bool) else value for value in values]
+    new = [table.get(word, value) if isinstance(word, str) else value for word, value in zip(words, values)]
     if warnings is not None and (current, new) != (name, values):
         old_text, new_text = (" ".join(map(str, [flag_of(key), *items])) for key, items in ((name, values), (current, new)))
         warnings[f"{old_text} is now {new_text}; the next version will not accept the old form"] = None

@@ -16,11 +16,6 @@ from mpilm.errors import ConfigError
 T = TypeVar("T")
 get_setting_types: Callable[[type], dict[str, Any]] = lru_cache(partial(get_type_hints, include_extras=True))
 
-# Old names and values still load from stored configs; flags and --config files may use them for one version, with a warning.
-OLD_NAMES = {"parallel.compress": "parallel.powersgd_rank"}
-OLD_REDUCE = {"shared": "shared-memory", "sent": "messages"}
-OLD_VALUES = {"parallel.reduce": OLD_REDUCE, "checkpoint.allow_change": OLD_NAMES, "drill": {"true": "kill"}}
-
 QWEN_STYLE = ("qwen", "qwen-moe")
 MIXTURES = ("mixtral", "qwen-moe")  # mixtures of experts
 GPT2_STYLE = ("gpt2", "bert")  # learned positions, no grouped-query attention, feed-forward layer of 4 d-model
@@ -58,6 +53,7 @@ PositiveCount = Annotated[PositiveInt, _at_most(4096)]  # of heads, experts, sta
 Count = Annotated[NonNegativeInt, _at_most(4096)]
 PositiveWidth = Annotated[PositiveInt, _at_most(2**24)]  # of a dimension of a tensor
 Width = Annotated[NonNegativeInt, _at_most(2**24)]
+DeviceTransport = Literal["auto", "mpi", "gpu-aware-mpi", "torch"]
 RankCounts = Annotated[tuple[int, ...], _POSITIVE, _at_most(1_000_000)]
 BatchSize = Annotated[PositiveInt, _at_most(2**20)]
 Fraction = Annotated[float, Range("at least 0 and below 1", lambda value: 0 <= value < 1)]
@@ -172,8 +168,10 @@ class TrainConfig:
     on_spike: Literal["ignore", "skip", "rewind"] = "ignore"
     spike_factor: PositiveFloat = 10.0  # A spike is this many standard deviations above the median of the last 64 losses.
     dtype: Literal["float32", "bfloat16"] = "float32"  # Compute precision; weights, sums and optimizer state stay float32.
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # Device; auto: a GPU if torch finds one.
-    gpu_aware_mpi: bool = False  # Pass GPU buffers to MPI directly, if the library can; false: through pinned memory.
+    device: str = "auto"  # Type of device: cpu, cuda (NVIDIA, AMD) or xpu (Intel); auto: a GPU if torch finds one.
+    # How GPU tensors travel between ranks: mpi through pinned memory, gpu-aware-mpi from the GPU by an MPI that can, torch by
+    # torch.distributed (NCCL, RCCL or XCCL; on CPUs gloo). auto: the fastest at the start; on CPUs mpi.
+    device_transport: DeviceTransport = "auto"
     threads: Threads = 0  # CPU threads per rank; 0: the cores that the rank may use, divided among the ranks of its node.
     reproducible: bool = True  # Sum gradients in a fixed order: equal bits on any number of ranks; false: MPI's Allreduce.
     recompute: Literal["none", "attention", "block"] = "none"  # Activation checkpointing of the attention core or whole blocks.
@@ -284,7 +282,7 @@ class Config:
 RESUME_MAY_CHANGE = {  # of the sections that determine the result, the settings that do not, or change its last bits only
     "model": ("init_from", "base"),
     "data": ("path", "tokenizer", "text_key", "max_document_mib"),  # the corpus and the tokenizer are compared by content
-    "train": ("steps", "threads", "device", "gpu_aware_mpi", "recompute", "compile"),
+    "train": ("steps", "threads", "device", "device_transport", "recompute", "compile"),
 }
 RESUME_MUST_KEEP = ("parallel.powersgd_rank", "parallel.sync_every")  # of the other sections
 

@@ -35,7 +35,7 @@ class DoctorArguments:
     bad_hosts: str = ""  # Run folder: only print the hosts that computed wrongly in it (bad-hosts.json), separated by commas.
     calibrate: bool = False  # Measure this machine for mpilm.plan, while nothing else runs here, and write a machine file.
     output: str = "machine.json"  # The file that --calibrate writes.
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # The device that --calibrate measures; auto: a GPU if torch finds one.
+    device: str = "auto"  # Type of device to measure: cpu, cuda (NVIDIA, AMD) or xpu (Intel); auto: a GPU if torch finds one.
 
 
 def main() -> Body:

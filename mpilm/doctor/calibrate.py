@@ -57,16 +57,16 @@ def write_calibration(comm: Comm, device: str, path: Path) -> None:
 
 def calibrate(comm: Comm, device: str, partial: Path | None = None) -> MachineProfile:
     """Measure this machine with these ranks. `partial` keeps the measurements, for a calibration that is killed. Collective."""
-    hardware = detect_hardware(TrainConfig(device=device), comm, bind=False)  # type: ignore[arg-type] # one rank alone measures all cores
+    hardware = detect_hardware(TrainConfig(device=device), comm, bind=False)  # one rank alone measures all cores
     comm = comm.with_options(gpu_aware=False, yield_while_waiting=hardware.oversubscribed)
-    node, cuda = comm.split_node(), hardware.device.type == "cuda"
+    node, has_gpu = comm.split_node(), hardware.device.type != "cpu"
     sizes = comm.all_gather_json(node.size)
     if len(set(sizes)) > 1:
         problem = f"nodes have {min(sizes)} to {max(sizes)} ranks"
         raise CollectiveError(ConfigError(f"{problem}: start the same number on each, as many as a job will have"))
     program_bytes = MemoryMeter(hardware.device).program_bytes
     cores = max(1, round(sum(node.all_gather_json(float(cores_per_rank(node))))))
-    kinds = 1 if node.size == 1 or cuda else 2  # of ranks: all of a node at once, or one alone
+    kinds = 1 if node.size == 1 or has_gpu else 2  # of ranks: all of a node at once, or one alone
     versions, tasks = software_versions(comm), 5 * kinds + 1 + (node.size > 1) + (node.size < comm.size)
     bench = Bench(comm, node, hardware.device, tasks=tasks)
     if partial is not None:
@@ -78,10 +78,11 @@ def calibrate(comm: Comm, device: str, partial: Path | None = None) -> MachinePr
         rates = measure_rates(alone, cores, 1)
         torch.set_num_threads(hardware.threads)
         compute, memory = compute + rates[0], memory + rates[1]
+    gpus = torch.get_device_module(hardware.device).device_count() if has_gpu else 1
     profile = MachineProfile(
         format=FORMAT, made=time.strftime("%Y-%m-%d %H:%M"), device=hardware.device.type,
         **{name: versions[name] for name in ("mpilm", "torch", "processor", "mpi")},
-        nodes=comm.size // node.size, ranks_per_node=node.size, gpus=torch.cuda.device_count() if cuda else 1, cores=cores,
+        nodes=comm.size // node.size, ranks_per_node=node.size, gpus=gpus, cores=cores,
         memory_bytes=_memory_bytes(hardware.device), program_bytes=max(comm.all_gather_json(program_bytes)),
         compute=tuple(compute), memory=tuple(memory), within=measure_network(bench, node),
         across=measure_network(bench, comm, node.size) if node.size < comm.size else None,
@@ -122,8 +123,8 @@ def _resume_from(partial: Path, bench: Bench, conditions: Mapping[str, Any]) -> 
 
 
 def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_properties(device).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))

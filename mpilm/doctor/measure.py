@@ -107,8 +107,8 @@ class Bench:
         def timed() -> float:
             start_s = time.perf_counter()
             action()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if self.device.type != "cpu":
+                torch.get_device_module(self.device).synchronize(self.device)
             return time.perf_counter() - start_s
 
         self.comm.barrier()

@@ -23,6 +23,7 @@ from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.compile import require_compiler
 
 GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bfloat16, FLOP/s
+GPU_TYPES = ("cuda", "xpu")  # as torch names them; auto takes the first that it finds
 PROBE_SIZE = 768  # of the timed matrix product: it takes little time, yet keeps the units busy
 BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")  # the user places threads
 
@@ -132,21 +133,35 @@ def _read_cgroup_cores(file: Path) -> float:
 
 
 def choose_device(setting: str, node: Comm) -> torch.device:
-    """Return this rank's GPU, assigned round-robin within the node, or the CPU. Raises ConfigError if a GPU is missing."""
-    if setting == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--train.device cuda: torch sees no GPU here; write cpu, or install a CUDA build of torch")
-    if setting == "cpu" or not torch.cuda.is_available():
+    """Return this rank's device of the type that train.device names: a GPU, assigned round-robin within the node, or the CPU.
+    Raises ConfigError."""
+    kind, _, number = setting.partition(":")
+    if setting == "auto":
+        kind = next((each for each in GPU_TYPES if torch.get_device_module(each).is_available()), "cpu")
+    if kind not in ("cpu", *GPU_TYPES):
+        raise ConfigError(f"--train.device {setting}: no such type of device; write cpu, cuda (NVIDIA, AMD) or xpu (Intel)")
+    if number:
+        raise ConfigError(f"--train.device {setting}: the ranks of a node take its devices in turn; write {kind}")
+    if kind == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", node.rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)  # before MPI touches a GPU: some libraries fail on any but the first
+    gpus = torch.get_device_module(kind)
+    if not gpus.is_available():
+        raise ConfigError(f"--train.device {kind}: torch sees no GPU here; write cpu, or install a build of torch for {kind}")
+    device = torch.device(kind, node.rank % gpus.device_count())
+    gpus.set_device(device)  # before MPI touches a GPU: some libraries fail on any but the first
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the processor."""
+    return processor_name() if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
 
 
 def measure_peak_flops(hardware: Hardware, dtype: str) -> tuple[float | None, str]:
     """Return this rank's peak FLOP/s, or None if it is unknown, and its source: for a GPU the vendor's number, for a CPU the
     best of a few matrix products, timed by all ranks of a node at once, per second of its cores: ranks may share them."""
-    if hardware.device.type == "cuda":
-        name = torch.cuda.get_device_name(hardware.device)
+    if hardware.device.type != "cpu":
+        name = device_name(hardware.device)
         known = next((peak for key, peak in GPU_PEAKS.items() if key in name), None) if dtype == "bfloat16" else None
         return known, "the vendor's number"
     a, out = torch.ones(2, PROBE_SIZE, PROBE_SIZE, dtype=getattr(torch, dtype))

@@ -48,7 +48,7 @@ class TrainModel(PipelinedModel):
         self.blocks = even_blocks(mesh.shape.replicas, self.microbatch_count)  # of each replica, unless they come in rounds
         super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment)
         self.is_local_sgd = config.parallel.sync_every > 0  # replicas train independently and synchronize every few steps
-        self.row_sum = compile_row_sum() if config.train.compile and device.type == "cuda" else None
+        self.row_sum = compile_row_sum() if config.train.compile and device.type != "cpu" else None
         self._plan_step()
         self.expert_load = None  # torch.compile leaves no place to count
         if config.model.arch in MIXTURES and not config.train.compile:

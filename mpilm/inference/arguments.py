@@ -3,7 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mpilm.config.schema import Config, DataConfig, GenerateConfig, NonNegativeInt, PositiveInt, Threads, TrainConfig, override
+from mpilm.config.schema import (
+    Config,
+    DataConfig,
+    DeviceTransport,
+    GenerateConfig,
+    NonNegativeInt,
+    PositiveInt,
+    Threads,
+    TrainConfig,
+    override,
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,10 @@ class InferenceCompute:
     """Precision and devices."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # Compute precision; weights stay float32.
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # Device; auto: a GPU if torch finds one.
-    gpu_aware_mpi: bool = False  # Pass GPU buffers to MPI directly; requires a GPU-aware MPI library.
+    device: str = "auto"  # Type of device: cpu, cuda (NVIDIA, AMD) or xpu (Intel); auto: a GPU if torch finds one.
+    # How GPU tensors travel between ranks: mpi through pinned memory, gpu-aware-mpi from the GPU by an MPI that can, torch by
+    # torch.distributed (NCCL, RCCL or XCCL; on CPUs gloo). auto: the fastest at the start; on CPUs mpi.
+    device_transport: DeviceTransport = "auto"
     threads: Threads = 0  # CPU threads per rank; 0: the cores that the rank may use, divided among the ranks of its node.
 
 

@@ -7,6 +7,7 @@ from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import check_same_on_all_ranks, run_on_all_ranks
 from mpilm.config.check import check_config
 from mpilm.config.schema import Config, flatten, override, replica_size, resolve_config
+from mpilm.engine.device_transport import connect_devices
 from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.pipelined import PipelinedModel, load_initial_weights
 from mpilm.errors import ConfigError
@@ -41,7 +42,7 @@ def load_model(config: Config, world: Comm) -> PipelinedModel:
     check_same_on_all_ranks(world, "settings", flatten(config))
     shape = run_on_all_ranks(world, lambda: _mesh_shape(config, world.size))
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
-    world = world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed)
+    world = connect_devices(config.train.device_transport, world, hardware)
     blocks_per_stage = run_on_all_ranks(world, lambda: partition_by_cost(config, config.model.vocab_size))
     model = PipelinedModel(config, Mesh(shape, world), blocks_per_stage, config.model.vocab_size, hardware.device, ALIGNMENT)
     load_initial_weights(model, world)

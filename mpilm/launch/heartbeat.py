@@ -1,7 +1,6 @@
 """Heartbeats of the ranks of a job, without MPI: a table in the memory of each node, and datagrams between nodes."""
 
 import contextlib
-import fcntl
 import math
 import mmap
 import os
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mpilm.comm.addresses import list_own_addresses
 from mpilm.comm.base import Comm
 
 TICK, MOVED, WAITING = range(3)  # columns: when its process last lived, when it last moved, if it waits for other ranks
 REPORTED = 0  # column of the header: 1 once a rank of this node reports a hang
 ARITY = 16  # children of a node in the tree of nodes: no node sends to more
 MESSAGE = struct.Struct("<16sId?")  # token, node, seconds since any rank of its subtree moved, request of a report
-SIOCGIFADDR = 0x8915  # ioctl: address of a network interface
 
 
 class HeartbeatTable:
@@ -63,7 +62,7 @@ class NodeLinks:
         self.socket.bind(("", 0))
         self.socket.setblocking(False)
         port = self.socket.getsockname()[1]
-        self.addresses = world.all_gather_json([[address, port] for address in _own_addresses()])
+        self.addresses = world.all_gather_json([[address, port] for address in list_own_addresses()])
         self.token = bytes.fromhex(world.broadcast_json(os.urandom(16).hex()))
         children = range(ARITY * self.node + 1, min(ARITY * self.node + 1 + ARITY, len(nodes)))
         self.neighbours = [*([(self.node - 1) // ARITY] if self.node else []), *children]
@@ -101,14 +100,3 @@ class NodeLinks:
         for address in (address for rank in ranks for address in self.addresses[rank]):
             with contextlib.suppress(OSError):
                 self.socket.sendto(message, tuple(address))
-
-
-def _own_addresses() -> list[str]:
-    """Return the IPv4 addresses of this host's interfaces but the loopback's."""
-    addresses = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                reply = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                addresses.append(socket.inet_ntoa(reply[20:24]))
-    return [address for address in addresses if not address.startswith("127.")]

@@ -14,7 +14,7 @@ from mpilm.comm.base import Comm
 
 MANTISSA = 52
 ROW = 1 << 11  # so many multiples below 2^51 add up to less than 2^63
-CHUNK_ROWS = {"cpu": 1 << 5, "cuda": 1 << 13}  # on a CPU the float64 copy of a chunk stays in the core's cache
+CHUNK_ROWS = {"cpu": 1 << 5, "gpu": 1 << 13}  # on a CPU the float64 copy of a chunk stays in the core's cache
 LOW_BITS = 31  # in the low word of a row's sum, and then of the total
 
 RowSum = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -64,7 +64,7 @@ def _sum_of_squares(piece: Tensor, exponent: int, row_sum: RowSum | None) -> int
     full = piece.numel() // ROW * ROW
     rows, rest = piece[:full].view(-1, ROW), piece.new_zeros(1, ROW)
     rest[0, : piece.numel() - full] = piece[full:]
-    chunks = rows.split(CHUNK_ROWS[piece.device.type]) if row_sum is None else ()
+    chunks = rows.split(CHUNK_ROWS["cpu" if piece.device.type == "cpu" else "gpu"]) if row_sum is None else ()
     words = [_row_sum(chunk, shift, shift_sum) for chunk in (*chunks, rest)]
     words += [] if row_sum is None else [row_sum(rows, shift, shift_sum)]
     return sum((high << LOW_BITS) + low for high, low in map(Tensor.tolist, words))

@@ -40,21 +40,22 @@ class MemoryMeter:
         trim_heap()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # reset the peak, VmHWM
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        self._gpu = torch.get_device_module(device) if device.type != "cpu" else None
+        if self._gpu is not None:
+            self._gpu.reset_peak_memory_stats(device)
         self._resident, self._shared = _read_bytes("status", "VmRSS"), shared_bytes()
         # the program's own, before there is a model
-        self.program_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else proportional_bytes()
+        self.program_bytes = self._gpu.memory_allocated(device) if self._gpu else proportional_bytes()
 
     @property
     def used_bytes(self) -> int:
         """Memory in use now."""
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else _read_bytes("status", "VmRSS")
+        return self._gpu.memory_allocated(self.device) if self._gpu else _read_bytes("status", "VmRSS")
 
     def peak_bytes(self, own_shared: int) -> int:
         """Return the highest use so far, with the program's shared pages divided as they were at the start. `own_shared` is
         this rank's part of memory that ranks share; the parts of others, which it sees too, do not count."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+        if self._gpu is not None:
+            return self._gpu.max_memory_allocated(self.device)
         others = max(0, shared_bytes() - self._shared - own_shared)
         return _read_bytes("status", "VmHWM") - self._resident + self.program_bytes - others

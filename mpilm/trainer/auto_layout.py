@@ -108,6 +108,6 @@ def _time_part(config: Config, vocab_size: int, device: torch.device, part: int,
     while time.perf_counter() < start_s + MEASURE_S:
         forward_backward()
         calls += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
     return (time.perf_counter() - start_s) / calls

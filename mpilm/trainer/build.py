@@ -13,6 +13,7 @@ from mpilm.data.batch import Batches
 from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files
 from mpilm.data.training_data import TrainingData, open_training_data
+from mpilm.engine.device_transport import connect_devices
 from mpilm.engine.hardware import Hardware, detect_hardware, numerics_environment, processor_name, software_fingerprint
 from mpilm.engine.pipelined import load_initial_weights
 from mpilm.engine.recheck import Recheck
@@ -49,7 +50,8 @@ def open_inputs(config: Config, world: Comm) -> RunInputs:
     if not config.parallel.auto:
         run_on_all_ranks(world, lambda: resolve_mesh_shape(config, world.size))  # refused before anything is read
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
-    world = instrument(world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed), checks_calls=False)
+    connected = connect_devices(config.train.device_transport, world, hardware, config.fault.elastic)
+    world = instrument(connected, checks_calls=False)
     world.recorder.enter("preparation")
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)  # rank 0 may train a tokenizer on all cores
     data = open_training_data(config, yielding)

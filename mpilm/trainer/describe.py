@@ -12,7 +12,7 @@ import torch
 
 import mpilm
 from mpilm.config.schema import LORA_TARGETS, microbatch_count
-from mpilm.engine.hardware import measure_peak_flops, processor_name, software_versions
+from mpilm.engine.hardware import device_name, measure_peak_flops, software_versions
 from mpilm.errors import OutOfMemoryError
 from mpilm.formatting import command_text, count_noun, format_mebibytes
 from mpilm.mesh.shape import AXES
@@ -64,7 +64,7 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
 
 def _first_line(run: Run, threads: Sequence[int]) -> str:
     hardware = run.hardware
-    device = torch.cuda.get_device_name() if hardware.device.type == "cuda" else processor_name()
+    device = device_name(hardware.device)
     text = f"{count_noun(threads[0], 'thread')} each"
     if len(set(threads)) > 1:
         text = f"{', '.join(map(str, threads))} threads (unequal: the last bits depend on which rank computes what)"
@@ -79,6 +79,8 @@ def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int])
     if hardware.threads > max(1.0, float(hardware.cores)):
         sharing = f"{hardware.threads} threads a rank on {float(hardware.cores):.2g} core{'s' * (hardware.cores > 1)}"
         yield "warning", f"{sharing}: threads that share a core are many times slower; omit --train.threads and OMP_NUM_THREADS"
+    if transport := run.mesh.world.device_transport:
+        yield "", f"tensors travel by {transport}"
     yield from _layout_rows(run)
     yield from _training_rows(run, row)
     if (train := run.config.train).warmup_steps > train.steps:
@@ -87,7 +89,7 @@ def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int])
     if run.recheck.obstacle and run.config.fault.recheck_every:
         yield "note", f"computation is not rechecked (--fault.recheck-every): {run.recheck.obstacle}"
     where = "" if run.mesh.world.size == 1 else " (largest rank)"
-    gpu = " of GPU memory" if hardware.device.type == "cuda" else ""
+    gpu = " of GPU memory" if hardware.device.type != "cpu" else ""
     peak = f"{format_mebibytes(row['predicted_memory_bytes'])}{gpu} predicted peak{where}"
     yield "memory", f"{peak}: {list_parts(predicted)}"
     yield "run", f"{run.folder.path}" + (f", from step {run.folder.step}" if run.folder.step else "")

@@ -11,8 +11,9 @@ from mpilm.checkpoint.format import checkpoint_step, list_checkpoints, read_trai
 from mpilm.checkpoint.manager import remove_leftovers, set_aside
 from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_with_verify
 from mpilm.comm.base import Comm
+from mpilm.config.old_names import OLD_NAMES
 from mpilm.config.parse import merge_settings, read_toml
-from mpilm.config.schema import OLD_NAMES, PART_SETTINGS, Config, flatten, override, result_settings, state_parts, to_dict
+from mpilm.config.schema import PART_SETTINGS, Config, flatten, override, result_settings, state_parts, to_dict
 from mpilm.data.files import write_durably
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.formatting import count_noun

@@ -31,7 +31,7 @@ class ReplayParallel:
 class ReplayCompute:
     """Devices."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # Device; auto: a GPU if torch finds one.
+    device: str = "auto"  # Type of device: cpu, cuda (NVIDIA, AMD) or xpu (Intel); auto: a GPU if torch finds one.
     threads: Threads = 0  # CPU threads per rank; 0: as many as the run had, because the last bits depend on it.
 
 

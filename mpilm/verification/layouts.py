@@ -26,6 +26,7 @@ from mpilm.config.schema import (
     tensor_part_count,
 )
 from mpilm.data.batch import Batch
+from mpilm.engine.device_transport import connect_devices
 from mpilm.engine.hardware import Hardware, detect_hardware
 from mpilm.engine.step import forward_backward, optimizer_step
 from mpilm.engine.train_model import TrainModel
@@ -40,7 +41,7 @@ from mpilm.parallel.pipeline.schedules import SCHEDULES
 VOCAB_SIZE = 331
 MAX_LAYOUTS = 64
 COLUMNS = ("data", "pipeline", "expert", "context", "tensor")
-CUDA_TOLERANCE = 1e-4  # relative to the largest element: GPU kernels may add in another order each time
+GPU_TOLERANCE = 1e-4  # relative to the largest element: GPU kernels may add in another order each time
 
 Slices = Mapping[ParamSlice, Tensor]
 
@@ -110,8 +111,8 @@ def verify_layouts(config: Config, world: Comm, self_test: bool, print_line: Cal
     rank flips the lowest bit of one gradient element, which the comparison must find."""
     check_same_on_all_ranks(world, "settings", flatten(config))
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
-    world = InstrumentedComm(world.with_options(config.train.gpu_aware_mpi, hardware.oversubscribed))
-    tolerance = CUDA_TOLERANCE if hardware.device.type == "cuda" else 0.0
+    world = InstrumentedComm(connect_devices(config.train.device_transport, world, hardware))
+    tolerance = GPU_TOLERANCE if hardware.device.type != "cpu" else 0.0
     serial = dict[tuple[int, int], LayoutOutcome]()  # by the numbers of tensor and sequence parts
     titles = [f"{axis:>{max(4, len(axis))}}" for axis in COLUMNS]
     columns = f"{'  '.join(titles)}  {'parts':>5}  {'schedule':<11}  {'ZeRO':>4}"

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mpilm"
 NAMES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
-MAX_PACKAGE_LINES, MAX_CORE_LINES = 23_900, 17_300
+MAX_PACKAGE_LINES, MAX_CORE_LINES = 24_400, 17_800
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 CORE = {
     "comm", "mesh", "ops", "model", "data", "parallel", "optim", "checkpoint", "engine", "trainer", "launch", "config",
@@ -36,10 +36,10 @@ ROOMS = (  # from the lowest layer to the highest
 LAYERS = {room: layer for layer, rooms in enumerate(ROOMS) for room in rooms}
 COMMAND_LAYER = len(ROOMS)  # every other file at the top of the package
 PURE = (
-    "errors", "formatting", "config.schema", "config.presets", "config.parse", "config.check", "mesh.shape", "ops.tree",
-    "parallel.layout", "parallel.plan", "parallel.flat_layout", "parallel.layout_check", "parallel.pipeline.partition",
-    "parallel.pipeline.actions", "parallel.pipeline.schedules", "planner.simulate", "planner.draw",
-    "data.order",
+    "errors", "formatting", "config.schema", "config.presets", "config.old_names", "config.parse", "config.check",
+    "mesh.shape", "ops.tree", "parallel.layout", "parallel.plan", "parallel.flat_layout", "parallel.layout_check",
+    "parallel.pipeline.partition", "parallel.pipeline.actions", "parallel.pipeline.schedules", "planner.simulate",
+    "planner.draw", "data.order",
 )  # fmt: skip
 PARALLEL_WORDS = {"rank", "ranks", "mesh", "comm", "comms", "communicator", "world", "mpi"}
 MATRIX_RANKS = {"lora_rank"}  # ranks of matrices, which a model may know

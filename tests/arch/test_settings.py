@@ -14,7 +14,7 @@ def test_settings_equal_the_stored_list() -> None:
     assert real == stored, (
         f"new settings {new}, missing settings {gone}. A setting must earn its place (design, section 3): can a better "
         "mechanism do without it? If it stays, add it to tests/arch/settings.txt, which is sorted, one name per line, "
-        "and say in the commit who needs it. A renamed one also belongs in OLD_NAMES of mpilm/config/schema.py."
+        "and say in the commit who needs it. A renamed one also belongs in OLD_NAMES of mpilm/config/old_names.py."
     )
 
 

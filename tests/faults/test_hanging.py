@@ -44,6 +44,7 @@ HANGS = {
 DATA_CALL = r"in (barrier|all_reduce|all_to_all|all_gather) on (data|world)"
 PIPELINE_CALL = r"in (send|receive) on pipeline .*tag \d+"
 PIPELINE = ("--parallel.pipeline", 2, "--parallel.cut", "1,1")
+GLOO = ("--train.device-transport", "torch", "--parallel.zero", 3)  # tensors do not travel over MPI
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,8 @@ PIPELINE = ("--parallel.pipeline", 2, "--parallel.cut", "1,1")
         ("loop", 2, (), "forward", DATA_CALL),
         ("stop", 3, (), "optimizer", DATA_CALL),
         ("hold", 2, PIPELINE, "backward", PIPELINE_CALL),
+        ("stop", 3, GLOO, "backward", r"in (all_to_all|all_gather) on data"),
+        slow_case("loop", 2, (*GLOO[:2], *PIPELINE), "backward", PIPELINE_CALL),
         slow_case("sleep", 2, (), "forward", DATA_CALL),
         slow_case("hold", 2, (), "forward", DATA_CALL),
         slow_case("stop", 2, PIPELINE, "backward", PIPELINE_CALL),
@@ -155,12 +158,19 @@ def test_slow_rank_is_named_and_the_run_continues(tmp_path, data):
 
 # Ranks that die.
 
-DEATHS = [("kill", "data.next"), ("segv", "forward"), ("raise", "reduce.after"), ("os_exit", "reduce.before")]
+DEATHS = [
+    ("kill", "data.next", ()),
+    ("segv", "forward", ()),
+    ("raise", "reduce.after", ()),
+    ("os_exit", "reduce.before", ()),
+    ("kill", "backward", GLOO),
+    ("raise", "backward", GLOO),
+]
 MORE_DEATHS = [
-    (end, point)
+    (end, point, ())
     for end in ("kill", "segv", "raise", "os_exit", "exit")
     for point in ("data.next", "forward", "backward", "reduce.before", "reduce.after", "optimizer")
-    if (end, point) not in DEATHS
+    if (end, point, ()) not in DEATHS
 ]
 OWN_STDERR = """
 import os, runpy, sys
@@ -170,11 +180,12 @@ runpy.run_module("mpilm.train", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize(("end", "point"), [*DEATHS, *(slow_case(*death) for death in MORE_DEATHS)])
-def test_dying_rank_ends_the_job(tmp_path, data, end, point):
-    """Each rank has a file for its stderr: launchers do not always pass on what a crashing process has written."""
+@pytest.mark.parametrize(("end", "point", "flags"), [*DEATHS, *(slow_case(*death) for death in MORE_DEATHS)])
+def test_dying_rank_ends_the_job(tmp_path, data, end, point, flags):
+    """Each rank has a file for its stderr: launchers do not always pass on what a crashing process has written. The other rank
+    writes nothing."""
     run, errors = tmp_path / "run", tmp_path / "stderr-"
-    line = ["-c", OWN_STDERR, str(errors), *arguments(data, run, "--fault.step-timeout", 600)[2:]]
+    line = ["-c", OWN_STDERR, str(errors), *arguments(data, run, "--fault.step-timeout", 600, *flags)[2:]]
     with start_job(2, line, tmp_path, MPILM_FAULT=f"kind={end} rank=1 step=4 point={point}") as job:
         stderr = tmp_path / "stderr-1"
         job.wait_until(lambda: (stderr.exists() and stderr.read_text()) or job.process.poll() is not None)
@@ -186,6 +197,7 @@ def test_dying_rank_ends_the_job(tmp_path, data, end, point):
     assert f"fault: {end} at {point} of step 4 on rank 1" in text
     if end == "raise":
         assert "ValueError: injected by MPILM_FAULT" in text[text.index("mpilm: rank 1 of 2") :]
+    assert "mpilm" not in (tmp_path / "stderr-0").read_text()
     if end == "segv":
         assert "on rank 1\nFatal Python error: Segmentation fault\n" in text
         assert "in maybe_fire" in text

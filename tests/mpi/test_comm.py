@@ -1,6 +1,7 @@
 """The contract of communicators on real MPI: `mpirun -n 2 pytest`, and 1, 3 and 4 as well."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from mpilm.comm import shared_memory
 from mpilm.comm.base import Comm
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.comm.mpi import MpiComm, mpi_library_name, mpi_world
+from mpilm.comm.process_groups import ProcessGroupComm, connect_process_groups
+from mpilm.engine import device_transport
+
+CPU = torch.device("cpu")
 
 
 class Staged(MpiComm):
@@ -54,6 +59,26 @@ def test_instrumented_mpi_comm_keeps_the_contract(world: Comm, name: str) -> Non
     instrumented = InstrumentedComm(world, checks_calls=True)
     CONTRACT[name](instrumented)
     assert ranks_are_in_step(instrumented, name)
+
+
+@pytest.fixture(scope="module")
+def gloo(world: MpiComm) -> ProcessGroupComm:
+    return connect_process_groups(world, CPU)
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_process_group_comm_keeps_the_contract(gloo: Comm, name: str) -> None:
+    CONTRACT[name](gloo)
+    assert ranks_are_in_step(gloo, name)
+
+
+def test_process_groups_are_timed_against_mpi(world: MpiComm, gloo: Comm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_transport, "TIMED_BYTES", 1 << 16)
+    chosen = device_transport.choose_fastest(
+        {"mpi": world.with_options(gpu_aware=False, yield_while_waiting=True), "torch": gloo}, CPU
+    )
+    name = "Gloo" if chosen is gloo else "MPI"
+    assert re.fullmatch(rf"{name} \(mpi [\d.]+ ms, torch [\d.]+ ms\)", chosen.device_transport)
 
 
 def test_staging_leaves_buffers_unchanged_until_the_wait(staged: Staged) -> None:

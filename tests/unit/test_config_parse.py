@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from mpilm.config.old_names import OLD_NAMES, OLD_VALUES
 from mpilm.config.parse import SYNONYMS, merge_settings, parse, read_toml
 from mpilm.config.presets import PRESETS
-from mpilm.config.schema import OLD_NAMES, OLD_VALUES, Config, flatten, override, to_dict
+from mpilm.config.schema import Config, flatten, override, to_dict
 from mpilm.doctor.__main__ import DoctorArguments
 from mpilm.errors import RANK_VARIABLES, ConfigError, FileError
 from mpilm.inference.arguments import EvaluateArguments, GenerateArguments, ModelFolder
@@ -43,12 +44,12 @@ def test_parse_lets_later_sources_win(tmp_path):
     assert parse_train(*words) == override(from_file, model__n_layers=7, train__lr=0.75)
 
 
-@pytest.mark.parametrize("flag", ["--train.gpu-aware-mpi", "--train.gpu_aware_mpi"])
+@pytest.mark.parametrize("flag", ["--checkpoint.keep-best", "--checkpoint.keep_best"])
 @pytest.mark.parametrize(
     ("words", "value"), [(["true"], True), (["FALSE"], False), ([], True), (["--train.seed", "1"], True), (["False"], False)]
 )
 def test_parse_reads_booleans_in_any_spelling(flag, words, value):
-    assert parse_train(flag, *words).train.gpu_aware_mpi is value
+    assert parse_train(flag, *words).checkpoint.keep_best is value
 
 
 def test_parse_reads_hyphens_underscores_and_equals_signs_alike():
@@ -166,8 +167,9 @@ def test_old_names_are_replaced_with_one_warning_on_rank_0(tmp_path, capsys, mon
 
 
 def test_old_names_in_stored_settings_load_silently(capsys):
-    merged = merge_settings(Config(), {"parallel": {"compress": 2, "reduce": "shared"}}, "trainer.json")
-    assert merged == override(Config(), parallel__powersgd_rank=2, parallel__reduce="shared-memory")
+    merged = merge_settings(Config(), {"parallel": {"compress": 2, "reduce": "shared"}, "train": {"gpu_aware_mpi": True}}, "x")
+    changes = {"parallel__powersgd_rank": 2, "parallel__reduce": "shared-memory", "train__device_transport": "gpu-aware-mpi"}
+    assert merged == override(Config(), **changes)
     assert capsys.readouterr() == ("", "")
 
 

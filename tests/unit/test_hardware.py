@@ -136,6 +136,26 @@ def test_missing_gpu_is_refused_if_asked_for(monkeypatch):
         choose_device("cuda", SelfComm())
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("xpu", "torch sees no GPU here; write cpu, or install a build of torch for xpu"),
+        ("mps", r"no such type of device; write cpu, cuda \(NVIDIA, AMD\) or xpu \(Intel\)"),
+        ("cuda:1", "the ranks of a node take its devices in turn; write cuda"),
+    ],
+)
+def test_device_that_ranks_cannot_use_is_refused(setting, message):
+    with pytest.raises(ConfigError, match=f"--train\\.device {setting}: {message}"):
+        choose_device(setting, SelfComm())
+
+
+def test_gpus_of_any_type_are_found(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 4), ("set_device", lambda device: None)):
+        monkeypatch.setattr(torch.xpu, name, value)
+    assert [choose_device(setting, SelfComm()) for setting in ("auto", "xpu")] == [torch.device("xpu", 0)] * 2
+
+
 def test_gpus_are_assigned_round_robin(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
