@@ -213,9 +213,6 @@ class ProcessGroupComm(Comm):
     def barrier(self) -> None:
         self.control.barrier()
 
-    def progress(self) -> None:
-        self.control.progress()
-
     def all_gather_json(self, value: Any) -> list[Any]:
         return self.control.all_gather_json(value)
 
