@@ -171,7 +171,7 @@ class TrainConfig:
     device: str = "auto"  # Type of device: cpu, cuda (NVIDIA, AMD) or xpu (Intel); auto: a GPU if torch finds one.
     # How GPU tensors travel between ranks: mpi through pinned memory, gpu-aware-mpi from the GPU by an MPI that can, torch by
     # torch.distributed (NCCL, RCCL or XCCL; on CPUs gloo). auto: the fastest at the start; on CPUs mpi.
-    device_transport: DeviceTransport = "auto"
+    device_transport: DeviceTransport = "mpi"
     threads: Threads = 0  # CPU threads per rank; 0: the cores that the rank may use, divided among the ranks of its node.
     reproducible: bool = True  # Sum gradients in a fixed order: equal bits on any number of ranks; false: MPI's Allreduce.
     recompute: Literal["none", "attention", "block"] = "none"  # Activation checkpointing of the attention core or whole blocks.
