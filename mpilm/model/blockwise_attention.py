@@ -21,9 +21,8 @@ class BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
         ctx.scale, ctx.causal, ctx.mask = 1 / math.sqrt(q.shape[-1]), causal, mask
-        q = q * ctx.scale
         ctx.save_for_backward(q, k, v)
-        out = torch.empty_like(q)
+        q, out = q * ctx.scale, torch.empty_like(q)
         for rows, keys in _blocks(q.shape[-2], causal):
             weights = _attention_weights(_grouped(q, k, rows), k[:, :, keys], rows, causal, mask)
             out[:, :, rows] = _ungrouped(weights @ v[:, :, keys], q, rows)
@@ -32,6 +31,7 @@ class BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
+        q = q * ctx.scale
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         for rows, keys in _blocks(q.shape[-2], ctx.causal):
             queries, outputs = _grouped(q, k, rows), _grouped(gradient, k, rows)

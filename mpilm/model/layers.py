@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpilm.model.flops import LOSS_BLOCK
 from mpilm.model.sequence_info import Rotation, SequenceInfo
 
 IGNORE_INDEX = -100  # the target of a token that has no loss
-LOSS_BLOCK = 1 << 20  # logits whose cross-entropies are computed together: 4 MiB
 GPU_LOSS_BLOCK = 1 << 26  # fewer would leave a GPU idle between kernels
 
 

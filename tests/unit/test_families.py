@@ -328,13 +328,13 @@ def test_hf_folder_with_more_positions_is_cut(tmp_path):
     ("family", "changes", "message"),
     [
         ("gpt2", {"activation_function": "relu"}, "activation_function 'relu' of this model is not supported"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx true"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
         ("mixtral", {"sliding_window": 4096}, "sliding_window 4096"),
         ("qwen3-moe", {"norm_topk_prob": None}, "norm_topk_prob None"),
         ("qwen3-moe", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
-        ("qwen3", {"attention_bias": True}, "attention_bias True"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window true"),
+        ("qwen3", {"attention_bias": True}, "attention_bias true"),
     ],
 )
 def test_hf_config_of_an_unsupported_variant_is_refused(family, changes, message):

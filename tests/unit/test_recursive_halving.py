@@ -7,7 +7,8 @@ import torch
 from thread_ranks import run_ranks
 
 from mpilm.comm.instrumented import InstrumentedComm
-from mpilm.ops.recursive_halving import RecursiveHalvingReduceScatter, count_message_rounds, plan_halving
+from mpilm.ops.halving import count_message_rounds, plan_halving
+from mpilm.ops.recursive_halving import RecursiveHalvingReduceScatter
 from mpilm.ops.tree import block_of_rank, plan_block_accumulation
 from mpilm.ops.tree_reduce import GradientEncoding, TreeOrderReduceScatter
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mpilm.comm.base import Comm
 from mpilm.config.schema import Config, microbatch_count
-from mpilm.ops.recursive_halving import MIN_HALVING_RANKS
+from mpilm.ops.halving import MIN_HALVING_RANKS
 from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tree import AccumulateOp, AccumulationPlan, TreeNode, count_buffers, even_blocks, plan_block_accumulation
 from mpilm.ops.tree_reduce import GradientEncoding, make_encoding
