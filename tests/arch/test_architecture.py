@@ -37,7 +37,8 @@ LAYERS = {room: layer for layer, rooms in enumerate(ROOMS) for room in rooms}
 COMMAND_LAYER = len(ROOMS)  # every other file at the top of the package
 PURE = (
     "errors", "formatting", "config.schema", "config.presets", "config.old_names", "config.parse", "config.check",
-    "mesh.shape", "ops.halving", "ops.tree", "parallel.flat_layout", "parallel.layout", "parallel.layout_check", "parallel.plan",
+    "mesh.shape", "ops.halving", "ops.tree", "parallel.flat_layout", "parallel.layout", "parallel.layout_check",
+    "parallel.plan",
     "parallel.pipeline.partition", "parallel.pipeline.actions", "parallel.pipeline.schedules", "planner.simulate",
     "planner.draw", "data.order",
 )  # fmt: skip
