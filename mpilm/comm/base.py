@@ -28,14 +28,21 @@ MAX_SLEEP_S = 0.0005
 class Request:
     """A pending operation, which owns its buffers until `wait` returns."""
 
-    def __init__(self, finish: Callable[[], object] = lambda: None):
+    def __init__(self, finish: Callable[[], object] = lambda: None, sleep: Callable[[], object] = lambda: None):
         self._finish: Callable[[], object] | None = finish
+        self.sleep = sleep  # returns when all ranks of a collective call it; it may do nothing
 
     def wait(self) -> None:
         """Return when the buffers may be read and written again. A second call does nothing."""
         finish, self._finish = self._finish, None
         if finish is not None:
             finish()
+
+    def wait_together(self) -> None:
+        """Do the same, where all ranks start a collective and wait for it at once: until the last has come, they may sleep."""
+        if self._finish is not None:
+            self.sleep()
+        self.wait()
 
 
 class Comm(ABC):
@@ -87,10 +94,10 @@ class Comm(ABC):
         return self._irecv(out, self._check_peer("receive", source), tag)
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> None:
-        self.iall_reduce(x, op).wait()
+        self.iall_reduce(x, op).wait_together()
 
     def all_gather(self, x: Tensor, out: Tensor, counts: Counts | None = None) -> None:
-        self.iall_gather(x, out, counts).wait()
+        self.iall_gather(x, out, counts).wait_together()
 
     def all_to_all(
         self, x: Tensor, out: Tensor, send_counts: Counts | None = None, receive_counts: Counts | None = None

@@ -22,7 +22,8 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpilm.comm.base import MAX_SLEEP_S, Comm, Counts, Request, yield_until
-from mpilm.comm.processes import LAUNCHERS, find_ancestor, kill_later
+from mpilm.comm.node_barrier import SEMAPHORE_NUMEL, NodeBarrier
+from mpilm.comm.processes import LAUNCHERS, find_ancestor, kill_later, lengthen_time_slice
 from mpilm.comm.shared_memory import map_shared_memory
 
 MOVE_TYPES = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T}  # by item size
@@ -44,7 +45,8 @@ class MpiComm(Comm):
     def __init__(self, comm: MPI.Comm, name: str):
         self._comm, self.name, self.rank, self.size = comm, name, comm.Get_rank(), comm.Get_size()
         self._family = [comm]  # all communicators split from one world, to be revoked together
-        self.gpu_aware = self.yield_while_waiting = False
+        self.gpu_aware = self.yield_while_waiting = self._has_node_barrier = False
+        self._node_barrier: NodeBarrier | None = None
         self.mpi_library = mpi_library_name()
         self.is_fault_tolerant = os.environ.get(ULFM_VARIABLE, "").lower() in ("1", "true") and None not in FAILURE_CLASSES
 
@@ -56,10 +58,29 @@ class MpiComm(Comm):
     def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> MpiComm:
         other = copy(self)
         other.gpu_aware, other.yield_while_waiting = gpu_aware, yield_while_waiting
+        other._node_barrier, other._has_node_barrier = None, False
+        if yield_while_waiting:
+            lengthen_time_slice()
         return other
 
     def barrier(self) -> None:
-        self._wait(self._comm.Ibarrier())
+        self._sleep()
+        if self._node_barrier is None:
+            self._wait(self._comm.Ibarrier())
+
+    def _sleep(self) -> None:
+        """Sleep until all ranks call this, if they share a node and its cores; otherwise do nothing. The others are not woken
+        by a rank that fails, so ranks that outlive one do not sleep."""
+        if not self.yield_while_waiting or self.size == 1 or self.is_fault_tolerant:
+            return
+        if not self._has_node_barrier:
+            self._has_node_barrier = True  # before the calls that follow, which come here again
+            if (memory := self.allocate_shared(SEMAPHORE_NUMEL)) is not None:
+                barrier = NodeBarrier(self.rank, memory, self._comm.Iprobe)
+                self._wait(self._comm.Ibarrier())
+                self._node_barrier = barrier
+        if self._node_barrier is not None:
+            self._node_barrier.wait()
 
     def split(self, color: int, key: int, name: str) -> Comm:
         return self._wrap(self._comm.Split(color, key), name)
@@ -70,6 +91,7 @@ class MpiComm(Comm):
     def _wrap(self, comm: MPI.Comm, name: str) -> Comm:
         self._family.append(comm)
         other = copy(self)
+        other._node_barrier, other._has_node_barrier = None, False
         other._comm, other.name, other.rank, other.size = comm, name, comm.Get_rank(), comm.Get_size()
         return other
 
@@ -105,7 +127,7 @@ class MpiComm(Comm):
         host = self._host_buffer(x)
         numbers = [_memory(host), host.numel(), REDUCE_TYPES[host.dtype]]
         request = self._comm.Iallreduce(MPI.IN_PLACE, numbers, op=REDUCE_OPS[op])
-        return Request(partial(self._complete, request, host, x))
+        return Request(partial(self._complete, request, host, x), self._sleep)
 
     def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
         host_x, host_out = self._host_buffer(x), self._host_buffer(out, copy=False)
@@ -113,7 +135,7 @@ class MpiComm(Comm):
         in_place = x.numel() > 0 and host_x.data_ptr() == own_address  # MPI refuses buffers that overlap
         source = MPI.IN_PLACE if in_place else _as_words(host_x)
         request = self._comm.Iallgatherv(source, _as_words(host_out, counts))
-        return Request(partial(self._complete, request, host_out, out, host_x))
+        return Request(partial(self._complete, request, host_out, out, host_x), self._sleep)
 
     def _iall_to_all(self, x: Tensor, out: Tensor, send_counts: Counts, receive_counts: Counts) -> Request:
         host_x, host_out = self._host_buffer(x), self._host_buffer(out, copy=False)

@@ -1,7 +1,11 @@
 """Processes of this host as /proc shows them: their state, the work they do, the ranks a launcher has started."""
 
 import contextlib
+import ctypes
 import os
+import platform
+import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +17,8 @@ from mpilm.errors import RANK_VARIABLES
 LAUNCHERS = ("mpiexec", "mpiexec.hydra", "mpirun", "orterun", "prterun")
 DAEMONS = (*LAUNCHERS, "hydra_pmi_proxy", "prted", "orted", "slurmstepd", "palsd", "flux-shell")  # parents of the ranks
 KILL_LATER = "for second in $(seq {seconds}); do kill -0 {pid} 2>/dev/null || exit; sleep 1; done; kill -9 {pid}"
+SCHED_ATTR_BYTES = 48  # of struct sched_attr
+TIME_SLICE_NS = 20_000_000  # 7 times the usual one
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -83,3 +89,14 @@ def find_ranks(daemon: int) -> dict[int, list[int]]:
             if rank is not None:
                 ranks.setdefault(rank, []).append(pid)
     return ranks
+
+
+def lengthen_time_slice() -> None:
+    """Let the kernel interrupt this thread less often for others on its core, as far as it allows (Linux 6.12): ranks that
+    share a core then find more of their data in the cache. Does nothing where it is not allowed."""
+    number = {"x86_64": 314, "aarch64": 274}.get(platform.machine())  # of the system call sched_setattr
+    if number is None or sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        return
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    attributes = struct.pack("IIQiIQQQ", SCHED_ATTR_BYTES, os.SCHED_OTHER, 0, nice, 0, TIME_SLICE_NS, 0, 0)
+    ctypes.CDLL(None).syscall(number, 0, attributes, 0)
