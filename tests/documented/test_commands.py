@@ -27,7 +27,7 @@ from mpilm.planner.profile import write_profile
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMAND = r"(mpirun|mpilm|python|scripts/|sbatch|jobs/|pip|git|source|module|export|touch|pre-commit|[A-Z_]+=)"
+COMMAND = r"(mpirun|mpilm (?![0-9])|python|scripts/|sbatch|jobs/|pip|git|source|module|export|touch|pre-commit|[A-Z_]+=)"
 SMALL = {
     "--train.steps": "2", "--train.global-batch": "8", "--train.micro-batch": "1", "--model.context-length": "32",
     "--generate.max-tokens": "3", "--run.eval-batches": "1", "--run.trace-steps": "1:2",
