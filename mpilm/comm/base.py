@@ -28,9 +28,9 @@ MAX_SLEEP_S = 0.0005
 class Request:
     """A pending operation, which owns its buffers until `wait` returns."""
 
-    def __init__(self, finish: Callable[[], object] = lambda: None, sleep: Callable[[], object] = lambda: None):
+    def __init__(self, finish: Callable[[], object] = lambda: None, finish_together: Callable[[], object] | None = None):
         self._finish: Callable[[], object] | None = finish
-        self.sleep = sleep  # returns when all ranks of a collective call it; it may do nothing
+        self._finish_together = finish_together or finish  # the same, for `wait_together`
 
     def wait(self) -> None:
         """Return when the buffers may be read and written again. A second call does nothing."""
@@ -39,9 +39,9 @@ class Request:
             finish()
 
     def wait_together(self) -> None:
-        """Do the same, where all ranks start a collective and wait for it at once: until the last has come, they may sleep."""
+        """Do the same for a collective that all ranks start and wait for at once: until the last has come, they may sleep."""
         if self._finish is not None:
-            self.sleep()
+            self._finish = self._finish_together
         self.wait()
 
 

@@ -85,7 +85,8 @@ class InstrumentedComm(Comm):
             raise RanksDisagreeError(f"{self.name}: the ranks do not make the same call:{table}")
 
     def _record_wait(self, call: CommCall, request: Request) -> Request:
-        return Request(partial(self.recorder.wait, call, request.wait), partial(self.recorder.wait, call, request.sleep))
+        record = partial(self.recorder.wait, call)
+        return Request(partial(record, request.wait), partial(record, request.wait_together))
 
     def barrier(self) -> None:
         self.recorder.wait(self._record_collective("barrier"), self.inner.barrier)

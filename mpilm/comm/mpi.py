@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -56,17 +57,30 @@ class MpiComm(Comm):
         return f"{_library_path()}, threads: {levels[MPI.Query_thread()]}"
 
     def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> MpiComm:
-        other = copy(self)
+        other = self._copy()
         other.gpu_aware, other.yield_while_waiting = gpu_aware, yield_while_waiting
-        other._node_barrier, other._has_node_barrier = None, False
         if yield_while_waiting:
             lengthen_time_slice()
+        return other
+
+    def _copy(self) -> MpiComm:
+        other = copy(self)
+        other._node_barrier, other._has_node_barrier = None, False
         return other
 
     def barrier(self) -> None:
         self._sleep()
         if self._node_barrier is None:
             self._wait(self._comm.Ibarrier())
+
+    def _collective(self, finish: Callable[[], object]) -> Request:
+        """Return the request of a collective that no rank can complete before all have started it."""
+
+        def finish_together() -> None:
+            self._sleep()
+            finish()
+
+        return Request(finish, finish_together)
 
     def _sleep(self) -> None:
         """Sleep until all ranks call this, if they share a node and its cores; otherwise do nothing. The others are not woken
@@ -76,7 +90,7 @@ class MpiComm(Comm):
         if not self._has_node_barrier:
             self._has_node_barrier = True  # before the calls that follow, which come here again
             if (memory := self.allocate_shared(SEMAPHORE_NUMEL)) is not None:
-                barrier = NodeBarrier(self.rank, memory, self._comm.Iprobe)
+                barrier = NodeBarrier(self.rank, memory, self.progress)
                 self._wait(self._comm.Ibarrier())
                 self._node_barrier = barrier
         if self._node_barrier is not None:
@@ -90,8 +104,7 @@ class MpiComm(Comm):
 
     def _wrap(self, comm: MPI.Comm, name: str) -> Comm:
         self._family.append(comm)
-        other = copy(self)
-        other._node_barrier, other._has_node_barrier = None, False
+        other = self._copy()
         other._comm, other.name, other.rank, other.size = comm, name, comm.Get_rank(), comm.Get_size()
         return other
 
@@ -127,7 +140,7 @@ class MpiComm(Comm):
         host = self._host_buffer(x)
         numbers = [_memory(host), host.numel(), REDUCE_TYPES[host.dtype]]
         request = self._comm.Iallreduce(MPI.IN_PLACE, numbers, op=REDUCE_OPS[op])
-        return Request(partial(self._complete, request, host, x), self._sleep)
+        return self._collective(partial(self._complete, request, host, x))
 
     def _iall_gather(self, x: Tensor, out: Tensor, counts: Counts) -> Request:
         host_x, host_out = self._host_buffer(x), self._host_buffer(out, copy=False)
@@ -135,7 +148,7 @@ class MpiComm(Comm):
         in_place = x.numel() > 0 and host_x.data_ptr() == own_address  # MPI refuses buffers that overlap
         source = MPI.IN_PLACE if in_place else _as_words(host_x)
         request = self._comm.Iallgatherv(source, _as_words(host_out, counts))
-        return Request(partial(self._complete, request, host_out, out, host_x), self._sleep)
+        return self._collective(partial(self._complete, request, host_out, out, host_x))
 
     def _iall_to_all(self, x: Tensor, out: Tensor, send_counts: Counts, receive_counts: Counts) -> Request:
         host_x, host_out = self._host_buffer(x), self._host_buffer(out, copy=False)

@@ -1,5 +1,8 @@
 """The barrier of a node, with threads in the place of processes."""
 
+import ctypes
+import platform
+import struct
 import threading
 import time
 
@@ -8,7 +11,7 @@ import torch
 
 from mpilm.comm import node_barrier
 from mpilm.comm.node_barrier import SEMAPHORE_NUMEL, NodeBarrier
-from mpilm.comm.processes import lengthen_time_slice
+from mpilm.comm.processes import SCHED_ATTR_BYTES, TIME_SLICE_NS, lengthen_time_slice
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -48,6 +51,28 @@ def test_a_rank_that_waits_makes_progress_and_uses_no_processor(monkeypatch):
     timer.join()
 
 
-def test_time_slice_is_lengthened_or_left_alone():
-    lengthen_time_slice()
-    lengthen_time_slice()
+def read_attributes():
+    """Return policy, nice value and time slice of this thread, as the kernel states them (sched_getattr)."""
+    attributes = ctypes.create_string_buffer(SCHED_ATTR_BYTES)
+    number = {"x86_64": 315, "aarch64": 275}[platform.machine()]
+    assert ctypes.CDLL(None).syscall(number, 0, attributes, SCHED_ATTR_BYTES, 0) == 0
+    _, policy, _, nice, _, slice_ns, *_ = struct.unpack("IIQiIQQQ", attributes.raw)
+    return policy, nice, slice_ns
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="numbers of other system calls")
+def test_time_slice_is_lengthened_where_the_kernel_can():
+    found = []
+
+    def body():  # a thread of its own, because the slice is that of a thread
+        found.append(read_attributes())
+        lengthen_time_slice()
+        found.append(read_attributes())
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    (*before, _), (*after, slice_ns) = found
+    assert before == after
+    if tuple(map(int, platform.release().split(".")[:2])) >= (6, 12):
+        assert slice_ns == TIME_SLICE_NS
