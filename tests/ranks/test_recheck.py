@@ -5,6 +5,7 @@ import random
 import re
 import socket
 import threading
+import time
 from dataclasses import replace
 from functools import cache
 from math import prod
@@ -17,6 +18,7 @@ from text import tiny_config, write_tokens
 from thread_ranks import run_ranks
 from torch import nn
 
+from mpilm.checkpoint import manager
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.engine import recheck
 from mpilm.engine.recheck import Recheck, _find_wrong
@@ -26,6 +28,7 @@ from mpilm.mesh.shape import MeshShape
 from mpilm.optim.optimizer import AdamW
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.trainer import loop
+from mpilm.trainer.recovery import bad_hosts
 from mpilm.verification.layouts import RandomTokens
 
 MIXTURE = {"model__arch": "mixtral", "model__n_experts": 6, "model__d_ff": 32}
@@ -326,6 +329,20 @@ def test_rank_that_goes_wrong_is_found_at_the_next_recheck(tmp_path, data, savin
     message = WrongRank(step, each_time=True).run(config, 3)
     assert message.startswith(f"step {found}: ")
     assert "was computed wrongly by rank 0 (" in message
+
+
+def test_checkpoints_are_set_aside_once_old_ones_are_removed(tmp_path, data, saving, monkeypatch):
+    """A disk that removes slowly: a checkpoint that was listed must not be gone when it is renamed."""
+    prune, removing = manager.prune_checkpoints, []
+    monkeypatch.setattr(manager, "prune_checkpoints", lambda *arguments: (time.sleep(0.5), prune(*arguments)))
+
+    def set_aside(*arguments):
+        removing.append([thread for thread in threading.enumerate() if thread.name == "prune"])
+        return manager.set_aside(*arguments)
+
+    monkeypatch.setattr(bad_hosts, "set_aside", set_aside)
+    WrongRank(step=5).run(tiny_config(data, tmp_path / "run", **saving, fault__recheck_every=3), 2)
+    assert removing == [[]]
 
 
 def test_no_more_checkpoints_are_kept_without_rechecks(tmp_path, data, saving):

@@ -22,7 +22,7 @@ def record_bad_hosts(
 ) -> str:
     """Add hosts to bad-hosts.json, and set aside the checkpoints of steps after the last good recheck: an earlier wrong result
     may be in them. Return what the user may do. Collective."""
-    checkpoints.finish()  # a checkpoint being written is one of them
+    checkpoints.close()  # a checkpoint being written is one of them, and none may be removed meanwhile
 
     def record() -> list[Any]:
         path = run.folder.path / BAD_HOSTS
