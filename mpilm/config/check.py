@@ -124,6 +124,8 @@ def _find_train_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
             reasons = {"model.dropout": "draws a mask per sample", "parallel.expert": "exchanges tokens within a block"}
             why = reasons.get(name, "runs parts of a block separately")
             yield f"{flags[name]} {why}, which cannot be compiled; write {alternatives}, or --train.compile false"
+    if train.compile and train.kernels == "fused":
+        yield "--train.kernels fused cannot be compiled by torch; write auto, or --train.compile false"
     try:
         traced = schema.trace_step_range(config)
     except ValueError:

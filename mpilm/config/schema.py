@@ -176,6 +176,9 @@ class TrainConfig:
     reproducible: bool = True  # Sum gradients in a fixed order: equal bits on any number of ranks; false: MPI's Allreduce.
     recompute: Literal["none", "attention", "block"] = "none"  # Activation checkpointing of the attention core or whole blocks.
     compile: bool = False  # Use torch.compile: faster on a GPU after about a minute. Changes the last bits of the result.
+    # Operations between matrix products: fused, compiled by numba for the CPU, or those of torch, with other last bits of the
+    # result; auto: fused on a CPU if numba is installed and compile is false.
+    kernels: Literal["auto", "fused", "torch"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,7 @@ class Config:
 RESUME_MAY_CHANGE = {  # of the sections that determine the result, the settings that do not, or change its last bits only
     "model": ("init_from", "base"),
     "data": ("path", "tokenizer", "text_key", "max_document_mib"),  # the corpus and the tokenizer are compared by content
-    "train": ("steps", "threads", "device", "device_transport", "recompute", "compile"),
+    "train": ("steps", "threads", "device", "device_transport", "recompute", "compile", "kernels"),
 }
 RESUME_MUST_KEEP = ("parallel.powersgd_rank", "parallel.sync_every")  # of the other sections
 

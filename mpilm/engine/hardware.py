@@ -18,8 +18,10 @@ from mpilm.config.schema import Config, ParallelConfig, TrainConfig, override, r
 from mpilm.data.files import hex_digest
 from mpilm.errors import ConfigError
 from mpilm.model.families import build_model
-from mpilm.model.layers import loss_sum
+from mpilm.model.fused_kernels import choose_kernels, make_kernels, use_kernels
+from mpilm.model.kernels import Kernels
 from mpilm.model.sequence_info import SequenceInfo
+from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.compile import require_compiler
 
 GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bfloat16, FLOP/s
@@ -36,6 +38,7 @@ class Hardware:
     threads: int
     oversubscribed: bool  # the node has more ranks than cores, so a waiting rank must not spin
     compiles: bool = False  # uses torch.compile
+    kernels: str = "torch"  # "fused" or "torch"
     cores: Fraction = Fraction(1)  # cores per rank
     is_bound: bool = False  # detect_hardware has bound it to its own cores
 
@@ -50,8 +53,13 @@ def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardw
     if train.compile:
         require_compiler()
     is_bound = bind and device.type == "cpu" and _bind_cores(node, threads)  # before torch starts threads, which inherit it
-    _load_libraries(device)
-    return Hardware(device, threads, cores < 1, train.compile, cores, is_bound)
+    kernels = choose_kernels(train.kernels, device, train.compile)
+    own = make_kernels(kernels, device, train.compile)
+    for turn in (True, False):  # numba keeps what it has compiled on disk: the first rank of a node compiles for all
+        if (node.rank == 0) is turn:
+            _load_libraries(device, own, train.dtype)
+        node.barrier()
+    return Hardware(device, threads, cores < 1, train.compile, kernels, cores, is_bound)
 
 
 def cores_per_rank(node: Comm) -> Fraction:
@@ -99,14 +107,18 @@ def parse_omp_threads(value: str) -> int:
     return int(first or 0)
 
 
-def _load_libraries(device: torch.device) -> None:
-    """Make torch load its math libraries, so that the program's own memory is known before the model is allocated."""
+def _load_libraries(device: torch.device, kernels: Kernels, dtype: str) -> None:
+    """Make torch load its math libraries, and numba compile kernels, so that the program's own memory is known before the model
+    is allocated."""
     shape = resolve_config(override(Config(), model__n_layers=1)).model
     model = build_model(shape, vocab_size=128).to(device)
     for parameter in model.parameters():
         parameter.data.zero_()
     tokens = torch.zeros(2, 128, dtype=torch.int64, device=device)
-    loss_sum(model(tokens, SequenceInfo(tokens[0])), tokens).backward()
+    use_kernels(model, kernels)
+    with make_autocast(dtype, device)():
+        loss = kernels.loss_sum(model(tokens, SequenceInfo(tokens[0])), tokens)
+    loss.backward()
 
 
 def _allowed_cores() -> list[int]:
@@ -192,6 +204,7 @@ def describe_program(world: Comm) -> str:
 def numerics_environment(hardware: Hardware, world: Comm, parallel: ParallelConfig) -> dict[str, str]:
     """Return what may change the last bits of a result although no setting that decides it has changed."""
     settings = {"threads": str(hardware.threads), "device": hardware.device.type, "compile": str(hardware.compiles).lower()}
+    settings["kernels"] = hardware.kernels
     exchange = f"compressed to rank {parallel.powersgd_rank}" if parallel.powersgd_rank else parallel.wire_dtype
     if parallel.sync_every:
         exchange = f"apart for {parallel.sync_every} steps"  # stored in trainer.json, where 0.1.0 wrote these words

@@ -15,6 +15,7 @@ from mpilm.config.schema import Config, ModelConfig, TrainConfig, sequence_part_
 from mpilm.data.batch import Batch
 from mpilm.mesh.mesh import Mesh
 from mpilm.model.families import build_model, initial_std, initial_value, tied_parameters
+from mpilm.model.fused_kernels import make_kernels
 from mpilm.model.lora import is_frozen
 from mpilm.model.sequence_info import KVCache
 from mpilm.ops.expert_axis import ExpertAxis
@@ -70,13 +71,14 @@ class PipelinedModel:
         local = select_parts(self.layouts, self.tensor.local_parts, self.experts.local_experts)
         self.shapes = global_shapes(select_trained(self.layouts))
         self.frozen_shapes = global_shapes({name: layout for name, layout in self.layouts.items() if layout.frozen})
+        self.kernels = make_kernels(config.train.kernels, device, config.train.compile)
         self.flats, self.frozen = Flats(), Flats()  # trained parameters of this rank's stages, and frozen ones
         self.stages: dict[int, ModelStage] = {}
         for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):
             model, layouts = meta_model(config.model, vocab_size), select_stage(local, stage)
             axes = mesh, self.tensor, self.experts
             self.stages[stage], trained, frozen = parallelize(
-                model, stage, blocks_per_stage, layouts, config, *axes, device, alignment, self.make_reducer
+                model, stage, blocks_per_stage, layouts, config, *axes, device, alignment, self.kernels, self.make_reducer
             )
             self.flats |= trained
             self.frozen |= frozen
@@ -85,7 +87,7 @@ class PipelinedModel:
         frozen_layouts = {name: layout for name, layout in local.items() if layout.frozen}
         self.tied_frozen = TiedParameters(frozen_layouts, self.frozen, self.pipeline)
         self.messenger = StageMessenger(self.pipeline)
-        self.token_losses = token_losses
+        self.token_losses = partial(token_losses, sum_losses=self.kernels.loss_sum)
         if config.train.compile and self.tensor.parts == 1:
             self.token_losses = partial(token_losses, sum_losses=compiled_loss_sum())
 
@@ -118,11 +120,14 @@ class PipelinedModel:
         return _owned_slices(self.flats.values())
 
     def forward(
-        self, total: int, fetch: Callable[[int], Batch], output_fn: Callable[[Tensor, Batch], Tensor] = token_losses
+        self, total: int, fetch: Callable[[int], Batch], output_fn: Callable[[Tensor, Batch], Tensor] | None = None
     ) -> Mapping[int, Tensor]:
-        """Run `total` microbatches forward, divided over the replicas, without dropout; return `results()`. Collective."""
+        """Run `total` microbatches forward, divided over the replicas, without dropout; return `results()`: `output_fn` of the
+        logits of each, or its loss. Collective."""
         ids = range(*block_of_rank(self.replicas.rank, self.replicas.size, total))
-        return self._run_forward(-(-total // self.replicas.size), StepInputs(fetch, ids, output_fn=output_fn))
+        return self._run_forward(
+            -(-total // self.replicas.size), StepInputs(fetch, ids, output_fn=output_fn or self.token_losses)
+        )
 
     def results(self) -> Mapping[int, Tensor]:
         """Return the outputs of this rank's microbatches, by number, on the first rank of the tensor axis with the last stage;

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mpilm.config.schema import ModelConfig
 from mpilm.model.blockwise_attention import BlockwiseAttention
-from mpilm.model.layers import Conv1D, Dropout, Linear, RMSNorm, apply_rotary
+from mpilm.model.kernels import TORCH_KERNELS
+from mpilm.model.layers import Conv1D, Dropout, Linear, RMSNorm
 from mpilm.model.sequence_info import SequenceInfo
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, SequenceInfo], Tensor]
@@ -18,6 +19,8 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor, SequenceInfo], Tensor]
 class AttentionCore(nn.Module):
     """Scaled dot-product attention: (B, H, Tq, K), 2 x (B, G, Tk, K) -> (B, H, Tq, K). The queries are the last of the keys.
     Dropout of attention weights takes the explicit formula, because torch's fused kernels accept no generator."""
+
+    kernels = TORCH_KERNELS
 
     def __init__(self, causal: bool, dropout: float, path: str):
         super().__init__()
@@ -34,7 +37,7 @@ class AttentionCore(nn.Module):
         mask = self._mask(q, k, info) if needs_mask else None
         is_blockwise = q.dtype == torch.bfloat16 and q.device.type == "cpu" and 1 < queries == keys
         if is_blockwise and not torch.compiler.is_compiling():
-            return BlockwiseAttention.apply(q, k, v, self.causal, mask)
+            return BlockwiseAttention.apply(q, k, v, self.causal, mask, self.kernels)
         causal = self.causal and mask is None and queries > 1  # a single query is the last token: it sees every key
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -63,6 +66,8 @@ class Attention(nn.Module):
     """Queries, keys and values, rotated if `info` has a rotation, mixed by `core` and projected back. `qk_norm` normalises the
     queries and keys of each head (Dehghani et al., arXiv 2302.05442)."""
 
+    kernels = TORCH_KERNELS
+
     def __init__(self, model: ModelConfig, core: AttentionFn, qkv_bias: bool, o_bias: bool = False, qk_norm: bool = False):
         super().__init__()
         self.head_width = model.head_width
@@ -79,7 +84,7 @@ class Attention(nn.Module):
         k = split_heads(self.k(x), self.head_width, self.k_norm)
         v = split_heads(self.v(x), self.head_width)
         if info.rotation is not None:
-            q, k = apply_rotary(q, *info.rotation), apply_rotary(k, *info.rotation)
+            q, k = (self.kernels.rotate(x, *info.rotation) for x in (q, k))
         return self.o(merge_heads(self.core(q, k, v, info)))
 
 

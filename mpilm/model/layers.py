@@ -1,19 +1,16 @@
-"""The parts of a model: projections, norms, feed-forward layers, rotary positions, dropout, the loss."""
+"""The parts of a model: projections, norms, feed-forward layers, rotary positions, dropout."""
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpilm.model.flops import LOSS_BLOCK
+from mpilm.model.kernels import TORCH_KERNELS
 from mpilm.model.sequence_info import Rotation, SequenceInfo
-
-IGNORE_INDEX = -100  # the target of a token that has no loss
-GPU_LOSS_BLOCK = 1 << 26  # fewer would leave a GPU idle between kernels
 
 
 class Linear(nn.Linear):
@@ -53,19 +50,25 @@ class Embedding(nn.Embedding):
 class RMSNorm(nn.RMSNorm):
     """Divide by the root mean square, times a learned weight (Zhang and Sennrich, arXiv 1910.07467)."""
 
+    kernels = TORCH_KERNELS
+
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return self.kernels.rms_norm(x, self.weight, self.eps or 0.0)
 
 
 class LayerNorm(nn.LayerNorm):
     """Subtract the mean, divide by the deviation, times a learned weight plus a learned bias (Ba et al., arXiv 1607.06450)."""
 
+    kernels = TORCH_KERNELS
+
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class SwiGLU(nn.Module):
     """A gated feed-forward layer: down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    kernels = TORCH_KERNELS
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -75,7 +78,7 @@ class SwiGLU(nn.Module):
         self.activation = nn.SiLU()
 
     def forward(self, x: Tensor, info: SequenceInfo | None = None) -> Tensor:  # (..., D) -> (..., D)
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.kernels.silu_product(self.activation, self.gate(x), self.up(x)))
 
 
 class FeedForward(nn.Module):
@@ -111,12 +114,6 @@ class RotaryEmbedding:
         factor, low, high, original = self.scaling
         unchanged = ((original / (2 * math.pi * wavelengths) - low) / (high - low)).clamp(0, 1)
         return wavelengths / ((1 - unchanged) / factor + unchanged)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, K) -> (B, H, T, K)
-    """Turn each pair of dims by the angle of its position."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-high, low), dim=-1) * sin.to(x.dtype)
 
 
 class TokenSlices(Protocol):
@@ -161,43 +158,3 @@ def hash_key(*parts: object) -> int:
     """Return a 64-bit key of the parts, the same in every process (Python's hash() is not)."""
     text = "\0".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:  # (N, V), (N,) -> ()
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:  # (B, T, V), (B, T) -> ()
-    """Return the sum of the cross-entropies of all targets, in nats, float32: never a mean, so that sums of parts are exact.
-    Backward overwrites large logits with their gradient."""
-    logits, targets = logits.flatten(0, 1), targets.flatten()
-    return (BlockwiseCrossEntropySum.apply if logits.numel() > LOSS_BLOCK else cross_entropy_sum)(logits, targets)
-
-
-class BlockwiseCrossEntropySum(torch.autograd.Function):
-    """`cross_entropy_sum` with the same bits, in blocks of rows that stay in the cache. It saves no float32 copy of the logits
-    and no probabilities: backward computes them again and writes the gradient into the memory of the logits."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, targets)
-        scores = [
-            x.float().log_softmax(-1).gather(-1, places.clamp(min=0)[:, None]) for x, places in _row_blocks(logits, targets)
-        ]
-        return F.nll_loss(torch.cat(scores), targets.clamp(max=0), ignore_index=IGNORE_INDEX, reduction="sum")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, targets = ctx.saved_tensors
-        for x, places in _row_blocks(logits.detach(), targets):
-            wide = x.float() if x.dtype != torch.float32 else x.clone()
-            with torch.enable_grad():
-                loss = cross_entropy_sum(wide.requires_grad_(), places) * gradient
-            x.copy_(torch.autograd.grad(loss, wide)[0])
-        return logits, None
-
-
-def _row_blocks(logits: Tensor, targets: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    block = LOSS_BLOCK if logits.device.type == "cpu" else GPU_LOSS_BLOCK
-    rows = max(1, block // logits.shape[-1])
-    return zip(logits.split(rows), targets.split(rows))

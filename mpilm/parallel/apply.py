@@ -8,6 +8,8 @@ from torch import nn
 
 from mpilm.config.schema import Config
 from mpilm.mesh.mesh import Mesh
+from mpilm.model.fused_kernels import use_kernels
+from mpilm.model.kernels import Kernels
 from mpilm.ops.expert_axis import ExpertAxis
 from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
@@ -36,6 +38,7 @@ def parallelize(
     experts: ExpertAxis,
     device: torch.device,
     alignment: int,
+    kernels: Kernels,
     build_reducer: Callable[[FlatKey, FlatParameters, nn.Module], GradientReducer],
 ) -> tuple[ModelStage, Flats, Flats]:
     """Turn `model`, a whole model on the meta device, into stage `stage`; return it, its trained and its frozen parameters.
@@ -46,12 +49,13 @@ def parallelize(
     2. Divide modules into tensor parts, and let layers compute sequence parts: each part is a plain module, to which the other
        steps apply.
     3. Divide experts: those of each tensor part.
-    4. Allocate the flat parameters: their sizes follow from the steps before alone.
-    5. Compile blocks: the compiled function is what recomputation repeats.
-    6. Checkpoint activations: it wraps forwards, compiled or not, inside all module hooks.
-    7. Split backward: it replaces the forwards of linear layers within the blocks that steps 5 and 6 have wrapped.
-    8. Install the parameters: hooks that gather shards must be outermost, so that recomputation in a block finds them gathered.
-    9. Register the reducers: their hooks belong to the parameters that step 8 has installed.
+    4. Choose the kernels: of the modules that are there now, parts and experts among them.
+    5. Allocate the flat parameters: their sizes follow from the steps before alone.
+    6. Compile blocks: the compiled function is what recomputation repeats.
+    7. Checkpoint activations: it wraps forwards, compiled or not, inside all module hooks.
+    8. Split backward: it replaces the forwards of linear layers within the blocks that steps 6 and 7 have wrapped.
+    9. Install the parameters: hooks that gather shards must be outermost, so that recomputation in a block finds them gathered.
+    10. Register the reducers: their hooks belong to the parameters that step 9 has installed.
     """
     parallel, is_last = config.parallel, stage == len(blocks_per_stage) - 1
     prune_to_stage(model, stage, blocks_per_stage)
@@ -63,6 +67,7 @@ def parallelize(
         divide_model(model, partial(cut_of, family=config.model.arch), tensor, exchanges_heads)
     if experts.comm.size > 1:
         divide_experts(model, experts)
+    use_kernels(model, kernels)
     trained = allocate_parameters(select_trained(layouts), device, parallel.zero, mesh, alignment)
     frozen_layouts = {name: layout for name, layout in layouts.items() if layout.frozen}
     # ZeRO-1 and 2 shard gradients and moments, which these do not have.
@@ -74,12 +79,9 @@ def parallelize(
     weight_grads = WeightGradQueue(is_used=parallel.schedule == "zero-bubble")
     if weight_grads.is_used:
         split_backward(model, weight_grads)
-    if parallel.zero == 3:
-        parameters: StageParameters = ShardedParameters(flats, model)
-    else:
-        parameters = StageParameters()
-        for each in flats:
-            each.install(model)
+    parameters = ShardedParameters(flats, model) if parallel.zero == 3 else StageParameters()
+    for each in flats if parallel.zero < 3 else ():
+        each.install(model)
     reducers = [build_reducer(key, flat, model) for key, flat in trained.items()]
     autocast, width, seed = make_autocast(config.train.dtype, device), config.model.d_model, config.train.seed
     facts = parameters, weight_grads, tensor, autocast, width, seed, device, mesh.recorder, experts.comm.size > 1

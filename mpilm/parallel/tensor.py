@@ -20,7 +20,8 @@ from torch.autograd import Function
 
 from mpilm.comm.base import SelfComm
 from mpilm.model.attention import AttentionCore
-from mpilm.model.layers import IGNORE_INDEX, Conv1D, Dropout, Embedding, RotaryEmbedding
+from mpilm.model.kernels import IGNORE_INDEX
+from mpilm.model.layers import Conv1D, Dropout, Embedding, RotaryEmbedding
 from mpilm.model.moe import MixtureOfExperts
 from mpilm.model.sequence_info import Rotation, SequenceInfo
 from mpilm.model.transformer import BertEmbedding

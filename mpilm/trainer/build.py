@@ -1,7 +1,7 @@
 """Construction of a run from a config and a world: a straight list of steps."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpilm.checkpoint.pretrained import list_pretrained_files, locate_model
@@ -21,6 +21,7 @@ from mpilm.engine.train_model import TrainModel, load_checkpoint_state
 from mpilm.errors import ConfigError
 from mpilm.launch.stop_request import StopRequest
 from mpilm.mesh.mesh import Mesh
+from mpilm.model.fused_kernels import choose_kernels
 from mpilm.parallel.flat_layout import ALIGNMENT
 from mpilm.parallel.layout_check import resolve_mesh_shape
 from mpilm.telemetry.memory import MemoryMeter, trim_heap
@@ -78,7 +79,8 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     mesh, hardware, content = inputs.mesh, inputs.hardware, inputs.content
     environment = numerics_environment(hardware, mesh.world, inputs.config.parallel)
     folder = open_run_folder(inputs.config, content, environment, mesh.world, recovered)
-    config = override(inputs.config, folder.parts)
+    config = override(inputs.config, folder.retained)
+    hardware = replace(hardware, kernels=choose_kernels(config.train.kernels, hardware.device, hardware.compiles))
     try:
         memory = MemoryMeter(hardware.device)  # from here on: preparation may have used more than training will
         model, batches = build_train_model(inputs, config)

@@ -106,7 +106,7 @@ class InMemoryCheckpointing(Hook):
         if self.in_memory is not None:
             result = event.result
             values = [result.loss, result.grad_norm, result.lr, result.updated, list(result.losses)]
-            trainer = self.run.bad_steps.state_dict() | {"result": values, "parts": dict(self.run.folder.parts)}
+            trainer = self.run.bad_steps.state_dict() | {"result": values, "retained": dict(self.run.folder.retained)}
             self.in_memory.save(self.run.model, self.run.folder.path, event.done, trainer)
 
 

@@ -39,7 +39,7 @@ class RunFolder:
     logged: int  # the step up to which everything has been logged
     bad_steps: BadStepTracker
     notes: tuple[str, ...]  # for the header
-    parts: Mapping[str, int]  # of the model, by setting, which a resumed run keeps
+    retained: Mapping[str, int | str]  # settings that a resumed run keeps unless it states them: parts of the model, and kernels
     lock: FolderLock | None = field(default=None, compare=False)  # on rank 0
 
     def release(self) -> None:
@@ -59,19 +59,19 @@ def open_run_folder(
     `content`: digests by CONTENT_KEYS. `environment`: versions, threads, device, compared with the checkpoint's. Collective."""
     opened = run_on_root_with_verify(comm, lambda verify: _open(config, content, environment, recovered, verify))
     values, lock = opened or (None, None)
-    path, checkpoint, step, logged, trainer, notes, parts = comm.broadcast_json(values)
+    path, checkpoint, step, logged, trainer, notes, retained = comm.broadcast_json(values)
     checkpoint = Path(checkpoint) if checkpoint else None
-    return RunFolder(Path(path), checkpoint, step, logged, BadStepTracker.from_state(trainer), tuple(notes), parts, lock)
+    return RunFolder(Path(path), checkpoint, step, logged, BadStepTracker.from_state(trainer), tuple(notes), retained, lock)
 
 
 def _open(
     config: Config, content: Facts, environment: Facts, recovered: RecoveredState | None, verify: Verifier
 ) -> tuple[list[Any], FolderLock]:
-    """Return path, checkpoint, step, logged step, trainer state, notes and parts, and the lock."""
+    """Return path, checkpoint, step, logged step, trainer state, notes and retained settings, and the lock."""
     if recovered is not None:
         path, done, trainer, lock = recovered.folder, recovered.done, dict(recovered.trainer), _lock(recovered.folder)
         remove_leftovers(path / "checkpoints")
-        return [str(path), "", done, done - 1, trainer, [recovered.note], trainer["parts"]], lock
+        return [str(path), "", done, done - 1, trainer, [recovered.note], trainer["retained"]], lock
     path = _choose_path(config)
     _check_is_same_run(path, config)
     lock = _lock(path)
@@ -80,19 +80,27 @@ def _open(
         checkpoint, broken = _choose_checkpoint(path, config, verify)
         if checkpoint is not None:
             trainer = read_trainer(checkpoint)
-            notes += _compare_with_checkpoint(checkpoint, trainer, config, content, environment)
+            config = override(config, _choose_kernels(config, trainer))
+            kernels = environment["kernels"] if config.train.kernels == "auto" else config.train.kernels
+            notes += _compare_with_checkpoint(checkpoint, trainer, config, content, {**environment, "kernels": kernels})
         step = trainer.get("step", 0)
         if step > config.train.steps:
             raise ConfigError(f"{checkpoint} is at step {step}, past --train.steps {config.train.steps}; ask for more steps")
-        parts = _choose_parts(config, trainer)
-        notes += _prepare_folder(path, override(config, parts), broken)
+        retained = {**_choose_parts(config, trainer), "train.kernels": config.train.kernels}
+        notes += _prepare_folder(path, override(config, retained), broken)
     except BaseException:
         lock.release()
         with contextlib.suppress(OSError):
             (path / NEW_CONFIG).unlink(missing_ok=True)
             path.rmdir()  # if it is still empty
         raise
-    return [str(path), str(checkpoint or ""), step, step, trainer, notes, parts], lock
+    return [str(path), str(checkpoint or ""), step, step, trainer, notes, retained], lock
+
+
+def _choose_kernels(config: Config, trainer: Mapping[str, Any]) -> dict[str, str]:
+    """Return the kernels to resume with: torch's if they are not stated and the run has used those."""
+    is_torch = config.train.kernels == "auto" and trainer["conditions"].get("kernels", "torch") == "torch"
+    return {"train.kernels": "torch"} if is_torch else {}
 
 
 def _choose_parts(config: Config, trainer: Mapping[str, Any]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from mpilm.trainer.build import build_train_model, load_state, open_inputs
 from mpilm.trainer.certificate import certified_settings
 from mpilm.verification.arguments import ReplaySettings
 
-DECIDES_BITS = ("mpilm", "torch", "threads", "device", "compile")  # of the conditions of a run; the others may
+DECIDES_BITS = ("mpilm", "torch", "threads", "device", "compile", "kernels")  # of the conditions of a run; the others may
 INEXACT = {
     "train.reproducible": (True, "its sums have no fixed order"),
     "parallel.wire_dtype": ("float32", "what ranks carry over from step to step is not in its checkpoints"),
@@ -147,7 +147,8 @@ def _replay_config(stored: StoredRun, settings: ReplaySettings) -> Config:
                 setting = f"{flag_of(name)} {str(value).lower()}"
                 raise ConfigError(f"{stored.folder} was trained with {setting} and cannot be recomputed exactly: {reason}")
         stored_threads = int(stored.trainer.get("conditions", {}).get("threads", run.train.threads))
-        compute = {"device": settings.train.device, "threads": settings.train.threads or stored_threads}
+        kernels = stored.trainer.get("conditions", {}).get("kernels", "torch")
+        compute = {"device": settings.train.device, "threads": settings.train.threads or stored_threads, "kernels": kernels}
         config = override(run, parallel=ParallelConfig(**asdict(settings.parallel)))
         config = override(config, {f"train.{name}": value for name, value in compute.items()})
         config = override(config, {"data.path": settings.data.path} if settings.data.path else {})

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mpilm"
 NAMES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
-MAX_PACKAGE_LINES, MAX_CORE_LINES = 23_600, 17_000
+MAX_PACKAGE_LINES, MAX_CORE_LINES = 24_400, 17_700
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 CORE = {
     "comm", "mesh", "ops", "model", "data", "parallel", "optim", "checkpoint", "engine", "trainer", "launch", "config",
@@ -44,7 +44,7 @@ PURE = (
 )  # fmt: skip
 PARALLEL_WORDS = {"rank", "ranks", "mesh", "comm", "comms", "communicator", "world", "mpi"}
 MATRIX_RANKS = {"lora_rank"}  # ranks of matrices, which a model may know
-PRIVATE_TORCH_FILES = {"model/blockwise_attention.py", "optim/optimizer.py", "parallel/context.py"}  # torch's fused kernels
+PRIVATE_TORCH_FILES = {"model/kernels.py", "optim/optimizer.py", "parallel/context.py"}  # torch's fused kernels
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "np.load", "numpy.load"}
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)

@@ -68,7 +68,7 @@ def bound_cores(monkeypatch, ranks, processes, environment=(), device="cpu", **o
     bound = []
     monkeypatch.setattr(hardware, "_allowed_cores", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(hardware, "_read_cgroup_cores", lambda _: UNLIMITED)
-    monkeypatch.setattr(hardware, "_load_libraries", lambda _: None)
+    monkeypatch.setattr(hardware, "_load_libraries", lambda *arguments: None)
     monkeypatch.setattr(hardware, "choose_device", lambda setting, node: torch.device(device))
     monkeypatch.setattr(hardware, "_core_position", lambda core: [core % 2])
     monkeypatch.setattr(os, "getpid", lambda: next(processes))
@@ -112,14 +112,14 @@ def test_cgroup_quota_is_read(tmp_path, content, cores):
 def test_threads_follow_the_cores_of_a_rank(monkeypatch, cores, ranks, threads, oversubscribed):
     monkeypatch.setattr(hardware, "_allowed_cores", lambda: list(range(cores)))
     monkeypatch.setattr(hardware, "_read_cgroup_cores", lambda _: UNLIMITED)
-    monkeypatch.setattr(hardware, "_load_libraries", lambda _: None)
+    monkeypatch.setattr(hardware, "_load_libraries", lambda *arguments: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = run_ranks(ranks, lambda comm: detect_hardware(TrainConfig(device="cpu"), comm))
     assert [(m.threads, m.oversubscribed) for m in found] == [(threads, oversubscribed)] * ranks
 
 
 def test_threads_setting_overrides_omp_num_threads(monkeypatch):
-    monkeypatch.setattr(hardware, "_load_libraries", lambda _: None)
+    monkeypatch.setattr(hardware, "_load_libraries", lambda *arguments: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
     train = TrainConfig(device="cpu")
     assert detect_hardware(train, SelfComm()).threads == 3
@@ -165,7 +165,7 @@ def test_gpus_are_assigned_round_robin(monkeypatch):
 
 def test_numerics_environment_names_what_may_change_the_last_bits():
     found = numerics_environment(hardware.Hardware(torch.device("cpu"), 3, False), SelfComm(), ParallelConfig(powersgd_rank=4))
-    assert set(found) == {"mpilm", "torch", "python", "mpi", "processor", "threads", "device", "compile", "exchange"}
+    assert set(found) == {"mpilm", "torch", "python", "mpi", "processor", "threads", "device", "compile", "kernels", "exchange"}
     assert (found["threads"], found["device"], found["torch"]) == ("3", "cpu", torch.__version__)
     assert (found["compile"], found["exchange"]) == ("false", "compressed to rank 4")
     for parallel, exchange in ((ParallelConfig(), "float32"), (ParallelConfig(sync_every=20), "apart for 20 steps")):

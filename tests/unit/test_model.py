@@ -16,12 +16,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpilm.engine.pipelined import draw_values, resolve_model_layouts
-from mpilm.model import layers
+from mpilm.model import kernels
 from mpilm.model.attention import AttentionCore, attention_mask
 from mpilm.model.families import build_model, initial_std, initial_value
 from mpilm.model.hf.config import hf_config
 from mpilm.model.hf.names import hf_name
-from mpilm.model.layers import IGNORE_INDEX, Dropout, RotaryEmbedding, cross_entropy_sum, hash_key, loss_sum
+from mpilm.model.kernels import IGNORE_INDEX, cross_entropy_sum, loss_sum
+from mpilm.model.layers import Dropout, RotaryEmbedding, hash_key
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel.layout import select_owned
 
@@ -105,7 +106,7 @@ def test_loss_sum_is_the_sum_of_cross_entropies():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [3, 1000, 100_000])  # many rows in a block, several blocks, and rows of almost a block
 def test_blockwise_loss_has_the_bits_of_the_whole(dtype, vocab, monkeypatch):
-    monkeypatch.setattr(layers, "LOSS_BLOCK", 120_000)
+    monkeypatch.setattr(kernels, "LOSS_BLOCK", 120_000)
     rows = max(3, 300_000 // vocab)
     targets = torch.randint(0, vocab, (1, rows), generator=torch.Generator().manual_seed(1))
     targets[:, ::3] = IGNORE_INDEX

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.data.batch import Batch
-from mpilm.model.layers import hash_key, loss_sum
+from mpilm.model.kernels import loss_sum
+from mpilm.model.layers import hash_key
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.parallel.pipeline.actions import Direction

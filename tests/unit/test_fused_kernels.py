@@ -1,0 +1,147 @@
+"""Fused kernels against torch in float64; equal bits with any number of threads and for rows computed alone."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpilm.model.blockwise_attention import BlockwiseAttention
+from mpilm.model.kernels import IGNORE_INDEX, TORCH_KERNELS
+
+njit = pytest.importorskip("numba").njit
+from mpilm.model import fused_kernels, kernel_loops  # noqa: E402
+from mpilm.model.fused_kernels import FusedKernels  # noqa: E402
+
+DTYPES = [torch.float32, torch.bfloat16]
+KERNELS = FusedKernels(threads=1)
+SILU = nn.SiLU()
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rotate(kernels, x):  # (B, T, H K)
+    angles = draw(x.shape[1], 5, seed=9)
+    angles = torch.cat((angles, angles), dim=-1)
+    return kernels.rotate(x.unflatten(-1, (-1, 10)).transpose(1, 2), angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+
+
+def rotate_by_sequence(kernels, x):
+    angles = draw(x.shape[0], 1, x.shape[1], 5, seed=9)
+    angles = torch.cat((angles, angles), dim=-1)
+    return kernels.rotate(x.unflatten(-1, (-1, 10)).transpose(1, 2), angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+
+
+def attend(kernels, x, causal=True):
+    q, k, v = (part.unflatten(-1, (-1, 10)).transpose(1, 2) for part in x.split((40, 20, 20), dim=-1))
+    return BlockwiseAttention.apply(q, k, v, causal, None, kernels)
+
+
+def loss(kernels, x):
+    targets = torch.randint(0, x.shape[-1], x.shape[:2], generator=torch.Generator().manual_seed(1))
+    targets[0, :2] = IGNORE_INDEX
+    return kernels.loss_sum(x * 3, targets)
+
+
+# Name: a function of kernels and inputs, and the shapes of the inputs, of which the first may have any number of rows.
+OPERATIONS = {
+    "rms_norm": (lambda kernels, x, weight: kernels.rms_norm(x, weight, 1e-5), [(3, 7, 50), (50,)]),
+    "rms_norm, one row": (lambda kernels, x, weight: kernels.rms_norm(x, weight, 1e-5), [(1, 64), (64,)]),
+    "silu_product": (lambda kernels, gate, up: kernels.silu_product(SILU, gate, up), [(3, 7, 50)] * 2),
+    "rotate": (rotate, [(3, 7, 40)]),
+    "rotate by sequence": (rotate_by_sequence, [(3, 7, 40)]),
+    "attention": (attend, [(2, 70, 80)]),
+    "attention to both sides": (lambda kernels, x: attend(kernels, x, causal=False), [(2, 70, 80)]),
+    "loss": (loss, [(3, 7, 101)]),
+}
+
+
+def outcome(kernels, name, dtype, transform=lambda x: x):
+    """Return output and gradients."""
+    function, shapes = OPERATIONS[name]
+    inputs = [draw(*shape, seed=i).to(torch.bfloat16).to(dtype) for i, shape in enumerate(shapes)]
+    inputs = [transform(x).requires_grad_() for x in inputs]
+    y = function(kernels, *inputs)
+    (y.double() * torch.arange(y.numel()).view_as(y).cos()).sum().backward()
+    return [y.detach(), *(x.grad for x in inputs)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_kernels_equal_torch_in_float64(name, dtype):
+    expected = outcome(TORCH_KERNELS, name, torch.float64)
+    found = outcome(KERNELS, name, dtype)
+    usual = outcome(TORCH_KERNELS, name, dtype)
+    for right, ours, theirs in zip(expected, found, usual, strict=True):
+        assert ours.dtype == theirs.dtype
+        error, other = (float((x.double() - right).norm() / right.norm()) for x in (ours, theirs))
+        assert error < (1e-6 if dtype == torch.float32 else 1.05 * other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_bits_do_not_depend_on_threads_and_places(name, dtype, monkeypatch):
+    expected = outcome(KERNELS, name, dtype)
+    monkeypatch.setattr(fused_kernels, "SHARE", 1)
+    moved = lambda x: torch.cat((x.new_zeros(3), x.flatten()))[3:].view(x.shape)  # noqa: E731  # not aligned
+    for kernels, transform in ((FusedKernels(2), moved), (FusedKernels(3), lambda x: x)):
+        for one, other in zip(expected, outcome(kernels, name, dtype, transform), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_of_a_row_do_not_depend_on_others(dtype):
+    x, weight = draw(6, 50).to(dtype), draw(50, seed=1).float()
+    assert torch.equal(KERNELS.rms_norm(x, weight, 1e-5)[2:3], KERNELS.rms_norm(x[2:3], weight, 1e-5))
+    assert torch.equal(KERNELS.silu_product(SILU, x, x + 1)[2:3], KERNELS.silu_product(SILU, x[2:3], x[2:3] + 1))
+
+
+def test_norm_has_the_type_in_which_autocast_computes():
+    x, weight = draw(6, 50).float(), torch.ones(50)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert KERNELS.rms_norm(x, weight, 1e-5).dtype == torch.bfloat16
+    assert KERNELS.rms_norm(x, weight, 1e-5).dtype == torch.float32
+
+
+def test_float64_is_computed_by_torch():
+    for name in OPERATIONS:
+        for one, other in zip(outcome(KERNELS, name, torch.float64), outcome(TORCH_KERNELS, name, torch.float64)):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_not_finite_are_not_lost(dtype):
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x = torch.ones(3, 2, 40, dtype=dtype)
+        x[1, 0, 3] = value
+        for result in (
+            KERNELS.rms_norm(x, torch.ones(40), 1e-5),
+            KERNELS.loss_sum(x, torch.full((3, 2), 3))[None],
+            KERNELS.silu_product(SILU, torch.ones_like(x), x),
+        ):
+            assert not result.isfinite().all()
+    rows = torch.full((1, 2, 8), -torch.inf, dtype=dtype)
+    rows[:, 1, 5] = 2.0
+    assert KERNELS.softmax_(rows)[0, 1].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
+    assert KERNELS.softmax_(torch.full((1, 8), torch.nan, dtype=dtype)).isnan().all()
+
+
+def test_target_outside_of_the_vocabulary_is_refused():
+    with pytest.raises(IndexError, match="target 9"):
+        KERNELS.loss_sum(torch.zeros(1, 2, 9), torch.tensor([[0, 9]]))
+
+
+def test_exponential():
+    x = np.linspace(-87, 88, 4001, dtype=np.float32)
+    y = np.array([kernel_loops.exp(value) for value in x], dtype=np.float64)
+    assert np.abs(y / np.exp(x.astype(np.float64)) - 1).max() < 2e-7
+
+
+def test_rounding_to_bfloat16_is_that_of_torch():
+    special = [0.0, -0.0, 1.00390625, 1.01171875, torch.inf, -torch.inf, torch.nan, 3.4e38, 1e-40]  # two ties among them
+    values = torch.cat((draw(10_000).float() * 1e3, torch.tensor(special)))
+    write = njit(lambda x: kernel_loops.bfloat16_bits(x))
+    bits = torch.tensor([write(x) for x in values.numpy()], dtype=torch.uint16).view(torch.bfloat16)
+    torch.testing.assert_close(bits, values.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    assert bits[10_000:10_002].signbit().tolist() == [False, True]
