@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpilm.data.order import Indices
-from mpilm.model.kernels import IGNORE_INDEX
+from mpilm.kernels.base import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from mpilm.data.order import Indices, pick_samples
 from mpilm.data.sources import TextSource, partition_items, read_json_lines
 from mpilm.data.tokenizer import Tokenizer
 from mpilm.errors import ConfigError, DataError
-from mpilm.model.kernels import IGNORE_INDEX
+from mpilm.kernels.base import IGNORE_INDEX
 from mpilm.model.sequence_info import NO_DOCUMENT
 
 ASSISTANT = "assistant"

@@ -7,7 +7,7 @@ import numpy as np
 from mpilm.config.schema import DataConfig, ModelConfig
 from mpilm.data.order import Indices
 from mpilm.data.tokenizer import Tokenizer
-from mpilm.model.kernels import IGNORE_INDEX
+from mpilm.kernels.base import IGNORE_INDEX
 
 MASKED, RANDOM = 0.8, 0.9  # a draw below the first hides a chosen token behind the mask, one below the second replaces it
 

@@ -9,7 +9,7 @@ from mpilm.data.corpus import Corpus
 from mpilm.data.objective import CausalObjective, Objective
 from mpilm.data.order import VALIDATION_KEY, Indices, mix_key, permute_rounds, pick_samples
 from mpilm.errors import ConfigError, DataError
-from mpilm.model.kernels import IGNORE_INDEX
+from mpilm.kernels.base import IGNORE_INDEX
 
 MIXTURE_KEY, OBJECTIVE_KEY = 0x6D6978, 0x6D61736B
 MIXTURE_PERIOD = 2**16  # samples in which each corpus has its part to the nearest whole number, and at least one

@@ -19,9 +19,9 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun, format_duration
+from mpilm.kernels.base import loss_sum
 from mpilm.model.families import build_model
 from mpilm.model.flops import block_matrices, block_numel, saved_floats_per_token
-from mpilm.model.kernels import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.tree_reduce import GradientEncoding
 from mpilm.optim.norm import global_norm

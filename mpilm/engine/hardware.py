@@ -17,9 +17,9 @@ from mpilm.comm.base import Comm
 from mpilm.config.schema import Config, ParallelConfig, TrainConfig, override, resolve_config
 from mpilm.data.files import hex_digest
 from mpilm.errors import ConfigError
+from mpilm.kernels.base import Kernels
+from mpilm.kernels.fused import choose_kernels, make_kernels, use_kernels
 from mpilm.model.families import build_model
-from mpilm.model.fused_kernels import choose_kernels, make_kernels, use_kernels
-from mpilm.model.kernels import Kernels
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.compile import require_compiler

@@ -13,9 +13,9 @@ from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.config.schema import Config, ModelConfig, TrainConfig, sequence_part_count, tensor_part_count
 from mpilm.data.batch import Batch
+from mpilm.kernels.fused import make_kernels
 from mpilm.mesh.mesh import Mesh
 from mpilm.model.families import build_model, initial_std, initial_value, tied_parameters
-from mpilm.model.fused_kernels import make_kernels
 from mpilm.model.lora import is_frozen
 from mpilm.model.sequence_info import KVCache
 from mpilm.ops.expert_axis import ExpertAxis
@@ -114,6 +114,8 @@ class PipelinedModel:
         if self.zero in (1, 2):
             for flat in self.flats.values():
                 all_gather_shards(flat, flat.values)
+        for stage in self.stages.values():
+            stage.parameters.refresh()
 
     def owned_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the slices of trained parameters that this rank updates."""

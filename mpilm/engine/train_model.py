@@ -48,7 +48,8 @@ class TrainModel(PipelinedModel):
         self.blocks = even_blocks(mesh.shape.replicas, self.microbatch_count)  # of each replica, unless they come in rounds
         super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment)
         self.is_local_sgd = config.parallel.sync_every > 0  # replicas train independently and synchronize every few steps
-        self.row_sum = compile_row_sum() if config.train.compile and device.type != "cpu" else None
+        is_compiled = config.train.compile and device.type != "cpu"
+        self.row_sum = compile_row_sum() if is_compiled else self.kernels.row_sum()
         self._plan_step()
         self.expert_load = None  # torch.compile leaves no place to count
         if config.model.arch in MIXTURES and not config.train.compile:
@@ -65,7 +66,9 @@ class TrainModel(PipelinedModel):
         self.state_shapes = {PARAMETER: self.shapes, **moment_shapes(config.train.optimizer, owned, self.is_local_sgd)}
 
     def make_reducer(self, key: FlatKey, flat: FlatParameters, model: nn.Module) -> StepReducer | MicrobatchRoundReducer:
-        self.reducers[key] = build_reducer(flat, model, self.config, self.reduce_timings, self.sequence, self.blocks)
+        self.reducers[key] = build_reducer(
+            flat, model, self.config, self.reduce_timings, self.sequence, self.blocks, self.kernels
+        )
         return self.reducers[key]
 
     def microbatches_of(self, replica: int) -> range:

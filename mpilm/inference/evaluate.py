@@ -32,7 +32,7 @@ from mpilm.errors import ConfigError, DataError, NonFiniteError
 from mpilm.formatting import ProgressLine
 from mpilm.inference.arguments import EvaluateArguments, to_config
 from mpilm.inference.load import config_from_folder, load_model
-from mpilm.model.kernels import IGNORE_INDEX
+from mpilm.kernels.base import IGNORE_INDEX
 from mpilm.parallel.pipeline.stage import Logits
 from mpilm.parallel.tensor import PartLogits
 

@@ -4,12 +4,10 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpilm.config.schema import ModelConfig
-from mpilm.model.blockwise_attention import BlockwiseAttention
-from mpilm.model.kernels import TORCH_KERNELS
+from mpilm.kernels.base import TORCH_KERNELS, mask_between
 from mpilm.model.layers import Conv1D, Dropout, Linear, RMSNorm
 from mpilm.model.sequence_info import SequenceInfo
 
@@ -31,35 +29,15 @@ class AttentionCore(nn.Module):
         if info.cache is not None:
             k, v = info.cache.append(self.path, k, v)
         if info.dropout_keys is not None and self.dropout.probability:
-            return self._explicit_attention(q, k, v, self._mask(q, k, info), info.dropout_keys)
-        queries, keys = q.shape[-2], k.shape[-2]
-        needs_mask = info.documents is not None or (self.causal and 1 < queries < keys)
-        mask = self._mask(q, k, info) if needs_mask else None
-        is_blockwise = q.dtype == torch.bfloat16 and q.device.type == "cpu" and 1 < queries == keys
-        if is_blockwise and not torch.compiler.is_compiling():
-            return BlockwiseAttention.apply(q, k, v, self.causal, mask, self.kernels)
-        causal = self.causal and mask is None and queries > 1  # a single query is the last token: it sees every key
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-
-    def _mask(self, q: Tensor, k: Tensor, info: SequenceInfo) -> Tensor:
-        keys = torch.arange(k.shape[-2], device=k.device)
-        return attention_mask(keys[len(keys) - q.shape[-2] :], keys, self.causal, info.documents)
+            mask = mask_between(q, k, self.causal, info.documents)
+            return self._explicit_attention(q, k, v, mask, info.dropout_keys)
+        return self.kernels.attend(q, k, v, self.causal, info.documents)
 
     def _explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_keys: list[int]) -> Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, Tq, Tk)
         weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
         return self.dropout(weights, dropout_keys) @ v
-
-
-def attention_mask(queries: Tensor, keys: Tensor, causal: bool, documents: Tensor | None) -> Tensor:
-    """Return whether each query may see each key: (Tq, Tk), or (B, 1, Tq, Tk) if there are `documents`, (B, T). `queries` and
-    `keys` are places in the sequence, any (Tq,) and (Tk,) of its T."""
-    visible = queries[:, None] >= keys
-    visible = visible if causal else torch.ones_like(visible)
-    if documents is None:
-        return visible
-    return visible & (documents[:, None, queries, None] == documents[:, None, None, keys])
 
 
 class Attention(nn.Module):

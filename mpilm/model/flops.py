@@ -8,8 +8,6 @@ from dataclasses import replace
 
 from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, MIXTURES, QWEN_STYLE, ModelConfig
 
-LOSS_BLOCK = 1 << 20  # logits whose cross-entropies are computed together: 4 MiB
-
 
 def model_part(model: ModelConfig, parts: int) -> ModelConfig:
     """Return the model with the share of one of `parts` tensor parts: of the heads and of the feed-forward width."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpilm.model.kernels import TORCH_KERNELS
+from mpilm.kernels.base import TORCH_KERNELS
 from mpilm.model.sequence_info import Rotation, SequenceInfo
 
 

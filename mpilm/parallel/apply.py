@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from mpilm.config.schema import Config
+from mpilm.kernels.base import Kernels
+from mpilm.kernels.fused import use_kernels
 from mpilm.mesh.mesh import Mesh
-from mpilm.model.fused_kernels import use_kernels
-from mpilm.model.kernels import Kernels
 from mpilm.ops.expert_axis import ExpertAxis
 from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
+from mpilm.parallel.cast import CastParameters
 from mpilm.parallel.compile import compile_blocks
 from mpilm.parallel.expert import divide_experts
 from mpilm.parallel.flat import FlatParameters
@@ -79,9 +80,7 @@ def parallelize(
     weight_grads = WeightGradQueue(is_used=parallel.schedule == "zero-bubble")
     if weight_grads.is_used:
         split_backward(model, weight_grads)
-    parameters = ShardedParameters(flats, model) if parallel.zero == 3 else StageParameters()
-    for each in flats if parallel.zero < 3 else ():
-        each.install(model)
+    parameters = install_parameters(flats, model, config, tensor.slice_count > 1)
     reducers = [build_reducer(key, flat, model) for key, flat in trained.items()]
     autocast, width, seed = make_autocast(config.train.dtype, device), config.model.d_model, config.train.seed
     facts = parameters, weight_grads, tensor, autocast, width, seed, device, mesh.recorder, experts.comm.size > 1
@@ -95,6 +94,18 @@ def allocate_parameters(layouts: Layouts, device: torch.device, zero: int, mesh:
         axes, copies = next(iter(group.values())).reduce_axes, mesh.shape.expert if key[1] else 1
         flats[key] = FlatParameters(group, device, zero, mesh.comm(*axes), alignment, copies)
     return flats
+
+
+def install_parameters(flats: Sequence[FlatParameters], model: nn.Module, config: Config, is_sliced: bool) -> StageParameters:
+    """Make the parameters of `model` views of flat vectors, or copies in the type in which layers compute: not if they are
+    gathered for each use, nor if gradients of slices, `is_sliced`, are added in float32."""
+    if config.parallel.zero == 3:
+        return ShardedParameters(flats, model)
+    if config.train.dtype == "bfloat16" and not is_sliced:
+        return CastParameters(flats, model, torch.bfloat16)
+    for each in flats:
+        each.install(model)
+    return StageParameters()
 
 
 def prune_to_stage(model: nn.Module, stage: int, blocks_per_stage: Sequence[int]) -> None:

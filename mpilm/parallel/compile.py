@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.errors import ConfigError
-from mpilm.model.kernels import cross_entropy_sum
+from mpilm.kernels.base import cross_entropy_sum
 from mpilm.model.sequence_info import SequenceInfo
 
 

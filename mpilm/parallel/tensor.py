@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from mpilm.comm.base import SelfComm
+from mpilm.kernels.base import IGNORE_INDEX
 from mpilm.model.attention import AttentionCore
-from mpilm.model.kernels import IGNORE_INDEX
 from mpilm.model.layers import Conv1D, Dropout, Embedding, RotaryEmbedding
 from mpilm.model.moe import MixtureOfExperts
 from mpilm.model.sequence_info import Rotation, SequenceInfo

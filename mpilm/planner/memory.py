@@ -6,7 +6,8 @@ from functools import cache
 from itertools import chain
 
 from mpilm.config.schema import Config, microbatch_count, tensor_part_count
-from mpilm.model.flops import LOSS_BLOCK, activation_bytes, block_numel, embedding_and_head_numel, parameter_count
+from mpilm.kernels import LOSS_BLOCK
+from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_numel, parameter_count
 from mpilm.ops.halving import MIN_HALVING_RANKS, count_bucket_copies
 from mpilm.ops.tree import block_of_rank, count_buffers, plan_accumulation, plan_block_accumulation, plan_merges
 from mpilm.parallel.flat_layout import BUCKET

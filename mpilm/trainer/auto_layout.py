@@ -13,8 +13,8 @@ from mpilm.config.schema import Config, override, state_parts
 from mpilm.engine.hardware import Hardware, software_versions
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.errors import ConfigError
+from mpilm.kernels.base import loss_sum
 from mpilm.mesh.mesh import Mesh
-from mpilm.model.kernels import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.apply import make_autocast, prune_to_stage
 from mpilm.parallel.flat import FlatParameters

@@ -19,9 +19,9 @@ from mpilm.engine.pipelined import load_initial_weights
 from mpilm.engine.recheck import Recheck
 from mpilm.engine.train_model import TrainModel, load_checkpoint_state
 from mpilm.errors import ConfigError
+from mpilm.kernels.fused import choose_kernels
 from mpilm.launch.stop_request import StopRequest
 from mpilm.mesh.mesh import Mesh
-from mpilm.model.fused_kernels import choose_kernels
 from mpilm.parallel.flat_layout import ALIGNMENT
 from mpilm.parallel.layout_check import resolve_mesh_shape
 from mpilm.telemetry.memory import MemoryMeter, trim_heap

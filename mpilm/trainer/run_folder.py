@@ -39,7 +39,7 @@ class RunFolder:
     logged: int  # the step up to which everything has been logged
     bad_steps: BadStepTracker
     notes: tuple[str, ...]  # for the header
-    retained: Mapping[str, int | str]  # settings that a resumed run keeps unless it states them: parts of the model, and kernels
+    retained: Mapping[str, int | str]  # settings that a resumed run keeps unless it states them
     lock: FolderLock | None = field(default=None, compare=False)  # on rank 0
 
     def release(self) -> None:

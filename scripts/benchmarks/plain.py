@@ -11,8 +11,8 @@ from torch import nn
 
 from mpilm.config.schema import Config
 from mpilm.engine.step import MicrobatchSource
+from mpilm.kernels.base import loss_sum
 from mpilm.model.families import build_model, initial_std, initial_value
-from mpilm.model.kernels import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.optimizer import learning_rate
 

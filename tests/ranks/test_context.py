@@ -13,10 +13,10 @@ from thread_ranks import run_ranks
 
 from mpilm.comm.base import SelfComm
 from mpilm.engine.pipelined import meta_model
-from mpilm.model.attention import AttentionCore, attention_mask
+from mpilm.kernels.base import attention_mask, loss_sum
+from mpilm.model.attention import AttentionCore
 from mpilm.model.families import initial_std, initial_value
 from mpilm.model.flops import activation_bytes
-from mpilm.model.kernels import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.sequence_axis import HeadsForTokens, SequenceAxis
 from mpilm.ops.tensor_axis import TensorAxis

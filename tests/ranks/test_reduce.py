@@ -11,7 +11,7 @@ from thread_ranks import run_ranks
 from mpilm.comm.base import SelfComm
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.engine.pipelined import draw_values, resolve_model_layouts
-from mpilm.model.kernels import loss_sum
+from mpilm.kernels.base import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.flat import FlatParameters

@@ -14,7 +14,7 @@ from mpilm.checkpoint.load import open_tensors
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.errors import ConfigError
-from mpilm.model.kernels import loss_sum
+from mpilm.kernels.base import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.trainer.build import build_run
 from mpilm.verification.arguments import ReplayArguments, ReplayParallel

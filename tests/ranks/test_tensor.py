@@ -12,9 +12,9 @@ from thread_ranks import run_ranks
 
 from mpilm.comm.base import SelfComm
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
+from mpilm.kernels.base import loss_sum
 from mpilm.model.families import initial_std, initial_value
 from mpilm.model.flops import activation_bytes
-from mpilm.model.kernels import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tensor_axis import AllGatherTokens, ReduceScatterOutputs, RegionInput, ShareParameter, TensorAxis

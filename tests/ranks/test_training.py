@@ -31,8 +31,8 @@ from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer, load_tokenizer
 from mpilm.engine import hardware
 from mpilm.engine.step import total_loss, train_step, validation_loss
+from mpilm.kernels.base import loss_sum
 from mpilm.launch.stop_request import BY_FILE, StopRequest
-from mpilm.model.kernels import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.optimizer import learning_rate
 from mpilm.trainer import hooks

@@ -9,7 +9,7 @@ from text import tiny_config
 from torch import nn
 
 from mpilm.engine.pipelined import draw_values
-from mpilm.model.kernels import loss_sum
+from mpilm.kernels.base import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.apply import make_autocast

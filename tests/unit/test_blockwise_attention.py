@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpilm.model import blockwise_attention
-from mpilm.model.attention import AttentionCore, attention_mask
-from mpilm.model.blockwise_attention import BlockwiseAttention
+from mpilm.kernels import blockwise_attention
+from mpilm.kernels.base import attention_mask
+from mpilm.kernels.blockwise_attention import BlockwiseAttention
+from mpilm.model.attention import AttentionCore
 from mpilm.model.sequence_info import SequenceInfo
 
 

@@ -20,7 +20,7 @@ from mpilm.data.chat import ChatExamples, ChatTemplate, EncodedChats, find_chat_
 from mpilm.data.sources import find_sources
 from mpilm.data.tokenizer import Tokenizer, bytes_tokenizer
 from mpilm.errors import ConfigError, DataError
-from mpilm.model.kernels import IGNORE_INDEX
+from mpilm.kernels.base import IGNORE_INDEX
 from mpilm.model.sequence_info import NO_DOCUMENT
 
 TOKENIZER = bytes_tokenizer()

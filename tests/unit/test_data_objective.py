@@ -11,7 +11,7 @@ from mpilm.data.batch import Batches
 from mpilm.data.objective import MaskedObjective
 from mpilm.data.samples import CorpusSamples, TextExamples, find_documents
 from mpilm.data.tokenizer import bytes_tokenizer
-from mpilm.model.kernels import IGNORE_INDEX
+from mpilm.kernels.base import IGNORE_INDEX
 
 TEXT = "the (quick) brown-fox_jumps over 13 lazy dogs; thé élan naïve.\n"
 

@@ -8,8 +8,8 @@ from text import tiny_config
 from mpilm.config.presets import PRESETS, VOCABULARIES
 from mpilm.config.schema import resolve_config
 from mpilm.engine.pipelined import resolve_model_layouts
+from mpilm.kernels.base import loss_sum
 from mpilm.model.flops import activation_bytes, flops_per_token, parameter_count
-from mpilm.model.kernels import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.layout import select_owned

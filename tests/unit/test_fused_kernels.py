@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from mpilm.model.blockwise_attention import BlockwiseAttention
-from mpilm.model.kernels import IGNORE_INDEX, TORCH_KERNELS
+from mpilm.comm.base import SelfComm
+from mpilm.kernels.base import IGNORE_INDEX, TORCH_KERNELS
 
 njit = pytest.importorskip("numba").njit
-from mpilm.model import fused_kernels, kernel_loops  # noqa: E402
-from mpilm.model.fused_kernels import FusedKernels  # noqa: E402
+from mpilm.kernels import functions, loops  # noqa: E402
+from mpilm.kernels.attention import find_spans  # noqa: E402
+from mpilm.kernels.fused import FusedKernels  # noqa: E402
+from mpilm.optim.norm import global_norm  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16]
 KERNELS = FusedKernels(threads=1)
@@ -33,9 +35,12 @@ def rotate_by_sequence(kernels, x):
     return kernels.rotate(x.unflatten(-1, (-1, 10)).transpose(1, 2), angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
-def attend(kernels, x, causal=True):
+def attend(kernels, x, causal=True, documents=None):
     q, k, v = (part.unflatten(-1, (-1, 10)).transpose(1, 2) for part in x.split((40, 20, 20), dim=-1))
-    return BlockwiseAttention.apply(q, k, v, causal, None, kernels)
+    return kernels.attend(q, k, v, causal, documents)
+
+
+DOCUMENTS = torch.tensor([[0] * 3 + [1] * 60 + [2] * 37, [5] * 99 + [-1]])
 
 
 def loss(kernels, x):
@@ -51,8 +56,10 @@ OPERATIONS = {
     "silu_product": (lambda kernels, gate, up: kernels.silu_product(SILU, gate, up), [(3, 7, 50)] * 2),
     "rotate": (rotate, [(3, 7, 40)]),
     "rotate by sequence": (rotate_by_sequence, [(3, 7, 40)]),
-    "attention": (attend, [(2, 70, 80)]),
-    "attention to both sides": (lambda kernels, x: attend(kernels, x, causal=False), [(2, 70, 80)]),
+    "attention": (attend, [(2, 130, 80)]),
+    "attention to both sides": (lambda kernels, x: attend(kernels, x, causal=False), [(2, 100, 80)]),
+    "attention in documents": (lambda kernels, x: attend(kernels, x, documents=DOCUMENTS), [(2, 100, 80)]),
+    "attention to both sides in documents": (lambda kernels, x: attend(kernels, x, False, DOCUMENTS), [(2, 100, 80)]),
     "loss": (loss, [(3, 7, 101)]),
 }
 
@@ -83,7 +90,7 @@ def test_kernels_equal_torch_in_float64(name, dtype):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_bits_do_not_depend_on_threads_and_places(name, dtype, monkeypatch):
     expected = outcome(KERNELS, name, dtype)
-    monkeypatch.setattr(fused_kernels, "SHARE", 1)
+    monkeypatch.setattr(functions, "SHARE", 1)
     moved = lambda x: torch.cat((x.new_zeros(3), x.flatten()))[3:].view(x.shape)  # noqa: E731  # not aligned
     for kernels, transform in ((FusedKernels(2), moved), (FusedKernels(3), lambda x: x)):
         for one, other in zip(expected, outcome(kernels, name, dtype, transform), strict=True):
@@ -121,10 +128,34 @@ def test_values_that_are_not_finite_are_not_lost(dtype):
             KERNELS.silu_product(SILU, torch.ones_like(x), x),
         ):
             assert not result.isfinite().all()
-    rows = torch.full((1, 2, 8), -torch.inf, dtype=dtype)
-    rows[:, 1, 5] = 2.0
-    assert KERNELS.softmax_(rows)[0, 1].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
-    assert KERNELS.softmax_(torch.full((1, 8), torch.nan, dtype=dtype)).isnan().all()
+    for place in (0, 40, 60):  # of a query, a key, a value
+        x = torch.ones(1, 3, 80, dtype=torch.bfloat16)
+        x[0, 1, place] = torch.nan
+        assert attend(KERNELS, x).isnan().any(dim=-1)[0, 0, 1]
+
+
+def test_documents_in_pieces_are_left_to_torch():
+    x, documents = draw(1, 90, 80).bfloat16(), torch.tensor([[0] * 30 + [1] * 30 + [0] * 30])
+    assert find_spans(90, True, documents.numpy()) is None
+    assert torch.equal(attend(KERNELS, x, documents=documents), attend(TORCH_KERNELS, x, documents=documents))
+
+
+def test_sums_of_gradients_have_the_bits_of_torch():
+    x, total = draw(50, 7).bfloat16(), draw(50, 7, seed=1).float()
+    x[0, :2] = torch.tensor([0.0, -0.0])
+    found, expected = torch.empty(2, 50, 7), torch.empty(2, 50, 7)
+    for kernels, out in ((KERNELS, found), (TORCH_KERNELS, expected)):
+        kernels.store_(out[0], x)
+        out[1].copy_(total)
+        kernels.accumulate_(out[1], x)
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_norm_has_the_bits_of_torch(threads, monkeypatch):
+    monkeypatch.setattr(functions, "SHARE", 1)
+    pieces = [draw(100_000, seed=i).float() * 10.0**i for i in range(3)]
+    assert global_norm(pieces, SelfComm(), FusedKernels(threads).row_sum()) == global_norm(pieces, SelfComm())
 
 
 def test_target_outside_of_the_vocabulary_is_refused():
@@ -134,14 +165,14 @@ def test_target_outside_of_the_vocabulary_is_refused():
 
 def test_exponential():
     x = np.linspace(-87, 88, 4001, dtype=np.float32)
-    y = np.array([kernel_loops.exp(value) for value in x], dtype=np.float64)
+    y = np.array([loops.exp(value) for value in x], dtype=np.float64)
     assert np.abs(y / np.exp(x.astype(np.float64)) - 1).max() < 2e-7
 
 
 def test_rounding_to_bfloat16_is_that_of_torch():
     special = [0.0, -0.0, 1.00390625, 1.01171875, torch.inf, -torch.inf, torch.nan, 3.4e38, 1e-40]  # two ties among them
     values = torch.cat((draw(10_000).float() * 1e3, torch.tensor(special)))
-    write = njit(lambda x: kernel_loops.bfloat16_bits(x))
+    write = njit(lambda x: loops.bfloat16_bits(x))
     bits = torch.tensor([write(x) for x in values.numpy()], dtype=torch.uint16).view(torch.bfloat16)
     torch.testing.assert_close(bits, values.bfloat16(), rtol=0, atol=0, equal_nan=True)
     assert bits[10_000:10_002].signbit().tolist() == [False, True]

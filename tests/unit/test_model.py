@@ -16,12 +16,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpilm.engine.pipelined import draw_values, resolve_model_layouts
-from mpilm.model import kernels
-from mpilm.model.attention import AttentionCore, attention_mask
+from mpilm.kernels import base as kernels
+from mpilm.kernels.base import IGNORE_INDEX, attention_mask, cross_entropy_sum, loss_sum
+from mpilm.model.attention import AttentionCore
 from mpilm.model.families import build_model, initial_std, initial_value
 from mpilm.model.hf.config import hf_config
 from mpilm.model.hf.names import hf_name
-from mpilm.model.kernels import IGNORE_INDEX, cross_entropy_sum, loss_sum
 from mpilm.model.layers import Dropout, RotaryEmbedding, hash_key
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.parallel.layout import select_owned

@@ -11,7 +11,7 @@ from text import tiny_config
 from torch import nn
 
 from mpilm.engine.pipelined import draw_values
-from mpilm.model.kernels import loss_sum
+from mpilm.kernels.base import loss_sum
 from mpilm.model.layers import Conv1D
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.activation_checkpoint import checkpoint_activations

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.data.batch import Batch
-from mpilm.model.kernels import loss_sum
+from mpilm.kernels.base import loss_sum
 from mpilm.model.layers import hash_key
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.ops.tensor_axis import TensorAxis
@@ -59,6 +59,9 @@ class StageParameters:
     """The parameters of a stage that are always full on its ranks. parallel/fsdp.py gathers those that are not."""
 
     memory_bytes = 0  # of parameters that are full only while they are used
+
+    def refresh(self) -> None:
+        """Follow a change of the values."""
 
     def end_backward(self) -> None: ...
     def join_forward(self) -> None: ...
@@ -217,11 +220,11 @@ class ModelStage:
 
         def observe_backward(name: str, gradient: Tensor) -> None:
             if not self.weight_grads.is_used:  # else they come from there, too
-                observe_own(self.backward_microbatch, name, gradient)
+                observe_own(self.backward_microbatch, name, gradient.float())
 
         def observe_pending(microbatch: int) -> Iterator[tuple[str, Tensor]]:
             for name, gradient in pop_gradients(microbatch):
-                observe_own(microbatch, name, gradient)
+                observe_own(microbatch, name, gradient.float())
                 yield name, gradient
 
         pop_gradients = self.weight_grads.pop_gradients

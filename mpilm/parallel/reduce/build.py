@@ -10,6 +10,7 @@ from torch import nn
 
 from mpilm.comm.base import Comm
 from mpilm.config.schema import Config, microbatch_count
+from mpilm.kernels.base import TORCH_KERNELS, Kernels
 from mpilm.ops.halving import MIN_HALVING_RANKS
 from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tree import AccumulateOp, AccumulationPlan, TreeNode, count_buffers, even_blocks, plan_block_accumulation
@@ -52,6 +53,7 @@ def build_reducer(
     timings: dict[str, float],
     sequence: SequenceAxis,
     blocks: Sequence[TreeNode],
+    kernels: Kernels = TORCH_KERNELS,
 ) -> StepReducer | MicrobatchRoundReducer:
     """Return the reducer of a stage's gradients. Collective over the ranks of `flat`. `timings` receives what was timed;
     `blocks`: the microbatches of each rank, unless they are reduced in rounds."""
@@ -68,13 +70,13 @@ def build_reducer(
         across_ranks = CrossRankReducer()  # DiLoCo reduces weights, not gradients
         if not parallel.sync_every:
             across_ranks = PowerSGDReducer(comm, flat, buffers[0], parallel.powersgd_rank, train.seed)
-        return StepReducer(flat, model, plan, buffers, across_ranks, overlap)
+        return StepReducer(flat, model, plan, buffers, across_ranks, overlap, kernels)
     method = ReductionMethod(parallel.reduce != "messages", False)
     if is_exact and parallel.reduce == "auto" and comm.size * flat.layout.numel <= MAX_GATHERED_NUMEL:
         method = ReductionMethod(False, False, gathered=True)
     elif is_exact:
         method = choose_method(flat, flat.zero == 0, list_methods(comm, parallel.reduce), timings)
-    return make_step_reducer(flat, model, total, train.reproducible, overlap, method, parallel.wire_dtype, blocks)
+    return make_step_reducer(flat, model, total, train.reproducible, overlap, method, parallel.wire_dtype, blocks, kernels)
 
 
 def make_step_reducer(
@@ -86,6 +88,7 @@ def make_step_reducer(
     method: ReductionMethod = DEFAULT_METHOD,
     wire_dtype: str = "float32",
     blocks: Sequence[TreeNode] = (),
+    kernels: Kernels = TORCH_KERNELS,
 ) -> StepReducer:
     """Return a StepReducer that reduces across the ranks of `flat`, in shared memory only if there is any. `blocks`: the
     microbatches of each rank; as even as possible if not given. Collective."""
@@ -96,22 +99,22 @@ def make_step_reducer(
         start, stop = blocks[comm.rank]
         in_sequence: AccumulationPlan = [AccumulateOp(0, i == 0, ()) for i in range(stop - start)], {0: (start, stop)}
         buffers = _make_buffers(flat, in_sequence)
-        return StepReducer(flat, model, in_sequence, buffers, AllReduceReducer(comm, depth), overlap)
+        return StepReducer(flat, model, in_sequence, buffers, AllReduceReducer(comm, depth), overlap, kernels)
     plans, encoding = _plan_blocks(blocks, microbatches), make_encoding(wire_dtype)
     plan, nodes = plans[comm.rank], [list(held.values()) for _, held in plans]
     if method.gathered and comm.size > 1:
         gathering = GatheringReducer(comm, nodes, microbatches, max(stop - start for start, stop in flat.layout.buckets))
-        return StepReducer(flat, model, plan, _make_buffers(flat, plan), gathering, overlap)
+        return StepReducer(flat, model, plan, _make_buffers(flat, plan), gathering, overlap, kernels)
     if method.shared and comm.size > 1 and flat.device.type == "cpu":
         shared_reducer = make_shared_memory_reducer(comm, flat.layout, plans, microbatches, gather, encoding, method.halving)
         if shared_reducer is not None:
             buffers = [FlatVector([(0, flat.layout.numel)], buffer) for buffer in shared_reducer.own_buffers]
-            return StepReducer(flat, model, plan, buffers, shared_reducer, overlap)
+            return StepReducer(flat, model, plan, buffers, shared_reducer, overlap, kernels)
     across_ranks = CrossRankReducer()
     if comm.size > 1:
         exchange = microbatches, flat.device, gather, depth, encoding, method.halving
         across_ranks = MessageReducer(comm, flat.layout, nodes, *exchange)
-    return StepReducer(flat, model, plan, _make_buffers(flat, plan), across_ranks, overlap)
+    return StepReducer(flat, model, plan, _make_buffers(flat, plan), across_ranks, overlap, kernels)
 
 
 def _plan_blocks(blocks: Sequence[TreeNode], microbatches: int) -> list[AccumulationPlan]:

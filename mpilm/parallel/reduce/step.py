@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from mpilm.kernels.base import TORCH_KERNELS, Kernels
 from mpilm.ops.tree import AccumulationPlan, Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import intersect_intervals
@@ -44,7 +45,9 @@ class StepReducer(GradientReducer):
         buffers: Sequence[FlatVector],
         across_ranks: CrossRankReducer,
         overlap: bool,
+        kernels: Kernels = TORCH_KERNELS,
     ):
+        self.kernels = kernels
         self.flat, self.buffers, self.across_ranks, self.overlap = flat, buffers, across_ranks, overlap
         self.ops, nodes_held = plan
         self.sums, self.buckets = buffers[0], flat.layout.buckets
@@ -82,20 +85,21 @@ class StepReducer(GradientReducer):
         self.overwrite, self.into = op.overwrite, self.views[op.buffer]
         self.pending = dict(self.into) if op.overwrite else {}
         for name, parameter in self.parameters.items():
-            parameter.grad = None if op.overwrite else self.into[name]
+            accumulates = not op.overwrite and parameter.dtype == torch.float32  # in backward
+            parameter.grad = self.into[name] if accumulates else None
         if i == len(self.ops) - 1:
             self.started, self.complete = 0, set[str]()  # buckets started, and parameters whose gradient has arrived
 
     def accumulate(self, name: str, gradient: Tensor) -> None:
         """Add a gradient computed outside backward, between `begin_microbatch` and `end_microbatch`."""
         if (place := self.pending.pop(name, None)) is None:
-            self.into[name].add_(gradient)
+            self.kernels.accumulate_(self.into[name], gradient)
         else:
-            torch.add(gradient, 0.0, out=place)  # -0.0 becomes 0.0, as it does when it is added to something
+            self.kernels.store_(place, gradient)
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
-        """Move a gradient that backward has completed into a fresh buffer. Start the buckets that waited for it."""
-        if self.overwrite and parameter.grad is not None:
+        """Move a gradient that backward has completed into a buffer. Start the buckets that waited for it."""
+        if parameter.grad is not None and (self.overwrite or parameter.dtype != torch.float32):
             gradient, parameter.grad = parameter.grad, None
             self.accumulate(name, gradient.to_dense())
         if self.overlap and self.started < len(self.buckets):  # the last microbatch

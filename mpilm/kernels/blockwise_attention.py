@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilm.model.kernels import TORCH_KERNELS, Kernels
-
 MAX_BLOCK = 256  # queries
 
 
@@ -21,14 +19,12 @@ class BlockwiseAttention(torch.autograd.Function):
     which keys each query sees, (T, T) or (B, 1, T, T). Backward computes the weights again, so no (T, T) tensor lives."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, kernels: Kernels = TORCH_KERNELS
-    ) -> Tensor:
-        ctx.scale, ctx.causal, ctx.mask, ctx.kernels = 1 / math.sqrt(q.shape[-1]), causal, mask, kernels
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+        ctx.scale, ctx.causal, ctx.mask = 1 / math.sqrt(q.shape[-1]), causal, mask
         ctx.save_for_backward(q, k, v)
         q, out = q * ctx.scale, torch.empty_like(q)
         for rows, keys in _blocks(q.shape[-2], causal):
-            weights = _attention_weights(_grouped(q, k, rows), k[:, :, keys], rows, causal, mask, kernels)
+            weights = _attention_weights(_grouped(q, k, rows), k[:, :, keys], rows, causal, mask)
             out[:, :, rows] = _ungrouped(weights @ v[:, :, keys], q, rows)
         return out
 
@@ -39,13 +35,13 @@ class BlockwiseAttention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         for rows, keys in _blocks(q.shape[-2], ctx.causal):
             queries, outputs = _grouped(q, k, rows), _grouped(gradient, k, rows)
-            weights = _attention_weights(queries, k[:, :, keys], rows, ctx.causal, ctx.mask, ctx.kernels)
+            weights = _attention_weights(queries, k[:, :, keys], rows, ctx.causal, ctx.mask)
             dv[:, :, keys] += weights.transpose(-1, -2) @ outputs
             d_weights = outputs @ v[:, :, keys].transpose(-1, -2)
-            d_scores = ctx.kernels.softmax_backward_(d_weights, weights)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             dq[:, :, rows] = _ungrouped(d_scores @ k[:, :, keys], q, rows)
             dk[:, :, keys] += d_scores.transpose(-1, -2) @ queries
-        return dq * ctx.scale, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq * ctx.scale, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def _blocks(length: int, causal: bool) -> Iterator[tuple[slice, slice]]:
@@ -65,13 +61,14 @@ def _ungrouped(x: Tensor, q: Tensor, rows: slice) -> Tensor:  # (B, G, H/G x row
     return x.unflatten(2, (-1, rows.stop - rows.start)).flatten(1, 2)
 
 
-def _attention_weights(
-    q: Tensor, k: Tensor, rows: slice, causal: bool, mask: Tensor | None, kernels: Kernels
-) -> Tensor:  # (B, G, H/G x rows, K), (B, G, keys, K) -> (B, G, H/G x rows, keys)
-    count, scores = rows.stop - rows.start, q @ k.transpose(-1, -2)
+def _attention_weights(q: Tensor, k: Tensor, rows: slice, causal: bool, mask: Tensor | None) -> Tensor:
+    count = rows.stop - rows.start
+    scores = q @ k.transpose(-1, -2)  # (B, G, H/G x rows, keys)
+    by_head = scores.unflatten(2, (-1, count))  # (B, G, H/G, rows, keys)
     if mask is not None:
         hidden = ~mask[..., rows, : k.shape[-2]]
-        scores.unflatten(2, (-1, count)).masked_fill_(hidden if hidden.dim() == 2 else hidden[:, :, None], float("-inf"))
+        by_head.masked_fill_(hidden if hidden.dim() == 2 else hidden[:, :, None], float("-inf"))
     elif causal:
-        return kernels.causal_softmax_(scores, count, rows.start)
-    return kernels.softmax_(scores)
+        later = torch.ones(count, count, dtype=torch.bool, device=q.device).triu(1)
+        by_head[..., rows].masked_fill_(later, float("-inf"))
+    return scores.softmax(dim=-1)

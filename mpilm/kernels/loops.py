@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 F = np.float32
-I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
+I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+TILE = 16  # rows and columns that are transposed in registers
+VECTOR = ir.VectorType(I16, TILE)
 BIAS = 127  # of the exponent of a float32
+ZERO = np.uint64(0)
 ROUNDER = 12582912.0  # 1.5 x 2^23: added to a float32, it leaves the nearest integer in the low bits
 # A sum may be added in several lanes (reassoc), a product fused with an addition (contract).
 OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
@@ -47,6 +51,16 @@ def bfloat16_bits(context: Any, value: Any) -> Any:
         return builder.trunc(builder.select(is_nan, I32(0x7FC0), rounded), I16)
 
     return types.uint16(types.float32), generate
+
+
+@primitive
+def float64_bits(context: Any, value: Any) -> Any:
+    """Return the bits of a float64 as an integer."""
+
+    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], I64)
+
+    return types.int64(types.float64), generate
 
 
 @primitive
@@ -92,6 +106,37 @@ def larger(context: Any, x: Any, y: Any) -> Any:
         return builder.call(function, arguments, fastmath=("nnan", "nsz"))
 
     return types.float32(types.float32, types.float32), generate
+
+
+@primitive
+def transpose_tile(context: Any, x: Any, out: Any, batch: Any, row: Any, column: Any) -> Any:
+    """Transpose TILE x TILE 16-bit elements of x (N, R, C), from this row and column on, into out (N, C, R)."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def pointer(array: Any, row: Any, column: Any) -> Any:
+            _, rows, columns = cgutils.unpack_tuple(builder, array.shape)
+            at = builder.add(builder.mul(builder.add(builder.mul(batch, rows), row), columns), column)
+            return builder.bitcast(builder.gep(array.data, [at]), VECTOR.as_pointer())
+
+        x, out = (target.make_array(kind)(target, builder, each) for kind, each in zip(signature.args[:2], arguments[:2]))
+        batch, row, column = arguments[2:]
+        vectors = []
+        for i in range(TILE):
+            vectors.append(builder.load(pointer(x, builder.add(row, I64(i)), column)))
+            vectors[-1].align = 2
+        for size in (8, 4, 2, 1):  # exchange the blocks beside the diagonal
+            upper = [i for i in range(TILE) if not i & size]
+            first, second = ([(i & ~size) + half + (TILE if i & size else 0) for i in range(TILE)] for half in (0, size))
+            for i in upper:
+                pair = vectors[i], vectors[i + size]
+                vectors[i], vectors[i + size] = (
+                    builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, TILE), each)) for each in (first, second)
+                )
+        for i, vector in enumerate(vectors):
+            builder.store(vector, pointer(out, builder.add(column, I64(i)), row)).align = 2
+        return target.get_dummy_value()
+
+    return types.void(x, out, types.int64, types.int64, types.int64), generate
 
 
 def write(array: Any, row: int, i: int, value: Any) -> None:
@@ -222,46 +267,78 @@ def rotate_backward(start, stop, gradient, cos, sin, d_x):
 
 
 @loop
-def row_max(x, row, stop):
-    largest = F(-np.inf)
-    for i in range(stop):
-        largest = larger(largest, wide(x[row, i]))
-    return largest
-
-
-@loop
-def softmax(start, stop, scores, count, first):
-    """In place. Row r sees the keys up to first + r % count; `count` 0: all."""
-    keys = scores.shape[1]
+def attend_rows(start, stop, scores, scale, spans, first, factors, log_sums):
+    """Overwrite scores (R, keys), of which the first is key `first`, with their exponentials relative to the largest. Row r
+    sees the keys from spans[0, r] to spans[1, r], which are unsigned: no index is checked for its sign. `factors` make the sum
+    of a row 1; `log_sums` are the logarithms of the sums of all exponentials."""
     for row in range(start, stop):
-        visible = min(keys, first + row % count + 1) if count else keys
-        largest, total = row_max(scores, row, visible), F(0)
-        for i in range(visible):
-            e = exp(wide(scores[row, i]) - largest)
+        low, high = spans[0, row] - first, spans[1, row] - first
+        largest, total = F(-np.inf), F(0)
+        for i in range(low, high):
+            largest = larger(largest, wide(scores[row, i]))
+        for i in range(ZERO, low):
+            scores[row, i] = 0
+        for i in range(low, high):
+            e = exp((wide(scores[row, i]) - largest) * scale)
             total += e
             write(scores, row, i, e)
-        factor = F(1) / total
-        for i in range(visible):
-            write(scores, row, i, wide(scores[row, i]) * factor)
-        for i in range(visible, keys):
+        for i in range(high, np.uint64(scores.shape[1])):
             scores[row, i] = 0
+        factors[row], log_sums[row] = F(1) / total, largest * scale + np.log(total)
 
 
 @loop
-def softmax_backward(start, stop, gradient, weights):
-    """In place of the gradient."""
+def attend_rows_backward(start, stop, scores, gradient, scale, spans, first, log_sums, deltas):
+    """Overwrite scores (R, keys) with weights, and the gradient of the weights with that of the scores before scaling."""
     for row in range(start, stop):
-        dot = F(0)
-        for i in range(weights.shape[1]):
-            dot += wide(gradient[row, i]) * wide(weights[row, i])
-        for i in range(weights.shape[1]):
-            write(gradient, row, i, wide(weights[row, i]) * (wide(gradient[row, i]) - dot))
+        low, high = spans[0, row] - first, spans[1, row] - first
+        for i in range(ZERO, low):
+            scores[row, i] = 0
+            gradient[row, i] = 0
+        for i in range(low, high):
+            weight = exp(wide(scores[row, i]) * scale - log_sums[row])
+            write(scores, row, i, weight)
+            write(gradient, row, i, weight * (wide(gradient[row, i]) - deltas[row]) * scale)
+        for i in range(high, np.uint64(scores.shape[1])):
+            scores[row, i] = 0
+            gradient[row, i] = 0
+
+
+@loop
+def scale_into(start, stop, x, factors, first, out):
+    """Write x, the rows (B H t) of queries from `first` on, to out (B, T, H, K)."""
+    heads = out.shape[2]
+    count = x.shape[0] // (out.shape[0] * heads)
+    for row in range(start, stop):
+        b, h, t = row // (heads * count), row // count % heads, first + row % count
+        for i in range(x.shape[1]):
+            write4(out, b, t, h, i, wide(x[row, i]) * factors[row])
+
+
+@loop
+def dot_rows(start, stop, x, y, out):
+    for row in range(start, stop):
+        total = F(0)
+        for i in range(x.shape[1]):
+            total += wide(x[row, i]) * wide(y[row, i])
+        out[row] = total
+
+
+@loop
+def accumulate_keys(start, stop, total, x, first):
+    """Add x (N, keys, K) to the keys of total (N, T, K), float32, from `first` on."""
+    for batch in range(start, stop):
+        for key in range(x.shape[1]):
+            for i in range(x.shape[2]):
+                total[batch, first + key, i] += wide(x[batch, key, i])
 
 
 @loop
 def cross_entropy(start, stop, logits, targets, ignored, losses, log_sums):
     for row in range(start, stop):
-        largest, total = row_max(logits, row, logits.shape[1]), F(0)
+        largest, total = F(-np.inf), F(0)
+        for i in range(logits.shape[1]):
+            largest = larger(largest, wide(logits[row, i]))
         for i in range(logits.shape[1]):
             total += exp(wide(logits[row, i]) - largest)
         log_sums[row] = largest + np.log(total)
@@ -284,7 +361,44 @@ def cross_entropy_backward(start, stop, logits, targets, ignored, log_sums, fact
 
 
 @loop
-def accumulate(start, stop, into, x):
+def accumulate(start, stop, total, x):
     """Add to float32."""
-    for i in range(start, stop):
-        into[i] += wide(x[i])
+    total, x = total[start:stop], x[start:stop]
+    for i in range(total.shape[0]):
+        total[i] += wide(x[i])
+
+
+@exact  # not loop, which may take 0 for -0
+def widen(start, stop, x, out):
+    """Convert to float32, and -0 to 0, as when it is added to something."""
+    x, out = x[start:stop], out[start:stop]
+    for i in range(out.shape[0]):
+        out[i] = wide(x[i]) + F(0)
+
+
+@exact
+def transpose(start, stop, x, out):
+    """(N, R, C) -> (N, C, R) of 16-bit elements. `start` to `stop`: strips of TILE columns, batch after batch."""
+    rows, columns = x.shape[1:]
+    strips = -(-columns // TILE)
+    for strip in range(start, stop):
+        batch, first = strip // strips, strip % strips * TILE
+        tiled = rows // TILE * TILE if first + TILE <= columns else 0
+        for row in range(0, tiled, TILE):
+            transpose_tile(x, out, batch, row, first)
+        for column in range(first, min(columns, first + TILE)):
+            for row in range(tiled, rows):
+                out[batch, column, row] = x[batch, row, column]
+
+
+@exact
+def sum_squares(start, stop, x, shift, words):
+    """Write the sum of the squares of each row in units of q to its row of `words`: a high word, and a low one of 31 bits. They
+    are rounded by adding `shift`, 1.5 x 2^52 q (optim/norm.py)."""
+    shift_bits = float64_bits(shift)
+    for row in range(start, stop):
+        total = np.int64(0)
+        for i in range(x.shape[1]):
+            value = np.float64(x[row, i])
+            total += float64_bits(shift + value * value) - shift_bits
+        words[row, 0], words[row, 1] = total >> 31, total & 0x7FFFFFFF

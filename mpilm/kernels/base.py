@@ -1,5 +1,5 @@
 """The operations of a model between its matrix products. Layers call them through an attribute, `kernels`, so that others can
-take the place of torch's: those of fused_kernels.py, which pass over memory less often."""
+take the place of torch's: those of fused.py, which pass over memory less often."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpilm.model.flops import LOSS_BLOCK
+from mpilm.kernels import LOSS_BLOCK
+from mpilm.kernels.blockwise_attention import BlockwiseAttention
 
 IGNORE_INDEX = -100  # the target of a token that has no loss
+RowSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 GPU_LOSS_BLOCK = 1 << 26  # fewer would leave a GPU idle between kernels
 
 
@@ -32,19 +34,30 @@ class Kernels:
         low, high = x.chunk(2, dim=-1)
         return x * cos.to(x.dtype) + torch.cat((-high, low), dim=-1) * sin.to(x.dtype)
 
-    def causal_softmax_(self, scores: Tensor, count: int, start: int) -> Tensor:  # (..., R, keys) -> (..., R, keys)
-        """Overwrite scores with their softmax. Row r is query `start` + r % `count`, which sees no later keys."""
-        later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
-        scores.unflatten(-2, (-1, count))[..., start : start + count].masked_fill_(later, float("-inf"))
-        return self.softmax_(scores)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Tensor | None) -> Tensor:
+        """Return scaled dot-product attention: (B, H, Tq, K), 2 x (B, G, Tk, K) -> (B, H, Tq, K). The queries are the last of
+        the keys. `documents`: (B, T) numbers; attention stays within a document."""
+        queries, keys = q.shape[-2], k.shape[-2]
+        needs_mask = documents is not None or (causal and 1 < queries < keys)
+        mask = mask_between(q, k, causal, documents) if needs_mask else None
+        is_blockwise = q.dtype == torch.bfloat16 and q.device.type == "cpu" and 1 < queries == keys
+        if is_blockwise and not torch.compiler.is_compiling():
+            return BlockwiseAttention.apply(q, k, v, causal, mask)
+        causal = causal and mask is None and queries > 1  # a single query is the last token: it sees every key
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
-    def softmax_(self, scores: Tensor) -> Tensor:  # (..., keys) -> (..., keys)
-        """Return the softmax of scores, which may be overwritten."""
-        return scores.softmax(dim=-1)
+    def row_sum(self) -> RowSum | None:
+        """Return a faster function for the norm of gradients (optim/norm.py), if there is one."""
+        return None
 
-    def softmax_backward_(self, gradient: Tensor, weights: Tensor) -> Tensor:  # 2 x (..., keys) -> (..., keys)
-        """Return the gradient of the scores of a softmax from that of its result, which may be overwritten."""
-        return torch._softmax_backward_data(gradient, weights, -1, weights.dtype)
+    def store_(self, place: Tensor, x: Tensor) -> None:
+        """Write x, in float32 or bfloat16, to a contiguous float32 tensor of the same shape; -0 becomes 0, as when it is added
+        to something."""
+        torch.add(x, 0.0, out=place)
+
+    def accumulate_(self, total: Tensor, x: Tensor) -> None:
+        """Add x, in float32 or bfloat16, to a contiguous float32 tensor of the same shape."""
+        total.add_(x)
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:  # (B, T, V), (B, T) -> ()
         """Return the sum of the cross-entropies of all targets, in nats, float32: never a mean, so that sums of parts are
@@ -53,6 +66,22 @@ class Kernels:
 
 
 TORCH_KERNELS = Kernels()
+
+
+def mask_between(q: Tensor, k: Tensor, causal: bool, documents: Tensor | None) -> Tensor:
+    """Return the attention mask of queries that are the last of the keys: (Tq, Tk) or (B, 1, Tq, Tk)."""
+    keys = torch.arange(k.shape[-2], device=k.device)
+    return attention_mask(keys[len(keys) - q.shape[-2] :], keys, causal, documents)
+
+
+def attention_mask(queries: Tensor, keys: Tensor, causal: bool, documents: Tensor | None) -> Tensor:
+    """Return whether each query may see each key: (Tq, Tk), or (B, 1, Tq, Tk) if there are `documents`, (B, T). `queries` and
+    `keys` are places in the sequence, any (Tq,) and (Tk,) of its T."""
+    visible = queries[:, None] >= keys
+    visible = visible if causal else torch.ones_like(visible)
+    if documents is None:
+        return visible
+    return visible & (documents[:, None, queries, None] == documents[:, None, None, keys])
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:  # (B, T, V), (B, T) -> ()

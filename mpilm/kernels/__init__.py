@@ -1,0 +1,3 @@
+"""The operations between the matrix products of a model: torch's (base.py), and fused ones that numba compiles for CPUs."""
+
+LOSS_BLOCK = 1 << 20  # logits whose cross-entropies are computed together: 4 MiB
