@@ -3,6 +3,7 @@
 
     python scripts/bench.py overhead          one rank against a plain torch loop
     python scripts/bench.py dtype             one rank: bfloat16 against float32
+    python scripts/bench.py compute           2 ranks: fused kernels against transformers, eager, compiled and with DDP
     python scripts/bench.py data-parallel     2 ranks against two independent runs, torch DDP and FSDP2 with gloo, Accelerate
     python scripts/bench.py axes              2 ranks: tensor parallelism against data parallelism, and torch's DTensor
     python scripts/bench.py context           2 ranks: context parallelism at 8,192 tokens against data parallelism
@@ -35,11 +36,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # mpilm, even if it is not installed
 
-from benchmarks import axes, gpu, layouts, planning, saving, slow, speed, tasks, wire
+from benchmarks import axes, compute, gpu, layouts, planning, saving, slow, speed, tasks, wire
 
 COMMANDS = {
     "overhead": speed.overhead,
     "dtype": speed.dtype,
+    "compute": compute.compute,
+    "compute-worker": compute.compute_worker,
     "data-parallel": speed.data_parallel,
     "data-parallel-worker": speed.data_parallel_worker,
     "axes": axes.axes,

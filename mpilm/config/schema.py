@@ -176,8 +176,8 @@ class TrainConfig:
     reproducible: bool = True  # Sum gradients in a fixed order: equal bits on any number of ranks; false: MPI's Allreduce.
     recompute: Literal["none", "attention", "block"] = "none"  # Activation checkpointing of the attention core or whole blocks.
     compile: bool = False  # Use torch.compile: faster on a GPU after about a minute. Changes the last bits of the result.
-    # Operations between matrix products: fused, compiled by numba for the CPU, or those of torch, with other last bits of the
-    # result; auto: fused on a CPU if numba is installed and compile is false.
+    # Operations between matrix products: torch's, or fused ones for CPUs, which numba compiles, with other last bits of the
+    # result; auto: fused in bfloat16 on a CPU if numba is installed and compile is false.
     kernels: Literal["auto", "fused", "torch"] = "auto"
 
 

@@ -53,13 +53,12 @@ def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardw
     if train.compile:
         require_compiler()
     is_bound = bind and device.type == "cpu" and _bind_cores(node, threads)  # before torch starts threads, which inherit it
-    kernels = choose_kernels(train.kernels, device, train.compile)
-    own = make_kernels(kernels, device, train.compile)
+    kernels = make_kernels(train, device)
     for turn in (True, False):  # numba keeps what it has compiled on disk: the first rank of a node compiles for all
         if (node.rank == 0) is turn:
-            _load_libraries(device, own, train.dtype)
+            _load_libraries(device, kernels, train.dtype)
         node.barrier()
-    return Hardware(device, threads, cores < 1, train.compile, kernels, cores, is_bound)
+    return Hardware(device, threads, cores < 1, train.compile, choose_kernels(train, device), cores, is_bound)
 
 
 def cores_per_rank(node: Comm) -> Fraction:

@@ -71,7 +71,7 @@ class PipelinedModel:
         local = select_parts(self.layouts, self.tensor.local_parts, self.experts.local_experts)
         self.shapes = global_shapes(select_trained(self.layouts))
         self.frozen_shapes = global_shapes({name: layout for name, layout in self.layouts.items() if layout.frozen})
-        self.kernels = make_kernels(config.train.kernels, device, config.train.compile)
+        self.kernels = make_kernels(config.train, device)
         self.flats, self.frozen = Flats(), Flats()  # trained parameters of this rank's stages, and frozen ones
         self.stages: dict[int, ModelStage] = {}
         for stage in range(self.pipeline.rank, len(blocks_per_stage), self.pipeline.size):

@@ -5,10 +5,12 @@ they write, so results in bfloat16 differ from torch's by fewer roundings, those
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from mpilm.config.schema import TrainConfig
 from mpilm.errors import ConfigError
 from mpilm.kernels.attention import FusedAttention, plan_query_blocks
 from mpilm.kernels.base import TORCH_KERNELS, Kernels, RowSum
@@ -36,7 +38,7 @@ class FusedKernels(Kernels):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Tensor | None) -> Tensor:
         is_square = 1 < q.shape[-2] == k.shape[-2]  # else a text is generated
-        if is_square and q.dtype == torch.bfloat16 and is_eligible(q):
+        if is_square and q.dtype == torch.bfloat16 and is_eligible(q) and q.numel():
             blocks = plan_query_blocks(q, causal, documents)
             if blocks is not None:
                 return FusedAttention.apply(self.loops, q, k, v, blocks)
@@ -68,26 +70,26 @@ class FusedKernels(Kernels):
         )
 
 
-def choose_kernels(setting: str, device: torch.device, compiles: bool) -> str:
-    """Return the kernels that train.kernels means here, "fused" or "torch". `compiles`: torch.compile is used. Raises
-    ConfigError if fused kernels are asked for and cannot be used."""
-    if setting == "torch" or (setting == "auto" and (compiles or device.type != "cpu")):
+def choose_kernels(train: TrainConfig, device: torch.device) -> Literal["fused", "torch"]:
+    """Return the kernels that train.kernels means here. Raises ConfigError if fused ones are asked for and cannot be used."""
+    wanted = train.dtype == "bfloat16" and device.type == "cpu" and not train.compile
+    if train.kernels == "torch" or (train.kernels == "auto" and not wanted):
         return "torch"
     if device.type != "cpu":
         raise ConfigError(f"--train.kernels fused: they are for CPUs, and the device is {device.type}; write auto")
     try:
-        FusedKernels(threads=1)
+        LoopRunner(threads=1)
     except (ImportError, RuntimeError) as error:  # RuntimeError: numba finds no folder for compiled code
-        if setting == "auto":
+        if train.kernels == "auto":
             return "torch"
         advice = "pip install numba, or write --train.kernels torch"
         raise ConfigError(f"--train.kernels fused: numba cannot be used ({error}); {advice}") from error
     return "fused"
 
 
-def make_kernels(setting: str, device: torch.device, compiles: bool) -> Kernels:
+def make_kernels(train: TrainConfig, device: torch.device) -> Kernels:
     """Return the kernels that train.kernels means here, for as many threads as torch uses."""
-    return FusedKernels(torch.get_num_threads()) if choose_kernels(setting, device, compiles) == "fused" else TORCH_KERNELS
+    return FusedKernels(torch.get_num_threads()) if choose_kernels(train, device) == "fused" else TORCH_KERNELS
 
 
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:
@@ -98,4 +100,4 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
 
 
 def is_eligible(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0
+    return x.device.type == "cpu" and x.dtype in DTYPES

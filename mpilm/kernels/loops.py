@@ -139,38 +139,20 @@ def transpose_tile(context: Any, x: Any, out: Any, batch: Any, row: Any, column:
     return types.void(x, out, types.int64, types.int64, types.int64), generate
 
 
-def write(array: Any, row: int, i: int, value: Any) -> None:
+def write(array: Any, place: tuple[int, ...], value: Any) -> None:
     """Round to the type of the array."""
 
 
 @overload(write, inline="always")
-def _write(array: Any, row: Any, i: Any, value: Any) -> Any:
+def _write(array: Any, place: Any, value: Any) -> Any:
     if array.dtype == types.uint16:
 
-        def implementation(array: Any, row: Any, i: Any, value: Any) -> None:
-            array[row, i] = bfloat16_bits(value)
+        def implementation(array: Any, place: Any, value: Any) -> None:
+            array[place] = bfloat16_bits(value)
     else:
 
-        def implementation(array: Any, row: Any, i: Any, value: Any) -> None:
-            array[row, i] = value
-
-    return implementation
-
-
-def write4(array: Any, a: int, b: int, c: int, d: int, value: Any) -> None:
-    """Round to the type of an array of four dims."""
-
-
-@overload(write4, inline="always")
-def _write4(array: Any, a: Any, b: Any, c: Any, d: Any, value: Any) -> Any:
-    if array.dtype == types.uint16:
-
-        def implementation(array: Any, a: Any, b: Any, c: Any, d: Any, value: Any) -> None:
-            array[a, b, c, d] = bfloat16_bits(value)
-    else:
-
-        def implementation(array: Any, a: Any, b: Any, c: Any, d: Any, value: Any) -> None:
-            array[a, b, c, d] = value
+        def implementation(array: Any, place: Any, value: Any) -> None:
+            array[place] = value
 
     return implementation
 
@@ -198,7 +180,7 @@ def silu_product(start, stop, gate, up, out):
     for row in range(start, stop):
         for i in range(gate.shape[1]):
             g = wide(gate[row, i])
-            write(out, row, i, g / (F(1) + exp(-g)) * wide(up[row, i]))
+            write(out, (row, i), g / (F(1) + exp(-g)) * wide(up[row, i]))
 
 
 @loop
@@ -207,8 +189,8 @@ def silu_product_backward(start, stop, gradient, gate, up, d_gate, d_up):
         for i in range(gate.shape[1]):
             g, d = wide(gate[row, i]), wide(gradient[row, i])
             s = F(1) / (F(1) + exp(-g))
-            write(d_gate, row, i, d * wide(up[row, i]) * s * (F(1) + g * (F(1) - s)))
-            write(d_up, row, i, d * g * s)
+            write(d_gate, (row, i), d * wide(up[row, i]) * s * (F(1) + g * (F(1) - s)))
+            write(d_up, (row, i), d * g * s)
 
 
 @loop
@@ -221,7 +203,7 @@ def rms_norm(start, stop, x, weight, eps, out, scales):
         scale = F(1) / np.sqrt(total / F(width) + eps)
         scales[row] = scale
         for i in range(width):
-            write(out, row, i, wide(x[row, i]) * scale * wide(weight[i]))
+            write(out, (row, i), wide(x[row, i]) * scale * wide(weight[i]))
 
 
 @loop
@@ -236,7 +218,7 @@ def rms_norm_backward(start, stop, gradient, x, weight, scales, d_x, d_weight):
             shrink = dot * scale * scale * scale / F(width)
             for i in range(width):
                 value, d = wide(x[row, i]), wide(gradient[row, i])
-                write(d_x, row, i, d * wide(weight[i]) * scale - value * shrink)
+                write(d_x, (row, i), d * wide(weight[i]) * scale - value * shrink)
                 d_weight[block, i] += d * value * scale
 
 
@@ -249,8 +231,8 @@ def rotate(start, stop, x, cos, sin, out):
         for h in range(heads):
             for i in range(half):
                 low, high = wide(x[b, t, h, i]), wide(x[b, t, h, i + half])
-                write4(out, b, h, t, i, low * wide(cos[angle, i]) - high * wide(sin[angle, i]))
-                write4(out, b, h, t, i + half, high * wide(cos[angle, i]) + low * wide(sin[angle, i]))
+                write(out, (b, h, t, i), low * wide(cos[angle, i]) - high * wide(sin[angle, i]))
+                write(out, (b, h, t, i + half), high * wide(cos[angle, i]) + low * wide(sin[angle, i]))
 
 
 @loop
@@ -262,8 +244,8 @@ def rotate_backward(start, stop, gradient, cos, sin, d_x):
         for h in range(heads):
             for i in range(half):
                 low, high = wide(gradient[b, h, t, i]), wide(gradient[b, h, t, i + half])
-                write4(d_x, b, t, h, i, low * wide(cos[angle, i]) + high * wide(sin[angle, i]))
-                write4(d_x, b, t, h, i + half, high * wide(cos[angle, i]) - low * wide(sin[angle, i]))
+                write(d_x, (b, t, h, i), low * wide(cos[angle, i]) + high * wide(sin[angle, i]))
+                write(d_x, (b, t, h, i + half), high * wide(cos[angle, i]) - low * wide(sin[angle, i]))
 
 
 @loop
@@ -281,7 +263,7 @@ def attend_rows(start, stop, scores, scale, spans, first, factors, log_sums):
         for i in range(low, high):
             e = exp((wide(scores[row, i]) - largest) * scale)
             total += e
-            write(scores, row, i, e)
+            write(scores, (row, i), e)
         for i in range(high, np.uint64(scores.shape[1])):
             scores[row, i] = 0
         factors[row], log_sums[row] = F(1) / total, largest * scale + np.log(total)
@@ -297,8 +279,8 @@ def attend_rows_backward(start, stop, scores, gradient, scale, spans, first, log
             gradient[row, i] = 0
         for i in range(low, high):
             weight = exp(wide(scores[row, i]) * scale - log_sums[row])
-            write(scores, row, i, weight)
-            write(gradient, row, i, weight * (wide(gradient[row, i]) - deltas[row]) * scale)
+            write(scores, (row, i), weight)
+            write(gradient, (row, i), weight * (wide(gradient[row, i]) - deltas[row]) * scale)
         for i in range(high, np.uint64(scores.shape[1])):
             scores[row, i] = 0
             gradient[row, i] = 0
@@ -312,7 +294,7 @@ def scale_into(start, stop, x, factors, first, out):
     for row in range(start, stop):
         b, h, t = row // (heads * count), row // count % heads, first + row % count
         for i in range(x.shape[1]):
-            write4(out, b, t, h, i, wide(x[row, i]) * factors[row])
+            write(out, (b, t, h, i), wide(x[row, i]) * factors[row])
 
 
 @loop
@@ -356,8 +338,8 @@ def cross_entropy_backward(start, stop, logits, targets, ignored, log_sums, fact
         else:
             own = exp(wide(logits[row, target]) - log_sums[row])
             for i in range(logits.shape[1]):
-                write(logits, row, i, exp(wide(logits[row, i]) - log_sums[row]) * factor)
-            write(logits, row, target, (own - F(1)) * factor)
+                write(logits, (row, i), exp(wide(logits[row, i]) - log_sums[row]) * factor)
+            write(logits, (row, target), (own - F(1)) * factor)
 
 
 @loop

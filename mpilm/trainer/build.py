@@ -80,7 +80,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     environment = numerics_environment(hardware, mesh.world, inputs.config.parallel)
     folder = open_run_folder(inputs.config, content, environment, mesh.world, recovered)
     config = override(inputs.config, folder.retained)
-    hardware = replace(hardware, kernels=choose_kernels(config.train.kernels, hardware.device, hardware.compiles))
+    hardware = replace(hardware, kernels=choose_kernels(config.train, hardware.device))
     try:
         memory = MemoryMeter(hardware.device)  # from here on: preparation may have used more than training will
         model, batches = build_train_model(inputs, config)

@@ -68,8 +68,12 @@ def _first_line(run: Run, threads: Sequence[int]) -> str:
     text = f"{count_noun(threads[0], 'thread')} each"
     if len(set(threads)) > 1:
         text = f"{', '.join(map(str, threads))} threads (unequal: the last bits depend on which rank computes what)"
+    train = run.config.train
+    is_missing = train.kernels == "auto" and train.dtype == "bfloat16" and hardware.device.type == "cpu" and not train.compile
+    dtype = f"{train.dtype}, fused kernels" if hardware.kernels == "fused" else train.dtype
+    dtype += " (faster with numba, which is not installed)" if is_missing and hardware.kernels == "torch" else ""
     cores = ", more ranks than cores" if hardware.oversubscribed else ", bound to separate cores" if hardware.is_bound else ""
-    return f"mpilm {mpilm.__version__}: {count_noun(len(threads), 'rank')}, {text}{cores}, {device}, {run.config.train.dtype}"
+    return f"mpilm {mpilm.__version__}: {count_noun(len(threads), 'rank')}, {text}{cores}, {device}, {dtype}"
 
 
 def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int]) -> Iterator[tuple[str, str]]:

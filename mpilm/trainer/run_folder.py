@@ -81,8 +81,9 @@ def _open(
         if checkpoint is not None:
             trainer = read_trainer(checkpoint)
             config = override(config, _choose_kernels(config, trainer))
-            kernels = environment["kernels"] if config.train.kernels == "auto" else config.train.kernels
-            notes += _compare_with_checkpoint(checkpoint, trainer, config, content, {**environment, "kernels": kernels})
+            if config.train.kernels != "auto":
+                environment = {**environment, "kernels": config.train.kernels}
+            notes += _compare_with_checkpoint(checkpoint, trainer, config, content, environment)
         step = trainer.get("step", 0)
         if step > config.train.steps:
             raise ConfigError(f"{checkpoint} is at step {step}, past --train.steps {config.train.steps}; ask for more steps")
