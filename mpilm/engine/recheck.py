@@ -27,7 +27,7 @@ from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import AXES
 from mpilm.model.layers import hash_key
 from mpilm.optim.optimizer import ElementwiseOptimizer, UpdateSample
-from mpilm.parallel.digests import CAUSE, MODULUS, name_bit, read_sums, sum_bits
+from mpilm.parallel.digests import CAUSE, HASH_MODULUS, hash_bits, name_bit, read_sums, sum_bits
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import FlatKey
 from mpilm.parallel.pipeline.stage import LOSS, RECEIVED_ACTIVATION, RECEIVED_GRADIENT, SENT_ACTIVATION, GradientReducer
@@ -199,14 +199,14 @@ class Recheck:
 
         def observe(stage: int, microbatch: int, label: str, x: Tensor) -> None:
             if microbatch in drawn:
-                sums.setdefault(f"{stage} {label}", []).extend(sum_bits([x.detach()]))
+                sums.setdefault(f"{stage} {label}", []).extend(hash_bits([x.detach()]))
 
         with model.observing(observe):
             yield sums
 
     def _read(self, sums: Mapping[str, list[Tensor]]) -> Digests:
         values = iter(read_sums([x for each in sums.values() for x in each]))
-        totals = {key: sum(next(values) for _ in each) % MODULUS for key, each in sums.items()}
+        totals = {key: sum(next(values) for _ in each) % HASH_MODULUS for key, each in sums.items()}
         return dict(sorted(totals.items()))
 
     def _shift_digests(self, own: Digests, keys: Sequence[str]) -> Digests:

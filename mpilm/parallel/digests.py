@@ -11,6 +11,7 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ParamSlice, intersect_intervals
 
 MODULUS = 2**32  # of sums of bits
+HASH_MODULUS = 2**63
 CAUSE = "a processor or its memory may be failing"
 NamedTensors = list[tuple[str, Tensor]]
 
@@ -18,6 +19,17 @@ NamedTensors = list[tuple[str, Tensor]]
 def sum_bits(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the sum of each tensor's 32-bit words modulo 2**32. It changes with each single bit, and is as fast as memory."""
     return [x.view(torch.int32).sum(dtype=torch.int32) for x in tensors]
+
+
+def hash_bits(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the same sum of each tensor and, above it, 31 bits of the sum of w (2 w + 1) over its words w. Small errors in a
+    few words, which may cancel out in the first sum, do not in the second. Sums of these numbers are modulo HASH_MODULUS."""
+    hashes = []
+    for x in tensors:
+        words = x.contiguous().view(torch.int32)
+        mixed, plain = ((words * (2 * words + 1)).sum(dtype=torch.int32), words.sum(dtype=torch.int32))
+        hashes.append((mixed.long() % (HASH_MODULUS // MODULUS) * MODULUS) + plain.long() % MODULUS)
+    return hashes
 
 
 def name_bit(difference: int) -> str:

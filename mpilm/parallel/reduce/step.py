@@ -60,6 +60,7 @@ class StepReducer(GradientReducer):
             for bucket in group.buckets
         ]  # the parameters that each bucket waits for
         self.started = len(self.buckets)
+        self.is_collecting = False  # within a microbatch
         self.overwrite, self.pending = False, dict[str, Tensor]()  # parameters whose first gradient overwrites a buffer
         gradient_bytes = sum(buffer.tensor.nbytes for buffer in buffers)
         self.memory_bytes = {"gradients": gradient_bytes, "exchange": across_ranks.memory_bytes}
@@ -81,7 +82,7 @@ class StepReducer(GradientReducer):
     def begin_microbatch(self, i: int) -> None:
         """Direct the gradients of this rank's i-th microbatch to the buffer that the plan assigns. Gradients are copied into a
         fresh buffer as they come, which reads and writes half of what adding to zeros would."""
-        op = self.ops[i]
+        op, self.is_collecting = self.ops[i], True
         self.overwrite, self.into = op.overwrite, self.views[op.buffer]
         self.pending = dict(self.into) if op.overwrite else {}
         for name, parameter in self.parameters.items():
@@ -99,7 +100,8 @@ class StepReducer(GradientReducer):
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
         """Move a gradient that backward has completed into a buffer. Start the buckets that waited for it."""
-        if parameter.grad is not None and (self.overwrite or parameter.dtype != torch.float32):
+        is_moved = self.overwrite or (self.is_collecting and parameter.dtype != torch.float32)
+        if is_moved and parameter.grad is not None:
             gradient, parameter.grad = parameter.grad, None
             self.accumulate(name, gradient.to_dense())
         if self.overlap and self.started < len(self.buckets):  # the last microbatch
@@ -111,7 +113,7 @@ class StepReducer(GradientReducer):
         """Merge the gradient into the tree; `reduce` merges that of the last microbatch bucket by bucket."""
         for place in self.pending.values():  # parameters that this microbatch did not use
             place.zero_()
-        self.overwrite, self.pending = False, {}
+        self.overwrite, self.pending, self.is_collecting = False, {}, False
         if i < len(self.ops) - 1:
             self._merge_buffers(i, 0, self.flat.layout.numel)
 
