@@ -59,6 +59,21 @@ class Kernels:
         """Add x, in float32 or bfloat16, to a contiguous float32 tensor of the same shape."""
         total.add_(x)
 
+    def log_sum_exp(self, logits: Tensor) -> Tensor:  # (N, V) -> (N,)
+        """Return the logarithms of the sums of exponentials, float32."""
+        return torch.cat([x.float().logsumexp(-1) for x in logits.split(_count_rows(logits))])
+
+    def softmax_gradient_(self, logits: Tensor, targets: Tensor, log_sums: Tensor, factors: Tensor) -> Tensor:
+        """Return the gradient of factors (N,) times the cross-entropies of logits (N, V), which may be overwritten. `targets`:
+        (N,), -1 for one that is not among the logits; `log_sums`: of all logits of a row, float32."""
+        for x, places, log_sum, factor in zip(
+            *(each.split(_count_rows(logits)) for each in (logits, targets, log_sums, factors))
+        ):
+            own = (x.float() - log_sum[:, None]).exp_()
+            own.scatter_add_(-1, places.clamp(min=0)[:, None], (places >= 0).float().neg()[:, None])
+            x.copy_(own.mul_(factor[:, None]))
+        return logits
+
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:  # (B, T, V), (B, T) -> ()
         """Return the sum of the cross-entropies of all targets, in nats, float32: never a mean, so that sums of parts are
         exact. Backward overwrites large logits with their gradient."""
@@ -118,6 +133,10 @@ class BlockwiseCrossEntropySum(torch.autograd.Function):
 
 
 def _row_blocks(logits: Tensor, targets: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    return zip(logits.split(_count_rows(logits)), targets.split(_count_rows(logits)))
+
+
+def _count_rows(logits: Tensor) -> int:
+    """Return the number of rows of logits that are treated together."""
     block = LOSS_BLOCK if logits.device.type == "cpu" else GPU_LOSS_BLOCK
-    rows = max(1, block // logits.shape[-1])
-    return zip(logits.split(rows), targets.split(rows))
+    return max(1, block // logits.shape[-1])

@@ -38,6 +38,18 @@ class LoopRunner:
         self.run("transpose", x.shape[0] * -(-x.shape[2] // self.loops.TILE), x.numel(), array_of(x), array_of(out))
         return out
 
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        """`Kernels.log_sum_exp` by a loop."""
+        log_sums = torch.empty(len(logits))
+        self.run("log_sum_exp", len(logits), logits.numel(), array_of(logits), log_sums.numpy())
+        return log_sums
+
+    def softmax_gradient_(self, logits: Tensor, targets: Tensor, log_sums: Tensor, factors: Tensor) -> Tensor:
+        """`Kernels.softmax_gradient_` by a loop; the logits are contiguous."""
+        arguments = array_of(logits), targets.numpy(), log_sums.numpy(), array_of(factors)
+        self.run("softmax_gradient", len(logits), logits.numel(), *arguments)
+        return logits
+
     def run(self, name: str, rows: int, numel: int, *arguments: Any) -> None:
         """Run a loop of loops.py over all rows, divided over the threads."""
         loop = getattr(self.loops, name)
@@ -129,21 +141,19 @@ class FusedCrossEntropySum(Function):
 
     @staticmethod
     def forward(ctx: Any, loops: LoopRunner, logits: Tensor, targets: Tensor) -> Tensor:
-        rows, targets = rows_of(logits), targets.flatten()
+        rows, targets = logits.flatten(0, -2), targets.flatten()
         if int(targets.max()) >= logits.shape[-1]:  # the loop would read other memory
             raise IndexError(f"target {int(targets.max())} with a vocabulary of {logits.shape[-1]}")
-        losses, log_sums = torch.empty(len(rows)), np.empty(len(rows), np.float32)
-        inputs = rows, targets.numpy(), IGNORE_INDEX
-        loops.run("cross_entropy", len(rows), rows.size, *inputs, losses.numpy(), log_sums)
-        ctx.loops, ctx.log_sums = loops, log_sums
-        ctx.save_for_backward(logits, targets)
-        return losses.sum()
+        log_sums, ignored = loops.log_sum_exp(rows), targets == IGNORE_INDEX
+        own = rows.gather(-1, targets.clamp(min=0)[:, None])[:, 0].float()
+        ctx.loops = loops
+        ctx.save_for_backward(logits, targets, log_sums)
+        return (log_sums - own).masked_fill_(ignored, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets = ctx.saved_tensors
-        logits = logits.contiguous()
-        rows, factor = rows_of(logits), np.float32(float(gradient))
-        arguments = rows, targets.numpy(), IGNORE_INDEX, ctx.log_sums, factor
-        ctx.loops.run("cross_entropy_backward", len(rows), rows.size, *arguments)
-        return None, logits.detach(), None
+        logits, targets, log_sums = ctx.saved_tensors
+        factors = gradient.where(targets != IGNORE_INDEX, 0.0)
+        logits = logits.detach().contiguous()
+        ctx.loops.softmax_gradient_(logits.flatten(0, -2), targets, log_sums, factors)
+        return None, logits, None

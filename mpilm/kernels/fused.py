@@ -62,6 +62,13 @@ class FusedKernels(Kernels):
             return super().accumulate_(total, x)
         self.loops.run("accumulate", total.numel(), total.numel(), total.view(-1).numpy(), array_of(x).reshape(-1))
 
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        return self.loops.log_sum_exp(logits) if is_eligible(logits) else super().log_sum_exp(logits)
+
+    def softmax_gradient_(self, logits: Tensor, targets: Tensor, log_sums: Tensor, factors: Tensor) -> Tensor:
+        arguments = logits, targets, log_sums, factors
+        return self.loops.softmax_gradient_(*arguments) if is_eligible(logits) else super().softmax_gradient_(*arguments)
+
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         return (
             FusedCrossEntropySum.apply(self.loops, logits, targets)

@@ -316,7 +316,7 @@ def accumulate_keys(start, stop, total, x, first):
 
 
 @loop
-def cross_entropy(start, stop, logits, targets, ignored, losses, log_sums):
+def log_sum_exp(start, stop, logits, log_sums):
     for row in range(start, stop):
         largest, total = F(-np.inf), F(0)
         for i in range(logits.shape[1]):
@@ -324,21 +324,17 @@ def cross_entropy(start, stop, logits, targets, ignored, losses, log_sums):
         for i in range(logits.shape[1]):
             total += exp(wide(logits[row, i]) - largest)
         log_sums[row] = largest + np.log(total)
-        losses[row] = F(0) if targets[row] == ignored else log_sums[row] - wide(logits[row, targets[row]])
 
 
 @loop
-def cross_entropy_backward(start, stop, logits, targets, ignored, log_sums, factor):
-    """In place of the logits."""
+def softmax_gradient(start, stop, logits, targets, log_sums, factors):
+    """In place of the logits; a target of -1 is not among them."""
     for row in range(start, stop):
-        target = targets[row]
-        if target == ignored:
-            for i in range(logits.shape[1]):
-                logits[row, i] = 0
-        else:
-            own = exp(wide(logits[row, target]) - log_sums[row])
-            for i in range(logits.shape[1]):
-                write(logits, (row, i), exp(wide(logits[row, i]) - log_sums[row]) * factor)
+        target, log_sum, factor = targets[row], log_sums[row], factors[row]
+        own = exp(wide(logits[row, max(target, 0)]) - log_sum)
+        for i in range(logits.shape[1]):
+            write(logits, (row, i), exp(wide(logits[row, i]) - log_sum) * factor)
+        if target >= 0:
             write(logits, (row, target), (own - F(1)) * factor)
 
 

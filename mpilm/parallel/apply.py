@@ -9,6 +9,7 @@ from torch import nn
 from mpilm.config.schema import Config
 from mpilm.kernels.base import Kernels
 from mpilm.kernels.fused import use_kernels
+from mpilm.kernels.linear_cross_entropy import defer_logits
 from mpilm.mesh.mesh import Mesh
 from mpilm.ops.expert_axis import ExpertAxis
 from mpilm.ops.tensor_axis import TensorAxis
@@ -50,7 +51,7 @@ def parallelize(
     2. Divide modules into tensor parts, and let layers compute sequence parts: each part is a plain module, to which the other
        steps apply.
     3. Divide experts: those of each tensor part.
-    4. Choose the kernels: of the modules that are there now, parts and experts among them.
+    4. Choose the kernels: of the modules that are there now, parts and experts among them; a large head defers its logits.
     5. Allocate the flat parameters: their sizes follow from the steps before alone.
     6. Compile blocks: the compiled function is what recomputation repeats.
     7. Checkpoint activations: it wraps forwards, compiled or not, inside all module hooks.
@@ -69,6 +70,8 @@ def parallelize(
     if experts.comm.size > 1:
         divide_experts(model, experts)
     use_kernels(model, kernels)
+    if tensor.slice_count == 1 and parallel.zero < 3 and not config.train.compile:  # the head must be full until backward
+        defer_logits(model, kernels)
     trained = allocate_parameters(select_trained(layouts), device, parallel.zero, mesh, alignment)
     frozen_layouts = {name: layout for name, layout in layouts.items() if layout.frozen}
     # ZeRO-1 and 2 shard gradients and moments, which these do not have.

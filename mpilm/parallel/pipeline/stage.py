@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.data.batch import Batch
 from mpilm.kernels.base import loss_sum
+from mpilm.kernels.linear_cross_entropy import DeferredLogits
 from mpilm.model.layers import hash_key
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.ops.tensor_axis import TensorAxis
@@ -69,14 +70,18 @@ class StageParameters:
     def join_backward(self) -> None: ...
 
 
-Logits = Tensor | PartLogits
+Logits = Tensor | PartLogits  # in training, also DeferredLogits
 # Labels of what ModelStage.observing shows besides gradients of parameters, in the order of computation.
 RECEIVED_ACTIVATION, SENT_ACTIVATION, LOSS = "the activation received", "the activation sent", "the loss"
 RECEIVED_GRADIENT, SENT_GRADIENT = "the gradient received", "the gradient sent"
 
 
-def token_losses(logits: Logits, batch: Batch, sum_losses: Callable[[Tensor, Tensor], Tensor] = loss_sum) -> Tensor:
+def token_losses(
+    logits: Logits | DeferredLogits, batch: Batch, sum_losses: Callable[[Tensor, Tensor], Tensor] = loss_sum
+) -> Tensor:
     """Return the sum of the token losses of each sequence part of a microbatch, (S,): zero for parts of other ranks."""
+    if isinstance(logits, DeferredLogits):
+        return batch.place_parts([logits.loss_sum(batch.targets)])
     if isinstance(logits, PartLogits):
         return batch.place_parts([losses.sum() for losses in batch.split_parts(logits.losses(batch.targets))])
     pairs = zip(batch.split_parts(logits), batch.split_parts(batch.targets))
