@@ -70,11 +70,9 @@ class FusedKernels(Kernels):
         return self.loops.softmax_gradient_(*arguments) if is_eligible(logits) else super().softmax_gradient_(*arguments)
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return (
-            FusedCrossEntropySum.apply(self.loops, logits, targets)
-            if is_eligible(logits)
-            else super().loss_sum(logits, targets)
-        )
+        if not is_eligible(logits) or not logits.numel():
+            return super().loss_sum(logits, targets)
+        return FusedCrossEntropySum.apply(self.loops, logits, targets)
 
 
 def choose_kernels(train: TrainConfig, device: torch.device) -> Literal["fused", "torch"]:

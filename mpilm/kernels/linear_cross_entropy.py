@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from mpilm.kernels import MAX_LOGITS
+from mpilm.kernels import LOGITS_BLOCK, MAX_LOGITS
 from mpilm.kernels.base import IGNORE_INDEX, Kernels
-
-BLOCK = 1 << 24  # logits at a time
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class LinearCrossEntropySum(Function):
 
 def _blocks(rows: Tensor, weight: Tensor) -> list[slice]:
     """Return the blocks of the vocabulary."""
-    width = max(1, BLOCK // len(rows))
+    width = max(1, LOGITS_BLOCK // len(rows))
     return [slice(start, min(start + width, len(weight))) for start in range(0, len(weight), width)]
 
 

@@ -20,7 +20,7 @@ from mpilm.parallel.expert import divide_experts
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.fsdp import ShardedParameters
 from mpilm.parallel.layout import FlatKey, Layouts, group_by_vector, select_trained
-from mpilm.parallel.layout_check import find_ulysses_problem
+from mpilm.parallel.layout_check import can_defer_logits, find_ulysses_problem
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StageParameters
 from mpilm.parallel.plan import cut_of, stage_of
@@ -70,7 +70,7 @@ def parallelize(
     if experts.comm.size > 1:
         divide_experts(model, experts)
     use_kernels(model, kernels)
-    if tensor.slice_count == 1 and parallel.zero < 3 and not config.train.compile:  # the head must be full until backward
+    if can_defer_logits(config):
         defer_logits(model, kernels)
     trained = allocate_parameters(select_trained(layouts), device, parallel.zero, mesh, alignment)
     frozen_layouts = {name: layout for name, layout in layouts.items() if layout.frozen}

@@ -200,3 +200,9 @@ def _find_data_problem(config: Config, ranks: int) -> Problem | None:
     near = sorted((n for n in (below, below + pipeline) if n), key=lambda n: (abs(n - count), -n))
     batches = [n * data * train.micro_batch for n in near]
     return (misfit, [[(f"--train.global-batch {n}", {"train__global_batch": n}, ranks) for n in batches]]) if misfit else None
+
+
+def can_defer_logits(config: Config) -> bool:
+    """Return whether the loss may compute logits block by block: the head is whole, and full from forward to backward."""
+    has_parts = tensor_part_count(config) > 1 or sequence_part_count(config) > 1
+    return not has_parts and config.parallel.zero < 3 and not config.train.compile

@@ -6,12 +6,12 @@ from functools import cache
 from itertools import chain
 
 from mpilm.config.schema import Config, microbatch_count, tensor_part_count
-from mpilm.kernels import LOSS_BLOCK
+from mpilm.kernels import LOGITS_BLOCK, LOSS_BLOCK, MAX_LOGITS
 from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_numel, parameter_count
 from mpilm.ops.halving import MIN_HALVING_RANKS, count_bucket_copies
 from mpilm.ops.tree import block_of_rank, count_buffers, plan_accumulation, plan_block_accumulation, plan_merges
 from mpilm.parallel.flat_layout import BUCKET
-from mpilm.parallel.layout_check import reduces_in_rounds
+from mpilm.parallel.layout_check import can_defer_logits, reduces_in_rounds
 from mpilm.parallel.pipeline.actions import Action
 from mpilm.parallel.pipeline.schedules import lower, schedule
 from mpilm.planner.cost import MMAP_THRESHOLD_BYTES, WIRE_RATIO
@@ -42,7 +42,8 @@ def step_bytes(
         )
     # Part of the logits' bytes that lives from forward to backward: the logits, or, if there are few, their probabilities.
     is_blockwise = device == "cpu" and not train.compile and tokens * vocab_size > LOSS_BLOCK and tensor_part_count(config) == 1
-    saved = 0.25 if is_blockwise and train.dtype == "bfloat16" else 0.5
+    is_deferred = can_defer_logits(config) and tokens * vocab_size > MAX_LOGITS
+    saved = 0.0 if is_deferred else 0.25 if is_blockwise and train.dtype == "bfloat16" else 0.5
     current = peak = 0  # of all microbatches; the logits of one are counted with their gradient below
     for action in program:
         parts = of_stage[action.stage]
@@ -56,7 +57,9 @@ def step_bytes(
     logits = max(parts["logits"] for parts in of_stage.values())
     live = peak - round(saved * logits) + max(parts["recompute"] for parts in of_stage.values()) + received
     live_factor = logits_factor = 1.0  # two float32 tensors: the logits and their gradient
-    if is_blockwise:
+    if is_deferred:
+        logits_factor = min(1.0, 8 * LOGITS_BLOCK / logits) if logits else 1.0  # those of a block of words
+    elif is_blockwise:
         logits_factor = saved  # the gradient takes the place of the logits
     elif train.compile:
         logits_factor = 0.5 if train.dtype == "bfloat16" else 1.0  # two tensors in train.dtype

@@ -91,7 +91,7 @@ def test_deferred_logits_have_equal_bits_on_all_layouts(tmp_path, data, monkeypa
     usual = make_config(data, tmp_path / "usual", train__dtype=dtype)
     train_to_end(usual, 1)
     monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS", 0)
-    monkeypatch.setattr(linear_cross_entropy, "BLOCK", 2000)
+    monkeypatch.setattr(linear_cross_entropy, "LOGITS_BLOCK", 2000)
     one = make_config(data, tmp_path / "one", train__dtype=dtype)
     expected = train_to_end(one, 1)
     assert losses_of(one) == pytest.approx(losses_of(usual), rel=1e-5 if dtype == "float32" else 2e-3)

@@ -45,7 +45,7 @@ DOCUMENTS = torch.tensor([[0] * 3 + [1] * 60 + [2] * 37, [5] * 99 + [-1]])
 
 def loss(kernels, x):
     targets = torch.randint(0, x.shape[-1], x.shape[:2], generator=torch.Generator().manual_seed(1))
-    targets[0, :2] = IGNORE_INDEX
+    targets[:1, :2] = IGNORE_INDEX
     return kernels.loss_sum(x * 3, targets)
 
 
@@ -156,6 +156,23 @@ def test_norm_has_the_bits_of_torch(threads, monkeypatch):
     monkeypatch.setattr(functions, "SHARE", 1)
     pieces = [draw(100_000, seed=i).float() * 10.0**i for i in range(3)]
     assert global_norm(pieces, SelfComm(), FusedKernels(threads).row_sum()) == global_norm(pieces, SelfComm())
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if "documents" not in name])
+def test_empty_tensors_have_the_type_of_others(name):
+    """As a replica has that lacks a microbatch but serves the experts of others."""
+    function, shapes = OPERATIONS[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        results = []
+        for count in (shapes[0][0], 0):
+            first = draw(count, *shapes[0][1:]).bfloat16().requires_grad_()
+            others = [
+                draw(count if i == 0 and len(shape) > 1 else shape[0], *shape[1:]).float() for i, shape in enumerate(shapes[1:])
+            ]
+            results.append(y := function(KERNELS, first, *others))
+            y.sum().backward()
+            assert first.grad.shape == first.shape
+        assert results[0].dtype == results[1].dtype
 
 
 def test_target_outside_of_the_vocabulary_is_refused():

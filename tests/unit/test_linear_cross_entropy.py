@@ -49,7 +49,7 @@ def whole(x, weight, bias, targets):
 @pytest.mark.parametrize("block", [10, 170, 5000])  # of 1 and 17 words, and of all
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_loss_and_gradients_are_those_of_torch(monkeypatch, kernels, bias, block, dtype, error):
-    monkeypatch.setattr(linear_cross_entropy, "BLOCK", block)
+    monkeypatch.setattr(linear_cross_entropy, "LOGITS_BLOCK", block)
     expected = outcome(whole, torch.float64, bias)
     found = outcome(lambda *tensors: LinearCrossEntropySum.apply(KERNELS[kernels], *tensors), dtype, bias)
     for right, ours in zip(expected, found, strict=True):
