@@ -52,7 +52,21 @@ def transformers_step(dtype: str, compiles: bool, sequences: int, wrap: Callable
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        float(loss)
+        float(loss.detach())
+
+    return step
+
+
+def products_alone(dtype: str, flops: float) -> Callable[[int], None]:
+    """Return a step that only multiplies large matrices, with as many operations as a rank's matrices need."""
+    import torch
+
+    x = torch.randn(2048, 2048, dtype=getattr(torch, dtype))
+    count = round(flops / (2 * 2048**3))
+
+    def step(number: int) -> None:
+        for _ in range(count):
+            x @ x
 
     return step
 
@@ -98,6 +112,8 @@ def compute_worker(args: argparse.Namespace) -> None:
             sides[name] = on_both_cores(step, args.folder, f"{dtype}-{compiles}")
         ddp = transformers_step(dtype, False, SEQUENCES // 2, DistributedDataParallel)
         sides["transformers, DDP, 2 ranks"] = lambda number, ddp=ddp: ddp()
+        matrices = 6 * (4 * 768 * 768 + 3 * 768 * 2048) + 768 * VOCAB_SIZE
+        sides["products alone"] = products_alone(dtype, 6 * matrices * SEQUENCES * TOKENS / comm.size)
         times, void = time_sides(sides, args.rounds, comm)
         if comm.rank:
             continue
@@ -106,6 +122,8 @@ def compute_worker(args: argparse.Namespace) -> None:
         goal = ">= 1.5" if dtype == "bfloat16" else ">= 1.1"
         print_report(f"compute, {dtype}", times, {
             "mpilm / best peer": (speed_ratios({"best": best, **times}, "best", ours), goal),
+            "share of a large product's rate": (speed_ratios(times, "products alone", ours), ">= 0.45"),
+            "best peer's share": (speed_ratios({"best": best, **times}, "products alone", "best"), ""),
             "fused / torch's kernels": (speed_ratios(times, "mpilm, torch's kernels", ours), ""),
         }, void)  # fmt: skip
     dist.destroy_process_group()
