@@ -1,6 +1,7 @@
 """The hardware of this rank: its device, its cores and threads, and its peak FLOP rate."""
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import time
@@ -192,7 +193,11 @@ def software_fingerprint(world: Comm) -> dict[str, str]:
     files = sorted(Path(mpilm.__file__).parent.rglob("*.py"))
     source = hex_digest(*(part for path in files for part in (path.name.encode(), path.read_bytes())))
     versions = software_versions(world)
-    return {"source": source[:12], **{name: versions[name] for name in ("mpilm", "torch", "mpi")}}
+    try:
+        numba = importlib.metadata.version("numba")  # which makes the fused kernels
+    except importlib.metadata.PackageNotFoundError:
+        numba = "not installed"
+    return {"source": source[:12], "numba": numba, **{name: versions[name] for name in ("mpilm", "torch", "mpi")}}
 
 
 def describe_program(world: Comm) -> str:
