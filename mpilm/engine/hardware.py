@@ -55,10 +55,13 @@ def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardw
         require_compiler()
     is_bound = bind and device.type == "cpu" and _bind_cores(node, threads)  # before torch starts threads, which inherit it
     kernels = make_kernels(train, device)
-    for turn in (True, False):  # numba keeps what it has compiled on disk: the first rank of a node compiles for all
-        if (node.rank == 0) is turn:
-            _load_libraries(device, kernels, train.dtype)
+    if node.rank > 0:
         node.barrier()
+    try:
+        _load_libraries(device, kernels, train.dtype)
+    finally:
+        if node.rank == 0:  # numba keeps what it has compiled on disk: the first rank of a node compiles for all
+            node.barrier()
     return Hardware(device, threads, cores < 1, train.compile, choose_kernels(train, device), cores, is_bound)
 
 

@@ -114,6 +114,10 @@ class PipelinedModel:
         if self.zero in (1, 2):
             for flat in self.flats.values():
                 all_gather_shards(flat, flat.values)
+        self.refresh_parameters()
+
+    def refresh_parameters(self) -> None:
+        """Let the layers of this rank compute with the values that its flat vectors hold now."""
         for stage in self.stages.values():
             stage.parameters.refresh()
 

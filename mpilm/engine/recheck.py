@@ -191,6 +191,7 @@ class Recheck:
         sends = [comm.isend(x, (comm.rank - shift) % comm.size, TAG) for x in own if x.numel()]
         for request in (*receives, *sends):
             request.wait()
+        mirror.refresh_parameters()
         return mirror
 
     @contextlib.contextmanager

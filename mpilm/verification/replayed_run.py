@@ -147,7 +147,8 @@ def _replay_config(stored: StoredRun, settings: ReplaySettings) -> Config:
                 setting = f"{flag_of(name)} {str(value).lower()}"
                 raise ConfigError(f"{stored.folder} was trained with {setting} and cannot be recomputed exactly: {reason}")
         stored_threads = int(stored.trainer.get("conditions", {}).get("threads", run.train.threads))
-        kernels = stored.trainer.get("conditions", {}).get("kernels", "torch")
+        used = stored.trainer.get("conditions", {"kernels": ""}).get("kernels", "torch")  # versions before had torch's alone
+        kernels = "torch" if used == "torch" else run.train.kernels
         compute = {"device": settings.train.device, "threads": settings.train.threads or stored_threads, "kernels": kernels}
         config = override(run, parallel=ParallelConfig(**asdict(settings.parallel)))
         config = override(config, {f"train.{name}": value for name, value in compute.items()})

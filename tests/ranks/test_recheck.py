@@ -45,6 +45,7 @@ LAYOUTS = {
     "interleaved": (2, layout(pipeline=2, schedule="interleaved")),
     "tensor 2": (2, {**layout(tensor=2), "model__n_kv_heads": 2}),
     "pipeline 2, tensor 2": (4, {**layout(pipeline=2, tensor=2), "model__n_kv_heads": 2}),
+    "pipeline 2, bfloat16": (2, {**layout(pipeline=2), "train__dtype": "bfloat16"}),
     "context 2, ZeRO-3": (2, layout(context=2, zero=3)),
     "context 3": (3, {**layout(context=3), "model__context_length": 12}),
     "experts 2, untied": (2, {**layout(expert=2), **MIXTURE, "model__tie_embeddings": False}),
