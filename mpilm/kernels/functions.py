@@ -125,14 +125,14 @@ class FusedRotation(Function):
     def forward(ctx: Any, loops: LoopRunner, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         y, tokens_first = torch.empty(x.shape, dtype=x.dtype), array_of(x.transpose(1, 2))
         ctx.loops, ctx.angles = loops, (rows_of(cos), rows_of(sin))
-        loops.run("rotate", x.shape[0] * x.shape[2], x.numel(), tokens_first, *ctx.angles, array_of(y))
+        loops.run("rotate", x.shape[0] * x.shape[2], x.numel(), tokens_first, *ctx.angles, False, array_of(y))
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         d_x = torch.empty(gradient.transpose(1, 2).shape, dtype=gradient.dtype)
-        count = gradient.shape[0] * gradient.shape[2]
-        ctx.loops.run("rotate_backward", count, d_x.numel(), array_of(gradient), *ctx.angles, array_of(d_x))
+        count = gradient.shape[0] * gradient.shape[1]
+        ctx.loops.run("rotate", count, d_x.numel(), array_of(gradient), *ctx.angles, True, array_of(d_x))
         return None, d_x.transpose(1, 2), None, None
 
 

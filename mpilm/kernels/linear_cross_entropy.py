@@ -76,11 +76,12 @@ class LinearCrossEntropySum(Function):
         for words in _blocks(rows, weight):
             logits = _logits(rows, weight, bias, words)
             own = ctx.kernels.softmax_gradient_(logits, _places(targets, words), log_sums, factors)
-            torch.mm(own.t(), rows, out=d_weight[words])
+            if ctx.needs_input_grad[2]:  # not if adapters are trained
+                torch.mm(own.t(), rows, out=d_weight[words])
             ctx.kernels.accumulate_(d_rows, own @ weight[words])
             if d_bias is not None:
                 d_bias[words] = own.sum(0)
-        return None, d_rows.to(rows.dtype).view(ctx.shape), d_weight, d_bias, None
+        return None, d_rows.to(rows.dtype).view(ctx.shape), d_weight if ctx.needs_input_grad[2] else None, d_bias, None
 
 
 def _blocks(rows: Tensor, weight: Tensor) -> list[slice]:

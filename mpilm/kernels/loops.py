@@ -223,29 +223,19 @@ def rms_norm_backward(start, stop, gradient, x, weight, scales, d_x, d_weight):
 
 
 @loop
-def rotate(start, stop, x, cos, sin, out):
-    """(B, T, H, K) -> (B, H, T, K); rows are tokens, of one sequence after the other. Angles: (T, K), or (B T, K)."""
-    tokens, heads, half = x.shape[1], x.shape[2], x.shape[3] // 2
+def rotate(start, stop, x, cos, sin, back, out):
+    """(B, T, H, K) -> (B, H, T, K), or `back` by the reverse rotation. Angles: (T, K), or (B T, K)."""
+    first, second, half = x.shape[1], x.shape[2], x.shape[3] // 2
+    sign = F(-1) if back else F(1)
     for row in range(start, stop):
-        b, t, angle = row // tokens, row % tokens, row % cos.shape[0]
-        for h in range(heads):
-            for i in range(half):
-                low, high = wide(x[b, t, h, i]), wide(x[b, t, h, i + half])
-                write(out, (b, h, t, i), low * wide(cos[angle, i]) - high * wide(sin[angle, i]))
-                write(out, (b, h, t, i + half), high * wide(cos[angle, i]) + low * wide(sin[angle, i]))
-
-
-@loop
-def rotate_backward(start, stop, gradient, cos, sin, d_x):
-    """(B, H, T, K) -> (B, T, H, K)."""
-    tokens, heads, half = d_x.shape[1], d_x.shape[2], d_x.shape[3] // 2
-    for row in range(start, stop):
-        b, t, angle = row // tokens, row % tokens, row % cos.shape[0]
-        for h in range(heads):
-            for i in range(half):
-                low, high = wide(gradient[b, h, t, i]), wide(gradient[b, h, t, i + half])
-                write(d_x, (b, t, h, i), low * wide(cos[angle, i]) + high * wide(sin[angle, i]))
-                write(d_x, (b, t, h, i + half), high * wide(cos[angle, i]) - low * wide(sin[angle, i]))
+        b, i = row // first, row % first
+        for j in range(second):
+            angle = (b * second + j if back else row) % cos.shape[0]
+            for k in range(half):
+                low, high = wide(x[b, i, j, k]), wide(x[b, i, j, k + half])
+                c, s = wide(cos[angle, k]), wide(sin[angle, k]) * sign
+                write(out, (b, j, i, k), low * c - high * s)
+                write(out, (b, j, i, k + half), high * c + low * s)
 
 
 @loop
