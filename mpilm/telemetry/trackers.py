@@ -13,6 +13,12 @@ from typing import Any
 
 from mpilm.errors import ConfigError
 
+GROUPS = {  # of the fields of a row that are not in train/
+    **dict.fromkeys(("step_s", "tokens_per_s", "mfu", "rank_s"), "speed"),
+    **dict.fromkeys(("took_s", "waited_s"), "checkpoint"),
+    "memory_bytes": "memory",
+}
+
 
 def open_trackers(names: Sequence[str], folder: Path, step: int, settings: Mapping[str, Any]) -> list[Tracker]:
     """Open the trackers `names` and, where it is installed, TensorBoard, for a run that resumes from `step`."""
@@ -31,8 +37,19 @@ def check_trackers_installed(names: Sequence[str]) -> None:
 
 
 def select_scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a row that make a curve."""
-    return {key: value for key, value in row.items() if isinstance(value, (int, float)) and key not in ("step", "time")}
+    """Return the numbers of a row that make a curve, in groups: "GROUP/NAME" -> value."""
+    found = {}
+    for key, value in row.items():
+        group = GROUPS.get(key, "train")
+        if key == "eval_loss":
+            found["eval/loss"] = value
+        elif key == "rank_s":
+            found |= {f"{group}/{part}_s": sum(seconds) / len(seconds) for part, seconds in value.items()}
+        elif key == "memory_bytes":
+            found[f"{group}/largest_mib"] = max(value) / 2**20
+        elif isinstance(value, (int, float)) and key not in ("step", "time"):
+            found[f"{group}/{key}"] = value
+    return found
 
 
 class TensorBoard:

@@ -22,8 +22,15 @@ def write_rows(names, folder, step=0):
         tracker.close()
 
 
-def test_select_scalars_leaves_out_step_time_and_lists():
-    assert select_scalars(ROWS[1]) == {"loss": 0.5}
+def test_scalars_are_in_groups():
+    speed = {"step_s": 2.0, "tokens_per_s": 8.0, "mfu": 0.5, "rank_s": {"compute": [1.0, 2.0], "bubble": [0.5, 0.0]}}
+    row = {"step": 3, "time": 7.0, "loss": 0.5, "lr": 0.1, "expert_share": [1.0], "memory_bytes": [2**20, 3 * 2**20], **speed}
+    assert select_scalars(row) == {
+        "train/loss": 0.5, "train/lr": 0.1, "memory/largest_mib": 3.0, "speed/step_s": 2.0, "speed/tokens_per_s": 8.0,
+        "speed/mfu": 0.5, "speed/compute_s": 1.5, "speed/bubble_s": 0.25,
+    }  # fmt: skip
+    assert select_scalars({"step": 3, "time": 7.0, "eval_loss": 0.25}) == {"eval/loss": 0.25}
+    assert select_scalars({"step": 3, "time": 7.0, "event": "saved", "took_s": 1.0}) == {"checkpoint/took_s": 1.0}
 
 
 def test_tensorboard_has_every_row(tmp_path):
@@ -31,7 +38,7 @@ def test_tensorboard_has_every_row(tmp_path):
     write_rows((), tmp_path)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    scalars = events.Scalars("loss")
+    scalars = events.Scalars("train/loss")
     assert [(event.step, event.wall_time) for event in scalars] == [(1, 1001.0), (2, 1002.0), (3, 1003.0)]
     assert all(math.isclose(event.value, 1 / event.step, rel_tol=1e-6) for event in scalars)
 
@@ -44,7 +51,7 @@ def test_mlflow_resumed_run_stays_one_run(tmp_path):
     client = tracking.MlflowClient((tmp_path / "mlruns").as_uri())
     (run,) = client.search_runs([client.get_experiment_by_name("mpilm").experiment_id])
     assert run.data.params["train.lr"] == "0.003"
-    metrics = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "loss")]
+    metrics = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "train/loss")]
     assert metrics[:3] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
 
 
