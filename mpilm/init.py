@@ -21,7 +21,8 @@ from tyro.conf import Positional, arg
 from mpilm.config.help import field_comments
 from mpilm.config.parse import parse
 from mpilm.config.presets import COMMON_SETTINGS
-from mpilm.config.schema import Config, flatten
+from mpilm.config.schema import Config
+from mpilm.config.settings import flatten
 from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError
 from mpilm.formatting import command_text

@@ -11,7 +11,8 @@ from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_f
 from mpilm.comm.base import Comm
 from mpilm.config.parse import parse
 from mpilm.config.presets import COMMON_SETTINGS, PRESETS
-from mpilm.config.schema import Config, override, resolve_config
+from mpilm.config.schema import Config, resolve_config
+from mpilm.config.settings import override
 from mpilm.errors import ConfigError
 from mpilm.launch.run import Body, run
 from mpilm.telemetry.trackers import check_trackers_installed

@@ -21,7 +21,8 @@ from mpilm.checkpoint.format import list_checkpoints
 from mpilm.comm.base import Comm
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, ModelConfig, microbatch_count, override, resolve_config
+from mpilm.config.schema import Config, ModelConfig, microbatch_count, resolve_config
+from mpilm.config.settings import override
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.engine.step import MicrobatchSource, StepResult, total_loss, train_step
 from mpilm.engine.train_model import TrainModel

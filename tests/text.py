@@ -16,9 +16,9 @@ from mpilm.config.schema import (
     ModelConfig,
     RunConfig,
     TrainConfig,
-    override,
     resolve_config,
 )
+from mpilm.config.settings import override
 from mpilm.data.corpus import Corpus
 from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer

@@ -5,7 +5,8 @@ from math import isfinite
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from mpilm.config import schema
-from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, MIXTURES, Config, DataConfig, flag_of, flatten
+from mpilm.config.schema import GPT2_STYLE, LORA_TARGETS, MIXTURES, Config, DataConfig
+from mpilm.config.settings import flag_of, flatten, flatten_types, override
 from mpilm.errors import ConfigError
 from mpilm.formatting import format_value
 
@@ -16,14 +17,14 @@ MAX_BALANCED = 2**25  # layers^2 times stages, which the time to balance them gr
 def check_config(config: Any) -> None:
     """Raise ConfigError for the first setting, or combination of settings, that cannot work, with what to write instead."""
     values = flatten(config)
-    for name, kind in schema.flatten_types(config).items():
+    for name, kind in flatten_types(config).items():
         for value in values[name] if isinstance(values[name], tuple) else (values[name],):
             if problem := find_limit_problem(value, kind):
                 raise ConfigError(f"{flag_of(name)} {problem}")
     if isinstance(getattr(config, "data", None), DataConfig):
         config.data.corpora()  # raises
     if isinstance(config, Config):
-        config = schema.override(schema.resolve_config(config), model__lora_targets=config.model.lora_targets)  # as written
+        config = override(schema.resolve_config(config), model__lora_targets=config.model.lora_targets)  # as written
         texts = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in flatten(config).items()}
         flags = {name: f"{flag_of(name)} {text}" for name, text in texts.items()}
         for find_problems in (_find_data_problems, _find_model_problems, _find_train_problems, _find_parallel_problems):

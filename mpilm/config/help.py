@@ -11,7 +11,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from mpilm.config import schema
+from mpilm.config.settings import flag_of, flatten
 from mpilm.formatting import command_text
 
 MANUAL = Path(__file__).parents[1] / "docs"  # in the wheel and, by a link, in the repository
@@ -41,12 +41,12 @@ def draw_help(config: Any, command: str, description: str, sources: str, common:
 
 def _describe_common(config: Any, names: Sequence[str], columns: int) -> Iterator[str]:
     """Yield the lines about settings: flag, default, and the first sentence of the comment in the schema."""
-    values = schema.flatten(config)
+    values = flatten(config)
     for name in names:
         section, _, key = name.partition(".")
         sentence = field_comments(type(getattr(config, section)))[key].partition(". ")[0].rstrip(".")
         default = " ".join(map(str, values[name])) if isinstance(values[name], tuple) else str(values[name])
-        yield f"  {schema.flag_of(name)} VALUE"
+        yield f"  {flag_of(name)} VALUE"
         text = f"{sentence}. (default: {default})" if default else f"{sentence}."
         yield from _wrap(text, columns, " " * 8)
 

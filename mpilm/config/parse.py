@@ -9,11 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from mpilm.config import schema
 from mpilm.config.check import check_config
 from mpilm.config.help import draw_help
 from mpilm.config.old_names import OLD_NAMES, OLD_VALUES
-from mpilm.config.schema import Config, ModelConfig, flag_of
+from mpilm.config.schema import Config, ModelConfig
+from mpilm.config.settings import flag_of, flatten, flatten_types, override
 from mpilm.errors import ConfigError, FileError, is_first_process
 from mpilm.formatting import format_bytes, format_value
 
@@ -51,7 +51,7 @@ def parse(
     `positional`. Raises ConfigError or FileError, and SystemExit(text, 0) for --help, which the caller prints on one rank; the
     help begins with the settings `common`."""
     sources = "--config FILE.toml reads settings from a file; flags override it."
-    kinds = schema.flatten_types(default) | {"config": tuple[str, ...]} | ({"preset": str} if presets else {})
+    kinds = flatten_types(default) | {"config": tuple[str, ...]} | ({"preset": str} if presets else {})
     if presets:
         sources += f" --preset NAME starts from a named config: {', '.join(presets)}."
     if "--list-settings" in argv:  # for the completion of shells
@@ -69,7 +69,7 @@ def parse(
             config = merge_settings(config, values, source, warnings)
         if {"-h", "--help"} & set(argv):
             raise SystemExit(draw_help(config, command, description, sources, common), 0)
-        return schema.override(config, flags)
+        return override(config, flags)
 
     config: Any = apply(base)
     if isinstance(getattr(config, "model", None), ModelConfig) and config.model.init_from:
@@ -152,7 +152,7 @@ def read_toml(path: str | Path, label: str = "") -> dict[str, Any]:
         if len(data) > MAX_TOML_BYTES:
             raise ValueError(f"it is larger than {format_bytes(MAX_TOML_BYTES)}")
         values = tomllib.loads(data.decode())
-        repr(list(schema.flatten(values).values()))  # fails for lists nested too deep and integers of thousands of digits
+        repr(list(flatten(values).values()))  # fails for lists nested too deep and integers of thousands of digits
         return values
     except OSError as error:
         raise FileError(f"{label or path} cannot be read: {error.strerror}") from None
@@ -165,10 +165,10 @@ def read_toml(path: str | Path, label: str = "") -> dict[str, Any]:
 def merge_settings(base: T, values: Mapping[str, Any], source: str, warnings: dict[str, None] | None = None) -> T:
     """Return `base` with the nested `values` of `source`; old names are accepted and add `warnings`. Settings of a run that
     `base` lacks are skipped, so every command accepts its config.toml. Raises ConfigError naming source and key."""
-    kinds, settings = schema.flatten_types(base), {}
-    for written, value in schema.flatten(values).items():
+    kinds, settings = flatten_types(base), {}
+    for written, value in flatten(values).items():
         name, items = _replace_old(written.replace("-", "_"), value if isinstance(value, list) else [value], warnings)
-        if name not in kinds and name in schema.flatten(Config()):
+        if name not in kinds and name in flatten(Config()):
             continue
         if name not in kinds:
             raise ConfigError(f"{source}: {_describe_unknown(name, kinds)}")
@@ -177,7 +177,7 @@ def merge_settings(base: T, values: Mapping[str, Any], source: str, warnings: di
             flat = [entry for item in items for entry in (item if isinstance(item, list) else [item])]
             value = [str(entry) if type(entry) in (str, int, float) else entry for entry in flat if entry != ""]
         settings[name] = _convert(value, kinds[name], f"{source}: {written}")
-    return schema.override(base, settings)
+    return override(base, settings)
 
 
 def _describe_unknown(name: str, known: Iterable[str]) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from mpilm.config.schema import Config, ModelConfig, TrainConfig, override
+from mpilm.config.schema import Config, ModelConfig, TrainConfig
+from mpilm.config.settings import override
 
 COMMON_SETTINGS = (  # the help of train begins with them, and a new config states them
     "data.path", "data.tokenizer", "model.init_from", "model.n_layers", "model.d_model", "model.context_length",

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks
-from mpilm.config.schema import Config, override, resolve_config
+from mpilm.config.schema import Config, resolve_config
+from mpilm.config.settings import override
 from mpilm.doctor.checks import CheckReport
 from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.recheck import Recheck

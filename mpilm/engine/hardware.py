@@ -15,7 +15,8 @@ import torch
 
 import mpilm
 from mpilm.comm.base import Comm
-from mpilm.config.schema import Config, ParallelConfig, TrainConfig, override, resolve_config
+from mpilm.config.schema import Config, ParallelConfig, TrainConfig, resolve_config
+from mpilm.config.settings import override
 from mpilm.data.files import hex_digest
 from mpilm.errors import ConfigError
 from mpilm.kernels.base import Kernels

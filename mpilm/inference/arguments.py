@@ -12,8 +12,8 @@ from mpilm.config.schema import (
     PositiveInt,
     Threads,
     TrainConfig,
-    override,
 )
+from mpilm.config.settings import override
 
 
 @dataclass(frozen=True)

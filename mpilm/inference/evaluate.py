@@ -19,7 +19,8 @@ from mpilm.checkpoint.pretrained import locate_model
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks, run_on_root
 from mpilm.config.parse import merge_settings
-from mpilm.config.schema import QWEN_STYLE, Config, DataConfig, flag_of
+from mpilm.config.schema import QWEN_STYLE, Config, DataConfig
+from mpilm.config.settings import flag_of
 from mpilm.data.batch import Batch
 from mpilm.data.corpus import Corpus, open_corpus
 from mpilm.data.files import file_errors, read_json, write_durably

@@ -6,7 +6,8 @@ from mpilm.checkpoint.pretrained import check_pretrained_shape, find_tokenizer_f
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import check_same_on_all_ranks, run_on_all_ranks
 from mpilm.config.check import check_config
-from mpilm.config.schema import Config, flatten, override, replica_size, resolve_config
+from mpilm.config.schema import Config, replica_size, resolve_config
+from mpilm.config.settings import flatten, override
 from mpilm.engine.device_transport import connect_devices
 from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.pipelined import PipelinedModel, load_initial_weights

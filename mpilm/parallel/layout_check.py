@@ -3,15 +3,8 @@
 from typing import Any
 
 from mpilm.config.check import check_config, nearest_multiple
-from mpilm.config.schema import (
-    Config,
-    microbatch_count,
-    override,
-    replica_size,
-    resolve_config,
-    sequence_part_count,
-    tensor_part_count,
-)
+from mpilm.config.schema import Config, microbatch_count, replica_size, resolve_config, sequence_part_count, tensor_part_count
+from mpilm.config.settings import override
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun
 from mpilm.mesh.shape import MeshShape

@@ -12,7 +12,8 @@ from typing import Any
 from mpilm.config import schema
 from mpilm.config.check import check_config
 from mpilm.config.presets import PRESETS, VOCABULARIES
-from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, microbatch_count, override, resolve_config
+from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, microbatch_count, resolve_config
+from mpilm.config.settings import override
 from mpilm.data.files import file_errors
 from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import command_text, count_noun, format_bytes, format_duration, format_mebibytes

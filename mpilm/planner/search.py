@@ -7,7 +7,8 @@ from itertools import product
 from typing import Any
 
 from mpilm.config.check import check_config
-from mpilm.config.schema import MIXTURES, Config, ParallelConfig, divided_sizes, flatten, override, replica_size, resolve_config
+from mpilm.config.schema import MIXTURES, Config, ParallelConfig, divided_sizes, replica_size, resolve_config
+from mpilm.config.settings import flatten, override
 from mpilm.errors import ConfigError
 from mpilm.formatting import count_noun, format_bytes
 from mpilm.parallel.layout_check import can_divide_parts, partition_by_cost, resolve_mesh_shape

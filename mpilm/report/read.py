@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpilm.config.parse import read_toml
-from mpilm.config.schema import flatten
+from mpilm.config.settings import flatten
 from mpilm.data.files import file_errors, parse_json
 from mpilm.errors import DataError, FileError, UserError
 from mpilm.formatting import count_noun

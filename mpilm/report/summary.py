@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mpilm.config.schema import Config, flatten, resolve_config
+from mpilm.config.schema import Config, resolve_config
+from mpilm.config.settings import flatten
 from mpilm.formatting import count_noun, format_duration, format_number
 from mpilm.report.read import RecordedRun
 from mpilm.telemetry.metrics import MetricsRow, per_rank_values, select_stragglers, to_float

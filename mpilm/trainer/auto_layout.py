@@ -9,7 +9,8 @@ import torch
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import run_on_all_ranks, run_on_root
-from mpilm.config.schema import Config, override, state_parts
+from mpilm.config.schema import Config, state_parts
+from mpilm.config.settings import override
 from mpilm.engine.hardware import Hardware, software_versions
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.errors import ConfigError

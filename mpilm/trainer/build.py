@@ -8,7 +8,8 @@ from mpilm.checkpoint.pretrained import list_pretrained_files, locate_model
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, check_same_on_all_ranks, run_on_all_ranks
 from mpilm.comm.instrumented import instrument
-from mpilm.config.schema import Config, flatten, override
+from mpilm.config.schema import Config
+from mpilm.config.settings import flatten, override
 from mpilm.data.batch import Batches
 from mpilm.data.files import hex_digest
 from mpilm.data.gather import digest_files

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.comm.flight_recorder import Span
-from mpilm.config.schema import flatten
+from mpilm.config.settings import flatten
 from mpilm.engine.step import StepResult
 from mpilm.formatting import command_text, format_duration, format_mebibytes
 from mpilm.launch.run import launcher_world_size

@@ -6,7 +6,8 @@ from functools import partial
 
 from mpilm.checkpoint.save import CheckpointState
 from mpilm.comm.flight_recorder import FlightRecorder
-from mpilm.config.schema import Config, to_dict
+from mpilm.config.schema import Config
+from mpilm.config.settings import to_dict
 from mpilm.data.batch import Batches
 from mpilm.data.training_data import TrainingData
 from mpilm.engine.hardware import Hardware, numerics_environment

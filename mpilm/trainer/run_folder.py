@@ -13,7 +13,8 @@ from mpilm.checkpoint.verify import Verifier, find_newest_valid, run_on_root_wit
 from mpilm.comm.base import Comm
 from mpilm.config.old_names import OLD_NAMES
 from mpilm.config.parse import merge_settings, read_toml
-from mpilm.config.schema import PART_SETTINGS, Config, flatten, override, result_settings, state_parts, to_dict
+from mpilm.config.schema import PART_SETTINGS, Config, result_settings, state_parts
+from mpilm.config.settings import flatten, override, to_dict
 from mpilm.data.files import write_durably
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.formatting import count_noun

@@ -18,13 +18,12 @@ from mpilm.config.schema import (
     MIXTURES,
     Config,
     ParallelConfig,
-    flatten,
-    override,
     replica_size,
     resolve_config,
     sequence_part_count,
     tensor_part_count,
 )
+from mpilm.config.settings import flatten, override
 from mpilm.data.batch import Batch
 from mpilm.engine.device_transport import connect_devices
 from mpilm.engine.hardware import Hardware, detect_hardware

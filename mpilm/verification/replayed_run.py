@@ -12,7 +12,8 @@ from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
 from mpilm.config.check import check_config
 from mpilm.config.parse import merge_settings, read_toml
-from mpilm.config.schema import Config, ParallelConfig, flag_of, override, resolve_config
+from mpilm.config.schema import Config, ParallelConfig, resolve_config
+from mpilm.config.settings import flag_of, override
 from mpilm.data.batch import Batches
 from mpilm.data.training_data import TrainingData
 from mpilm.engine.hardware import numerics_environment

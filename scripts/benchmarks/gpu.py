@@ -63,7 +63,8 @@ def compare(preset: str, device: str, wanted: int, name: str, finish: Callable[[
 def make_gpu_config(preset: str) -> tuple[Config, int]:
     """Return the config to train and its vocabulary size."""
     from mpilm.config.presets import PRESETS
-    from mpilm.config.schema import override, resolve_config
+    from mpilm.config.schema import resolve_config
+    from mpilm.config.settings import override
 
     micro, batch = SIZES[preset]
     changes = {"micro_batch": micro, "global_batch": batch, "dtype": "bfloat16", "compile": True, "lr": 1e-4}

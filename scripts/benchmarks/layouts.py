@@ -41,7 +41,8 @@ def shards_worker(args: argparse.Namespace) -> None:
 
     from mpilm.comm.mpi import mpi_world
     from mpilm.config.presets import PRESETS
-    from mpilm.config.schema import ParallelConfig, TrainConfig, override, resolve_config
+    from mpilm.config.schema import ParallelConfig, TrainConfig, resolve_config
+    from mpilm.config.settings import override
     from mpilm.engine.hardware import detect_hardware
     from mpilm.engine.step import train_step
     from mpilm.engine.train_model import TrainModel

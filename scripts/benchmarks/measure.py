@@ -84,7 +84,8 @@ def print_report(
 
 def make_config(folder: str, preset: str, **changes: object):  # type: ignore[no-untyped-def]
     from mpilm.config.presets import PRESETS
-    from mpilm.config.schema import override, resolve_config
+    from mpilm.config.schema import resolve_config
+    from mpilm.config.settings import override
 
     return resolve_config(override(PRESETS[preset](), run__dir=folder, run__eval_every=0, checkpoint__resume="auto", **changes))
 

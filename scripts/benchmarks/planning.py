@@ -18,7 +18,8 @@ from benchmarks.speed import training_run
 from mpilm.config.parse import parse
 from mpilm.config.presets import PRESETS as CONFIGS
 from mpilm.config.presets import VOCABULARIES
-from mpilm.config.schema import Config, override, resolve_config
+from mpilm.config.schema import Config, resolve_config
+from mpilm.config.settings import override
 from mpilm.planner.profile import read_profile
 from mpilm.planner.search import PlannedJob, search, to_flags
 

@@ -34,7 +34,8 @@ from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.parse import parse
 from mpilm.config.presets import PRESETS
-from mpilm.config.schema import Config, DataConfig, ModelConfig, override, resolve_config
+from mpilm.config.schema import Config, DataConfig, ModelConfig, resolve_config
+from mpilm.config.settings import override
 from mpilm.data.chat import ChatTemplate, find_chat_template, read_chats
 from mpilm.data.prepare import prepare_tokens
 from mpilm.data.sources import find_sources, partition_items, read_chunks

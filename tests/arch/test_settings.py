@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from mpilm.config.schema import Config, flatten
+from mpilm.config.schema import Config
+from mpilm.config.settings import flatten
 
 STORED = Path(__file__).with_name("settings.txt")
 CEILING = 110

@@ -104,7 +104,8 @@ import sys
 import torch
 
 from mpilm.comm.base import SelfComm
-from mpilm.config.schema import Config, ModelConfig, TrainConfig, override, resolve_config
+from mpilm.config.schema import Config, ModelConfig, TrainConfig, resolve_config
+from mpilm.config.settings import override
 from mpilm.engine.hardware import Hardware
 from mpilm.launch.run import run
 from mpilm.verification.layouts import GPU_TOLERANCE, _compare, run_layout, verify_layouts

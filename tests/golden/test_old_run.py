@@ -16,7 +16,8 @@ from thread_ranks import run_ranks
 
 from mpilm.checkpoint.format import list_checkpoints
 from mpilm.config.parse import merge_settings, read_toml
-from mpilm.config.schema import Config, override
+from mpilm.config.schema import Config
+from mpilm.config.settings import override
 from mpilm.engine.hardware import processor_name
 from mpilm.trainer import loop
 

@@ -16,7 +16,8 @@ from mpilm.checkpoint import tensor_digests
 from mpilm.checkpoint.format import MANIFEST, hash_blocks, manifest_entry
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config.schema import DataConfig, override
+from mpilm.config.schema import DataConfig
+from mpilm.config.settings import override
 from mpilm.data.prepare import prepare_tokens
 from mpilm.errors import ConfigError, DataError, FileError, NotReproducedError
 from mpilm.trainer import loop

@@ -22,7 +22,7 @@ from text import tiny_config, write_tokens
 from thread_ranks import run_ranks
 
 from mpilm.config.check import check_config
-from mpilm.config.schema import override
+from mpilm.config.settings import override
 from mpilm.engine.recheck import Recheck
 from mpilm.engine.step import train_step
 from mpilm.errors import ConfigError

@@ -19,7 +19,8 @@ from thread_ranks import run_ranks
 
 from mpilm.checkpoint.format import checkpoint_step, list_checkpoints
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config.schema import microbatch_count, override, resolve_config, result_settings
+from mpilm.config.schema import microbatch_count, resolve_config, result_settings
+from mpilm.config.settings import override
 from mpilm.engine.step import train_step
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import ParamLayout

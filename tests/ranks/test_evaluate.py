@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config.schema import DataConfig, override
+from mpilm.config.schema import DataConfig
+from mpilm.config.settings import override
 from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import EOS, bytes_tokenizer
 from mpilm.inference.arguments import EvaluateArguments, EvaluateCompute, EvaluateModel, EvaluateOutput, EvaluateParallel

@@ -9,7 +9,7 @@ from text import tiny_config, write_tokens
 from thread_ranks import run_ranks
 
 from mpilm.checkpoint.format import list_checkpoints
-from mpilm.config.schema import override
+from mpilm.config.settings import override
 from mpilm.errors import ConfigError
 from mpilm.kernels import fused, linear_cross_entropy
 from mpilm.trainer import loop

@@ -11,7 +11,8 @@ from thread_ranks import run_ranks
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.check import check_config
-from mpilm.config.schema import TrainConfig, override, resolve_config
+from mpilm.config.schema import TrainConfig, resolve_config
+from mpilm.config.settings import override
 from mpilm.engine.hardware import detect_hardware, software_versions
 from mpilm.parallel.layout_check import resolve_mesh_shape
 from mpilm.planner.layout import PlacedLayout

@@ -21,7 +21,7 @@ from mpilm.checkpoint.format import checkpoint_name
 from mpilm.checkpoint.save import PendingCheckpoint
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config.schema import override
+from mpilm.config.settings import override
 from mpilm.data.batch import Batches
 from mpilm.engine.pipelined import PipelinedModel
 from mpilm.engine.step import train_step

@@ -14,7 +14,8 @@ from mpilm.checkpoint.format import checkpoint_name
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.parse import merge_settings, read_toml
-from mpilm.config.schema import override, resolve_config
+from mpilm.config.schema import resolve_config
+from mpilm.config.settings import override
 from mpilm.data.corpus import open_corpus
 from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.trainer.loop import train

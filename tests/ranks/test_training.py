@@ -25,7 +25,8 @@ from mpilm.checkpoint.format import checkpoint_name
 from mpilm.checkpoint.pretrained import read_pretrained_config
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config.schema import DataConfig, override
+from mpilm.config.schema import DataConfig
+from mpilm.config.settings import override
 from mpilm.data.corpus import open_corpus
 from mpilm.data.prepare import prepare_tokens
 from mpilm.data.tokenizer import bytes_tokenizer, load_tokenizer

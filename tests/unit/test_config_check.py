@@ -8,16 +8,8 @@ from hypothesis import strategies as st
 
 from mpilm.config.check import check_config
 from mpilm.config.presets import PRESETS
-from mpilm.config.schema import (
-    RESUME_MAY_CHANGE,
-    RESUME_MUST_KEEP,
-    Config,
-    flatten,
-    microbatch_count,
-    override,
-    resolve_config,
-    result_settings,
-)
+from mpilm.config.schema import RESUME_MAY_CHANGE, RESUME_MUST_KEEP, Config, microbatch_count, resolve_config, result_settings
+from mpilm.config.settings import flatten, override
 from mpilm.errors import ConfigError
 
 

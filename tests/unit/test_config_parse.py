@@ -8,7 +8,8 @@ import pytest
 from mpilm.config.old_names import OLD_NAMES, OLD_VALUES
 from mpilm.config.parse import SYNONYMS, merge_settings, parse, read_toml
 from mpilm.config.presets import PRESETS
-from mpilm.config.schema import Config, flatten, override, to_dict
+from mpilm.config.schema import Config
+from mpilm.config.settings import flatten, override, to_dict
 from mpilm.doctor.__main__ import DoctorArguments
 from mpilm.errors import RANK_VARIABLES, ConfigError, FileError
 from mpilm.inference.arguments import EvaluateArguments, GenerateArguments, ModelFolder

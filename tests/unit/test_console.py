@@ -14,7 +14,8 @@ from mpilm.__main__ import COMMANDS, main
 from mpilm.completion import SHELLS, list_settings, make_script
 from mpilm.config.parse import parse, read_toml
 from mpilm.config.presets import COMMON_SETTINGS
-from mpilm.config.schema import Config, flag_of, flatten
+from mpilm.config.schema import Config
+from mpilm.config.settings import flag_of, flatten
 from mpilm.errors import ConfigError
 from mpilm.init import JOBS, write_project
 

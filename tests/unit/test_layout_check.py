@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from text import TINY
 
 from mpilm.config.check import check_config
-from mpilm.config.schema import microbatch_count, override, resolve_config
+from mpilm.config.schema import microbatch_count, resolve_config
+from mpilm.config.settings import override
 from mpilm.errors import ConfigError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import flops_by_part

@@ -12,7 +12,8 @@ import pytest
 
 from mpilm.config.parse import parse
 from mpilm.config.presets import PRESETS, VOCABULARIES
-from mpilm.config.schema import Config, override, resolve_config
+from mpilm.config.schema import Config, resolve_config
+from mpilm.config.settings import override
 from mpilm.errors import ConfigError, FileError
 from mpilm.launch.local import run_local
 from mpilm.plan import main

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, override, resolve_config
+from mpilm.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, resolve_config
+from mpilm.config.settings import override
 from mpilm.errors import ConfigError, FileError
 from mpilm.mesh.shape import MeshShape
 from mpilm.model.flops import attention_flops_per_token, block_matrices, flops_per_token, parameter_count, stage_numel

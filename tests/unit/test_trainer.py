@@ -9,7 +9,8 @@ import torch
 
 from mpilm.comm.base import SelfComm
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
-from mpilm.config.schema import Config, FaultConfig, TrainConfig, override
+from mpilm.config.schema import Config, FaultConfig, TrainConfig
+from mpilm.config.settings import override
 from mpilm.errors import NonFiniteError, is_out_of_memory
 from mpilm.trainer.recovery.bad_steps import MIN_LOSSES, WINDOW, BadStepTracker
 from mpilm.trainer.recovery.skip import _check_bad_step_budget

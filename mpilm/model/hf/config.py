@@ -8,6 +8,7 @@ from typing import Any
 from mpilm.config import schema
 from mpilm.config.check import find_limit_problem
 from mpilm.config.schema import LORA_TARGETS, PART_SETTINGS, Config, ModelConfig, resolve_config
+from mpilm.config.settings import get_setting_types
 from mpilm.errors import ConfigError
 from mpilm.formatting import format_value
 from mpilm.model.hf.names import hf_module_name
@@ -165,7 +166,7 @@ def _read(config: Mapping[str, Any], key: str, setting: str, default: Any = None
     if type(value) not in types or (type(value) is not bool and not value > 0):
         kind = "true or false" if isinstance(like, bool) else "a number above zero"
         raise ValueError(f"{key} {format_value(value)} is not {kind}")
-    if problem := find_limit_problem(value, schema.get_setting_types(ModelConfig)[setting]):
+    if problem := find_limit_problem(value, get_setting_types(ModelConfig)[setting]):
         raise ValueError(f"{key} {problem}")
     return value
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
-from mpilm.config.schema import Config, override, replica_size
+from mpilm.config.schema import Config, replica_size
+from mpilm.config.settings import override
 from mpilm.errors import ConfigError, LostRankError, error_from_code
 from mpilm.trainer.loop import train
 from mpilm.trainer.recovery.memory_checkpoint import CMD_BROADCAST, InMemoryCheckpoint, RecoveredState, latest_complete_step
