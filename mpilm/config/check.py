@@ -187,5 +187,7 @@ def _find_parallel_problems(config: Config, flags: Mapping[str, str]) -> Iterato
         if sync_every and steps % sync_every:
             near = f"the nearest multiple: {nearest_multiple(steps, sync_every)}"
             yield f"{flags[name]}: replicas are equal only after every {flags['parallel.sync_every']} steps; {near}"
+    if config.fault.spare_ranks and not config.fault.elastic:
+        yield "--fault.spare-ranks needs --fault.elastic true: only then do other ranks go on when some are lost"
     if sync_every and config.fault.elastic:
         yield "--fault.elastic true needs replicas that are equal after every step: leave --parallel.sync-every out"

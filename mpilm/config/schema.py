@@ -245,6 +245,7 @@ class FaultConfig:
     # A rank that was wrong ends the job with code 88, and bad-hosts.json has its host. 0: none.
     recheck_every: NonNegativeInt = 200
     elastic: bool = False  # Continue within a step on the ranks that survive a failure; needs Open MPI, --with-ft ulfm.
+    spare_ranks: Count = 0  # Ranks that wait until others are lost, and then take their places; needs --fault.elastic true.
     # Seconds that a step may take, or a rank may do nothing elsewhere, before the job ends with code 86 and reports which rank
     # waits for which; 0: 55 for a rank that does not respond, 20 times the longest phase of its kind for one that does nothing.
     step_timeout: NonNegativeFloat = 0.0

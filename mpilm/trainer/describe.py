@@ -105,6 +105,8 @@ def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
     parallel, shape = run.config.parallel, run.mesh.shape
     sizes = [f"{axis} {size}" for axis, size in zip(AXES, shape.sizes) if size > 1 or axis == "data"]
     yield "layout", " x ".join(sizes) + (f", ZeRO-{parallel.zero}" if parallel.zero else "")
+    if spares := run.config.fault.spare_ranks:
+        yield "", f"started with {count_noun(spares, 'spare rank')} more"
     kinds = (("tensor", run.model.tensor.parts), ("sequence", run.model.sequence.parts))
     if parts := " and ".join(f"{count} {kind} parts" for kind, count in kinds if count > 1):
         yield "", f"{parts}, which a resumed run keeps"

@@ -3,14 +3,16 @@
 Needs Open MPI 5, in this environment or the one that MPILM_TEST_OTHER_PYTHON names.
 """
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import OTHER_PYTHON, read_metrics
-from training_jobs import read_outcome, run_serially, slow_case, start_job, train_arguments
+from training_jobs import logged_step, read_outcome, run_serially, sleep_in_steps, slow_case, start_job, train_arguments
 
 from mpilm.checkpoint.format import list_checkpoints
 
@@ -94,6 +96,32 @@ def test_run_continues_after_a_rank_is_lost(tmp_path, data, uninterrupted, ranks
         line = arguments(data, tmp_path / "other" / "run", *other, elastic="false")
         uninterrupted = run_serially(line, tmp_path / "other")
     assert_equals(tmp_path / "run", uninterrupted)
+
+
+def test_spare_ranks_take_the_places_of_lost_ranks(tmp_path, data, uninterrupted):
+    """Of a pipeline of two stages and two spares: first a working rank is lost, then a spare, then another working rank."""
+    faults = ["kind=kill rank=1 point=backward step=12", f"kind=kill rank=0 point=forward step={LOST}"]
+    flags = (*PIPELINE, "--fault.spare-ranks", "3")
+    line = [*arguments(data, tmp_path / "run", *flags)]
+    variables = {"MPILM_FAULT": ";".join([*faults, sleep_in_steps(14, LOST - 1, 0.1, rank=2)])}
+    with start_job(5, line, tmp_path, python=PYTHON, flags=["--with-ft", "ulfm"], **variables) as job:
+        job.wait_until(lambda: logged_step(tmp_path / "run") >= 14)
+        os.kill(job.rank_processes()[-1], signal.SIGKILL)  # the last one is a spare
+        code = job.wait(90)
+    assert code == 0, job.output
+    assert "layout   pipeline 2 x data 1\n" in job.output
+    assert "started with 3 spare ranks more\n" in job.output
+    assert re.search(r"rank 1 \(\S+ process \d+\) lost; 4 ranks continue after step 12, 2 of them as spares\n", job.output)
+    assert re.search(r"rank 0 .*rank 4 .* lost; 2 ranks continue after step \d+\n", job.output), job.output
+    assert job.output.count("mpilm 0.1.0: 2 ranks") == 3
+    assert_equals(tmp_path / "run", uninterrupted)
+
+
+def test_run_that_has_too_few_ranks_besides_its_spares_is_refused(tmp_path, data):
+    line = arguments(data, tmp_path / "run", *PIPELINE, "--fault.spare-ranks", "2")
+    with start_job(3, line, tmp_path, python=PYTHON, flags=["--with-ft", "ulfm"]) as job:
+        assert job.wait() == 78
+    assert "--fault.spare-ranks 2 leaves 1 rank to train, of 3 in all: start at least 4\n" in job.output
 
 
 def test_run_continues_after_ranks_are_lost_one_by_one(tmp_path, data, uninterrupted):

@@ -13,6 +13,7 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.config.schema import Config, replica_size
 from mpilm.config.settings import override
 from mpilm.errors import ConfigError, LostRankError, error_from_code
+from mpilm.formatting import count_noun
 from mpilm.trainer.loop import train
 from mpilm.trainer.recovery.memory_checkpoint import CMD_BROADCAST, InMemoryCheckpoint, RecoveredState, latest_complete_step
 
@@ -25,14 +26,14 @@ def train_elastic(config: Config, world: Comm) -> None:
     if not world.is_fault_tolerant:
         needed = "an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm"
         raise CollectiveError(ConfigError(f"--fault.elastic needs {needed}, not {world.mpi_library} as it was started here"))
-    in_memory, recovered, has_lost_ranks = InMemoryCheckpoint(), None, False
     members = world.all_gather_json(f"rank {world.rank} ({socket.gethostname()}, process {os.getpid()})")
-    own_name = members[world.rank]
+    own_name, wanted = members[world.rank], _wanted_count(config, world.size)
+    in_memory, recovered, has_lost_ranks = InMemoryCheckpoint(has_spares=wanted < world.size), None, False
     while True:
         try:
             if has_lost_ranks:
-                recovered, members = agree_on_survivors(config, world, in_memory, own_name, members)
-            if (working := _working_ranks(config, world)) is None:
+                recovered, members = agree_on_survivors(config, world, in_memory, own_name, members, wanted)
+            if (working := _working_ranks(config, world, wanted)) is None:
                 failure = _idle_spare(world, recovered)
             else:
                 failure = _train_working(config, working, in_memory, recovered)
@@ -52,10 +53,20 @@ def _group_size(config: Config) -> int:
     return replica_size(config.parallel) * config.parallel.expert
 
 
-def _working_ranks(config: Config, world: Comm) -> Comm | None:
-    """Return the ranks that train, as many as replicas of this size need; None on the others. Collective."""
-    replica = _group_size(config)
-    count = max(1, world.size // replica) * replica
+def _wanted_count(config: Config, ranks: int) -> int:
+    """Return the number of ranks that train while so many can; the others are spares. Collective; raises if too few remain."""
+    group, spares = _group_size(config), config.fault.spare_ranks
+    if spares and ranks - spares < group:
+        few = f"{count_noun(max(0, ranks - spares), 'rank')} to train"
+        problem = f"--fault.spare-ranks {spares} leaves {few}, of {ranks} in all: start at least {group + spares}"
+        raise CollectiveError(ConfigError(problem))
+    return max(1, (ranks - spares) // group) * group
+
+
+def _working_ranks(config: Config, world: Comm, wanted: int) -> Comm | None:
+    """Return the ranks that train: `wanted` ones, or as many whole replicas as are left; None on the others. Collective."""
+    group = _group_size(config)
+    count = min(wanted, max(1, world.size // group) * group)
     if count >= world.size:
         return world
     working = world.split(int(world.rank >= count), world.rank, "world")
@@ -81,7 +92,7 @@ def _idle_spare(world: Comm, recovered: RecoveredState | None) -> Failure:
 
 
 def agree_on_survivors(
-    config: Config, world: Comm, in_memory: InMemoryCheckpoint, own_name: str, members: list[str]
+    config: Config, world: Comm, in_memory: InMemoryCheckpoint, own_name: str, members: list[str], wanted: int
 ) -> tuple[RecoveredState, list[str]]:
     """Return the state from which a shrunk world resumes, and its ranks' names. Collective; raises if too little is left."""
     model, replica = in_memory.model, _group_size(config)
@@ -98,6 +109,6 @@ def agree_on_survivors(
         missing = "together with a part of the state that no other rank holds"
         raise CollectiveError(LostRankError(f"{lost} lost, {missing}; {RESUME_HINT}"))
     done, trainer, ranges = found
-    spares = world.size % replica
+    spares = world.size - min(wanted, world.size // replica * replica)
     note = f"{lost} lost; {world.size} ranks continue after step {done}{f', {spares} of them as spares' * bool(spares)}"
     return RecoveredState(world, done, trainer, ranges, in_memory.snapshots, note, in_memory.folder), list(survivors)

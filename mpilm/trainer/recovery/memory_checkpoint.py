@@ -41,33 +41,36 @@ class Snapshot:
 
 class InMemoryCheckpoint:
     """The last two steps, as far as this rank can restore them. Under ZeRO, and if experts are divided, a rank copies its own
-    share and that of the previous rank of the reduce axes. Otherwise every replica holds everything, and nothing is copied."""
+    share and that of the previous rank of the reduce axes. Otherwise every replica holds everything, and nothing is copied.
+    With spare ranks, the stages of a single replica copy each other's."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_spares: bool = False) -> None:
         self.snapshots: list[Snapshot] = []
+        self.has_spares = has_spares
         self.model: TrainModel | None = None
         self.folder = Path()
-        self._previous_ranges: list[StateRange] | None = None  # of the previous rank of the reduce axes
+        self._previous_ranges: list[StateRange] | None = None  # of the rank whose share is copied
 
     def save(self, model: TrainModel, folder: Path, done: int, trainer: Mapping[str, Any]) -> None:
-        """Take a snapshot after `done` steps. Collective over the reduce axes."""
+        """Take a snapshot after `done` steps. Collective over the reduce axes, or over all ranks if they are one replica."""
         if model is not self.model:
             self.model, self.folder, self._previous_ranges = model, folder, None
-        state = state_ranges(model)
-        if (model.zero or model.experts.comm.size > 1) and model.reduce_comm.size > 1:
-            new = [Snapshot(done, trainer, copied) for copied in self._copy_shards(state, model.reduce_comm)]
+        state, replicas = state_ranges(model), model.reduce_comm
+        ring = model.mesh.world if self.has_spares and replicas.size == 1 else replicas
+        if ring.size > 1 and (ring is not replicas or model.zero or model.experts.comm.size > 1):
+            new = [Snapshot(done, trainer, copied) for copied in self._copy_shards(state, ring)]
         else:
             new = [Snapshot(done, trainer, state, model)]
         self.snapshots = [old for old in self.snapshots if old.done == done - 1 and old.model is not model] + new
 
-    def _copy_shards(self, own: Mapping[StateRange, Tensor], data: Comm) -> list[dict[StateRange, Tensor]]:
-        """Return copies of this rank's share and of the previous rank's. Collective over `data`."""
-        previous, following = (data.rank - 1) % data.size, (data.rank + 1) % data.size
+    def _copy_shards(self, own: Mapping[StateRange, Tensor], ring: Comm) -> list[dict[StateRange, Tensor]]:
+        """Return copies of this rank's share and of the previous rank's. Collective over `ring`."""
+        previous, following = (ring.rank - 1) % ring.size, (ring.rank + 1) % ring.size
         if self._previous_ranges is None:
-            self._previous_ranges = [tuple(item) for item in data.all_gather_json(list(own))[previous]]
+            self._previous_ranges = [tuple(item) for item in ring.all_gather_json(list(own))[previous]]
         sent = torch.cat([*own.values()] or [torch.empty(0)]).cpu()
         received = torch.empty(sum(stop - start for *_, start, stop in self._previous_ranges))
-        for request in (data.irecv(received, previous, TAG), data.isend(sent, following, TAG)):
+        for request in (ring.irecv(received, previous, TAG), ring.isend(sent, following, TAG)):
             request.wait()
         return [_split_into_ranges(sent, list(own)), _split_into_ranges(received, self._previous_ranges)]
 
