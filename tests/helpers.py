@@ -29,6 +29,15 @@ OPEN_MPI = {  # as root, and with more ranks than cores; MPICH reads none of the
 }
 
 
+def find_open_mpi() -> str:
+    """Return the Python of this environment or the other one that has Open MPI; empty if neither has."""
+    for python in (sys.executable, OTHER_PYTHON):
+        launcher = Path(python).with_name("mpirun")
+        if launcher.exists() and "Open MPI" in subprocess.run([launcher, "--version"], capture_output=True, text=True).stdout:
+            return python
+    return ""
+
+
 def mpirun(
     ranks: int, *arguments: object, limit_s: float = 60.0, python: str = sys.executable, **variables: str
 ) -> subprocess.CompletedProcess[str]:

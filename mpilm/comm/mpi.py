@@ -238,10 +238,12 @@ def _library_path() -> str:
 
 
 def finalize(code: int) -> None:
-    """Finalize MPI. If ranks have failed, MPI would wait for them: this process exits here with `code`."""
+    """Finalize MPI. If ranks have failed, MPI would wait for them: this process exits here with `code`, and its launcher, which
+    waits for hosts that cannot be reached, is killed later."""
     if MPI.Is_finalized():
         return
     if os.environ.get(ULFM_VARIABLE) and MPI.COMM_WORLD.Get_failed().Get_size():
+        _kill_launcher_later()
         os._exit(code)
     barrier = MPI.COMM_WORLD.Ibarrier()  # other ranks may still work for hours
     while not barrier.Test():
@@ -255,6 +257,10 @@ def force_exit() -> None:
     """Let this rank and its launcher exit soon; call before MPI_Abort. A kernel timer ends the rank, since MPI_Abort may hold
     the interpreter lock. A process kills a launcher of this host: else the job would last until its time limit."""
     exit_after(RANK_TIMEOUT_S)
+    _kill_launcher_later()
+
+
+def _kill_launcher_later() -> None:
     if (pid := find_ancestor(LAUNCHERS)) is not None:
         kill_later(pid, LAUNCHER_TIMEOUT_S)
 

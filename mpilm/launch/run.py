@@ -18,7 +18,7 @@ from mpilm.comm.collective_errors import CollectiveError, run_on_all_ranks
 from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.errors import RANK_VARIABLES, ConfigError, LostRankError, PreemptedError, UserError, is_first_process, to_user_error
-from mpilm.launch.start import watch_start
+from mpilm.launch.start import detect_lost_hosts, watch_start
 from mpilm.launch.watchdog import MIN_LIMIT_S, Watchdog
 
 Body = Callable[[Comm], None]
@@ -44,6 +44,7 @@ def run(parse: Callable[[], Body]) -> NoReturn:
     recorder, outcome = FlightRecorder(), _parse_or_stop(parse)
     recorder.step_timeout_s = getattr(outcome[0], "step_timeout_s", 0.0)
     with watch_start(launcher_rank(), launcher_world_size() or 1, recorder.step_timeout_s or MIN_LIMIT_S):
+        detect_lost_hosts()
         comm = InstrumentedComm(connect_world(), recorder=recorder)
         watchdog = Watchdog(recorder, comm)
     faulthandler.cancel_dump_traceback_later()

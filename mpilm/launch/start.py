@@ -11,6 +11,17 @@ from mpilm.comm.processes import DAEMONS, find_ancestor, find_ranks, process_fie
 from mpilm.launch.hang_report import STOPPED, format_report
 
 POLL_S = 0.5
+DETECTOR = {"detector": "1", "detector_thread": "1", "detector_timeout": "20", "propagator_with_rbcast": "1"}  # seconds
+
+
+def detect_lost_hosts() -> None:
+    """Let a fault-tolerant Open MPI notice within 20 s that a host, or the network to it, is down, if this job has several
+    hosts; call before MPI starts. By itself it notices processes that end. Variables that the user has set win."""
+    environment = os.environ
+    names = ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE")
+    if environment.get("OMPI_MCA_mpi_ft_enable") and environment.get(names[0]) != environment.get(names[1]):
+        for name, value in DETECTOR.items():
+            environment.setdefault(f"OMPI_MCA_mpi_ft_{name}", value)
 
 
 @contextlib.contextmanager

@@ -6,12 +6,9 @@ Needs Open MPI 5, in this environment or the one that MPILM_TEST_OTHER_PYTHON na
 import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from helpers import OTHER_PYTHON, read_metrics
+from helpers import find_open_mpi, read_metrics
 from training_jobs import logged_step, read_outcome, run_serially, sleep_in_steps, slow_case, start_job, train_arguments
 
 from mpilm.checkpoint.format import list_checkpoints
@@ -22,13 +19,7 @@ TENSOR = ("--parallel.tensor", "2")
 EXPERT = ("--model.arch", "mixtral", "--model.n-experts", "4", "--parallel.expert", "2")
 PIPELINE = ("--parallel.pipeline", "2", "--parallel.cut", "1,1")
 
-
-def _is_open_mpi(python: str) -> bool:
-    mpirun = Path(python).with_name("mpirun")
-    return mpirun.exists() and "Open MPI" in subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout
-
-
-PYTHON = next((python for python in (sys.executable, OTHER_PYTHON) if _is_open_mpi(python)), "")
+PYTHON = find_open_mpi()
 pytestmark = pytest.mark.skipif(not PYTHON, reason="no Open MPI; MPILM_TEST_OTHER_PYTHON may name a Python that has it")
 
 

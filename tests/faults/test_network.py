@@ -9,8 +9,18 @@ import time
 from itertools import product
 
 import pytest
-from helpers import OTHER_PYTHON
-from training_jobs import PHASES, ROOT, logged_step, read_outcome, run_serially, slow_case, start_job, train_arguments
+from helpers import OTHER_PYTHON, find_open_mpi, read_metrics
+from training_jobs import (
+    PHASES,
+    ROOT,
+    logged_step,
+    read_outcome,
+    run_serially,
+    sleep_in_steps,
+    slow_case,
+    start_job,
+    train_arguments,
+)
 
 CAN_EMULATE = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and all(map(shutil.which, ("ip", "nsenter", "unshare")))
 pytestmark = [
@@ -84,6 +94,29 @@ def test_disconnected_network_ends_the_job(tmp_path, data):
     assert "rank 0 on h0" in job.output
     assert "rank 1 on h1" in job.output
     assert len(list((tmp_path / "run" / "watchdog").glob("*/rank-*.json"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pulled", [1, 2], ids=["a working rank", "a spare"])
+def test_spare_rank_takes_the_place_of_a_rank_whose_host_is_disconnected(tmp_path, data, pulled):
+    """Of three hosts with a rank each. The disconnected rank is alone with itself, and must leave the run to the others."""
+    if not (python := find_open_mpi()):
+        pytest.skip("no Open MPI; MPILM_TEST_OTHER_PYTHON may name a Python that has it")
+    steps, more = ("--train.steps", 60), ("--fault.elastic", "true", "--fault.spare-ranks", 1, "--fault.step-timeout", 60)
+    (tmp_path / "serial").mkdir()
+    expected = run_serially(train_arguments(data, tmp_path / "serial" / "run", *steps), tmp_path / "serial")
+    variables = {f"OMPI_MCA_mpi_ft_detector_{name}": value for name, value in (("period", "1"), ("timeout", "5"))}
+    variables["MPILM_FAULT"] = sleep_in_steps(20, 40, 0.5, rank=0)
+    line, network = train_arguments(data, tmp_path / "run", *steps, *more), hosts(1, "--hosts", 3, "--pull", pulled)
+    flags = ("--with-ft", "ulfm")
+    with start_job(3, line, tmp_path, wrapper=network, python=python, flags=flags, **variables) as job:
+        job.wait_until(lambda: logged_step(tmp_path / "run") >= 20, 120)
+        job.process.send_signal(signal.SIGUSR1)
+        job.wait_until(lambda: read_metrics(tmp_path / "run" / "metrics.jsonl")[-1].get("event") == "end", 60)
+        assert job.wait(120) == 128 + signal.SIGKILL  # of the launcher, which would wait for the disconnected host for ever
+    has_continued = re.search(r"rank 1 \(h1, process \d+\) lost; 2 ranks continue after step", job.output)
+    assert bool(has_continued) == (pulled == 1), job.output
+    assert read_outcome(tmp_path / "run") == expected
 
 
 def cells():

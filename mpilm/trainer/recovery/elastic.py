@@ -6,19 +6,32 @@ and continue. W. Bland et al., Post-failure recovery of MPI communication capabi
 
 import os
 import socket
-from typing import Any
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
+from mpilm.comm.instrumented import instrument
+from mpilm.comm.processes import process_fields
 from mpilm.config.schema import Config, replica_size
 from mpilm.config.settings import override
 from mpilm.errors import ConfigError, LostRankError, error_from_code
 from mpilm.formatting import count_noun
 from mpilm.trainer.loop import train
-from mpilm.trainer.recovery.memory_checkpoint import CMD_BROADCAST, InMemoryCheckpoint, RecoveredState, latest_complete_step
+from mpilm.trainer.recovery.memory_checkpoint import RESTORE, InMemoryCheckpoint, RecoveredState, latest_complete_step
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
+DYING_S = 2.0  # in which a process that is being killed is gone
 Failure = list[Any] | None  # code and message of the error with which the working ranks end, if any
+
+
+class Member(NamedTuple):
+    """A rank of the world."""
+
+    name: str
+    host: str
+    pid: int
 
 
 def train_elastic(config: Config, world: Comm) -> None:
@@ -26,18 +39,19 @@ def train_elastic(config: Config, world: Comm) -> None:
     if not world.is_fault_tolerant:
         needed = "an MPI that survives the loss of ranks: Open MPI 5 under mpirun --with-ft ulfm"
         raise CollectiveError(ConfigError(f"--fault.elastic needs {needed}, not {world.mpi_library} as it was started here"))
-    members = world.all_gather_json(f"rank {world.rank} ({socket.gethostname()}, process {os.getpid()})")
-    own_name, wanted = members[world.rank], _wanted_count(config, world.size)
-    in_memory, recovered, has_lost_ranks = InMemoryCheckpoint(has_spares=wanted < world.size), None, False
+    host, pid, wanted = socket.gethostname(), os.getpid(), _wanted_count(config, world.size)
+    members = [Member(*x) for x in world.all_gather_json([f"rank {world.rank} ({host}, process {pid})", host, pid])]
+    own, in_memory = members[world.rank], InMemoryCheckpoint(world if wanted < world.size else None)
+    recovered, has_lost_ranks = None, False
     while True:
         try:
             if has_lost_ranks:
-                recovered, members = agree_on_survivors(config, world, in_memory, own_name, members, wanted)
+                recovered, members = agree_on_survivors(config, world, in_memory, own, members, wanted)
             if (working := _working_ranks(config, world, wanted)) is None:
                 failure = _idle_spare(world, recovered)
             else:
                 failure = _train_working(config, working, in_memory, recovered)
-                world.broadcast_json(failure)
+                world.broadcast_json({"end": failure})
             break
         except Exception as error:
             if not world.is_rank_failure(error):
@@ -85,21 +99,26 @@ def _train_working(config: Config, working: Comm, in_memory: InMemoryCheckpoint,
 def _idle_spare(world: Comm, recovered: RecoveredState | None) -> Failure:
     """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed."""
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
-    while (command := yielding.broadcast_json(None)) == CMD_BROADCAST:
-        assert recovered is not None
-        recovered.broadcast_ranges({})
-    return command
+    while "end" not in (message := yielding.broadcast_json(None)):
+        if message == RESTORE:
+            assert recovered is not None
+            recovered.broadcast_ranges({})
+        else:
+            instrument(world).recorder.report_folder = Path(message["folder"]) / "watchdog"
+    return message["end"]
 
 
 def agree_on_survivors(
-    config: Config, world: Comm, in_memory: InMemoryCheckpoint, own_name: str, members: list[str], wanted: int
-) -> tuple[RecoveredState, list[str]]:
-    """Return the state from which a shrunk world resumes, and its ranks' names. Collective; raises if too little is left."""
+    config: Config, world: Comm, in_memory: InMemoryCheckpoint, own: Member, members: list[Member], wanted: int
+) -> tuple[RecoveredState, list[Member]]:
+    """Return the state from which a shrunk world resumes, and its ranks. Collective; raises if too little is left."""
     model, replica = in_memory.model, _group_size(config)
     shapes = model.part_shapes() if model is not None else {}
     snapshots = [[snapshot.done, dict(snapshot.trainer), list(snapshot.state)] for snapshot in in_memory.snapshots]
-    survivors, everyone, all_shapes = zip(*world.all_gather_json([own_name, snapshots, shapes]))
-    lost = ", ".join(name for name in members if name not in survivors)
+    names, everyone, all_shapes = zip(*world.all_gather_json([own.name, snapshots, shapes]))
+    survivors = [member for member in members if member.name in names]
+    lost = ", ".join(member.name for member in members if member.name not in names)
+    _check_majority(world, own, members, survivors, lost)
     if world.size < replica:
         flags = [f"--parallel.{axis} {getattr(config.parallel, axis)}" for axis in ("pipeline", "tensor", "context", "expert")]
         too_few = f"{world.size} ranks are too few for {' and '.join(flag for flag in flags if not flag.endswith(' 1'))}"
@@ -111,4 +130,23 @@ def agree_on_survivors(
     done, trainer, ranges = found
     spares = world.size - min(wanted, world.size // replica * replica)
     note = f"{lost} lost; {world.size} ranks continue after step {done}{f', {spares} of them as spares' * bool(spares)}"
-    return RecoveredState(world, done, trainer, ranges, in_memory.snapshots, note, in_memory.folder), list(survivors)
+    return RecoveredState(world, done, trainer, ranges, in_memory.snapshots, note, in_memory.folder), survivors
+
+
+def _check_majority(world: Comm, own: Member, members: list[Member], survivors: list[Member], lost: str) -> None:
+    """Raise if ranks that may still run, on a host that cannot be reached, may be the majority: only one side of a network that
+    has fallen apart may go on with the run. At equal numbers it is the side of the first rank. Collective."""
+    hosts, end = {member.host for member in survivors}, time.monotonic() + DYING_S
+    here = [member for member in members if member not in survivors and member.host == own.host]
+    while (running := [member.name for member in here if _is_running(member)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    seen = {name for found in world.all_gather_json(running) for name in found}
+    rest = [member for member in members if member.name in seen or (member not in survivors and member.host not in hosts)]
+    if len(rest) > len(survivors) or (len(rest) == len(survivors) and members[0] not in survivors):
+        sides = f"they may still run, and these {count_noun(len(survivors), 'rank')} must not go on beside them"
+        raise CollectiveError(LostRankError(f"no connection to {lost}; {sides}; {RESUME_HINT}"))
+
+
+def _is_running(member: Member) -> bool:
+    fields = process_fields(member.pid)
+    return bool(fields) and fields[1] != "Z"

@@ -15,7 +15,7 @@ from mpilm.engine.step import NO_FLAGS, StepResult
 from mpilm.engine.train_model import TrainModel
 
 TAG = 7
-CMD_BROADCAST = "give"
+RESTORE = {"restore": True}  # a message to spare ranks; others: the folder of the run, how it ended
 
 StateRange = tuple[str, str, int, int]  # kind (TrainModel.state_slices), parameter, first element, the one after the last
 OwnedRange = tuple[int, StateRange]  # with the world rank that holds it
@@ -42,26 +42,29 @@ class Snapshot:
 class InMemoryCheckpoint:
     """The last two steps, as far as this rank can restore them. Under ZeRO, and if experts are divided, a rank copies its own
     share and that of the previous rank of the reduce axes. Otherwise every replica holds everything, and nothing is copied.
-    With spare ranks, the stages of a single replica copy each other's."""
+    With spare ranks, the stages of a single replica copy each other's. `spared`: ranks that train and spares, if any."""
 
-    def __init__(self, has_spares: bool = False) -> None:
+    def __init__(self, spared: Comm | None = None) -> None:
         self.snapshots: list[Snapshot] = []
-        self.has_spares = has_spares
+        self.spared = spared
         self.model: TrainModel | None = None
         self.folder = Path()
         self._previous_ranges: list[StateRange] | None = None  # of the rank whose share is copied
 
     def save(self, model: TrainModel, folder: Path, done: int, trainer: Mapping[str, Any]) -> None:
         """Take a snapshot after `done` steps. Collective over the reduce axes, or over all ranks if they are one replica."""
-        if model is not self.model:
+        is_first = model is not self.model
+        if is_first:
             self.model, self.folder, self._previous_ranges = model, folder, None
         state, replicas = state_ranges(model), model.reduce_comm
-        ring = model.mesh.world if self.has_spares and replicas.size == 1 else replicas
+        ring = model.mesh.world if self.spared is not None and replicas.size == 1 else replicas
         if ring.size > 1 and (ring is not replicas or model.zero or model.experts.comm.size > 1):
             new = [Snapshot(done, trainer, copied) for copied in self._copy_shards(state, ring)]
         else:
             new = [Snapshot(done, trainer, state, model)]
         self.snapshots = [old for old in self.snapshots if old.done == done - 1 and old.model is not model] + new
+        if is_first and self.spared is not None:
+            self.spared.broadcast_json({"folder": str(folder)})
 
     def _copy_shards(self, own: Mapping[StateRange, Tensor], ring: Comm) -> list[dict[StateRange, Tensor]]:
         """Return copies of this rank's share and of the previous rank's. Collective over `ring`."""
@@ -104,7 +107,7 @@ class RecoveredState:
 
     def restore_into(self, model: TrainModel) -> None:
         """Fill the state that this rank updates. Collective over the working ranks; idle spares are in `broadcast_ranges`."""
-        self.world.broadcast_json(CMD_BROADCAST)
+        self.world.broadcast_json(RESTORE)
         self.broadcast_ranges(state_ranges(model))
 
     def broadcast_ranges(self, state: Mapping[StateRange, Tensor]) -> None:
