@@ -16,9 +16,9 @@ from mpilm.report.summary import average_parts, average_values, measure_peak_mem
 from mpilm.report.trace import TracedStep, find_traced_step
 from mpilm.telemetry.metrics import per_rank_values, to_float
 
-BUCKETS = 800  # columns of a chart, shared by the runs that are compared
-NOISY = 400  # a curve with more points than this also gets its mean
-TREND_POINTS = 160
+BUCKETS = 1200  # stretches of a long curve, shared by the runs that are compared
+NOISY = 400  # a curve with more points than this is smoothed at first
+TREND_POINTS = 160  # in an image
 LOG_RATIO = 50  # a wider range of values gets a logarithmic axis
 MAX_MARKS = 40
 MAX_ROWS = 32  # more ranks than this are shown as their mean and the LARGEST
@@ -42,10 +42,11 @@ class Series:
     x: np.ndarray  # steps of a curve, lengths of bars
     y: np.ndarray  # finite values of a curve, row numbers of bars
     color: int | str  # index into COLORS, or a colour
-    kind: Literal["line", "faint", "dots", "bar", "tick", "text"] = "line"  # faint and text have no entry in the legend
+    kind: Literal["line", "dots", "bar", "tick", "text"] = "line"  # text has no entry in the legend
     start: np.ndarray | None = None  # where each bar begins
     labels: tuple[str, ...] = ()  # printed in bars
     opacity: float = 1.0
+    mean: tuple[np.ndarray, np.ndarray] | None = None  # x and y of each stretch of a downsampled curve
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def downsample_m4(y: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def average_buckets(x: np.ndarray, y: np.ndarray, buckets: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the means of x and y over each of at most `buckets` stretches: the trend under the noise."""
+    """Return the means of x and y over each of at most `buckets` stretches."""
     starts = np.arange(0, len(y), -(-len(y) // buckets))
     sizes = np.diff(starts, append=len(y))
     return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
@@ -99,15 +100,15 @@ def make_charts(runs: Sequence[RecordedRun]) -> list[Chart]:
 def _make_curve(runs: Sequence[RecordedRun], key: str, title: str, unit: str, scale: float = 1.0) -> Chart:
     series, marks, several = list[Series](), list[tuple[int, str]](), len(runs) > 1
     for color, run in enumerate(runs):
-        prefix, steps, values = f"{run.name}: " if several else "", run.metrics.columns["step"], run.metrics.columns[key]
-        series += _make_lines(prefix + title, steps, scale * values, color, max(100, BUCKETS // len(runs)))
+        name, steps, values = run.name if several else title, run.metrics.columns["step"], run.metrics.columns[key]
+        series += _make_lines(name, steps, scale * values, color, max(100, BUCKETS // len(runs)))
         if key == "loss":
             steps, _, losses = run.metrics.evaluations.T
-            series += _make_lines(f"{prefix}Evaluation", steps, losses, color if several else 1, BUCKETS // 4, "dots")
+            name, index = (f"{name}: evaluation", color) if several else ("Evaluation", 1)
+            series += _make_lines(name, steps, losses, index, 200, "dots")
         if key == "loss" and not several:
             resumed = [(row["step"], "resumed") for row in run.starts if row.get("step", 0) > 0]
             marks = resumed + [(row["step"], "skipped") for row in run.find_events("skipped") if "step" in row]
-    series.sort(key=lambda each: each.kind != "faint")  # the means are drawn last
     low, high = (extreme((extreme(each.y) for each in series), default=0.0) for extreme in (min, max))
     log, from_zero = 0 < LOG_RATIO * low < high, 0 <= low < 0.4 * high
     return Chart(key, title, unit, tuple(series), (), tuple(marks[:MAX_MARKS]), log, from_zero)
@@ -116,14 +117,12 @@ def _make_curve(runs: Sequence[RecordedRun], key: str, title: str, unit: str, sc
 def _make_lines(
     name: str, x: np.ndarray, y: np.ndarray, color: int, buckets: int, kind: Literal["line", "dots"] = "line"
 ) -> list[Series]:
-    """Return the downsampled curve and, if it is a long line, its mean."""
+    """Return the curve, downsampled if it is long; none if it has no finite value."""
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = x[finite], y[finite]
     kept = downsample_m4(y, buckets)
-    if kind == "dots" or len(y) <= NOISY:
-        return [Series(name, x[kept], y[kept], color, kind)] if len(y) else []
-    mean = Series(f"{name} (mean)", *average_buckets(x, y, TREND_POINTS), color)
-    return [Series(name, x[kept], y[kept], color, "faint", opacity=0.4), mean]
+    mean = average_buckets(x, y, buckets) if len(kept) < len(y) else None
+    return [Series(name, x[kept], y[kept], color, kind, mean=mean)] if len(y) else []
 
 
 def _make_time_curve(run: RecordedRun) -> Chart:
@@ -212,7 +211,7 @@ def draw_chart(chart: Chart) -> Any:
     axes = figure.subplots()
     for each in chart.series:
         color = each.color if isinstance(each.color, str) else COLORS[each.color % len(COLORS)]
-        label = None if each.kind in ("faint", "text") else each.name
+        label = None if each.kind == "text" else each.name
         style: dict[str, Any] = {"color": color, "alpha": each.opacity, "label": label}
         if each.kind == "bar":
             axes.barh(each.y, each.x, left=each.start, edgecolor="white", linewidth=0.4, **style)
@@ -221,8 +220,12 @@ def draw_chart(chart: Chart) -> Any:
         elif each.kind == "tick":
             axes.plot(each.x, each.y, "|", markersize=14, **style)
         else:
-            marker = "o" if each.kind == "dots" or len(each.x) == 1 else None
-            axes.plot(each.x, each.y, linewidth=0.8 if each.kind == "faint" else 1.4, marker=marker, markersize=4, **style)
+            x, y, marker = each.x, each.y, "o" if each.kind == "dots" or len(each.x) == 1 else None
+            if each.kind == "line" and (each.mean or len(x) > NOISY):
+                axes.plot(x, y, linewidth=0.8, color=color, alpha=0.4, zorder=1)
+                x, y = average_buckets(*(each.mean or (x, y)), TREND_POINTS)
+            style["linestyle"] = ("-", "--", ":")[int(each.color) // len(COLORS) % 3]
+            axes.plot(x, y, linewidth=1.4, marker=marker, markersize=4, **style)
     for step, _ in chart.marks:
         axes.axvline(step, color="0.6", linestyle=":", linewidth=1)
     if chart.rows:

@@ -1,8 +1,10 @@
 """The report: complete and well-formed whatever is in the folder, and its numbers are those of the rows."""
 
+import html
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -203,7 +205,7 @@ def test_several_runs_are_overlaid_and_compared(make_run):
     for words in ("train.lr 0.003 0.001", "ranks 2 4", "layout.data 2 4", "hosts node0, node1 node0, node1, node2, node3"):
         assert words in differences
     assert ("train.dtype" in differences, (first / "comparison.html").exists()) == (False, True)
-    assert [*page.series("loss")] == ["first: Loss", "first: Evaluation", "second: Loss", "second: Evaluation"]
+    assert [*page.series("loss")] == ["first", "first: evaluation", "second", "second: evaluation"]
     assert [each["color"] for each in page.charts["loss"]["series"]] == [0, 0, 1, 1]
     assert {"time-0", "memory-0", "time-1", "memory-1"} < page.charts.keys()
     assert "Settings, layout and versions are the same" in report(first, make_run(run_rows(), "third")).text
@@ -224,9 +226,75 @@ def test_many_ranks_and_events_are_few_lines(make_run):
 
 def test_spike_of_one_step_in_a_long_run_is_drawn(make_run):
     page = report(make_run([start_row(), *(step_row(step, loss=8.25 if step == 4321 else 3.0) for step in range(1, 9001))]))
-    curve, mean = page.charts["loss"]["series"]
-    assert (mean["name"], len(curve["x"]) < 3300) == ("Loss (mean)", True)
+    [curve] = page.charts["loss"]["series"]
+    (mean_x, mean_y), stretch = curve["mean"], 9000 // len(curve["mean"][0])
+    assert len(curve["x"]) <= 4 * len(mean_x) < 9000
     assert dict(zip(curve["x"], curve["y"]))[4321] == max(curve["y"]) == 8.25
+    assert max(mean_y) == pytest.approx(3 + 5.25 / stretch)
+
+
+READER = """<script>
+const result = { errors }, press = (key) => plot("lr").dispatchEvent(new KeyboardEvent("keydown", { key }));
+const plot = (key) => document.querySelector(`[data-chart=${key}]`), range = (key) => plot(key)._fullLayout.xaxis.range;
+const legend = [...document.querySelectorAll("#plot-loss .legend button")], reset = document.querySelector("#plot-loss .reset");
+const look = () => [range("loss"), range("lr"), reset.hidden], values = () => plot("loss").data.map(({ name, y }) => [name, y]);
+result.before = [look(), values()];
+document.querySelector("[data-smoothing='0.1']").click();
+result.smooth = values();
+press("+");
+result.zoomed = look();
+reset.click();
+result.reset = look();
+legend[0].dispatchEvent(new Event("pointerenter"));
+result.front = plot("loss").data.map(({ name, opacity }) => [name, opacity > 0.2]);
+legend[0].dispatchEvent(new Event("pointerleave"));
+legend[0].click();
+result.hidden = plot("loss").data.map(({ name }) => name);
+result.tooWide = document.documentElement.scrollWidth > innerWidth;
+document.body.innerHTML = "<pre></pre>";
+document.querySelector("pre").textContent = JSON.stringify(result);
+</script></body>"""
+
+
+def read_in_browser(path):
+    """Return what READER saw in a page on a narrow screen."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium in PATH")
+    page, watch = path.read_text(encoding="utf-8"), "<head><script>const errors = []; onerror = (e) => errors.push(e)</script>"
+    path.write_text(page.replace("<head>", watch, 1).replace("</body>", READER), encoding="utf-8")
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=390,844",
+        f"--user-data-dir={path.parent}",
+    ]
+    done = subprocess.run([*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=100)
+    return json.loads(html.unescape(re.findall("<pre>(.*)</pre>", done.stdout, re.S)[0]))
+
+
+def test_reader_zooms_smooths_and_brings_a_run_to_the_front(make_run, tmp_path):
+    noise = np.random.default_rng(0).normal(5, 1, 40)
+    rows = [start_row(), *(step_row(step, loss=loss) for step, loss in enumerate(noise, 1))]
+    path, _ = write_report([make_run(rows, "first"), make_run(run_rows(), "second")], tmp_path / "page.html")
+    seen = read_in_browser(path)
+    (full, names) = seen["before"][0], [name for name, _ in seen["before"][1]]
+    assert (seen["errors"], seen["tooWide"], names) == ([], False, ["first", "second", "second: evaluation"])
+    assert (full[0], full[2]) == (full[1], True)
+    low, high = full[0]
+    middle = [pytest.approx(low + (high - low) / 4), pytest.approx(high - (high - low) / 4)]
+    assert seen["zoomed"] == [middle, middle, False]  # all curves
+    assert seen["reset"] == full
+    steps, curves = np.arange(1, 41), dict(reversed(seen["smooth"]))  # the smooth curves are drawn after those of the values
+    width = 1 + np.minimum(4, steps - 1)[:, None]  # a tenth of the steps
+    weights = np.maximum(0, 1 - np.abs(steps - steps[:, None]) / width)
+    assert dict(seen["smooth"])["first"] == pytest.approx(weights @ noise / weights.sum(1), rel=1e-6)
+    assert curves["first"] == pytest.approx(noise)
+    assert seen["front"][-1] == ["first", True]
+    assert [is_clear for name, is_clear in seen["front"] if name != "first"] == [False] * 3
+    assert set(seen["hidden"]) == {"second", "second: evaluation"}
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(1, 40))
