@@ -6,7 +6,8 @@
 #   needs_hostfile  "" if mpirun finds the hosts itself
 #   list_hosts      print its hosts, one line per rank
 #   requeue         let it return to the queue
-# and, where no mpirun starts the ranks: run_ranks, or start_ranks and signal_ranks; avoid_hosts. clean_up runs at the end.
+# and, where no mpirun starts the ranks: run_ranks, or start_ranks and signal_ranks; avoid_hosts; is_reachable. clean_up runs at
+# the end.
 jobs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$jobs/library.sh"
 arguments=("$@") # those of the batch script
@@ -50,6 +51,7 @@ run_ranks() {
 
 use_mpirun() {
     run_ranks() { run_with_mpirun "$@"; }
+    is_reachable() { reach_with_mpirun "$1"; }
 }
 
 run_with_mpirun() {
@@ -89,30 +91,77 @@ handle_signal() {
     if [ -n "$training" ] && [ -n "$launcher" ]; then signal_ranks; fi
 }
 
-# avoid_bad_hosts ARGUMENTS...: leave out the hosts that have computed wrongly in this run. It resumes on the ranks of the
-# others, with the same bits.
-avoid_bad_hosts() {
-    local bad all host left_out=()
-    bad=$(list_bad_hosts "$@")
-    if [ -z "$bad" ]; then return; fi
-    mapfile -t bad <<< "$bad"
+# choose_hosts ARGUMENTS...: use the hosts of this job except those that have failed, those that have computed wrongly in this run,
+# and the last MPILM_SPARE_NODES of the others, which take the places of hosts that fail. The run resumes on any ranks with the
+# same bits. Fails if no host is left.
+choose_hosts() {
+    local bad=() found all nodes host wrong=() fit=() used left_out=()
+    found=$(list_bad_hosts "$@")
+    if [ -n "$found" ]; then mapfile -t bad <<< "$found"; fi
     mapfile -t all < <(list_hosts)
-    for host in "${all[@]}"; do
-        if is_in "${host%%.*}" "${bad[@]%%.*}"; then
-            if ! is_in "$host" "${left_out[@]}"; then left_out+=("$host"); fi
-        else
-            hosts+=("$host")
-        fi
+    mapfile -t nodes < <(printf '%s\n' "${all[@]}" | awk '!seen[$0]++')
+    if ! [ "$spares" -ge 0 ] 2>/dev/null || [ "$spares" -ge "${#nodes[@]}" ]; then
+        refuse "MPILM_SPARE_NODES=$spares must be a number below that of the nodes of this job (${#nodes[@]})"
+    fi
+    for host in "${nodes[@]}"; do
+        if is_in "$host" "${failed[@]}"; then continue; fi
+        if is_in "${host%%.*}" "${bad[@]%%.*}"; then wrong+=("$host"); else fit+=("$host"); fi
+    done
+    if [ "${#fit[@]}" = 0 ] && [ "${#failed[@]}" = 0 ]; then
+        echo "all nodes of this job have computed wrongly; jobs/submit asks the scheduler for others" >&2
+        fit=("${nodes[@]}") wrong=()
+    elif [ "${#fit[@]}" = 0 ]; then
+        return 1
+    fi
+    if [ "${#wrong[@]}" != 0 ]; then echo "without the nodes that have computed wrongly: ${wrong[*]}"; fi
+    used=("${fit[@]:0:${#nodes[@]}-spares}") hosts=()
+    for host in "${nodes[@]}"; do
+        if ! is_in "$host" "${used[@]}"; then left_out+=("$host"); fi
     done
     if [ "${#left_out[@]}" = 0 ]; then return; fi
-    if [ "${#hosts[@]}" = 0 ]; then
-        hosts=("${all[@]}")
-        echo "all nodes of this job have computed wrongly; jobs/submit asks the scheduler for others" >&2
-        return
-    fi
-    echo "without the nodes that have computed wrongly: ${left_out[*]}"
+    for host in "${all[@]}"; do
+        if is_in "$host" "${used[@]}"; then hosts+=("$host"); fi
+    done
     needs_hostfile=yes
     avoid_hosts "${left_out[@]}"
+}
+
+# find_failed_hosts: add to `failed` the hosts that no longer start a program; fail if there are none.
+find_failed_hosts() {
+    local host i all nodes=() probes before=${#failed[@]}
+    mapfile -t all < <(list_hosts | awk '!seen[$0]++')
+    for host in "${all[@]}"; do
+        if ! is_in "$host" "${failed[@]}"; then nodes+=("$host"); fi
+    done
+    for ((i = 0; i < ${#nodes[@]}; i += 50)); do # so many at once
+        probes=()
+        for host in "${nodes[@]:i:50}"; do
+            is_reachable "$host" >/dev/null 2>&1 < /dev/null &
+            probes+=("$!")
+        done
+        for host in "${nodes[@]:i:50}"; do
+            if ! wait "${probes[0]}" && [ -z "$stop" ]; then # a signal interrupts `wait`
+                echo "$host does not start a program within a minute: this job goes on without it" >&2
+                failed+=("$host")
+            fi
+            probes=("${probes[@]:1}")
+        done
+    done
+    [ "${#failed[@]}" != "$before" ]
+}
+
+# is_reachable HOST: start a program there.
+is_reachable() {
+    reach_with_mpirun "$1"
+}
+
+reach_with_mpirun() {
+    local command code=0
+    read -ra command <<< "${MPILM_MPIRUN:-mpirun}"
+    echo "$1" > "$hostfile-$1"
+    timeout --kill-after=5 60 "${command[@]}" --hostfile "$hostfile-$1" -n 1 true || code=$?
+    rm -f "$hostfile-$1"
+    return "$code"
 }
 
 # repeat_lines COUNT: copy the input, each line that often.
@@ -163,19 +212,47 @@ submit_again() {
     fi
 }
 
+# train_until_done ARGUMENTS...: train; if a host has failed, or has computed wrongly, go on without it. Where the remaining ones
+# are too few, the job returns to the queue.
+train_until_done() {
+    local code
+    training=yes
+    while true; do
+        code=0
+        if [ -z "$stop" ]; then run_ranks mpilm.train "$@" || code=$?; else code=75; fi
+        if [ -n "$stop" ]; then break; fi
+        case $code in 0 | 65 | 71 | 74 | 75 | 87 | 90 | 130) break ;; esac
+        if [ "$code" = 78 ]; then
+            if [ "${#failed[@]}" != 0 ]; then code=75; fi
+            break
+        fi
+        if [ "$code" = 88 ]; then
+            if [ "$(list_bad_hosts "$@")" = "$bad_before" ]; then break; fi
+        elif ! find_failed_hosts; then
+            if [ -n "$stop" ]; then code=75; fi
+            break
+        fi
+        bad_before=$(list_bad_hosts "$@")
+        if ! choose_hosts "$@"; then
+            code=75
+            break
+        fi
+        echo "training resumes on ${#hosts[@]} ranks"
+    done
+    exit_or_requeue "$code"
+}
+
 # train ARGUMENTS...: train, and save before the job ends.
 train() {
-    local code=0
-    avoid_bad_hosts "$@"
+    bad_before=$(list_bad_hosts "$@")
+    choose_hosts "$@"
     check_allocation
-    training=yes
-    if [ -z "$stop" ]; then run_ranks mpilm.train "$@" || code=$?; else code=75; fi
-    exit_or_requeue "$code"
+    train_until_done "$@"
 }
 
 # sweep FILE ARGUMENTS...: train with the flags in a line of the file.
 sweep() {
-    local file=${1:-} number lines flags name code=0
+    local file=${1:-} number lines flags name
     number=${MPILM_TASK:-${SLURM_ARRAY_TASK_ID:-${PBS_ARRAY_INDEX:-${LSB_JOBINDEX:-${SGE_TASK_ID:-0}}}}}
     if [ ! -f "$file" ]; then refuse "the first argument must be a file with the flags of the runs; '$file' is not a file"; fi
     shift
@@ -186,10 +263,9 @@ sweep() {
     read -ra flags <<< "$(sed -n "${number}p" "$file")"
     name=$(basename "$file")
     set -- --run.dir "runs/${name%.*}-$number" "$@" "${flags[@]}"
-    avoid_bad_hosts "$@"
-    training=yes
-    run_ranks mpilm.train "$@" || code=$?
-    exit_or_requeue "$code"
+    bad_before=$(list_bad_hosts "$@")
+    choose_hosts "$@"
+    train_until_done "$@"
 }
 
 # prepare ARGUMENTS...: turn text into token files.
@@ -208,7 +284,7 @@ if [ -z "$scheduler" ]; then
     refuse "no scheduler has started this script: submit it, as in \`$jobs/submit $jobs/train.sbatch ARGUMENTS\`"
 fi
 restarts=0 needs_hostfile=yes cancel_signals=(TERM INT HUP) warnings=(USR2)
-hosts=() launcher='' stop='' interrupted='' cancelled='' training=''
+hosts=() failed=() spares=${MPILM_SPARE_NODES:-0} launcher='' stop='' interrupted='' cancelled='' training=''
 source "$jobs/schedulers/$scheduler.sh"
 load_site
 find_python

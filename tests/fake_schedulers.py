@@ -42,6 +42,10 @@ if words == ["--version"]:
 with open(folder / "launched", "a") as file:
     hosts = Path(words[words.index("--hostfile") + 1]).read_text().split() if "--hostfile" in words else []
     file.write(json.dumps({{"words": words, "hosts": hosts}}) + "\\n")
+if any((folder / f"{{host}}.down").exists() for host in hosts):
+    sys.exit(255)
+if words[-1] == "true":
+    sys.exit(0)
 if hosts:
     (folder / "local").write_text("localhost\\n" * len(hosts))
     words[words.index("--hostfile") + 1] = str(folder / "local")
@@ -57,12 +61,17 @@ signal.signal(signal.SIGUSR1, lambda *_: stop.append(1))
 end = time.monotonic() + 20
 while not stop and (folder / "hold").exists():
     time.sleep(0.02)
+    if (folder / "crash").exists():
+        (folder / "crash").unlink()
+        (folder / "hold").unlink()
+        sys.exit(137)
     if time.monotonic() > end:
         sys.exit(1)
 (folder / "running").unlink()
 sys.exit(75 if stop else 0)
 """
-"""A stand-in for mpirun and ranks, for tests of the scripts: it ends at once or, while a file `hold` exists, at SIGUSR1."""
+"""A stand-in for mpirun and ranks, for tests of the scripts: it ends at once or, while a file `hold` exists, at SIGUSR1, or
+with another code once there is a file `crash`."""
 
 
 class FakeScheduler:
@@ -249,9 +258,16 @@ elif words[:2] == ["job", "kill"]:
     os.kill(int((folder / "ranks").read_text()), signal.SIGUSR1)
 elif words[0] == "run":
     (folder / "ranks").write_text(str(os.getpid()))
-    flags = [word for word in words[1:] if word.startswith("--") and words.index(word) < words.index("python")]
+    without = next((word.split(":")[1].split(",") for word in words if word.startswith("--requires=-host:")), [])
+    only = next((word.split(":")[1] for word in words if word.startswith("--requires=host:")), "")
+    hosts = [only] if only else [host for host in ("n1", "n1", "n2", "n2") if host not in without]
     with open(folder / "launched", "a") as file:
-        file.write(json.dumps({"words": words, "hosts": ["n1", "n1", "n2", "n2"]}) + "\\n")
+        file.write(json.dumps({"words": words, "hosts": hosts}) + "\\n")
+    if any((folder / f"{host}.down").exists() for host in hosts):
+        sys.exit(255)
+    if words[-1] == "true":
+        sys.exit(0)
+    flags = [word for word in words[1:] if word.startswith("--") and words.index(word) < words.index("python")]
     count = next(flag.split("=")[1] for flag in flags if flag.startswith("--ntasks="))
     os.execv(os.environ["FAKE_LAUNCHER"], [os.environ["FAKE_LAUNCHER"], "-n", count, *words[words.index("python"):]])
 else:

@@ -19,6 +19,10 @@ start_ranks() {
     exec python -c "$detach" "${command[@]}" python -m "$@"
 }
 
+is_reachable() {
+    timeout --kill-after=5 60 flux run --requires="host:$1" --ntasks=1 true
+}
+
 explain_launcher() { :; } # it is no mpirun
 
 signal_ranks() {

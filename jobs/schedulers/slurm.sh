@@ -23,6 +23,10 @@ run_ranks() {
     srun "${placement[@]}" --kill-on-bad-exit=1 --cpu-bind=cores ${MPILM_SRUN_MPI:+--mpi=$MPILM_SRUN_MPI} python -m "$@"
 }
 
+is_reachable() {
+    timeout --kill-after=5 60 srun --nodes=1 --ntasks=1 --nodelist="$1" --overlap true
+}
+
 requeue() {
     scontrol requeue "$job" && sleep 300 # SLURM ends this script
 }

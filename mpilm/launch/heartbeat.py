@@ -18,6 +18,7 @@ from mpilm.comm.base import Comm
 TICK, MOVED, WAITING = range(3)  # columns: when its process last lived, when it last moved, if it waits for other ranks
 REPORTED = 0  # column of the header: 1 once a rank of this node reports a hang
 ARITY = 16  # children of a node in the tree of nodes: no node sends to more
+FIRST_S = 1.0  # in which neighbours send their first heartbeat
 MESSAGE = struct.Struct("<16sId?")  # token, node, seconds since any rank of its subtree moved, request of a report
 
 
@@ -69,6 +70,14 @@ class NodeLinks:
         self.received_s = dict.fromkeys(self.neighbours, math.nan)  # when each has sent last; nan: never
         self.still_s = dict.fromkeys(children, 0.0)  # how long no rank below it has moved
         self.is_report_requested = False
+        end = time.monotonic() + FIRST_S
+        while world.rank in nodes[self.node][:2] and self.unheard_nodes() and time.monotonic() < end:
+            self.exchange(0.0)  # a node that fails before the first tick is missed, too
+            time.sleep(0.01)
+
+    def unheard_nodes(self) -> list[int]:
+        """Return the neighbours that have never sent anything: down from the start, or behind a firewall."""
+        return [node for node, received_s in self.received_s.items() if math.isnan(received_s)]
 
     def exchange(self, own_still_s: float) -> float:
         """Receive, then send if this rank speaks for its node; return how long no rank of the subtree has moved."""

@@ -9,7 +9,7 @@ import time
 from itertools import product
 
 import pytest
-from helpers import OTHER_PYTHON, find_open_mpi, read_metrics
+from helpers import LAUNCHER, OTHER_PYTHON, find_open_mpi, read_metrics
 from training_jobs import (
     PHASES,
     ROOT,
@@ -116,6 +116,30 @@ def test_spare_rank_takes_the_place_of_a_rank_whose_host_is_disconnected(tmp_pat
         assert job.wait(120) == 128 + signal.SIGKILL  # of the launcher, which would wait for the disconnected host for ever
     has_continued = re.search(r"rank 1 \(h1, process \d+\) lost; 2 ranks continue after step", job.output)
     assert bool(has_continued) == (pulled == 1), job.output
+    assert read_outcome(tmp_path / "run") == expected
+
+
+@pytest.mark.slow
+def test_batch_job_with_a_spare_node_goes_on_without_a_disconnected_one(tmp_path, data):
+    """The script runs on the first of three hosts, with the environment of PBS."""
+    steps = ("--train.steps", 60, "--checkpoint.every", 5, "--fault.step-timeout", LIMIT_S)
+    (tmp_path / "serial").mkdir()
+    expected = run_serially(train_arguments(data, tmp_path / "serial" / "run", *steps), tmp_path / "serial")
+    (tmp_path / "nodes").write_text("h0\nh1\nh2\n")
+    variables = {
+        "PBS_JOBID": "1.server", "PBS_NODEFILE": str(tmp_path / "nodes"), "PBS_O_WORKDIR": str(tmp_path),
+        "MPILM_JOBS": str(ROOT / "jobs"), "MPILM_SITE": "/dev/null", "MPILM_DOCTOR": "off", "MPILM_SPARE_NODES": "1",
+        "MPILM_MPIRUN": str(LAUNCHER), "PATH": f"{LAUNCHER.parent}:{os.environ['PATH']}",
+        "MPILM_FAULT": sleep_in_steps(20, 40, 0.5, rank=0),
+    }  # fmt: skip
+    script = [*hosts(1, "--hosts", 3, "--pull", 1), "bash", str(ROOT / "jobs" / "train.pbs")]
+    line = train_arguments(data, tmp_path / "run", *steps)[2:]
+    with start_job(0, line, tmp_path, python=script[-1], wrapper=script[:-1], **variables) as job:
+        job.wait_until(lambda: logged_step(tmp_path / "run") >= 20, 120)
+        job.process.send_signal(signal.SIGUSR1)
+        assert job.wait(160) == 0, job.output
+    assert "h1 does not start a program within a minute: this job goes on without it\n" in job.output
+    assert job.output.count("mpilm 0.1.0: 2 ranks") == 2
     assert read_outcome(tmp_path / "run") == expected
 
 

@@ -41,7 +41,7 @@ def run_until(fake, number, act):
     assert job.poll() is None, fake.log()
     act(job)
     code = job.wait(30)
-    (fake.folder / "hold").unlink()
+    (fake.folder / "hold").unlink(missing_ok=True)
     return code
 
 
@@ -92,6 +92,60 @@ def test_hosts_that_computed_wrongly_are_left_out(fake):
     else:
         assert launched["hosts"] == ["n1", "n1"]
         assert launched["words"][launched["words"].index("-n") + 1] == "2"
+
+
+def start_job_whose_first_host_fails(fake, spares):
+    """Return the exit code, and the hosts of each start of the ranks."""
+    fake.submit("train", "--run.dir", "run", **({"MPILM_SPARE_NODES": str(spares)} if spares else {}))
+
+    def fail(job):
+        (fake.folder / "n1.down").touch()
+        (fake.folder / "crash").touch()
+
+    code = run_until(fake, 1, fail)
+    return code, [row["hosts"] for row in fake.launched() if row["words"][-1] != "true"]
+
+
+def test_spare_node_takes_the_place_of_one_that_fails(fake):
+    code, hosts = start_job_whose_first_host_fails(fake, spares=1)
+    assert code == 0, fake.log()
+    assert hosts == [["n1", "n1"], ["n2", "n2"]]
+    assert "n1 does not start a program within a minute: this job goes on without it\n" in fake.log()
+    assert "training resumes on 2 ranks\n" in fake.log()
+
+
+def test_job_without_spare_nodes_goes_on_with_fewer_ranks(tmp_path):
+    fake = FAKES["lsf"](tmp_path / "cluster")
+    code, hosts = start_job_whose_first_host_fails(fake, spares=0)
+    assert code == 0, fake.log()
+    assert hosts == [["n1", "n1", "n2", "n2"], ["n2", "n2"]]
+
+
+def test_job_goes_back_when_too_few_hosts_are_left(tmp_path):
+    fake = FAKES["lsf"](tmp_path / "cluster")
+    text = (fake.bin / "stub").read_text()
+    (fake.bin / "stub").write_text(text.replace("stop = []", 'stop = []\nif (folder / "n1.down").exists():\n    sys.exit(78)'))
+    code, hosts = start_job_whose_first_host_fails(fake, spares=0)
+    assert (code, len(hosts)) == (99, 2), fake.log()
+    (fake.folder / "n2.down").touch()
+    assert fake.start(1).wait(30) == 99, fake.log()  # no host is left
+    assert "goes back into the queue" in fake.log()
+
+
+def test_job_whose_ranks_fail_on_good_hosts_ends(tmp_path):
+    fake = FAKES["lsf"](tmp_path / "cluster")
+    (fake.bin / "stub").write_text((fake.bin / "stub").read_text().replace("sys.exit(75 if stop else 0)", "sys.exit(86)"))
+    fake.submit("train", "--run.dir", "run")
+    assert fake.start(1).wait(30) == 86, fake.log()
+    assert [row["words"][-1] for row in fake.launched()].count("true") == 2  # both hosts have been asked
+
+
+def test_number_of_spare_nodes_that_leaves_none_is_refused(tmp_path):
+    fake = Pbs(tmp_path / "cluster")
+    for value in ("2", "one", "-1"):
+        fake.submit("train", "--run.dir", "run", MPILM_SPARE_NODES=value)
+        assert fake.start(len(fake.jobs())).wait(30) == 78
+        assert f"MPILM_SPARE_NODES={value} must be a number below that of the nodes of this job (2)" in fake.log()
 
 
 def test_sweep_trains_with_each_line(fake):

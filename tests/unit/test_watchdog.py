@@ -7,12 +7,14 @@ import threading
 import time
 
 import pytest
+from thread_ranks import run_ranks
 
 from mpilm.comm import processes
 from mpilm.comm.base import SelfComm
 from mpilm.comm.flight_recorder import CommCall, FlightRecorder
 from mpilm.launch import watchdog
 from mpilm.launch.hang_report import format_report
+from mpilm.launch.heartbeat import NodeLinks
 from mpilm.launch.watchdog import FIRST_LIMIT_S, LIMIT_FACTOR, MIN_LIMIT_S, Watchdog
 
 PROBLEM = "step 4 has lasted 31 s; the limit is 30 s"
@@ -269,3 +271,18 @@ def test_crash_while_aborting_does_not_replace_the_exit_code():
     )
     ended = subprocess.run([sys.executable, "-c", crash], timeout=60)
     assert ended.returncode == 86
+
+
+def test_neighbouring_nodes_have_heard_each_other_before_the_first_tick():
+    """Otherwise a node that fails in its first second would never be missed."""
+    nodes = [[0, 1, 2], [3, 4], [5]]
+
+    def links(comm):
+        made = NodeLinks(comm, nodes)
+        comm.barrier()
+        return made.node, made.neighbours, made.unheard_nodes(), made.silent_nodes(limit_s=-1.0, resumed_s=0.0)
+
+    found = run_ranks(6, links)
+    for rank, (node, neighbours, unheard, silent) in enumerate(found):
+        assert neighbours == ([1, 2] if node == 0 else [0])
+        assert (unheard, silent) == (([], neighbours) if rank != 2 else (neighbours, []))  # nobody sends to rank 2
