@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mpilm.telemetry.trackers import Tracker, open_trackers
 from mpilm.trainer.run import Run
 from mpilm.trainer.run_folder import writing
 
+RUN_FILES = ("metrics.jsonl", "log.txt", "config.toml", "tensorboard")
 ASSUMED_WRITE_RATE = 50e6  # bytes a second of a checkpoint, until one has been written
 
 
@@ -179,7 +181,8 @@ class RunLog:
             say(f"evaluation loss {self.eval_loss:.4f}{unigram_loss}")
         if sample:
             say(f"\nA sample (temperature {config.generate.temperature}):\n{sample}\n")
-        say(f"run folder   {run.folder.path}  (report.html, metrics.jsonl, log.txt, config.toml, tensorboard)")
+        found = [name for name in RUN_FILES if (run.folder.path / name).exists()]
+        say(f"run folder   {run.folder.path}  ({', '.join(['report.html'] * bool(find_spec('plotly')) + found)})")
         last = run.folder.checkpoints / f"step-{config.train.steps:08d}"
         say(f"checkpoint   {last}  ({'a PEFT adapter' if config.model.lora_rank else 'a Hugging Face folder'})")
         if config.model.arch == "bert":

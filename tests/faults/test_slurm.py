@@ -250,3 +250,29 @@ def test_chain_of_short_jobs_completes_the_run(cluster, chain, tmp_path, data):
     assert cluster.wait_for_end(last)["JobState"] == "COMPLETED", cluster.log(last)
     uninterrupted = run_serially(["-m", "mpilm.train", *train_flags(data, tmp_path / "run", *SHORT)], tmp_path)
     assert read_outcome(run)[:2] == uninterrupted[:2]
+
+
+def test_job_with_a_spare_node_goes_on_without_one_that_fails(cluster, tmp_path, data, uninterrupted):
+    """The last test: n1 stays down."""
+    run = tmp_path / "run"
+    nodes = ("--nodes=3", "--ntasks-per-node=1", "--nodelist=n[0-2]", "--no-kill")
+    every = ("--checkpoint.every", 10, "--fault.step-timeout", 10)
+    job = cluster.submit(*nodes, WARNING, "jobs/train.sbatch", *train_flags(data, run, *every), MPILM_SPARE_NODES="1")
+    cluster.wait_for(job, lambda: logged_step(run) >= 20)
+    daemons = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if is_daemon(path, cluster, job)]
+    for daemon in daemons:
+        os.kill(int(daemon.name), signal.SIGKILL)
+    cluster.call("scontrol", "update", "nodename=n1", "state=down", "reason=test")
+    state = cluster.wait_for_end(job)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), cluster.log(job)
+    assert "n1 does not start a program within a minute: this job goes on without it\n" in cluster.log(job)
+    assert cluster.log(job).count("mpilm 0.1.0: 2 ranks") == 2
+    assert read_outcome(run)[:2] == uninterrupted[:2]
+
+
+def is_daemon(path, cluster, job):
+    """Return whether a process is SLURM's daemon of node n1, or one of its ranks."""
+    command, environment = read_or_empty(path), read_or_empty(path.with_name("environ"))
+    is_own = str(cluster.folder).encode() in command + environment
+    rank = {b"SLURMD_NODENAME=n1", f"SLURM_JOB_ID={job}".encode()} <= set(environment.split(b"\0"))
+    return (is_own and b"slurmd" in command and b"\0n1\0" in command) or rank
