@@ -62,6 +62,7 @@ SERIAL = {
     "parallel__zero": 0,
     "parallel__cut": (),
     "parallel__reduce": "auto",
+    "train__offload": "none",
 }
 
 

@@ -127,6 +127,10 @@ def _find_train_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
             yield f"{flags[name]} {why}, which cannot be compiled; write {alternatives}, or --train.compile false"
     if train.compile and train.kernels == "fused":
         yield "--train.kernels fused cannot be compiled by torch; write auto, or --train.compile false"
+    if train.offload != "none":
+        for name, is_set in (("parallel.sync_every", config.parallel.sync_every > 0), ("fault.elastic", config.fault.elastic)):
+            if is_set:
+                yield f"{flags[name]} keeps copies of the state in memory: leave it out, or write --train.offload none"
     try:
         traced = schema.trace_step_range(config)
     except ValueError:

@@ -176,6 +176,10 @@ class TrainConfig:
     # Operations between matrix products: torch's, or fused ones for CPUs, which numba compiles, with other last bits of the
     # result; auto: fused in bfloat16 on a CPU if numba is installed and compile is false.
     kernels: Literal["auto", "fused", "torch"] = "auto"
+    # What lies in files on a local disk (from a GPU: in the host's memory) and not in memory: the moments of the optimizer, or
+    # also weights and gradients. Same bits; checkpoints are then written at once.
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    offload_dir: str = ""  # Folder of those files, which are removed at the end; empty: the folder for temporary files.
 
 
 @dataclass(frozen=True)
@@ -280,10 +284,14 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
 
+StatePart = Literal["weights", "gradients", "moments"]
+OFFLOADED_PARTS: dict[str, tuple[StatePart, ...]] = {  # by train.offload
+    "none": (), "optimizer": ("moments",), "parameters": ("weights", "gradients", "moments")
+}  # fmt: skip
 RESUME_MAY_CHANGE = {  # of the sections that determine the result, the settings that do not, or change its last bits only
     "model": ("init_from", "base"),
     "data": ("path", "tokenizer", "text_key", "max_document_mib"),  # the corpus and the tokenizer are compared by content
-    "train": ("steps", "threads", "device", "device_transport", "recompute", "compile", "kernels"),
+    "train": ("steps", "threads", "device", "device_transport", "recompute", "compile", "kernels", "offload", "offload_dir"),
 }
 RESUME_MUST_KEEP = ("parallel.powersgd_rank", "parallel.sync_every")  # of the other sections
 
@@ -300,7 +308,9 @@ def resolve_config(config: Config) -> Config:
         lora_targets=order_lora_targets(model),
     )
     chunks = config.parallel.chunks or (2 if config.parallel.schedule == "interleaved" else 1)
-    return replace(config, model=shape, parallel=replace(config.parallel, chunks=chunks))
+    # A copy of the state, from which a checkpoint is written later, would be in memory.
+    checkpoint = replace(config.checkpoint, asynchronous=config.checkpoint.asynchronous and config.train.offload == "none")
+    return replace(config, model=shape, parallel=replace(config.parallel, chunks=chunks), checkpoint=checkpoint)
 
 
 def tensor_part_count(config: Config) -> int:

@@ -28,6 +28,7 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import FlatLayout, ParamSlice, intersect_intervals, merge_intervals, shard_owners
 from mpilm.parallel.layout import FlatKey, group_by_vector, select_owned, select_parts, select_stage, select_trained
 from mpilm.parallel.layout_check import reduces_in_rounds
+from mpilm.parallel.offload import Offload
 from mpilm.parallel.pipeline.schedules import schedule
 from mpilm.parallel.pipeline.stage import StepInputs
 from mpilm.parallel.reduce.build import build_reducer
@@ -60,7 +61,9 @@ class TrainModel(PipelinedModel):
         self.optimizer = Optimizer(self.flats, config.train, self.tensor, diloco)
         self.replicates_moments = self.zero == 0 and not self.is_local_sgd and self.reduce_comm.size > 1
         # Replicas compare the moments that they share; a digest of their own would cost more than that of the weights.
-        self.digests = StateDigests(self.flat_parameters, {} if self.replicates_moments else self.optimizer.state_slices())
+        # Those that are offloaded would have to be read twice more in each step.
+        has_digests = not self.replicates_moments and "moments" not in self.offload.parts
+        self.digests = StateDigests(self.flat_parameters, self.optimizer.state_slices() if has_digests else {})
         owned = select_owned(select_trained(self.layouts))
         # Global shapes of all tensors of the state, by kind and parameter.
         self.state_shapes = {PARAMETER: self.shapes, **moment_shapes(config.train.optimizer, owned, self.is_local_sgd)}
@@ -179,7 +182,16 @@ class TrainModel(PipelinedModel):
         return digest_tensors(files, {PARAMETER: self.gradient_slices()}, self.shard_owners, self.mesh.world)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Return this rank's bytes, by part. "passing": weights and gradients that are full only while they are used."""
+        """Return this rank's bytes where it computes, by part. "passing": weights and gradients that are full only while
+        they are used."""
+        return {part: 0 if part in self.offload.parts else nbytes for part, nbytes in self._part_bytes().items()}
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of the offloaded parts of the state of this rank."""
+        return sum(nbytes for part, nbytes in self._part_bytes().items() if part in self.offload.parts)
+
+    def _part_bytes(self) -> dict[str, int]:
         weights = 4 * sum(flat.values.tensor.numel() for flat in self.flat_parameters)
         held = {"weights": weights, "moments": self.optimizer.memory_bytes, "gradients": 0, "exchange": 0, "passing": 0}
         for (stage, _), reducer in self.reducers.items():
@@ -188,6 +200,11 @@ class TrainModel(PipelinedModel):
             for part in ("gradients", "exchange"):
                 held[part] += reducer.memory_bytes[part]
         return held
+
+    @property
+    def offload(self) -> Offload:
+        """The parts of the state that lie elsewhere."""
+        return self.flat_parameters[0].offload
 
     @property
     def shared_bytes(self) -> int:

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ BETA2_DECAY = -0.8  # of Adafactor, as are the smallest deviation of a gradient 
 EPS_1, EPS_2 = torch.finfo(torch.float32).eps, 1e-3
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Muon: coefficients of a x + b x^3 + c x^5
 ITERATIONS, EPS_NORM = 5, 1e-7  # of Muon
+BLOCK_NUMEL = 1 << 22  # elements of a block of moments on its way
 Tensors = list[Tensor]
 
 
@@ -66,13 +68,12 @@ class ElementwiseOptimizer(ABC):
 
     def __init__(self, flats: Mapping[FlatKey, FlatParameters], train: TrainConfig, tensor: TensorAxis):
         self.flats, self.train, self.count = flats, train, 0  # updates that the moments have seen
-        device = next(iter(flats.values())).device
         self.spans = {
             decays: [(key, span) for key, flat in flats.items() for span in _owned_intervals(flat, decays)]
             for decays in (True, False)
         }
         self.moments = {
-            name: {key: FlatVector.zeros(_owned_intervals(flat, True, False), device) for key, flat in flats.items()}
+            name: {key: flat.zeros("moments", _owned_intervals(flat, True, False)) for key, flat in flats.items()}
             for name in self.STATE_NAMES
         }
 
@@ -83,11 +84,23 @@ class ElementwiseOptimizer(ABC):
             if not spans:
                 continue  # a small model on many ranks: some ranks have nothing to update
             moments = [_views(self.moments[name], spans) for name in self.STATE_NAMES]
-            self.update(_views(values, spans), _views(gradients, spans), moments, lr, self.train.weight_decay * decays)
+            update = self.update if moments[0][0].device == next(iter(values.values())).tensor.device else self.update_in_blocks
+            update(_views(values, spans), _views(gradients, spans), moments, lr, self.train.weight_decay * decays)
 
     @abstractmethod
     def update(self, values: Tensors, gradients: Tensors, moments: list[Tensors], lr: float, weight_decay: float) -> None:
         """Change `values` and `moments` (a list for each name) in place."""
+
+    def update_in_blocks(
+        self, values: Tensors, gradients: Tensors, moments: list[Tensors], lr: float, weight_decay: float
+    ) -> None:
+        """Update with moments that lie in the memory of the host: each block of them is copied to the device and back."""
+        for value, gradient, *kinds in zip(values, gradients, *moments):
+            for block in (slice(start, start + BLOCK_NUMEL) for start in range(0, value.numel(), BLOCK_NUMEL)):
+                copies = [kind[block].to(value.device, copy=True) for kind in kinds]
+                self.update([value[block]], [gradient[block]], [[copy] for copy in copies], lr, weight_decay)
+                for kind, copy in zip(kinds, copies):
+                    kind[block].copy_(copy)
 
     def draw_sample(self, gradients: Mapping[FlatKey, FlatVector], key: int, most: int) -> list[UpdateSample]:
         """Return about `most` adjacent elements that this rank updates, drawn by `key`, in pieces."""
@@ -180,7 +193,7 @@ class UnshardedOptimizer(ABC):
                     self.sources[layout.source].append(layout)
                     for state, shape in self.state_shapes(layout.global_shape).items():
                         piece, own = layout.piece_of(shape)
-                        self.moments[piece].setdefault(state, torch.zeros(own, device=flat.device))
+                        self.moments[piece].setdefault(state, flat.offload.zeros("moments", prod(own), flat.device).view(own))
 
     def step(self, gradients: Mapping[FlatKey, FlatVector], lr: float) -> None:
         self.count += 1

@@ -21,6 +21,7 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.fsdp import ShardedParameters
 from mpilm.parallel.layout import FlatKey, Layouts, group_by_vector, select_trained
 from mpilm.parallel.layout_check import can_defer_logits, find_ulysses_problem
+from mpilm.parallel.offload import Offload, make_offload
 from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StageParameters
 from mpilm.parallel.plan import cut_of, stage_of
@@ -72,10 +73,11 @@ def parallelize(
     use_kernels(model, kernels)
     if can_defer_logits(config):
         defer_logits(model, kernels)
-    trained = allocate_parameters(select_trained(layouts), device, parallel.zero, mesh, alignment)
+    offload = make_offload(config.train, device)
+    trained = allocate_parameters(select_trained(layouts), device, parallel.zero, mesh, alignment, offload)
     frozen_layouts = {name: layout for name, layout in layouts.items() if layout.frozen}
     # ZeRO-1 and 2 shard gradients and moments, which these do not have.
-    frozen = allocate_parameters(frozen_layouts, device, 3 if parallel.zero == 3 else 0, mesh, alignment)
+    frozen = allocate_parameters(frozen_layouts, device, 3 if parallel.zero == 3 else 0, mesh, alignment, offload)
     flats = [*trained.values(), *frozen.values()]
     if config.train.compile:
         compile_blocks(model)
@@ -90,21 +92,23 @@ def parallelize(
     return ModelStage(model, stage == 0, is_last, reducers, *facts), trained, frozen
 
 
-def allocate_parameters(layouts: Layouts, device: torch.device, zero: int, mesh: Mesh, alignment: int) -> Flats:
+def allocate_parameters(
+    layouts: Layouts, device: torch.device, zero: int, mesh: Mesh, alignment: int, offload: Offload
+) -> Flats:
     """Return memory for these parameters of a stage, one flat vector for those with the same reduce axes."""
     flats = {}
     for key, group in group_by_vector(layouts).items():
         axes, copies = next(iter(group.values())).reduce_axes, mesh.shape.expert if key[1] else 1
-        flats[key] = FlatParameters(group, device, zero, mesh.comm(*axes), alignment, copies)
+        flats[key] = FlatParameters(group, device, zero, mesh.comm(*axes), alignment, copies, offload)
     return flats
 
 
 def install_parameters(flats: Sequence[FlatParameters], model: nn.Module, config: Config, is_sliced: bool) -> StageParameters:
     """Make the parameters of `model` views of flat vectors, or copies in the type in which layers compute: not if they are
-    gathered for each use, nor if gradients of slices, `is_sliced`, are added in float32."""
+    gathered for each use or in files, nor if gradients of slices, `is_sliced`, are added in float32."""
     if config.parallel.zero == 3:
         return ShardedParameters(flats, model)
-    if config.train.dtype == "bfloat16" and not is_sliced:
+    if config.train.dtype == "bfloat16" and not is_sliced and config.train.offload != "parameters":
         return CastParameters(flats, model, torch.bfloat16)
     for each in flats:
         each.install(model)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mpilm.comm.base import Comm, SelfComm
+from mpilm.config.schema import StatePart
 from mpilm.ops.tree import Interval
 from mpilm.parallel.flat_layout import ALIGNMENT, FlatLayout, ParamSlice, intersect_intervals
 from mpilm.parallel.layout import Layouts, ParamLayout
+from mpilm.parallel.offload import NO_OFFLOAD, Offload
 from mpilm.parallel.plan import copy_name
 
 
@@ -23,10 +25,6 @@ class FlatVector:
         self.intervals, self.tensor = list(intervals), tensor
         self._starts = [start for start, _ in self.intervals]
         self._offsets = list(accumulate((stop - start for start, stop in self.intervals), initial=0))
-
-    @classmethod
-    def zeros(cls, intervals: Sequence[Interval], device: torch.device) -> FlatVector:
-        return cls(intervals, torch.zeros(sum(stop - start for start, stop in intervals), device=device))
 
     def view(self, start: int, stop: int) -> Tensor:
         """Return elements [start, stop) of the flat vector; raise IndexError if they are not within one interval."""
@@ -51,7 +49,9 @@ class FlatParameters:
         comm: Comm | None = None,
         alignment: int = ALIGNMENT,
         copies: int = 1,
+        offload: Offload = NO_OFFLOAD,
     ):
+        self.offload = offload
         self.device, self.zero, self.comm, self.copies = device, zero, comm or SelfComm(), copies
         self.layout = FlatLayout(layouts.values(), alignment, per_module=zero >= 2, ranks=self.comm.size)
         everything, copies_end = [(0, self.layout.numel)], self.layout.tied_copies_numel
@@ -61,7 +61,12 @@ class FlatParameters:
         self.owned = intersect_intervals(self.reduced, [(copies_end, self.layout.numel)])  # updated by this rank's optimizer
         self.unique = intersect_intervals(self.shard, [(copies_end, self.layout.numel)])  # over all ranks: every element once
         first = copies_end if self.aliases_owner else 0
-        self.values = FlatVector.zeros(self.shard if zero == 3 else [(first, self.layout.numel)], device)
+        self.values = self.zeros("weights", self.shard if zero == 3 else [(first, self.layout.numel)])
+
+    def zeros(self, part: StatePart, intervals: Sequence[Interval]) -> FlatVector:
+        """Return a vector of zeros for this part of the state, where it is to lie."""
+        numel = sum(stop - start for start, stop in intervals)
+        return FlatVector(intervals, self.offload.zeros(part, numel, self.device))
 
     def parameter(self, name: str, vector: FlatVector | None = None) -> Tensor:
         """Return a full parameter, in its shape, as a view of the values or of another vector with this layout."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
 
-from mpilm.config.schema import Config, microbatch_count, tensor_part_count
+from mpilm.config.schema import OFFLOADED_PARTS, Config, microbatch_count, tensor_part_count
 from mpilm.kernels import LOGITS_BLOCK, LOSS_BLOCK, MAX_LOGITS
 from mpilm.model.flops import activation_bytes, block_numel, embedding_and_head_numel, parameter_count
 from mpilm.ops.halving import MIN_HALVING_RANKS, count_bucket_copies
@@ -93,7 +93,8 @@ def memory_parts(
     if device == "cuda":
         return {**resident, **step}  # a checkpoint is copied to the processor's memory
     program_bytes = resident["program"] + FIRST_STEP_BYTES + COMPILER_BYTES * config.train.compile
-    blocks = min(CHECKPOINT_WRITE_BYTES, resident["weights"] + resident["moments"])  # written between steps
+    state = resident["weights"] + resident["moments"] if config.train.offload == "none" else CHECKPOINT_WRITE_BYTES
+    blocks = min(CHECKPOINT_WRITE_BYTES, state)  # written between steps
     checkpoint, share = max(0, blocks - sum(step.values())), saved / ranks
     if config.checkpoint.asynchronous:  # a copy of the rank's share; blocks are not split, so it may have one more
         checkpoint = round(share + (ranks > 1) * min(CHECKPOINT_BLOCK_BYTES, share / 3))
@@ -107,7 +108,8 @@ def persistent_bytes(layout: PlacedLayout, stages: Sequence[int]) -> dict[str, i
     for stage in stages:
         for part, numel in _stage_floats(layout, stage).items():
             total[part] = max(total[part], numel) if part == "passing" else total[part] + numel
-    return {part: round(4 * numel) for part, numel in total.items()}
+    offloaded = OFFLOADED_PARTS[layout.config.train.offload]
+    return {part: 0 if part in offloaded else round(4 * numel) for part, numel in total.items()}
 
 
 def _stage_floats(layout: PlacedLayout, stage: int) -> dict[str, float]:

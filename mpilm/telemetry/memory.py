@@ -35,8 +35,8 @@ def trim_heap() -> None:
 class MemoryMeter:
     """Memory that a rank uses where it computes, from now on: what torch has allocated on a GPU, else the process's own."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, has_files: bool = False):
+        self.device, self.has_files = device, has_files  # parts of the state lie in files
         trim_heap()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # reset the peak, VmHWM
@@ -44,6 +44,7 @@ class MemoryMeter:
         if self._gpu is not None:
             self._gpu.reset_peak_memory_stats(device)
         self._resident, self._shared = _read_bytes("status", "VmRSS"), shared_bytes()
+        self._mapped = _read_bytes("status", "RssFile")
         # the program's own, before there is a model
         self.program_bytes = self._gpu.memory_allocated(device) if self._gpu else proportional_bytes()
 
@@ -54,8 +55,10 @@ class MemoryMeter:
 
     def peak_bytes(self, own_shared: int) -> int:
         """Return the highest use so far, with the program's shared pages divided as they were at the start. `own_shared` is
-        this rank's part of memory that ranks share; the parts of others, which it sees too, do not count."""
+        this rank's part of memory that ranks share; the parts of others, which it sees too, do not count. Nor do the pages of
+        files, such as those of offloaded parts: the kernel takes them back when it needs memory."""
         if self._gpu is not None:
             return self._gpu.max_memory_allocated(self.device)
         others = max(0, shared_bytes() - self._shared - own_shared)
-        return _read_bytes("status", "VmHWM") - self._resident + self.program_bytes - others
+        files = max(0, _read_bytes("status", "RssFile") - self._mapped) if self.has_files else 0
+        return _read_bytes("status", "VmHWM") - self._resident + self.program_bytes - others - files

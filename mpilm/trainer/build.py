@@ -83,7 +83,7 @@ def build_run(config: Config, world: Comm, recovered: RecoveredState | None = No
     config = override(inputs.config, folder.retained)
     hardware = replace(hardware, kernels=choose_kernels(config.train, hardware.device))
     try:
-        memory = MemoryMeter(hardware.device)  # from here on: preparation may have used more than training will
+        memory = MemoryMeter(hardware.device, config.train.offload != "none")  # from here on: preparation may have used more
         model, batches = build_train_model(inputs, config)
         resumes_from = recovered if recovered is not None else folder.checkpoint
         load_state(model, resumes_from, folder.step - len(folder.bad_steps.skipped), mesh.world)

@@ -20,6 +20,7 @@ from mpilm.model.flops import flops_per_token
 from mpilm.ops.tree import utilization
 from mpilm.optim.optimizer import learning_rate
 from mpilm.parallel.layout_check import replica_microbatch_count
+from mpilm.parallel.offload import measure_write_rate, offload_folder
 from mpilm.parallel.pipeline.schedules import analytic_bubble
 from mpilm.parallel.reduce.step import StepReducer
 from mpilm.planner.memory import memory_parts, step_bytes
@@ -31,8 +32,8 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
     world, config, parallel = run.mesh.world, run.config, run.config.parallel
     predictions = world.all_gather_json(predict_memory(run))  # so that all ranks measure at once
     peak, peak_source = measure_peak_flops(run.hardware, config.train.dtype)
-    facts = [peak, run.model.local_numel, run.hardware.threads, socket.gethostname()]
-    peaks, local_numel, threads, hosts = zip(*world.all_gather_json(facts))
+    facts = [peak, run.model.local_numel, run.hardware.threads, socket.gethostname(), run.model.offloaded_bytes]
+    peaks, local_numel, threads, hosts, offloaded = zip(*world.all_gather_json(facts))
     predicted = max(predictions, key=lambda parts: sum(parts.values()))
     trained, frozen = (sum(map(prod, shapes.values())) for shapes in (run.model.shapes, run.model.frozen_shapes))
     command = f"{command_text('train')} {shlex.join(sys.argv[1:])}".rstrip()
@@ -49,6 +50,7 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
         "parameters_on_rank": local_numel,
         "predicted_memory_bytes": sum(predicted.values()),
         "predicted_memory_on_rank_bytes": [sum(parts.values()) for parts in predictions],
+        "offloaded_on_rank_bytes": offloaded,
         "flops_per_token": flops_per_token(config.model, run.model.vocab_size),
         "peak_flops": sum(peaks) if all(peaks) else None,
         "peak_source": peak_source,
@@ -96,9 +98,21 @@ def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int])
     gpu = " of GPU memory" if hardware.device.type != "cpu" else ""
     peak = f"{format_mebibytes(row['predicted_memory_bytes'])}{gpu} predicted peak{where}"
     yield "memory", f"{peak}: {list_parts(predicted)}"
+    if any(row["offloaded_on_rank_bytes"]) and run.mesh.rank == 0:  # which prints it
+        yield "", _describe_offload(run, row["offloaded_on_rank_bytes"], row["hosts"])
     yield "run", f"{run.folder.path}" + (f", from step {run.folder.step}" if run.folder.step else "")
     for note in run.folder.notes:
         yield "note", note
+
+
+def _describe_offload(run: Run, offloaded: Sequence[int], hosts: Sequence[str]) -> str:
+    parts, train = f"{' and '.join(run.model.offload.parts)}: {format_mebibytes(max(offloaded))} a rank", run.config.train
+    if run.hardware.device.type != "cpu":
+        return f"{parts} in the memory of the host"
+    folder, here = offload_folder(train), sum(size for size, host in zip(offloaded, hosts) if host == hosts[0])
+    rate = measure_write_rate(folder)
+    least = f"at least {2 * here / rate:.2g} s a step if memory cannot hold them"
+    return f"{parts} in files in {folder}, which writes {format_mebibytes(round(rate))}/s: {least}"
 
 
 def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:

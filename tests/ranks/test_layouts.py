@@ -41,6 +41,7 @@ FACTORS = {
     "reduce": ["shared-memory", "messages"],
     "recompute": ["none", "attention", "block"],
     "optimizer": list(OPTIMIZERS),
+    "offload": ["none", "optimizer", "parameters"],
     "family": list(FAMILIES),
     "tie": [True, False],
     "dropout": [0.1, 0.0],
@@ -115,6 +116,7 @@ def config_of(case):
         train__recompute=case["recompute"],
         train__dtype=case["dtype"],
         train__optimizer=case["optimizer"],
+        train__offload=case["offload"],
     )
     return pipeline * data * case["tensor"] * case["context"] * case["expert"], config
 
@@ -123,7 +125,7 @@ def test_cases_cover_every_pair_of_choices():
     for a, b in combinations(FACTORS, 2):
         pairs = {(x, y) for x in FACTORS[a] for y in FACTORS[b] if is_valid({a: x, b: y})}
         assert pairs == {(case[a], case[b]) for case in CASES}, (a, b)
-    assert len(CASES) <= 52
+    assert len(CASES) <= 58
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))

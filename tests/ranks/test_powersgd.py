@@ -13,7 +13,7 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.instrumented import InstrumentedComm
 from mpilm.engine.hardware import detect_hardware
 from mpilm.engine.step import train_step
-from mpilm.parallel.flat import FlatParameters, FlatVector
+from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import ParamLayout
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
 from mpilm.trainer import build, loop
@@ -33,7 +33,7 @@ def reduce_compressed(size, rank, steps, gradient):
 
     def body(comm):
         flat = FlatParameters({name: ParamLayout(name, shape) for name, shape in SHAPES.items()}, CPU)
-        sums = FlatVector.zeros([(0, flat.layout.numel)], CPU)
+        sums = flat.zeros("gradients", [(0, flat.layout.numel)])
         reducer = PowerSGDReducer(comm, flat, sums, rank, seed=0)
         found = []
         for step in range(steps):

@@ -35,7 +35,7 @@ def test_tied_copy_on_the_owners_stage_aliases_its_value_but_not_its_gradient():
     flat = FlatParameters(resolve_layouts(SHAPES, TIED), CPU)
     assert flat.parameter("head").data_ptr() == flat.parameter("embed").data_ptr()
     assert flat.values.intervals == [(16, 80)]
-    gradient = FlatVector.zeros(flat.reduced, CPU)
+    gradient = flat.zeros("gradients", flat.reduced)
     copy, owner = (flat.parameter(name, gradient) for name in ("head", "embed"))
     assert copy.shape == owner.shape == (5, 3)
     assert copy.data_ptr() == gradient.tensor.data_ptr()
@@ -90,7 +90,7 @@ def test_owned_slices_are_views_of_what_the_rank_updates(zero):
     seen = {name: torch.zeros(numel) for name, numel in owned.items()}
     for rank in range(3):
         flat = FlatParameters(table, CPU, zero, place(rank, 3))
-        vector = FlatVector.zeros(flat.reduced, CPU)
+        vector = flat.zeros("gradients", flat.reduced)
         for item, view in flat.owned_slices(vector).items():
             assert view.untyped_storage().data_ptr() == vector.tensor.untyped_storage().data_ptr()
             assert view.shape == (item.numel,)

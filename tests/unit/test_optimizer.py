@@ -8,7 +8,7 @@ from mpilm.comm.base import SelfComm
 from mpilm.config.schema import TrainConfig
 from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.optim.optimizer import OPTIMIZERS, AdamW, Optimizer, learning_rate, moment_shapes, needs_full_parameter
-from mpilm.parallel.flat import FlatParameters, FlatVector
+from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import resolve_layouts
 
 SHAPES = {"embed": (13, 8), "blocks.0.norm": (8,), "blocks.0.up": (24, 8), "blocks.0.down": (8, 24), "norm": (5,)}
@@ -23,7 +23,7 @@ def parts(settings, zero=0, rank=0, ranks=1):
     flat = FlatParameters(
         resolve_layouts(SHAPES, {}, is_unsharded=needs_full_parameter(settings.optimizer)), CPU, zero, place(rank, ranks)
     )
-    return flat, Optimizer({(0, False): flat}, settings, TensorAxis(SelfComm(), 1), None), FlatVector.zeros(flat.reduced, CPU)
+    return flat, Optimizer({(0, False): flat}, settings, TensorAxis(SelfComm(), 1), None), flat.zeros("gradients", flat.reduced)
 
 
 def fill(flat, vector, values):
@@ -187,7 +187,7 @@ def test_muon_leaves_embeddings_and_vectors_to_adamw():
     adamw = AdamW({(0, False): plain}, train(), TensorAxis(SelfComm(), 1))
     generator = torch.Generator().manual_seed(4)
     values, gradients = draw(generator), draw(generator)
-    for of, target in ((flat, vector), (plain, (other := FlatVector.zeros(plain.reduced, CPU)))):
+    for of, target in ((flat, vector), (plain, (other := plain.zeros("gradients", plain.reduced)))):
         fill(of, of.values, values)
         fill(of, target, gradients)
     muon.step({(0, False): vector}, 0.1)

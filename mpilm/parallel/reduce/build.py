@@ -58,6 +58,7 @@ def build_reducer(
     """Return the reducer of a stage's gradients. Collective over the ranks of `flat`. `timings` receives what was timed;
     `blocks`: the microbatches of each rank, unless they are reduced in rounds."""
     total, train, parallel, comm = microbatch_count(config), config.train, config.parallel, flat.comm
+    allowed = "messages" if "gradients" in flat.offload.parts else parallel.reduce  # not in shared memory
     overlap = flat.device.type == "cuda"
     is_exact = parallel.wire_dtype == "float32" and train.reproducible and not overlap  # other methods round differently
     if reduces_in_rounds(config):
@@ -71,11 +72,11 @@ def build_reducer(
         if not parallel.sync_every:
             across_ranks = PowerSGDReducer(comm, flat, buffers[0], parallel.powersgd_rank, train.seed)
         return StepReducer(flat, model, plan, buffers, across_ranks, overlap, kernels)
-    method = ReductionMethod(parallel.reduce != "messages", False)
+    method = ReductionMethod(allowed != "messages", False)
     if is_exact and parallel.reduce == "auto" and comm.size * flat.layout.numel <= MAX_GATHERED_NUMEL:
         method = ReductionMethod(False, False, gathered=True)
     elif is_exact:
-        method = choose_method(flat, flat.zero == 0, list_methods(comm, parallel.reduce), timings)
+        method = choose_method(flat, flat.zero == 0, list_methods(comm, allowed), timings)
     return make_step_reducer(flat, model, total, train.reproducible, overlap, method, parallel.wire_dtype, blocks, kernels)
 
 
@@ -123,7 +124,7 @@ def _plan_blocks(blocks: Sequence[TreeNode], microbatches: int) -> list[Accumula
 
 
 def _make_buffers(flat: FlatParameters, plan: AccumulationPlan) -> list[FlatVector]:
-    return [FlatVector.zeros([(0, flat.layout.numel)], flat.device) for _ in range(count_buffers(plan[0]))]
+    return [flat.zeros("gradients", [(0, flat.layout.numel)]) for _ in range(count_buffers(plan[0]))]
 
 
 def list_methods(comm: Comm, reduce: Literal["auto", "shared-memory", "messages"]) -> list[ReductionMethod]:

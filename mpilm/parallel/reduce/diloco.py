@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpilm.comm.base import Comm
-from mpilm.parallel.flat import FlatParameters, FlatVector
+from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import ParamSlice
 from mpilm.parallel.layout import FlatKey
 
@@ -24,7 +24,7 @@ class DiLoCo:
 
     def __init__(self, flats: Mapping[FlatKey, FlatParameters], comm: Comm, every: int):
         self.flats, self.comm, self.every = flats, comm, every
-        self.momentum = {key: FlatVector.zeros(flat.values.intervals, flat.device) for key, flat in flats.items()}
+        self.momentum = {key: flat.zeros("moments", flat.values.intervals) for key, flat in flats.items()}
         self.anchors: dict[FlatKey, Tensor] = {}  # the weights at the last synchronization
         self.memory_bytes = 2 * sum(momentum.tensor.nbytes for momentum in self.momentum.values())  # with the anchors
 

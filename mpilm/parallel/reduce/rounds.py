@@ -49,7 +49,7 @@ class MicrobatchRoundReducer(GradientReducer):
         reduced = [TreeMerger(each, total).remaining for each in remaining]
         ops, _ = plan_accumulation([node for each in reduced for node in each], total)
         whole = [(0, flat.layout.numel)] if flat.zero == 0 else flat.shard
-        self.buffers = [FlatVector.zeros(flat.shard if i else whole, flat.device) for i in range(count_buffers(ops))]
+        self.buffers = [flat.zeros("gradients", flat.shard if i else whole) for i in range(count_buffers(ops))]
         self.ops = [[ops.pop(0) for _ in each] for each in reduced]
         self.sums = self.buffers[0]
         spans = [(group.start, group.stop) for group in self.groups]
