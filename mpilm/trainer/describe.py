@@ -111,7 +111,7 @@ def _describe_offload(run: Run, offloaded: Sequence[int], hosts: Sequence[str]) 
         return f"{parts} in the memory of the host"
     folder, here = offload_folder(train), sum(size for size, host in zip(offloaded, hosts) if host == hosts[0])
     rate = measure_write_rate(folder)
-    least = f"at least {2 * here / rate:.2g} s a step if memory cannot hold them"
+    least = f"about {2 * here / rate:.2g} s more a step if memory cannot hold them"
     return f"{parts} in files in {folder}, which writes {format_mebibytes(round(rate))}/s: {least}"
 
 
