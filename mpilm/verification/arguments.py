@@ -33,6 +33,9 @@ class ReplayCompute:
 
     device: str = "auto"  # Type of device: cpu, cuda (NVIDIA, AMD) or xpu (Intel); auto: a GPU if torch finds one.
     threads: Threads = 0  # CPU threads per rank; 0: as many as the run had, because the last bits depend on it.
+    # Keep moments, or also weights and gradients, in files on a local disk: a run of many hosts then fits on one.
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    offload_dir: str = ""  # Folder of those files; empty: the folder for temporary files.
 
 
 @dataclass(frozen=True)

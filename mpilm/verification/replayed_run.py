@@ -150,7 +150,7 @@ def _replay_config(stored: StoredRun, settings: ReplaySettings) -> Config:
         stored_threads = int(stored.trainer.get("conditions", {}).get("threads", run.train.threads))
         used = stored.trainer.get("conditions", {"kernels": ""}).get("kernels", "torch")  # versions before had torch's alone
         kernels = "torch" if used == "torch" else run.train.kernels
-        compute = {"device": settings.train.device, "threads": settings.train.threads or stored_threads, "kernels": kernels}
+        compute = {**asdict(settings.train), "threads": settings.train.threads or stored_threads, "kernels": kernels}
         config = override(run, parallel=ParallelConfig(**asdict(settings.parallel)))
         config = override(config, {f"train.{name}": value for name, value in compute.items()})
         config = override(config, {"data.path": settings.data.path} if settings.data.path else {})
