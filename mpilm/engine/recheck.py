@@ -10,6 +10,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import prod
 from typing import NoReturn
 
 import torch
@@ -26,7 +27,7 @@ from mpilm.formatting import name_ranks
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import AXES
 from mpilm.model.layers import hash_key
-from mpilm.optim.optimizer import ElementwiseOptimizer, UpdateSample
+from mpilm.optim.optimizer import UpdateSample
 from mpilm.parallel.digests import CAUSE, HASH_MODULUS, hash_bits, name_bit, read_sums, sum_bits
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.layout import FlatKey
@@ -101,21 +102,21 @@ class Recheck:
     def verifying_update(self, step: int, lr: float) -> Iterator[None]:
         """If the step is checked, let the previous rank of the world repeat a part, drawn by the seed, of the update made
         meanwhile. Collective over the mesh; raises CollectiveError naming the rank if a bit differs."""
-        elementwise = next((x for x in self.model.optimizer.optimizers if isinstance(x, ElementwiseOptimizer)), None)
-        if not self.is_due(step) or elementwise is None:
+        if not self.is_due(step):
             yield
             return
         world, key = self.model.mesh.world, hash_key("recheck update", self.model.config.train.seed, step)
-        sample = elementwise.draw_sample(self.model.sums, key, SAMPLE_NUMEL)
-        own = [piece._replace(tensors=[x.clone() for x in piece.tensors]) for piece in sample]
+        draw = partial(self.model.optimizer.draw_sample, self.model.sums, key, SAMPLE_NUMEL)
+        own = _copy_sample(draw())
         yield
+        sample = draw()
 
         def read(pieces: Sequence[UpdateSample]) -> list[int]:
-            return read_sums(sum_bits(x for piece in pieces for x in (piece.tensors[0], *piece.tensors[2:])))
+            return read_sums(sum_bits(x for piece in pieces for x in piece.updated))
 
         def repeat(pieces: Sequence[UpdateSample]) -> list[int]:
-            copies = [piece._replace(tensors=[x.clone() for x in piece.tensors]) for piece in pieces]
-            elementwise.repeat_update(copies, lr)
+            copies = _copy_sample(pieces)
+            self.model.optimizer.repeat_update(copies, lr)
             return read(copies)
 
         updated, others = read(sample), self._shift_sample(own)
@@ -124,7 +125,7 @@ class Recheck:
         if not any(world.all_gather_json(repeated != expected)):
             self.last_good = step + 1
             return
-        names = [piece.name for piece in sample for _ in piece.tensors[1:]]
+        names = [piece.name for piece in sample for _ in piece.updated]
         rows = world.all_gather_json([names, updated, repeated, repeat(own), repeat(others), socket.gethostname()])
         for owner, (names, first, _, third, *_) in enumerate(rows):
             checker = (owner - 1) % world.size
@@ -139,18 +140,20 @@ class Recheck:
     def _shift_sample(self, own: Sequence[UpdateSample]) -> list[UpdateSample]:
         """Send a sample to the previous rank of the world and return that of the next. Collective."""
         world = self.model.mesh.world
-        layouts = world.all_gather_json([[name, decays, len(x), x[0].numel()] for name, decays, x in own])
+        facts = [[name, decays, [list(y.shape) for y in x], *more] for name, decays, x, *more in own]
+        layouts = world.all_gather_json(facts)
         layout = layouts[(world.rank + 1) % world.size]
         if world.size == 1:
             return list(own)
-        received = torch.empty(sum(count * numel for _, _, count, numel in layout))
+        shapes = [shape for _, _, piece_shapes, *_ in layout for shape in piece_shapes]
+        received = torch.empty(sum(map(prod, shapes)))
         receive = world.irecv(received, (world.rank + 1) % world.size, TAG) if layout else Request()
         if own:
             sent = torch.cat([x.flatten() for piece in own for x in piece.tensors])
             world.isend(sent, (world.rank - 1) % world.size, TAG).wait()
         receive.wait()
-        pieces = received.split([count * numel for _, _, count, numel in layout])
-        return [UpdateSample(name, decays, list(x.view(count, -1))) for (name, decays, count, _), x in zip(layout, pieces)]
+        tensors = (x.view(shape) for x, shape in zip(received.split([prod(shape) for shape in shapes]), shapes))
+        return [UpdateSample(name, decays, [next(tensors) for _ in each], *more) for name, decays, each, *more in layout]
 
     def _fail(self, step: int, ranks: Sequence[int], problem: str, hosts: Sequence[str]) -> NoReturn:
         """Report a wrong computation on all ranks. Collective."""
@@ -269,6 +272,10 @@ class MirrorModel(PipelinedModel):
         reducer.parameters = {name: model.get_parameter(name) for name in names}
         reducer.unit_names = [group.names[0] for group in flat.layout.groups]
         return reducer
+
+
+def _copy_sample(sample: Sequence[UpdateSample]) -> list[UpdateSample]:
+    return [piece._replace(tensors=[x.clone() for x in piece.tensors]) for piece in sample]
 
 
 def _find_wrong(values: Sequence[tuple[int, int]]) -> tuple[list[int], str]:

@@ -33,6 +33,7 @@ BETA2_DECAY = -0.8  # of Adafactor, as are the smallest deviation of a gradient 
 EPS_1, EPS_2 = torch.finfo(torch.float32).eps, 1e-3
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Muon: coefficients of a x + b x^3 + c x^5
 ITERATIONS, EPS_NORM = 5, 1e-7  # of Muon
+MAX_SAMPLED = 64  # times the size of a sample: larger parameters that are updated as a whole are not drawn
 BLOCK_NUMEL = 1 << 22  # elements of a block of moments on its way
 Tensors = list[Tensor]
 
@@ -49,11 +50,24 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 
 class UpdateSample(NamedTuple):
-    """Elements of one flat vector: the first parameter, whether weight decay applies, and value, gradient and moments."""
+    """Elements of one flat vector, or one parameter that is updated as a whole: the (first) parameter, whether weight decay
+    applies, value, gradient and moments, the number of the optimizer, and `runs` (ParamPart.runs) of the parts of this rank if
+    the parameter is divided."""
 
     name: str
     decays: bool
     tensors: Tensors
+    optimizer: int = 0
+    runs: Sequence[Sequence[int]] = ()
+
+    @property
+    def updated(self) -> list[Tensor]:
+        """The value and the moments, as far as they are this rank's own."""
+        value, _, *moments = self.tensors
+        if not self.runs:
+            return [value, *moments]
+        whole = [x for x in (value, *moments) if x.shape == value.shape]
+        return [x.reshape(-1, distance)[:, first : first + run] for x in whole for first, run, distance in self.runs]
 
 
 class ElementwiseOptimizer(ABC):
@@ -118,10 +132,10 @@ class ElementwiseOptimizer(ABC):
                     pieces.append(UpdateSample(name, decays, [vector.view(begin, end) for vector in vectors]))
         return pieces
 
-    def repeat_update(self, sample: Sequence[UpdateSample], lr: float) -> None:
+    def repeat_update(self, sample: UpdateSample, lr: float) -> None:
         """Repeat the last update, in place, for a sample from before it."""
-        for _, decays, (value, gradient, *moments) in sample:
-            self.update([value], [gradient], [[x] for x in moments], lr, self.train.weight_decay * decays)
+        value, gradient, *moments = sample.tensors
+        self.update([value], [gradient], [[x] for x in moments], lr, self.train.weight_decay * sample.decays)
 
     def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
         slices: dict[str, dict[ParamSlice, Tensor]] = {name: {} for name in self.STATE_NAMES}
@@ -197,15 +211,42 @@ class UnshardedOptimizer(ABC):
 
     def step(self, gradients: Mapping[FlatKey, FlatVector], lr: float) -> None:
         self.count += 1
-        for source, layouts in self.sources.items():
-            own = [self._tensors(layout, gradients[layout.flat_key]) for layout in layouts]
-            full = {name: gather_parts([each[name] for each in own], layouts[0].part, self.tensor) for name in own[0]}
-            moments = {name: x for name, x in full.items() if name in self.STATE_NAMES} | self.moments[source]
+        for layouts in self.sources.values():
+            own, full = self._gather_tensors(layouts, gradients)
+            moments = {name: x for name, x in full.items() if name in self.STATE_NAMES}
             with torch.no_grad():
                 self.update(full["value"], full["gradient"], moments, lr, self.train.weight_decay * layouts[0].decays)
             for layout, tensors in zip(layouts, own):
                 for name in tensors.keys() - {"gradient"} if layout.part is not None else ():
                     tensors[name].copy_(slice_part(full[name], layout.part))
+
+    def draw_sample(self, gradients: Mapping[FlatKey, FlatVector], key: int, most: int) -> list[UpdateSample]:
+        """Return a parameter that this rank updates, in full, drawn by `key` from those of at most MAX_SAMPLED times `most`
+        elements. Collective over the tensor axis."""
+        small = [each for each in self.sources.values() if prod(each[0].global_shape) <= MAX_SAMPLED * most]
+        if not small:
+            return []
+        layouts = small[key % len(small)]
+        first, (_, full) = layouts[0], self._gather_tensors(layouts, gradients)
+        tensors = [full[name] for name in ("value", "gradient", *self.state_shapes(first.global_shape))]
+        runs = [layout.part.runs for layout in layouts if layout.part is not None]
+        return [UpdateSample(first.source, first.decays, tensors, runs=runs)]
+
+    def repeat_update(self, sample: UpdateSample, lr: float) -> None:
+        """Repeat the last update, in place, for a sample from before it."""
+        value, gradient, *rest = sample.tensors
+        moments = dict(zip(self.state_shapes(tuple(value.shape)), rest))
+        with torch.no_grad():
+            self.update(value, gradient, moments, lr, self.train.weight_decay * sample.decays)
+
+    def _gather_tensors(
+        self, layouts: Sequence[ParamLayout], gradients: Mapping[FlatKey, FlatVector]
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Return what this rank has of a parameter, by part, and all of it: value, gradient and moments by name. Collective
+        over the tensor axis."""
+        own = [self._tensors(layout, gradients[layout.flat_key]) for layout in layouts]
+        full = {name: gather_parts([each[name] for each in own], layouts[0].part, self.tensor) for name in own[0]}
+        return own, full | self.moments[layouts[0].source]
 
     def _tensors(self, layout: ParamLayout, gradients: FlatVector) -> dict[str, Tensor]:
         """Return a parameter, or a part of one, its gradient, and its moments of the same shape."""
@@ -328,6 +369,17 @@ class Optimizer:
             self.diloco.begin_step()
         for optimizer in self.optimizers:
             optimizer.step(gradients, lr)
+
+    def draw_sample(self, gradients: Mapping[FlatKey, FlatVector], key: int, most: int) -> list[UpdateSample]:
+        """Return a part of the update of each optimizer, of about `most` elements, drawn by `key`; the same part after an
+        update as before. Collective over the tensor axis."""
+        drawn = enumerate(optimizer.draw_sample(gradients, key, most) for optimizer in self.optimizers)
+        return [piece._replace(optimizer=number) for number, pieces in drawn for piece in pieces]
+
+    def repeat_update(self, sample: Sequence[UpdateSample], lr: float) -> None:
+        """Repeat the last update, in place, for a sample from before it."""
+        for piece in sample:
+            self.optimizers[piece.optimizer].repeat_update(piece, lr)
 
     def state_slices(self) -> dict[str, dict[ParamSlice, Tensor]]:
         """Return the flat moments of the parameter slices that this rank updates, by name; all names on every rank."""

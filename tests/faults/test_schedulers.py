@@ -132,6 +132,24 @@ def test_job_goes_back_when_too_few_hosts_are_left(tmp_path):
     assert "goes back into the queue" in fake.log()
 
 
+def test_job_goes_on_without_a_host_that_has_computed_wrongly(tmp_path):
+    """Ranks that found one end with 88 and note its host."""
+    fake = FAKES["lsf"](tmp_path / "cluster")
+    (fake.folder / "run").mkdir()
+    wrong = """
+bad = Path("run/bad-hosts.json")
+if not bad.exists():
+    bad.write_text(json.dumps({"n1": []}))
+    sys.exit(88)
+stop = []
+"""
+    (fake.bin / "stub").write_text((fake.bin / "stub").read_text().replace("stop = []", wrong))
+    fake.submit("train", "--run.dir", "run")
+    assert fake.start(1).wait(30) == 0, fake.log()
+    assert [row["hosts"] for row in fake.launched()] == [["n1", "n1", "n2", "n2"], ["n2", "n2"]]
+    assert "without the nodes that have computed wrongly: n1\ntraining resumes on 2 ranks\n" in fake.log()
+
+
 def test_job_whose_ranks_fail_on_good_hosts_ends(tmp_path):
     fake = FAKES["lsf"](tmp_path / "cluster")
     (fake.bin / "stub").write_text((fake.bin / "stub").read_text().replace("sys.exit(75 if stop else 0)", "sys.exit(86)"))

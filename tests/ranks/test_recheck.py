@@ -25,7 +25,7 @@ from mpilm.engine.recheck import Recheck, _find_wrong
 from mpilm.engine.step import train_step
 from mpilm.errors import RanksDisagreeError
 from mpilm.mesh.shape import MeshShape
-from mpilm.optim.optimizer import AdamW
+from mpilm.optim.optimizer import OPTIMIZERS, AdamW
 from mpilm.parallel.pipeline.stage import ModelStage
 from mpilm.trainer import loop
 from mpilm.trainer.recovery import bad_hosts
@@ -249,6 +249,38 @@ def test_wrong_updates_are_found_and_the_rank_named(monkeypatch, name):
         train(size, one_microbatch_each(size, changes), every=1, steps=1, prepare=prepare)
     assert "step 1: the update of " in str(caught.value)
     assert f"(bit 3 of an element) was computed wrongly by rank {size - 1} (" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"parallel__zero": 1}, {"parallel__tensor": 2, "model__n_kv_heads": 2}], ids=["data", "zero", "tensor"]
+)
+def test_wrong_updates_of_whole_parameters_are_found_and_the_rank_named(monkeypatch, name, changes):
+    """The last rank changes every parameter that it updates as a whole."""
+    optimizer = OPTIMIZERS[name][0]
+    update, last = optimizer.update, threading.local()
+
+    def flip(self, value, gradient, moments, lr, weight_decay):
+        update(self, value, gradient, moments, lr, weight_decay)
+        if getattr(last, "is_this", False) and not getattr(last, "is_repeating", False):
+            value.view(-1)[-1:].view(torch.int32).bitwise_xor_(8)  # it has the last part
+
+    def repeat(self, sample, lr):
+        last.is_repeating = True
+        repeat_update(self, sample, lr)
+        last.is_repeating = False
+
+    def prepare(model):
+        last.is_this = model.mesh.rank == 1
+
+    repeat_update = optimizer.repeat_update
+    monkeypatch.setattr(optimizer, "update", flip)
+    monkeypatch.setattr(optimizer, "repeat_update", repeat)
+    settings = one_microbatch_each(2, {"train__optimizer": name, **changes})
+    with pytest.raises(CollectiveError) as caught:
+        train(2, settings, every=1, steps=1, prepare=prepare)
+    assert "step 1: the update of " in str(caught.value)
+    assert "(bit 3 of an element) was computed wrongly by rank 1 (" in str(caught.value)
 
 
 # In a run with a folder.
