@@ -1,12 +1,10 @@
 """The hardware of this rank: its device, its cores and threads, and its peak FLOP rate."""
 
-import contextlib
 import importlib.metadata
 import os
 import platform
 import time
 import timeit
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +16,7 @@ from mpilm.comm.base import Comm
 from mpilm.config.schema import Config, ParallelConfig, TrainConfig, resolve_config
 from mpilm.config.settings import override
 from mpilm.data.files import hex_digest
+from mpilm.engine.core_binding import allowed_cores, bind_cores
 from mpilm.errors import ConfigError
 from mpilm.kernels.base import Kernels
 from mpilm.kernels.fused import choose_kernels, make_kernels, use_kernels
@@ -29,7 +28,6 @@ from mpilm.parallel.compile import require_compiler
 GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bfloat16, FLOP/s
 GPU_TYPES = ("cuda", "xpu")  # as torch names them; auto takes the first that it finds
 PROBE_SIZE = 768  # of the timed matrix product: it takes little time, yet keeps the units busy
-BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")  # the user places threads
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Hardware:
     compiles: bool = False  # uses torch.compile
     kernels: str = "torch"  # "fused" or "torch"
     cores: Fraction = Fraction(1)  # cores per rank
-    is_bound: bool = False  # detect_hardware has bound it to its own cores
+    bound_to: str = ""  # cores of its own, to which detect_hardware has bound it
 
 
 def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardware:
@@ -54,7 +52,9 @@ def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardw
     device = choose_device(train.device, node)
     if train.compile:
         require_compiler()
-    is_bound = bind and device.type == "cpu" and _bind_cores(node, threads)  # before torch starts threads, which inherit it
+    bound_to = (
+        bind_cores(node, threads) if bind and device.type == "cpu" else ""
+    )  # before torch starts threads, which inherit it
     kernels = make_kernels(train, device)
     if node.rank > 0:
         node.barrier()
@@ -63,43 +63,13 @@ def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardw
     finally:
         if node.rank == 0:  # numba keeps what it has compiled on disk: the first rank of a node compiles for all
             node.barrier()
-    return Hardware(device, threads, cores < 1, train.compile, choose_kernels(train, device), cores, is_bound)
+    return Hardware(device, threads, cores < 1, train.compile, choose_kernels(train, device), cores, bound_to)
 
 
 def cores_per_rank(node: Comm) -> Fraction:
     """Return the cores that this rank has among the ranks of its node. Collective over `node`."""
-    affinities = node.all_gather_json(_allowed_cores())
+    affinities = node.all_gather_json(allowed_cores())
     return fair_share(affinities, node.rank, _read_cgroup_cores(Path("/sys/fs/cgroup/cpu.max")))
-
-
-def _bind_cores(node: Comm, threads: int) -> bool:
-    """Bind this rank, and the threads it will start, to its own cores; return whether it did. Collective."""
-    everyone = node.all_gather_json([os.getpid(), sorted(_allowed_cores(), key=_core_position)])
-    processes, affinities = {pid for pid, _ in everyone}, [cores for _, cores in everyone]
-    cores = slice_affinity(affinities, node.rank, threads)
-    if cores and len(processes) == node.size and not any(name in os.environ for name in BINDING_VARIABLES):
-        with contextlib.suppress(OSError, AttributeError):  # a sandbox, or macOS
-            os.sched_setaffinity(0, cores)
-            return True
-    return False
-
-
-def slice_affinity(affinities: Sequence[Sequence[int]], rank: int, threads: int) -> Sequence[int]:
-    """Return this rank's even slice of the node's cores; nothing if the launcher has pinned the ranks, if there is one rank, or
-    if slices would be smaller than the thread count. `affinities`: the cores of each rank, neighbours on the chip adjacent."""
-    cores, size = affinities[rank], len(affinities)
-    if size == 1 or len(cores) // size < threads or any(other != cores for other in affinities):
-        return []
-    return cores[rank * len(cores) // size : (rank + 1) * len(cores) // size]
-
-
-def _core_position(core: int) -> list[int]:
-    """Return a sort key that groups the cores of a socket, and the two hardware threads of a core."""
-    topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
-    try:
-        return [int((topology / name).read_text()) for name in ("physical_package_id", "core_id")]
-    except (OSError, ValueError):
-        return []
 
 
 def parse_omp_threads(value: str) -> int:
@@ -123,13 +93,6 @@ def _load_libraries(device: torch.device, kernels: Kernels, dtype: str) -> None:
     with make_autocast(dtype, device)():
         loss = kernels.loss_sum(model(tokens, SequenceInfo(tokens[0])), tokens)
     loss.backward()
-
-
-def _allowed_cores() -> list[int]:
-    """Return the numbers of the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))  # macOS does not bind
 
 
 def fair_share(affinities: list[list[int]], rank: int, limit: float) -> Fraction:

@@ -33,7 +33,8 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
     predictions = world.all_gather_json(predict_memory(run))  # so that all ranks measure at once
     peak, peak_source = measure_peak_flops(run.hardware, config.train.dtype)
     facts = [peak, run.model.local_numel, run.hardware.threads, socket.gethostname(), run.model.offloaded_bytes]
-    peaks, local_numel, threads, hosts, offloaded = zip(*world.all_gather_json(facts))
+    facts.append(run.hardware.bound_to)
+    peaks, local_numel, threads, hosts, offloaded, bound = zip(*world.all_gather_json(facts))
     predicted = max(predictions, key=lambda parts: sum(parts.values()))
     trained, frozen = (sum(map(prod, shapes.values())) for shapes in (run.model.shapes, run.model.frozen_shapes))
     command = f"{command_text('train')} {shlex.join(sys.argv[1:])}".rstrip()
@@ -57,6 +58,7 @@ def describe_run(run: Run) -> tuple[dict[str, Any], list[str]]:
         "threads": run.hardware.threads,
         "device": str(run.hardware.device.type),
         "hosts": hosts,
+        "cores": bound,
         "command": f"mpirun -n {world.size} {command}" if world.size > 1 else command,
         "versions": software_versions(world),
     }
@@ -74,7 +76,7 @@ def _first_line(run: Run, threads: Sequence[int]) -> str:
     is_missing = train.kernels == "auto" and train.dtype == "bfloat16" and hardware.device.type == "cpu" and not train.compile
     dtype = f"{train.dtype}, fused kernels" if hardware.kernels == "fused" else train.dtype
     dtype += " (faster with numba, which is not installed)" if is_missing and hardware.kernels == "torch" else ""
-    cores = ", more ranks than cores" if hardware.oversubscribed else ", bound to separate cores" if hardware.is_bound else ""
+    cores = ", more ranks than cores" if hardware.oversubscribed else ", bound to separate cores" if hardware.bound_to else ""
     return f"mpilm {mpilm.__version__}: {count_noun(len(threads), 'rank')}, {text}{cores}, {device}, {dtype}"
 
 
@@ -87,6 +89,9 @@ def _header_rows(run: Run, row: Mapping[str, Any], predicted: Mapping[str, int])
         yield "warning", f"{sharing}: threads that share a core are many times slower; omit --train.threads and OMP_NUM_THREADS"
     if transport := run.mesh.world.device_transport:
         yield "", f"tensors travel by {transport}"
+    if any("node" in cores for cores in row["cores"]):
+        shown = [f"rank {rank}: {cores}" for rank, cores in enumerate(row["cores"][:4]) if cores]
+        yield "cores", "; ".join(shown) + "; ..." * (len(row["cores"]) > 4)
     yield from _layout_rows(run)
     yield from _training_rows(run, row)
     if (train := run.config.train).warmup_steps > train.steps:

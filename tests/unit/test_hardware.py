@@ -12,8 +12,9 @@ from thread_ranks import run_ranks
 
 from mpilm.comm.base import SelfComm
 from mpilm.config.schema import ParallelConfig, TrainConfig
-from mpilm.engine import hardware
-from mpilm.engine.hardware import choose_device, detect_hardware, fair_share, numerics_environment, slice_affinity
+from mpilm.engine import core_binding, hardware
+from mpilm.engine.core_binding import core_domain, core_position, describe_cores, slice_affinity
+from mpilm.engine.hardware import choose_device, detect_hardware, fair_share, numerics_environment
 from mpilm.errors import ConfigError
 
 UNLIMITED = float("inf")
@@ -63,22 +64,65 @@ def test_slice_affinity_gives_each_rank_its_own_neighbours(affinities, threads, 
     assert [slice_affinity(affinities, rank, threads) for rank in range(len(affinities))] == expected
 
 
+def slices(size, threads, *domains):
+    """Return the slices of ranks, for domains of so many cores each."""
+    cores = list(range(sum(domains)))
+    places = [(number // 2, number) for number, count in enumerate(domains) for _ in range(count)]
+    found = [slice_affinity([cores] * size, rank, threads, dict(zip(cores, places))) for rank in range(size)]
+    return [len(each) for each in found] if all(found) and [core for each in found for core in each] == cores else found
+
+
+@pytest.mark.parametrize(
+    ("size", "threads", "domains", "expected"),
+    [
+        (3, 2, (8, 8), [4, 4, 8]),  # and not 5, 5 and 6, of which one would lie in both
+        (4, 4, (8, 8), [4, 4, 4, 4]),
+        (2, 1, (4, 4, 4, 4), [8, 8]),
+        (3, 1, (4, 4, 4, 4), [4, 4, 8]),
+        (6, 1, (4, 12), [2, 2, 3, 3, 3, 3]),
+        (6, 1, (2, 4, 6), [2, 2, 2, 2, 2, 2]),
+        (5, 3, (8, 8), [3, 3, 3, 3, 4]),  # 2 and 3 ranks: the 3 would have 2 cores
+    ],
+)
+def test_slices_lie_within_caches_and_memory_nodes_where_they_fit(size, threads, domains, expected):
+    assert slices(size, threads, *domains) == expected
+
+
+def test_place_of_a_core_is_read_from_the_kernel(tmp_path, monkeypatch):
+    monkeypatch.setattr(core_binding, "CPUS", tmp_path)
+    for core, (node, cache, package, number) in enumerate([(0, "0-1", 0, 0), (1, "2,5", 1, 0), (1, "4", 1, 2)]):
+        folder = tmp_path / f"cpu{core}"
+        (folder / "topology").mkdir(parents=True)
+        (folder / "cache" / "index3").mkdir(parents=True)
+        (folder / f"node{node}").mkdir()
+        (folder / "cache" / "index3" / "shared_cpu_list").write_text(f"{cache}\n")
+        (folder / "topology" / "physical_package_id").write_text(f"{package}\n")
+        (folder / "topology" / "core_id").write_text(f"{number}\n")
+    assert [core_position(core) for core in range(4)] == [[0, 0, 0, 0], [1, 2, 1, 0], [1, 4, 1, 2], []]
+    domains = {core: core_domain(core) for core in range(4)}
+    assert domains == {0: (0, 0), 1: (1, 2), 2: (1, 4), 3: (0, 0)}
+    assert describe_cores([1, 2], domains) == "1-2 (memory node 1, 2 L3 caches)"
+    assert describe_cores([0, 2, 3], domains) == "0,2-3 (memory nodes 0 and 1, 2 L3 caches)"
+    assert describe_cores([0, 3], {0: (0, 0), 3: (0, 0)}) == "0,3"
+
+
 def bound_cores(monkeypatch, ranks, processes, environment=(), device="cpu", **options):
     """Return the cores to which ranks were bound, on a node of 4 cores."""
     bound = []
-    monkeypatch.setattr(hardware, "_allowed_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(hardware, "allowed_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(core_binding, "allowed_cores", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(hardware, "_read_cgroup_cores", lambda _: UNLIMITED)
     monkeypatch.setattr(hardware, "_load_libraries", lambda *arguments: None)
     monkeypatch.setattr(hardware, "choose_device", lambda setting, node: torch.device(device))
-    monkeypatch.setattr(hardware, "_core_position", lambda core: [core % 2])
+    monkeypatch.setattr(core_binding, "core_position", lambda core: [core % 2])
     monkeypatch.setattr(os, "getpid", lambda: next(processes))
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: bound.append(cores))
-    for name in (*hardware.BINDING_VARIABLES, "OMP_NUM_THREADS"):
+    for name in (*core_binding.VARIABLES, "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     for name in environment:
         monkeypatch.setenv(name, "close")
     found = run_ranks(ranks, lambda comm: detect_hardware(TrainConfig(threads=1), comm, **options))
-    assert [m.is_bound for m in found] == [bool(bound)] * ranks
+    assert [bool(m.bound_to) for m in found] == [bool(bound)] * ranks
     return sorted(bound)
 
 
@@ -91,7 +135,7 @@ def test_ranks_are_not_bound_as_threads_on_gpus_or_if_the_user_binds(monkeypatch
     assert bound_cores(monkeypatch, 2, count(100), bind=False) == []
     assert bound_cores(monkeypatch, 2, count(100), device="cuda") == []
     assert bound_cores(monkeypatch, 5, count(100)) == []
-    for name in hardware.BINDING_VARIABLES:
+    for name in core_binding.VARIABLES:
         assert bound_cores(monkeypatch, 2, count(100), [name]) == []
 
 
@@ -110,7 +154,7 @@ def test_cgroup_quota_is_read(tmp_path, content, cores):
     ("cores", "ranks", "threads", "oversubscribed"), [(4, 1, 4, False), (4, 2, 2, False), (4, 3, 1, False), (2, 3, 1, True)]
 )
 def test_threads_follow_the_cores_of_a_rank(monkeypatch, cores, ranks, threads, oversubscribed):
-    monkeypatch.setattr(hardware, "_allowed_cores", lambda: list(range(cores)))
+    monkeypatch.setattr(hardware, "allowed_cores", lambda: list(range(cores)))
     monkeypatch.setattr(hardware, "_read_cgroup_cores", lambda _: UNLIMITED)
     monkeypatch.setattr(hardware, "_load_libraries", lambda *arguments: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -189,4 +233,4 @@ def test_peak_counts_each_core_once(monkeypatch, cores, threads, counted):
 
 
 def test_allowed_cores_are_the_affinity_of_the_process():
-    assert hardware._allowed_cores() == sorted(os.sched_getaffinity(0))
+    assert core_binding.allowed_cores() == sorted(os.sched_getaffinity(0))
