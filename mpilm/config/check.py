@@ -127,6 +127,8 @@ def _find_train_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
             yield f"{flags[name]} {why}, which cannot be compiled; write {alternatives}, or --train.compile false"
     if train.compile and train.kernels == "fused":
         yield "--train.kernels fused cannot be compiled by torch; write auto, or --train.compile false"
+    if train.dtype == "float16" and (config.parallel.powersgd_rank or config.parallel.wire_dtype != "float32"):
+        yield "--train.dtype float16 scales the loss, and with it the errors that compressed messages carry over: send float32"
     if train.offload != "none":
         for name, is_set in (("parallel.sync_every", config.parallel.sync_every > 0), ("fault.elastic", config.fault.elastic)):
             if is_set:

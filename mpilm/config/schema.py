@@ -164,7 +164,8 @@ class TrainConfig:
     # Loss spikes: ignore them, skip the step, or rewind to the newest checkpoint and skip the samples read since.
     on_spike: Literal["ignore", "skip", "rewind"] = "ignore"
     spike_factor: PositiveFloat = 10.0  # A spike is this many standard deviations above the median of the last 64 losses.
-    dtype: Literal["float32", "bfloat16"] = "float32"  # Compute precision; weights, sums and optimizer state stay float32.
+    # Compute precision; weights, sums and optimizer state stay float32. float16, for GPUs without bfloat16, scales the loss.
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"  # Type of device: cpu, cuda (NVIDIA, AMD) or xpu (Intel); auto: a GPU if torch finds one.
     # How GPU tensors travel between ranks: mpi through pinned memory, gpu-aware-mpi from the GPU by an MPI that can, torch by
     # torch.distributed (NCCL, RCCL or XCCL; on CPUs gloo). auto: the fastest at the start; on CPUs mpi.

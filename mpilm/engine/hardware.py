@@ -25,7 +25,7 @@ from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.apply import make_autocast
 from mpilm.parallel.compile import require_compiler
 
-GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bfloat16, FLOP/s
+GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # FLOP/s of 16-bit types
 GPU_TYPES = ("cuda", "xpu")  # as torch names them; auto takes the first that it finds
 PROBE_SIZE = 768  # of the timed matrix product: it takes little time, yet keeps the units busy
 
@@ -141,7 +141,7 @@ def measure_peak_flops(hardware: Hardware, dtype: str) -> tuple[float | None, st
     best of a few matrix products, timed by all ranks of a node at once, per second of its cores: ranks may share them."""
     if hardware.device.type != "cpu":
         name = device_name(hardware.device)
-        known = next((peak for key, peak in GPU_PEAKS.items() if key in name), None) if dtype == "bfloat16" else None
+        known = next((peak for key, peak in GPU_PEAKS.items() if key in name), None) if dtype != "float32" else None
         return known, "the vendor's number"
     a, out = torch.ones(2, PROBE_SIZE, PROBE_SIZE, dtype=getattr(torch, dtype))
     fastest_s = min(timeit.repeat(lambda: torch.mm(a, a, out=out), timer=time.process_time, number=1, repeat=5))

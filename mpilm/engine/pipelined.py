@@ -165,7 +165,7 @@ class PipelinedModel:
                 stack.enter_context(stage.observing(partial(observe, number)))
             yield
 
-    def recompute(self, step: int, fetch: Callable[[int], Batch], microbatch_ids: Sequence[int], loss_tokens: int) -> None:
+    def recompute(self, step: int, fetch: Callable[[int], Batch], microbatch_ids: Sequence[int], divisor: float) -> None:
         """Run forward and backward of one microbatch, or none on this replica, and discard its gradients. Collective."""
         parallel, make = self.config.parallel, zero_bubble if self.config.parallel.schedule == "zero-bubble" else gpipe
         actions = make(parallel.pipeline, parallel.chunks, 1)[self.pipeline.rank]
@@ -173,7 +173,7 @@ class PipelinedModel:
         with contextlib.ExitStack() as stack:
             for stage in self.stages.values():
                 stack.enter_context(stage.discarding_gradients())
-            self._run(program, StepInputs(fetch, microbatch_ids, step, loss_tokens, self.token_losses))
+            self._run(program, StepInputs(fetch, microbatch_ids, step, divisor, self.token_losses))
 
     def lower(self, actions: Sequence[Action], count: int, own: int) -> Sequence[Action]:
         """Return the program of a schedule of `count` microbatches, of which this replica has `own`. If ranks of other replicas

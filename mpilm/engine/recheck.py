@@ -178,7 +178,7 @@ class Recheck:
         peer, model = self._peer(shift), self.model if self.axis == "data" or shift == 0 else self._build_mirror(shift)
         drawn, load = self._draw(step, peer), self.model.expert_load
         with self._taking_digests(model, drawn) as sums, load.paused() if load else contextlib.nullcontext():
-            model.recompute(step, fetch, drawn, self.model.count_loss_tokens(target_tokens))
+            model.recompute(step, fetch, drawn, self.model.loss_divisor(target_tokens))
         return self.model.mesh.shape.rank(peer), self._read(sums)
 
     def _build_mirror(self, shift: int) -> PipelinedModel:

@@ -46,6 +46,7 @@ class TrainModel(PipelinedModel):
         self.reducers: dict[FlatKey, StepReducer | MicrobatchRoundReducer] = {}
         self.reduce_timings: dict[str, float] = {}  # seconds of each method of reduction that was timed
         self.microbatch_count = microbatch_count(config)
+        self.loss_scale = 1.0  # a power of two, by which backward multiplies gradients; their sums are divided by it again
         self.blocks = even_blocks(mesh.shape.replicas, self.microbatch_count)  # of each replica, unless they come in rounds
         super().__init__(config, mesh, blocks_per_stage, vocab_size, device, alignment)
         self.is_local_sgd = config.parallel.sync_every > 0  # replicas train independently and synchronize every few steps
@@ -240,16 +241,18 @@ class TrainModel(PipelinedModel):
 
     def forward_backward(self, step: int, fetch: Callable[[int], Batch], target_tokens: int) -> None:
         """Run this replica's microbatches forward and backward and reduce the gradients over all replicas. Collective."""
-        target_tokens = self.count_loss_tokens(target_tokens)
-        self._run(self.program, StepInputs(fetch, self.microbatch_ids, step, target_tokens, self.token_losses))
+        divisor = self.loss_divisor(target_tokens)
+        self._run(self.program, StepInputs(fetch, self.microbatch_ids, step, divisor, self.token_losses))
         self.tied.add_gradients(self.sums)
+        if self.loss_scale != 1.0:
+            self.scale_gradients(1 / self.loss_scale)
 
-    def count_loss_tokens(self, target_tokens: int) -> int:
-        """Return the number of target tokens over which the loss is a mean: those of the step or, if replicas train
-        independently, of this replica."""
+    def loss_divisor(self, target_tokens: int) -> float:
+        """Return what the sum of the losses is divided by before backward: the number of target tokens of the step or, if
+        replicas train independently, of this replica, and the factor of float16."""
         if self.is_local_sgd:
-            return max(1, target_tokens * len(self.microbatch_ids) // self.microbatch_count)
-        return target_tokens
+            target_tokens = max(1, target_tokens * len(self.microbatch_ids) // self.microbatch_count)
+        return target_tokens / self.loss_scale
 
 
 def load_checkpoint_state(model: TrainModel, checkpoint: Path, updates: int, world: Comm) -> None:

@@ -108,7 +108,7 @@ def activation_bytes(
     logits: twice, because their log-softmax is saved and their gradient follows
     split_backward: inputs and gradients that weight gradients still need between the halves of a split backward
     """
-    layers, width, half = model.n_layers if layers is None else layers, model.d_model, 0.5 if dtype == "bfloat16" else 1.0
+    layers, width, half = model.n_layers if layers is None else layers, model.d_model, 1.0 if dtype == "float32" else 0.5
     block, core = _block_floats(model, half, 0 if tensor > 1 else parts)
     block += (parts - 1) * _routed_floats(model, half) * (model.arch in MIXTURES)  # each part saves the tokens of its experts
     saved = {"none": block + core, "attention": block, "block": float(width)}[recompute]
@@ -117,7 +117,7 @@ def activation_bytes(
     embedding = bool(model.dropout) + (model.arch == "bert")
     split_backward = half * (layers * _split_backward_floats(model) + last * (width + vocab_size))
     head_numel = vocab_size * width + (width * width if model.arch == "bert" else 0)
-    copy = 2 * (dtype == "bfloat16")  # bytes per element: autocast keeps a copy of every matrix as long as a graph needs it
+    copy = 2 * (dtype != "float32")  # bytes per element: autocast keeps a copy of every matrix as long as a graph needs it
     saved_copies = copy * ((recompute != "block") * layers * _matrix_numel(model) + last * head_numel)
     recomputed_copies = copy * (recompute == "block") * _matrix_numel(model)
     nbytes = {
@@ -131,7 +131,7 @@ def activation_bytes(
 
 def saved_floats_per_token(model: ModelConfig, dtype: str) -> float:
     """Return the floats per token that a block saves for backward."""
-    return sum(_block_floats(model, 0.5 if dtype == "bfloat16" else 1.0))
+    return sum(_block_floats(model, 1.0 if dtype == "float32" else 0.5))
 
 
 def _block_floats(model: ModelConfig, half: float, parts: int = 1) -> tuple[float, float]:

@@ -108,8 +108,8 @@ def install_parameters(flats: Sequence[FlatParameters], model: nn.Module, config
     gathered for each use or in files, nor if gradients of slices, `is_sliced`, are added in float32."""
     if config.parallel.zero == 3:
         return ShardedParameters(flats, model)
-    if config.train.dtype == "bfloat16" and not is_sliced and config.train.offload != "parameters":
-        return CastParameters(flats, model, torch.bfloat16)
+    if config.train.dtype != "float32" and not is_sliced and config.train.offload != "parameters":
+        return CastParameters(flats, model, getattr(torch, config.train.dtype))
     for each in flats:
         each.install(model)
     return StageParameters()
@@ -127,5 +127,6 @@ def prune_to_stage(model: nn.Module, stage: int, blocks_per_stage: Sequence[int]
 
 
 def make_autocast(dtype: str, device: torch.device) -> Callable[[], torch.autocast]:
-    """Return the context in which forward computes: torch's autocast to bfloat16, disabled for float32."""
-    return partial(torch.autocast, device.type, torch.bfloat16, dtype == "bfloat16")
+    """Return the context in which forward computes: torch's autocast, disabled for float32."""
+    is_enabled = dtype != "float32"
+    return partial(torch.autocast, device.type, getattr(torch, dtype) if is_enabled else torch.bfloat16, is_enabled)

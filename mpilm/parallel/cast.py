@@ -1,4 +1,4 @@
-"""bfloat16 copies of a stage's matrices, made when the values change rather than, as autocast does, in every forward."""
+"""16-bit copies of a stage's matrices, made when the values change rather than, as autocast does, in every forward."""
 
 from collections.abc import Sequence
 

@@ -98,7 +98,8 @@ class PlacedLayout:
     @cached_property
     def compute_rates(self) -> ComputeRates:
         """The rates measured with the nearest number of ranks on a node."""
-        dtype, family = self.config.train.dtype, CALIBRATED_AS[self.config.model.arch]
+        dtype = "float32" if self.config.train.dtype == "float32" else "bfloat16"  # float16 takes as long
+        family = CALIBRATED_AS[self.config.model.arch]
         complete = [each for each in self.machine.compute if family in each.rest_forward and family in each.rest_backward]
         rates = [each for each in complete if each.dtype == dtype]
         if not rates:

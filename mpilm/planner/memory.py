@@ -43,7 +43,7 @@ def step_bytes(
     # Part of the logits' bytes that lives from forward to backward: the logits, or, if there are few, their probabilities.
     is_blockwise = device == "cpu" and not train.compile and tokens * vocab_size > LOSS_BLOCK and tensor_part_count(config) == 1
     is_deferred = can_defer_logits(config) and tokens * vocab_size > MAX_LOGITS
-    saved = 0.0 if is_deferred else 0.25 if is_blockwise and train.dtype == "bfloat16" else 0.5
+    saved = 0.0 if is_deferred else 0.25 if is_blockwise and train.dtype != "float32" else 0.5
     current = peak = 0  # of all microbatches; the logits of one are counted with their gradient below
     for action in program:
         parts = of_stage[action.stage]
@@ -62,7 +62,7 @@ def step_bytes(
     elif is_blockwise:
         logits_factor = saved  # the gradient takes the place of the logits
     elif train.compile:
-        logits_factor = 0.5 if train.dtype == "bfloat16" else 1.0  # two tensors in train.dtype
+        logits_factor = 1.0 if train.dtype == "float32" else 0.5  # two tensors in train.dtype
     elif device == "cuda":
         logits_factor = 1.5  # its kernels make a third tensor in backward (measured)
     if device == "cpu":

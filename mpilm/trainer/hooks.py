@@ -16,6 +16,7 @@ from mpilm.ops.tree import balance_blocks
 from mpilm.telemetry.trace import Trace, break_down
 from mpilm.trainer.certificate import CertificateWriter, certified_settings, digest_facts
 from mpilm.trainer.log import RunLog
+from mpilm.trainer.recovery.loss_scale import loss_scale
 from mpilm.trainer.recovery.memory_checkpoint import InMemoryCheckpoint
 from mpilm.trainer.recovery.skip import skip_step
 from mpilm.trainer.run import Run
@@ -88,7 +89,11 @@ class Tracing(Hook):
 
 
 class BadStepRecovery(Hook):
-    """Skips a step whose update was rejected, for a value that is not finite or a loss spike, or restores a checkpoint."""
+    """Skips a step whose update was rejected, for a value that is not finite or a loss spike, or restores a checkpoint. Sets
+    the loss scale of each step, which such steps change."""
+
+    def before_step(self, step: int) -> None:
+        self.run.model.loss_scale = loss_scale(self.run.config.train.dtype, self.run.bad_steps.overflows, step)
 
     def after_step(self, event: StepEvent) -> None:
         if event.result.updated:

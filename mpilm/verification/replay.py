@@ -92,13 +92,15 @@ def _watch_step(replayed: ReplayedRun, step: int, names: Sequence[str], microbat
     model, outputs, gradients = replayed.model, Tensors(), Tensors()
     replayed.mesh.recorder.enter("step", step)
     watched = {kind: [name for name in model.shapes if f"{name}.{kind}" in names] for kind in KINDS}
+    replayed.begin_step(step)
     before = {
         name: _gather(model, name, model.owned_slices()) for name in dict.fromkeys([*watched["value"], *watched["update"]])
     }
 
     def add_gradient(_: int, number: int, name: str, gradient: Tensor) -> None:
         if number == microbatch and name in model.layouts:
-            gradients[name] = gradients[name] + gradient if name in gradients else gradient.clone()
+            own = gradient.float() / model.loss_scale
+            gradients[name] = gradients[name] + own if name in gradients else own
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(model.observing(add_gradient))

@@ -23,6 +23,7 @@ from mpilm.errors import ConfigError, DataError, FileError
 from mpilm.mesh.mesh import Mesh
 from mpilm.trainer.build import build_train_model, load_state, open_inputs
 from mpilm.trainer.certificate import certified_settings
+from mpilm.trainer.recovery.loss_scale import loss_scale
 from mpilm.verification.arguments import ReplaySettings
 
 DECIDES_BITS = ("mpilm", "torch", "threads", "device", "compile", "kernels")  # of the conditions of a run; the others may
@@ -43,6 +44,7 @@ class StoredRun:
     settings: Mapping[str, Any]  # that were in force in the steps to recompute, by section
     trainer: Mapping[str, Any]  # trainer.json of a checkpoint of these steps, else of the newest; empty if there is none
     skipped: Sequence[int]  # steps of the run that changed nothing, or whose changes were undone
+    overflows: Sequence[int]  # those among them that overflowed in float16
 
     @property
     def step(self) -> int:
@@ -67,10 +69,10 @@ def find_stored_run(folder: Path, first: int, last: int, world: Comm) -> StoredR
         _check_settings(folder, settings, [start, *(checkpoint_step(path) or 0 for path in after)], first, last)
         newest = trainers[-1] if after else read_trainer(before[-1]) if before else {}
         path, trainer = str(before[-1]) if before else "", trainers[0] if after else newest
-        return [path, settings[0], trainer, newest.get("skipped", [])]
+        return [path, settings[0], trainer, newest.get("skipped", []), newest.get("overflows", [])]
 
-    path, settings, trainer, skipped = world.broadcast_json(run_on_root(world, find))
-    return StoredRun(folder, Path(path) if path else None, settings, trainer, skipped)
+    path, settings, trainer, skipped, overflows = world.broadcast_json(run_on_root(world, find))
+    return StoredRun(folder, Path(path) if path else None, settings, trainer, skipped, overflows)
 
 
 def check_is_run(folder: Path) -> None:
@@ -113,9 +115,14 @@ class ReplayedRun:
         """Recompute the steps from `first` to `last`, counted from 1, and yield each; None for those that changed nothing in
         the run. Collective: iterate to the end."""
         for done in range(first, last + 1):
-            self.mesh.recorder.enter("step", done - 1)
+            self.begin_step(done - 1)
             is_skipped = done in self.stored.skipped
             yield done, None if is_skipped else train_step(self.model, self.batches, done - 1)
+
+    def begin_step(self, step: int) -> None:
+        """Prepare the model for step `step`, counted from 0."""
+        self.mesh.recorder.enter("step", step)
+        self.model.loss_scale = loss_scale(self.config.train.dtype, self.stored.overflows, step)
 
     def digest_checkpoint(self, folder: Path) -> dict[str, str]:
         """Return the digests of the tensors in a checkpoint of the run. Collective."""

@@ -65,7 +65,7 @@ def test_parse_splits_lists_at_spaces_and_commas_but_not_paths():
     assert parse_train("--data.path", "a,b.txt").data.path == ("a,b.txt",)
 
 
-@pytest.mark.parametrize("words", [["--no-such-flag", "1"], ["--train.steps", "ten"], ["--train.dtype", "float16"], ["word"]])
+@pytest.mark.parametrize("words", [["--no-such-flag", "1"], ["--train.steps", "ten"], ["--train.dtype", "float8"], ["word"]])
 def test_parse_unreadable_flag_is_reported_in_one_line(words, capsys):
     text = error_of(*words)
     assert words[0].strip("-") in text

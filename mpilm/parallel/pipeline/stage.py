@@ -100,7 +100,7 @@ class StepInputs:
     fetch: Callable[[int], Batch]  # the batch of a microbatch of the global batch
     microbatch_ids: Sequence[int]  # the global numbers of this replica's microbatches; a program may have more of them
     step: int | None = None  # keys dropout; None: neither dropout nor gradients
-    target_tokens: int = 1  # divides the losses before backward
+    divisor: float = 1  # of the losses, before backward: the target tokens of the step
     output_fn: Callable[[Any, Batch], Tensor] = token_losses  # applied to the logits by the last stage
     kv_caches: Mapping[int, KVCache] | None = None  # by global number, for decoding
 
@@ -268,7 +268,7 @@ class ModelStage:
         self._set_slicing(microbatch)
         x, y = self._graphs.pop(microbatch)
         if self.is_last:
-            (y.sum() / self.inputs.target_tokens).backward()
+            (y.sum() / self.inputs.divisor).backward()
         else:
             self.observe(microbatch, RECEIVED_GRADIENT, self._received["B", microbatch])
             backward_with(y, self._received["B", microbatch])
@@ -317,4 +317,4 @@ class ModelStage:
             cache = None if inputs.kv_caches is None else inputs.kv_caches[inputs.microbatch_ids[microbatch]]
             return SequenceInfo(batch.positions, documents=batch.documents, cache=cache)
         keys = [hash_key("dropout", self.seed, inputs.step, sample) for sample in batch.samples.tolist()]
-        return SequenceInfo(batch.positions, keys, batch.documents, loss_weight=batch.target_tokens / inputs.target_tokens)
+        return SequenceInfo(batch.positions, keys, batch.documents, loss_weight=batch.target_tokens / inputs.divisor)

@@ -23,16 +23,18 @@ class BadStepTracker:
     skipped: list[int] = field(default_factory=list)  # steps that changed nothing, or whose changes were rewound
     bad: list[int] = field(default_factory=list)  # steps that were not finite, or a spike
     losses: list[float] = field(default_factory=list)  # the last losses of the other steps
+    overflows: list[int] = field(default_factory=list)  # steps among the skipped ones that overflowed in float16
 
     @staticmethod
     def from_state(trainer: Mapping[str, Any]) -> BadStepTracker:
         """Return the tracker stored in a checkpoint's trainer.json."""
         skipped = trainer.get("skipped", [])
-        return BadStepTracker(list(skipped), list(trainer.get("bad", skipped)), list(trainer.get("losses", [])))
+        lists = skipped, trainer.get("bad", skipped), trainer.get("losses", []), trainer.get("overflows", [])
+        return BadStepTracker(*map(list, lists))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what trainer.json stores."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value or key != "overflows"}
 
     def record(self, loss: float) -> None:
         self.losses = [*self.losses, loss][-WINDOW:]
@@ -49,6 +51,11 @@ class BadStepTracker:
         """Record that this step changed nothing."""
         self.skipped.append(step)
         self.bad.append(step)
+
+    def skip_overflow(self, step: int) -> None:
+        """Record that the gradients of this step were too large for float16; the next loss scale is smaller."""
+        self.skipped.append(step)
+        self.overflows.append(step)
 
     def rewind(self, before: BadStepTracker, done: int, step: int) -> None:
         """Record that the state after `done` steps, stored with `before`, was restored: the steps up to `step` are skipped."""

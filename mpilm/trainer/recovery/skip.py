@@ -15,11 +15,19 @@ from mpilm.engine.train_model import TrainModel, load_checkpoint_state
 from mpilm.errors import NonFiniteError
 from mpilm.trainer.log import RunLog
 from mpilm.trainer.recovery.bad_steps import BadStepTracker
+from mpilm.trainer.recovery.loss_scale import LEAST, loss_scale
 from mpilm.trainer.run import Run
 
 
 def skip_step(run: Run, log: RunLog, checkpoints: CheckpointManager, done: int, result: StepResult) -> bool:
     """Report and skip a bad step, or rewind; return whether a checkpoint was restored. Collective; raises after too many."""
+    scale, loss_is_finite = run.model.loss_scale, math.isfinite(result.loss)
+    if scale > LEAST and loss_is_finite and not math.isfinite(result.grad_norm):
+        run.bad_steps.skip_overflow(done)
+        following = loss_scale(run.config.train.dtype, run.bad_steps.overflows, done)
+        cause = f"step {done}: a gradient overflows float16 at loss scale {scale:,.0f}; the next is {following:,.0f}"
+        log.step_skipped(done, cause, done)
+        return False
     is_spike = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
     spike = f"a spike: above {run.bad_steps.spike_threshold(run.config.train):.4f}"
     detail = spike if is_spike else locate_nonfinite(run.model, run.batches, done - 1)
