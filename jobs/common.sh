@@ -141,7 +141,7 @@ find_failed_hosts() {
         done
         for host in "${nodes[@]:i:50}"; do
             if ! wait "${probes[0]}" && [ -z "$stop" ]; then # a signal interrupts `wait`
-                echo "$host does not start a program within a minute: this job goes on without it" >&2
+                echo "$host does not start a program: this job goes on without it" >&2
                 failed+=("$host")
             fi
             probes=("${probes[@]:1}")

@@ -162,6 +162,15 @@ class Comm(ABC):
         """Return whether `error` means that a peer has failed."""
         return False
 
+    def revoke(self) -> None:
+        """Let pending and later operations on this communicator, and on those split from it, raise on all ranks."""
+        raise RuntimeError(f"{self}: {self.mpi_library} does not let ranks survive the loss of another")
+
+    def agree(self, flag: bool) -> bool:
+        """Return True on all ranks if all have passed True and none has failed, else False on all that survive. Collective over
+        the survivors, even if this communicator is revoked."""
+        raise RuntimeError(f"{self}: {self.mpi_library} does not let ranks survive the loss of another")
+
     def shrink(self) -> None:
         """Shrink to the surviving ranks, keeping their order. Collective over the survivors. Communicators split from this one
         become invalid; pending operations on them raise."""

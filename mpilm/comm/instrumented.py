@@ -50,6 +50,12 @@ class InstrumentedComm(Comm):
         other._counts = self._counts  # the same calls in the order of all ranks
         return other
 
+    def revoke(self) -> None:
+        self.inner.revoke()
+
+    def agree(self, flag: bool) -> bool:
+        return self.inner.agree(flag)
+
     def shrink(self) -> None:
         own = self.world_ranks[self.rank]
         self.inner.shrink()

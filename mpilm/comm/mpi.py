@@ -110,11 +110,24 @@ class MpiComm(Comm):
 
     def is_rank_failure(self, error: BaseException) -> bool:
         is_unreadable = "process_vm_readv failed (errno 3)" in str(error)  # MPICH copies from a process that no longer exists
-        return isinstance(error, MPI.Exception) and (is_unreadable or error.Get_error_class() in FAILURE_CLASSES)
+        if not isinstance(error, MPI.Exception):
+            return False
+        if is_unreadable or error.Get_error_class() in FAILURE_CLASSES:
+            return True
+        return self.is_fault_tolerant and any(comm.Is_revoked() for comm in self._family)  # which has many faces
 
-    def shrink(self) -> None:
+    def revoke(self) -> None:
         for comm in self._family:
             comm.Revoke()
+
+    def agree(self, flag: bool) -> bool:
+        try:
+            return bool(self._comm.Agree(int(flag)))
+        except MPI.Exception:  # the same on all ranks
+            return False
+
+    def shrink(self) -> None:
+        self.revoke()
         self._comm = self._comm.Shrink()
         self._family[:] = [self._comm]
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()

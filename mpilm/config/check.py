@@ -132,7 +132,9 @@ def _find_train_problems(config: Config, flags: Mapping[str, str]) -> Iterator[s
     if train.offload != "none":
         for name, is_set in (("parallel.sync_every", config.parallel.sync_every > 0), ("fault.elastic", config.fault.elastic)):
             if is_set:
-                yield f"{flags[name]} keeps copies of the state in memory: leave it out, or write --train.offload none"
+                yield f"{flag_of(name)} keeps copies of the state in memory: leave it out, or write --train.offload none"
+    if train.offload == "parameters" and config.parallel.reduce == "shared-memory":
+        yield f"{flags['parallel.reduce']} needs gradients in memory: write messages, or --train.offload optimizer"
     try:
         traced = schema.trace_step_range(config)
     except ValueError:

@@ -17,6 +17,13 @@ STOP_REASONS = ("", "received SIGUSR1", "received SIGTERM", "found a stop file",
 BY_FILE, BY_TIME_LIMIT, BY_SCHEDULER = 3, 4, 5
 
 
+def ignore_stop_signals() -> None:
+    """Let this process survive the signals that ask a run to stop; `StopRequest.catch_signals` obeys them again."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """Stop requests to one rank, as indices of STOP_REASONS: the ranks agree on the largest. The run stops when `file` appears
     and after `limit_s` seconds; 0: before the end of the batch job, if any. `query_scheduler`: this rank may ask the

@@ -154,12 +154,13 @@ class Watchdog:
         if recorder.phase != "step":
             return ""
         longest_s = recorder.longest_s.get("step")
+        source = "--fault.step-timeout"
         if longest_s is not None and recorder.is_signalled():  # srun -K1: a rank died, and this one must exit
-            limit_s = min(max(SIGNALLED_LIMIT_S, 3 * longest_s), limit_s or math.inf)
+            limit_s, source = min(max(SIGNALLED_LIMIT_S, 3 * longest_s), limit_s or math.inf), "after a signal to stop"
         lasted_s = now - max(recorder.since, self.resumed_s)
         if not limit_s or lasted_s <= limit_s:
             return ""
-        return f"step {recorder.step + 1} has lasted {lasted_s:.0f} s; the limit is {limit_s:.0f} s (--fault.step-timeout)"
+        return f"step {recorder.step + 1} has lasted {lasted_s:.0f} s; the limit is {limit_s:.0f} s ({source})"
 
     def _describe_still(self, who: str, still_s: float, limit_s: float) -> str:
         limit = f"the limit is {limit_s:.0f} s (--fault.step-timeout; 0 learns it from the run)"

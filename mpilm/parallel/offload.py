@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mpilm.config.schema import OFFLOADED_PARTS, StatePart, TrainConfig
-from mpilm.errors import ConfigError
+from mpilm.errors import ConfigError, FileError
 from mpilm.formatting import format_mebibytes
 
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
@@ -33,7 +33,7 @@ class Offload:
     folder: Path = Path()
 
     def zeros(self, part: StatePart, numel: int, device: torch.device) -> Tensor:
-        """Return so many float32 zeros for this part of the state. Raises ConfigError if the disk has no room for them."""
+        """Return so many float32 zeros for this part of the state. Raises FileError if the disk has no room for them."""
         if part not in self.parts or numel == 0:
             return torch.zeros(numel, device=device)
         if device.type != "cpu":
@@ -68,9 +68,13 @@ def offload_folder(train: TrainConfig) -> Path:
     return Path(train.offload_dir or tempfile.gettempdir()).expanduser()
 
 
-def measure_write_rate(folder: Path) -> float:
-    """Return the bytes per second that the disk of a folder writes, past the page cache if it can."""
-    with tempfile.TemporaryFile(dir=folder) as file, mmap(-1, TIMED_BYTES) as block:  # O_DIRECT needs aligned memory
+def measure_write_rate(folder: Path) -> float | None:
+    """Return the bytes per second that the disk of a folder writes, past the page cache if it can; None if it is full."""
+    with (
+        contextlib.suppress(OSError),
+        tempfile.TemporaryFile(dir=folder) as file,
+        mmap(-1, TIMED_BYTES) as block,  # O_DIRECT needs aligned memory
+    ):
         block.write(os.urandom(1 << 20) * (TIMED_BYTES >> 20))
         with contextlib.suppress(OSError):
             fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
@@ -78,6 +82,7 @@ def measure_write_rate(folder: Path) -> float:
         os.write(file.fileno(), block)
         os.fdatasync(file.fileno())
         return TIMED_BYTES / (time.perf_counter() - start_s)
+    return None
 
 
 def _map_file(folder: Path, nbytes: int) -> mmap:
@@ -89,7 +94,7 @@ def _map_file(folder: Path, nbytes: int) -> mmap:
             free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
             room = f"{format_mebibytes(nbytes)} more are needed there, {format_mebibytes(free)} are free"
             problem = f"--train.offload-dir {folder}: {error.strerror}: {room}; name a folder with more room"
-            raise ConfigError(problem) from error
+            raise FileError(problem) from error
         return mmap(file.fileno(), nbytes)
 
 

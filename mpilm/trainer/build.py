@@ -25,6 +25,7 @@ from mpilm.launch.stop_request import StopRequest
 from mpilm.mesh.mesh import Mesh
 from mpilm.parallel.flat_layout import ALIGNMENT
 from mpilm.parallel.layout_check import resolve_mesh_shape
+from mpilm.parallel.offload import make_offload
 from mpilm.telemetry.memory import MemoryMeter, trim_heap
 from mpilm.trainer.auto_layout import choose_layout, partition_model
 from mpilm.trainer.recovery.memory_checkpoint import RecoveredState
@@ -54,6 +55,7 @@ def open_inputs(config: Config, world: Comm) -> RunInputs:
     hardware = run_on_all_ranks(world, lambda: detect_hardware(config.train, world))
     connected = connect_devices(config.train.device_transport, world, hardware, config.fault.elastic)
     world = instrument(connected, checks_calls=False)
+    run_on_all_ranks(world, lambda: make_offload(config.train, hardware.device))  # refused before the run has a folder
     world.recorder.enter("preparation")
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)  # rank 0 may train a tokenizer on all cores
     data = open_training_data(config, yielding)

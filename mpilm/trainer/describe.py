@@ -115,8 +115,9 @@ def _describe_offload(run: Run, offloaded: Sequence[int], hosts: Sequence[str]) 
     if run.hardware.device.type != "cpu":
         return f"{parts} in the memory of the host"
     folder, here = offload_folder(train), sum(size for size, host in zip(offloaded, hosts) if host == hosts[0])
-    rate = measure_write_rate(folder)
-    least = f"about {2 * here / rate:.2g} s more a step if memory cannot hold them"
+    if (rate := measure_write_rate(folder)) is None:
+        return f"{parts} in files in {folder}"
+    least = f"at least {2 * here / rate:.2g} s more a step if memory cannot hold them"
     return f"{parts} in files in {folder}, which writes {format_mebibytes(round(rate))}/s: {least}"
 
 
@@ -125,7 +126,7 @@ def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:
     sizes = [f"{axis} {size}" for axis, size in zip(AXES, shape.sizes) if size > 1 or axis == "data"]
     yield "layout", " x ".join(sizes) + (f", ZeRO-{parallel.zero}" if parallel.zero else "")
     if spares := run.config.fault.spare_ranks:
-        yield "", f"started with {count_noun(spares, 'spare rank')} more"
+        yield "", f"plus {count_noun(spares, 'spare rank')} at the start"
     kinds = (("tensor", run.model.tensor.parts), ("sequence", run.model.sequence.parts))
     if parts := " and ".join(f"{count} {kind} parts" for kind, count in kinds if count > 1):
         yield "", f"{parts}, which a resumed run keeps"

@@ -101,10 +101,51 @@ def test_spare_ranks_take_the_places_of_lost_ranks(tmp_path, data, uninterrupted
         code = job.wait(90)
     assert code == 0, job.output
     assert "layout   pipeline 2 x data 1\n" in job.output
-    assert "started with 3 spare ranks more\n" in job.output
+    assert "plus 3 spare ranks at the start\n" in job.output
     assert re.search(r"rank 1 \(\S+ process \d+\) lost; 4 ranks continue after step 12, 2 of them as spares\n", job.output)
-    assert re.search(r"rank 0 .*rank 4 .* lost; 2 ranks continue after step \d+\n", job.output), job.output
+    assert re.search(r"rank 0 .*rank 4 .* lost; 2 ranks continue after step \d+, none as a spare\n", job.output), job.output
     assert job.output.count("mpilm 0.1.0: 2 ranks") == 3
+    assert_equals(tmp_path / "run", uninterrupted)
+
+
+def test_run_ends_as_without_spare_ranks_if_the_spare_is_lost(tmp_path, data, uninterrupted):
+    """No step needs it, so its loss is noticed at the end."""
+    line = arguments(data, tmp_path / "run", "--fault.spare-ranks", "1")
+    variables = {"MPILM_FAULT": sleep_in_steps(10, 20, 0.1)}
+    with start_job(3, line, tmp_path, python=PYTHON, flags=["--with-ft", "ulfm"], **variables) as job:
+        job.wait_until(lambda: logged_step(tmp_path / "run") >= 10)
+        os.kill(job.rank_processes()[-1], signal.SIGKILL)
+        code = job.wait(90)
+    assert code == 0, job.output
+    assert job.output.count("mpilm 0.1.0: ") == 1
+    assert_equals(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["all live", "the spare is lost"])
+def test_run_with_a_spare_rank_stops_on_request(tmp_path, data, uninterrupted, is_lost):
+    """SIGUSR1 goes to the launcher, which sends it to all ranks."""
+    line = arguments(data, tmp_path / "run", "--fault.spare-ranks", "1")
+    variables = {"MPILM_FAULT": sleep_in_steps(10, 30, 0.1)}
+    with start_job(3, line, tmp_path, python=PYTHON, flags=["--with-ft", "ulfm"], **variables) as job:
+        job.wait_until(lambda: logged_step(tmp_path / "run") >= 10)
+        if is_lost:
+            os.kill(job.rank_processes()[-1], signal.SIGKILL)
+        job.process.send_signal(signal.SIGUSR1)
+        code = job.wait(90)
+    assert code == 75, job.output
+    assert "received SIGUSR1; saved" in job.output
+    assert job.output.count("mpilm: error") == 0
+    with start_job(0, arguments(data, tmp_path / "run", elastic="false"), tmp_path) as job:
+        assert job.wait() == 0, job.output
+    assert read_outcome(tmp_path / "run")[:2] == uninterrupted[:2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_run_begins_again_if_a_rank_is_lost_before_a_step_is_complete(tmp_path, data, uninterrupted, rank):
+    fault, flags = f"kind=kill rank={rank} point=build", ("--fault.spare-ranks", "1")
+    code, output = run_with_faults(tmp_path, data, 3, fault, flags=flags)
+    assert code == 0, output
+    assert re.search(rf"rank {rank} .* lost before a step was complete; 2 ranks begin again\n", output), output
     assert_equals(tmp_path / "run", uninterrupted)
 
 

@@ -14,7 +14,7 @@ from mpilm.comm.base import SelfComm
 from mpilm.config.check import check_config
 from mpilm.config.schema import Config, TrainConfig
 from mpilm.config.settings import override
-from mpilm.errors import ConfigError
+from mpilm.errors import ConfigError, FileError
 from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.optim import optimizer
 from mpilm.optim.optimizer import AdamW
@@ -78,7 +78,7 @@ def test_disk_without_room_is_refused_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     wanted = make_offload(TrainConfig(offload="optimizer", offload_dir=str(tmp_path)), CPU)
-    with pytest.raises(ConfigError, match=r"No space left on device: 4 MiB more are needed there, [\d,]+ MiB are free"):
+    with pytest.raises(FileError, match=r"No space left on device: 4 MiB more are needed there, [\d,]+ MiB are free"):
         wanted.zeros("moments", 1 << 20, CPU)
 
 
@@ -86,6 +86,14 @@ def test_disk_without_room_is_refused_at_once(tmp_path, monkeypatch):
 def test_settings_that_copy_the_state_into_memory_are_refused(changes):
     with pytest.raises(ConfigError, match="keeps copies of the state in memory: leave it out"):
         check_config(override(Config(), train__offload="optimizer", **changes))
+
+
+def test_write_rate_of_a_full_disk_is_unknown(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", refuse)
+    assert measure_write_rate(tmp_path) is None
 
 
 def test_write_rate_is_that_of_the_folder(tmp_path):

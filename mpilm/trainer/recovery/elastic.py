@@ -18,12 +18,14 @@ from mpilm.config.schema import Config, replica_size
 from mpilm.config.settings import override
 from mpilm.errors import ConfigError, LostRankError, error_from_code
 from mpilm.formatting import count_noun
+from mpilm.launch.stop_request import ignore_stop_signals
 from mpilm.trainer.loop import train
 from mpilm.trainer.recovery.memory_checkpoint import RESTORE, InMemoryCheckpoint, RecoveredState, latest_complete_step
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
 DYING_S = 2.0  # in which a process that is being killed is gone
 Failure = list[Any] | None  # code and message of the error with which the working ranks end, if any
+Message = dict[str, Any]  # to all ranks, spares included; {"end": Failure} is the last
 
 
 class Member(NamedTuple):
@@ -42,23 +44,29 @@ def train_elastic(config: Config, world: Comm) -> None:
     host, pid, wanted = socket.gethostname(), os.getpid(), _wanted_count(config, world.size)
     members = [Member(*x) for x in world.all_gather_json([f"rank {world.rank} ({host}, process {pid})", host, pid])]
     own, in_memory = members[world.rank], InMemoryCheckpoint(world if wanted < world.size else None)
-    recovered, has_lost_ranks = None, False
+    recovered, has_lost_ranks, ended = None, False, Message()
     while True:
+        is_complete = False
         try:
-            if has_lost_ranks:
+            if has_lost_ranks:  # some may have heard the end, others not
+                ended = next(filter(None, world.all_gather_json(ended)), Message())
+            if has_lost_ranks and not ended:
                 recovered, members = agree_on_survivors(config, world, in_memory, own, members, wanted)
-            if (working := _working_ranks(config, world, wanted)) is None:
-                failure = _idle_spare(world, recovered)
-            else:
-                failure = _train_working(config, working, in_memory, recovered)
-                world.broadcast_json({"end": failure})
-            break
+            if not ended and (working := _working_ranks(config, world, wanted)) is not None:
+                ended = {"end": _train_working(config, working, in_memory, recovered)}
+                world.broadcast_json(ended)
+            elif not ended:
+                ended = _idle_spare(world, recovered)
+            is_complete = True
         except Exception as error:
             if not world.is_rank_failure(error):
                 raise
+            world.revoke()
+        if world.agree(is_complete):
+            break
         world.shrink()
         has_lost_ranks = True
-    if failure:
+    if failure := ended["end"]:
         raise CollectiveError(error_from_code(*failure))
 
 
@@ -96,8 +104,10 @@ def _train_working(config: Config, working: Comm, in_memory: InMemoryCheckpoint,
     return None
 
 
-def _idle_spare(world: Comm, recovered: RecoveredState | None) -> Failure:
-    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed."""
+def _idle_spare(world: Comm, recovered: RecoveredState | None) -> Message:
+    """Broadcast what this rank holds, then wait for the end, or for another loss after which the rank may be needed. The ranks
+    that train obey signals to stop."""
+    ignore_stop_signals()
     yielding = world.with_options(gpu_aware=False, yield_while_waiting=True)
     while "end" not in (message := yielding.broadcast_json(None)):
         if message == RESTORE:
@@ -105,13 +115,14 @@ def _idle_spare(world: Comm, recovered: RecoveredState | None) -> Failure:
             recovered.broadcast_ranges({})
         else:
             instrument(world).recorder.report_folder = Path(message["folder"]) / "watchdog"
-    return message["end"]
+    return Message(message)
 
 
 def agree_on_survivors(
     config: Config, world: Comm, in_memory: InMemoryCheckpoint, own: Member, members: list[Member], wanted: int
-) -> tuple[RecoveredState, list[Member]]:
-    """Return the state from which a shrunk world resumes, and its ranks. Collective; raises if too little is left."""
+) -> tuple[RecoveredState | None, list[Member]]:
+    """Return the state from which a shrunk world resumes, or None if no step was complete, and its ranks. Collective; raises if
+    too little is left."""
     model, replica = in_memory.model, _group_size(config)
     shapes = model.part_shapes() if model is not None else {}
     snapshots = [[snapshot.done, dict(snapshot.trainer), list(snapshot.state)] for snapshot in in_memory.snapshots]
@@ -121,15 +132,20 @@ def agree_on_survivors(
     _check_majority(world, own, members, survivors, lost)
     if world.size < replica:
         flags = [f"--parallel.{axis} {getattr(config.parallel, axis)}" for axis in ("pipeline", "tensor", "context", "expert")]
-        too_few = f"{world.size} ranks are too few for {' and '.join(flag for flag in flags if not flag.endswith(' 1'))}"
+        too_few = f"too few ranks ({world.size}) are left for {' and '.join(flag for flag in flags if not flag.endswith(' 1'))}"
         raise CollectiveError(LostRankError(f"{lost} lost, and {too_few}; {RESUME_HINT}"))
+    if not any(everyone):
+        if world.rank == 0:
+            print(f"mpilm: {lost} lost before a step was complete; {count_noun(world.size, 'rank')} begin again", flush=True)
+        return None, survivors
     found = latest_complete_step(everyone, max(all_shapes, key=len))  # a spare that has never trained knows no shapes
     if found is None:
         missing = "together with a part of the state that no other rank holds"
         raise CollectiveError(LostRankError(f"{lost} lost, {missing}; {RESUME_HINT}"))
     done, trainer, ranges = found
     spares = world.size - min(wanted, world.size // replica * replica)
-    note = f"{lost} lost; {world.size} ranks continue after step {done}{f', {spares} of them as spares' * bool(spares)}"
+    left = f", {spares} of them as spares" if spares else ", none as a spare" if config.fault.spare_ranks else ""
+    note = f"{lost} lost; {count_noun(world.size, 'rank')} continue after step {done}{left}"
     return RecoveredState(world, done, trainer, ranges, in_memory.snapshots, note, in_memory.folder), survivors
 
 
