@@ -169,7 +169,7 @@ class Comm(ABC):
     def agree(self, flag: bool) -> bool:
         """Return True on all ranks if all have passed True and none has failed, else False on all that survive. Collective over
         the survivors, even if this communicator is revoked."""
-        raise RuntimeError(f"{self}: {self.mpi_library} does not let ranks survive the loss of another")
+        return all(self.all_gather_json(flag))
 
     def shrink(self) -> None:
         """Shrink to the surviving ranks, keeping their order. Collective over the survivors. Communicators split from this one
