@@ -228,7 +228,7 @@ def test_drill_of_the_doctor_ends_the_job(tmp_path):
 
 
 def test_rank_out_of_memory_names_what_needs_less(tmp_path, data):
-    flags = ("--model.d-model", 256, "--model.context-length", 256, "--train.micro-batch", 4)
+    flags = ("--model.d-model", 256, "--model.context-length", 256, "--train.micro-batch", 4, "--fault.step-timeout", 20)
     fault = "kind=memory rank=1 step=2 point=data.next"
     with start_job(2, arguments(data, tmp_path / "run", *flags), tmp_path, MPILM_FAULT=fault) as job:
         assert job.wait(30) != 0
