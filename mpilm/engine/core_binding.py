@@ -61,9 +61,8 @@ def _share_out(groups: Sequence[list[int]], size: int) -> list[list[int]]:
     """Return the cores of `size` ranks, each of which has a part of one group; groups have ranks by their number of cores."""
     ends = list(accumulate(map(len, groups)))
     edges = [0, *(round(size * end / ends[-1]) for end in ends)]
-    return [
-        part for group, start, stop in zip(groups, edges, edges[1:]) for part in _divide([[c] for c in group], stop - start)
-    ]
+    counts = [stop - start for start, stop in pairwise(edges)]
+    return [part for group, count in zip(groups, counts) for part in _divide([[core] for core in group], count)]
 
 
 def core_position(core: int) -> list[int]:

@@ -52,9 +52,8 @@ def detect_hardware(train: TrainConfig, world: Comm, bind: bool = True) -> Hardw
     device = choose_device(train.device, node)
     if train.compile:
         require_compiler()
-    bound_to = (
-        bind_cores(node, threads) if bind and device.type == "cpu" else ""
-    )  # before torch starts threads, which inherit it
+    # Before torch starts threads, which inherit the binding.
+    bound_to = bind_cores(node, threads) if bind and device.type == "cpu" else ""
     kernels = make_kernels(train, device)
     if node.rank > 0:
         node.barrier()

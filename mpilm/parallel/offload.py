@@ -56,8 +56,11 @@ def make_offload(train: TrainConfig, device: torch.device) -> Offload:
             problem = f"--train.offload optimizer on a GPU needs --train.optimizer adamw or sgd, not {train.optimizer}"
             raise ConfigError(problem)
         return Offload(parts)
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"--train.offload-dir {folder} is not a folder that this user may write; name one on a local disk")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        problem = f"no file can be created there ({error.strerror}); name a folder on a local disk"
+        raise ConfigError(f"--train.offload-dir {folder}: {problem}") from None
     if (kind := _find_file_system(folder)) in MEMORY_FILE_SYSTEMS:
         raise ConfigError(f"--train.offload-dir {folder} lies in memory ({kind}); name a folder on a local disk")
     return Offload(parts, folder)

@@ -117,8 +117,9 @@ def _describe_offload(run: Run, offloaded: Sequence[int], hosts: Sequence[str]) 
     folder, here = offload_folder(train), sum(size for size, host in zip(offloaded, hosts) if host == hosts[0])
     if (rate := measure_write_rate(folder)) is None:
         return f"{parts} in files in {folder}"
-    least = f"at least {2 * here / rate:.2g} s more a step if memory cannot hold them"
-    return f"{parts} in files in {folder}, which writes {format_mebibytes(round(rate))}/s: {least}"
+    least_s = 2 * here / rate  # each byte is read and written
+    cost = f": at least {least_s:.1f} s more a step if memory cannot hold them" if least_s >= 0.1 else ""
+    return f"{parts} in files in {folder}, which writes {format_mebibytes(round(rate))}/s{cost}"
 
 
 def _layout_rows(run: Run) -> Iterator[tuple[str, str]]:

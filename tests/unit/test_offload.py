@@ -61,7 +61,8 @@ def test_model_holds_in_memory_what_is_not_offloaded(tmp_path):
 @pytest.mark.parametrize(
     ("train", "device", "problem"),
     [
-        ({"offload_dir": "/nonexistent"}, CPU, "/nonexistent is not a folder that this user may write"),
+        ({"offload_dir": "/nonexistent"}, CPU, r"/nonexistent: no file can be created there \(No such file or directory\)"),
+        ({"offload_dir": "/proc"}, CPU, r"/proc: no file can be created there \(No such file or directory\); name a folder"),
         ({"offload_dir": "/dev/shm"}, CPU, r"/dev/shm lies in memory \(tmpfs\); name a folder on a local disk"),
         ({"offload": "parameters"}, GPU, "parameters needs --train.device cpu"),
         ({"optimizer": "muon"}, GPU, "needs --train.optimizer adamw or sgd, not muon"),
@@ -86,6 +87,12 @@ def test_disk_without_room_is_refused_at_once(tmp_path, monkeypatch):
 def test_settings_that_copy_the_state_into_memory_are_refused(changes):
     with pytest.raises(ConfigError, match="keeps copies of the state in memory: leave it out"):
         check_config(override(Config(), train__offload="optimizer", **changes))
+
+
+def test_gradients_in_shared_memory_and_in_files_at_once_are_refused():
+    both = override(Config(), train__offload="parameters", parallel__reduce="shared-memory")
+    with pytest.raises(ConfigError, match=r"--parallel.reduce shared-memory needs gradients in memory: write messages"):
+        check_config(both)
 
 
 def test_write_rate_of_a_full_disk_is_unknown(tmp_path, monkeypatch):
