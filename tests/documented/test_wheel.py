@@ -54,7 +54,8 @@ def run(folder, wheel):
     packages = Path(sysconfig.get_path("purelib", vars=place))
     (packages / "others.pth").write_text("\n".join(dict.fromkeys(sysconfig.get_path(n) for n in ("purelib", "platlib"))))
     words = ["--python", environment / "bin" / "python", "install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *words], check=True)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # pip would find mpilm installed there
+    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *words], check=True, env=clean)
     for where, _, files in os.walk(packages / "mpilm"):
         for name in ("", *files):
             path = Path(where, name)
