@@ -75,6 +75,7 @@ def is_valid(case):
         and not (
             case.get("checks_calls") and (case.get("bucket") == 256 or pipeline * data * tensor * context * expert > 4)
         )  # too many calls
+        and not (case.get("offload") == "parameters" and case.get("reduce") == "shared-memory")
         and (expert == 1 or case.get("family", "mixtral") in {2: ["mixtral"], 3: ["mixtral", "qwen3-moe"]}[expert])
     )
 

@@ -97,6 +97,7 @@ class MicrobatchRoundReducer(GradientReducer):
     def accumulate(self, name: str, gradient: Tensor) -> None:
         """Add a gradient computed outside backward, between `begin_microbatch` and `end_microbatch`."""
         parameter = self.parameters[name]
+        gradient = gradient.to(parameter.dtype)  # exact: of a 16-bit copy, it was computed in 16 bits
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         self._on_gradient(name, parameter)
 
