@@ -8,6 +8,7 @@ axis and send their weights. If digests differ, a third rank decides, or the sam
 
 import contextlib
 import socket
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
@@ -21,6 +22,7 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.data.batch import Batch
 from mpilm.engine.hardware import processor_name
 from mpilm.engine.pipelined import PipelinedModel
+from mpilm.engine.sum_check import SumCheck
 from mpilm.engine.train_model import TrainModel
 from mpilm.errors import RanksDisagreeError
 from mpilm.formatting import name_ranks
@@ -67,6 +69,7 @@ class Recheck:
         self.check, self.decide = int(ranks > 1), (0,) if ranks == 1 else (0, 1) if ranks == 2 else (2,)
         self._meshes: dict[int, Mesh] = {}  # in which ranks have changed places, by how far
         self.recorded: Digests = {}  # of the step that is checked
+        self.sum_check = SumCheck(model)
 
     def is_due(self, step: int) -> bool:
         return self.every > 0 and (step + 1) % self.every == 0
@@ -77,6 +80,7 @@ class Recheck:
         if not self.is_due(step):
             yield
             return
+        self.sum_check.begin(step)
         with self._taking_digests(self.model, self._draw(step, self.model.mesh.coordinate)) as sums:
             yield
         self.recorded = self._read(sums)
@@ -91,6 +95,8 @@ class Recheck:
         expected = self._shift_digests(self.recorded, list(computed[1][1]))
         differs = expected != computed[1][1]
         if not any(self.model.mesh.world.all_gather_json(differs)):
+            if problem := self.sum_check.find_problem():
+                self._fail(step, *problem, self.model.mesh.world.all_gather_json(socket.gethostname()))
             self.last_good = step
             return
         computed += map(compute, self.decide)
@@ -158,7 +164,8 @@ class Recheck:
     def _fail(self, step: int, ranks: Sequence[int], problem: str, hosts: Sequence[str]) -> NoReturn:
         """Report a wrong computation on all ranks. Collective."""
         names = list(dict.fromkeys(hosts[rank] for rank in ranks))
-        text = f"step {step + 1}: {problem} ({', '.join(names)}): {CAUSE}"
+        where = f" ({', '.join(names)})" if names else ""
+        text = f"step {step + 1}: {problem}{where}: {CAUSE}"
         advice = self.on_failure(self.last_good, ranks, names, text)
         raise CollectiveError(RanksDisagreeError(f"{text}. {advice}" if advice else text))
 
@@ -281,10 +288,15 @@ def _copy_sample(sample: Sequence[UpdateSample]) -> list[UpdateSample]:
 def _find_wrong(values: Sequence[tuple[int, int]]) -> tuple[list[int], str]:
     """Return the ranks whose value is not that of the others, and the bit that differs. `values`: rank and digest, first of the
     rank that had the microbatch, then of the one that rechecked it, then of those that decide."""
-    (owner, first), (checker, second), (_, third), *more = values
-    bit = name_bit(first - second)
+    (owner, first), (checker, second), (_, third), *_ = values
+    bit, digests = name_bit(first - second), defaultdict[int, set[int]](set)
+    for rank, digest in values:
+        digests[rank].add(digest)
+    inconsistent = [rank for rank, different in digests.items() if len(different) > 1]
+    if 0 < len(inconsistent) < len(digests):  # they do not agree with themselves
+        return inconsistent, bit
     if second == third:
         return [owner], bit
-    if first == third and (not more or more[0][1] == first):
+    if first == third and len(digests) > 2:
         return [checker], bit
     return [owner, checker], bit  # two ranks that each insist

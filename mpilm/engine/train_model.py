@@ -82,6 +82,11 @@ class TrainModel(PipelinedModel):
         return range(*self.blocks[replica])
 
     @property
+    def leaf_count(self) -> int:
+        """The number of leaves of the tree in which gradients are added."""
+        return self.microbatch_count * (self.sequence.gradient_nodes()[1] if reduces_in_rounds(self.config) else 1)
+
+    @property
     def longest_block(self) -> int:
         """The most microbatches that a replica has."""
         return max(len(self.microbatches_of(replica)) for replica in range(self.replicas.size))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mpilm"
 NAMES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
-MAX_PACKAGE_LINES, MAX_CORE_LINES = 25_000, 18_200
+MAX_PACKAGE_LINES, MAX_CORE_LINES = 25_600, 18_600
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 CORE = {
     "comm", "mesh", "ops", "model", "data", "parallel", "optim", "checkpoint", "engine", "trainer", "launch", "config",

@@ -7,10 +7,11 @@ import socket
 import threading
 import time
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from math import prod
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from runs import assemble, build_train_model, differing, layout, owned_state, small_config, train_to_end, train_until_killed
@@ -22,11 +23,16 @@ from mpilm.checkpoint import manager
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.engine import recheck
 from mpilm.engine.recheck import Recheck, _find_wrong
+from mpilm.engine.state_check import check_state
 from mpilm.engine.step import train_step
+from mpilm.engine.sum_check import draw_interval, judge
 from mpilm.errors import RanksDisagreeError
 from mpilm.mesh.shape import MeshShape
+from mpilm.ops.tree_reduce import TreeMerger
 from mpilm.optim.optimizer import OPTIMIZERS, AdamW
 from mpilm.parallel.pipeline.stage import ModelStage
+from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
+from mpilm.parallel.reduce.step import StepReducer
 from mpilm.trainer import loop
 from mpilm.trainer.recovery import bad_hosts
 from mpilm.verification.layouts import RandomTokens
@@ -71,6 +77,8 @@ def train(size, changes, every, steps=3, prepare=lambda model: None):
         prepare(model)
         check = Recheck(model, every)
         losses = [train_step(model, source, step, recheck=check).loss for step in range(steps)]
+        if every:
+            check_state(model, steps)  # as before each checkpoint
         return losses, owned_state(model)
 
     outcomes = run_ranks(size, body, timeout_s=60.0)
@@ -105,7 +113,9 @@ def test_all_microbatches_are_drawn_in_time():
         ([(0, 8), (3, 0), (2, 5)], [0, 3]),  # no two agree
         ([(0, 8), (1, 0), (0, 0), (1, 0)], [0]),  # rank 0 was wrong once
         ([(0, 8), (1, 0), (0, 8), (1, 8)], [1]),  # rank 1 was wrong once
+        ([(0, 8), (1, 0), (0, 5), (1, 0)], [0]),  # and each time in another way
         ([(0, 8), (1, 0), (0, 8), (1, 0)], [0, 1]),  # each insists
+        ([(0, 8), (0, 0), (0, 0)], [0]),  # alone
     ],
 )
 def test_the_majority_decides_which_rank_was_wrong(values, ranks):
@@ -138,23 +148,34 @@ def flip(x, draw):
     return y
 
 
-class FlippedBit:
-    """Flips one bit on one rank in one step: of the gradient of a parameter, or of the output of a module."""
+COMPUTED, STATE, SUMS = ("gradient", "activation"), ("weight", "moment"), ("collected sum", "reduced sum")
 
-    def __init__(self, seed, size):
+
+class FlippedBit:
+    """Flips one bit on one rank in one step: of the gradient of a parameter, or of the output of a module; of a weight or a
+    moment in forward; or of the gradient, before or after it is summed over the ranks."""
+
+    def __init__(self, seed, size, kinds):
         self.draw = random.Random(seed)
-        self.rank, self.step, self.kind = (
-            self.draw.randrange(size),
-            self.draw.randrange(2),
-            self.draw.choice(["gradient", "activation"]),
-        )
-        self.fired = False
+        self.rank, self.step, self.kind = (self.draw.randrange(size), self.draw.randrange(2), self.draw.choice(kinds))
+        self.fired, self.name = False, ""
 
     def install(self, model):
         if model.mesh.rank != self.rank:
             return
         stage = next(iter(model.stages.values()))
-        if self.kind == "gradient" and model.config.parallel.schedule != "zero-bubble":  # which computes them without autograd
+        if self.kind in ("weight", "moment"):
+            vectors = [flat.values for flat in model.flats.values()]
+            if self.kind == "moment":
+                vectors = [x for each in model.optimizer.optimizers for kind in each.moments.values() for x in kind.values()]
+            self._call_after(stage, "forward", stage, vectors)
+        elif self.kind in ("collected sum", "reduced sum"):
+            reducer = next(iter(model.reducers.values()))
+            after = "end_microbatch" if self.kind == "collected sum" else "reduce"
+            self._call_after(reducer, after, stage, [reducer.sums])
+        elif (
+            self.kind == "gradient" and model.config.parallel.schedule != "zero-bubble"
+        ):  # which computes them without autograd
             name, parameter = self.draw.choice([item for item in stage.model.named_parameters() if item[1].requires_grad])
             parameter.register_hook(lambda gradient: self._maybe(stage, gradient))
             self.name = name
@@ -164,6 +185,20 @@ class FlippedBit:
             ]
             self.name, module = self.draw.choice(modules)
             module.register_forward_hook(lambda module, inputs, output: self._maybe(stage, output))
+
+    def _call_after(self, owner, method, stage, vectors):
+        """Flip a bit of one of the vectors, in place, after a method was called."""
+        call = getattr(owner, method)
+
+        def wrapped(*arguments):
+            call(*arguments)
+            tensors = [vector.tensor for vector in vectors if vector.tensor.numel()]
+            if tensors and not self.fired and stage.inputs.step == self.step:
+                self.fired = True
+                words = self.draw.choice(tensors).numpy().view(np.int32)  # behind autograd's back
+                words[self.draw.randrange(words.size)] ^= np.int32(1) << self.draw.randrange(31)
+
+        setattr(owner, method, wrapped)
 
     def _maybe(self, stage, x):
         if self.fired or stage.inputs.step != self.step:
@@ -183,41 +218,46 @@ class Flip(torch.autograd.Function):
 
 
 @cache
-def undisturbed(name):
+def undisturbed(name, is_tied):
     size, changes = FLIP_LAYOUTS[name]
-    return train(size, one_microbatch_each(size, changes), every=0, steps=2)
+    return train(size, one_microbatch_each(size, changes, is_tied), every=0, steps=2)
 
 
-def one_microbatch_each(size, changes):
-    return {
-        **changes,
-        "train__global_batch": size // prod(changes.get(f"parallel__{a}", 1) for a in ("pipeline", "tensor", "context")),
-    }
+def one_microbatch_each(size, changes, is_tied=True):
+    groups = prod(changes.get(f"parallel__{axis}", 1) for axis in ("pipeline", "tensor", "context"))
+    return {**changes, "train__global_batch": size // groups, "model__tie_embeddings": is_tied}
 
 
-def assert_is_found_or_harmless(name, seed):
+def assert_is_found_or_harmless(name, seed, kinds=COMPUTED):
     size, changes = FLIP_LAYOUTS[name]
-    bit = FlippedBit(seed, size)
+    bit = FlippedBit(seed, size, kinds)
+    is_tied = bit.kind not in SUMS  # sums of tied parameters are compared before both are added
     error, outcome = None, None
     try:
-        outcome = train(size, one_microbatch_each(size, changes), every=1, steps=2, prepare=bit.install)
+        outcome = train(size, one_microbatch_each(size, changes, is_tied), every=1, steps=2, prepare=bit.install)
     except CollectiveError as raised:
         error = raised
     if error is not None:
-        text = str(error)
+        text, what = str(error), f"{bit.kind} {bit.name} on rank {bit.rank}"
         assert isinstance(error.error, RanksDisagreeError)
-        named = {int(rank) for rank in re.search(r"was computed wrongly by ranks? ([\d, ]+) \(", text)[1].split(", ")}
-        shape = MeshShape(**{axis: changes.get(f"parallel__{axis}", 1) for axis in GROUPS}, data=2)
-        in_groups = any(changes.get(f"parallel__{axis}", 1) > 1 for axis in GROUPS)
-        group = (
-            [rank for rank in range(size) if shape.color(rank, GROUPS) == shape.color(bit.rank, GROUPS)] if in_groups else []
-        )
-        assert bit.rank in named, (text, bit.rank, bit.name)
-        assert named <= {bit.rank, *group}, (text, bit.rank, bit.name)
-        assert text.startswith(f"step {bit.step + 1}: "), text
+        named = {int(rank) for rank in re.search(r" ranks? (\d+(?:, \d+)*)", text)[1].split(", ")}
+        sizes = {axis: changes.get(f"parallel__{axis}", 1) for axis in (*GROUPS, "pipeline")}
+        shape = MeshShape(**sizes, data=size // prod(sizes.values()))
+        groups = [axis for axis in GROUPS if changes.get(f"parallel__{axis}", 1) > 1]
+        if bit.kind == "moment":
+            groups = [*GROUPS, "data"]  # two replicas that differ: either may be wrong
+        if bit.kind == "collected sum" and "which add it together" in text:
+            groups = [*GROUPS, "data"]
+        group = [rank for rank in range(size) if groups and shape.color(rank, groups) == shape.color(bit.rank, groups)]
+        assert bit.rank in named, (text, what)
+        assert named <= {bit.rank, *group}, (text, what)
+        steps = {bit.step, bit.step + 1} if bit.kind in STATE else {bit.step + 1}
+        assert int(re.match(r"(?:after )?step (\d+): ", text)[1]) in steps, (text, what)
         return True
-    assert bit.fired, "nothing was flipped"
-    expected_losses, expected = undisturbed(name)
+    if not bit.fired:
+        assert bit.kind in STATE, "nothing was flipped"  # a rank that has no weight or moment
+        return False
+    expected_losses, expected = undisturbed(name, is_tied)
     losses, state = outcome
     assert (losses, differing(state, expected)) == (expected_losses, []), f"{bit.kind} {bit.name} on rank {bit.rank} was missed"
     return False
@@ -227,6 +267,12 @@ def assert_is_found_or_harmless(name, seed):
 def test_flipped_bits_are_found_and_the_rank_named(name):
     found = [assert_is_found_or_harmless(name, seed) for seed in range(8)]
     assert sum(found) >= 4
+
+
+@pytest.mark.parametrize("name", FLIP_LAYOUTS)
+def test_bits_flipped_in_memory_are_found_and_the_rank_named(name):
+    found = [assert_is_found_or_harmless(name, seed, STATE + SUMS) for seed in range(5)]
+    assert sum(found) >= 2
 
 
 @pytest.mark.parametrize("name", ["data 2", "data 4, ZeRO-1", "data 3, ZeRO-3", "one rank", "pipeline 2"])
@@ -281,6 +327,99 @@ def test_wrong_updates_of_whole_parameters_are_found_and_the_rank_named(monkeypa
         train(2, settings, every=1, steps=1, prepare=prepare)
     assert "step 1: the update of " in str(caught.value)
     assert "(bit 3 of an element) was computed wrongly by rank 1 (" in str(caught.value)
+
+
+class WrongSum:
+    """Flips a bit of every gradient buffer of the last rank in the first step, after a microbatch or after the reduction."""
+
+    def __init__(self, monkeypatch, after):
+        self.local = threading.local()
+        for kind in (StepReducer, MicrobatchRoundReducer):
+            method = getattr(kind, after, None)
+            if method is not None:
+                monkeypatch.setattr(kind, after, self._wrap(method))
+
+    def _wrap(self, method):
+        def wrapped(reducer, *arguments):
+            method(reducer, *arguments)
+            if getattr(self.local, "is_wrong", False):
+                reducer.buffers[0].tensor.view(torch.int32).bitwise_xor_(8)
+                self.local.is_wrong = False
+
+        return wrapped
+
+    def prepare(self, size):
+        def mark(model):
+            self.local.is_wrong = model.mesh.rank == size - 1
+
+        return mark
+
+
+SUM_LAYOUTS = {
+    "one rank": (1, {}),
+    "data 2": (2, {}),
+    "data 3, uneven": (3, {}),
+    "data 2, messages": (2, layout(reduce="messages")),
+    "data 4, ZeRO-1": (4, layout(zero=1)),
+    "data 3, ZeRO-2": (3, layout(zero=2)),
+    "data 3, ZeRO-3": (3, layout(zero=3)),
+    "pipeline 2": (2, layout(pipeline=2)),
+    "zero-bubble, data 2": (4, layout(pipeline=2, schedule="zero-bubble")),
+    "context 2, data 2": (4, layout(context=2)),
+    "experts 2, data 2": (4, {**layout(expert=2), **MIXTURE}),
+}
+
+
+@pytest.mark.parametrize("after", ["end_microbatch", "reduce"])
+@pytest.mark.parametrize("name", SUM_LAYOUTS)
+def test_wrong_sums_are_found_and_the_rank_named(monkeypatch, name, after):
+    """Four ranks that add by recursive halving have all added to a sum, and each has received it from another."""
+    size, changes = SUM_LAYOUTS[name]
+    is_shared = size == 4 and after == "end_microbatch" and ("context" in name or "experts" in name)
+    who = "one of ranks 0, 1, 2, 3, which add it together: " if is_shared else rf"rank {size - 1} \("
+    bit = WrongSum(monkeypatch, after)
+    with pytest.raises(CollectiveError) as caught:
+        train(size, {**changes, "model__tie_embeddings": False}, every=1, steps=1, prepare=bit.prepare(size))
+    assert re.search(f"step 1: the sum of the gradients of .* was computed wrongly by {who}", str(caught.value))
+
+
+def test_wrong_sums_of_other_ranks_slices_are_found_and_their_owner_named(monkeypatch):
+    """Rank 1 adds its slice wrongly in shared memory, and all ranks copy it."""
+    local, merge_into = threading.local(), TreeMerger.merge_into
+
+    def flip(self, parts, total):
+        merge_into(self, parts, total)
+        if getattr(local, "is_wrong", False):
+            total.view(torch.int32).bitwise_xor_(8)
+
+    def prepare(model):
+        local.is_wrong = model.mesh.rank == 1
+
+    monkeypatch.setattr(TreeMerger, "merge_into", flip)
+    with pytest.raises(CollectiveError, match=r"the sum of the gradients of .* was computed wrongly by rank 1 \("):
+        train(2, {"parallel__reduce": "shared-memory"}, every=1, steps=1, prepare=prepare)
+
+
+def test_every_element_is_drawn():
+    assert {draw_interval(23, number, 10) for number in range(100)} == {(0, 10), (10, 20), (20, 23)}
+    assert draw_interval(23, 5, 100) == (0, 23)
+
+
+@pytest.mark.parametrize(
+    ("again", "added", "wrong"),
+    [
+        ([8, 8, 8], {1: 0}, [1]),
+        ([8, 8, 0], {1: 8}, [2]),  # it recomputed wrongly
+        ([8, 8, 0], {2: 0}, [2]),
+        ([8, 0], {0: 0}, [0]),  # what the one added before is what the other has
+        ([8, 0], {1: 8}, [1]),
+        ([8, 0], {0: 8}, [0, 1]),  # each insists
+        ([8], {0: 0}, [0]),
+        ([8, 8], {0: 8, 1: 8}, []),
+    ],
+)
+def test_the_majority_decides_which_rank_added_wrongly(again, added, wrong):
+    assert judge(again, added)[0] == wrong
 
 
 # In a run with a folder.
@@ -399,5 +538,28 @@ def test_processors_of_different_kinds_are_not_compared(tmp_path, data, saving, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLIP_LAYOUTS)
 def test_many_flipped_bits_are_found(name):
-    found = [assert_is_found_or_harmless(name, seed) for seed in range(1000, 1150)]
+    found = [assert_is_found_or_harmless(name, seed, COMPUTED + STATE + SUMS) for seed in range(1000, 1150)]
     assert sum(found) > 75
+
+
+@pytest.mark.slow
+def test_a_processor_that_fails_now_and_then_is_found_after_the_expected_time():
+    """Rank 0 computes a quarter of its microbatches wrongly; every 20th step is checked. It is found after 80 on average."""
+    every, share, trials = 20, 0.25, 40
+    config, counts = small_config(**one_microbatch_each(2, {})), []
+
+    def body(comm, draw):
+        model, source = build_train_model(config, comm), RandomTokens(config)
+        if comm.rank == 0:
+            norm = model.stages[0].model.get_parameter("norm.weight")
+            norm.register_hook(lambda gradient: flip(gradient, draw) if draw.random() < share else None)
+        check = Recheck(model, every)
+        for step in range(10_000):
+            train_step(model, source, step, recheck=check)
+
+    for seed in range(trials):
+        with pytest.raises(CollectiveError, match="computed wrongly by rank 0") as caught:
+            run_ranks(2, partial(body, draw=random.Random(seed)), timeout_s=300.0)
+        counts.append(int(re.match(r"step (\d+): ", str(caught.value))[1]))
+    error = every * (1 - share) ** 0.5 / share / trials**0.5
+    assert abs(sum(counts) / trials - every / share) < 3 * error, counts

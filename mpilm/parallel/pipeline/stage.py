@@ -29,6 +29,7 @@ class GradientReducer:
     parameters: Mapping[str, Tensor] = {}
     shared_bytes = 0  # of gradients, in memory that other ranks of the node map too
     unit_names: Sequence[str] = ()  # a parameter of each FSDP unit, in backward order, if parameters are gathered
+    adds_in_stages = False  # True: ranks add parts of a sum that another rank then completes
 
     def begin_microbatch(self, i: int) -> None: ...
     def accumulate(self, name: str, gradient: Tensor) -> None: ...

@@ -85,7 +85,7 @@ class MessageReducer(CrossRankReducer):
         encoding: GradientEncoding,
         halving: bool = False,
     ):
-        self.comm, self.layout, self.gather, self.encoding = comm, layout, gather, encoding
+        self.comm, self.layout, self.gather, self.encoding, self.adds_in_stages = comm, layout, gather, encoding, halving
         self.idle = make_exchanges(depth, comm, layout, nodes, device, encoding, halving)
         self.reduction = self.idle[0].plan(nodes, microbatches)
         self.in_flight = deque[tuple[Exchange, Tensor, Interval]]()

@@ -21,6 +21,7 @@ from mpilm.parallel.fsdp import all_gather_shards
 from mpilm.parallel.pipeline.stage import GradientReducer
 from mpilm.parallel.plan import copy_name
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, Exchange, make_exchanges
+from mpilm.parallel.reduce.record import GradientRecord
 
 
 class MicrobatchRoundReducer(GradientReducer):
@@ -44,6 +45,9 @@ class MicrobatchRoundReducer(GradientReducer):
         nodes, size = ([(0, 1)], 1) if sequence is None else sequence.gradient_nodes()  # of the ranks in a tree of parts
         total = microbatches * size
         leaves = _list_leaves(self.comm.size, flat.copies, microbatches, nodes, size)
+        self.leaves = [each[self.comm.rank] for each in leaves]
+        self.record: GradientRecord | None = None  # of this step
+        self.adds_in_stages = halving
         self.folds = [plan_merges(each[self.comm.rank], total) for each in leaves]
         remaining = [[[node for node, _ in plan_merges(own, total)[1]] for own in each] for each in leaves]
         reduced = [TreeMerger(each, total).remaining for each in remaining]
@@ -136,6 +140,8 @@ class MicrobatchRoundReducer(GradientReducer):
     def reduce(self) -> None:
         if self.flat.zero == 0:
             all_gather_shards(self.flat, self.sums)
+        if self.record is not None:
+            self.record.note_sum(self.sums)
 
     def _reduce_group(self, i: int, group: ReduceGroup, gradients: Sequence[FlatVector]) -> None:
         merges, remaining = self.folds[i]
@@ -144,8 +150,14 @@ class MicrobatchRoundReducer(GradientReducer):
                 self._finish_oldest(i)
             exchange = self.idle.pop()
             parts = [gradient.view(*bucket) for gradient in gradients]
+            if self.record is not None:
+                for node, x in zip(self.leaves[i], parts):
+                    self.record.note_leaf(node, bucket[0], x)
             for into, other in merges if parts else ():
                 parts[into].add_(parts[other])
+            if self.record is not None:
+                for node, place in remaining if parts else ():
+                    self.record.note_node(node, bucket[0], parts[place])
             exchange.start(self.rounds[i], [parts[place] for _, place in remaining] if parts else [], bucket)
             self.in_flight.append((exchange, bucket))
         while self.in_flight:

@@ -74,7 +74,7 @@ class SharedMemoryReducer(CrossRankReducer):
         encoding: GradientEncoding,
         halving: bool = False,
     ):
-        self.topology, self.gather = topology, gather
+        self.topology, self.gather, self.adds_in_stages = topology, gather, topology.inter_node.size > 1
         local_rank, local_size = topology.intra_node.rank, topology.intra_node.size
         slices = [LocalRankSlices(layout, r, local_size) for r in range(local_size)]
         own_slices, self.own_buffers = slices[local_rank], buffers[local_rank]

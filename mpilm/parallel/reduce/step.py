@@ -15,12 +15,14 @@ from mpilm.ops.tree import AccumulationPlan, Interval
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import intersect_intervals
 from mpilm.parallel.pipeline.stage import GradientReducer
+from mpilm.parallel.reduce.record import GradientRecord
 
 
 class CrossRankReducer:
     """Reduces the tree nodes that ranks have accumulated to one sum. This one does nothing: a single rank's sum is complete."""
 
     uses_shared_buffers = False  # True: other ranks of the node map the buffers too
+    adds_in_stages = False  # as in GradientReducer
     memory_bytes = 0  # used beside the gradients
 
     def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
@@ -49,10 +51,13 @@ class StepReducer(GradientReducer):
     ):
         self.kernels = kernels
         self.flat, self.buffers, self.across_ranks, self.overlap = flat, buffers, across_ranks, overlap
-        self.ops, nodes_held = plan
+        self.ops, self.nodes_held = plan
+        self.first_leaf = min(start for start, _ in self.nodes_held.values())
+        self.record: GradientRecord | None = None  # of this step
+        self.adds_in_stages = across_ranks.adds_in_stages
         self.sums, self.buckets = buffers[0], flat.layout.buckets
         self.views = [{name: flat.parameter(name, buffer) for name in flat.layout.spans} for buffer in buffers]
-        self.parts = {bucket: [buffers[b].view(*bucket) for b in nodes_held] for bucket in self.buckets}
+        self.parts = {bucket: [buffers[b].view(*bucket) for b in self.nodes_held] for bucket in self.buckets}
         self.parameters = {name: model.get_parameter(name) for name in flat.layout.spans}
         self.names = [
             {name for name in group.names if intersect_intervals([flat.layout.padded_span(name)], [bucket])}
@@ -82,25 +87,32 @@ class StepReducer(GradientReducer):
     def begin_microbatch(self, i: int) -> None:
         """Direct the gradients of this rank's i-th microbatch to the buffer that the plan assigns. Gradients are copied into a
         fresh buffer as they come, which reads and writes half of what adding to zeros would."""
-        op, self.is_collecting = self.ops[i], True
+        op, self.is_collecting, self.leaf = self.ops[i], True, (self.first_leaf + i, self.first_leaf + i + 1)
         self.overwrite, self.into = op.overwrite, self.views[op.buffer]
         self.pending = dict(self.into) if op.overwrite else {}
         for name, parameter in self.parameters.items():
-            accumulates = not op.overwrite and parameter.dtype == torch.float32  # in backward
-            parameter.grad = self.into[name] if accumulates else None
+            parameter.grad = None if op.overwrite or self._is_moved(parameter) else self.into[name]
+        if self.record is not None:
+            self.record.note_leaf(self.leaf)
         if i == len(self.ops) - 1:
             self.started, self.complete = 0, set[str]()  # buckets started, and parameters whose gradient has arrived
 
     def accumulate(self, name: str, gradient: Tensor) -> None:
         """Add a gradient computed outside backward, between `begin_microbatch` and `end_microbatch`."""
+        if self.record is not None:
+            self.record.note_leaf(self.leaf, self.flat.layout.spans[name][0], gradient)
         if (place := self.pending.pop(name, None)) is None:
             self.kernels.accumulate_(self.into[name], gradient)
         else:
             self.kernels.store_(place, gradient)
 
+    def _is_moved(self, parameter: Tensor) -> bool:
+        """Return whether each gradient is moved into its buffer, rather than added to it in backward. The bits are the same."""
+        return self.record is not None or parameter.dtype != torch.float32
+
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
         """Move a gradient that backward has completed into a buffer. Start the buckets that waited for it."""
-        is_moved = self.overwrite or (self.is_collecting and parameter.dtype != torch.float32)
+        is_moved = self.overwrite or (self.is_collecting and self._is_moved(parameter))
         if is_moved and parameter.grad is not None:
             gradient, parameter.grad = parameter.grad, None
             self.accumulate(name, gradient.to_dense())
@@ -122,6 +134,8 @@ class StepReducer(GradientReducer):
         while self.started < len(self.buckets):
             self._start_next_bucket()
         self.across_ranks.finish()
+        if self.record is not None:
+            self.record.note_sum(self.sums)
 
     def _merge_buffers(self, i: int, start: int, stop: int) -> None:
         for into, other in self.ops[i].merges:
@@ -131,4 +145,7 @@ class StepReducer(GradientReducer):
         bucket = self.buckets[self.started]
         self.started += 1
         self._merge_buffers(len(self.ops) - 1, *bucket)
+        if self.record is not None:
+            for buffer, node in self.nodes_held.items():
+                self.record.note_node(node, bucket[0], self.buffers[buffer].view(*bucket))
         self.across_ranks.start(self.parts[bucket], bucket)

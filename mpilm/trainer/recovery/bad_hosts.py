@@ -1,5 +1,6 @@
 """RUN/bad-hosts.json: the hosts that have computed wrongly, and checkpoints that may be wrong because of it."""
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -27,11 +28,12 @@ def record_bad_hosts(
     def record() -> list[Any]:
         path = run.folder.path / BAD_HOSTS
         found = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "ranks": list(ranks), "problem": problem}
-        with writing(run.folder.path):
+        with writing(run.folder.path) if hosts else contextlib.nullcontext():
             rows = parse_json(path.read_bytes(), path) if path.exists() else {}
             for host in hosts:
                 rows[host] = [*rows.get(host, []), found]
-            write_durably(path, json.dumps(rows, indent=2).encode() + b"\n")
+            if hosts:
+                write_durably(path, json.dumps(rows, indent=2).encode() + b"\n")
         later = [x for x in list_checkpoints(run.folder.checkpoints) if (checkpoint_step(x) or 0) > last_good]
         aside = [folder.name for folder in set_aside(later, "suspect")]
         return [aside, [folder.name for folder in list_checkpoints(run.folder.checkpoints)]]
@@ -39,6 +41,8 @@ def record_bad_hosts(
     aside, good = run.mesh.world.broadcast_json(run_on_root(run.mesh.world, record))
     suspect = f"; saved after the last good recheck (step {last_good}), so set aside: {', '.join(aside)}" if aside else ""
     resumes = f"resumes from {good[-1]}" if good else "begins anew: no checkpoint is from before the last good recheck"
+    if not hosts:
+        return f"No host is noted, since it may be any of them{suspect}. The same command {resumes}"
     return f"The host is noted in {run.folder.path / BAD_HOSTS}{suspect}. The same command, best without that host, {resumes}"
 
 
