@@ -7,11 +7,16 @@ import subprocess
 import sys
 import tempfile
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import Tensor, nn
 
+from benchmarks.compute import products_alone
 from benchmarks.measure import BENCH, make_config, mpilm_side, mpirun, print_report, speed_ratios, time_sides
 from benchmarks.speed import torch_side
+from mpilm.model.moe import MixtureOfExperts
+from mpilm.model.sequence_info import SequenceInfo
 
 SHAPE = {  # blocks of width 1,024
     "model__d_model": 1024, "model__n_layers": 4, "model__n_heads": 16, "model__n_kv_heads": 16, "model__context_length": 512,
@@ -51,8 +56,19 @@ def context_worker(args: argparse.Namespace) -> None:
 
 
 def expert_worker(args: argparse.Namespace) -> None:
-    title = "expert 2: 2 blocks of width 512 with 8 experts, 512 tokens a microbatch, 2,048 tokens a step"
-    _compare_with_data_parallelism(args, title, {**SHAPE, **MIXTRAL}, {"expert 2": {"parallel__expert": 2}}, ">= 0.90")
+    """As the router of a young model sends the tokens, and with as many tokens for each expert, as a trained one aims at."""
+    title, ways = "2 blocks of width 512 with 8 experts, 512 tokens a microbatch", {"expert 2": {"parallel__expert": 2}}
+    _compare_with_data_parallelism(args, f"expert 2: {title}", {**SHAPE, **MIXTRAL}, ways, "")
+    with mock.patch.object(MixtureOfExperts, "route", route_evenly):
+        _compare_with_data_parallelism(args, f"equal tokens: {title}", {**SHAPE, **MIXTRAL}, ways, ">= 0.90")
+
+
+def route_evenly(mixture: MixtureOfExperts, flat: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
+    """Deal the tokens to the experts in turn, with weights from the router."""
+    probs = mixture.router(flat).softmax(dim=-1, dtype=torch.float32)
+    chosen = torch.arange(len(flat) * mixture.top_k).view(-1, mixture.top_k) % mixture.n_experts
+    weights = probs.gather(-1, chosen)
+    return chosen, weights / weights.sum(dim=-1, keepdim=True)
 
 
 def _compare_with_data_parallelism(
@@ -62,7 +78,7 @@ def _compare_with_data_parallelism(
 
     comm, sides = mpi_world(), {}
     for name, changes in {"data 2": {}, **ways}.items():
-        config = make_config(f"{args.folder}/{name.replace(' ', '-')}", args.preset, **{**shape, **changes})
+        config = make_config(f"{args.folder}/{title[:5]}-{name.replace(' ', '-')}", args.preset, **{**shape, **changes})
         sides[name] = mpilm_side(config, comm)
     times, void = time_sides(sides, args.rounds, comm)
     if comm.rank == 0:
@@ -110,6 +126,7 @@ def axes_worker(args: argparse.Namespace) -> None:
 
     from mpilm.comm.base import SelfComm
     from mpilm.comm.mpi import mpi_world
+    from mpilm.model.flops import block_matrices
 
     comm = mpi_world()
     dist.init_process_group("gloo", init_method=f"file://{args.folder}/gloo", rank=comm.rank, world_size=comm.size)
@@ -117,13 +134,15 @@ def axes_worker(args: argparse.Namespace) -> None:
     def side(name, comm=comm, **changes):  # type: ignore[no-untyped-def]
         return mpilm_side(make_config(f"{args.folder}/{name}", args.preset, **{**SHAPE, **changes}), comm)
 
-    alone = {"train__global_batch": 2}
+    alone, shape = {"train__global_batch": 2}, make_config(args.folder, args.preset, **SHAPE).model
+    numel = shape.n_layers * sum(inputs * outputs * copies for inputs, outputs, copies in block_matrices(shape))
     sides = {
         "data 2": side("data"),
         "tensor 2": side("tensor", parallel__tensor=2),
         "each rank alone, 1 part": side(f"one-{comm.rank}", SelfComm(), **alone),
         "each rank alone, 2 parts": side(f"two-{comm.rank}", SelfComm(), model__tensor_parts=2, **alone),
         "torch DTensor, gloo": torch_side(make_config(f"{args.folder}/plain", args.preset, **SHAPE), wrap=divide_by_dtensor),
+        "products of the blocks alone": products_alone("float32", 6 * numel * 4 * 512 / comm.size),
     }
     times, void = time_sides(sides, args.rounds, comm)
     if comm.rank == 0:
@@ -131,5 +150,6 @@ def axes_worker(args: argparse.Namespace) -> None:
             "tensor 2 / data 2": (speed_ratios(times, "data 2", "tensor 2"), ">= 0.85"),
             "2 parts / 1 part": (speed_ratios(times, "each rank alone, 1 part", "each rank alone, 2 parts"), ">= 0.95"),
             "tensor 2 / DTensor": (speed_ratios(times, "torch DTensor, gloo", "tensor 2"), ">= 1.30"),
+            "products alone / DTensor": (speed_ratios(times, "torch DTensor, gloo", "products of the blocks alone"), ""),
         }, void)  # fmt: skip
     dist.destroy_process_group()

@@ -21,7 +21,7 @@ from mpilm.parallel.layout import ParamLayout
 from mpilm.parallel.layout_check import reduces_in_rounds
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, AllReduceReducer, GatheringReducer, MessageReducer
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
-from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
+from mpilm.parallel.reduce.rounds import LocalRoundReducer, MicrobatchRoundReducer
 from mpilm.parallel.reduce.shared_memory import detect_topology, make_shared_memory_reducer
 from mpilm.parallel.reduce.step import CrossRankReducer, StepReducer
 
@@ -62,6 +62,8 @@ def build_reducer(
     overlap = flat.device.type == "cuda"
     is_exact = parallel.wire_dtype == "float32" and train.reproducible and not overlap  # other methods round differently
     if reduces_in_rounds(config):
+        if comm.size == 1:
+            return LocalRoundReducer(flat, model, total, sequence=sequence)
         halving = is_exact and choose_method(flat, False, list_methods(comm, "messages"), timings).halving
         return MicrobatchRoundReducer(flat, model, total, parallel.wire_dtype, sequence, halving)
     if parallel.sync_every or (parallel.powersgd_rank and comm.size > 1):

@@ -47,7 +47,6 @@ class MicrobatchRoundReducer(GradientReducer):
         leaves = _list_leaves(self.comm.size, flat.copies, microbatches, nodes, size)
         self.leaves = [each[self.comm.rank] for each in leaves]
         self.record: GradientRecord | None = None  # of this step
-        self.adds_in_stages = halving
         self.folds = [plan_merges(each[self.comm.rank], total) for each in leaves]
         remaining = [[[node for node, _ in plan_merges(own, total)[1]] for own in each] for each in leaves]
         reduced = [TreeMerger(each, total).remaining for each in remaining]
@@ -56,26 +55,37 @@ class MicrobatchRoundReducer(GradientReducer):
         self.buffers = [flat.zeros("gradients", flat.shard if i else whole) for i in range(count_buffers(ops))]
         self.ops = [[ops.pop(0) for _ in each] for each in reduced]
         self.sums = self.buffers[0]
-        spans = [(group.start, group.stop) for group in self.groups]
-        longest = max(stop - start for start, stop in spans)
-        group_gradient = torch.zeros(flat.copies, longest, device=flat.device)  # of each group in turn
-        # For each group, one for each copy of its parameters.
-        self.gradients = [[FlatVector([span], row[: span[1] - span[0]]) for row in group_gradient] for span in spans]
-        self.encoding = make_encoding(wire_dtype)
-        most = max(remaining, key=lambda each: sum(map(len, each)))
-        exchange = self.comm, flat.layout, most, flat.device, self.encoding, halving
-        self.idle = make_exchanges(BUCKETS_IN_FLIGHT, *exchange)
-        self.rounds = [self.idle[0].plan(each, total) for each in remaining]
-        self.in_flight = deque[tuple[Exchange, Interval]]()
-        workspace_bytes = sum(exchange.memory_bytes for exchange in self.idle)
         self.memory_bytes = {
             "gradients": sum(buffer.tensor.nbytes for buffer in self.buffers),
-            "exchange": group_gradient.nbytes + workspace_bytes + self.encoding.residual_bytes(flat.copies * flat.layout.numel),
+            "exchange": 0,
             "passing": 4 * max(layout.numel for _, layout in flat.layout.spans.values()),  # the gradient of one parameter
         }
         self.names = [[[copy_name(name, copy) for name in each.names] for copy in range(flat.copies)] for each in self.groups]
         self.waiting = [set[str]().union(*each) for each in self.names]
         self.parameters = {name: model.get_parameter(name) for each in self.waiting for name in each}
+        self.unit_names = [group.names[0] for group in self.groups]
+        self.current: int | None = None
+        self._prepare_exchange(remaining, total, wire_dtype, halving)
+        for name, parameter in self.parameters.items():
+            parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
+
+    def _prepare_exchange(
+        self, nodes: Sequence[Sequence[Sequence[TreeNode]]], total: int, wire_dtype: str, halving: bool
+    ) -> None:
+        """Allocate what exchanges need. `nodes`: those that each rank contributes to each round."""
+        flat, self.adds_in_stages, self.encoding = self.flat, halving, make_encoding(wire_dtype)
+        spans = [(group.start, group.stop) for group in self.groups]
+        longest = max(stop - start for start, stop in spans)
+        group_gradient = torch.zeros(flat.copies, longest, device=flat.device)  # of each group in turn
+        # For each group, one for each copy of its parameters.
+        self.gradients = [[FlatVector([span], row[: span[1] - span[0]]) for row in group_gradient] for span in spans]
+        most = max(nodes, key=lambda each: sum(map(len, each)))
+        self.idle = make_exchanges(BUCKETS_IN_FLIGHT, self.comm, flat.layout, most, flat.device, self.encoding, halving)
+        self.rounds = [self.idle[0].plan(each, total) for each in nodes]
+        self.in_flight = deque[tuple[Exchange, Interval]]()
+        workspace_bytes = sum(exchange.memory_bytes for exchange in self.idle)
+        residual_bytes = self.encoding.residual_bytes(flat.copies * flat.layout.numel)
+        self.memory_bytes["exchange"] = group_gradient.nbytes + workspace_bytes + residual_bytes
         self.places: dict[str, tuple[int, Tensor, Tensor]] = {}  # of each gradient: its group, elements, and the padding behind
         for i, (group, gradients, copies) in enumerate(zip(self.groups, self.gradients, self.names)):
             for gradient, names in zip(gradients, copies):
@@ -83,10 +93,6 @@ class MicrobatchRoundReducer(GradientReducer):
                     at, stop = flat.layout.padded_span(name)
                     padding = gradient.view(at + flat.layout.spans[name][1].numel, stop)
                     self.places[copy] = i, flat.parameter(name, gradient), padding
-        self.unit_names = [group.names[0] for group in self.groups]
-        self.current: int | None = None
-        for name, parameter in self.parameters.items():
-            parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
 
     def reset_residuals(self) -> None:
         self.encoding.reset_residuals()
@@ -176,6 +182,64 @@ class MicrobatchRoundReducer(GradientReducer):
             views[op.buffer].copy_(node) if op.overwrite else views[op.buffer].add_(node)
             for into, other in op.merges:
                 views[into].add_(views[other])
+
+
+class LocalRoundReducer(MicrobatchRoundReducer):
+    """The same for a rank that sums alone, such as that of experts which no other rank has: each gradient is added as soon as
+    those of all copies of its parameter have arrived."""
+
+    def _prepare_exchange(
+        self, nodes: Sequence[Sequence[Sequence[TreeNode]]], total: int, wire_dtype: str, halving: bool
+    ) -> None:
+        self.views = [{name: self.flat.parameter(name, buffer) for name in self.flat.layout.spans} for buffer in self.buffers]
+        self.copies = {name: copies for each in self.names for copies in zip(*each) for name in copies}  # of one parameter
+
+    def reset_residuals(self) -> None:
+        """Nothing is sent."""
+
+    def begin_microbatch(self, i: int) -> None:
+        super().begin_microbatch(i)
+        if self.record is not None:
+            for node in self.leaves[i]:
+                self.record.note_leaf(node)
+
+    def _on_gradient(self, name: str, parameter: Tensor) -> None:
+        if self.current is None:
+            return
+        self.complete.add(name)
+        if self.complete.issuperset(self.copies[name]):
+            self._add_gradients(self.current, self.copies[name])
+
+    def _add_gradients(self, i: int, copies: Sequence[str]) -> None:
+        """Add the gradients of all copies of a parameter in tree order."""
+        gradients = list[Tensor]()
+        for copy in copies:
+            gradient, self.parameters[copy].grad = self.parameters[copy].grad, None
+            assert gradient is not None
+            gradients.append(gradient.float())
+        name, (merges, remaining) = copies[0], self.folds[i]
+        at = self.flat.layout.spans[name][0]
+        if self.record is not None:
+            for node, x in zip(self.leaves[i], gradients):
+                self.record.note_leaf(node, at, x)
+        for into, other in merges:
+            gradients[into].add_(gradients[other])
+        for op, (node, place) in zip(self.ops[i], remaining, strict=True):
+            if self.record is not None:
+                self.record.note_node(node, at, gradients[place])
+            total = self.views[op.buffer][name]
+            torch.add(gradients[place], 0.0, out=total) if op.overwrite else total.add_(gradients[place])
+            for into, other in op.merges:
+                self.views[into][name].add_(self.views[other][name])
+
+    def end_microbatch(self, i: int) -> None:
+        if missing := self.parameters.keys() - self.complete:
+            raise RuntimeError(f"backward left no gradient for some of {', '.join(sorted(missing))}")
+        self.current = None
+
+    def join_round(self, i: int, begin_backward: Callable[[str], None]) -> None:
+        for name in self.unit_names:
+            begin_backward(name)
 
 
 def _list_leaves(
