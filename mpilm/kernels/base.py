@@ -124,7 +124,8 @@ class BlockwiseCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
-        for x, places in _row_blocks(logits.detach(), targets):
+        # Without a version: logits of several sequence parts share memory, and torch would find those of the others changed.
+        for x, places in _row_blocks(logits.data, targets):
             wide = x.float() if x.dtype != torch.float32 else x.clone()
             with torch.enable_grad():
                 loss = cross_entropy_sum(wide.requires_grad_(), places) * gradient

@@ -13,6 +13,7 @@ from thread_ranks import run_ranks
 
 from mpilm.comm.base import SelfComm
 from mpilm.engine.pipelined import meta_model
+from mpilm.kernels import base
 from mpilm.kernels.base import attention_mask, loss_sum
 from mpilm.model.attention import AttentionCore
 from mpilm.model.families import initial_std, initial_value
@@ -210,3 +211,14 @@ def test_every_layout_trains_to_the_same_bits(family, case):
     assert all(outcome.numbers == expected.numbers for outcome in outcomes)
     found, bits = assemble([outcome.state for outcome in outcomes]), assemble([expected.state])
     assert [name for name in bits if not torch.equal(found[name], bits[name])] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_loss_in_blocks_of_sequence_parts_has_the_bits_of_the_whole(monkeypatch, size, dtype):
+    """One sequence a microbatch, so that the logits of its parts are views of the same memory; backward overwrites them."""
+    settings = {**SIZES, "train__micro_batch": 1, "train__dtype": dtype, **layout(context=size)}
+    (expected, *_) = run_ranks(size, lambda comm: train_steps(small_config(**settings), comm))
+    monkeypatch.setattr(base, "LOSS_BLOCK", 100)  # less than the logits of a row
+    (found, *_) = run_ranks(size, lambda comm: train_steps(small_config(**settings), comm))
+    assert found.numbers == expected.numbers
