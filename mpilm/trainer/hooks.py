@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from math import isfinite
+from statistics import median
 
 from mpilm.checkpoint.manager import CheckpointManager
 from mpilm.comm.collective_errors import CollectiveError, run_on_root
@@ -13,6 +14,7 @@ from mpilm.engine.step import StepResult, validation_loss
 from mpilm.errors import PreemptedError
 from mpilm.launch.stop_request import STOP_REASONS
 from mpilm.ops.tree import balance_blocks
+from mpilm.parallel.reduce.step import StepReducer
 from mpilm.telemetry.trace import Trace, break_down
 from mpilm.trainer.certificate import CertificateWriter, certified_settings, digest_facts
 from mpilm.trainer.log import RunLog
@@ -24,6 +26,7 @@ from mpilm.trainer.run_folder import writing
 
 MEASURED_STEPS = 5  # before microbatches are assigned by speed
 LEAST_GAIN = 0.05  # of the time of the slowest replica, for which they are assigned anew
+OVERLAP_TRIAL_STEPS, LEAST_GAIN_OF_OVERLAP = 12, 0.01
 HookParts = tuple[Run, RunLog, CheckpointManager, InMemoryCheckpoint | None]  # of every hook
 
 
@@ -207,6 +210,40 @@ class Checkpointing(Hook):
 
     def finish(self) -> None:
         self.checkpoints.close()
+
+
+@dataclass
+class OverlapTrial(Hook):
+    """Tries, in some of the first steps, whether training is faster if sums of gradients travel while backward computes, and
+    keeps to the faster way: on CPUs, where sums travel as messages. The bits are the same."""
+
+    def __post_init__(self) -> None:
+        model, first = self.run.model, self.run.folder.step + 1  # the very first step takes longer
+        can_overlap = all(isinstance(each, StepReducer) and each.can_overlap for each in model.reducers.values())
+        is_possible = all(self.run.mesh.world.all_gather_json(can_overlap and model.device.type == "cpu"))
+        self.steps = range(first, first + OVERLAP_TRIAL_STEPS if is_possible else first)
+        self.seconds, self.is_faster = {True: list[float](), False: list[float]()}, False
+
+    def before_step(self, step: int) -> None:
+        if self.steps:
+            overlap = step % 2 == 0 if step in self.steps else self.is_faster
+            for reducer in self.run.model.reducers.values():
+                if isinstance(reducer, StepReducer):
+                    reducer.overlap = overlap
+            self.began_s = time.perf_counter()
+
+    def after_step(self, event: StepEvent) -> None:
+        if (step := event.done - 1) not in self.steps:
+            return
+        self.seconds[step % 2 == 0].append(time.perf_counter() - self.began_s)
+        if step < self.steps[-1]:
+            return
+        everyone = self.run.mesh.world.all_gather_json([median(self.seconds[overlap]) for overlap in (False, True)])
+        apart_s, overlapped_s = map(max, zip(*everyone))
+        self.is_faster = overlapped_s < (1 - LEAST_GAIN_OF_OVERLAP) * apart_s
+        how = "while backward computes" if self.is_faster else "after backward"
+        times = f"a step takes {overlapped_s:.3g} s with sums beside backward, {apart_s:.3g} s with sums after it"
+        self.log.log_event("overlap", event.done, why=f"gradients are summed {how} from here on: {times}")
 
 
 class Balancing(Hook):

@@ -77,6 +77,7 @@ def run_steps(parts: hooks.HookParts, tracing: hooks.Tracing, recovered: Recover
         hooks.Stopping(*parts),  # last: it raises
     ]
     all_hooks: list[hooks.Hook] = [
+        hooks.OverlapTrial(*parts),  # closest to the step, which it times
         tracing,  # the step's own spans, before any hook adds others
         hooks.BadStepRecovery(*parts),  # before the state is copied, compared or saved
         hooks.InMemoryCheckpointing(*parts),  # before any collective that a failed rank could interrupt

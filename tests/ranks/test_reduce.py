@@ -18,7 +18,7 @@ from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import BUCKET
 from mpilm.parallel.reduce import build
 from mpilm.parallel.reduce.build import ReductionMethod, make_step_reducer
-from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
+from mpilm.parallel.reduce.rounds import LocalRoundReducer, MicrobatchRoundReducer
 from mpilm.parallel.reduce.shared_memory import detect_topology
 from mpilm.parallel.tied import TiedParameters
 
@@ -26,7 +26,7 @@ V = 29
 METHODS = [
     (0, {"shared": True}), (0, {"shared": False}), (0, {"shared": False, "overlap": True}), (1, {"shared": True}),
     (1, {"shared": False}), (2, {}), (3, {}), (0, {"shared": False, "halving": True}), (1, {"shared": False, "halving": True}),
-    (3, {"halving": True}), (0, {"shared": False, "gathered": True}), (1, {"shared": False, "gathered": True}),
+    (3, {"halving": True}),
 ]  # fmt: skip
 """ZeRO, and options of the reducer."""
 WORK = [  # ranks, microbatches, tied embeddings, elements of a bucket
@@ -79,28 +79,19 @@ class Replica:
     """One rank: a full model, and the reducer of its gradients."""
 
     def __init__(
-        self,
-        comm,
-        tie,
-        total,
-        zero,
-        overlap=False,
-        reproducible=True,
-        shared=True,
-        wire_dtype="float32",
-        halving=False,
-        gathered=False,
+        self, comm, tie, total, zero, overlap=False, reproducible=True, shared=True, wire_dtype="float32", halving=False
     ):
         self.model, full = full_model(shape_of(tie), V, CPU)
         draw_values(full, shape_of(tie), seed=0)
         table = resolve_model_layouts(shape_of(tie), V, (1,))
         self.flat = FlatParameters(table, CPU, zero, comm)
         if zero < 2:
-            method = ReductionMethod(shared, halving, gathered)
+            method = ReductionMethod(shared, halving)
             self.reducer = make_step_reducer(self.flat, self.model, total, reproducible, overlap, method, wire_dtype)
             self.microbatch_ids = range(*block_of_rank(comm.rank, comm.size, total))
         else:
-            self.reducer = MicrobatchRoundReducer(self.flat, self.model, total, wire_dtype, halving=halving)
+            kind = LocalRoundReducer if comm.size == 1 else MicrobatchRoundReducer
+            self.reducer = kind(self.flat, self.model, total, wire_dtype, halving=halving)
             self.microbatch_ids = range(comm.rank, total, comm.size)
         self.rounds = -(-total // comm.size)
         self.tied = TiedParameters(table, {(0, False): self.flat}, SelfComm("pipeline"))

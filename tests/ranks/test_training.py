@@ -36,6 +36,7 @@ from mpilm.kernels.base import loss_sum
 from mpilm.launch.stop_request import BY_FILE, StopRequest
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.optim.optimizer import learning_rate
+from mpilm.parallel.reduce.step import StepReducer
 from mpilm.trainer import hooks
 from mpilm.trainer.build import build_run
 from mpilm.trainer.loop import train
@@ -458,3 +459,25 @@ def test_time_for_an_evaluation_is_kept_before_a_time_limit(tmp_path, data):
         train(config, SelfComm())
     needed_s = [call.args[0] for call in asked.call_args_list]
     assert needed_s[0] < 1000 < needed_s[1]
+
+
+@pytest.mark.parametrize(("least_gain", "how"), [(-1e9, "while backward computes"), (1.0, "after backward")])
+def test_sums_that_travel_beside_backward_have_the_same_bits(tmp_path, data, monkeypatch, least_gain, how):
+    """Both ways are tried, and one is chosen."""
+    settings = {"train__steps": 16, "run__eval_every": 0}
+    expected = train_to_end(tiny_config(data, tmp_path / "shared", **settings), 2)
+    monkeypatch.setattr(hooks, "LEAST_GAIN_OF_OVERLAP", least_gain)
+    config = tiny_config(data, tmp_path / "run", **settings, parallel__reduce="messages")
+    begin, seen = StepReducer.begin_microbatch, []
+
+    def begin_and_see(reducer, i):
+        seen.append(reducer.overlap)
+        begin(reducer, i)
+
+    monkeypatch.setattr(StepReducer, "begin_microbatch", begin_and_see)
+    assert train_to_end(config, 2) == expected
+    assert {*seen} == {True, False}
+    assert seen[-1] == (least_gain < 0)
+    events = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if row.get("event") == "overlap"]
+    assert [(row["step"], row["why"].partition(" from here on")[0]) for row in events] == [(13, f"gradients are summed {how}")]
+    assert not [row for row in read_metrics(tmp_path / "shared/metrics.jsonl") if row.get("event") == "overlap"]

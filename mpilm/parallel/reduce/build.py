@@ -19,13 +19,12 @@ from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import FlatLayout
 from mpilm.parallel.layout import ParamLayout
 from mpilm.parallel.layout_check import reduces_in_rounds
-from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, AllReduceReducer, GatheringReducer, MessageReducer
+from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, AllReduceReducer, MessageReducer
 from mpilm.parallel.reduce.powersgd import PowerSGDReducer
 from mpilm.parallel.reduce.rounds import LocalRoundReducer, MicrobatchRoundReducer
 from mpilm.parallel.reduce.shared_memory import detect_topology, make_shared_memory_reducer
 from mpilm.parallel.reduce.step import CrossRankReducer, StepReducer
 
-MAX_GATHERED_NUMEL = 1 << 14  # elements of all ranks that each rank gathers and adds, in one collective
 MIN_TIMED_NUMEL, MAX_TIMED_NUMEL = 1 << 20, 1 << 22  # smaller sums are not worth timing; larger ones take as long per element
 ATTEMPTS = 3
 
@@ -35,11 +34,8 @@ class ReductionMethod(NamedTuple):
 
     shared: bool  # in the shared memory of each node, and between nodes by messages
     halving: bool  # messages by recursive halving, not to all ranks at once
-    gathered: bool = False  # every rank gathers everything and adds it
 
     def __str__(self) -> str:
-        if self.gathered:
-            return "gathered by all ranks"
         return ("shared-memory" if self.shared else "messages") + (", recursive halving" if self.halving else "")
 
 
@@ -75,9 +71,7 @@ def build_reducer(
             across_ranks = PowerSGDReducer(comm, flat, buffers[0], parallel.powersgd_rank, train.seed)
         return StepReducer(flat, model, plan, buffers, across_ranks, overlap, kernels)
     method = ReductionMethod(allowed != "messages", False)
-    if is_exact and parallel.reduce == "auto" and comm.size * flat.layout.numel <= MAX_GATHERED_NUMEL:
-        method = ReductionMethod(False, False, gathered=True)
-    elif is_exact:
+    if is_exact:
         method = choose_method(flat, flat.zero == 0, list_methods(comm, allowed), timings)
     return make_step_reducer(flat, model, total, train.reproducible, overlap, method, parallel.wire_dtype, blocks, kernels)
 
@@ -105,9 +99,6 @@ def make_step_reducer(
         return StepReducer(flat, model, in_sequence, buffers, AllReduceReducer(comm, depth), overlap, kernels)
     plans, encoding = _plan_blocks(blocks, microbatches), make_encoding(wire_dtype)
     plan, nodes = plans[comm.rank], [list(held.values()) for _, held in plans]
-    if method.gathered and comm.size > 1:
-        gathering = GatheringReducer(comm, nodes, microbatches, max(stop - start for start, stop in flat.layout.buckets))
-        return StepReducer(flat, model, plan, _make_buffers(flat, plan), gathering, overlap, kernels)
     if method.shared and comm.size > 1 and flat.device.type == "cpu":
         shared_reducer = make_shared_memory_reducer(comm, flat.layout, plans, microbatches, gather, encoding, method.halving)
         if shared_reducer is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mpilm.comm.base import Comm, Request
 from mpilm.ops.recursive_halving import RecursiveHalvingReduceScatter
 from mpilm.ops.tree import Interval, TreeNode
-from mpilm.ops.tree_reduce import GradientEncoding, Sliceable, TreeMerger, TreeOrderReduceScatter
+from mpilm.ops.tree_reduce import GradientEncoding, Sliceable, TreeOrderReduceScatter
 from mpilm.parallel.reduce.step import CrossRankReducer
 
 BUCKETS_IN_FLIGHT = 2  # unless the reduction overlaps with backward
@@ -49,29 +49,11 @@ class AllReduceReducer(CrossRankReducer):
             self.requests.popleft().wait()
 
 
-class GatheringReducer(CrossRankReducer):
-    """Reduces few elements in one collective: every rank gathers all nodes and adds them. `nodes`: those that each rank
-    contributes. The sum goes to the first part of each bucket."""
-
-    def __init__(self, comm: Comm, nodes: Sequence[Sequence[TreeNode]], microbatches: int, numel: int):
-        self.comm, self.reduction = comm, TreeMerger(nodes, microbatches)
-        self.counts = [len(contributed) for contributed in nodes]
-        self.received = torch.empty(self.reduction.node_count, numel)
-        self.memory_bytes = self.received.nbytes
-
-    def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
-        numel = bucket[1] - bucket[0]
-        own = parts[0] if len(parts) == 1 else torch.cat([*parts])
-        out = self.received.view(-1)[: sum(self.counts) * numel]
-        self.comm.all_gather(own, out, [count * numel for count in self.counts])
-        rows = iter(out.view(-1, numel))
-        in_order = {position: next(rows) for positions in self.reduction.positions for position in positions}
-        self.reduction.merge_into([in_order[position] for position in range(len(in_order))], parts[0])
-
-
 class MessageReducer(CrossRankReducer):
     """Reduces in tree order, with `depth` buckets in flight. The sum goes to the first part of each bucket: this rank's slice,
     or with `gather` all of it. `nodes`: the tree nodes that each rank contributes."""
+
+    can_overlap = True
 
     def __init__(
         self,

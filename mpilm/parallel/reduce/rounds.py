@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from mpilm.formatting import name_some
 from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tree import Interval, TreeNode, count_buffers, plan_accumulation, plan_merges
 from mpilm.ops.tree_reduce import TreeMerger, make_encoding
@@ -233,8 +234,8 @@ class LocalRoundReducer(MicrobatchRoundReducer):
                 self.views[into][name].add_(self.views[other][name])
 
     def end_microbatch(self, i: int) -> None:
-        if missing := self.parameters.keys() - self.complete:
-            raise RuntimeError(f"backward left no gradient for some of {', '.join(sorted(missing))}")
+        if missing := [name for name in self.parameters if name not in self.complete]:
+            raise RuntimeError(f"backward left no gradient for some of {name_some(missing)}")
         self.current = None
 
     def join_round(self, i: int, begin_backward: Callable[[str], None]) -> None:

@@ -23,6 +23,7 @@ class CrossRankReducer:
 
     uses_shared_buffers = False  # True: other ranks of the node map the buffers too
     adds_in_stages = False  # as in GradientReducer
+    can_overlap = False  # True: `start` does something, so it may be called before all buckets are complete
     memory_bytes = 0  # used beside the gradients
 
     def start(self, parts: Sequence[Tensor], bucket: Interval) -> None:
@@ -37,7 +38,8 @@ class CrossRankReducer:
 
 class StepReducer(GradientReducer):
     """Collects the gradients of this rank's block of microbatches in `buffers` and lets `across_ranks` sum them. `overlap`:
-    start a bucket as soon as the last backward has completed it. Collective over the communicator of `across_ranks`."""
+    start a bucket as soon as the last backward has completed it; may change between steps, on all ranks alike. Collective over
+    the communicator of `across_ranks`."""
 
     def __init__(
         self,
@@ -74,6 +76,10 @@ class StepReducer(GradientReducer):
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
             for name, parameter in self.parameters.items()
         ]
+
+    @property
+    def can_overlap(self) -> bool:
+        return self.across_ranks.can_overlap
 
     def close(self) -> None:
         """Stop collecting gradients, so that another reducer can."""
