@@ -118,6 +118,8 @@ def train_steps(config: Config, comm: Comm, steps: int = 2, **options: Any) -> O
     """Train, and evaluate after the first step over one microbatch more than a step has. Collective."""
     model, source, numbers = build_train_model(config, comm, **options), RandomTokens(config), []
     for step in range(steps):
+        if model.can_overlap:
+            model.overlap_sums(step % 2 == 1)
         result = train_step(model, source, step)
         numbers += [result.loss, result.grad_norm]
         if step == 0:

@@ -103,6 +103,17 @@ class TrainModel(PipelinedModel):
             stage.reducers = [self.make_reducer(key, flat, stage.model) for key, flat in flats]
         self._plan_step()
 
+    @property
+    def can_overlap(self) -> bool:
+        """True if all gradients are summed once a step, and their sums may start during backward."""
+        return all(isinstance(each, StepReducer) and each.across_ranks.can_overlap for each in self.reducers.values())
+
+    def overlap_sums(self, overlap: bool) -> None:
+        """Start the sums of gradients during the last backward of a step, or after it: alike on all ranks, if `can_overlap`."""
+        for reducer in self.reducers.values():
+            assert isinstance(reducer, StepReducer)
+            reducer.overlap = overlap
+
     def _plan_step(self) -> None:
         """Derive what a step needs from the reducers and the microbatches of this replica."""
         self.sums = {key: reducer.sums for key, reducer in self.reducers.items()}  # the summed gradients

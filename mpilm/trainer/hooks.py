@@ -14,7 +14,6 @@ from mpilm.engine.step import StepResult, validation_loss
 from mpilm.errors import PreemptedError
 from mpilm.launch.stop_request import STOP_REASONS
 from mpilm.ops.tree import balance_blocks
-from mpilm.parallel.reduce.step import StepReducer
 from mpilm.telemetry.trace import Trace, break_down
 from mpilm.trainer.certificate import CertificateWriter, certified_settings, digest_facts
 from mpilm.trainer.log import RunLog
@@ -219,17 +218,13 @@ class OverlapTrial(Hook):
 
     def __post_init__(self) -> None:
         model, first = self.run.model, self.run.folder.step + 1  # the very first step takes longer
-        can_overlap = all(isinstance(each, StepReducer) and each.can_overlap for each in model.reducers.values())
-        is_possible = all(self.run.mesh.world.all_gather_json(can_overlap and model.device.type == "cpu"))
+        is_possible = all(self.run.mesh.world.all_gather_json(model.can_overlap and model.device.type == "cpu"))
         self.steps = range(first, first + OVERLAP_TRIAL_STEPS if is_possible else first)
         self.seconds, self.is_faster = {True: list[float](), False: list[float]()}, False
 
     def before_step(self, step: int) -> None:
         if self.steps:
-            overlap = step % 2 == 0 if step in self.steps else self.is_faster
-            for reducer in self.run.model.reducers.values():
-                if isinstance(reducer, StepReducer):
-                    reducer.overlap = overlap
+            self.run.model.overlap_sums(step % 2 == 0 if step in self.steps else self.is_faster)
             self.began_s = time.perf_counter()
 
     def after_step(self, event: StepEvent) -> None:

@@ -77,10 +77,6 @@ class StepReducer(GradientReducer):
             for name, parameter in self.parameters.items()
         ]
 
-    @property
-    def can_overlap(self) -> bool:
-        return self.across_ranks.can_overlap
-
     def close(self) -> None:
         """Stop collecting gradients, so that another reducer can."""
         for hook, parameter in zip(self._hooks, self.parameters.values()):
