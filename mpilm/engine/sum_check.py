@@ -17,14 +17,14 @@ from mpilm.parallel.flat_layout import FlatLayout, intersect_intervals
 from mpilm.parallel.layout import FlatKey
 from mpilm.parallel.reduce.record import GradientRecord, Nodes, add_nodes
 
-SAMPLE_NUMEL = 1 << 18  # elements, of all leaves together, that are added again for each flat vector
+SAMPLE_NUMEL = 1 << 18  # elements of a flat vector that are added again, times the leaves of each
 
 Finding = tuple[list[int], str]  # the world ranks that have added wrongly, none if it may be any of several, and text
 
 
 class Addition(NamedTuple):
-    """One sum that ranks have made: its value, added again; the digests of what they have, by rank; its elements; and the rank
-    that has added the nodes of all ranks, if it is the sum over them."""
+    """One sum that ranks have made, of elements of one parameter: its value, added again; the digests of what they have, by
+    rank; its elements; and the rank that has added the nodes of all ranks, if it is the sum over them."""
 
     value: Tensor
     added: Mapping[int, int]
@@ -61,21 +61,22 @@ class SumCheck:
         """Check one flat vector. Collective over the ranks that sum it."""
         flat, total = self.model.flats[key], self.model.leaf_count
         nodes, pieces = sorted(record.nodes), _list_pieces(flat.layout, record.interval)
+        spans = intersect_intervals([record.interval], [flat.layout.padded_span(name) for name in flat.layout.spans])
         own = [i for i, (owner, _) in enumerate(pieces) if flat.zero == 0 or owner == flat.comm.rank]
         sums = dict(zip(own, _hash([self._read_sum(key, record, pieces[i][1]) for i in own])))
-        node_digests = _hash([record.nodes[node] for node in nodes])
+        node_digests = [_hash([record.cut(record.nodes[node], *span) for span in spans]) for node in nodes]
         facts = self.model.mesh.rank, sorted(record.leaves), nodes, node_digests, [*sums.items()]
         everyone = flat.comm.all_gather_json(facts)
         leaves = _gather_leaves(flat.comm, record, [row[1] for row in everyone])
-        additions = [
-            Addition(add_nodes(_select(leaves, node), total), {rank: digest}, record.interval)
-            for rank, (_, _, nodes, digests, _) in enumerate(everyone)
-            for node, digest in zip(nodes, digests)
-        ]
-        whole, first = add_nodes(leaves, total), record.interval[0]
+        additions = list[Addition]()
+        for rank, (_, _, nodes, node_digests, _) in enumerate(everyone):
+            for node, digests in zip(nodes, node_digests):
+                x = add_nodes(_select(leaves, node), total)
+                additions += [Addition(record.cut(x, *span), {rank: one}, span) for span, one in zip(spans, digests)]
+        whole = add_nodes(leaves, total)
         for i, (owner, piece) in enumerate(pieces):
             added = {rank: digest for rank, (*_, held) in enumerate(everyone) for number, digest in held if number == i}
-            additions.append(Addition(whole[piece[0] - first : piece[1] - first], added, piece, owner))
+            additions.append(Addition(record.cut(whole, *piece), added, piece, owner))
         again = flat.comm.all_gather_json(_hash([each.value for each in additions]))
         for each, digests in zip(additions, zip(*again)):
             wrong, bit = judge(digests, each.added)
@@ -86,8 +87,8 @@ class SumCheck:
     def _describe(
         self, key: FlatKey, addition: Addition, wrong: Sequence[int], bit: str, world_ranks: Sequence[int]
     ) -> Finding:
-        names = [each.name for each in self.model.flats[key].layout.param_slices([addition.interval])] or ["padding"]
-        text = f"the sum of the gradients of {names[0]}{' and others' * (len(names) > 1)}{bit} was computed wrongly by"
+        name = next((each.name for each in self.model.flats[key].layout.param_slices([addition.interval])), "padding")
+        text = f"the sum of the gradients of {name}{bit} was computed wrongly by"
         if addition.owner is not None and set(wrong) == set(addition.added):  # nobody has it right
             if self.model.reducers[key].adds_in_stages:
                 return [], f"{text} one of {name_ranks(world_ranks)}, which add it together"
@@ -101,7 +102,7 @@ class SumCheck:
         layout = self.model.flats[key].layout
         tied = sorted(layout.padded_span(name) for name, (_, each) in layout.spans.items() if each.is_tied)
         is_changed = self.model.loss_scale != 1.0 or intersect_intervals(tied, [piece])
-        return record.view_sum(*piece) if is_changed else self.model.sums[key].view(*piece)
+        return record.cut(record.sum, *piece) if is_changed else self.model.sums[key].view(*piece)
 
 
 def judge(again: Sequence[int], added: Mapping[int, int]) -> tuple[list[int], str]:

@@ -21,16 +21,20 @@ from mpilm.kernels.base import IGNORE_INDEX, Kernels
 
 @dataclass(frozen=True)
 class DeferredLogits:
-    """Logits that the loss computes block by block: of tokens x (B, T, D), a weight (V, D), and a bias (V,) or None."""
+    """Logits that the loss computes block by block: of tokens x (B, T, D), a weight (V, D), and a bias (V,) or None. `leave` is
+    called with the loss, when the weight is not needed any more before backward."""
 
     kernels: Kernels
     x: Tensor
     weight: Tensor
     bias: Tensor | None
+    leave: Callable[[Tensor], object] = lambda loss: None
 
     def loss_sum(self, targets: Tensor) -> Tensor:  # (B, T) -> ()
         """Return the sum of the cross-entropies of all targets, as `Kernels.loss_sum` does."""
-        return LinearCrossEntropySum.apply(self.kernels, self.x, self.weight, self.bias, targets)
+        loss: Tensor = LinearCrossEntropySum.apply(self.kernels, self.x, self.weight, self.bias, targets)
+        self.leave(loss)
+        return loss
 
 
 def defer_logits(model: nn.Module, kernels: Kernels) -> None:

@@ -6,12 +6,15 @@ released memory; they see the values of the next gather.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 from torch import Tensor, nn
 
 from mpilm.comm.base import Request
+from mpilm.kernels.linear_cross_entropy import DeferredLogits
 from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.pipeline.stage import StageParameters
 from mpilm.parallel.plan import fsdp_unit
@@ -108,11 +111,15 @@ class ShardedParameters(StageParameters):
         if 0 <= following < len(self.units):
             self.units[following].prefetch()
 
-    def _leave(self, number: int, output: Tensor | PartLogits) -> None:
+    def _leave(self, number: int, output: Tensor | PartLogits | DeferredLogits) -> DeferredLogits | None:
+        """Release a unit whose forward has ended. As a hook, it may return what takes the place of the output."""
+        if isinstance(output, DeferredLogits):  # the loss has yet to multiply by the head
+            return replace(output, leave=partial(self._leave, number))
         self.units[number].reshard()
         for tensor in output.parts if isinstance(output, PartLogits) else (output,):
             if tensor.requires_grad:
                 tensor.register_hook(lambda _: self._begin_unit_backward(number))
+        return None
 
     def _begin_unit_backward(self, number: int) -> None:
         """Gather a unit for its backward; the backward of the units after it has ended."""

@@ -111,7 +111,11 @@ def _find_parts_problem(config: Config, ranks: int) -> Problem | None:
         if axis == "context" and not can_divide_parts(parts, size):
             each = f"{parts // size} of {parts} sequence parts, and their number must be a power of two"
             reason = f"--parallel.context {size} gives each rank {each}"
-            return reason, [[(f"the nearest that works: {n}", {"parallel__context": n}, ranks) for n in sizes]]
+            powers = sorted((size << k for k in range(8)), key=lambda n: abs(n - parts))
+            other_parts: list[Remedy] = [
+                (f"write --model.sequence-parts {n}", {"model__sequence_parts": n}, ranks) for n in powers
+            ]
+            return reason, [[(f"the nearest that works: {n}", {"parallel__context": n}, ranks) for n in sizes], other_parts]
     is_stated = config.parallel.context > 1 and config.parallel.context_method == "ulysses"
     if is_stated and (problem := find_ulysses_problem(config)):
         other: Remedy = ("write --parallel.context-method ring, or auto", {"parallel__context_method": "ring"}, ranks)
@@ -196,6 +200,5 @@ def _find_data_problem(config: Config, ranks: int) -> Problem | None:
 
 
 def can_defer_logits(config: Config) -> bool:
-    """Return whether the loss may compute logits block by block: the head is whole, and full from forward to backward."""
-    has_parts = tensor_part_count(config) > 1 or sequence_part_count(config) > 1
-    return not has_parts and config.parallel.zero < 3 and not config.train.compile
+    """Return whether the loss may compute logits block by block: the head has no tensor parts, and tokens no sequence parts."""
+    return tensor_part_count(config) == sequence_part_count(config) == 1 and not config.train.compile

@@ -138,6 +138,8 @@ def _round_gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]
         [first * embedding, *[numel] * layout.cut[stage], *[matrix, head - matrix] * last] for numel in (block, block + each)
     )
     passing = max(matrix * (first or last), model.d_model * model.d_ff)
+    if experts and data == copies:  # no other rank has them: the gradients of a block wait for those of the last copy
+        passing = max(passing, copies * each)
     if zero == 3:
         passing += max(a + b for a, b in zip(gathered, [*gathered[1:], 0]))  # a unit, and the next one prefetched
     if zero < 2:
@@ -149,6 +151,7 @@ def _round_gradient_floats(layout: PlacedLayout, stage: int) -> dict[str, float]
     exchange = sum(
         unit * n + 2 * _exchange_floats(layout, ranks, left, ranks * left, -(-min(BUCKET, unit) // ranks))
         for unit, ranks, n, left in exchanged
+        if ranks > 1
     )
     buffers = _round_buffers(layout.shape.replicas, microbatch_count(layout.config))
     kept = sum((buffers / ranks + (zero == 0) * (1 - 1 / ranks)) * numel for numel, ranks in layout.vectors(stage))

@@ -19,6 +19,7 @@ from thread_ranks import run_ranks
 from mpilm.config.schema import GenerateConfig
 from mpilm.engine.step import train_step
 from mpilm.inference.generate import generate
+from mpilm.kernels import linear_cross_entropy
 from mpilm.model.flops import parameter_count
 from mpilm.optim.optimizer import OPTIMIZERS
 from mpilm.parallel.flat_layout import ALIGNMENT, BUCKET
@@ -281,3 +282,27 @@ def test_rank_holds_its_shard_of_what_zero_shards(size, pipeline, zero):
     copy = VOCAB_SIZE * config.model.d_model if pipeline > 1 or zero == 3 else 0  # of the embedding, for the head
     once = parameter_count(config.model, VOCAB_SIZE) + copy
     assert sum(run_ranks(size, body)) == once * (1 if zero == 3 else size // pipeline)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (2, layout(zero=1)),
+        (3, layout(zero=2)),
+        (2, layout(zero=3)),
+        (4, layout(2, zero=3)),
+        (3, {**layout(zero=3), "model__arch": "gpt2"}),
+        (4, {**layout(2, "zero-bubble", zero=3), "model__tie_embeddings": False}),
+        (2, {**layout(zero=3), "model__arch": "bert"}),
+    ],
+)
+def test_loss_in_blocks_of_words_has_the_same_bits_in_every_layout(monkeypatch, size, changes, dtype):
+    """Every head defers its logits to the loss, and the last replica lacks a microbatch."""
+    monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS", 0)
+    monkeypatch.setattr(linear_cross_entropy, "LOGITS_BLOCK", 500)
+    calls, apply = [], linear_cross_entropy.LinearCrossEntropySum.apply
+    monkeypatch.setattr(linear_cross_entropy.LinearCrossEntropySum, "apply", lambda *args: (calls.append(1), apply(*args))[1])
+    config = small_config(**changes, train__global_batch=7, train__micro_batch=1, train__dtype=dtype, train__seed=77)
+    assert_equals_serial(size, config, checks_calls=True)
+    assert calls

@@ -31,6 +31,7 @@ from mpilm.mesh.shape import MeshShape
 from mpilm.ops.tree_reduce import TreeMerger
 from mpilm.optim.optimizer import OPTIMIZERS, AdamW
 from mpilm.parallel.pipeline.stage import ModelStage
+from mpilm.parallel.reduce.record import GradientRecord, add_nodes
 from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
 from mpilm.parallel.reduce.step import StepReducer
 from mpilm.trainer import loop
@@ -398,6 +399,31 @@ def test_wrong_sums_of_other_ranks_slices_are_found_and_their_owner_named(monkey
     monkeypatch.setattr(TreeMerger, "merge_into", flip)
     with pytest.raises(CollectiveError, match=r"the sum of the gradients of .* was computed wrongly by rank 1 \("):
         train(2, {"parallel__reduce": "shared-memory"}, every=1, steps=1, prepare=prepare)
+
+
+def test_gradients_of_minus_zero_raise_no_alarm():
+    """A sum is never -0, whatever its leaves are."""
+    x, record = torch.tensor([-0.0, -0.0, 1.0]), GradientRecord((2, 4))
+    for leaf in range(3):
+        record.note_leaf((leaf, leaf + 1), 1, x)
+    total = add_nodes(record.leaves, 3)
+    assert torch.equal(total.view(torch.int32), torch.tensor([0.0, 3.0]).view(torch.int32))
+    settings = {**MIXTURE, "model__dropout": 0.9, "model__context_length": 2, "train__micro_batch": 1, "train__global_batch": 2}
+    for seed in range(4):
+        train(2, {**settings, "train__seed": seed}, every=1)
+
+
+def test_parameter_whose_gradients_were_added_wrongly_is_named(monkeypatch):
+    end_microbatch = StepReducer.end_microbatch
+
+    def flip_bit(reducer, i):
+        end_microbatch(reducer, i)
+        if i == 0:
+            reducer.views[0]["blocks.1.mlp.down.weight"][0, 0].view(torch.int32).bitwise_xor_(8)
+
+    monkeypatch.setattr(StepReducer, "end_microbatch", flip_bit)
+    with pytest.raises(CollectiveError, match=r"gradients of blocks\.1\.mlp\.down\.weight \(bit"):
+        train(1, {}, every=1, steps=1)
 
 
 def test_every_element_is_drawn():

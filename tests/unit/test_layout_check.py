@@ -145,7 +145,7 @@ def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
         (
             4, {"parallel__context": 2, "model__sequence_parts": 6, "model__context_length": 24},
             "--parallel.context 2 gives each rank 3 of 6 sequence parts, and their number must be a power of two; the nearest "
-            "that works: 1",
+            "that works: 1, or write --model.sequence-parts 4",
         ),
         (
             4, {"parallel__context": 4, "parallel__context_method": "ulysses", "model__n_kv_heads": 2},

@@ -31,18 +31,19 @@ class GradientRecord:
     def note_sum(self, sums: FlatVector) -> None:
         """Note the sum over all ranks, as far as this rank has it."""
         for start, stop in intersect_intervals(sums.intervals, [self.interval]):
-            self.view_sum(start, stop).copy_(sums.view(start, stop))
+            self.cut(self.sum, start, stop).copy_(sums.view(start, stop))
 
-    def view_sum(self, start: int, stop: int) -> Tensor:
-        """Return the noted sum of elements [start, stop) of the flat vector."""
-        return self.sum[start - self.interval[0] : stop - self.interval[0]]
+    def cut(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Return elements [start, stop) of the flat vector from `x`, which has those of the interval."""
+        return x[start - self.interval[0] : stop - self.interval[0]]
 
     def _note(self, nodes: Nodes, node: TreeNode, start: int, x: Tensor) -> None:
         first, last = self.interval
         row = nodes.setdefault(node, torch.zeros(last - first))
         begin, end = max(start, first), min(start + x.numel(), last)
         if begin < end:
-            row[begin - first : end - first] = x.flatten()[begin - start : end - start]
+            # -0 becomes 0, as it does where the first gradient is stored: a sum is never -0.
+            torch.add(x.flatten()[begin - start : end - start], 0.0, out=row[begin - first : end - first])
 
 
 def add_nodes(nodes: Nodes, total: int) -> Tensor:

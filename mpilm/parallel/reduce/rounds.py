@@ -5,7 +5,7 @@ rank accumulates its slices in the order of the fixed tree (ops/tree.py). So it 
 and 1 + log2(M/d) shards (Rajbhandari et al., arXiv 1910.02054, section 5).
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -20,7 +20,7 @@ from mpilm.parallel.flat import FlatParameters, FlatVector
 from mpilm.parallel.flat_layout import ReduceGroup
 from mpilm.parallel.fsdp import all_gather_shards
 from mpilm.parallel.pipeline.stage import GradientReducer
-from mpilm.parallel.plan import copy_name
+from mpilm.parallel.plan import copy_name, fsdp_unit
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, Exchange, make_exchanges
 from mpilm.parallel.reduce.record import GradientRecord
 
@@ -194,6 +194,11 @@ class LocalRoundReducer(MicrobatchRoundReducer):
     ) -> None:
         self.views = [{name: self.flat.parameter(name, buffer) for name in self.flat.layout.spans} for buffer in self.buffers]
         self.copies = {name: copies for each in self.names for copies in zip(*each) for name in copies}  # of one parameter
+        if self.flat.copies > 1:  # the gradients of a block wait for those of its last copy
+            units = Counter[str]()
+            for name, (_, layout) in self.flat.layout.spans.items():
+                units[fsdp_unit(name)] += layout.numel
+            self.memory_bytes["passing"] = 4 * self.flat.copies * max(units.values())
 
     def reset_residuals(self) -> None:
         """Nothing is sent."""
