@@ -38,6 +38,7 @@ from mpilm.parallel.plan import copy_name
 
 TAG = 7
 SAMPLE_NUMEL = 1 << 18  # elements whose update is rechecked
+GROUP_AXES = "tensor", "context", "expert"  # whose ranks exchange what they compute before it is compared
 
 Digests = Mapping[str, int]  # by "STAGE LABEL"
 Computation = tuple[int, Digests]  # world rank whose microbatch it was, and the digests
@@ -253,7 +254,12 @@ class Recheck:
             wrong, bit = _find_wrong([(rank, digests[key]) for rank, digests in by_owner[owner]])
             ranks += wrong
             texts.append(self._describe(step, key, owner, bit))
-        return sorted(set(ranks)), f"{texts[0]} was computed wrongly by {name_ranks(sorted(set(ranks)))}"
+        shape, color = self.model.mesh.shape, partial(self.model.mesh.shape.color, axes=GROUP_AXES)
+        groups = set(map(color, ranks))
+        group = [rank for rank in range(shape.size) if color(rank) in groups]
+        if len(group) > len(groups):
+            return group, f"{texts[0]} was computed wrongly by one of {name_ranks(group)}, which compute together"
+        return group, f"{texts[0]} was computed wrongly by {name_ranks(group)}"
 
     def _order(self, key: str) -> tuple[int, int, int]:
         """Return the place of a digest in the order of computation: what is wrong first explains what follows."""
