@@ -127,15 +127,13 @@ def gradient_sum(numel: int, comm, zero: int, shared: bool) -> Callable[[], obje
 
     from mpilm.parallel.flat import FlatParameters
     from mpilm.parallel.layout import resolve_layouts
-    from mpilm.parallel.reduce.build import MAX_GATHERED_NUMEL, ReductionMethod, make_step_reducer
+    from mpilm.parallel.reduce.build import ReductionMethod, make_step_reducer
 
     model = nn.Module()
     model.weight = nn.Parameter(torch.empty(0))
     flat = FlatParameters(resolve_layouts({"weight": (numel,)}, {}), torch.device("cpu"), zero, comm)
     flat.install(model)
-    reducer = make_step_reducer(
-        flat, model, comm.size, method=ReductionMethod(shared, False, shared and comm.size * numel <= MAX_GATHERED_NUMEL)
-    )
+    reducer = make_step_reducer(flat, model, comm.size, method=ReductionMethod(shared, False))
     reducer.begin_microbatch(0)
     reducer.end_microbatch(0)
 
