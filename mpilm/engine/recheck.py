@@ -22,10 +22,9 @@ from mpilm.comm.collective_errors import CollectiveError
 from mpilm.data.batch import Batch
 from mpilm.engine.hardware import processor_name
 from mpilm.engine.pipelined import PipelinedModel
-from mpilm.engine.sum_check import SumCheck
+from mpilm.engine.sum_check import Finding, SumCheck
 from mpilm.engine.train_model import TrainModel
 from mpilm.errors import RanksDisagreeError
-from mpilm.formatting import name_ranks
 from mpilm.mesh.mesh import Mesh
 from mpilm.mesh.shape import AXES
 from mpilm.model.layers import hash_key
@@ -96,14 +95,13 @@ class Recheck:
         expected = self._shift_digests(self.recorded, list(computed[1][1]))
         differs = expected != computed[1][1]
         if not any(self.model.mesh.world.all_gather_json(differs)):
-            if problem := self.sum_check.find_problem():
-                self._fail(step, *problem, self.model.mesh.world.all_gather_json(socket.gethostname()))
+            if finding := self.sum_check.find_problem():
+                self._fail(step, finding, self.model.mesh.world.all_gather_json(socket.gethostname()))
             self.last_good = step
             return
         computed += map(compute, self.decide)
         everyone = self.model.mesh.world.all_gather_json([socket.gethostname(), computed])
-        ranks, text = self._decide(step, [rows for _, rows in everyone])
-        self._fail(step, ranks, text, [host for host, _ in everyone])
+        self._fail(step, self._decide(step, [rows for _, rows in everyone]), [host for host, _ in everyone])
 
     @contextlib.contextmanager
     def verifying_update(self, step: int, lr: float) -> Iterator[None]:
@@ -141,8 +139,8 @@ class Recheck:
                 place = next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)
                 values = [(owner, first), (checker, second), (owner, third), (checker, fourth)]
                 wrong, bit = _find_wrong([(rank, sums[place]) for rank, sums in values])
-                what = f"the update of {names[place]}{f' ({bit})' if bit else ''} was computed wrongly by {name_ranks(wrong)}"
-                self._fail(step, wrong, what, [row[-1] for row in rows])
+                what = f"the update of {names[place]}{f' ({bit})' if bit else ''}"
+                self._fail(step, Finding(what, wrong), [row[-1] for row in rows])
 
     def _shift_sample(self, own: Sequence[UpdateSample]) -> list[UpdateSample]:
         """Send a sample to the previous rank of the world and return that of the next. Collective."""
@@ -162,12 +160,12 @@ class Recheck:
         tensors = (x.view(shape) for x, shape in zip(received.split([prod(shape) for shape in shapes]), shapes))
         return [UpdateSample(name, decays, [next(tensors) for _ in each], *more) for name, decays, each, *more in layout]
 
-    def _fail(self, step: int, ranks: Sequence[int], problem: str, hosts: Sequence[str]) -> NoReturn:
-        """Report a wrong computation on all ranks. Collective."""
-        names = list(dict.fromkeys(hosts[rank] for rank in ranks))
-        where = f" ({', '.join(names)})" if names else ""
-        text = f"step {step + 1}: {problem}{where}: {CAUSE}"
-        advice = self.on_failure(self.last_good, ranks, names, text)
+    def _fail(self, step: int, finding: Finding, hosts: Sequence[str]) -> NoReturn:
+        """Report a wrong result on all ranks. Hosts are noted if it is clear which. Collective."""
+        names = list(dict.fromkeys(hosts[rank] for rank in finding.ranks))
+        text = f"step {step + 1}: {finding} ({', '.join(names)}): {CAUSE}"
+        is_clear = len(names) == 1 or not finding.one_of_them
+        advice = self.on_failure(self.last_good, finding.ranks, names if is_clear else [], text)
         raise CollectiveError(RanksDisagreeError(f"{text}. {advice}" if advice else text))
 
     def _draw(self, step: int, coordinate: Mapping[str, int]) -> list[int]:
@@ -233,8 +231,8 @@ class Recheck:
         receive.wait()
         return dict(zip(keys, received.tolist()))
 
-    def _decide(self, step: int, everyone: Sequence[Sequence[Computation]]) -> tuple[list[int], str]:
-        """Return the ranks that computed wrongly, and text with the first tensor that differs, from the computations of all
+    def _decide(self, step: int, everyone: Sequence[Sequence[Computation]]) -> Finding:
+        """Return the first tensor that differs, and the ranks that computed it wrongly, from the computations of all
         ranks: of the own microbatch, of the next replica's, and those that decide."""
         by_owner: dict[int, list[tuple[int, Digests]]] = {}
         for number in range(len(everyone[0])):
@@ -257,9 +255,7 @@ class Recheck:
         shape, color = self.model.mesh.shape, partial(self.model.mesh.shape.color, axes=GROUP_AXES)
         groups = set(map(color, ranks))
         group = [rank for rank in range(shape.size) if color(rank) in groups]
-        if len(group) > len(groups):
-            return group, f"{texts[0]} was computed wrongly by one of {name_ranks(group)}, which compute together"
-        return group, f"{texts[0]} was computed wrongly by {name_ranks(group)}"
+        return Finding(texts[0], group, one_of_them=len(group) > len(groups))
 
     def _order(self, key: str) -> tuple[int, int, int]:
         """Return the place of a digest in the order of computation: what is wrong first explains what follows."""

@@ -19,7 +19,17 @@ from mpilm.parallel.reduce.record import GradientRecord, Nodes, add_nodes
 
 SAMPLE_NUMEL = 1 << 18  # elements of a flat vector that are added again, times the leaves of each
 
-Finding = tuple[list[int], str]  # the world ranks that have added wrongly, none if it may be any of several, and text
+
+class Finding(NamedTuple):
+    """A wrong result: what it is, the world ranks that computed it, and whether only one of them need be wrong."""
+
+    what: str
+    ranks: Sequence[int]
+    one_of_them: bool = False
+
+    def __str__(self) -> str:
+        one_of, together = ("one of ", ", which compute together") if self.one_of_them else ("", "")
+        return f"{self.what} was computed wrongly by {one_of}{name_ranks(self.ranks)}{together}"
 
 
 class Addition(NamedTuple):
@@ -55,7 +65,7 @@ class SumCheck:
                 own.append(self._check(key, reducer.record))
                 reducer.record = None
         everyone = self.model.mesh.world.all_gather_json([finding for finding in own if finding])
-        return next(((ranks, text) for findings in everyone for ranks, text in findings), None)
+        return next((Finding(*finding) for findings in everyone for finding in findings), None)
 
     def _check(self, key: FlatKey, record: GradientRecord) -> Finding | None:
         """Check one flat vector. Collective over the ranks that sum it."""
@@ -88,13 +98,12 @@ class SumCheck:
         self, key: FlatKey, addition: Addition, wrong: Sequence[int], bit: str, world_ranks: Sequence[int]
     ) -> Finding:
         name = next((each.name for each in self.model.flats[key].layout.param_slices([addition.interval])), "padding")
-        text = f"the sum of the gradients of {name}{bit} was computed wrongly by"
+        what = f"the sum of the gradients of {name}{bit}"
         if addition.owner is not None and set(wrong) == set(addition.added):  # nobody has it right
             if self.model.reducers[key].adds_in_stages:
-                return [], f"{text} one of {name_ranks(world_ranks)}, which add it together"
+                return Finding(what, world_ranks, one_of_them=True)
             wrong = [addition.owner]
-        ranks = [world_ranks[rank] for rank in wrong]
-        return ranks, f"{text} {name_ranks(ranks)}"
+        return Finding(what, [world_ranks[rank] for rank in wrong])
 
     def _read_sum(self, key: FlatKey, record: GradientRecord, piece: Interval) -> Tensor:
         """Return a piece of the sum as the optimizer will use it, or as it was before the gradient of a tied parameter was

@@ -62,12 +62,13 @@ class UpdateSample(NamedTuple):
 
     @property
     def updated(self) -> list[Tensor]:
-        """The value and the moments, as far as they are this rank's own."""
+        """The value and the moments: of those that are divided, the parts of this rank."""
         value, _, *moments = self.tensors
         if not self.runs:
             return [value, *moments]
-        whole = [x for x in (value, *moments) if x.shape == value.shape]
-        return [x.reshape(-1, distance)[:, first : first + run] for x in whole for first, run, distance in self.runs]
+        divided = [x for x in (value, *moments) if x.shape == value.shape]
+        parts = [x.reshape(-1, distance)[:, first : first + run] for x in divided for first, run, distance in self.runs]
+        return [*parts, *(x for x in moments if x.shape != value.shape)]
 
 
 class ElementwiseOptimizer(ABC):

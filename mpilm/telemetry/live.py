@@ -37,6 +37,7 @@ EVENT_TEXTS = {
     "not saved": "step {step} not saved: {why}",
     "stopped": "{why}",
     "balanced": "{why}",
+    "overlap": "{why}",
 }
 FINAL_STATES = {"end": "done", "stopped": "stopped"}
 BRAILLE_DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # bits by column, from the bottom row up (from U+2800)

@@ -247,7 +247,7 @@ def assert_is_found_or_harmless(name, seed, kinds=COMPUTED):
         groups = [axis for axis in GROUPS if changes.get(f"parallel__{axis}", 1) > 1]
         if bit.kind == "moment":
             groups = [*GROUPS, "data"]  # two replicas that differ: either may be wrong
-        if bit.kind == "collected sum" and "which add it together" in text:
+        if bit.kind == "collected sum" and "which compute together" in text:
             groups = [*GROUPS, "data"]
         group = [rank for rank in range(size) if groups and shape.color(rank, groups) == shape.color(bit.rank, groups)]
         assert bit.rank in named, (text, what)
@@ -298,19 +298,20 @@ def test_wrong_updates_are_found_and_the_rank_named(monkeypatch, name):
     assert f"(bit 3 of an element) was computed wrongly by rank {size - 1} (" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon"])
+@pytest.mark.parametrize(("name", "kind"), [("adafactor", "value"), ("adafactor", "row_var"), ("muon", "value")])
 @pytest.mark.parametrize(
     "changes", [{}, {"parallel__zero": 1}, {"parallel__tensor": 2, "model__n_kv_heads": 2}], ids=["data", "zero", "tensor"]
 )
-def test_wrong_updates_of_whole_parameters_are_found_and_the_rank_named(monkeypatch, name, changes):
-    """The last rank changes every parameter that it updates as a whole."""
+def test_wrong_updates_of_whole_parameters_are_found_and_the_rank_named(monkeypatch, name, kind, changes):
+    """The last rank changes every parameter that it updates as a whole, or a moment of each."""
     optimizer = OPTIMIZERS[name][0]
     update, last = optimizer.update, threading.local()
 
     def flip(self, value, gradient, moments, lr, weight_decay):
         update(self, value, gradient, moments, lr, weight_decay)
         if getattr(last, "is_this", False) and not getattr(last, "is_repeating", False):
-            value.view(-1)[-1:].view(torch.int32).bitwise_xor_(8)  # it has the last part
+            x = value if kind == "value" else next(iter(moments.values()))
+            x.view(-1)[-1:].view(torch.int32).bitwise_xor_(8)  # it has the last part
 
     def repeat(self, sample, lr):
         last.is_repeating = True
@@ -377,7 +378,7 @@ def test_wrong_sums_are_found_and_the_rank_named(monkeypatch, name, after):
     """Four ranks that add by recursive halving have all added to a sum, and each has received it from another."""
     size, changes = SUM_LAYOUTS[name]
     is_shared = size == 4 and after == "end_microbatch" and ("context" in name or "experts" in name)
-    who = "one of ranks 0, 1, 2, 3, which add it together: " if is_shared else rf"rank {size - 1} \("
+    who = "one of ranks 0, 1, 2, 3, which compute together " if is_shared else rf"rank {size - 1} \("
     bit = WrongSum(monkeypatch, after)
     with pytest.raises(CollectiveError) as caught:
         train(size, {**changes, "model__tie_embeddings": False}, every=1, steps=1, prepare=bit.prepare(size))
