@@ -64,8 +64,13 @@ run_with_mpirun() {
         if [ "$code" -le 128 ] || [ -z "$interrupted" ]; then break; fi # a signal interrupts `wait`
     done
     launcher=''
-    if [ "$code" != 0 ] && { [ "$code" -lt 64 ] || [ "$code" -gt 90 ]; }; then explain_launcher; fi # not one of mpilm's codes
+    if ! is_own_code "$code"; then explain_launcher; fi
     return "$code"
+}
+
+# is_own_code CODE: it is one with which mpilm itself ends.
+is_own_code() {
+    [ "$1" = 0 ] || { [ "$1" -ge 64 ] && [ "$1" -le 90 ]; }
 }
 
 # explain_launcher: name the reason if the ranks could not start because the launcher belongs to another MPI than the library.

@@ -20,8 +20,15 @@ avoid_hosts() {
 
 # `srun --mpi=list` shows the MPI types (pmix for Open MPI, pmi2 for MPICH and its relatives; a site with a default needs none).
 run_ranks() {
-    srun "${placement[@]}" --kill-on-bad-exit=1 --cpu-bind=cores ${MPILM_SRUN_MPI:+--mpi=$MPILM_SRUN_MPI} python -m "$@"
+    local code=0
+    srun "${placement[@]}" --kill-on-bad-exit=1 --cpu-bind=cores ${MPILM_SRUN_MPI:+--mpi=$MPILM_SRUN_MPI} python -m "$@" || code=$?
+    if [ "${MPILM_SRUN_MPI:-}" = pmi2 ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && ! is_own_code "$code"; then
+        echo "jobs: if slurmstepd calls a client request invalid, set MPILM_SRUN_MPI=off: mpirun then starts the ranks, because" \
+            "MPICH 5 sends lines that SLURM's pmi2 cuts" >&2
+    fi
+    return "$code"
 }
+if [ "${MPILM_SRUN_MPI:-}" = off ]; then use_mpirun; fi
 
 is_reachable() {
     timeout --kill-after=5 60 srun --nodes=1 --ntasks=1 --nodelist="$1" --overlap true
