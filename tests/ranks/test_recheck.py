@@ -31,6 +31,7 @@ from mpilm.mesh.shape import MeshShape
 from mpilm.ops.tree_reduce import TreeMerger
 from mpilm.optim.optimizer import OPTIMIZERS, AdamW
 from mpilm.parallel.pipeline.stage import ModelStage
+from mpilm.parallel.reduce import shared_memory
 from mpilm.parallel.reduce.record import GradientRecord, add_nodes
 from mpilm.parallel.reduce.rounds import MicrobatchRoundReducer
 from mpilm.parallel.reduce.step import StepReducer
@@ -398,6 +399,7 @@ def test_wrong_sums_of_other_ranks_slices_are_found_and_their_owner_named(monkey
         local.is_wrong = model.mesh.rank == 1
 
     monkeypatch.setattr(TreeMerger, "merge_into", flip)
+    monkeypatch.setattr(shared_memory, "MAX_SHORT_NUMEL", 0)
     with pytest.raises(CollectiveError, match=r"the sum of the gradients of .* was computed wrongly by rank 1 \("):
         train(2, {"parallel__reduce": "shared-memory"}, every=1, steps=1, prepare=prepare)
 

@@ -16,10 +16,10 @@ from mpilm.model.sequence_info import SequenceInfo
 from mpilm.ops.tree import block_of_rank
 from mpilm.parallel.flat import FlatParameters
 from mpilm.parallel.flat_layout import BUCKET
-from mpilm.parallel.reduce import build
+from mpilm.parallel.reduce import build, shared_memory
 from mpilm.parallel.reduce.build import ReductionMethod, make_step_reducer
 from mpilm.parallel.reduce.rounds import LocalRoundReducer, MicrobatchRoundReducer
-from mpilm.parallel.reduce.shared_memory import detect_topology
+from mpilm.parallel.reduce.shared_memory import ShortVectorReducer, detect_topology
 from mpilm.parallel.tied import TiedParameters
 
 V = 29
@@ -137,12 +137,38 @@ def many_buckets():
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_short_vectors(monkeypatch):
+    monkeypatch.setattr(shared_memory, "MAX_SHORT_NUMEL", 0)
+
+
 @pytest.mark.parametrize(("size", "total", "tie", "numel"), WORK)
 @pytest.mark.parametrize(("zero", "method"), METHODS, ids=str)
 def test_reduction_has_the_bits_of_the_tree(size, total, tie, numel, zero, method):
     """In the second step as in the first: nothing is left over."""
     with small_buckets(numel):
         found = reduce_on_threads(size, tie, total, zero, steps=2, **method)
+    assert differing(found, bits(expected_gradients(tie, total))) == []
+
+
+@pytest.mark.parametrize(("size", "total", "tie", "numel"), WORK[1:])
+def test_short_vectors_have_the_bits_of_the_tree(size, total, tie, numel, monkeypatch):
+    """In the fourth step as in the first: both places of a rank have had two turns."""
+    monkeypatch.setattr(shared_memory, "MAX_SHORT_NUMEL", 1 << 30)
+
+    def body(comm):
+        counting = InstrumentedComm(comm)
+        replica = Replica(counting, tie, total, zero=0)
+        assert isinstance(replica.reducer.across_ranks, ShortVectorReducer)
+        for _ in range(3):
+            replica.step(replica.backward)
+        before = counting.calls["barrier"]
+        replica.step(replica.backward)
+        assert counting.calls["barrier"] == before + 1
+        return replica.gradients()
+
+    with small_buckets(numel):
+        found = assemble(run_ranks(size, body))
     assert differing(found, bits(expected_gradients(tie, total))) == []
 
 

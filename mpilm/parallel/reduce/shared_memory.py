@@ -2,7 +2,8 @@
 
 Each rank adds its slices of every bucket, in tree order, straight from the memory of the others; on one node nothing is sent.
 Across nodes, ranks with equal local rank exchange partial sums, so each slice leaves a node once, not once per local rank. For
-an all-reduce each rank then copies the other slices from where they were added.
+an all-reduce each rank then copies the other slices from where they were added. Of a short vector, whose sum takes less time
+than a barrier, each rank adds everything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from mpilm.ops.tree_reduce import GradientEncoding, TreeMerger
 from mpilm.parallel.flat_layout import FlatLayout
 from mpilm.parallel.reduce.messages import BUCKETS_IN_FLIGHT, MessageReducer
 from mpilm.parallel.reduce.step import CrossRankReducer
+
+MAX_SHORT_NUMEL = 1 << 16  # elements of all ranks together that each rank may add itself
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,51 @@ class SharedMemoryReducer(CrossRankReducer):
             total.copy_(result)
 
 
+class ShortVectorReducer(CrossRankReducer):
+    """All-reduces with one barrier: each rank copies its vectors to where the others read them, and adds those of all ranks.
+    `buffers`: three times the flat vectors of each rank of this node; the sum goes to the first of the last third, and the
+    others are places that take turns, because a rank that has passed the barrier fills one while others still read the other.
+    `nodes_held` as above. Collective over `comm`, the ranks of one node."""
+
+    uses_shared_buffers = True
+
+    def __init__(
+        self, comm: Comm, buffers: Sequence[Sequence[Tensor]], nodes_held: Sequence[Mapping[int, TreeNode]], microbatches: int
+    ):
+        self.comm, held = comm, nodes_held[comm.rank]
+        *places, own = ([vectors[third::3] for vectors in buffers] for third in range(3))
+        self.own_buffers = own[comm.rank]
+        merger = TreeMerger([list(each.values()) for each in nodes_held], microbatches)
+        sums = [*(torch.empty_like(self.own_buffers[0]) for _ in merger.merges[1:]), self.own_buffers[0]]
+        self.turns = [
+            ([(turn[comm.rank][b], self.own_buffers[b]) for b in held], _plan_additions(turn, nodes_held, merger, sums))
+            for turn in places
+        ]
+        self.memory_bytes = sum(x.nbytes for x in [*sums[:-1], *self.own_buffers, *self.own_buffers])
+
+    def finish(self) -> None:
+        """Reduce all buckets; every rank calls this once its tree nodes are complete."""
+        copies, additions = self.turns[0]
+        self.turns.reverse()
+        for place, vector in copies:
+            place.copy_(vector)
+        self.comm.barrier()
+        for a, b, out in additions:
+            torch.add(a, b, out=out)
+
+
+def _plan_additions(
+    turn: Sequence[Sequence[Tensor]], nodes_held: Sequence[Mapping[int, TreeNode]], merger: TreeMerger, sums: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return the additions (a, b, sum) of a turn, which leave what other ranks read unchanged."""
+    by_tree_node = {node: vectors[b] for vectors, held in zip(turn, nodes_held) for b, node in held.items()}
+    values, additions = [by_tree_node[node] for node in sorted(by_tree_node)], list[tuple[Tensor, Tensor, Tensor]]()
+    for (into, other), out in zip(merger.merges, sums):
+        additions.append((values[into], values[other], out))
+        values[into] = out
+    return additions
+
+
 def make_shared_memory_reducer(
     comm: Comm,
     layout: FlatLayout,
@@ -153,15 +201,18 @@ def make_shared_memory_reducer(
     gather: bool,
     encoding: GradientEncoding,
     halving: bool = False,
-) -> SharedMemoryReducer | None:
+) -> SharedMemoryReducer | ShortVectorReducer | None:
     """Return a reducer of buffers in shared memory, as plans need them; None on all ranks if a node has none. Collective."""
     if (topology := detect_topology(comm)) is None:
         return None
-    counts = [count_buffers(ops) for ops, _ in plans]
+    is_short = gather and topology.inter_node.size == 1 and layout.numel * comm.size <= MAX_SHORT_NUMEL
+    counts = [count_buffers(ops) * (3 if is_short else 1) for ops, _ in plans]
     parts = topology.intra_node.allocate_shared(counts[comm.rank] * layout.numel)
     if not all(comm.all_gather_json(parts is not None)) or parts is None:
         return None
     local_counts = [counts[rank] for rank in topology.ranks(topology.inter_node.rank)]
     buffers = [part[: count * layout.numel].split(layout.numel) for part, count in zip(parts, local_counts)]
     held = [held for _, held in plans]
+    if is_short:
+        return ShortVectorReducer(comm, buffers, held, microbatches)
     return SharedMemoryReducer(topology, layout, buffers, held, microbatches, gather, encoding, halving)
