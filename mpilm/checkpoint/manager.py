@@ -10,16 +10,14 @@ from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
 
-import torch
-
-from mpilm.checkpoint.format import PARAMETER, TEMPORARY, checkpoint_name, checkpoint_step, list_checkpoints
+from mpilm.checkpoint.format import TEMPORARY, checkpoint_name, checkpoint_step, list_checkpoints
 from mpilm.checkpoint.save import CheckpointState, PendingCheckpoint, WriteBuffers
 from mpilm.comm.base import Comm
 from mpilm.comm.collective_errors import CollectiveError
 from mpilm.comm.flight_recorder import FlightRecorder
 from mpilm.config.schema import CheckpointConfig
 from mpilm.data.files import read_json
-from mpilm.errors import FileError, NonFiniteError, UserError
+from mpilm.errors import FileError, UserError
 
 
 @dataclass(eq=False)
@@ -59,7 +57,6 @@ class CheckpointManager:
         self._waited_s = 0.0
         with self._stalling(step - 1):
             state = self.make_state(step, eval_loss)
-            _check_finite(state, step, self.comm)
             self._join_pruning()  # which frees the space that this one needs
             buffers = self._buffers if self.config.asynchronous else None
             self._pending = PendingCheckpoint(self.folder, step, state, self.comm, buffers)
@@ -121,28 +118,6 @@ class CheckpointManager:
                 raise
             self.on_failed(str(error))
         self._waited_s += time.monotonic() - began_s
-
-
-def _check_finite(state: CheckpointState, step: int, comm: Comm) -> None:
-    """Refuse to save non-finite state, which would replace the last good checkpoint. Collective; raises CollectiveError."""
-
-    def find_bad() -> Iterator[str]:
-        for kind, slices in state.slices.items():
-            for number, (piece, x) in enumerate(slices.items()):
-                shards = state.shard_owners.get(piece.name, ())  # none for an undivided moment of a divided parameter
-                replicas = shards[0][2] if len(shards) == 1 else ()  # these ranks hold the same, so they take turns
-                skip = comm.rank in replicas and comm.rank != replicas[number % len(replicas)]
-                # The sum is finite for all but huge values, and takes a thirtieth of the time.
-                if not skip and not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
-                    yield piece.name if kind == PARAMETER else f"{piece.name} ({kind})"
-
-    for rank, name in enumerate(comm.all_gather_json(next(find_bad(), ""))):
-        if name:
-            state.check()  # a flipped bit is the better explanation
-            problem = f"after step {step} {name} is not finite (on rank {rank}), although loss and gradient were"
-            result = "nothing is saved, and the newest checkpoint is from before"
-            advice = "A processor or its memory may be failing, or --train.lr is too high"
-            raise CollectiveError(NonFiniteError(f"{problem}; {result}. {advice}"))
 
 
 def prune_checkpoints(parent: Path, keep: int, keep_best: bool) -> None:

@@ -100,7 +100,7 @@ def compute_worker(args: argparse.Namespace) -> None:
 
     comm = mpi_world()
     dist.init_process_group("gloo", init_method=f"file://{args.folder}/gloo", rank=comm.rank, world_size=comm.size)
-    for dtype in ("bfloat16", "float32"):
+    for dtype in [args.dtype] if args.dtype else ["bfloat16", "float32"]:
 
         def side(kernels: str, dtype: str = dtype) -> Callable[[int], None]:
             folder, settings = f"{args.folder}/{dtype}-{kernels}", {**SHAPE, "train__dtype": dtype, "train__threads": 1}
@@ -132,4 +132,5 @@ def compute_worker(args: argparse.Namespace) -> None:
 def compute(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = ["--preset", args.preset, "--rounds", str(args.rounds), "--folder", folder]
+        words += ["--dtype", args.dtype] if args.dtype else []
         subprocess.run([*mpirun(2), sys.executable, BENCH, "compute-worker", *words], check=True)

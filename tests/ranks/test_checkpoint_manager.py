@@ -81,8 +81,9 @@ def test_manager_with_a_value_that_is_not_finite_saves_nothing(tmp_path, shardin
         if bad_rank in (comm.rank, None):
             list(state.slices[kind].values())[-1][-1] = math.inf
         manager.make_state = lambda *_: state
-        with pytest.raises(CollectiveError, match=r"after step 1 norm.weight\S*( \(exp_avg\))? is not finite") as caught:
-            manager.save(1, None)
+        manager.save(1, None)
+        with pytest.raises(CollectiveError, match=r"after step 1 norm.weight\S*( \(exp_avg\))? of rank \d is not finite") as caught:
+            manager.finish()
         assert isinstance(caught.value.error, NonFiniteError)
 
     shared = len(sharding["norm.weight"]) == 1  # replicas are equal and check different tensors
