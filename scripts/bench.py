@@ -83,7 +83,9 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny", help="the config to train (default: tiny)")
     parser.add_argument("--rounds", type=int, default=7, help="number of valid rounds (default: 7)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the rank in overhead (default: 1)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="that of compute (default: both)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="that of compute (default: both) and axes (default: float32)"
+    )
     for name, kind, default in (("--folder", str, ""), ("--pipeline", int, 1), ("--zero", int, 0)):
         parser.add_argument(name, type=kind, default=default, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -45,7 +45,7 @@ def experts(args: argparse.Namespace) -> None:
 
 def _start_worker(args: argparse.Namespace, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--preset", args.preset, "--rounds", str(args.rounds), "--folder", folder]
+        words = ["--preset", args.preset, "--rounds", str(args.rounds), "--folder", folder, "--dtype", args.dtype or "float32"]
         subprocess.run([*mpirun(2), sys.executable, BENCH, name, *words], check=True)
 
 
@@ -132,21 +132,23 @@ def axes_worker(args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", init_method=f"file://{args.folder}/gloo", rank=comm.rank, world_size=comm.size)
 
     def side(name, comm=comm, **changes):  # type: ignore[no-untyped-def]
-        return mpilm_side(make_config(f"{args.folder}/{name}", args.preset, **{**SHAPE, **changes}), comm)
+        return mpilm_side(make_config(f"{args.folder}/{name}", args.preset, **{**common, **changes}), comm)
 
-    alone, shape = {"train__global_batch": 2}, make_config(args.folder, args.preset, **SHAPE).model
+    common = {**SHAPE, "train__dtype": args.dtype}
+    alone, plain = {"train__global_batch": 2}, make_config(f"{args.folder}/plain", args.preset, **common)
+    shape = plain.model
     numel = shape.n_layers * sum(inputs * outputs * copies for inputs, outputs, copies in block_matrices(shape))
     sides = {
         "data 2": side("data"),
         "tensor 2": side("tensor", parallel__tensor=2),
         "each rank alone, 1 part": side(f"one-{comm.rank}", SelfComm(), **alone),
         "each rank alone, 2 parts": side(f"two-{comm.rank}", SelfComm(), model__tensor_parts=2, **alone),
-        "torch DTensor, gloo": torch_side(make_config(f"{args.folder}/plain", args.preset, **SHAPE), wrap=divide_by_dtensor),
-        "products of the blocks alone": products_alone("float32", 6 * numel * 4 * 512 / comm.size),
+        "torch DTensor, gloo": torch_side(plain, wrap=divide_by_dtensor),
+        "products of the blocks alone": products_alone(args.dtype, 6 * numel * 4 * 512 / comm.size),
     }
     times, void = time_sides(sides, args.rounds, comm)
     if comm.rank == 0:
-        print_report("axes: 4 blocks of width 1,024, 512 tokens a microbatch, 2,048 tokens a step", times, {
+        print_report(f"axes, {args.dtype}: 4 blocks of width 1,024, 512 tokens a microbatch, 2,048 tokens a step", times, {
             "tensor 2 / data 2": (speed_ratios(times, "data 2", "tensor 2"), ">= 0.85"),
             "2 parts / 1 part": (speed_ratios(times, "each rank alone, 1 part", "each rank alone, 2 parts"), ">= 0.95"),
             "tensor 2 / DTensor": (speed_ratios(times, "torch DTensor, gloo", "tensor 2"), ">= 1.30"),

@@ -82,7 +82,9 @@ def test_manager_with_a_value_that_is_not_finite_saves_nothing(tmp_path, shardin
             list(state.slices[kind].values())[-1][-1] = math.inf
         manager.make_state = lambda *_: state
         manager.save(1, None)
-        with pytest.raises(CollectiveError, match=r"after step 1 norm.weight\S*( \(exp_avg\))? of rank \d is not finite") as caught:
+        with pytest.raises(
+            CollectiveError, match=r"after step 1 norm.weight\S*( \(exp_avg\))? of rank \d is not finite"
+        ) as caught:
             manager.finish()
         assert isinstance(caught.value.error, NonFiniteError)
 
