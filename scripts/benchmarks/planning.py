@@ -104,7 +104,7 @@ def plan_worker(args: argparse.Namespace) -> None:
     comm = mpi_world()
     planned = make_job(args.preset, args.folder)
     each = search(planned, comm.size)[0][args.pipeline]
-    reduce, step = make_reduce(comm), make_step(each.config, planned.vocab_size, each.layout.cut, comm)
+    reduce, step = make_reduce(comm), make_step(each.config, planned.vocab_size, each.cut, comm)
     time_step(step, WARM_UP, comm, reduce)
     load = Load(reduce)
     took_s = time_step(step, STEPS.get(args.preset, 3), comm, reduce)
@@ -134,9 +134,7 @@ def make_step(config, vocab_size: int, blocks_per_stage, comm) -> Callable[[], o
 
     hardware, mesh = detect_hardware(config.train, comm), Mesh(resolve_mesh_shape(config, comm.size), comm)
     model = TrainModel(config, mesh, blocks_per_stage, vocab_size, hardware.device, 16)
-    for flat in model.flats.values():
-        flat.values.tensor.normal_(0.0, 0.02)
-    model.all_gather_parameters()
+    model.init_parameters()
     source, steps = RandomTokens(config, vocab_size), iter(range(10**6))
     return lambda: train_step(model, source, next(steps))
 
