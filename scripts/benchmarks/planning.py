@@ -149,7 +149,7 @@ def print_plan(preset: str, predictions: dict, times: dict[str, list[float]]) ->
     print_table(f"plan ({preset}), 2 ranks, {len(next(iter(times.values())))} rounds", rows)
     errors = [abs(predictions[label].total_s / seconds - 1) for label, seconds in measured.items()]
     first, fastest = next(iter(measured)), min(measured, key=measured.__getitem__)
-    print(f"  error: median {100 * statistics.median(errors):.1f}%, worst {100 * max(errors):.1f}% (goals: 8%, 20%)")
+    print(f"  error: median {100 * statistics.median(errors):.1f}%, worst {100 * max(errors):.1f}% (goals: 4%, 9%)")
     print(
         f"  picked: {first}; fastest: {fastest}; picked / fastest {measured[first] / measured[fastest]:.3f} (goal: <= {CLOSE})"
     )
