@@ -55,7 +55,8 @@ def test_trainer_without_the_facts_of_a_run_is_refused(tmp_path, content):
 
 def write_checkpoint(parent, tie=True):
     config = tiny_config("", "", model__tie_embeddings=tie, model__dropout=0.0).model
-    own = {n: p.detach() for n, p in build_model(config, 257).named_parameters() if n not in tied_parameters(config)}
+    shapes = {name: x.shape for name, x in build_model(config, 257).named_parameters() if name not in tied_parameters(config)}
+    own = {name: 0.02 * torch.randn(shape) for name, shape in shapes.items()}
     sharding = replicate({name: tuple(x.shape) for name, x in own.items()}, 1)
     state = make_state(dict.fromkeys((PARAMETER, "exp_avg", "exp_avg_sq"), own), sharding, 0)
     state = replace(state, model=config, trainer={"step": 7, "eval_loss": 1.5})
