@@ -53,10 +53,13 @@ def work_of_other_threads() -> tuple[float, int]:
     return cpu_s, nbytes
 
 
-def waits_for_disk() -> bool:
-    """Return whether a thread of this process waits for a disk or a network file system, as in fsync."""
+def waits_for_disk_or_core() -> bool:
+    """Return whether a thread of this process, other than the calling one, waits for a disk or a network file system, as in
+    fsync, or for a core: a host may not let a virtual core run for seconds."""
+    own = str(threading.get_native_id())
     with contextlib.suppress(OSError):
-        return any(process_fields(f"self/task/{thread}")[1:2] == ["D"] for thread in os.listdir("/proc/self/task"))
+        others = [thread for thread in os.listdir("/proc/self/task") if thread != own]
+        return any(process_fields(f"self/task/{thread}")[1:2] in (["D"], ["R"]) for thread in others)
     return False
 
 

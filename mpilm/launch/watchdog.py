@@ -25,7 +25,7 @@ from typing import Any
 
 from mpilm.comm.base import Comm
 from mpilm.comm.flight_recorder import FlightRecorder, locate_caller
-from mpilm.comm.processes import kill_later, process_fields, waits_for_disk, work_of_other_threads
+from mpilm.comm.processes import kill_later, process_fields, waits_for_disk_or_core, work_of_other_threads
 from mpilm.formatting import name_ranks
 from mpilm.launch.hang_report import Snapshot, describe_call, describe_phase, describe_process, format_report
 from mpilm.launch.heartbeat import MOVED, REPORTED, TICK, WAITING, HeartbeatTable, NodeLinks, shared_path
@@ -126,8 +126,8 @@ class Watchdog:
         if problem := self._find_slow_step(now):
             return problem
         still_s, limit_s = self._still_s(self.rank, MOVED, now), self.limit_s()
-        if recorder.waiting is None and still_s > limit_s and waits_for_disk():
-            limit_s = max(limit_s, MIN_LIMIT_S)  # others may keep the disk busy
+        if recorder.waiting is None and still_s > limit_s and waits_for_disk_or_core():
+            limit_s = max(limit_s, MIN_LIMIT_S)  # others may keep it busy
         if recorder.waiting is None and still_s > limit_s:
             return self._describe_still(f"rank {self.rank} has done nothing", still_s, limit_s)
         if missing := self._find_missing(now, missing_limit_s):

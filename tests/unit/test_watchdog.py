@@ -114,8 +114,8 @@ def test_watchdog_finds_a_rank_that_does_nothing_in_any_phase(quick, phase):
     assert quick[1] == watchdog.EXIT_CODE
 
 
-def test_watchdog_gives_a_rank_that_waits_for_a_disk_more_time(quick, monkeypatch):
-    monkeypatch.setattr(watchdog, "waits_for_disk", lambda: True)
+def test_watchdog_gives_a_rank_that_waits_for_a_disk_or_core_more_time(quick, monkeypatch):
+    monkeypatch.setattr(watchdog, "waits_for_disk_or_core", lambda: True)
     monkeypatch.setattr(watchdog, "MIN_LIMIT_S", 1.0)
     recorder = FlightRecorder()
     recorder.step_timeout_s = 0.2
@@ -127,11 +127,12 @@ def test_watchdog_gives_a_rank_that_waits_for_a_disk_more_time(quick, monkeypatc
     assert time.monotonic() - began > 1.0
 
 
-def test_thread_that_waits_for_a_disk_is_one_in_state_d(monkeypatch):
-    assert not processes.waits_for_disk()
-    other, fields = str(os.getpid()), processes.process_fields
-    monkeypatch.setattr(processes, "process_fields", lambda path: ["x", "D"] if path.endswith(other) else fields(path))
-    assert processes.waits_for_disk()
+@pytest.mark.parametrize("state", ["D", "R", "S"])
+def test_thread_that_waits_for_a_disk_or_core_is_one_in_state_d_or_r(monkeypatch, state):
+    own = str(threading.get_native_id())
+    monkeypatch.setattr(processes, "process_fields", lambda path: ["x", "S" if path.endswith(own) else state])
+    threading.Thread(target=lambda: time.sleep(0.5)).start()
+    assert processes.waits_for_disk_or_core() == (state != "S")
 
 
 def compute(recorder):
