@@ -9,6 +9,7 @@ import contextlib
 import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -36,6 +37,29 @@ def map_shared_memory(comm: Comm, numel: int) -> list[Tensor] | None:
         return None
     memory = torch.frombuffer(mapped, dtype=torch.float32)
     return [memory[start // 4 : (start + size) // 4] for start, size in zip(accumulate(sizes, initial=0), sizes)]
+
+
+class SharedPlaces:
+    """Memory in which the ranks of a node show each other tensors, each rank in a place of its own.
+
+    All ranks reserve, write to their own places, pass one barrier of `comm`, and read the places of the others. Two sets of
+    places take turns: a rank that has passed the barrier may write to one while others still read the other."""
+
+    def __init__(self, comm: Comm):
+        self.comm, self._numel = comm, 0
+        self._turns: list[list[Tensor]] | None = []
+
+    def reserve(self, numels: Sequence[int], dtype: torch.dtype) -> list[Tensor] | None:
+        """Return the place of each rank, flat, of so many elements; None if the ranks share no memory. Collective, with equal
+        arguments on all ranks."""
+        numel = -(-max(numels) * dtype.itemsize // PAGE_BYTES) * PAGE_BYTES // 4  # of float32
+        if self._turns is not None and numel > self._numel:
+            parts, self._numel = self.comm.allocate_shared(2 * numel), numel
+            self._turns = None if parts is None else [[part[at : at + numel] for part in parts] for at in (0, numel)]
+        if self._turns is None:
+            return None
+        self._turns.reverse()
+        return [place.view(dtype)[:count] for place, count in zip(self._turns[0], numels)]
 
 
 def _map_file(path: str, nbytes: int) -> mmap.mmap | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mpilm.comm.base import Comm, SelfComm
+from mpilm.comm.shared_memory import SharedPlaces
 from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tree import block_of_rank, plan_merges
 from mpilm.ops.tree_reduce import TreeMerger, fold_in_tree_order
@@ -37,6 +38,7 @@ class TensorAxis:
         self.local_parts, self.part_counts = self.parts_of_ranks[comm.rank], list(map(len, self.parts_of_ranks))
         self._merges, self._sums = plans[comm.rank]
         self._nodes = [[node for node, _ in remaining] for _, remaining in plans]
+        self._merger, self._places = TreeMerger(self._nodes, parts), SharedPlaces(comm)
 
     @property
     def sliced(self) -> bool:
@@ -61,13 +63,11 @@ class TensorAxis:
         if not self.sliced or self.comm.size == 1:
             return x.contiguous()  # strides decide in which order a kernel adds
         sizes = [x.numel() // len(self.local_parts) * size for size in self.part_counts]
-        out = x.new_empty(sum(sizes))
-        self.comm.all_gather(x.detach().contiguous().view(-1), out, sizes)
+        ranks = self._show(x.detach().contiguous().view(-1), sizes)
         if x.shape[0] * self.sequence_parts == 1:
-            return out.view(1, -1, *x.shape[2:])
+            return torch.cat(ranks).view(1, -1, *x.shape[2:])
         shape, length = (x.shape[0], self.sequence_parts), x.shape[1] // self.sequence_parts // len(self.local_parts)
-        each = zip(out.split(sizes), self.part_counts)
-        by_rank = [part.view(*shape, count, length, *x.shape[2:]) for part, count in each]
+        by_rank = [flat.view(*shape, count, length, *x.shape[2:]) for flat, count in zip(ranks, self.part_counts)]
         return torch.cat(by_rank, dim=2).flatten(1, 3)
 
     def reduce_scatter(self, partial: Sequence[Tensor]) -> Tensor:  # of each part here (B, N, ...) -> (B, n, ...)
@@ -77,7 +77,15 @@ class TensorAxis:
         nodes, shape = self._fold(partial), partial[0].shape
         sent = [self._order_by_rank(node) for node in nodes]
         each = sent[0].numel() // self.parts
-        own, received, requests = each * len(self.local_parts), dict[tuple[int, int], Tensor](), []
+        own, counts = each * len(self.local_parts), [len(held) for held in self._nodes]
+        if (places := self._reserve(sent[0], [each * self.parts * count for count in counts])) is not None:
+            torch.cat(sent, out=places[self.comm.rank])
+            self.comm.barrier()
+            begin, total = each * self.local_parts.start, sent[0].new_empty(own)
+            nodes = [node for place, count in zip(places, counts) for node in place.view(count, -1)]
+            self._merger.merge_into([node[begin : begin + own] for node in nodes], total)  # in place: others do not read these
+            return total.view(shape[0], -1, *shape[2:])
+        received, requests = dict[tuple[int, int], Tensor](), []
         for j in range(max(map(len, self._nodes))):
             sources = [rank for rank, held in enumerate(self._nodes) if len(held) > j]
             rows = sent[0].new_empty(len(sources), own)
@@ -88,18 +96,17 @@ class TensorAxis:
             requests.append(self.comm.iall_to_all(x, rows.view(-1), sends, receives))
         for request in requests:
             request.wait()
-        total = self._merge([row for _, row in sorted(received.items(), key=lambda item: item[0])])
-        return total.view(shape[0], shape[1] // self.parts * len(self.local_parts), *shape[2:])
+        (total,) = self._merger.merge([row for _, row in sorted(received.items(), key=lambda item: item[0])])
+        return total.view(shape[0], -1, *shape[2:])
 
     def all_reduce(self, partial: Sequence[Tensor]) -> Tensor:
         """Return the sum of the tensors of all parts, in float32 or wider, on every rank."""
         nodes = self._fold(partial)
         if self.comm.size == 1:
             return nodes[0]
-        numel, counts = nodes[0].numel(), [len(held) for held in self._nodes]
-        out = nodes[0].new_empty(sum(counts), numel)
-        self.comm.all_gather(torch.cat([node.reshape(-1) for node in nodes]), out.view(-1), [numel * count for count in counts])
-        return self._merge(list(out)).view(partial[0].shape)
+        sizes = [nodes[0].numel() * len(held) for held in self._nodes]
+        everywhere = torch.cat(self._show(torch.cat([node.reshape(-1) for node in nodes]), sizes))
+        return self._merger.merge(everywhere.view(-1, *partial[0].shape).unbind())[0]
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """Replace each element of x by the largest of all ranks; return x."""
@@ -120,9 +127,20 @@ class TensorAxis:
             wide[into] = wide[into] + wide[other]
         return [wide[position].detach() for _, position in self._sums]
 
-    def _merge(self, nodes: list[Tensor]) -> Tensor:
-        """Return the sum of the nodes of all ranks, given in the order of ranks. Adds in place."""
-        return TreeMerger(self._nodes, self.parts).merge(nodes)[0]
+    def _show(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Return the flat tensors of all ranks: in shared memory, where the exchange after the next one overwrites them, or as
+        received."""
+        if (places := self._reserve(x, sizes)) is None:
+            out = x.new_empty(sum(sizes))
+            self.comm.all_gather(x, out, sizes)
+            return list(out.split(list(sizes)))
+        places[self.comm.rank].copy_(x)
+        self.comm.barrier()
+        return places
+
+    def _reserve(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor] | None:
+        """Return the shared memory for a tensor like x, with one size for each rank; None if messages must carry it."""
+        return self._places.reserve(sizes, x.dtype) if x.device.type == "cpu" else None
 
     def _order_by_rank(self, x: Tensor) -> Tensor:  # (B, N, ...) -> flat: the tokens of each rank, one rank after the other
         if x.shape[0] * self.sequence_parts == 1:
