@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpilm.comm.base import OPS, REDUCIBLE, Comm
 from mpilm.comm.instrumented import InstrumentedComm
+from mpilm.comm.shared_memory import SharedPlaces
 from mpilm.errors import RanksDisagreeError
 from mpilm.optim.norm import global_norm
 
@@ -257,6 +258,21 @@ def shares_memory(comm: Comm) -> None:
     assert again is not None
     again[comm.rank].fill_(1.0)
     assert parts[comm.rank][0] == comm.rank + 2
+
+
+@contract
+def shows_tensors_in_shared_places(comm: Comm) -> None:
+    """One barrier an exchange, whatever the sizes and types, and how late a rank reads."""
+    places = SharedPlaces(comm)
+    for turn, dtype in enumerate([torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.float32] * 2):
+        sizes = [(turn + 1) * 700 * (rank + 1) % 3001 for rank in range(comm.size)]
+        shown = places.reserve(sizes, dtype)
+        assert shown is not None
+        assert [(place.dtype, len(place)) for place in shown] == [(dtype, size) for size in sizes]
+        shown[comm.rank].fill_(comm.rank + turn)
+        comm.barrier()
+        time.sleep(0.002 * ((comm.rank + turn) % 2))
+        assert all((place == rank + turn).all() for rank, place in enumerate(shown)), turn
 
 
 @contract

@@ -75,6 +75,7 @@ class TensorAxis:
         if not self.sliced or self.comm.size == 1:
             return self.all_reduce(partial)
         nodes, shape = self._fold(partial), partial[0].shape
+        own_shape = shape[0], shape[1] // self.parts * len(self.local_parts), *shape[2:]
         sent = [self._order_by_rank(node) for node in nodes]
         each = sent[0].numel() // self.parts
         own, counts = each * len(self.local_parts), [len(held) for held in self._nodes]
@@ -84,7 +85,7 @@ class TensorAxis:
             begin, total = each * self.local_parts.start, sent[0].new_empty(own)
             nodes = [node for place, count in zip(places, counts) for node in place.view(count, -1)]
             self._merger.merge_into([node[begin : begin + own] for node in nodes], total)  # in place: others do not read these
-            return total.view(shape[0], -1, *shape[2:])
+            return total.view(own_shape)
         received, requests = dict[tuple[int, int], Tensor](), []
         for j in range(max(map(len, self._nodes))):
             sources = [rank for rank, held in enumerate(self._nodes) if len(held) > j]
@@ -97,7 +98,7 @@ class TensorAxis:
         for request in requests:
             request.wait()
         (total,) = self._merger.merge([row for _, row in sorted(received.items(), key=lambda item: item[0])])
-        return total.view(shape[0], -1, *shape[2:])
+        return total.view(own_shape)
 
     def all_reduce(self, partial: Sequence[Tensor]) -> Tensor:
         """Return the sum of the tensors of all parts, in float32 or wider, on every rank."""
@@ -106,7 +107,7 @@ class TensorAxis:
             return nodes[0]
         sizes = [nodes[0].numel() * len(held) for held in self._nodes]
         everywhere = torch.cat(self._show(torch.cat([node.reshape(-1) for node in nodes]), sizes))
-        return self._merger.merge(everywhere.view(-1, *partial[0].shape).unbind())[0]
+        return self._merger.merge(everywhere.view(self._merger.node_count, *partial[0].shape).unbind())[0]
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """Replace each element of x by the largest of all ranks; return x."""

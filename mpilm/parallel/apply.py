@@ -85,7 +85,7 @@ def parallelize(
     weight_grads = WeightGradQueue(is_used=parallel.schedule == "zero-bubble")
     if weight_grads.is_used:
         split_backward(model, weight_grads)
-    parameters = install_parameters(flats, model, config, tensor.slice_count > 1)
+    parameters = install_parameters(flats, model, config, tensor)
     reducers = [build_reducer(key, flat, model) for key, flat in trained.items()]
     autocast, width, seed = make_autocast(config.train.dtype, device), config.model.d_model, config.train.seed
     facts = parameters, weight_grads, tensor, autocast, width, seed, device, mesh.recorder, experts.comm.size > 1
@@ -103,13 +103,15 @@ def allocate_parameters(
     return flats
 
 
-def install_parameters(flats: Sequence[FlatParameters], model: nn.Module, config: Config, is_sliced: bool) -> StageParameters:
+def install_parameters(
+    flats: Sequence[FlatParameters], model: nn.Module, config: Config, tensor: TensorAxis
+) -> StageParameters:
     """Make the parameters of `model` views of flat vectors, or copies in the type in which layers compute: not if they are
-    gathered for each use or in files, nor if gradients of slices, `is_sliced`, are added in float32."""
+    gathered for each use or in files, nor if they have gradients for each part of the sequence, which are added in float32."""
     if config.parallel.zero == 3:
         return ShardedParameters(flats, model)
-    if config.train.dtype != "float32" and not is_sliced and config.train.offload != "parameters":
-        return CastParameters(flats, model, getattr(torch, config.train.dtype))
+    if config.train.dtype != "float32" and tensor.sequence.parts == 1 and config.train.offload != "parameters":
+        return CastParameters(flats, model, getattr(torch, config.train.dtype), tensor.parts > 1)
     for each in flats:
         each.install(model)
     return StageParameters()

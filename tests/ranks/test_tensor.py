@@ -11,6 +11,7 @@ from runs import CPU, FAMILIES, small_config
 from thread_ranks import run_ranks
 
 from mpilm.comm.base import SelfComm
+from mpilm.comm.shared_memory import SharedPlaces
 from mpilm.engine.pipelined import meta_model, resolve_model_layouts
 from mpilm.kernels.base import loss_sum
 from mpilm.model.families import initial_std, initial_value
@@ -28,6 +29,13 @@ from mpilm.parallel.tensor import PartLogits, divide_model, gather_parts, slice_
 SHARED = 100  # a number that names no rank: values that all ranks have
 
 
+@pytest.fixture(params=["shared memory", "messages"])
+def _transport(request, monkeypatch):
+    if request.param == "messages":
+        monkeypatch.setattr(SharedPlaces, "reserve", lambda *_: None)
+
+
+@pytest.mark.usefixtures("_transport")
 @pytest.mark.parametrize("sliced", [True, False])
 @pytest.mark.parametrize(
     ("size", "parts", "sequence_parts"), [(1, 2, 1), (2, 2, 1), (2, 4, 2), (3, 4, 1), (4, 4, 1), (3, 6, 2)]
@@ -119,6 +127,7 @@ def test_parts_compute_what_the_plain_model_computes(family, size, parts):
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("_transport")
 @pytest.mark.parametrize("dropout_keys", [None, [3, 4]])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_number_of_ranks_computes_the_same_bits(family, dropout_keys):
