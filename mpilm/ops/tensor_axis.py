@@ -8,7 +8,7 @@ arXiv 2205.05198, section 4.2.2).
 Letters in shapes: B sequences, N tokens of all ranks of the axis, n tokens of this rank, S sequence parts of this rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from mpilm.comm.base import Comm, SelfComm
+from mpilm.comm.base import Comm, Request, SelfComm
 from mpilm.comm.shared_memory import SharedPlaces
 from mpilm.ops.sequence_axis import SequenceAxis
 from mpilm.ops.tree import block_of_rank, plan_merges
@@ -31,7 +31,10 @@ class TensorAxis:
     def __init__(self, comm: Comm, parts: int, sequence: SequenceAxis | None = None):
         self.comm, self.parts, self.sequence = comm, parts, sequence or SequenceAxis(SelfComm())
         self.sequence_parts = len(self.sequence.local_parts)
-        self.keeps_inputs = False  # forward keeps all tokens of an input for backward, instead of gathering them again
+        # Forward keeps all tokens of an input for backward, instead of gathering them again: recomputation needs those of one
+        # block at a time anyway, and compiled functions save what they like.
+        self.keeps_inputs = False
+        self.overlaps = False  # weight gradients are computed while gradients of inputs travel, not left to a later half
         blocks = [block_of_rank(rank, comm.size, parts) for rank in range(comm.size)]
         plans = [plan_merges([(part, part + 1) for part in range(*block)], parts) for block in blocks]
         self.parts_of_ranks = [range(*block) for block in blocks]  # the parts of each rank
@@ -60,20 +63,38 @@ class TensorAxis:
 
     def all_gather(self, x: Tensor) -> Tensor:  # (B, n, ...) -> (B, N, ...)
         """Return the tokens of all ranks in the order of the sequence, contiguous."""
+        return self.start_all_gather(x)()
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """Start to do so; return what waits for the tokens. In shared memory they have come already."""
         if not self.sliced or self.comm.size == 1:
-            return x.contiguous()  # strides decide in which order a kernel adds
+            return x.contiguous  # strides decide in which order a kernel adds
         sizes = [x.numel() // len(self.local_parts) * size for size in self.part_counts]
-        ranks = self._show(x.detach().contiguous().view(-1), sizes)
-        if x.shape[0] * self.sequence_parts == 1:
-            return torch.cat(ranks).view(1, -1, *x.shape[2:])
-        shape, length = (x.shape[0], self.sequence_parts), x.shape[1] // self.sequence_parts // len(self.local_parts)
-        by_rank = [flat.view(*shape, count, length, *x.shape[2:]) for flat, count in zip(ranks, self.part_counts)]
-        return torch.cat(by_rank, dim=2).flatten(1, 3)
+        ranks, request = self._show(x.detach().contiguous().view(-1), sizes)
+
+        def arrange() -> Tensor:
+            if request is not None:
+                request.wait()
+            if x.shape[0] * self.sequence_parts == 1:
+                return torch.cat(ranks).view(1, -1, *x.shape[2:])
+            shape, length = (x.shape[0], self.sequence_parts), x.shape[1] // self.sequence_parts // len(self.local_parts)
+            by_rank = [flat.view(*shape, count, length, *x.shape[2:]) for flat, count in zip(ranks, self.part_counts)]
+            return torch.cat(by_rank, dim=2).flatten(1, 3)
+
+        if request is None:
+            full = arrange()
+            return lambda: full
+        return arrange
 
     def reduce_scatter(self, partial: Sequence[Tensor]) -> Tensor:  # of each part here (B, N, ...) -> (B, n, ...)
         """Return the sum of the tensors of all parts, for this rank's tokens, in float32 or wider (reduce-scatter)."""
+        return self.start_reduce_scatter(partial)()
+
+    def start_reduce_scatter(self, partial: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """Start to do so; return what waits for the sum. Collective over `comm`, as is what it returns; nothing else that is
+        may come in between."""
         if not self.sliced or self.comm.size == 1:
-            return self.all_reduce(partial)
+            return lambda: self.all_reduce(partial)
         nodes, shape = self._fold(partial), partial[0].shape
         own_shape = shape[0], shape[1] // self.parts * len(self.local_parts), *shape[2:]
         sent = [self._order_by_rank(node) for node in nodes]
@@ -81,11 +102,15 @@ class TensorAxis:
         own, counts = each * len(self.local_parts), [len(held) for held in self._nodes]
         if (places := self._reserve(sent[0], [each * self.parts * count for count in counts])) is not None:
             torch.cat(sent, out=places[self.comm.rank])
-            self.comm.barrier()
             begin, total = each * self.local_parts.start, sent[0].new_empty(own)
-            nodes = [node for place, count in zip(places, counts) for node in place.view(count, -1)]
-            self._merger.merge_into([node[begin : begin + own] for node in nodes], total)  # in place: others do not read these
-            return total.view(own_shape)
+            shown = [node[begin : begin + own] for place, count in zip(places, counts) for node in place.view(count, -1)]
+
+            def add_shown() -> Tensor:
+                self.comm.barrier()
+                self._merger.merge_into(shown, total)  # in place: no other rank reads these elements
+                return total.view(own_shape)
+
+            return add_shown
         received, requests = dict[tuple[int, int], Tensor](), []
         for j in range(max(map(len, self._nodes))):
             sources = [rank for rank, held in enumerate(self._nodes) if len(held) > j]
@@ -95,10 +120,14 @@ class TensorAxis:
             sends = [each * size if j < len(sent) else 0 for size in self.part_counts]
             receives = [own if rank in sources else 0 for rank in range(self.comm.size)]
             requests.append(self.comm.iall_to_all(x, rows.view(-1), sends, receives))
-        for request in requests:
-            request.wait()
-        (total,) = self._merger.merge([row for _, row in sorted(received.items(), key=lambda item: item[0])])
-        return total.view(own_shape)
+
+        def add_received() -> Tensor:
+            for request in requests:
+                request.wait()
+            (total,) = self._merger.merge([row for _, row in sorted(received.items(), key=lambda item: item[0])])
+            return total.view(own_shape)
+
+        return add_received
 
     def all_reduce(self, partial: Sequence[Tensor]) -> Tensor:
         """Return the sum of the tensors of all parts, in float32 or wider, on every rank."""
@@ -106,7 +135,10 @@ class TensorAxis:
         if self.comm.size == 1:
             return nodes[0]
         sizes = [nodes[0].numel() * len(held) for held in self._nodes]
-        everywhere = torch.cat(self._show(torch.cat([node.reshape(-1) for node in nodes]), sizes))
+        shown, request = self._show(torch.cat([node.reshape(-1) for node in nodes]), sizes)
+        if request is not None:
+            request.wait()
+        everywhere = torch.cat(shown)
         return self._merger.merge(everywhere.view(self._merger.node_count, *partial[0].shape).unbind())[0]
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
@@ -128,16 +160,15 @@ class TensorAxis:
             wide[into] = wide[into] + wide[other]
         return [wide[position].detach() for _, position in self._sums]
 
-    def _show(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Return the flat tensors of all ranks: in shared memory, where the exchange after the next one overwrites them, or as
-        received."""
+    def _show(self, x: Tensor, sizes: Sequence[int]) -> tuple[list[Tensor], Request | None]:
+        """Return the flat tensors of all ranks: once the request is done, or, without one, in shared memory, where the exchange
+        after the next one overwrites them."""
         if (places := self._reserve(x, sizes)) is None:
             out = x.new_empty(sum(sizes))
-            self.comm.all_gather(x, out, sizes)
-            return list(out.split(list(sizes)))
+            return list(out.split(list(sizes))), self.comm.iall_gather(x, out, sizes)
         places[self.comm.rank].copy_(x)
         self.comm.barrier()
-        return places
+        return places, None
 
     def _reserve(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor] | None:
         """Return the shared memory for a tensor like x, with one size for each rank; None if messages must carry it."""
@@ -152,27 +183,46 @@ class TensorAxis:
 
 class RegionInput:
     """The input of parts: this rank's tokens x (B, n, ...) and all tokens (B, N, ...), gathered for forward and again for
-    backward. Only x is kept in between (arXiv 2205.05198, section 4.2.2). Collective over the tensor axis."""
+    backward. Only x is kept in between (arXiv 2205.05198, section 4.2.2). `weights`: those by which the parts multiply it, if
+    their gradients are computed while that of x travels. Collective over the tensor axis."""
 
-    def __init__(self, axis: TensorAxis, x: Tensor):
-        self.axis, self._own = axis, x.detach()
+    def __init__(self, axis: TensorAxis, x: Tensor, weights: Mapping[str, Tensor] | None = None):
+        self.axis, self._own, self.weights = axis, x.detach(), weights or {}
+        self._pending = dict[str, Callable[[], Tensor]]()  # gradients of weights
         self._dropped = set[torch.dtype]()  # dtypes in which backward needs all tokens
         self._full: Tensor | None = axis.all_gather(self._own)
+        self._finish: Callable[[], Tensor] | None = None  # waits for them if they travel
+
+    def share(self, x: Tensor, has_shared_use: bool = False) -> tuple[Tensor, ...]:
+        """Return all tokens for each part here and, if asked, for a use equal on all ranks. x: the input itself."""
+        return AllGatherTokens.apply(x, self, has_shared_use, *self.weights.values())
 
     def gather(self) -> Tensor:
         """Return all tokens, gathered again if they have been dropped. Collective over the tensor axis."""
         if self._full is None:
-            self._full = self.axis.all_gather(self._own)
+            finish, self._finish = self._finish or self.axis.start_all_gather(self._own), None
+            self._full = finish()
         return self._full
 
     def restore(self) -> None:
-        """Gather all tokens again if backward needs them. Collective over the tensor axis."""
-        if self._dropped:
-            self.gather()
+        """Start to gather all tokens again if backward needs them. Collective over the tensor axis."""
+        if self._dropped and self._full is None:
+            self._finish = self.axis.start_all_gather(self._own)
 
     def drop(self) -> None:
         """Release all tokens but this rank's."""
         self._full = None
+
+    def push_pending(self, name: str, compute: Callable[[], Tensor]) -> None:
+        """Leave the gradient of a weight to `compute_gradients`."""
+        self._pending[name] = compute
+
+    def compute_gradients(self) -> Iterator[Tensor | None]:
+        """Yield the gradients of `weights`; None for one that has none, or that autograd computes."""
+        for name in self.weights:
+            compute = self._pending.pop(name, None)
+            yield None if compute is None else compute()
+            self.axis.comm.progress()
 
     @contextmanager
     def dropped_after_use(self) -> Iterator[None]:
@@ -203,22 +253,25 @@ class RegionInput:
 
 class AllGatherTokens(Function):
     """All tokens for the parts: x (B, n, ...) -> (B, N, ...) for each part here and, if `shared`, for a use equal on all ranks.
-    Backward adds the gradients of all parts, and that of the shared use once. Collective over the tensor axis, in backward."""
+    Backward adds the gradients of all parts, and that of the shared use once; meanwhile it computes the gradients of `weights`,
+    those of `entered`. Collective over the tensor axis, in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, entered: RegionInput, shared: bool) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, entered: RegionInput, shared: bool, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.entered, ctx.dtype, full = entered, x.dtype, entered.gather()
         return tuple(full.view_as(full) for _ in range(len(entered.axis.local_parts) + shared))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.entered.drop()
         axis = ctx.entered.axis
         count = len(axis.local_parts)
-        total = axis.reduce_scatter(gradients[:count])
+        finish = axis.start_reduce_scatter(gradients[:count])
+        of_weights = list(ctx.entered.compute_gradients())
+        total = finish()
         for gradient in gradients[count:]:
             total = total + axis.select_own(gradient)
-        return total.to(ctx.dtype), None, None
+        return total.to(ctx.dtype), None, None, *of_weights
 
 
 class ReduceScatterOutputs(Function):
@@ -231,9 +284,10 @@ class ReduceScatterOutputs(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        finish = ctx.axis.start_all_gather(gradient.to(ctx.dtype))
         if ctx.entered is not None:
             ctx.entered.restore()
-        full = ctx.axis.all_gather(gradient.to(ctx.dtype))
+        full = finish()
         return None, None, *[full] * len(ctx.axis.local_parts)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpilm.parallel.pipeline.split_backward import backward_with
+from mpilm.parallel.split_backward import backward_with
 
 
 def checkpoint_activations(model: nn.Module, part: str) -> None:

@@ -22,9 +22,9 @@ from mpilm.parallel.fsdp import ShardedParameters
 from mpilm.parallel.layout import FlatKey, Layouts, group_by_vector, select_trained
 from mpilm.parallel.layout_check import can_defer_logits, find_ulysses_problem
 from mpilm.parallel.offload import Offload, make_offload
-from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
 from mpilm.parallel.pipeline.stage import GradientReducer, ModelStage, StageParameters
 from mpilm.parallel.plan import cut_of, stage_of
+from mpilm.parallel.split_backward import WeightGradQueue, split_backward
 from mpilm.parallel.tensor import divide_model
 
 Flats = dict[FlatKey, FlatParameters]
@@ -63,8 +63,8 @@ def parallelize(
     parallel, is_last = config.parallel, stage == len(blocks_per_stage) - 1
     prune_to_stage(model, stage, blocks_per_stage)
     if tensor.slice_count > 1:
-        # Recomputation needs all tokens of one block at a time anyway, and compiled functions save what they like.
         tensor.keeps_inputs = config.train.recompute == "block" or config.train.compile
+        tensor.overlaps = parallel.tensor > 1 and parallel.schedule != "zero-bubble" and not config.train.compile
         can_exchange = parallel.context > 1 and device.type == "cpu" and not find_ulysses_problem(config)
         exchanges_heads = can_exchange and parallel.context_method != "ring"
         divide_model(model, partial(cut_of, family=config.model.arch), tensor, exchanges_heads)

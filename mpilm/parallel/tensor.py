@@ -8,7 +8,8 @@ for each slice of the tokens, and these are added in tree order. Forward and bac
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -26,17 +27,11 @@ from mpilm.model.moe import MixtureOfExperts
 from mpilm.model.sequence_info import Rotation, SequenceInfo
 from mpilm.model.transformer import BertEmbedding
 from mpilm.ops.sequence_axis import SequenceAxis
-from mpilm.ops.tensor_axis import (
-    AllGatherTokens,
-    ContiguousGradient,
-    ReduceScatterOutputs,
-    RegionInput,
-    ShareParameter,
-    TensorAxis,
-)
+from mpilm.ops.tensor_axis import ContiguousGradient, ReduceScatterOutputs, RegionInput, ShareParameter, TensorAxis
 from mpilm.parallel.context import attend_by_part, linear_by_part
 from mpilm.parallel.layout import ParamPart
 from mpilm.parallel.plan import Cut, region_of
+from mpilm.parallel.split_backward import linear_in_halves
 
 CutOf = Callable[[str], Cut | None]
 
@@ -68,6 +63,8 @@ def _divide_region(region: Any, path: str, cut_of: CutOf, axis: TensorAxis) -> N
     for name in cuts:
         _set_parameter(region, name, None)
     region.parts = parts
+    overlaps = axis.overlaps and axis.sequence.parts == 1 and not isinstance(region, MixtureOfExperts)
+    region.first_layers = _split_first_layers(region, cuts) if overlaps else {}
     inside = TensorAxis(SelfComm(), 1, axis.sequence)
     if axis.sequence.parts > 1 and not isinstance(region, MixtureOfExperts):
         for path_in_part, module in (item for part in parts.values() for item in part.named_modules()):
@@ -97,6 +94,33 @@ def _make_part(region: nn.Module, own: Mapping[str, Tensor], cuts: Mapping[str, 
     return module
 
 
+def _split_first_layers(region: Any, cuts: Mapping[str, Cut]) -> dict[str, nn.Linear | Conv1D]:
+    """Let the layers that multiply the input of a region leave their weight gradients to it; return them by their paths."""
+    layers = {}
+    for path, layer in region.parts.named_modules():
+        cut = cuts.get(f"{path.partition('.')[2]}.weight".removeprefix("."))
+        if isinstance(layer, (nn.Linear, Conv1D)) and cut is not None and cut.dim == isinstance(layer, Conv1D):
+            layers[path] = layer
+            layer.forward = partial(_multiply_input, layer, path, region)  # type: ignore[method-assign]
+    return layers
+
+
+def _multiply_input(layer: nn.Linear | Conv1D, path: str, region: Any, x: Tensor) -> Tensor:
+    return linear_in_halves(layer, path, region.entered, x)
+
+
+@contextmanager
+def _enter_region(region: Any, axis: TensorAxis, x: Tensor) -> Iterator[RegionInput]:
+    """Return the input of a region; forward runs within this context."""
+    weights = {path: layer.weight for path, layer in region.first_layers.items() if layer.weight.requires_grad}
+    region.entered = RegionInput(axis, x, weights)
+    try:
+        with region.entered.dropped_after_use():
+            yield region.entered
+    finally:
+        region.entered = None
+
+
 def _set_parameter(module: nn.Module, name: str, parameter: Tensor | tuple[Tensor, ...] | None) -> None:
     """Replace a parameter by another one, by a tensor that is not a parameter, by its aliases for parts, or by None."""
     owner, _, attribute = name.rpartition(".")
@@ -109,9 +133,9 @@ def _forward_layer(
     count, by_sequence = len(axis.local_parts), axis.sequence.parts > 1
     sequence_parts = axis.sequence_parts if axis.sliced else 1
     aliases = {name: ShareParameter.apply(region.get_parameter(name), axis, sequence_parts) for name in shared}
-    entered, outputs = RegionInput(axis, x), []
-    with entered.dropped_after_use():
-        for i, (part, full) in enumerate(zip(region.parts.values(), AllGatherTokens.apply(x, entered, False))):
+    outputs = []
+    with _enter_region(region, axis, x) as entered:
+        for i, (part, full) in enumerate(zip(region.parts.values(), entered.share(x))):
             for name in shared:  # where modules compute by sequence part, they find an alias for each
                 _set_parameter(part, name, aliases[name][i::count] if by_sequence else aliases[name][i])
             outputs.append(part(full, info))
@@ -135,9 +159,8 @@ def _forward_experts(
             for part, each, share in zip(region.parts.values(), inputs, shares)
         ]
 
-    entered = RegionInput(axis, x)
-    with entered.dropped_after_use():
-        outputs = _by_sequence_part(region, inside, compute, AllGatherTokens.apply(x, entered, True), info)
+    with _enter_region(region, axis, x) as entered:
+        outputs = _by_sequence_part(region, inside, compute, entered.share(x, has_shared_use=True), info)
     return ReduceScatterOutputs.apply(axis, entered, *outputs)
 
 
@@ -218,9 +241,8 @@ class PartLogits:
 
 
 def _forward_head(region: Any, axis: TensorAxis, ranges: Sequence[range], x: Tensor) -> PartLogits:  # (B, n, D)
-    entered = RegionInput(axis, x)
-    with entered.dropped_after_use():
-        parts = [part(full) for part, full in zip(region.parts.values(), AllGatherTokens.apply(x, entered, False))]
+    with _enter_region(region, axis, x) as entered:
+        parts = [part(full) for part, full in zip(region.parts.values(), entered.share(x))]
     return PartLogits(axis, ranges, parts)
 
 

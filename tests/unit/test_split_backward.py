@@ -16,7 +16,7 @@ from mpilm.model.layers import Conv1D
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.apply import make_autocast
-from mpilm.parallel.pipeline.split_backward import WeightGradQueue, split_backward
+from mpilm.parallel.split_backward import WeightGradQueue, split_backward
 
 V, CPU = 29, torch.device("cpu")
 MICROBATCHES = range(4)

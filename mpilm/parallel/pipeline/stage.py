@@ -18,7 +18,7 @@ from mpilm.model.layers import hash_key
 from mpilm.model.sequence_info import KVCache, SequenceInfo
 from mpilm.ops.tensor_axis import TensorAxis
 from mpilm.parallel.pipeline.actions import Direction
-from mpilm.parallel.pipeline.split_backward import WeightGradQueue, backward_with
+from mpilm.parallel.split_backward import WeightGradQueue, backward_with
 from mpilm.parallel.tensor import PartLogits
 
 

@@ -1,5 +1,5 @@
-"""Backward from a given gradient, and in two halves: gradients of inputs first, gradients of weight matrices later (zero
-bubble; Qi et al., arXiv 2401.10241, section 2).
+"""Backward from a given gradient, and in two halves: gradients of inputs first, gradients of weight matrices later, while the
+pipeline would idle (zero bubble; Qi et al., arXiv 2401.10241, section 2) or the gradient of an input travels.
 
 Applied from outside: each Linear and Conv1D of a model puts what its weight gradient needs into a queue. The products are those
 that autograd would have computed, with the same bits.
@@ -8,7 +8,7 @@ that autograd would have computed, with the same bits.
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,12 @@ class GradientSeed(torch.autograd.Function):
         return ctx.gradient, None
 
 
+class PendingGradients(Protocol):
+    """A place for weight gradients that are computed later."""
+
+    def push_pending(self, name: str, compute: Callable[[], Tensor]) -> None: ...
+
+
 class WeightGradQueue:
     """The gradients of each microbatch that the first half has completed or, for weight matrices, left to be computed."""
 
@@ -56,7 +62,7 @@ class WeightGradQueue:
         pending = self._pending.pop(microbatch, deque())
         while pending:
             name, compute = pending.popleft()
-            yield name, compute()
+            yield name, compute().float()
 
 
 def split_backward(model: nn.Module, queue: WeightGradQueue) -> None:
@@ -65,10 +71,11 @@ def split_backward(model: nn.Module, queue: WeightGradQueue) -> None:
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and "forward" not in vars(module) and module.weight is not None:
             name = f"{path}.weight" if path else "weight"
-            module.forward = partial(_forward, module, name, queue)  # type: ignore[method-assign]
+            module.forward = partial(linear_in_halves, module, name, queue)  # type: ignore[method-assign]
 
 
-def _forward(module: nn.Linear | Conv1D, name: str, queue: WeightGradQueue, x: Tensor) -> Tensor:
+def linear_in_halves(module: nn.Linear | Conv1D, name: str, queue: PendingGradients, x: Tensor) -> Tensor:
+    """Return module(x). Backward puts the gradient of the weight, called `name`, into `queue`, if x has a gradient too."""
     transposed = isinstance(module, Conv1D)
     weight: Tensor = module.weight.t() if transposed else module.weight
     bias: Tensor | None = module.bias
@@ -86,7 +93,7 @@ class DeferredLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, transposed: bool, queue: WeightGradQueue
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, transposed: bool, queue: PendingGradients
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.name, ctx.transposed, ctx.queue, ctx.has_bias = name, transposed, queue, bias is not None
@@ -101,5 +108,4 @@ class DeferredLinear(torch.autograd.Function):
 
 
 def _weight_gradient(x: Tensor, gradient: Tensor, transposed: bool) -> Tensor:  # (N, in), (N, out)
-    product = x.t() @ gradient if transposed else gradient.t() @ x  # as autograd: of a small matrix, the other has other bits
-    return product.float()
+    return x.t() @ gradient if transposed else gradient.t() @ x  # as autograd: of a small matrix, the other has other bits
