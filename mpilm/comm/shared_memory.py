@@ -49,6 +49,11 @@ class SharedPlaces:
         self.comm, self._numel = comm, 0
         self._turns: list[list[Tensor]] | None = []
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's places."""
+        return 8 * self._numel if self._turns else 0
+
     def reserve(self, numels: Sequence[int], dtype: torch.dtype) -> list[Tensor] | None:
         """Return the place of each rank, flat, of so many elements; None if the ranks share no memory. Collective, with equal
         arguments on all ranks."""

@@ -225,8 +225,8 @@ class TrainModel(PipelinedModel):
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of gradients in memory that other ranks of the node map too."""
-        return sum(reducer.shared_bytes for reducer in self.reducers.values())
+        """Bytes of this rank in memory that other ranks of the node map too."""
+        return sum(reducer.shared_bytes for reducer in self.reducers.values()) + self.tensor.shared_bytes
 
     def gradient_slices(self) -> dict[ParamSlice, Tensor]:
         """Return the summed gradient of the parameter slices that this rank updates."""

@@ -57,6 +57,11 @@ class TensorAxis:
         """Number of slices of a sequence."""
         return self.sequence.parts * self.parts
 
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of this rank's places in the memory that the ranks of a node share."""
+        return self._places.nbytes
+
     def count_own(self, tokens: int) -> int:
         """Return how many of so many tokens this rank has between the parts of the model."""
         return tokens // self.parts * len(self.local_parts) if self.sliced else tokens

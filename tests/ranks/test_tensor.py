@@ -1,5 +1,6 @@
 """Tensor parts against the plain model, in float64, and the same bits for any number of ranks; operators and their adjoints."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -134,13 +135,51 @@ def test_every_number_of_ranks_computes_the_same_bits(family, dropout_keys):
     shape = family_config(family)
     ((loss, gradients, _),) = run_ranks(1, lambda comm: run_model(shape, torch.float32, TensorAxis(comm, 4), dropout_keys))
     for size in (2, 3, 4):
-        results = run_ranks(size, lambda comm: run_model(shape, torch.float32, TensorAxis(comm, 4), dropout_keys))
+        results = run_ranks(size, lambda comm: run_model(shape, torch.float32, overlapping_axis(comm, 4), dropout_keys))
         for part_loss, found, _ in results:
             assert part_loss == loss
             assert [name for name, gradient in found.items() if not torch.equal(gradient, gradients[name])] == []
 
 
-def test_inputs_of_parts_are_not_kept_for_backward():
+def overlapping_axis(comm, parts):
+    axis = TensorAxis(comm, parts)
+    axis.overlaps = True
+    return axis
+
+
+@pytest.mark.parametrize(("family", "first_layers"), [("llama", [1, 2, 3]), ("gpt2", [1, 1, 1]), ("bert", [1, 1, 3])])
+def test_weight_gradients_are_computed_while_gradients_of_inputs_travel(family, first_layers):
+    """Head; gate and up; q, k and v: of the region's first layers between start and end of its reduce-scatter in backward."""
+    shape, start, compute = family_config(family), TensorAxis.start_reduce_scatter, RegionInput.compute_gradients
+
+    def recording_start(self, partial_sums):
+        finish = start(self, partial_sums)
+        self.events.append("start")
+        return lambda: self.events.append("finish") or finish()
+
+    def recording_compute(self):
+        for gradient in compute(self):
+            self.axis.events.append("none" if gradient is None else "weight")
+            yield gradient
+
+    def body(comm):
+        axis = overlapping_axis(comm, 2)
+        axis.events = []
+        run_model(shape, torch.float32, axis)
+        return " ".join(axis.events)
+
+    with (
+        mock.patch.multiple(TensorAxis, start_reduce_scatter=recording_start),
+        mock.patch.multiple(RegionInput, compute_gradients=recording_compute),
+    ):
+        for events in run_ranks(2, body):
+            counts = [region.count("weight") for region in re.findall(r"start ((?:weight )*)finish", events)]
+            assert sorted(filter(None, counts)) == sorted(first_layers[:1] + first_layers[1:] * shape.n_layers)
+            assert "none" not in events
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_inputs_of_parts_are_not_kept_for_backward(overlaps):
     """q, k, v, gate, up and head save their input, all tokens; between forward and backward a rank keeps its own alone."""
     shape, dropped = family_config("llama"), []
     original = RegionInput._pack
@@ -153,7 +192,8 @@ def test_inputs_of_parts_are_not_kept_for_backward():
     with mock.patch.object(RegionInput, "_pack", pack):
         run_ranks(1, lambda comm: run_model(shape, torch.float32, TensorAxis(comm, 2)))
         assert dropped == []
-        run_ranks(2, lambda comm: run_model(shape, torch.float32, TensorAxis(comm, 2)))
+        make_axis = overlapping_axis if overlaps else TensorAxis
+        run_ranks(2, lambda comm: run_model(shape, torch.float32, make_axis(comm, 2)))
     assert sum(dropped) == 2 * (5 * shape.n_layers + 1)
 
 
@@ -173,7 +213,7 @@ def test_activations_of_a_rank_are_as_many_as_the_formula_says(family, dtype):
         drop(self)
 
     def body(comm):
-        storages, axis = {}, TensorAxis(comm, 2)
+        storages, axis = {}, overlapping_axis(comm, 2)
 
         def record(tensor):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
