@@ -59,7 +59,8 @@ class SharedPlaces:
         arguments on all ranks."""
         numel = -(-max(numels) * dtype.itemsize // PAGE_BYTES) * PAGE_BYTES // 4  # of float32
         if self._turns is not None and numel > self._numel:
-            parts, self._numel = self.comm.allocate_shared(2 * numel), numel
+            numel = self._numel = max(numel, 2 * self._numel)  # few allocations, even if sizes grow with each exchange
+            parts = self.comm.allocate_shared(2 * numel)
             self._turns = None if parts is None else [[part[at : at + numel] for part in parts] for at in (0, numel)]
         if self._turns is None:
             return None
