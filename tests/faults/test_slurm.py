@@ -111,14 +111,13 @@ def uninterrupted(tmp_path_factory, data):
 
 @pytest.fixture(scope="module", autouse=True)
 def chain(cluster, tmp_path_factory, data):
-    """Three jobs of a minute each, of which half is reserved for saving; a step in the first takes most of the rest.
+    """Three jobs of a minute each, of which half is reserved for saving; slow steps last beyond the rest of the first.
 
     They run while the other tests run.
     """
     run = tmp_path_factory.mktemp("chain") / "run"
     flags = f"--cpus-per-task=1 --time=1 --output={cluster.logs}/%j.log --nodelist=n3 {' '.join(ONE_NODE)} {WARNING}"
-    slow = "kind=sleep rank=1 step=40 point=forward value=26"
-    variables = {"SBATCH_FLAGS": flags, "MPILM_FAULT": slow}
+    variables = {"SBATCH_FLAGS": flags, "MPILM_FAULT": sleep_in_steps(40, 75, 1.0)}
     with mock.patch.dict(cluster.environment, variables):
         return run, cluster.call("jobs/chain", 3, "jobs/train.sbatch", *train_flags(data, run, *SHORT)).split()
 
