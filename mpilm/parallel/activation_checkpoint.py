@@ -15,45 +15,51 @@ from torch import Tensor, nn
 from mpilm.parallel.split_backward import backward_with
 
 
-def checkpoint_activations(model: nn.Module, part: str) -> None:
-    """Recompute a part ("none", "attention", "block") of each block of `model` in its backward."""
+def checkpoint_activations(model: nn.Module, part: str, is_compiled: bool = False) -> None:
+    """Recompute a part ("none", "attention", "block") of each block of `model` in its backward.
+
+    is_compiled: forwards are compiled. The code that torch compiles without gradients rounds 16-bit values elsewhere, so the
+    first computation then builds a graph like the second, and drops it.
+    """
     for block in model.get_submodule("blocks").children() if part != "none" else ():
         cores = [module.core for module in block.modules() if hasattr(module, "core")]  # of all tensor parts
         wrapped: Any
         for wrapped in cores if part == "attention" else [block]:
-            wrapped.forward = partial(_checkpoint, wrapped.forward)  # inside its hooks, which gather parameters only once
+            # Inside its hooks, which gather parameters only once.
+            wrapped.forward = partial(_checkpoint, wrapped.forward, is_compiled)
 
 
-def _checkpoint(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def _checkpoint(function: Callable[..., Tensor], is_compiled: bool, *inputs: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return CheckpointFunction.apply(function, torch.empty(0, requires_grad=True), *inputs)
+    return CheckpointFunction.apply(function, is_compiled, torch.empty(0, requires_grad=True), *inputs)
 
 
 class CheckpointFunction(torch.autograd.Function):
     """function(*inputs), of which only the inputs are kept. `anchor` lets backward run even if no input requires a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], anchor: Tensor, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, function: Callable[..., Tensor], is_compiled: bool, anchor: Tensor, *inputs: Any) -> Tensor:
         ctx.function = function
         ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
         ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
         device = inputs[ctx.tensors[0]].device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return function(*inputs)
+        with torch.set_grad_enabled(is_compiled):
+            return function(*inputs).detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         inputs, gradients = list(ctx.others), [None] * len(ctx.others)
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             for i, x in zip(ctx.tensors, ctx.saved_tensors):
-                needed = ctx.needs_input_grad[2 + i]
+                needed = ctx.needs_input_grad[3 + i]
                 inputs[i] = GradCapture.apply(x.detach().requires_grad_(), gradients, i) if needed else x.detach()
             y = ctx.function(*inputs)
         if y.requires_grad:
             backward_with(y, gradient)
-        return None, None, *gradients
+        return None, None, None, *gradients
 
 
 class GradCapture(torch.autograd.Function):

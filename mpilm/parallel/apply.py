@@ -81,7 +81,7 @@ def parallelize(
     flats = [*trained.values(), *frozen.values()]
     if config.train.compile:
         compile_blocks(model)
-    checkpoint_activations(model, config.train.recompute)
+    checkpoint_activations(model, config.train.recompute, config.train.compile)
     weight_grads = WeightGradQueue(is_used=parallel.schedule == "zero-bubble")
     if weight_grads.is_used:
         split_backward(model, weight_grads)

@@ -107,7 +107,13 @@ def _find_parts_problem(config: Config, ranks: int) -> Problem | None:
             more = -(-ranks // size) * size
             return f"--parallel.{axis} {size} does not divide {count}", [nearest, [(f"start {more} ranks", {}, more)]]
         if parts % size:
-            return f"--parallel.{axis} {size} does not divide --model.{setting}-parts {parts}", [nearest]
+            both = [(f"the nearest that divides it and {count}: {n}", change, m) for n, (_, change, m) in zip(sizes, nearest)]
+            divisors = sorted((n for n in range(1, parts + 1) if parts % n == 0), key=lambda n: (abs(n - size), -n))
+            more_ranks: list[Remedy] = [
+                (f"start {(m := -(-ranks // n) * n)} ranks with --parallel.{axis} {n}", {f"parallel__{axis}": n}, m)
+                for n in divisors if ranks % n
+            ]  # fmt: skip
+            return f"--parallel.{axis} {size} does not divide --model.{setting}-parts {parts}", [both, more_ranks]
         if axis == "context" and not can_divide_parts(parts, size):
             each = f"{parts // size} of {parts} sequence parts, and their number must be a power of two"
             reason = f"--parallel.context {size} gives each rank {each}"

@@ -1,5 +1,6 @@
 """Activation checkpointing: the same bits, with fewer saved tensors."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ from mpilm.kernels.base import loss_sum
 from mpilm.model.sequence_info import SequenceInfo
 from mpilm.parallel.activation_checkpoint import checkpoint_activations
 from mpilm.parallel.apply import make_autocast
+from mpilm.parallel.compile import compile_blocks
 
 V, CPU, LAYERS = 29, torch.device("cpu"), 3
 PARTS = ["none", "attention", "block"]
@@ -22,11 +24,13 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def build(part, **shape):
+def build(part, is_compiled=False, **shape):
     config = tiny_config("", "", model__n_layers=LAYERS, **{f"model__{key}": value for key, value in shape.items()})
     model, flat = full_model(config.model, V, CPU)
     draw_values(flat, config.model, seed=0)
-    checkpoint_activations(model, part)
+    if is_compiled:
+        compile_blocks(model)
+    checkpoint_activations(model, part, is_compiled)
     return model
 
 
@@ -36,8 +40,8 @@ def loss_of(model, dtype="float32", keys=(3, 4)):
         return loss_sum(model(x, SequenceInfo(torch.arange(16), list(keys), loss_weight=0.1)), x.roll(-1, 1))
 
 
-def loss_and_gradients(part, dtype, shape):
-    model = build(part, **shape)
+def loss_and_gradients(part, dtype, shape, is_compiled=False):
+    model = build(part, is_compiled, **shape)
     loss = loss_of(model, dtype)
     torch.manual_seed(5)  # torch's own generator must not matter
     loss.backward()
@@ -51,6 +55,12 @@ def test_checkpointed_loss_and_gradients_have_the_same_bits(part, dtype, shape):
     expected = loss_and_gradients("none", dtype, shape)
     found = loss_and_gradients(part, dtype, shape)
     assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++, which is not here")
+def test_checkpointed_compiled_blocks_have_the_same_bits():
+    expected, found = (loss_and_gradients(part, "bfloat16", {"dropout": 0.0}, True) for part in ("none", "block"))
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 

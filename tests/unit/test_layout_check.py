@@ -124,7 +124,13 @@ def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
         ),
         (
             4, {"parallel__tensor": 4, "model__tensor_parts": 6, **HEADS},
-            "--parallel.tensor 4 does not divide --model.tensor-parts 6; the nearest that does: 2",
+            "--parallel.tensor 4 does not divide --model.tensor-parts 6; the nearest that divides it and 4 ranks: 2, "
+            "or start 6 ranks with --parallel.tensor 3",
+        ),
+        (
+            3, {"parallel__tensor": 3, "model__tensor_parts": 4, **HEADS},
+            "--parallel.tensor 3 does not divide --model.tensor-parts 4; the nearest that divides it and 3 ranks: 1, "
+            "or start 4 ranks with --parallel.tensor 4",
         ),
         (
             6, {"model__arch": "mixtral", "parallel__expert": 4, "train__global_batch": 12, "train__micro_batch": 1},
@@ -140,7 +146,8 @@ def test_replica_microbatch_count_is_that_of_the_fullest_replica(data, total):
         ),
         (
             3, {"parallel__context": 3, "model__sequence_parts": 4},
-            "--parallel.context 3 does not divide --model.sequence-parts 4; the nearest that does: 1",
+            "--parallel.context 3 does not divide --model.sequence-parts 4; the nearest that divides it and 3 ranks: 1, "
+            "or start 4 ranks with --parallel.context 4",
         ),
         (
             4, {"parallel__context": 2, "model__sequence_parts": 6, "model__context_length": 24},
