@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,16 +18,23 @@ from mpilm.errors import RanksDisagreeError
 from mpilm.formatting import name_ranks
 
 
+@dataclass
+class _Switch:
+    """A setting that several communicators share."""
+
+    on: bool
+
+
 class InstrumentedComm(Comm):
     """Passes every operation on to `inner` and records it in `recorder`. While `checks_calls` is true, each collective first
     compares its operation, dtype, counts and position in the order of calls over the ranks, and raises RanksDisagreeError on
-    all of them before any data is touched: plain MPI returns garbage without an error. `world_ranks`: of this communicator's
-    ranks, if it is not the world."""
+    all of them before any data is touched: plain MPI returns garbage without an error. The communicators that are made from
+    this one follow it in that. `world_ranks`: of this communicator's ranks, if it is not the world."""
 
     def __init__(
         self, inner: Comm, checks_calls: bool = False, recorder: FlightRecorder | None = None, world_ranks: Sequence[int] = ()
     ):
-        self.inner, self.checks_calls = inner, checks_calls
+        self.inner, self._checking = inner, _Switch(checks_calls)
         self.name, self.rank, self.size = inner.name, inner.rank, inner.size
         self.mpi_library, self.mpi_details = inner.mpi_library, inner.mpi_details
         self.device_transport = inner.device_transport
@@ -37,6 +45,14 @@ class InstrumentedComm(Comm):
         self.sent_bytes: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()  # of collectives and messages
 
+    @property
+    def checks_calls(self) -> bool:
+        return self._checking.on
+
+    @checks_calls.setter
+    def checks_calls(self, enabled: bool) -> None:
+        self._checking.on = enabled
+
     def with_options(self, gpu_aware: bool, yield_while_waiting: bool) -> Comm:
         return self._around(self.inner.with_options(gpu_aware, yield_while_waiting))
 
@@ -46,8 +62,13 @@ class InstrumentedComm(Comm):
         return self._around(self.recorder.wait(call, lambda: make(self.inner)))
 
     def _around(self, inner: Comm) -> InstrumentedComm:
-        other = InstrumentedComm(inner, self.checks_calls, self.recorder, self.world_ranks)
+        other = self._derive(inner, self.world_ranks)
         other._counts = self._counts  # the same calls in the order of all ranks
+        return other
+
+    def _derive(self, inner: Comm, world_ranks: Sequence[int]) -> InstrumentedComm:
+        other = InstrumentedComm(inner, recorder=self.recorder, world_ranks=world_ranks)
+        other._checking = self._checking
         return other
 
     def revoke(self) -> None:
@@ -106,7 +127,7 @@ class InstrumentedComm(Comm):
         return self._instrument(self.recorder.wait(call, lambda: self.inner.split_node(name)))
 
     def _instrument(self, inner: Comm) -> Comm:
-        return InstrumentedComm(inner, self.checks_calls, self.recorder, inner.all_gather_json(self.world_ranks[self.rank]))
+        return self._derive(inner, inner.all_gather_json(self.world_ranks[self.rank]))
 
     def allocate_shared(self, numel: int) -> list[Tensor] | None:
         call = self._record_collective("allocate_shared")

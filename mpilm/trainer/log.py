@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.comm.flight_recorder import Span
 from mpilm.config.settings import flatten
@@ -165,9 +167,12 @@ class RunLog:
 
     def _gather_rank_stats(self, steps: int) -> dict[str, Any]:
         """Return every rank's peak memory and its time per category and step since the last row. Collective."""
-        own = [self.run.peak_bytes, *(round(self.spent_s[part] / steps, 6) for part in CATEGORIES)]
-        memory, *seconds = zip(*self.run.mesh.world.all_gather_json(own))
-        return {"memory_bytes": memory, "rank_s": dict(zip(CATEGORIES, seconds))}  # last: readers may skip them
+        world, own_s = self.run.mesh.world, [round(self.spent_s[part] / steps, 6) for part in CATEGORIES]
+        own = torch.tensor([self.run.peak_bytes, *own_s], dtype=torch.float64, device="cpu")
+        rows = own.new_empty(world.size, own.numel())
+        world.all_gather(own, rows.view(-1))
+        memory, *seconds = rows.T.tolist()
+        return {"memory_bytes": [*map(int, memory)], "rank_s": dict(zip(CATEGORIES, seconds))}  # last: readers may skip them
 
     def _print_summary(self, took_s: float, peak: int, unigram_loss: str, sample: str) -> None:
         run, config, say = self.run, self.run.config, self.display.print

@@ -1,5 +1,6 @@
 """The contract of communicators on thread ranks and on one rank; checks and counts of calls."""
 
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -140,6 +141,20 @@ def test_checked_calls_ignore_point_to_point_messages() -> None:
         return x.item()
 
     assert run_ranks(3, body) == [3.0] * 3
+
+
+def test_comm_that_no_longer_checks_stops_its_parts() -> None:
+    def body(comm: Comm) -> list[int]:
+        checked, found = InstrumentedComm(InstrumentedComm(comm), checks_calls=True), []
+        part = checked.split_node()
+        assert isinstance(part, InstrumentedComm)
+        assert isinstance(part.inner, InstrumentedComm)
+        for checked.checks_calls in (True, False, True):
+            part.barrier()
+            found.append(part.inner.calls["all_gather"])  # with which calls are compared
+        return [after - before for before, after in itertools.pairwise(found)]
+
+    assert run_ranks(2, body) == [[0, 2]] * 2
 
 
 def test_checked_comm_passes_checks_on_to_its_parts() -> None:
