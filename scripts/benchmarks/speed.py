@@ -202,7 +202,8 @@ def guards(args: argparse.Namespace) -> None:
 
 
 def training_run(ranks: int, steps: int, *words: str, every: int = 1) -> tuple[list[dict], float, str]:  # type: ignore[type-arg]
-    """Train, logging every so many steps; return the metrics rows, the seconds from the call of the launcher to the first step, and the output."""
+    """Train, logging each `every` steps; return the metrics rows, the seconds from the launcher's call to the first step, and
+    the output."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *mpirun(ranks),
