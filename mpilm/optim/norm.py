@@ -15,7 +15,7 @@ from mpilm.kernels.base import RowSum
 
 MANTISSA = 52
 ROW = 1 << 11  # so many multiples below 2^51 add up to less than 2^63
-CHUNK_ROWS = {"cpu": 1 << 5, "gpu": 1 << 13}  # on a CPU the float64 copy of a chunk stays in the core's cache
+CHUNK_ROWS = {"cpu": 1 << 6, "gpu": 1 << 13}  # on a CPU the float64 copy of a chunk stays in the core's cache
 LOW_BITS = 31  # in the low word of a row's sum, and then of the total
 
 
@@ -52,7 +52,21 @@ def _row_sum(rows: Tensor, shift: Tensor, shift_sum: Tensor) -> Tensor:  # (R, R
     1.5 2^52 q, to a square rounds it to a multiple of q; the integer is then in the low bits of the sum."""
     wide = rows.double()
     squares = torch.addcmul(shift, wide, wide)  # x^2 is exact in float64: fused or not, one rounding
-    sums = squares.view(torch.int64).sum(1) - shift_sum  # both wrap around; the difference is exact
+    return _split_words(squares.view(torch.int64).sum(1) - shift_sum)  # both wrap around; the difference is exact
+
+
+def _row_sum_in_chunks(rows: Tensor, shift: Tensor, shift_sum: Tensor) -> Tensor:  # (R, ROW), (), () -> (2,)
+    """Return the same, without the copy in float64 of all rows."""
+    size = CHUNK_ROWS["cpu" if rows.device.type == "cpu" else "gpu"]
+    sums, wide = rows.new_empty(len(rows), dtype=torch.int64), rows.new_empty(min(size, len(rows)), ROW, dtype=torch.float64)
+    for chunk, chunk_sums in zip(rows.split(size), sums.split(size)):
+        squares = wide[: len(chunk)].copy_(chunk)
+        torch.addcmul(shift, squares, squares, out=squares)
+        torch.sum(squares.view(torch.int64), 1, out=chunk_sums)
+    return _split_words(sums.sub_(shift_sum))
+
+
+def _split_words(sums: Tensor) -> Tensor:  # (R,) -> (2,)
     return torch.stack(((sums >> LOW_BITS).sum(), (sums % 2**LOW_BITS).sum()))
 
 
@@ -63,7 +77,5 @@ def _sum_of_squares(piece: Tensor, exponent: int, row_sum: RowSum | None) -> int
     full = piece.numel() // ROW * ROW
     rows, rest = piece[:full].view(-1, ROW), piece.new_zeros(1, ROW)
     rest[0, : piece.numel() - full] = piece[full:]
-    chunks = rows.split(CHUNK_ROWS["cpu" if piece.device.type == "cpu" else "gpu"]) if row_sum is None else ()
-    words = [_row_sum(chunk, shift, shift_sum) for chunk in (*chunks, rest)]
-    words += [] if row_sum is None else [row_sum(rows, shift, shift_sum)]
+    words = (row_sum or _row_sum_in_chunks)(rows, shift, shift_sum), _row_sum(rest, shift, shift_sum)
     return sum((high << LOW_BITS) + low for high, low in map(Tensor.tolist, words))
