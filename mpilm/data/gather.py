@@ -1,5 +1,6 @@
 """Arrays of all ranks, and digests of files whose reading the ranks share."""
 
+import os
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from itertools import islice
@@ -15,6 +16,7 @@ from mpilm.comm.collective_errors import run_on_all_ranks
 from mpilm.data.files import BLOCK_BYTES, blake2b_digest, file_errors
 
 READ_BYTES = 2**20  # that stay in the cache until they are hashed
+AHEAD_BYTES = 2**22  # that the kernel is asked to read meanwhile
 
 
 def all_gather_rows(comm: Comm, rows: NDArray) -> list[NDArray]:
@@ -46,5 +48,7 @@ def _digest_block(path: Path, start: int, digest: Any) -> str:
     with file_errors(path), open(path, "rb") as file:
         file.seek(start)
         while data := file.read(min(READ_BYTES, stop - file.tell())):
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), file.tell() + AHEAD_BYTES, READ_BYTES, os.POSIX_FADV_WILLNEED)
             digest.update(data)
     return digest.hexdigest()
