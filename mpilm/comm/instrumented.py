@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
+from types import FrameType
 from typing import Any
 
 import torch
@@ -96,20 +98,23 @@ class InstrumentedComm(Comm):
         number = self._counts["collective"]
         call = self._record(CommCall(op, self.name, number, self.world_ranks, sent_bytes=sent_bytes))
         if self.checks_calls:
-            signature = [number, op, *map(str, arguments), f"({locate_caller(sys._getframe())})"]
-            self.recorder.wait(call, lambda: self._compare(signature))
+            signature, frame = f"call {number}: {' '.join(map(str, (op, *arguments)))}", sys._getframe()
+            self.recorder.wait(call, lambda: self._compare(signature, frame))
         return call
 
-    def _compare(self, signature: Sequence[Any]) -> None:
+    def _compare(self, signature: str, frame: FrameType) -> None:
+        """Raise RanksDisagreeError if other ranks make another call. The line that makes it may be another."""
+        digests = torch.zeros(self.size, dtype=torch.int64, device="cpu")
+        own = int.from_bytes(blake2b(signature.encode(), digest_size=8).digest(), "little", signed=True)
+        self.inner.all_gather(torch.tensor([own], device="cpu"), digests)
+        if len(set(digests.tolist())) == 1:
+            return
         groups: dict[str, list[int]] = {}
-        calls = set[str]()
-        for rank, other in enumerate(self.inner.all_gather_json(signature)):
-            groups.setdefault(f"call {other[0]}: {' '.join(map(str, other[1:]))}", []).append(rank)
-            calls.add(str(other[:-1]))
-        if len(calls) > 1:  # call sites are not compared: two lines may make the same call
-            rows = sorted(groups.items(), key=lambda row: len(row[1]))
-            table = "".join(f"\n  {name_ranks(ranks)}: {call}" for call, ranks in rows)
-            raise RanksDisagreeError(f"{self.name}: the ranks do not make the same call:{table}")
+        for rank, other in enumerate(self.inner.all_gather_json(f"{signature} ({locate_caller(frame)})")):
+            groups.setdefault(other, []).append(rank)
+        rows = sorted(groups.items(), key=lambda row: len(row[1]))
+        table = "".join(f"\n  {name_ranks(ranks)}: {call}" for call, ranks in rows)
+        raise RanksDisagreeError(f"{self.name}: the ranks do not make the same call:{table}")
 
     def _record_wait(self, call: CommCall, request: Request) -> Request:
         record = partial(self.recorder.wait, call)
