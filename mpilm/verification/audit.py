@@ -62,7 +62,10 @@ def audit_run(arguments: AuditArguments, world: Comm, print_line: PrintLine) -> 
     print_line(f"recomputing  steps {stored.step + 1} to {last} from {origin} on {count_noun(world.size, 'rank')} ({layout})")
     unlined = _check_stored(replayed, last, lines, world)
     counts = _recompute(replayed, first, last, lines, {int(step): row for step, row in rows.items()}, unlined, print_line)
-    print_line(f"these bits   steps {first} to {last}, equal in {', '.join(counts) or 'nothing that was recorded'}")
+    if not counts:
+        problem = f"--steps {first}:{last}: the run recorded no loss, state or checkpoint of these steps to compare"
+        raise CollectiveError(ConfigError(f"{problem}; choose steps that metrics.jsonl or {CERTIFICATE} lists"))
+    print_line(f"these bits   steps {first} to {last}, equal in {', '.join(counts)}")
 
 
 def _share_certificate(folder: Path, steps: range, world: Comm) -> CertificateSummary:

@@ -233,6 +233,13 @@ def test_lost_metrics_are_said(run):
     assert "note         metrics.jsonl has no loss of steps 4 to 5, or cannot be read" in audit(run, steps="4:5")
 
 
+def test_steps_of_which_nothing_was_recorded_prove_nothing(tmp_path, data):
+    config = tiny_config(data, tmp_path / "run", **STEPS, **PARTS)
+    train_to_end(override(config, run__log_every=8, run__certify_every=0, checkpoint__every=0), 1)
+    message = refuse(ConfigError, tmp_path / "run", steps="3:4")
+    assert "--steps 3:4: the run recorded no loss, state or checkpoint of these steps" in message
+
+
 def test_settings_changed_at_a_resume_divide_the_steps(tmp_path, data):
     config = tiny_config(data, tmp_path / "run", **STEPS, **PARTS)
     train_until_killed(config, 2, step=4)
